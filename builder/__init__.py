@@ -1,0 +1,1 @@
+"""From Open Images to shards: which images, which masks, fetched as little as needed, packed, accounted for."""

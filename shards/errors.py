@@ -1,0 +1,20 @@
+"""The errors that a user is meant to read: one line that says what, where, the value and the remedy."""
+
+
+class UserError(Exception):
+    """Bad input, a bad place or a bad object in storage; its text is the whole message.
+
+    Commands print it as one line and exit with status 2; it never comes with a traceback.
+    """
+
+
+class StorageError(UserError):
+    """A URL that could not be reached, read or written."""
+
+
+class DatasetError(UserError):
+    """A shard dataset that is unfinished, of another format, or that contradicts itself."""
+
+
+class SampleError(UserError):
+    """A sample that could not be had or does not hold what its format promises."""

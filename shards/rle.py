@@ -1,0 +1,69 @@
+"""COCO's run-length encoding of binary masks, by pycocotools.
+
+Format: https://github.com/cocodataset/cocoapi (`maskApi.c`): column-major runs that start with a run of zeros, as a
+compressed ASCII string.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Rle:
+    """A binary mask.
+
+    Attributes:
+        height, width: the image's size in pixels.
+        counts: COCO's compressed runs, ASCII.
+    """
+
+    height: int
+    width: int
+    counts: str
+
+    def to_json(self) -> dict[str, Any]:
+        """COCO's form: `{"size": [height, width], "counts": "..."}`."""
+        return {"size": [self.height, self.width], "counts": self.counts}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Rle:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError when `value` has another form."""
+        height, width = value["size"]
+        counts = value["counts"]
+        if not isinstance(counts, str):
+            raise TypeError(f"counts is {type(counts).__name__}, not a compressed RLE string")
+        return cls(int(height), int(width), counts)
+
+    def to_coco(self) -> dict[str, Any]:
+        """The form that pycocotools' functions take (counts as bytes)."""
+        return {"size": [self.height, self.width], "counts": self.counts.encode("ascii")}
+
+
+def encode(mask: NDArray[Any]) -> Rle:
+    """Encode a mask of shape (H, W), any dtype; non-zero is the object."""
+    height, width = mask.shape
+    encoded = coco_mask.encode(np.asfortranarray(mask != 0).view(np.uint8))
+    return Rle(height, width, encoded["counts"].decode("ascii"))
+
+
+def decode(rle: Rle) -> NDArray[np.uint8]:
+    """Decode to uint8 (H, W), values 0 and 1."""
+    mask: NDArray[np.uint8] = coco_mask.decode(rle.to_coco())
+    return mask
+
+
+def area(rle: Rle) -> int:
+    """The number of object pixels."""
+    return int(coco_mask.area(rle.to_coco()))
+
+
+def bounds(rle: Rle) -> tuple[float, float, float, float]:
+    """The tight box (x, y, w, h) in pixels; w and h are 0 for an empty mask."""
+    x, y, w, h = coco_mask.toBbox(rle.to_coco())
+    return float(x), float(y), float(w), float(h)

@@ -1,0 +1,219 @@
+"""Any fsspec URL to a file system and a path.
+
+One file system instance a process: it is made on first use, shared by the threads of that process, and never crosses a
+fork (an s3fs instance owns an event loop and sockets; a copy of them in a child hangs or mixes answers). A `Location`
+therefore holds only strings and may be pickled and sent anywhere.
+
+S3 endpoints, regions and credentials come from the usual AWS variables and files (`AWS_ENDPOINT_URL`, `AWS_PROFILE`,
+...), which botocore reads by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import fsspec
+
+from shards.errors import StorageError
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+ATTEMPTS = 5
+
+_instances: dict[tuple[str, bool], Any] = {}
+_instances_lock = threading.Lock()
+
+
+def _forget_instances() -> None:
+    """In a forked child: the parent's instances are not ours, and its lock may have been held at that moment."""
+    global _instances_lock
+    _instances_lock = threading.Lock()
+    _instances.clear()
+
+
+os.register_at_fork(after_in_child=_forget_instances)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place that fsspec can reach.
+
+    Attributes:
+        url: `s3://bucket/key`, `https://...`, a local path, or any other URL that fsspec knows.
+        anonymous: S3 requests are not signed. Never guessed: it is set where a user or a public default says so.
+    """
+
+    url: str
+    anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            raise StorageError("a location is empty: give a local path or a URL such as s3://bucket/prefix")
+        object.__setattr__(self, "url", self.url.rstrip("/") or "/")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> Location:
+        return replace(self, url=f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def protocol(self) -> str:
+        """The URL's scheme; `file` for a bare path."""
+        return self.url.split("://", 1)[0] if "://" in self.url else "file"
+
+    @property
+    def fs(self) -> Any:
+        """This process's fsspec file system for the location."""
+        key = (self.protocol, self.anonymous)
+        with _instances_lock:
+            if key not in _instances:
+                _instances[key] = _new_filesystem(self)
+            return _instances[key]
+
+    @property
+    def path(self) -> str:
+        """The path by which `fs` knows the location."""
+        return str(self.fs._strip_protocol(self.url))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the location is on a disk of this machine."""
+        return self.protocol in ("file", "local")
+
+    def exists(self) -> bool:
+        """Whether an object lies at exactly this location.
+
+        Raises:
+            StorageError: the place could not be asked.
+        """
+        with storage_errors(self.url):
+            return bool(self.fs.exists(self.path))
+
+    def size(self) -> int:
+        """The object's length in bytes.
+
+        Raises:
+            StorageError: there is no such object, or its length is not told.
+        """
+        with storage_errors(self.url):
+            size = self.fs.info(self.path)["size"]
+        if size is None:
+            raise StorageError(f"{self.url}: the server does not tell the object's length, which range reads need")
+        return int(size)
+
+    def read(self) -> bytes:
+        """The whole object.
+
+        Raises:
+            StorageError: it is missing or could not be read.
+        """
+        with storage_errors(self.url):
+            return bytes(self.fs.cat_file(self.path))
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (exclusive) of the object; exactly `end - start` of them.
+
+        Raises:
+            StorageError: it is missing, shorter than `end`, or could not be read.
+        """
+        with storage_errors(self.url):
+            data = bytes(self.fs.cat_file(self.path, start=start, end=end))
+        if len(data) != end - start:
+            raise StorageError(f"{self.url}: asked for bytes {start} to {end}, got {len(data)} bytes: is it truncated?")
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Write the whole object or nothing: one object put, or on a local disk a temporary name and a rename.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with storage_errors(self.url):
+            if not self.is_local:
+                self.fs.pipe_file(self.path, data)
+                return
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            temporary = f"{self.path}.{os.getpid()}.{threading.get_ident()}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+            except BaseException:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+                raise
+
+    def delete(self, *, recursive: bool = False) -> None:
+        """Remove the object (or, recursively, what lies below); no error where there is none."""
+        with storage_errors(self.url):
+            if self.fs.exists(self.path):
+                self.fs.rm(self.path, recursive=recursive)
+
+
+def _new_filesystem(location: Location) -> Any:
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if location.protocol in ("s3", "s3a"):
+        options["anon"] = location.anonymous
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
+            "max_pool_connections": 64,
+        }
+    elif location.protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+        # A proxy or server that compresses on the fly would make byte ranges meaningless.
+        options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+    try:
+        return fsspec.filesystem(location.protocol, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"{location.url}: no file system for {location.protocol}:// ({error})") from error
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what file systems raise into a `StorageError` that names the URL and the remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        message = explain(error, url)
+        if message is None:
+            raise
+        raise StorageError(message) from error
+
+
+def explain(error: BaseException, url: str) -> str | None:
+    """One line for an error that a file system raised at `url`; None when it is not an error of storage."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if kind == "NoCredentialsError":
+        return (
+            f"{url}: no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
+            "(a public bucket can be read without, where the command has an option for anonymous access)"
+        )
+    if kind in ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        remedy = f"; AWS_ENDPOINT_URL is {endpoint}" if endpoint and url.startswith("s3") else ""
+        return f"{url}: the endpoint cannot be reached ({text}){remedy}: check the address and the network"
+    if isinstance(error, FileNotFoundError):
+        if "bucket" in text.lower():
+            return f"{url}: the bucket does not exist: create it, or correct the URL"
+        return f"{url}: there is no such object"
+    if isinstance(error, PermissionError):
+        return f"{url}: access was refused ({text}): check the credentials and the bucket's policy"
+    if isinstance(error, OSError | TimeoutError) or kind in ("ClientError", "BotoCoreError", "ClientPayloadError"):
+        return f"{url}: {kind}: {text or 'no further reason was given'}"
+    if type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "aiobotocore", "s3fs"):
+        return f"{url}: {kind}: {text or 'no further reason was given'}"
+    return None

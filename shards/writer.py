@@ -1,0 +1,77 @@
+"""The deterministic tar writer: index rows and a sha256 come out with the bytes.
+
+webdataset's `TarWriter` writes the members; a fixed mtime and owner make the bytes a pure function of the samples. A
+shard is built in memory and handed over whole, since object stores take an object whole or not at all; its size is
+bounded by the samples that the caller puts in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shards.dataset import IndexRow, Shard
+from shards.sample import Sample
+
+
+@dataclass(frozen=True)
+class PackedShard:
+    """A shard in memory: its bytes, its entry for `dataset.json` and its rows for the index."""
+
+    data: bytes
+    shard: Shard
+    rows: tuple[IndexRow, ...]
+
+
+def shard_path(split: str, number: int) -> str:
+    """The path of a split's `number`-th shard below the root: `train/000000.tar`."""
+    return f"{split}/{number:06d}.tar"
+
+
+def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedShard:
+    """Write samples into one tar, in the order given.
+
+    The same samples give the same bytes, on any machine and at any time.
+
+    Raises:
+        SampleError: a sample that cannot be stored (see `Sample.to_members`).
+    """
+    from webdataset import TarWriter
+
+    buffer = io.BytesIO()
+    spans: list[tuple[Sample, int, int]] = []
+    with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
+        for sample in samples:
+            start = writer.tarstream.offset
+            writer.write({"__key__": sample.image_id, **sample.to_members()})
+            spans.append((sample, start, writer.tarstream.offset))
+    data = buffer.getvalue()
+    view = memoryview(data)
+    rows = tuple(_index_row(sample, split, path, start, view[start:end]) for sample, start, end in spans)
+    shard = Shard(path, split, len(rows), len(data), hashlib.sha256(data).hexdigest())
+    return PackedShard(data, shard, rows)
+
+
+def _index_row(sample: Sample, split: str, path: str, offset: int, data: memoryview) -> IndexRow:
+    instances = Counter(instance.category_id for instance in sample.instances)
+    masks = Counter(instance.category_id for instance in sample.instances if instance.segmentation is not None)
+    groups = Counter(instance.category_id for instance in sample.instances if instance.is_group_of)
+    classes = tuple(sorted(instances))
+    return IndexRow(
+        image_id=sample.image_id,
+        split=split,
+        shard=path,
+        offset=offset,
+        nbytes=len(data),
+        crc32=zlib.crc32(data),
+        width=sample.width,
+        height=sample.height,
+        classes=classes,
+        instances=tuple(instances[c] for c in classes),
+        masks=tuple(masks[c] for c in classes),
+        groups=tuple(groups[c] for c in classes),
+    )

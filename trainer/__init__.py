@@ -1,0 +1,1 @@
+"""From shards to Mask R-CNN: batches, model, loop, metrics and predictions."""
