@@ -1,5 +1,9 @@
 """The errors that a user is meant to read: one line that says what, where, the value and the remedy."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input, a bad place or a bad object in storage; its text is the whole message.
@@ -9,7 +13,22 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """A URL that could not be reached, read or written."""
+    """A URL that could not be reached, read or written.
+
+    Attributes:
+        permanent: asking again cannot help (missing, refused), as far as the answer tells.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _storage_error, (str(self), self.permanent)
+
+
+def _storage_error(message: str, permanent: bool) -> StorageError:
+    return StorageError(message, permanent=permanent)
 
 
 class DatasetError(UserError):

@@ -122,10 +122,25 @@ class Location:
         Raises:
             StorageError: it is missing, shorter than `end`, or could not be read.
         """
-        with storage_errors(self.url):
-            data = bytes(self.fs.cat_file(self.path, start=start, end=end))
+        data = self.read_some(start, end)
         if len(data) != end - start:
             raise StorageError(f"{self.url}: asked for bytes {start} to {end}, got {len(data)} bytes: is it truncated?")
+        return data
+
+    def read_some(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (exclusive), or fewer where the object or the answer ends early.
+
+        Raises:
+            StorageError: it is missing or could not be read.
+        """
+        with storage_errors(self.url):
+            data = bytes(self.fs.cat_file(self.path, start=start, end=end))
+        if len(data) > end - start:
+            raise StorageError(
+                f"{self.url}: asked for {end - start} bytes, got {len(data)}: the server ignores byte ranges, "
+                "without which nothing can be streamed from it",
+                permanent=True,
+            )
         return data
 
     def write(self, data: bytes) -> None:
@@ -191,7 +206,10 @@ def storage_errors(url: str) -> Iterator[None]:
         message = explain(error, url)
         if message is None:
             raise
-        raise StorageError(message) from error
+        permanent = (
+            isinstance(error, FileNotFoundError | PermissionError) or type(error).__name__ == "NoCredentialsError"
+        )
+        raise StorageError(message, permanent=permanent) from error
 
 
 def explain(error: BaseException, url: str) -> str | None:

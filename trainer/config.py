@@ -60,7 +60,7 @@ class ModelConfig:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = option("resnet50", "the ResNet under the FPN")
     norm: Literal["frozen", "batch"] = option("frozen", "the backbone's normalisation: frozen statistics or batch norm")
     weights: str = option(
-        "imagenet", "start: none, imagenet (backbone), coco (resnet50), or a state dict's path or URL"
+        "imagenet", "start: none, imagenet (backbone), coco (resnet50), or the path or URL of a state dict"
     )
     trainable_layers: int = option(3, "how many of the backbone's five stages train, counted from its output")
     fpn_channels: int = option(256, "channels of every FPN level")
@@ -241,7 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for section, cls in sections().items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
         for item in fields(cls):
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            default = getattr(cls(), item.name)
             shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
             group.add_argument(
                 f"--{section}.{item.name}",

@@ -1,0 +1,103 @@
+import multiprocessing
+import os
+import pickle
+
+import pytest
+
+from shards.dataset import open_dataset
+from shards.errors import StorageError
+from shards.storage import Location
+from shards.stream import ShardStream, loader
+from tests.support import sample, write_dataset
+
+
+@pytest.fixture(scope="module")
+def bucket(s3):
+    s3.make_bucket("storage-tests")
+    return "s3://storage-tests"
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_an_object_is_written_and_read_whole_or_in_ranges(place, tmp_path, request):
+    root = Location(str(tmp_path)) if place == "local" else Location(request.getfixturevalue("bucket"))
+    target = root / "a" / "b.bin"
+    data = bytes(range(256)) * 100
+    assert not target.exists()
+    target.write(data)
+    assert target.exists()
+    assert target.size() == len(data)
+    assert target.read() == data
+    assert target.read_range(100, 20_000) == data[100:20_000]
+    assert target.read_some(25_000, 99_999) == data[25_000:]
+    with pytest.raises(StorageError, match="is it truncated"):
+        target.read_range(25_000, 99_999)
+    target.write(b"new")
+    assert target.read() == b"new"
+    target.delete()
+    assert not target.exists()
+    target.delete()
+
+
+def test_a_public_bucket_is_read_unsigned_over_s3_and_over_http(bucket, s3):
+    (Location(bucket) / "public.bin").write(b"0123456789")
+    assert Location(f"{bucket}/public.bin", anonymous=True).read_range(2, 5) == b"234"
+    over_http = Location(f"{s3.endpoint_url}/storage-tests/public.bin")
+    assert over_http.size() == 10
+    assert over_http.read_range(2, 5) == b"234"
+
+
+def test_a_failed_local_write_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(StorageError):
+        Location(str(tmp_path / "taken")).write(b"x")
+    assert sorted(os.listdir(tmp_path)) == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message", "permanent"),
+    [
+        ("s3://no-such-bucket/a", r"^s3://no-such-bucket/a: the bucket does not exist", True),
+        ("s3://storage-tests/missing", r"^s3://storage-tests/missing: there is no such object", True),
+        ("/no/such/file", r"^/no/such/file: there is no such object", True),
+        ("nosuch://x/y", r"^nosuch://x/y: no file system for nosuch://", False),
+    ],
+)
+def test_what_is_not_there_is_one_line_with_a_remedy(bucket, url, message, permanent):
+    with pytest.raises(StorageError, match=message) as caught:
+        Location(url).read()
+    assert "\n" not in str(caught.value)
+    assert caught.value.permanent is permanent
+
+
+def test_an_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
+    assert (str(error), error.permanent) == ("gone", True)
+
+
+def _read(location, queue):
+    queue.put(location.read())
+
+
+def test_a_forked_child_makes_its_own_connections(bucket):
+    location = Location(bucket) / "forked.bin"
+    location.write(b"hello")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=_read, args=(location, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=30) for _ in children] == [b"hello"] * 3
+    for child in children:
+        child.join(30)
+    assert location.read() == b"hello"
+
+
+def test_a_dataset_streams_from_s3_as_it_does_from_a_disk(bucket, tmp_path):
+    splits = {"train": [sample(n) for n in range(20)]}
+    local, remote = (write_dataset(root, splits) for root in (tmp_path, f"{bucket}/dataset"))
+    assert open_dataset(f"{bucket}/dataset").info == local.info
+    read = []
+    for dataset in (local, remote):
+        batches = iter(loader(ShardStream(dataset, "train", batch_size=4, seed=1), workers=2))
+        read.append([next(batches) for _ in range(7)])
+    assert read[0] == read[1]

@@ -1,0 +1,115 @@
+import itertools
+import pickle
+
+import pytest
+import webdataset as wds
+
+from shards.errors import DatasetError, SampleError
+from shards.stream import EvalStream, ShardStream, loader, webdataset_samples
+from tests.support import sample, write_dataset
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [sample(n) for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, samples):
+    return write_dataset(
+        tmp_path_factory.mktemp("data"), {"train": samples, "val": [sample(n) for n in range(100, 107)]}, per_shard=7
+    )
+
+
+def keys(batch, epoch=None):
+    return tuple(s.image_id for s in batch)
+
+
+def take(dataset, count, *, workers=0, **options):
+    stream = ShardStream(dataset, "train", **({"batch_size": 4, "window": 8, "lanes": 3, "seed": 5} | options))
+    return list(itertools.islice(loader(stream, workers=workers), count))
+
+
+def test_samples_arrive_whole(dataset, samples):
+    batches = take(dataset, 7)
+    by_key = {s.image_id: s for s in samples}
+    seen = [s for batch in batches for s in batch]
+    assert len({s.image_id for s in seen}) == 28
+    assert all(s == by_key[s.image_id] for s in seen)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_and_workers_gives_the_same_global_batches(dataset, world, workers):
+    steps = 6
+    expected = [keys(batch) for batch in take(dataset, steps * world)]
+    ranks = [take(dataset, steps, workers=workers, rank=rank, world=world) for rank in range(world)]
+    got = [keys(ranks[rank][step]) for step in range(steps) for rank in range(world)]
+    assert got == expected
+
+
+@pytest.mark.parametrize("start", [1, 5, 7, 16])
+def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
+    unbroken = [keys(batch) for batch in take(dataset, 20)]
+    assert [keys(batch) for batch in take(dataset, 4, start=start, workers=2)] == unbroken[start : start + 4]
+
+
+def test_the_epoch_reaches_collate(dataset):
+    epochs = take(dataset, 15, collate=lambda batch, epoch: epoch)
+    assert epochs == [0] * 7 + [1] * 7 + [2]
+
+
+def test_evaluation_sees_every_sample_once_over_ranks_and_workers(dataset):
+    seen = [
+        key
+        for rank in range(3)
+        for batch in loader(EvalStream(dataset, "val", batch_size=2, rank=rank, world=3), workers=2)
+        for key in keys(batch)
+    ]
+    assert sorted(seen) == [f"{n:016x}" for n in range(100, 107)]
+
+
+def test_a_stream_can_be_sent_to_another_process(dataset):
+    stream = ShardStream(dataset, "train", batch_size=4)
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301 (our own bytes, made here)
+    assert [keys(b) for b in itertools.islice(copy, 3)] == [keys(b) for b in itertools.islice(stream, 3)]
+
+
+@pytest.mark.slow
+def test_spawned_loader_processes_give_the_same_batches(dataset):
+    stream = ShardStream(dataset, "train", batch_size=4, window=8, lanes=3, seed=5)
+    batches = list(itertools.islice(loader(stream, workers=1, start_method="spawn"), 3))
+    assert [keys(b) for b in batches] == [keys(b) for b in take(dataset, 3)]
+
+
+def test_an_error_in_a_loader_process_arrives_as_itself(tmp_path, samples, monkeypatch):
+    monkeypatch.setattr("shards.reader.BACK_OFF_S", 0)
+    broken = write_dataset(tmp_path, {"train": samples})
+    (tmp_path / "train" / "000002.tar").unlink()
+    with pytest.raises(SampleError, match=r"^[^\n]*train/000002.tar: sample \w+ at offset \d+: cannot be read[^\n]*$"):
+        list(itertools.islice(loader(ShardStream(broken, "train", batch_size=4), workers=2), 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 31}, r"30 samples, fewer than one batch of 31 on each of 1 rank: lower the batch size"),
+        ({"batch_size": 16, "world": 2}, r"fewer than one batch of 16 on each of 2 ranks"),
+        ({"batch_size": 4, "rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"batch_size": 4, "start": -1}, "start is -1"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(dataset, options, message):
+    with pytest.raises(DatasetError, match=message):
+        ShardStream(dataset, "train", **options)
+
+
+def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset):
+    stream = ShardStream(dataset, "train", batch_size=4, seed=5, collate=webdataset_samples)
+    pipeline = wds.DataPipeline(
+        stream, wds.filters.unlisted(), wds.decode("pil"), wds.to_tuple("__key__", "jpg", "json")
+    )
+    got = list(itertools.islice(pipeline, 8))
+    expected = list(itertools.islice(ShardStream(dataset, "train", batch_size=4, seed=5), 2))
+    assert [key for key, _, _ in got] == [s.image_id for batch in expected for s in batch]
+    assert all(picture.size == (value["width"], value["height"]) for _, picture, value in got)

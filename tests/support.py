@@ -1,0 +1,62 @@
+"""Small datasets that tests make for themselves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shards import rle
+from shards.dataset import Category, Dataset, finish_dataset, open_dataset
+from shards.sample import Instance, Sample
+from shards.storage import Location
+from shards.writer import pack_shard, shard_path
+
+CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
+
+
+def jpeg(width: int, height: int, seed: int) -> bytes:
+    """A smooth random picture."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True) -> Sample:
+    """A sample with one masked person and, for odd numbers, a car that has a box and no mask."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[4:20, 6:30] = 1
+    person = Instance(
+        1, (6.0, 4.0, 24.0, 16.0), rle.encode(mask) if masks else None, "b0", "/m/01g317", predicted_iou=0.8
+    )
+    car = Instance(2, (10.0, 2.0, 20.0, 25.0), None, "", "/m/0k4j", is_occluded=True)
+    return Sample(
+        image_id=f"{number:016x}",
+        image=jpeg(width, height, number),
+        width=width,
+        height=height,
+        instances=(person, car) if number % 2 else (person,),
+        verified_present=(1,),
+        verified_absent=(2,) if number % 2 == 0 else (),
+        license="https://creativecommons.org/licenses/by/2.0/",
+        author="Zoë & <Søn>",
+    )
+
+
+def write_dataset(root: str | Path, splits: dict[str, Sequence[Sample]], *, per_shard: int = 8) -> Dataset:
+    """Pack samples into a finished dataset below `root` and open it."""
+    location = Location(str(root))
+    rows, shards = [], []
+    for split, samples in splits.items():
+        for number, first in enumerate(range(0, len(samples), per_shard)):
+            packed = pack_shard(samples[first : first + per_shard], split=split, path=shard_path(split, number))
+            (location / packed.shard.path).write(packed.data)
+            rows.extend(packed.rows)
+            shards.append(packed.shard)
+    finish_dataset(location, rows, shards, CATEGORIES, plan="test")
+    return open_dataset(location)
