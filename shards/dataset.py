@@ -276,13 +276,15 @@ def open_dataset(root: str | Location) -> Dataset:
         StorageError: the place cannot be reached.
     """
     location = Location(root) if isinstance(root, str) else root
-    if not (location / DATASET_FILE).exists():
+    try:
+        value = json.loads((location / DATASET_FILE).read())
+    except StorageError as error:
+        if not error.missing:
+            raise
         raise DatasetError(
             f"{location}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
             "(run the same build-shards command again to finish it)"
-        )
-    try:
-        value = json.loads((location / DATASET_FILE).read())
+        ) from error
     except ValueError as error:
         raise DatasetError(f"{location / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
     info = DatasetInfo.from_json(value, str(location / DATASET_FILE))

@@ -16,19 +16,21 @@ class StorageError(UserError):
     """A URL that could not be reached, read or written.
 
     Attributes:
+        missing: the place answers that there is no such object.
         permanent: asking again cannot help (missing, refused), as far as the answer tells.
     """
 
-    def __init__(self, message: str, *, permanent: bool = False) -> None:
+    def __init__(self, message: str, *, missing: bool = False, permanent: bool = False) -> None:
         super().__init__(message)
-        self.permanent = permanent
+        self.missing = missing
+        self.permanent = permanent or missing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _storage_error, (str(self), self.permanent)
+        return _storage_error, (str(self), self.missing, self.permanent)
 
 
-def _storage_error(message: str, permanent: bool) -> StorageError:
-    return StorageError(message, permanent=permanent)
+def _storage_error(message: str, missing: bool, permanent: bool) -> StorageError:
+    return StorageError(message, missing=missing, permanent=permanent)
 
 
 class DatasetError(UserError):

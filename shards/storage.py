@@ -26,13 +26,19 @@ READ_TIMEOUT_S = 60
 ATTEMPTS = 5
 
 _instances: dict[tuple[str, bool], Any] = {}
+_inherited: list[dict[tuple[str, bool], Any]] = []
 _instances_lock = threading.Lock()
 
 
 def _forget_instances() -> None:
-    """In a forked child: the parent's instances are not ours, and its lock may have been held at that moment."""
+    """In a forked child: the parent's instances are not ours, and its lock may have been held at that moment.
+
+    They are kept alive, unused: their finalisers would take the sockets out of the epoll set that child and parent
+    share, after which the parent waits for answers that it never hears of.
+    """
     global _instances_lock
     _instances_lock = threading.Lock()
+    _inherited.append(dict(_instances))
     _instances.clear()
 
 
@@ -206,10 +212,15 @@ def storage_errors(url: str) -> Iterator[None]:
         message = explain(error, url)
         if message is None:
             raise
-        permanent = (
-            isinstance(error, FileNotFoundError | PermissionError) or type(error).__name__ == "NoCredentialsError"
-        )
-        raise StorageError(message, permanent=permanent) from error
+        no_bucket = is_missing_bucket(error)
+        refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+        missing = isinstance(error, FileNotFoundError) and not no_bucket
+        raise StorageError(message, missing=missing, permanent=refused or no_bucket) from error
+
+
+def is_missing_bucket(error: BaseException) -> bool:
+    """Whether S3 answered that the bucket, not only the key, is missing: s3fs tells the two apart by its sentence."""
+    return isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower()
 
 
 def explain(error: BaseException, url: str) -> str | None:
@@ -225,7 +236,7 @@ def explain(error: BaseException, url: str) -> str | None:
         remedy = f"; AWS_ENDPOINT_URL is {endpoint}" if endpoint and url.startswith("s3") else ""
         return f"{url}: the endpoint cannot be reached ({text}){remedy}: check the address and the network"
     if isinstance(error, FileNotFoundError):
-        if "bucket" in text.lower():
+        if is_missing_bucket(error):
             return f"{url}: the bucket does not exist: create it, or correct the URL"
         return f"{url}: there is no such object"
     if isinstance(error, PermissionError):

@@ -233,6 +233,12 @@ def validate(config: Config) -> None:
         raise ConfigError(f"data.min_size {config.data.min_size} is above data.max_size {config.data.max_size}")
     if len(config.model.anchor_sizes) != 5:
         raise ConfigError(f"model.anchor_sizes has {len(config.model.anchor_sizes)} values: the FPN has 5 levels")
+    for key in ("rpn_pre_nms", "rpn_post_nms"):
+        if len(getattr(config.model, key)) != 2:
+            raise ConfigError(f"model.{key} is {getattr(config.model, key)}: give two numbers, [training, inference]")
+    for key in ("mask_head_channels", "anchor_ratios"):
+        if not getattr(config.model, key):
+            raise ConfigError(f"model.{key} is empty: it needs at least one value")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,48 @@
+"""What tests of several packages share: an S3 server and drawn scenes in the Open Images layout."""
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import s3fs
+
+from demo.s3server import S3Server
+from demo.scenes import SceneConfig, SceneTruth, write_open_images
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """One S3 server for all tests; from its first use on, the AWS_ variables of this process point at it."""
+    with S3Server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE"):
+            patch.delenv(name, raising=False)
+        s3fs.S3FileSystem.clear_instance_cache()  # fsspec would hand out instances of the environment before
+        yield server
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneTruth:
+    """40 / 10 / 6 scenes of seed 1 on disk; `scenes.images` and `scenes.annotations` are the two roots. Read only."""
+    config = SceneConfig(train=40, validation=10, test=6, seed=1)
+    return write_open_images(tmp_path_factory.mktemp("scenes"), config)
+
+
+@pytest.fixture(scope="session")
+def s3_scenes(s3: S3Server, scenes: SceneTruth) -> SceneTruth:
+    """`scenes` in the buckets `open-images-dataset` and `openimages` as well. Read only."""
+    for bucket, root in (("open-images-dataset", scenes.images), ("openimages", scenes.annotations)):
+        s3.make_bucket(bucket)
+        s3.upload(root, bucket)
+    return scenes
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> Iterator[str]:
+    """The name of an empty bucket of the test's own, removed after it."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3.make_bucket(name)
+    yield name
+    s3.filesystem().rm(name, recursive=True)

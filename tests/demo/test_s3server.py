@@ -1,0 +1,137 @@
+"""The S3 server of the demo: what clients can do with it, and that it leaves nothing behind."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import fsspec
+import pytest
+import s3fs
+
+from demo.s3server import S3Server
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfd and prctl")
+
+
+def wait_until_gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether the process ends in time."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_signed_clients_write_and_read_by_the_environment_alone(s3: S3Server, bucket: str) -> None:
+    filesystem = s3fs.S3FileSystem()
+    filesystem.pipe_file(f"{bucket}/some/key.bin", b"0123456789")
+    assert filesystem.cat_file(f"{bucket}/some/key.bin", start=3, end=6) == b"345"
+    with fsspec.open(f"s3://{bucket}/some/key.bin", "rb") as file:
+        assert file.read() == b"0123456789"
+
+
+def test_anonymous_clients_read_and_list_but_do_not_write(s3: S3Server, bucket: str) -> None:
+    s3.filesystem().pipe_file(f"{bucket}/key", b"public")
+    anonymous = s3fs.S3FileSystem(anon=True, use_listings_cache=False)
+    assert anonymous.cat_file(f"{bucket}/key") == b"public"
+    assert anonymous.ls(bucket) == [f"{bucket}/key"]
+    with pytest.raises(FileNotFoundError):
+        anonymous.cat_file(f"{bucket}/missing")
+    with pytest.raises(PermissionError):
+        anonymous.pipe_file(f"{bucket}/other", b"no")
+
+
+def test_plain_http_serves_ranges(s3: S3Server, bucket: str) -> None:
+    s3.filesystem().pipe_file(f"{bucket}/key", bytes(range(256)) * 100)
+    request = urllib.request.Request(f"{s3.endpoint_url}/{bucket}/key", headers={"Range": "bytes=1000-1009"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        assert reply.status == 206
+        assert reply.headers["Content-Range"] == "bytes 1000-1009/25600"
+        assert reply.read() == (bytes(range(256)) * 100)[1000:1010]
+
+
+def test_a_child_process_finds_it_by_the_environment(s3: S3Server, bucket: str) -> None:
+    code = f"import s3fs; s3fs.S3FileSystem().pipe_file('{bucket}/child', b'hello')"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    subprocess.run([sys.executable, "-c", code], env={**clean, **s3.environment()}, check=True, timeout=60)
+    assert s3.filesystem().cat_file(f"{bucket}/child") == b"hello"
+
+
+def test_upload_copies_a_tree(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    content = {f"a/{number % 7}/{number}.txt": str(number).encode() for number in range(60)}
+    content |= {"top level.txt": b"", "a/ü.txt": b"umlaut"}
+    for name, data in content.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert s3.upload(tmp_path, f"{bucket}/copy") == len(content)
+    found = s3.filesystem().cat(s3.filesystem().find(bucket))
+    assert {key.removeprefix(f"{bucket}/copy/"): data for key, data in found.items()} == content
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        s3.upload(tmp_path / "nowhere", bucket)
+
+
+def test_buckets_must_be_made_and_only_once(s3: S3Server, bucket: str) -> None:
+    with pytest.raises(FileExistsError, match="already has a bucket"):
+        s3.make_bucket(bucket)
+    with pytest.raises(FileNotFoundError):
+        s3.filesystem().pipe_file("never-made/key", b"1")
+
+
+@linux
+def test_stopping_leaves_no_process_folder_or_socket(tmp_path: Path) -> None:
+    with S3Server(tmp_path) as server:
+        pid, folder, sockets = server.pid, server.folder, server.sockets
+        assert all(path.is_socket() for path in sockets)
+        assert folder.parent == tmp_path
+        server.make_bucket("some-bucket")
+    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
+    assert wait_until_gone(pid, 0)
+    assert not any(path.exists() for path in sockets)
+    with pytest.raises(RuntimeError, match="not running"):
+        server.environment()
+
+
+@linux
+def test_the_command_prints_exports_and_stops_at_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "demo.s3server", "--dir", str(tmp_path), "--bucket", "play"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(6)]
+        exports = dict(line.split()[1].split("=", 1) for line in lines if line.startswith("export "))
+        with urllib.request.urlopen(f"{exports['AWS_ENDPOINT_URL']}/play", timeout=10) as reply:
+            assert b"ListBucketResult" in reply.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@linux
+def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from demo.s3server import S3Server\n"
+        "with S3Server(sys.argv[1]) as server: print(server.pid, *server.sockets, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid, *sockets = process.stdout.readline().decode().split()
+        process.kill()
+        assert wait_until_gone(int(pid))
+    for path in sockets:
+        Path(path).unlink()
+
+
+def test_a_server_that_is_not_ready_in_time_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"not ready after 0\.1 s") as caught, S3Server(tmp_path, timeout=0.1):
+        pass
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

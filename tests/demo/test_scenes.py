@@ -1,0 +1,248 @@
+"""The drawn scenes and their files: what a builder that knows Open Images relies on."""
+
+import csv
+import io
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.scenes import SceneConfig, SceneTruth, draw_scene, image_id, main, scene_of, write_open_images
+from demo.street import MIDS, MIN_VISIBLE
+
+CONFIG = SceneConfig(train=40, validation=10, test=6, seed=1)  # of the fixture `scenes`
+BOXES = {
+    "train": "v6/oidv6-train-annotations-bbox.csv",
+    "validation": "v5/validation-annotations-bbox.csv",
+    "test": "v5/test-annotations-bbox.csv",
+}
+METADATA = {
+    "train": "2018_04/train/train-images-boxable-with-rotation.csv",
+    "validation": "2018_04/validation/validation-images-with-rotation.csv",
+    "test": "2018_04/test/test-images-with-rotation.csv",
+}
+BOX_COLUMNS = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+)
+CLICKS = ",XClick1X,XClick2X,XClick3X,XClick4X,XClick1Y,XClick2Y,XClick3Y,XClick4Y"
+MASK_COLUMNS = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+IMAGE_COLUMNS = (
+    "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,OriginalMD5,"
+    "Thumbnail300KURL,Rotation"
+)
+SPLITS = ("train", "validation", "test")
+
+
+def table(scenes: SceneTruth, name: str) -> list[dict[str, str]]:
+    with (scenes.annotations / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def header(scenes: SceneTruth, name: str) -> str:
+    return (scenes.annotations / name).read_text().split("\n", 1)[0]
+
+
+def box(row: dict[str, str], prefix: str = "") -> np.ndarray:
+    return np.array([float(row[f"{prefix}{side}"]) for side in ("XMin", "YMin", "XMax", "YMax")])
+
+
+def masks(scenes: SceneTruth, split: str) -> dict[str, Image.Image]:
+    found = {}
+    for digit in "0123456789abcdef":
+        path = scenes.annotations / "v5" / f"{split}-masks" / f"{split}-masks-{digit}.zip"
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                assert name[0] == digit
+                found[name] = Image.open(io.BytesIO(archive.read(name)))
+    return found
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tables_have_the_columns_of_open_images(scenes: SceneTruth, split: str) -> None:
+    assert header(scenes, BOXES[split]) == BOX_COLUMNS + (CLICKS if split == "train" else "")
+    assert header(scenes, f"v5/{split}-annotations-object-segmentation.csv") == MASK_COLUMNS
+    labels = f"v5/{split}-annotations-human-imagelabels-boxable.csv"
+    assert header(scenes, labels) == "ImageID,Source,LabelName,Confidence"
+    assert header(scenes, METADATA[split]) == IMAGE_COLUMNS
+    assert {row["ImageID"] for row in table(scenes, METADATA[split])} == set(scenes.splits[split].image_ids)
+
+
+def test_class_files_and_hierarchy(scenes: SceneTruth) -> None:
+    with (scenes.annotations / "v5" / "class-descriptions-boxable.csv").open(newline="") as file:
+        described: dict[str, str] = dict(csv.reader(file))
+    assert {name: mid for mid, name in described.items()}.items() >= MIDS.items()
+    segmentable = (scenes.annotations / "v5" / "classes-segmentation.txt").read_text().split()
+    assert set(MIDS.values()) <= set(segmentable) <= set(described)
+    tree = json.loads((scenes.annotations / "2018_04" / "bbox_labels_600_hierarchy.json").read_text())
+    kinds: dict[str, set[str]] = {}
+
+    def walk(node: dict) -> None:
+        for child in node.get("Subcategory", []):
+            kinds.setdefault(described.get(node["LabelName"], "Entity"), set()).add(described[child["LabelName"]])
+            walk(child)
+
+    walk(tree)
+    assert tree["LabelName"] == "/m/0bl9f"
+    assert kinds["Person"] == {"Man", "Woman", "Boy", "Girl"}
+    assert kinds["Car"] == {"Limousine", "Van"}
+    assert kinds["Traffic sign"] == {"Stop sign"}
+    assert "Car" in kinds["Land vehicle"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_mask_row_has_its_box_row_and_its_zip_member(scenes: SceneTruth, split: str) -> None:
+    members = masks(scenes, split)
+    boxes = table(scenes, BOXES[split])
+    rows = table(scenes, f"v5/{split}-annotations-object-segmentation.csv")
+    assert sorted(members) == sorted(row["MaskPath"] for row in rows)
+    taken = set()
+    for row in rows:
+        key = (row["ImageID"], row["LabelName"])
+        near = [
+            number
+            for number, other in enumerate(boxes)
+            if (other["ImageID"], other["LabelName"]) == key and np.allclose(box(other), box(row, "Box"), atol=2e-6)
+        ]
+        assert len(near) == 1
+        assert boxes[near[0]]["IsGroupOf"] == "0"
+        taken.add(near[0])
+        assert row["MaskPath"] == f"{key[0]}_{key[1].replace('/', '')}_{row['BoxID']}.png"
+        assert members[row["MaskPath"]].mode == "1"
+    assert len(taken) == len(rows)
+    assert len({(row["ImageID"], row["BoxID"]) for row in rows}) == len(rows)
+
+
+def test_the_tables_write_the_same_coordinates_as_other_text(scenes: SceneTruth) -> None:
+    boxes = {row[side] for row in table(scenes, BOXES["train"]) for side in ("XMin", "XMax", "YMin", "YMax")}
+    rows = table(scenes, "v5/train-annotations-object-segmentation.csv")
+    texts = [row[f"Box{side}"] for row in rows for side in ("XMin", "XMax", "YMin", "YMax")]
+    assert sum(text not in boxes for text in texts) > len(texts) / 4
+    assert any(len(text) > 15 for text in texts)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_masks_resized_to_the_image_are_the_drawn_objects(scenes: SceneTruth, split: str) -> None:
+    members = masks(scenes, split)
+    rows = table(scenes, f"v5/{split}-annotations-object-segmentation.csv")
+    truth = scenes.splits[split]
+    drawn = {name: scene_of(CONFIG, split, index) for index, name in enumerate(truth.image_ids)}
+    other_size = 0
+    for row in rows:
+        size = truth.sizes[row["ImageID"]]
+        mask = members[row["MaskPath"]]
+        other_size += mask.size != size
+        resized = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
+        nearest = min(
+            (thing for thing in drawn[row["ImageID"]].objects if thing.label_mid == row["LabelName"]),
+            key=lambda thing: np.abs(np.array(thing.box) / np.array(size * 2) - box(row, "Box")).max(),
+        )
+        if mask.width >= size[0]:
+            assert np.array_equal(resized, nearest.mask)
+        else:
+            assert (resized & nearest.mask).sum() / (resized | nearest.mask).sum() > 0.7
+    assert other_size > 0.6 * len(rows)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_jpegs_decode_at_the_stated_size_to_the_drawn_picture(scenes: SceneTruth, split: str) -> None:
+    truth = scenes.splits[split]
+    assert {path.stem for path in (scenes.images / split).iterdir()} == set(truth.image_ids)
+    for index, (name, size) in enumerate(truth.sizes.items()):
+        assert name == image_id(CONFIG, split, index)
+        decoded = Image.open(scenes.images / split / f"{name}.jpg")
+        drawn = Image.fromarray(scene_of(CONFIG, split, index).image)
+        assert (decoded.format, decoded.mode, decoded.size, drawn.size) == ("JPEG", "RGB", size, size)
+        # Without the noise, of which JPEG keeps little.
+        difference = np.asarray(decoded.reduce(8), int) - np.asarray(drawn.reduce(8), int)
+        assert np.abs(difference).mean() < 1.5
+
+
+def test_boxes_masks_and_crowds_are_counted(scenes: SceneTruth) -> None:
+    for split, truth in scenes.splits.items():
+        rows = table(scenes, BOXES[split])
+        names = {mid: name for name, mid in MIDS.items()}
+        assert Counter(names[row["LabelName"]] for row in rows if row["IsGroupOf"] == "0") == Counter(truth.boxes)
+        assert sum(row["IsGroupOf"] == "1" for row in rows) == truth.group_boxes
+        if split != "train":
+            assert truth.masks == truth.boxes
+    train = scenes.splits["train"]
+    assert 0.15 < 1 - sum(train.masks.values()) / sum(train.boxes.values()) < 0.45
+
+
+def test_verified_labels_agree_with_the_boxes(scenes: SceneTruth) -> None:
+    present: dict[str, set[str]] = {}
+    absent: dict[str, set[str]] = {}
+    for row in table(scenes, "v5/train-annotations-human-imagelabels-boxable.csv"):
+        (present if row["Confidence"] == "1" else absent).setdefault(row["ImageID"], set()).add(row["LabelName"])
+    boxed: dict[str, set[str]] = {}
+    for row in table(scenes, BOXES["train"]):
+        boxed.setdefault(row["ImageID"], set()).add(row["LabelName"])
+    assert present == boxed
+    kinds = {"/m/01g317": {"Man", "Woman", "Boy", "Girl"}, "/m/0k4j": {"Van", "Limousine"}, "/m/01mqdt": {"Stop sign"}}
+    for name, labels in absent.items():
+        assert not labels & boxed.get(name, set())
+        for parent, children in kinds.items():
+            assert parent not in labels or not {MIDS[child] for child in children} & boxed.get(name, set())
+    unknown = [set(MIDS.values()) - present.get(name, set()) - absent[name] for name in absent]
+    assert sum(map(bool, unknown)) > len(unknown) / 2
+
+
+def test_rotation_is_metadata_only_and_rarely_not_zero(scenes: SceneTruth) -> None:
+    rotations = Counter(row["Rotation"] for row in table(scenes, METADATA["train"]))
+    assert set(rotations) <= {"0.0", "90.0", "180.0", "270.0"}
+    assert 0 < rotations.total() - rotations["0.0"] < 8
+    for row in table(scenes, METADATA["train"]):
+        assert row["Author"]
+        assert row["License"].startswith("https://creativecommons.org/")
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_two_runs_are_the_same_bytes_with_any_number_of_processes(tmp_path: Path) -> None:
+    config = SceneConfig(train=18, validation=3, test=2, seed=5)
+    for name, processes in (("one", 1), ("two", 2)):
+        write_open_images(tmp_path / name, config, processes)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    write_open_images(tmp_path / "other", SceneConfig(train=18, validation=3, test=2, seed=6))
+    assert files(tmp_path / "one") != files(tmp_path / "other")
+
+
+def test_more_images_leave_the_first_ones_as_they_were(tmp_path: Path) -> None:
+    few = write_open_images(tmp_path / "few", SceneConfig(train=3, validation=0, test=0))
+    more = write_open_images(tmp_path / "more", SceneConfig(train=6, validation=0, test=0))
+    assert more.splits["train"].image_ids[:3] == few.splits["train"].image_ids
+    assert files(few.images).items() <= files(more.images).items()
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 192), (144, 192), (96, 64), (640, 427)])
+def test_objects_are_visible_disjoint_and_tightly_boxed(width: int, height: int) -> None:
+    for seed in range(12):
+        scene = draw_scene(np.random.default_rng(seed), width, height, group_fraction=0.5)
+        assert scene.image.shape == (height, width, 3)
+        assert scene.image.dtype == np.uint8
+        stack = np.array([thing.mask for thing in scene.objects]).reshape(-1, height, width)
+        assert stack.sum(axis=0).max(initial=0) <= 1
+        for thing in scene.objects:
+            left, top, right, bottom = thing.box
+            assert thing.mask.sum() >= MIN_VISIBLE
+            assert thing.mask.sum() == thing.mask[top:bottom, left:right].sum()
+            inside = thing.mask[top:bottom, left:right]
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()  # noqa: PT018
+            assert thing.name == "Person" or not thing.is_group_of
+
+
+def test_wrong_settings_name_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="unmasked_fraction is 2"):
+        SceneConfig(unmasked_fraction=2)
+    with pytest.raises(ValueError, match="no split 'val'"):
+        scene_of(CONFIG, "val", 0)
+    assert main(["--out", str(tmp_path), "--train", "-1"]) == 1
+    assert "train is -1" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--train", "2", "--validation", "1", "--test", "0"]) == 0
+    assert "train: 2 images" in capsys.readouterr().out
