@@ -1,0 +1,160 @@
+"""Samples to batches."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards import rle
+from shards.errors import SampleError
+from shards.sample import Instance, Sample
+from trainer.config import DataConfig
+from trainer.data import EvalCollate, TrainCollate, decode_image
+from trainer.instances import GROUP_OF, HAS_MASK, Batch
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth picture, which JPEG keeps well, uint8 [H, W, 3]."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: np.ndarray, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def sample(name: str, height: int = 60, width: int = 80, objects: int = 2, seed: int = 0) -> Sample:
+    rng = np.random.default_rng(seed)
+    instances = []
+    for i in range(objects):
+        mask = np.zeros((height, width), np.uint8)
+        y, x = rng.integers(0, height - 20), rng.integers(0, width - 20)
+        mask[y : y + 16, x : x + 12] = 1
+        instances.append(Instance(i + 1, (x, y, 12, 16), rle.encode(mask)))
+    instances.append(Instance(1, (5, 5, 30, 30), None, is_group_of=True))
+    return Sample(name, encoded(pixels(height, width, seed)), width, height, tuple(instances))
+
+
+CONFIG = DataConfig(min_size=96, max_size=128)
+
+
+def parts(batch: Batch, i: int) -> list[torch.Tensor]:
+    """What belongs to image i of a batch."""
+    height, width = batch.sizes[i].tolist()
+    columns = (batch.boxes, batch.labels, batch.flags, batch.bitmaps, batch.frames)
+    return [batch.images[i, :, :height, :width], *(c.split(batch.counts.tolist())[i] for c in columns)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batch_keeps_its_contract():
+    batch = TrainCollate(CONFIG, 0)([sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)], 0)
+    assert batch.images.shape == (3, 3, 128, 128)
+    assert batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[96, 128], [128, 85], [96, 96]]
+    assert batch.counts.tolist() == [3, 1, 4]
+    assert batch.image_ids == ("a", "b", "c")
+    assert batch.labels.tolist() == [1, 2, 1, 1, 1, 2, 3, 1]
+    assert batch.flags.tolist() == [HAS_MASK, HAS_MASK, GROUP_OF, GROUP_OF, HAS_MASK, HAS_MASK, HAS_MASK, GROUP_OF]
+    assert batch.boxes.dtype == batch.frames.dtype == torch.float32
+    assert batch.sizes.dtype == batch.counts.dtype == batch.labels.dtype == torch.int64
+    assert len(batch.bitmaps) == len(batch.frames) == len(batch.boxes) == 8
+
+
+def test_shortest_pads_to_the_largest_of_the_batch():
+    collate = TrainCollate(DataConfig(min_size=96, max_size=200, resize="shortest"), 0)
+    assert collate([sample("a"), sample("b", 64, 64)], 0).images.shape == (2, 3, 96, 128)
+
+
+def test_a_sample_is_the_same_in_any_batch_and_process():
+    samples = [sample(name, seed=i) for i, name in enumerate("abcdefgh")]
+    collate = TrainCollate(CONFIG, 3)
+    whole = collate(samples, 5)
+    again = pickle.loads(pickle.dumps(collate))(samples[::-1], 5)  # noqa: S301
+    for i in range(8):
+        assert equal(parts(whole, i), parts(again, 7 - i))
+
+
+def test_flips_follow_seed_and_epoch():
+    one = sample("a")
+    upright = TrainCollate(DataConfig(min_size=96, max_size=128, flip=0), 0)([one], 0)
+    mirrored = TrainCollate(DataConfig(min_size=96, max_size=128, flip=1), 0)([one], 0)
+    assert torch.equal(mirrored.images[..., :96, :128], upright.images[..., :96, :128].flip(-1))
+    assert torch.allclose(mirrored.boxes[:, 0], 128 - upright.boxes[:, 2])
+    seen = {
+        (seed, epoch): torch.equal(TrainCollate(CONFIG, seed)([one], epoch).images, mirrored.images)
+        for seed in range(4)
+        for epoch in range(10)
+    }
+    for seed in range(4):
+        assert {seen[seed, epoch] for epoch in range(10)} == {True, False}
+    assert len({tuple(seen[seed, epoch] for epoch in range(10)) for seed in range(4)}) > 1
+
+
+def test_a_batch_without_objects_is_legal():
+    plain = Sample("a", encoded(pixels(60, 80)), 80, 60)
+    batch = TrainCollate(CONFIG, 0)([plain, plain], 0)
+    assert batch.counts.tolist() == [0, 0]
+    assert batch.boxes.shape == (0, 4)
+    assert len(batch.bitmaps) == 0
+
+
+def test_degenerate_boxes_are_dropped():
+    boxes = [(10, 10, 0.3, 20), (79.7, 10, 5, 5), (10, 10, 20, 20)]
+    instances = tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes))
+    batch = TrainCollate(CONFIG, 0)([Sample("a", encoded(pixels(60, 80)), 80, 60, instances)], 0)
+    assert batch.labels.tolist() == [3]
+
+
+def test_evaluation_has_the_stored_image_and_no_bytes_beside_it():
+    one = sample("a")
+    batch = EvalCollate()([one], 0)
+    assert torch.equal(batch.images[0], decode_image(one.image))
+    assert batch.samples[0].image == b""
+    assert batch.samples[0].instances == one.instances
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_decodes_to_rgb(kind):
+    image = pixels(40, 50)
+    decoded = decode_image(encoded(image, kind))
+    assert decoded.shape == (3, 40, 50)
+    assert decoded.dtype == torch.uint8
+    assert (decoded.permute(1, 2, 0).numpy().astype(int) - image).__abs__().mean() < 5
+
+
+def test_grey_palette_and_cmyk_become_rgb():
+    image = Image.fromarray(pixels(40, 50))
+    for mode, kind in (("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")):
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind)
+        assert decode_image(file.getvalue()).shape == (3, 40, 50)
+
+
+def test_exif_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees for display
+    image = pixels(40, 50)
+    assert torch.equal(decode_image(encoded(image, exif=exif)), decode_image(encoded(image)))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -40])
+def test_a_broken_image_is_a_sample_error_with_its_key(cut):
+    whole = sample("abc123", 200, 200)
+    broken = Sample("abc123", whole.image[:cut], 200, 200)
+    with pytest.raises(SampleError, match=r"abc123.*cannot be decoded"):
+        TrainCollate(CONFIG, 0)([broken], 0)
+
+
+def test_another_size_than_annotated_is_a_sample_error():
+    with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
+        EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)

@@ -1,0 +1,79 @@
+"""What happens to an image and its instances between decoding and the batch: geometry, as pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from trainer import instances as geometry
+from trainer.instances import Instances
+
+STRIDE = 32  # of the coarsest feature map with weights: padded sizes are multiples of it, as in torchvision
+
+
+def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """The size at which the network sees an image: the shorter side becomes `min_size`, unless the longer would exceed
+    `max_size`, which it then becomes.
+
+    The numbers are those of torchvision's transform, rounding included, so that training and inference see an image at
+    the same size. matterport's square mode differs in that it never shrinks an image that fits into `max_size`.
+    """
+    factor = min(min_size / min(height, width), max_size / max(height, width))
+    return max(1, math.floor(height * factor)), max(1, math.floor(width * factor))
+
+
+def resize(image: Tensor, instances: Instances, min_size: int, max_size: int) -> tuple[Tensor, Instances]:
+    """Scale an image and its instances to `scaled_size`.
+
+    Bilinear without antialiasing, because torchvision's transform resizes so at inference: a smoother training image
+    would be another distribution.
+
+    Args:
+        image: uint8 [3, H, W].
+        instances: in its pixels.
+        min_size, max_size: see `scaled_size`.
+
+    Returns:
+        uint8 [3, h, w] and the instances in its pixels.
+    """
+    height, width = image.shape[-2:]
+    new_height, new_width = scaled_size(height, width, min_size, max_size)
+    resized = transforms.resize(image, [new_height, new_width], antialias=False)
+    return resized, geometry.scale(instances, new_width / width, new_height / height)
+
+
+def flip(image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:
+    """Mirror an image, [3, H, W], and its instances left and right."""
+    return image.flip(-1), geometry.flip(instances, image.shape[-1])
+
+
+def clip(image: Tensor, instances: Instances) -> Instances:
+    """The instances inside the image; boxes of which less than a pixel is left are dropped."""
+    height, width = image.shape[-2:]
+    return geometry.crop(instances, 0, 0, width, height)
+
+
+def pad(images: list[Tensor], size: int | None = None) -> Tensor:
+    """Images side by side in one tensor, at the top left, zeros elsewhere.
+
+    matterport centres an image in its square; torchvision, and so a network at inference, has it at the top left.
+
+    Args:
+        images: uint8 [3, h, w] each.
+        size: side of a square that holds them all; None for the largest height and width among them. Both are rounded
+            up to a multiple of STRIDE.
+
+    Returns:
+        uint8 [B, 3, H, W].
+    """
+    height = size or max(image.shape[-2] for image in images)
+    width = size or max(image.shape[-1] for image in images)
+    padded = torch.zeros(
+        (len(images), 3, math.ceil(height / STRIDE) * STRIDE, math.ceil(width / STRIDE) * STRIDE), dtype=torch.uint8
+    )
+    for place, image in zip(padded, images):
+        place[:, : image.shape[-2], : image.shape[-1]] = image
+    return padded
