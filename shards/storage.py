@@ -21,9 +21,9 @@ import fsspec
 
 from shards.errors import StorageError
 
-CONNECT_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
-ATTEMPTS = 5
+ATTEMPTS = 3
 
 _instances: dict[tuple[str, bool], Any] = {}
 _inherited: list[dict[tuple[str, bool], Any]] = []
