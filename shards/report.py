@@ -83,9 +83,7 @@ def render(dataset: Dataset, splits: Sequence[SplitReport]) -> str:
             share = f"{row.masks / objects:.0%}" if objects else "-"
             lines.append(f"  {row.name:24} {row.images:>9} {row.boxes:>9} {row.masks:>9} {share:>8} {row.groups:>9}")
         lines.append("")
-    lines.append(
-        "boxes: every annotation; masked: the share of objects (group-of regions aside) that have a mask."
-    )
+    lines.append("boxes: every annotation; masked: the share of objects (group-of regions aside) that have a mask.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,238 @@
+"""Pictures of annotated images: translucent masks with outlines, boxes, names and scores.
+
+Pillow and numpy only, no display: it serves notebooks, training runs and servers alike.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from shards import rle
+from shards.dataset import Category
+from shards.sample import Instance
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]
+
+# Far apart in hue, and bright enough to be seen on photographs.
+PALETTE: tuple[Colour, ...] = (
+    (255, 92, 72),
+    (52, 152, 255),
+    (255, 200, 40),
+    (60, 205, 110),
+    (205, 110, 255),
+    (255, 140, 30),
+    (40, 215, 215),
+    (255, 115, 190),
+    (170, 215, 50),
+    (140, 140, 255),
+)
+GOLDEN_ANGLE = 0.381966  # hues of further classes: each falls into the widest gap that is left
+LEGIBLE_SIDE = 640  # pixels; smaller pictures have no room for names
+FILL = 0.40  # of the class's colour in a mask
+HATCH = 0.32  # likewise on the lines through a group-of region
+
+
+def class_colour(category_id: int) -> Colour:
+    """The colour (R, G, B) of a class: the same in every picture, for any set of classes."""
+    number = max(category_id, 1) - 1
+    if number < len(PALETTE):
+        return PALETTE[number]
+    red, green, blue = colorsys.hsv_to_rgb((number * GOLDEN_ANGLE) % 1.0, 0.72, 0.98)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def legible_scale(width: int, height: int) -> int:
+    """The whole factor by which an image is best enlarged before names are drawn on it; 1 for most photographs."""
+    return max(1, -(-LEGIBLE_SIDE // max(width, height, 1)) if max(width, height) < LEGIBLE_SIDE else 1)
+
+
+def draw_instances(
+    image: NDArray[np.uint8] | Image.Image,
+    instances: Sequence[Instance],
+    categories: Sequence[Category],
+    *,
+    scores: Sequence[float] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Draw annotations or detections on an image.
+
+    A mask is filled and outlined. A box without a mask is dashed; a group-of region is hatched and its name says so.
+    An object with no room for its name goes without where another of its class, whose colour it shares, has one.
+
+    Args:
+        image: uint8 (H, W, 3) RGB, or a picture of Pillow's.
+        instances: what to draw, in pixels of `image`.
+        categories: the classes, for their names.
+        scores: one an instance, shown beside its name.
+        scale: the picture is enlarged by this whole factor (see `legible_scale`).
+
+    Returns:
+        An RGB picture of `scale` times the image's size. `image` is left as it was.
+
+    Raises:
+        ValueError: as many scores as instances are needed; a mask must have the image's size.
+    """
+    if scores is not None and len(scores) != len(instances):
+        raise ValueError(f"{len(scores)} scores for {len(instances)} instances")
+    picture = _enlarged(image, scale)
+    line = max(1, round(max(picture.size) / 400))
+    # Large objects first, so that small ones in front of them stay visible.
+    order = sorted(range(len(instances)), key=lambda i: -instances[i].bbox[2] * instances[i].bbox[3])
+    pixels = np.array(picture)
+    for i in order:
+        _paint_area(pixels, instances[i], scale, line)
+    picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+    for i in order:
+        _draw_box(canvas, instances[i], scale, line)
+    names = {category.id: category.name for category in categories}
+    labels = _Labels(canvas, picture.size)
+    # The best detections, else the largest objects, get the best places for their names.
+    for i in sorted(order, key=lambda i: -scores[i]) if scores is not None else order:
+        instance = instances[i]
+        text = names.get(instance.category_id, f"class {instance.category_id}")
+        text += " (group)" if instance.is_group_of else ""
+        text += f" {scores[i]:.2f}" if scores is not None else ""
+        labels.draw(text, class_colour(instance.category_id), _corners(instance, scale, picture.size))
+    return picture
+
+
+def _enlarged(image: NDArray[np.uint8] | Image.Image, scale: int) -> Image.Image:
+    picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
+    if scale == 1:
+        return picture.copy()
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+
+
+def _corners(instance: Instance, scale: int, size: tuple[int, int]) -> Rectangle:
+    """Left, top, right, bottom (inclusive) of the box in the picture, clipped to it."""
+    x, y, w, h = (value * scale for value in instance.bbox)
+    left, top = min(max(round(x), 0), size[0] - 1), min(max(round(y), 0), size[1] - 1)
+    right, bottom = min(max(round(x + w) - 1, left), size[0] - 1), min(max(round(y + h) - 1, top), size[1] - 1)
+    return left, top, right, bottom
+
+
+def _paint_area(pixels: NDArray[np.uint8], instance: Instance, scale: int, line: int) -> None:
+    """Fill and outline the mask, or hatch the region of a group; in place."""
+    height, width = pixels.shape[:2]
+    colour = np.array(class_colour(instance.category_id), dtype=np.float32)
+    if instance.segmentation is not None:
+        mask = _enlarged_mask(rle.decode(instance.segmentation), scale)
+        if mask.shape != (height, width):
+            raise ValueError(f"a mask is {mask.shape[1]}x{mask.shape[0]}, the picture {width}x{height}")
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            return
+        # Only the object's own rectangle is touched: a hundred masks on a large photograph stay quick.
+        window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        inside = mask[window]
+        _blend(pixels[window], inside, colour, FILL)
+        _blend(pixels[window], inside & ~_eroded(inside, line), colour, 0.95)
+    elif instance.is_group_of:
+        left, top, right, bottom = _corners(instance, scale, (width, height))
+        rows, columns = np.arange(top, bottom + 1)[:, None], np.arange(left, right + 1)[None, :]
+        stripes = (rows + columns) % (8 * line) < 2 * line
+        _blend(pixels[top : bottom + 1, left : right + 1], stripes, colour, HATCH)
+
+
+def _enlarged_mask(mask: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
+    """Booleans of `scale` times the size, with smooth edges instead of steps."""
+    if scale > 1:
+        picture = Image.fromarray(mask * np.uint8(255))
+        size = (picture.width * scale, picture.height * scale)
+        mask = np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) // 128
+    return mask.astype(np.bool_)
+
+
+def _blend(pixels: NDArray[np.uint8], where: NDArray[np.bool_], colour: NDArray[np.float32], share: float) -> None:
+    pixels[where] = np.round(pixels[where] * (1 - share) + colour * share).astype(np.uint8)
+
+
+def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
+    """What is left of a mask when its rim of `steps` pixels is taken off; outside the array counts as background."""
+    for _ in range(steps):
+        padded = np.pad(mask, 1)
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
+
+
+def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, scale: int, line: int) -> None:
+    left, top, right, bottom = _corners(instance, scale, canvas.im.size)
+    colour = class_colour(instance.category_id)
+    if instance.segmentation is not None or instance.is_group_of:
+        canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
+        return
+    dash = 5 * line
+    for x in range(left, right + 1, 2 * dash):
+        end = min(x + dash - 1, right)
+        canvas.rectangle((x, top, end, min(top + line - 1, bottom)), fill=colour)
+        canvas.rectangle((x, max(bottom - line + 1, top), end, bottom), fill=colour)
+    for y in range(top, bottom + 1, 2 * dash):
+        end = min(y + dash - 1, bottom)
+        canvas.rectangle((left, y, min(left + line - 1, right), end), fill=colour)
+        canvas.rectangle((max(right - line + 1, left), y, right, end), fill=colour)
+
+
+class _Labels:
+    """Names on plates, each where it hides the fewest of those already written."""
+
+    def __init__(self, canvas: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
+        self.canvas, self.size = canvas, size
+        self.font = ImageFont.load_default(size=min(max(round(max(size) / 55), 12), 28))
+        self.taken: list[Rectangle] = []
+        self.named: set[Colour] = set()
+
+    def draw(self, text: str, colour: Colour, corners: Rectangle) -> None:
+        """Write `text` at the box, unless there is no room for it and its colour has been named."""
+        left, _, right, _ = (round(value) for value in self.canvas.textbbox((0, 0), text, font=self.font))
+        # A plate of a full line's height, whatever the letters, so that plates in a row align.
+        line = round(self.canvas.textbbox((0, 0), "Ag", font=self.font)[3])
+        margin = max(2, line // 5)
+        plate = (right - left + 2 * margin, line + margin)
+        tiny = corners[2] - corners[0] < plate[0] / 2 and corners[3] - corners[1] < plate[1] * 2
+        hidden, place = _place(corners, plate, self.size, self.taken)
+        if colour in self.named and (tiny or hidden > plate[0] * plate[1] / 4):
+            return
+        self.taken.append(place)
+        self.named.add(colour)
+        self.canvas.rectangle(place, fill=colour)
+        dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 115
+        ink = (255, 255, 255) if dark else (0, 0, 0)
+        self.canvas.text((place[0] + margin - left, place[1] + margin // 2 - 1), text, fill=ink, font=self.font)
+
+
+def _place(
+    corners: Rectangle, plate: tuple[int, int], size: tuple[int, int], taken: Sequence[Rectangle]
+) -> tuple[int, Rectangle]:
+    """The first free place around the box, else the one that hides the least; and how many pixels it hides."""
+    left, top, right, bottom = corners
+    width, height = plate
+    places = (
+        (left, top - height),
+        (left, top),
+        (left, bottom + 1),
+        (right - width + 1, top - height),
+        (right - width + 1, top),
+        (left, bottom - height + 1),
+        (right + 1, top),
+        (left - width, top),
+    )
+    candidates: list[tuple[int, int, Rectangle]] = []
+    for rank, (x, y) in enumerate(places):
+        x, y = min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0))
+        rectangle = (x, y, x + width - 1, y + height - 1)
+        candidates.append((sum(_overlap(rectangle, other) for other in taken), rank, rectangle))
+    hidden, _, rectangle = min(candidates)
+    return hidden, rectangle
+
+
+def _overlap(one: Rectangle, other: Rectangle) -> int:
+    width = min(one[2], other[2]) - max(one[0], other[0]) + 1
+    height = min(one[3], other[3]) - max(one[1], other[1]) + 1
+    return max(width, 0) * max(height, 0)

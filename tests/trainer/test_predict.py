@@ -1,0 +1,174 @@
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from shards.storage import Location
+from tests.trainer import tiny
+from trainer import evaluate, predict
+from trainer.predict import picture_names
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """A JPEG, a grey PNG, and a JPEG of the first one's name in another folder."""
+    first, second, third = (
+        tmp_path / "in" / "street.jpg",
+        tmp_path / "in" / "grey.png",
+        tmp_path / "more" / "street.jpg",
+    )
+    for path, number in ((first, 1), (third, 2)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tiny.draw_sample(number).image)
+    Image.open(io.BytesIO(tiny.draw_sample(3).image)).convert("L").save(second)
+    return [first, second, third]
+
+
+def test_pictures_and_coco_json(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0.1", *map(str, images)]
+    assert predict.main(command) == 0
+    told = capsys.readouterr().out
+    for name in ("street.jpg", "grey.jpg", "street-2.jpg", "predictions.json"):
+        assert str(out / name) in told
+    with Image.open(out / "street.jpg") as picture, Image.open(images[0]) as source:
+        factor = picture.width // source.width
+        assert picture.size == (source.width * factor, source.height * factor)
+        assert np.asarray(picture).std() > 5
+
+    coco = COCO(str(out / "predictions.json"))
+    assert [(i["file_name"], i["picture"]) for i in coco.dataset["images"]] == [
+        (str(images[0]), "street.jpg"),
+        (str(images[1]), "grey.jpg"),
+        (str(images[2]), "street-2.jpg"),
+    ]
+    assert [(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]] == [
+        (c.id, c.name, c.mid) for c in tiny.CATEGORIES
+    ]
+    found = coco.dataset["annotations"]
+    assert {a["image_id"] for a in found} == {1, 2, 3}
+    for annotation in found:
+        info = coco.imgs[annotation["image_id"]]
+        assert annotation["segmentation"]["size"] == [info["height"], info["width"]]
+        assert coco_mask.area(annotation["segmentation"]) == annotation["area"]
+        assert annotation["category_id"] in (1, 2)
+        assert 0.1 <= annotation["score"] <= 1
+        x, y, w, h = annotation["bbox"]
+        assert -0.01 <= x <= x + w <= info["width"] + 0.01
+        assert -0.01 <= y <= y + h <= info["height"] + 0.01
+    assert coco.loadRes(found).dataset["annotations"]
+
+
+def test_the_score_decides_what_counts(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
+    assert predict.main(command) == 0
+    value = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert value["annotations"] == []
+    assert len(value["images"]) == 1
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(images[0].read_bytes()[:200])
+    missing = tmp_path / "missing.jpg"
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), str(missing), str(broken), str(images[0])]
+    assert predict.main(command) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith(f"predict: {missing}: ")
+    assert errors[1].startswith(f"predict: {broken}: ")
+    assert "cannot be decoded" in errors[1]
+    assert len(errors) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
+
+
+def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    root = Location(f"memory://{tmp_path.name}")
+    (root / "in.jpg").write(images[0].read_bytes())
+    shutil.copytree(checkpoint, tmp_path / "run")
+    out = root / "out"
+    command = ["--checkpoint", f"file://{tmp_path}/run", "--out", str(out), str(root / "in.jpg")]
+    assert predict.main(command) == 0
+    assert (out / "in.jpg").exists()
+    assert (out / "predictions.json").exists()
+
+
+def test_names_of_pictures(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    assert picture_names(["a.png", "b/a.jpg", "https://h/x/a.jpeg?size=3", "s3://b/"], out) == [
+        "a.jpg",
+        "a-2.jpg",
+        "a-3.jpg",
+        "image.jpg",
+    ]
+    assert picture_names(["A.png", "a.png"], out) == ["A.jpg", "a-2.jpg"]
+    assert picture_names(["s3://b/my%20photo.tar.jpg", "50%.jpg"], out) == ["my photo.tar.jpg", "50%.jpg"]
+    # The picture never takes the image's own place.
+    assert picture_names([f"{out}/a.jpg", f"{out}/a-2.jpg"], out) == ["a-3.jpg", "a-2-2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
+        (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
+        (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("predict: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_evaluate_prints_a_table_and_writes_all_numbers(
+    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
+    assert evaluate.main(command) == 0
+    table = capsys.readouterr().out
+    value = json.loads(out.read_text())
+    assert (value["split"], value["step"], value["images"]) == ("val", 1, 5)
+    assert value["masks"] < value["boxes"]
+    assert f"{value['boxes']} objects, {value['masks']} with a mask" in table
+    assert [entry["name"] for entry in value["segm"]["classes"]] == ["Square", "Disc"]
+    for word in ("boxes", "masks", "Square", "Disc", "AP50", str(out)):
+        assert word in table
+
+
+@pytest.mark.slow
+def test_evaluate_on_two_ranks_is_evaluate_on_one(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--batch-size", "1", "--out"]
+    assert evaluate.main([*command, str(tmp_path / "one.json")]) == 0
+    script = tiny.ROOT / "trainer" / "evaluate.py"
+    done = tiny.run(script, [*command, str(tmp_path / "two.json")], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all numbers") == 1
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+
+
+def test_evaluate_refuses_other_classes(
+    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dataset, tmp_path / "other")
+    text = (tmp_path / "other" / "dataset.json").read_text()
+    (tmp_path / "other" / "dataset.json").write_text(text.replace('"Disc"', '"Plate"'))
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--data.shards", str(tmp_path / "other")]) == 2
+    assert "class 2 is 'Plate' in" in capsys.readouterr().err
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--data.split", "test"]) == 2
+    assert "there is no split 'test'" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from shards.storage import Location
+from tests.trainer import tiny
+from trainer.config import Config, load_config
+from trainer.runlog import Progress, Rows, RunLog, environment
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "losses": {"loss_mask": 0.5, "loss_classifier": 1.5},
+        "lr": 0.01,
+        "images": 8,
+        "seconds": 2.0,
+        "data_wait": 0.25,
+        **changes,
+    }
+
+
+def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = Rows(Location(str(path)), 0)
+    for step in (1, 2, 3):
+        rows.append({"step": step})
+        assert [r["step"] for r in tiny.rows(path)] == list(range(1, step + 1))
+    rows.close()
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_rows_beyond_the_step_and_a_torn_line_are_dropped(tmp_path: Path, scheme: str) -> None:
+    place = Location(f"{scheme}{tmp_path}/metrics.jsonl")
+    place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n{"st')
+    rows = Rows(place, 3)
+    rows.append({"step": 4, "again": True})
+    rows.close()
+    assert [json.loads(line) for line in place.read().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+        {"step": 4, "again": True},
+    ]
+
+
+def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> None:
+    place = Location(f"memory://{tmp_path}/metrics.jsonl")
+    rows = Rows(place, 0)
+    rows.append({"step": 1})
+    assert place.read() == b""
+    rows.flush()
+    rows.append({"step": 2})
+    assert place.read() == b'{"step":1}\n'
+    rows.close()
+    assert place.read() == b'{"step":1}\n{"step":2}\n'
+
+
+def test_the_folder_tells_settings_and_surroundings(tmp_path: Path) -> None:
+    config = Config()
+    config.optim.lr = 0.25
+    log = RunLog(Location(str(tmp_path)), config, environment(Accelerator(cpu=True)), 0)
+    log.close()
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    told = json.loads((tmp_path / "environment.json").read_text())
+    assert told["world_size"] == 1
+    assert told["packages"]["torch"]
+    assert told["device"].startswith("cpu")
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "evaluations.jsonl").read_text() == ""
+
+
+def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(every=2, total=5)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        progress.add(row(1))
+        assert not caplog.messages
+        progress.add(row(2, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
+        progress.add(row(3))
+        progress.add(row(4))
+        progress.add(row(5))
+    assert len(caplog.messages) == 3
+    first = caplog.messages[0]
+    assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
+    assert "2.0 images/s" in first  # 16 images in 8 seconds
+    assert "data wait 62 %" in first  # 0.5 + 4.5 of 8 seconds
+    assert "left 0:00:12" in first  # 3 steps of 4 seconds
+    assert caplog.messages[-1].endswith("left 0:00:00")

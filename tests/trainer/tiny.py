@@ -1,0 +1,165 @@
+"""A dataset of drawn shapes and a network small enough for two CPU cores; and training in real processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from shards import rle
+from shards.dataset import Category, IndexRow, Shard, finish_dataset
+from shards.sample import Instance, Sample
+from shards.storage import Location
+from shards.writer import pack_shard, shard_path
+from trainer import train
+from trainer.checkpoint import State, save
+from trainer.model import build_model, num_classes
+
+ROOT = Path(__file__).parents[2]
+CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))
+COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}
+
+# --section.key value: a run of seconds.
+SETTINGS = {
+    "data.batch_size": 2,
+    "data.workers": 0,
+    "data.lanes": 2,
+    "data.min_size": 64,
+    "data.max_size": 64,
+    "model.backbone": "resnet18",
+    "model.norm": "batch",
+    "model.weights": "none",
+    "model.trainable_layers": 5,
+    "model.fpn_channels": 16,
+    "model.box_head_features": 32,
+    "model.mask_head_channels": [16],
+    "model.anchor_sizes": [8, 16, 32, 48, 64],
+    "model.rpn_pre_nms": [100, 100],
+    "model.rpn_post_nms": [50, 30],
+    "model.rois_per_image": 16,
+    "model.detections_per_image": 20,
+    "optim.lr": 0.005,
+    "optim.warmup_steps": 3,
+    "train.epochs": 1,
+    "train.steps_per_epoch": 6,
+    "train.checkpoint_steps": 3,
+    "run.log_steps": 2,
+}
+
+
+def draw_sample(number: int, *, size: tuple[int, int] = (72, 60), prefix: str = "img") -> Sample:
+    """One to three shapes on noise; every fifth image has a box without a mask, every seventh a group-of region."""
+    rng = np.random.default_rng(number)
+    width, height = size if number % 2 else size[::-1]
+    image = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
+    instances = []
+    for i in range(int(rng.integers(1, 4))):
+        category = int(rng.integers(1, 3))
+        side = int(rng.integers(14, 30))
+        x, y = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+        mask = Image.new("L", (width, height))
+        for canvas, fill in ((ImageDraw.Draw(image), COLOURS[category]), (ImageDraw.Draw(mask), 255)):
+            shape = canvas.rectangle if category == 1 else canvas.ellipse
+            shape((x, y, x + side - 1, y + side - 1), fill=fill)
+        unmasked = i == 0 and number % 5 == 0
+        instances.append(
+            Instance(
+                category,
+                (float(x), float(y), float(side), float(side)),
+                None if unmasked else rle.encode(np.asarray(mask)),
+                box_id=str(i),
+            )
+        )
+    if number % 7 == 0:
+        instances.append(Instance(2, (0.0, 0.0, 20.0, 10.0), None, box_id="group", is_group_of=True))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return Sample(f"{prefix}{number:04d}", buffer.getvalue(), width, height, tuple(instances), verified_present=(1, 2))
+
+
+def write_dataset(root: Path, *, samples: int = 24, val: int = 5, shards: int = 2) -> Path:
+    """A finished dataset under `root`."""
+    location = Location(str(root))
+    rows: list[IndexRow] = []
+    entries: list[Shard] = []
+    for split, first, count in (("train", 0, samples), ("val", 1000, val)):
+        drawn = [draw_sample(first + i) for i in range(count)]
+        for number in range(shards):
+            packed = pack_shard(drawn[number::shards], split=split, path=shard_path(split, number))
+            (location / packed.shard.path).write(packed.data)
+            entries.append(packed.shard)
+            rows.extend(packed.rows)
+    finish_dataset(location, rows, entries, CATEGORIES)
+    return root
+
+
+def arguments(dataset: Path, run: Path, **changes: Any) -> list[str]:
+    """Arguments of train.py; a change is named with two underscores for the dot: `train__epochs=2`."""
+    settings = {**SETTINGS, "data.shards": dataset, "run.dir": run}
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def write_checkpoint(run: Path, dataset: Path) -> Path:
+    """A run folder with one checkpoint, of the untrained network of `SETTINGS`."""
+    config = train.parse(arguments(dataset, run))
+    torch.manual_seed(0)
+    network = build_model(config.model, config.data, num_classes(CATEGORIES))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    state = State(1, 1, {}, CATEGORIES, config, network.state_dict(), optimizer.state_dict())
+    save(Location(str(run)), state, keep=1)
+    return run
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A child's environment: this checkout's packages, one thread, no accelerator."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "CUDA_"))}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        **more,
+    }
+
+
+def start(script: Path | str, options: list[str], *, ranks: int = 1) -> subprocess.Popen[str]:
+    """Start a script under `accelerate launch` with that many CPU processes; with one, by itself."""
+    command = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(port)]
+    return subprocess.Popen(
+        [*command, str(script), *options],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(script: Path | str, options: list[str], *, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`start`, and wait for the end."""
+    process = start(script, options, ranks=ranks)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,291 @@
+"""The state of a run, written whole or not at all, on any fsspec URL.
+
+    <run>/checkpoints/step-000100/
+        model.safetensors       the network's own state_dict: loads into stock torchvision with strict=True
+        optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
+        state.json              everything else, and the sha256 of both files. Written last: a folder without it is no
+                                checkpoint
+
+Nothing is pickled. A newest checkpoint that turns out damaged is passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from shards.dataset import Category
+from shards.errors import StorageError, UserError
+from shards.storage import Location, storage_errors
+from trainer.config import Config, from_dict
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+FORMAT = "maskstream-checkpoint"
+VERSION = 1
+
+log = logging.getLogger("trainer.checkpoint")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after `step` steps.
+
+    Attributes:
+        step: steps done.
+        position: global batches consumed, by all ranks together.
+        order: the identity of the order (`Order.identity`) under which `position` means something.
+        categories: the classes that the network tells apart.
+        config: all settings; the model section rebuilds the network.
+        weights: the network's state_dict.
+        optimizer: the optimizer's state_dict; None where only the weights were asked for.
+    """
+
+    step: int
+    position: int
+    order: dict[str, Any]
+    categories: tuple[Category, ...]
+    config: Config
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+
+
+def step_folder(run: Location, step: int) -> Location:
+    """Where the checkpoint after `step` steps lies."""
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def steps_of(run: Location) -> list[int]:
+    """The steps of a run's finished checkpoints, ascending; empty where there is none.
+
+    Raises:
+        StorageError: the place cannot be asked.
+    """
+    return [step for step in _folders(run) if (step_folder(run, step) / STATE_FILE).exists()]
+
+
+def save(run: Location, state: State, keep: int) -> Location:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        run: the run's folder.
+        state: `state.optimizer` is needed.
+        keep: at least 1.
+
+    Raises:
+        StorageError: it could not be written; what was there before is untouched.
+    """
+    folder = step_folder(run, state.step)
+    # A step saved again (after falling back behind a damaged checkpoint) must not mix old and new files.
+    (folder / STATE_FILE).delete()
+    tensors, structure = flatten_optimizer(state.optimizer or {})
+    files = {
+        MODEL_FILE: safetensors.torch.save(_plain(state.weights), metadata={"format": "pt"}),
+        OPTIMIZER_FILE: safetensors.torch.save(_plain(tensors), metadata={"format": "pt"}),
+    }
+    for name, data in files.items():
+        (folder / name).write(data)
+    value = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": state.step,
+        "position": state.position,
+        "order": state.order,
+        "categories": [asdict(category) for category in state.categories],
+        "config": state.config.to_dict(),
+        "optimizer": structure,
+        "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
+    }
+    (folder / STATE_FILE).write(json.dumps(value, indent=1).encode("utf-8"))
+    _remove_older(run, state.step, keep)
+    return folder
+
+
+def load(folder: Location, *, optimizer: bool = True) -> State:
+    """Read one checkpoint and check it against its hashes.
+
+    Args:
+        folder: where its state.json lies.
+        optimizer: whether the optimizer's state is wanted; without it less is read.
+
+    Raises:
+        CheckpointError: damaged, or of another format.
+        StorageError: missing or unreachable.
+    """
+    try:
+        value = json.loads((folder / STATE_FILE).read())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: not JSON ({error}): the checkpoint is damaged") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
+        raise CheckpointError(f"{folder / STATE_FILE}: not a checkpoint of this release ({FORMAT} version {VERSION})")
+    try:
+        return State(
+            step=int(value["step"]),
+            position=int(value["position"]),
+            order=dict(value["order"]),
+            categories=tuple(Category(**category) for category in value["categories"]),
+            config=from_dict(value["config"], str(folder / STATE_FILE)),
+            weights=_tensors(folder, MODEL_FILE, value["files"]),
+            optimizer=unflatten_optimizer(_tensors(folder, OPTIMIZER_FILE, value["files"]), value["optimizer"])
+            if optimizer
+            else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged ({error!r})") from error
+
+
+def load_newest(run: Location, *, optimizer: bool = True) -> tuple[Location, State] | None:
+    """The newest intact checkpoint of a run with its folder; None where the run has none.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+        StorageError: the place cannot be reached.
+    """
+    steps = steps_of(run)
+    for step in reversed(steps):
+        folder = step_folder(run, step)
+        try:
+            return folder, load(folder, optimizer=optimizer)
+        except CheckpointError as error:
+            log.warning("%s: passing over it for the one before", error)
+    if steps:
+        raise CheckpointError(f"{run / FOLDER}: each of the {len(steps)} checkpoints is damaged: start a new run")
+    return None
+
+
+def open_checkpoint(url: str) -> State:
+    """What `--checkpoint` names: a run's folder (its newest checkpoint) or the folder of one checkpoint; weights only.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    place = Location(url)
+    if (place / STATE_FILE).exists():
+        return load(place, optimizer=False)
+    newest = load_newest(place, optimizer=False)
+    if newest is None:
+        raise CheckpointError(
+            f"{place}: there is no checkpoint: give a run's folder (it has {FOLDER}/) or a folder with {STATE_FILE}"
+        )
+    return newest[1]
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as named tensors, and the rest as JSON values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for number, entries in state.get("state", {}).items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                values.setdefault(str(number), {})[name] = value
+    return tensors, {"values": values, "param_groups": state.get("param_groups", [])}
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], structure: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {int(number): dict(v) for number, v in structure["values"].items()}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    return {"state": state, "param_groups": structure["param_groups"]}
+
+
+def check_same_run(state: State, config: Config, order: dict[str, Any], categories: Sequence[Category]) -> None:
+    """Whether a run may continue from `state`: same model, same classes, same order of samples.
+
+    Raises:
+        CheckpointError: they differ; the first key that does is named with both values.
+    """
+    before, now = asdict(state.config.model), asdict(config.model)
+    pairs = [(f"model.{key}", before.get(key), now[key]) for key in now]
+    pairs += [("classes", _class_names(state.categories), _class_names(categories))]
+    pairs += [(ORDER_OPTIONS.get(key, key), state.order.get(key), order.get(key)) for key in {**state.order, **order}]
+    for key, was, is_now in pairs:
+        if was != is_now:
+            raise CheckpointError(
+                f"{config.run.dir}: this run was started with {key} {was!r}, now it is {is_now!r}: "
+                "start it as before, or give another --run.dir"
+            )
+
+
+# Where the user finds what decides the order.
+ORDER_OPTIONS = {
+    "seed": "train.seed",
+    "batch_size": "data.batch_size",
+    "lanes": "data.lanes",
+    "window": "data.window",
+    "group_by_aspect": "data.group_by_aspect",
+    "index": "data.shards (fingerprint of the split's index)",
+}
+
+
+def _class_names(categories: Sequence[Category]) -> dict[int, str]:
+    return {category.id: category.name for category in categories}
+
+
+def _folders(run: Location) -> list[int]:
+    """The steps that have a folder, finished or not, ascending."""
+    place = run / FOLDER
+    with storage_errors(place.url):
+        try:
+            names = place.fs.ls(place.path, detail=False)
+        except FileNotFoundError:
+            return []
+    found = (re.fullmatch(r"step-(\d+)", str(name).rstrip("/").rsplit("/", 1)[-1]) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _remove_older(run: Location, newest: int, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, the one just written.
+
+    One of a later step is left: it was damaged, and this run is on its way to write it again.
+    """
+    kept = [step for step in steps_of(run) if step <= newest][-keep:]
+    for step in _folders(run):
+        if step < newest and step not in kept:
+            folder = step_folder(run, step)
+            (folder / STATE_FILE).delete()  # first: half a folder is no checkpoint
+            folder.delete(recursive=True)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies in main memory, as safetensors wants them; no two share storage."""
+    return {
+        name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
+        for name, t in tensors.items()
+    }
+
+
+def _tensors(folder: Location, name: str, files: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        data = (folder / name).read()
+    except StorageError as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged: {error}") from error
+    if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
+        raise CheckpointError(
+            f"{folder / name}: the checkpoint is damaged: its sha256 is not what {STATE_FILE} says "
+            f"({len(data)} bytes, {files[name]['nbytes']} expected)"
+        )
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        return tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / name}: the checkpoint is damaged ({error})") from error

@@ -1,0 +1,75 @@
+"""What the commands share: arguments, errors as one line, logging. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from shards.errors import UserError
+
+PATIENCE_S = 10.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as a `UserError`, so that one rank tells it and not all; names the nearest right one.
+
+    Options cannot be abbreviated: a script must not change its meaning when an option is added.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.6)
+            self.error(f"unknown argument {name}" + (f": did you mean {' or '.join(close)}?" if close else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def run(name: str, action: Callable[[], Any]) -> int:
+    """Run a command: 0, or 2 after one line on stderr, or 130 when interrupted.
+
+    What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
+    alone is in trouble is not ended, and speaks up after `PATIENCE_S`.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return int(action() or 0)
+    except UserError as error:
+        if rank > 0:
+            time.sleep(PATIENCE_S)
+        line = f"{name}: error{f' on rank {rank}' if rank else ''}: {error}"
+        print(line, file=sys.stderr, flush=True)
+        _tell_launcher(line)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def start_logging() -> None:
+    """Our own messages from INFO on the main rank, warnings of everyone's on all."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    for name in ("trainer", "shards"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _tell_launcher(line: str) -> None:
+    """Leave the error where torch's launcher looks for it: it then ends its own long report with this line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
