@@ -1,0 +1,317 @@
+"""The fault-injecting proxy: each fault is what it says to a plain client, and nothing else is changed."""
+
+import hashlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import botocore.auth
+import botocore.awsrequest
+import botocore.credentials
+import pytest
+import s3fs
+
+from demo.s3proxy import Fault, S3Proxy, Seen, proxy_process
+from demo.s3server import KEY, REGION, SECRET, S3Server
+
+BODY = bytes(range(256)) * 400
+
+
+@pytest.fixture(scope="module")
+def stored(s3: S3Server) -> Iterator[str]:
+    """A bucket with one object `BODY` at `key`."""
+    s3.make_bucket("proxied")
+    s3.filesystem().pipe_file("proxied/key", BODY)
+    yield "proxied"
+    s3.filesystem().rm("proxied", recursive=True)
+
+
+@contextmanager
+def connected(proxy: S3Proxy, timeout: float = 20.0) -> Iterator[http.client.HTTPConnection]:
+    connection = http.client.HTTPConnection(proxy.endpoint_url.removeprefix("http://"), timeout=timeout)
+    yield connection
+    connection.close()
+
+
+def client(proxy: S3Proxy, **options: Any) -> s3fs.S3FileSystem:
+    return s3fs.S3FileSystem(
+        endpoint_url=proxy.endpoint_url,
+        key=KEY,
+        secret=SECRET,
+        client_kwargs={"region_name": REGION},
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        **options,
+    )
+
+
+def read_all(response: http.client.HTTPResponse) -> tuple[bytes, type[Exception] | None]:
+    """What arrives of a body, and what ends it."""
+    got = b""
+    try:
+        while chunk := response.read1():
+            got += chunk
+    except OSError as error:
+        return got, type(error)
+    return got, None
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("slow_down", 503, "SlowDown"),
+        ("internal_error", 500, "InternalError"),
+        ("refuse", 403, "AccessDenied"),
+        ("missing", 404, "NoSuchKey"),
+        ("expired", 400, "ExpiredToken"),
+    ],
+)
+def test_refusals_are_answers_as_s3_gives_them(s3: S3Server, stored: str, kind: Any, status: int, code: str) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault(kind, times=1)]) as proxy, connected(proxy) as http:
+        http.request("GET", f"/{stored}/key")
+        response = http.getresponse()
+        assert (response.status, response.headers["Content-Type"]) == (status, "application/xml")
+        assert f"<Code>{code}</Code>".encode() in response.read()
+        http.request("GET", f"/{stored}/key")  # on the same connection
+        assert http.getresponse().read() == BODY
+    assert proxy.requests == [Seen("GET", f"{stored}/key", "", status), Seen("GET", f"{stored}/key", "", 200)]
+    assert proxy.counters.faults == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends_with"), [("reset", ConnectionResetError), ("truncate", None), ("stall", TimeoutError)]
+)
+def test_a_broken_download_gives_a_share_of_the_body(s3: S3Server, stored: str, kind: Any, ends_with: Any) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault(kind, after=0.25)]) as proxy, connected(proxy, timeout=1) as http:
+        http.request("GET", f"/{stored}/key", headers={"Range": "bytes=1000-1999"})
+        response = http.getresponse()
+        assert (response.status, response.headers["Content-Length"]) == (206, "1000")
+        assert read_all(response) == (BODY[1000:1250], ends_with)
+        assert proxy.counters.sent == 250
+
+
+def test_a_corrupt_body_has_its_length_and_one_wrong_byte(s3: S3Server, stored: str) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault("corrupt", after=0.1)]) as proxy, connected(proxy) as http:
+        http.request("GET", f"/{stored}/key")
+        got = http.getresponse().read()
+    assert [place for place in range(len(BODY)) if got[place] != BODY[place]] == [len(BODY) // 10]
+    assert len(got) == len(BODY)
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate"])
+def test_where_there_is_no_body_the_answer_is_lost(s3: S3Server, stored: str, kind: Any) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault(kind)]) as proxy, connected(proxy) as http:
+        http.request("HEAD", f"/{stored}/key")
+        with pytest.raises(ConnectionResetError if kind == "reset" else http_disconnected()):
+            http.getresponse()
+    assert proxy.requests == [Seen("HEAD", f"{stored}/key", "", 0)]
+
+
+def http_disconnected() -> type[Exception]:
+    return http.client.RemoteDisconnected
+
+
+@pytest.mark.parametrize("kind", ["slow_down", "internal_error", "reset", "truncate", "stall"])
+@pytest.mark.parametrize("size", [0, 3 * 2**20])
+def test_an_upload_that_breaks_never_reaches_the_store_and_is_sent_again(
+    s3: S3Server, bucket: str, kind: Any, size: int
+) -> None:
+    data = BODY * (size // len(BODY))
+    with S3Proxy(s3.endpoint_url, [Fault(kind, "PUT", times=1)]) as proxy:
+        files = client(proxy, config_kwargs={"read_timeout": 1})
+        files.pipe_file(f"{bucket}/new", data)
+        assert s3.filesystem().cat_file(f"{bucket}/new") == data
+    assert [seen.status for seen in proxy.requests if seen.method == "PUT"][-1] == 200
+    assert proxy.counters.requests["PUT"] == 2
+
+
+def test_an_upload_whose_answer_is_lost_has_reached_the_store(s3: S3Server, bucket: str) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault("reset", "PUT", after=1.0)]) as proxy:
+        files = client(proxy, config_kwargs={"retries": {"total_max_attempts": 1}})
+        files.retries = 1
+        with pytest.raises(OSError):
+            files.pipe_file(f"{bucket}/new", b"whole")
+    assert s3.filesystem().cat_file(f"{bucket}/new") == b"whole"
+
+
+def test_a_corrupt_upload_is_refused_by_the_store_which_checks_the_signed_hash(s3: S3Server, bucket: str) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "PUT")]) as proxy:
+        with pytest.raises(OSError):
+            client(proxy).pipe_file(f"{bucket}/new", BODY)
+    assert not s3.filesystem().exists(f"{bucket}/new")
+
+
+def test_without_faults_everything_passes_unchanged(s3: S3Server, bucket: str) -> None:
+    data = os.urandom(20 * 2**20)
+    with S3Proxy(s3.endpoint_url) as proxy:
+        files = client(proxy)
+        files.pipe_file(f"{bucket}/a/big", data, chunksize=5 * 2**20)
+        files.pipe_file(f"{bucket}/a/ü +%&=?.txt", b"odd name")
+        assert hashlib.sha256(files.cat_file(f"{bucket}/a/big")).digest() == hashlib.sha256(data).digest()
+        assert files.cat_file(f"{bucket}/a/big", start=7_000_001, end=7_000_101) == data[7_000_001:7_000_101]
+        assert sorted(files.find(bucket)) == [f"{bucket}/a/big", f"{bucket}/a/ü +%&=?.txt"]
+        assert files.info(f"{bucket}/a/big") == s3.filesystem().info(f"{bucket}/a/big")
+        files.rm_file(f"{bucket}/a/big")
+        assert not files.exists(f"{bucket}/a/big")
+    assert {seen.range for seen in proxy.requests if seen.method == "PUT"} == {"", *(f"part={n}" for n in (1, 2, 3, 4))}
+    assert Seen("GET", f"{bucket}/a/big", "bytes=7000001-7000100", 206) in proxy.requests
+    assert Seen("PUT", f"{bucket}/a/ü +%&=?.txt", "", 200) in proxy.requests
+    assert sum(proxy.counters.requests.values()) == len(proxy.requests)
+    assert proxy.counters.received >= len(data) and proxy.counters.sent >= len(data)
+    assert proxy.counters.in_flight == 0
+
+
+def test_headers_of_an_answer_are_the_stores(s3: S3Server, stored: str) -> None:
+    def head(url: str) -> dict[str, str]:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection.request("GET", f"/{stored}/key")
+        response = connection.getresponse()
+        assert response.read() == BODY
+        connection.close()
+        changing = ("Date", "X-Amz-Request-Id")
+        return {name.title(): value for name, value in response.getheaders() if name.title() not in changing}
+
+    with S3Proxy(s3.endpoint_url) as proxy:
+        assert head(proxy.endpoint_url) == head(s3.endpoint_url)
+
+
+def test_aws_chunked_bodies_pass(s3: S3Server, bucket: str) -> None:
+    """The coding that the AWS tools use for streamed uploads: "chunks" with a checksum behind them (SigV4 docs)."""
+    body = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\n\r\n"
+    with S3Proxy(s3.endpoint_url) as proxy:
+        headers = {
+            "Content-Encoding": "aws-chunked",
+            "X-Amz-Content-SHA256": "STREAMING-UNSIGNED-PAYLOAD-TRAILER",
+            "X-Amz-Decoded-Content-Length": str(len(BODY)),
+            "Content-Length": str(len(body)),
+        }
+        request = botocore.awsrequest.AWSRequest("PUT", f"{proxy.endpoint_url}/{bucket}/chunked", headers)
+        botocore.auth.SigV4Auth(botocore.credentials.Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
+        with connected(proxy) as http:
+            http.request("PUT", f"/{bucket}/chunked", body, dict(request.headers.items()))
+            assert http.getresponse().status == 200
+    assert s3.filesystem().cat_file(f"{bucket}/chunked") == BODY
+
+
+def test_expect_100_continue_is_answered_by_the_proxy(s3: S3Server, bucket: str) -> None:
+    with S3Proxy(s3.endpoint_url) as proxy, connected(proxy) as http:
+        http.putrequest("PUT", f"/{bucket}/expected")
+        http.putheader("Content-Length", "5")
+        http.putheader("Expect", "100-continue")
+        http.endheaders()
+        assert http.sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        http.send(b"12345")
+        assert http.getresponse().status == 403  # unsigned
+
+
+def statuses(s3: S3Server, bucket: str, order: list[int], threads: int, seed: int) -> dict[str, list[int]]:
+    """Range -> the statuses of four requests for it."""
+    with S3Proxy(s3.endpoint_url, [Fault("slow_down", share=0.3)], seed=seed) as proxy:
+
+        def get(start: int) -> None:
+            with connected(proxy) as http:
+                for _ in range(4):
+                    http.request("GET", f"/{bucket}/key", headers={"Range": f"bytes={start}-{start + 9}"})
+                    http.getresponse().read()
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(get, order))
+        found: dict[str, list[int]] = {}
+        for seen in proxy.requests:
+            found.setdefault(seen.range, []).append(seen.status)
+        return found
+
+
+def test_the_share_is_decided_by_the_seed_whatever_the_order_and_concurrency(s3: S3Server, stored: str) -> None:
+    order = list(range(60))
+    first = statuses(s3, stored, order, threads=1, seed=1)
+    assert statuses(s3, stored, order[::-1], threads=8, seed=1) == first
+    assert statuses(s3, stored, order, threads=1, seed=2) != first
+    failed = sum(status == 503 for row in first.values() for status in row)
+    assert 45 < failed < 100  # of 240; 72 expected, 7 the deviation
+
+
+def test_times_counts_each_key_and_the_method_and_key_are_matched(s3: S3Server, stored: str) -> None:
+    s3.filesystem().pipe_file(f"{stored}/other", b"other")
+    faults = [Fault("missing", "HEAD"), Fault("refuse", key="never"), Fault("slow_down", "GET", "key$|other$", times=2)]
+    with S3Proxy(s3.endpoint_url, faults) as proxy, connected(proxy) as http:
+
+        def status(method: str, key: str) -> int:
+            http.request(method, f"/{stored}/{key}")
+            response = http.getresponse()
+            response.read()
+            return response.status
+
+        assert [status("GET", "key") for _ in range(3)] == [503, 503, 200]
+        assert [status("GET", "other") for _ in range(3)] == [503, 503, 200]
+        assert status("HEAD", "key") == 404
+        proxy.faults = ()
+        assert status("HEAD", "key") == 200
+
+
+def test_latency_is_added_to_each_request_and_holds_up_no_other(s3: S3Server, stored: str) -> None:
+    with S3Proxy(s3.endpoint_url, latency=0.3) as proxy:
+
+        def get(_: int) -> float:
+            started = time.monotonic()
+            with connected(proxy) as http:
+                http.request("GET", f"/{stored}/key")
+                assert http.getresponse().read() == BODY
+            return time.monotonic() - started
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            times = list(pool.map(get, range(16)))
+        assert min(times) >= 0.3
+        assert time.monotonic() - started < 16 * 0.3 / 3
+    assert proxy.counters.most_in_flight == 16
+
+
+def test_every_request_is_shown_as_it_arrives(s3: S3Server, stored: str) -> None:
+    arrived: list[Seen] = []
+    with S3Proxy(s3.endpoint_url, [Fault("refuse")], on_request=arrived.append) as proxy, connected(proxy) as http:
+        http.request("GET", f"/{stored}/key")
+        assert http.getresponse().status == 403
+    assert arrived == [Seen("GET", f"{stored}/key", "", 0)]
+
+
+def test_a_store_that_is_gone_is_a_502(stored: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = taken.getsockname()[1]
+    with S3Proxy(f"http://127.0.0.1:{nobody}") as proxy, connected(proxy) as http:
+        http.request("GET", f"/{stored}/key")
+        assert http.getresponse().status == 502
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}, {"key": "("}])
+def test_a_fault_that_cannot_be_is_an_error(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Fault"):
+        Fault(**{"kind": "reset", **wrong})
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_prints_exports_and_ends_with_its_parent(s3: S3Server, stored: str) -> None:
+    with proxy_process(s3.endpoint_url, 0.0) as environment:
+        files = s3fs.S3FileSystem(endpoint_url=environment["AWS_ENDPOINT_URL"], skip_instance_cache=True)
+        assert files.cat_file(f"{stored}/key") == BODY
+    code = (
+        "import sys; from demo.s3proxy import proxy_process\n"
+        "with proxy_process(sys.argv[1]) as e: print(e['AWS_ENDPOINT_URL'], flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, s3.endpoint_url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:  # type: ignore[call-overload]
+        port = int(re.findall(r"\d+$", process.stdout.readline().strip())[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            process.send_signal(signal.SIGKILL)
+            assert connection.recv(1) == b""  # closed by the proxy's end
