@@ -5,29 +5,23 @@ from __future__ import annotations
 import io
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
-from typing import Any
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.card import ClassCounts, count_classes, render_card
+from builder.executors import IN_THIS_PROCESS, Engine, execute
 from builder.fetch import Refusal, Request, fetch
 from builder.openimages import OpenImages
 from builder.pack import PACKED, RECORDS, Account, Job, TaskResult, pack_task, record_location
-from builder.plan import Plan, ShardTask
+from builder.plan import Plan
 from builder.prepare import Choice, ClassReport, prepare
 from builder.progress import Progress
 from shards.dataset import (
@@ -81,19 +75,19 @@ def build(
     choice: Choice,
     root: Location,
     *,
-    workers: int = 1,
+    engine: Engine = IN_THIS_PROCESS,
     overwrite: bool = False,
     command: str = "",
 ) -> Summary:
     """Build a dataset, or finish a build that was interrupted.
 
-    The bytes of the result are a pure function of the sources and the choice; `workers` and interruptions do not show.
+    The bytes of the result are a pure function of the sources and the choice; the engine and interruptions do not show.
 
     Args:
         source: where Open Images lies.
         choice: what to take from it.
         root: where the dataset goes.
-        workers: processes; 1 packs in this one.
+        engine: where the shards are packed.
         overwrite: discard another dataset, or another unfinished build, in `root`.
         command: what the dataset card calls the command that made it.
 
@@ -116,7 +110,7 @@ def build(
     to_do = [task for task in plan.tasks if task.name not in results]
     fetched = 0
     with Progress(sum(len(task.images) for task in to_do)) as progress:
-        for task, result in _run(to_do, job, workers):
+        for task, result in execute(partial(pack_task, job=job), to_do, engine):
             results[task.name] = result
             fetched += result.fetched
             progress.advance(len(task.images), result.fetched)
@@ -239,52 +233,6 @@ def _sizes(folder: Location) -> dict[str, int]:
     with storage_errors(folder.url):
         found = folder.fs.find(folder.path, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: int(entry["size"]) for path, entry in found.items()}
-
-
-def _run(tasks: Sequence[ShardTask], job: Job, workers: int) -> Iterator[tuple[ShardTask, TaskResult]]:
-    """Do the tasks, in any order, and yield each as it is finished."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        for task in tasks:
-            yield task, pack_task(task, job)
-        return
-    try:
-        with _processes(workers) as executor:
-            futures = {executor.submit(pack_task, task, job): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, perhaps for want of memory: run the same command again to go on from here, "
-            "with fewer --workers or a smaller --images-per-shard (the latter starts a new build)"
-        ) from error
-
-
-@contextmanager
-def _processes(workers: int) -> Iterator[Executor]:
-    """A pool of fresh processes: file systems own threads and sockets, which must not be shared over a fork."""
-    context: Any = multiprocessing.get_context("spawn")
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["builder.pack", "webdataset"])  # imported once, not once a worker
-    others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield executor
-    except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # a shard half done is done again on resuming; nobody waits for it now
-        raise
-    executor.shutdown()
-
-
-def _start_worker() -> None:
-    """In each worker: leave Ctrl-C to the parent, and end when the parent does, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _finish(

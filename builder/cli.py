@@ -106,6 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--workers", type=_positive, metavar="N", help="processes; never shows in the result (default: one a CPU)"
     )
+    how.add_argument(
+        "--cluster",
+        default="",
+        metavar="tcp://HOST:PORT",
+        help="pack on the workers of this Dask scheduler, not on local ones (pip install 'maskstream[cluster]')",
+    )
     return parser
 
 
@@ -133,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> Summary:
     """Build what the parsed arguments ask for; see `builder.build.build` for errors."""
     from builder.build import build
+    from builder.executors import Engine
     from builder.prepare import Choice
 
     a_tenth = max(1, args.per_class // 10)
@@ -153,7 +160,7 @@ def run(args: argparse.Namespace) -> Summary:
         source,
         choice,
         Location(args.out),
-        workers=args.workers or os.cpu_count() or 1,
+        engine=Engine(args.workers or os.cpu_count() or 1, args.cluster),
         overwrite=args.overwrite,
         command=command_line(args),
     )

@@ -12,6 +12,7 @@ import pytest
 
 from builder.build import build
 from builder.decode import check_jpeg
+from builder.executors import Engine
 from builder.openimages import OpenImages, source_location
 from builder.prepare import Choice
 from demo.scenes import SceneTruth
@@ -84,7 +85,7 @@ def test_a_finished_root_is_left_alone_and_another_plan_refused(scenes: SceneTru
 
 
 def test_shards_do_not_depend_on_workers(scenes: SceneTruth, unbroken: Path, tmp_path: Path) -> None:
-    build(mirror(scenes), CHOICE, Location(str(tmp_path / "out")), workers=2)
+    build(mirror(scenes), CHOICE, Location(str(tmp_path / "out")), engine=Engine(workers=2))
     assert tree(tmp_path / "out") == tree(unbroken)
 
 
