@@ -2,7 +2,6 @@
 
     with S3Server() as server, S3Proxy(server.endpoint_url, [Fault("slow_down", share=0.1)]) as proxy:
         subprocess.run(command, env={**os.environ, **proxy.environment()})
-        print(proxy.counters)
 
 `python -m demo.s3proxy --upstream URL --latency 0.03` runs one in a process of its own, as benchmarks need it. On two
 cores that carries about 500 MB/s and 1400 small requests a second.
@@ -21,13 +20,11 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
-from urllib.parse import unquote
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -49,7 +46,6 @@ _ANSWERS: dict[str, tuple[int, str, str]] = {
 # What concerns one connection only (RFC 9110, 7.6.1); the rest passes as it came, for SigV4 signs it, Host included.
 _HOP_BY_HOP = (hdrs.CONNECTION, hdrs.KEEP_ALIVE, hdrs.TRANSFER_ENCODING, hdrs.EXPECT)
 _ADDED_BY_AIOHTTP = (hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE)
-_BUFFER = 2**20  # bytes of a body that are held for a slow reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +53,25 @@ class Fault:
     """What goes wrong with some requests.
 
     `slow_down` (503), `internal_error` (500), `refuse` (403), `missing` (404) and `expired` (400) are S3's own answers
-    and never reach the store. The others break a body: that of the answer, or, of a request that has one, that one.
+    and never reach the store. The others break a body: that of a PUT or POST, or else that of the answer.
 
     - `reset`: a share of the body, then the connection is reset (RST).
-    - `truncate`: a share of the body, then the connection is closed in an orderly way: Content-Length said more.
+    - `truncate`: a share of the body, then the connection is closed in an orderly way, though Content-Length said more.
     - `stall`: a share of the body, then nothing until the client gives up.
-    - `corrupt`: the body in its full length with one byte inverted. Where there is no body it passes unchanged.
+    - `corrupt`: the body in its full length with one byte inverted; an empty one passes unchanged.
 
-    An upload that is reset, truncated or stalled never reaches the store, or, with `after=1`, does so whole and only
-    its answer is lost. Where nobody sends a body the connection breaks without an answer.
+    An upload that is reset, truncated or stalled never reaches the store; with `after=1` it does, and only its answer
+    is lost. Where there is no body to share, the connection ends before the answer.
 
     Attributes:
-        method, key: regular expressions for the whole method and for a part of `bucket/key`.
-        times: only the first so many requests that match, of each key. None: no limit.
-        share: only so many (0 to 1) of the requests that match. Which, is a hash of the proxy's seed, the request, and
-            how many times this request was seen before: neither order nor concurrency matters.
-        after: the share of the body, 0 to 1, that passes unharmed.
+        method, key: regular expressions, of the whole method and of a part of `bucket/key`.
+        times: only the first so many matching requests of each key. None: no limit.
+        share: only so many (0 to 1) of the matching requests. Which, is a hash of the proxy's seed, the request, and
+            how many times it was seen before: neither order nor concurrency matters.
+        after: the share of the body, 0 to 1, that passes unharmed. With 0 nothing of an upload is even asked for.
 
     Raises:
-        ValueError: an unknown kind, a broken expression, or a number out of its range.
+        ValueError: an unknown kind or a number out of its range. re.error: not a regular expression.
     """
 
     kind: Kind
@@ -88,26 +84,16 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"Fault: kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
-        if not (0 <= self.share <= 1 and 0 <= self.after <= 1 and (self.times is None or self.times >= 0)):
+        if not (0 <= self.share <= 1 and 0 <= self.after <= 1 and (self.times or 0) >= 0):
             raise ValueError(f"{self}: share and after lie in 0 to 1, times is 0 or more")
-        try:
-            re.compile(self.method), re.compile(self.key)
-        except re.error as error:
-            raise ValueError(f"{self}: not a regular expression: {error}") from error
-
-    def matches(self, request: "Seen") -> bool:
-        """Whether it is meant for requests of this method and key."""
-        return bool(re.fullmatch(self.method, request.method) and re.search(self.key, request.key))
+        re.compile(self.method), re.compile(self.key)
 
 
 class Seen(NamedTuple):
-    """A request: its method, `bucket/key`, the part of the object, and the status it was answered with.
-
-    range: `bytes=0-99`, or `part=3` of an upload in parts, or "". status: 0 as long as, or when, no answer was begun.
-    """
+    """A request; `range` is `bytes=0-99`, or `part=3` of an upload in parts, or ""; `status` 0 means unanswered."""
 
     method: str
-    key: str
+    key: str  # bucket/key
     range: str
     status: int = 0
 
@@ -120,7 +106,7 @@ class Counters:
         requests: by method.
         received, sent: bytes of bodies, from and to the clients.
         faults: injected ones, by kind.
-        in_flight, most_in_flight: requests that are being answered now, and at most at one time.
+        in_flight, most_in_flight: requests that are being answered, now and at most.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -136,13 +122,12 @@ class S3Proxy:
 
     Args:
         upstream_url: the server's `http://host:port`.
-        faults: a request suffers the first one that hits it.
+        faults: a request suffers the first one that hits it. The attribute may be replaced at any time.
         latency: seconds that each request waits before it is passed on; other requests are not held up.
         seed: decides which requests `Fault.share` hits.
         on_request: called in the proxy's thread with each request as it arrives, before anything is done with it.
 
     Attributes:
-        faults: may be replaced at any time; it holds from the next request on.
         counters: running totals.
         requests: every request that ended, in the order in which they ended.
     """
@@ -164,16 +149,25 @@ class S3Proxy:
         self._seed = seed
         self._on_request = on_request
         self._times_seen: Counter[Seen] = Counter()
-        self._times_hit: defaultdict[Fault, Counter[str]] = defaultdict(Counter)
+        self._times_hit: Counter[tuple[Fault, str]] = Counter()
         self._thread: threading.Thread | None = None
-        self._port = 0
 
     def __enter__(self) -> Self:
-        self.start()
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._port = listener.getsockname()[1]
+        self._loop, self._stopped = asyncio.new_event_loop(), asyncio.Event()
+        serve = self._serve(listener)
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serve,), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        """Break the connections that are left, and end."""
+        assert self._thread is not None
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+        self._loop.close()
+        self._thread = None
 
     @property
     def endpoint_url(self) -> str:
@@ -184,49 +178,27 @@ class S3Proxy:
 
     def environment(self) -> dict[str, str]:
         """The variables that point S3 clients at this proxy, with the credentials of `demo.s3server.S3Server`."""
+        region = dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), REGION)
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": REGION,
-            "AWS_DEFAULT_REGION": REGION,
-        }
+        } | region
 
-    def start(self) -> None:
-        """Return when it listens. OSError if it cannot."""
-        ready: Future[int] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), name="s3proxy", daemon=True)
-        self._thread.start()
-        self._port = ready.result()
-
-    def stop(self) -> None:
-        """Break the connections that are left and end. Does nothing when it is not running."""
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join()
-            self._thread = None
-
-    async def _serve(self, ready: Future[int]) -> None:
-        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._client = aiohttp.ClientSession(
+    async def _serve(self, listener: socket.socket) -> None:
+        # Cancellation: a client that goes away takes its request to the store with it.
+        server = web.Server(self._handle, handler_cancellation=True, access_log=None, auto_decompress=False)
+        runner = web.ServerRunner(server, shutdown_timeout=1)
+        async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=_ADDED_BY_AIOHTTP,
             auto_decompress=False,
-            read_bufsize=_BUFFER,
-        )
-        # Cancellation: a client that goes away takes its request to the store with it.
-        server = web.Server(self._handle, handler_cancellation=True, access_log=None, auto_decompress=False)
-        runner = web.ServerRunner(server, shutdown_timeout=1)
-        async with self._client:
-            try:
-                await runner.setup()
-                await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-                ready.set_result(runner.addresses[0][1])
-            except OSError as error:
-                ready.set_exception(error)
-                self._stopped.set()
+            read_bufsize=2**20,
+        ) as self._client:
+            await runner.setup()
+            await web.SockSite(runner, listener).start()
             await self._stopped.wait()
             await runner.cleanup()
 
@@ -240,39 +212,42 @@ class S3Proxy:
             if self._on_request is not None:
                 self._on_request(seen)
             fault = self._draw(seen)
-            if self._latency:
-                await asyncio.sleep(self._latency)
+            await asyncio.sleep(self._latency)
             if fault is None:
                 await self._pass(request, response)
             elif fault.kind in _ANSWERS:
                 await self._answer(request, response, fault)
             else:
                 await self._break(request, response, fault)
-            return response
+        except aiohttp.ClientConnectorError as error:
+            response = web.Response(status=502, text=str(error))
+        except ConnectionError:
+            pass  # the client is gone
         finally:
             self.counters.in_flight -= 1
             self.requests.append(seen._replace(status=response.status if response.prepared else 0))
+        return response
 
     def _draw(self, seen: Seen) -> Fault | None:
         """The fault that this request suffers; it is counted as injected."""
         again = self._times_seen[seen]
         self._times_seen[seen] += 1
         for fault in self.faults:
-            if not fault.matches(seen) or self._times_hit[fault][seen.key] == fault.times:
+            matches = re.fullmatch(fault.method, seen.method) and re.search(fault.key, seen.key)
+            if not matches or self._times_hit[fault, seen.key] == fault.times:
                 continue
             if fault.share < 1:
                 drawn = hashlib.blake2b(repr((self._seed, fault.kind, *seen, again)).encode(), digest_size=8)
                 if int.from_bytes(drawn.digest()) >= fault.share * 2**64:
                     continue
-            self._times_hit[fault][seen.key] += 1
+            self._times_hit[fault, seen.key] += 1
             self.counters.faults[fault.kind] += 1
             return fault
         return None
 
     async def _pass(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         async with self._ask(request, self._upload(request) if request.body_exists else None) as reply:
-            response.set_status(reply.status, reply.reason)
-            response.headers.extend(_end_to_end(reply.headers))
+            _copy_head(reply, response)
             await response.prepare(request)
             async for chunk in reply.content.iter_any():
                 self.counters.sent += len(chunk)
@@ -290,23 +265,22 @@ class S3Proxy:
 
     async def _break(self, request: web.BaseRequest, response: web.StreamResponse, fault: Fault) -> None:
         upload: bytes | None = None
-        if request.body_exists:
+        uploads = request.method in (hdrs.METH_PUT, hdrs.METH_POST)
+        if uploads:
             upload = await self._broken_upload(request, fault)
             if upload is None:
                 return await self._hang_up(request, fault)
         async with self._ask(request, upload) as reply:
-            response.set_status(reply.status, reply.reason)
-            response.headers.extend(_end_to_end(reply.headers))
+            _copy_head(reply, response)
             body = await reply.read()
         if fault.kind == "corrupt":
-            passed = body if request.body_exists else _inverted(body, fault)
-        elif body and not request.body_exists:
+            passed = body if uploads else _inverted(body, fault)
+        elif body and not uploads:
             response.content_length, passed = len(body), body[: _cut(body, fault)]
         else:
             return await self._hang_up(request, fault)
         await response.prepare(request)
         # Nothing may stay in a buffer of ours: a reset would throw it away.
-        assert request.transport is not None
         request.transport.set_write_buffer_limits(0)
         await response.write(passed)
         self.counters.sent += len(passed)
@@ -317,6 +291,8 @@ class S3Proxy:
     async def _broken_upload(self, request: web.BaseRequest, fault: Fault) -> bytes | None:
         """What of an upload the store is to get; None for nothing."""
         body = bytearray()
+        if fault.after == 0 and fault.kind != "corrupt":
+            return None
         async for chunk in self._upload(request):
             body += chunk
             if fault.kind == "reset" and len(body) > fault.after * (request.content_length or math.inf):
@@ -329,7 +305,8 @@ class S3Proxy:
         """Leave the client with what it has got so far."""
         if fault.kind == "stall":
             await self._stopped.wait()  # a client that gives up first cancels us
-        assert request.transport is not None
+        if request.transport is None:
+            return
         if fault.kind == "reset":
             # SO_LINGER of 0 seconds: close() sends RST (socket(7)).
             connection = request.transport.get_extra_info("socket")
@@ -345,8 +322,7 @@ class S3Proxy:
         return self._client.request(request.method, url, headers=headers, data=body, allow_redirects=False)
 
     async def _upload(self, request: web.BaseRequest) -> AsyncIterator[bytes]:
-        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-            assert request.transport is not None
+        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         async for chunk in request.content.iter_any():
             self.counters.received += len(chunk)
@@ -354,12 +330,14 @@ class S3Proxy:
 
 
 def _seen(request: web.BaseRequest) -> Seen:
-    part = request.query.get("partNumber", "")
-    return Seen(
-        request.method,
-        unquote(request.raw_path.partition("?")[0]).lstrip("/"),
-        f"part={part}" if part else request.headers.get(hdrs.RANGE, ""),
-    )
+    part = request.query.get("partNumber")
+    place = f"part={part}" if part else request.headers.get(hdrs.RANGE, "")
+    return Seen(request.method, request.path.lstrip("/"), place)
+
+
+def _copy_head(reply: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
+    response.set_status(reply.status, reply.reason)
+    response.headers.extend(_end_to_end(reply.headers))
 
 
 def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
@@ -375,9 +353,8 @@ def _cut(body: bytes | bytearray, fault: Fault) -> int:
 
 
 def _inverted(body: bytes | bytearray, fault: Fault) -> bytes:
-    changed, place = bytearray(body), _cut(body, fault)
-    changed[place : place + 1] = bytes(byte ^ 0xFF for byte in changed[place : place + 1])
-    return bytes(changed)
+    place = _cut(body, fault)
+    return bytes(body[:place]) + bytes(byte ^ 0xFF for byte in body[place : place + 1]) + bytes(body[place + 1 :])
 
 
 @contextlib.contextmanager
@@ -407,15 +384,13 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of prctl(2)
-    try:
-        with S3Proxy(options.upstream, latency=options.latency) as proxy:
-            for name, value in proxy.environment().items():
-                print(f"export {name}={value}")
-            print(f"# {proxy.endpoint_url} stands for {options.upstream} until Ctrl-C", flush=True)
-            while True:
-                signal.pause()
-    except KeyboardInterrupt:
-        return 0
+    with contextlib.suppress(KeyboardInterrupt), S3Proxy(options.upstream, latency=options.latency) as proxy:
+        for name, value in proxy.environment().items():
+            print(f"export {name}={value}")
+        print(f"# {proxy.endpoint_url} stands for {options.upstream} until Ctrl-C", flush=True)
+        while True:
+            signal.pause()
+    return 0
 
 
 if __name__ == "__main__":

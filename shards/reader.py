@@ -1,7 +1,7 @@
 """Planned reads: it knows the samples to come and fetches them as few ranges, in bounded memory, without a local disk.
 
 The future is cut into blocks. A block's samples are sorted by place, neighbours merged into ranges, and the ranges
-fetched by several threads in the order in which they are first needed, while the block before is consumed. At most two
+asked for in the order in which they are first needed, all at once, while the block before is consumed. At most two
 blocks are in memory. The first block is small, so that the first sample comes after one round trip; each next one is
 twice as large, up to half of the read-ahead.
 """
@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.dataset import Index
-from shards.errors import SampleError, StorageError
-from shards.storage import Location
+from shards.errors import SampleError
+from shards.ranges import Read, ReadStatistics, start_read
+from shards.storage import Location, explain
 
 READ_AHEAD = 64 * 2**20
 FIRST_BLOCK = 2**20
-MAX_RANGE = 4 * 2**20  # one request: a broken one costs no more than this again
+MAX_RANGE = 4 * 2**20  # one request; several of them fill the line
 MAX_GAP = 64 * 2**10  # bytes between two wanted samples that are cheaper to read than to ask around
-IN_FLIGHT = 8
-ATTEMPTS = 5
+ATTEMPTS = 5  # reads of a sample whose bytes are wrong
 BACK_OFF_S = 0.2
 
 
@@ -41,15 +41,6 @@ class Span:
     start: int
     end: int
     places: tuple[int, ...]
-
-
-@dataclass
-class ReadStatistics:
-    """What a reader has done so far: requests sent, bytes received, requests repeated."""
-
-    requests: int = 0
-    nbytes: int = 0
-    retries: int = 0
 
 
 def plan_spans(shard: NDArray[np.int32], offset: NDArray[np.int64], nbytes: NDArray[np.int64]) -> list[Span]:
@@ -108,16 +99,18 @@ class SampleReader:
         Raises:
             SampleError: a sample cannot be had, or its bytes do not have the index's crc32 after repeated reads.
         """
-        pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="shard-reader")
+        blocks = self._blocks(iter(rows))
+        ahead: deque[_Block] = deque(self._start(block) for block in islice(blocks, 1))
         try:
-            blocks = self._blocks(iter(rows))
-            ahead: deque[_Block] = deque(self._start(pool, block) for block in islice(blocks, 1))
             while ahead:
                 # The next block is asked for before this one is consumed: the line is never idle.
-                ahead.extend(self._start(pool, block) for block in islice(blocks, 1))
-                yield from self._consume(ahead.popleft())
+                ahead.extend(self._start(block) for block in islice(blocks, 1))
+                yield from self._consume(ahead[0])
+                ahead.popleft()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for block in ahead:
+                for part in filter(None, block.parts):
+                    part.future.cancel()
 
     def _blocks(self, rows: Iterator[int]) -> Iterator[NDArray[np.int64]]:
         limit, most = min(FIRST_BLOCK, self.read_ahead // 2), self.read_ahead // 2
@@ -133,24 +126,41 @@ class SampleReader:
         if held:
             yield np.array(held, dtype=np.int64)
 
-    def _start(self, pool: ThreadPoolExecutor, rows: NDArray[np.int64]) -> _Block:
+    def _start(self, rows: NDArray[np.int64]) -> _Block:
         spans = plan_spans(self.index.shard[rows], self.index.offset[rows], self.index.nbytes[rows])
         parts: list[_Part | None] = [None] * len(rows)
         for span in spans:
-            part = _Part(span, pool.submit(self._fetch, span, int(rows[span.places[0]])))
+            part = _Part(span, self._request(span))
             for place in span.places:
                 parts[place] = part
         return _Block(rows, parts)
+
+    def _request(self, span: Span) -> Future[bytes]:
+        location = self.root / self.index.shard_paths[span.shard]
+        return start_read(Read(location, span.start, span.end), statistics=self.statistics)
 
     def _consume(self, block: _Block) -> Iterator[tuple[int, memoryview]]:
         for place, row in enumerate(block.rows):
             part = block.parts[place]
             assert part is not None, "every place of a block lies in a span"
-            block.parts[place] = None  # a range is freed with the last sample it serves
-            data = part.future.result()
+            data = self._received(part, int(row))
             start = int(self.index.offset[row]) - part.span.start
             view = memoryview(data)[start : start + int(self.index.nbytes[row])]
+            block.parts[place] = None  # a range is freed with the last sample it serves
             yield int(row), self._checked(int(row), view)
+
+    def _received(self, part: _Part, row: int) -> bytes:
+        try:
+            data = part.future.result()
+        except Exception as error:
+            reason = explain(error, str(self.root / self.index.shard_paths[part.span.shard]))
+            raise SampleError(f"{self._where(row)}: cannot be read: {reason or repr(error)}") from error
+        if len(data) != part.span.end - part.span.start:
+            raise SampleError(
+                f"{self._where(row)}: cannot be read: the object ends at byte {part.span.start + len(data)}, "
+                f"the index has bytes up to {part.span.end}: the shard is truncated; build the dataset again"
+            )
+        return data
 
     def _checked(self, row: int, data: memoryview) -> memoryview:
         """The bytes, once their crc32 is the index's; wrong bytes are fetched again, alone."""
@@ -158,38 +168,16 @@ class SampleReader:
         for attempt in range(ATTEMPTS):
             if zlib.crc32(data) == wanted:
                 return data
-            _wait(attempt)
+            # Jitter keeps the workers of a job from asking an overloaded server all at once again.
+            time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1.5))
             self.statistics.retries += 1
             start = int(self.index.offset[row])
             span = Span(int(self.index.shard[row]), start, start + int(self.index.nbytes[row]), (0,))
-            data = memoryview(self._fetch(span, row))
+            data = memoryview(self._received(_Part(span, self._request(span)), row))
         raise SampleError(
             f"{self._where(row)}: crc32 is {zlib.crc32(data):08x}, the index says {wanted:08x}, "
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
-
-    def _fetch(self, span: Span, row: int) -> bytes:
-        """The bytes of one range; a short answer is continued where it ended, a failed request repeated."""
-        location = self.root / self.index.shard_paths[span.shard]
-        parts: list[bytes] = []
-        position = span.start
-        for attempt in range(ATTEMPTS):
-            try:
-                part = location.read_some(position, span.end)
-                self.statistics.requests += 1
-                self.statistics.nbytes += len(part)
-                parts.append(part)
-                position += len(part)
-                if position == span.end:
-                    return parts[0] if len(parts) == 1 else b"".join(parts)
-                error: StorageError = StorageError(f"{location}: the object ends at byte {position}")
-            except StorageError as caught:
-                error = caught
-            if error.permanent:
-                break
-            self.statistics.retries += 1
-            _wait(attempt)
-        raise SampleError(f"{self._where(row)}: cannot be read: {error}") from error
 
     def _where(self, row: int) -> str:
         shard = self.root / self.index.shard_paths[int(self.index.shard[row])]
@@ -206,8 +194,3 @@ class _Part:
 class _Block:
     rows: NDArray[np.int64]
     parts: list[_Part | None]
-
-
-def _wait(attempt: int) -> None:
-    # Jitter keeps the workers of a job from asking an overloaded server all at once again.
-    time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1.5))

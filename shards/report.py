@@ -78,11 +78,12 @@ def render(dataset: Dataset, splits: Sequence[SplitReport]) -> str:
             f"median {split.median_width}x{split.median_height} pixels"
         )
         lines.append(f"  {'class':24} {'images':>9} {'boxes':>9} {'masks':>9} {'masked':>8} {'group-of':>9}")
-        for row in split.classes:
+        for row in (row for row in split.classes if row.images):
             objects = row.boxes - row.groups
             share = f"{row.masks / objects:.0%}" if objects else "-"
             lines.append(f"  {row.name:24} {row.images:>9} {row.boxes:>9} {row.masks:>9} {share:>8} {row.groups:>9}")
-        lines.append("")
+        empty = sum(not row.images for row in split.classes)
+        lines += [f"  ({empty} more of the classes are in no image)", ""] if empty else [""]
     lines.append("boxes: every annotation; masked: the share of objects (group-of regions aside) that have a mask.")
     return "\n".join(lines)
 

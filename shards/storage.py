@@ -183,6 +183,7 @@ def _new_filesystem(location: Location) -> Any:
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if location.protocol in ("s3", "s3a"):
         options["anon"] = location.anonymous
+        options["max_concurrency"] = 1  # else s3fs asks for the length of each object before it reads it
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,

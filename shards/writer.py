@@ -1,14 +1,16 @@
 """The deterministic tar writer: index rows and a sha256 come out with the bytes.
 
-webdataset's `TarWriter` writes the members; a fixed mtime and owner make the bytes a pure function of the samples. A
-shard is built in memory and handed over whole, since object stores take an object whole or not at all; its size is
-bounded by the samples that the caller puts in.
+The bytes are those of webdataset's `TarWriter` with a fixed mtime, which a test compares. The standard library's
+`tarfile`, on which it is built, is used directly: importing webdataset imports torch, which costs each process of a
+build one second and 500 MB. A shard is built in memory and handed over whole, since object stores take an object whole
+or not at all; its size is bounded by the samples that the caller puts in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -40,20 +42,22 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
     Raises:
         SampleError: a sample that cannot be stored (see `Sample.to_members`).
     """
-    from webdataset import TarWriter
-
     buffer = io.BytesIO()
     spans: list[tuple[Sample, int, int]] = []
-    with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            start = writer.tarstream.offset
-            writer.write({"__key__": sample.image_id, **sample.to_members()})
-            spans.append((sample, start, writer.tarstream.offset))
-    data = buffer.getvalue()
-    view = memoryview(data)
+            start = tar.offset
+            for extension, data in sample.to_members().items():
+                member = tarfile.TarInfo(f"{sample.image_id}.{extension}")  # mtime, uid, gid 0; no names
+                member.size, member.mode = len(data), 0o444
+                tar.addfile(member, io.BytesIO(data))
+            spans.append((sample, start, tar.offset))
+            tar.members.clear()  # type: ignore[attr-defined]  # kept by tarfile for reading back, which nobody does
+    whole = buffer.getvalue()
+    view = memoryview(whole)
     rows = tuple(_index_row(sample, split, path, start, view[start:end]) for sample, start, end in spans)
-    shard = Shard(path, split, len(rows), len(data), hashlib.sha256(data).hexdigest())
-    return PackedShard(data, shard, rows)
+    shard = Shard(path, split, len(rows), len(whole), hashlib.sha256(whole).hexdigest())
+    return PackedShard(whole, shard, rows)
 
 
 def _index_row(sample: Sample, split: str, path: str, offset: int, data: memoryview) -> IndexRow:

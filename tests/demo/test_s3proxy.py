@@ -1,5 +1,6 @@
 """The fault-injecting proxy: each fault is what it says to a plain client, and nothing else is changed."""
 
+import base64
 import hashlib
 import http.client
 import os
@@ -9,17 +10,20 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import Any
 
-import botocore.auth
-import botocore.awsrequest
-import botocore.credentials
 import pytest
 import s3fs
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from botocore.exceptions import EndpointConnectionError
 
 from demo.s3proxy import Fault, S3Proxy, Seen, proxy_process
 from demo.s3server import KEY, REGION, SECRET, S3Server
@@ -112,17 +116,14 @@ def test_a_corrupt_body_has_its_length_and_one_wrong_byte(s3: S3Server, stored: 
 def test_where_there_is_no_body_the_answer_is_lost(s3: S3Server, stored: str, kind: Any) -> None:
     with S3Proxy(s3.endpoint_url, [Fault(kind)]) as proxy, connected(proxy) as http:
         http.request("HEAD", f"/{stored}/key")
-        with pytest.raises(ConnectionResetError if kind == "reset" else http_disconnected()):
+        with pytest.raises(ConnectionResetError) as caught:
             http.getresponse()
+    assert isinstance(caught.value, RemoteDisconnected) == (kind == "truncate")  # which is one too
     assert proxy.requests == [Seen("HEAD", f"{stored}/key", "", 0)]
 
 
-def http_disconnected() -> type[Exception]:
-    return http.client.RemoteDisconnected
-
-
-@pytest.mark.parametrize("kind", ["slow_down", "internal_error", "reset", "truncate", "stall"])
 @pytest.mark.parametrize("size", [0, 3 * 2**20])
+@pytest.mark.parametrize("kind", ["slow_down", "reset", "truncate", "stall"])
 def test_an_upload_that_breaks_never_reaches_the_store_and_is_sent_again(
     s3: S3Server, bucket: str, kind: Any, size: int
 ) -> None:
@@ -139,15 +140,17 @@ def test_an_upload_whose_answer_is_lost_has_reached_the_store(s3: S3Server, buck
     with S3Proxy(s3.endpoint_url, [Fault("reset", "PUT", after=1.0)]) as proxy:
         files = client(proxy, config_kwargs={"retries": {"total_max_attempts": 1}})
         files.retries = 1
-        with pytest.raises(OSError):
+        with pytest.raises(EndpointConnectionError):  # botocore's name for a reset
             files.pipe_file(f"{bucket}/new", b"whole")
     assert s3.filesystem().cat_file(f"{bucket}/new") == b"whole"
 
 
-def test_a_corrupt_upload_is_refused_by_the_store_which_checks_the_signed_hash(s3: S3Server, bucket: str) -> None:
+def test_a_corrupt_upload_is_refused_by_the_store_which_checks_its_hash(s3: S3Server, bucket: str) -> None:
     with S3Proxy(s3.endpoint_url, [Fault("corrupt", "PUT")]) as proxy:
-        with pytest.raises(OSError):
-            client(proxy).pipe_file(f"{bucket}/new", BODY)
+        files = client(proxy, config_kwargs={"retries": {"total_max_attempts": 1}})
+        files.retries = 1
+        with pytest.raises(OSError, match="Content-Md5"):
+            files.pipe_file(f"{bucket}/new", BODY)
     assert not s3.filesystem().exists(f"{bucket}/new")
 
 
@@ -167,7 +170,7 @@ def test_without_faults_everything_passes_unchanged(s3: S3Server, bucket: str) -
     assert Seen("GET", f"{bucket}/a/big", "bytes=7000001-7000100", 206) in proxy.requests
     assert Seen("PUT", f"{bucket}/a/ü +%&=?.txt", "", 200) in proxy.requests
     assert sum(proxy.counters.requests.values()) == len(proxy.requests)
-    assert proxy.counters.received >= len(data) and proxy.counters.sent >= len(data)
+    assert min(proxy.counters.received, proxy.counters.sent) >= len(data)
     assert proxy.counters.in_flight == 0
 
 
@@ -186,17 +189,19 @@ def test_headers_of_an_answer_are_the_stores(s3: S3Server, stored: str) -> None:
 
 
 def test_aws_chunked_bodies_pass(s3: S3Server, bucket: str) -> None:
-    """The coding that the AWS tools use for streamed uploads: "chunks" with a checksum behind them (SigV4 docs)."""
-    body = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\n\r\n"
+    """As the AWS tools upload: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming-trailers.html"""
+    checksum = base64.b64encode(zlib.crc32(BODY).to_bytes(4))
+    body = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\nx-amz-checksum-crc32:" + checksum + b"\r\n\r\n"
     with S3Proxy(s3.endpoint_url) as proxy:
         headers = {
             "Content-Encoding": "aws-chunked",
             "X-Amz-Content-SHA256": "STREAMING-UNSIGNED-PAYLOAD-TRAILER",
+            "X-Amz-Trailer": "x-amz-checksum-crc32",
             "X-Amz-Decoded-Content-Length": str(len(BODY)),
             "Content-Length": str(len(body)),
         }
-        request = botocore.awsrequest.AWSRequest("PUT", f"{proxy.endpoint_url}/{bucket}/chunked", headers)
-        botocore.auth.SigV4Auth(botocore.credentials.Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
+        request = AWSRequest("PUT", f"{proxy.endpoint_url}/{bucket}/chunked", headers)
+        SigV4Auth(Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
         with connected(proxy) as http:
             http.request("PUT", f"/{bucket}/chunked", body, dict(request.headers.items()))
             assert http.getresponse().status == 200
@@ -293,7 +298,7 @@ def test_a_store_that_is_gone_is_a_502(stored: str) -> None:
         assert http.getresponse().status == 502
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}, {"key": "("}])
+@pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}])
 def test_a_fault_that_cannot_be_is_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Fault"):
         Fault(**{"kind": "reset", **wrong})

@@ -22,6 +22,15 @@ def test_a_second_write_is_identical_and_the_sha256_is_of_the_bytes():
     assert first.shard.nbytes == len(first.data)
 
 
+def test_the_bytes_are_those_of_webdatasets_writer():
+    samples = [sample(n) for n in range(9)]
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, user="", group="", mtime=0, encoder=False) as writer:
+        for one in samples:
+            writer.write({"__key__": one.image_id, **one.to_members()})
+    assert pack_shard(samples, split="train", path="t.tar").data == buffer.getvalue()
+
+
 def test_every_range_of_the_index_is_a_readable_tar_of_its_sample():
     samples = [sample(n) for n in range(7)]
     packed = pack_shard(samples, split="train", path="t.tar")

@@ -1,0 +1,292 @@
+"""Many reads of objects and byte ranges at once, over S3, http(s), and whatever else fsspec knows.
+
+S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. That costs a fifth of the
+processor time of the same requests through s3fs (`benchmarks/requests.py`), which on a few cores decides how fast small
+objects can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
+broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
+
+Connections live in the event loop thread of fsspec, one set a process, and never cross a fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import ssl
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fsspec.asyn import get_loop
+
+from shards import storage
+from shards.storage import Location
+
+ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
+BACK_OFF_S = 0.2  # before the second attempt, doubled each time
+MOST_BACK_OFF_S = 10.0
+IN_FLIGHT = 32
+CONNECTIONS = 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive)."""
+
+    location: Location
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass
+class ReadStatistics:
+    """What was done so far: requests sent, bytes received, requests that had to be repeated or continued."""
+
+    requests: int = 0
+    nbytes: int = 0
+    retries: int = 0
+
+
+class TransientError(OSError):
+    """The server's answer may be another next time: 5xx, 429, 408, or a body that ended early."""
+
+
+def read_many(
+    reads: Sequence[Read], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
+) -> list[bytes | Exception]:
+    """Read everything asked for, concurrently, in the order asked.
+
+    What may pass (timeouts, 5xx, broken connections, short answers) is tried again with back-off, and continued where
+    it broke. A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
+    `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
+    """
+    return _run(_read_many(reads, in_flight, statistics or ReadStatistics())) if reads else []
+
+
+def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[bytes]:
+    """Begin a read in the background; the future's result or exception is that of `read_many`."""
+    return asyncio.run_coroutine_threadsafe(_read(read, statistics or ReadStatistics()), get_loop())
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    future = asyncio.run_coroutine_threadsafe(coroutine, get_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+async def _read_many(reads: Sequence[Read], in_flight: int, statistics: ReadStatistics) -> list[bytes | Exception]:
+    results: list[bytes | Exception] = [b""] * len(reads)
+    numbers = iter(range(len(reads)))
+
+    async def worker() -> None:
+        for number in numbers:
+            try:
+                results[number] = await _read(reads[number], statistics)
+            except Exception as error:
+                results[number] = error
+
+    await asyncio.gather(*(worker() for _ in range(min(in_flight, len(reads)))))
+    return results
+
+
+async def _read(read: Read, statistics: ReadStatistics) -> bytes:
+    if read.location.protocol in ("http", "https"):
+        return await _get(read, read.location.url, None, statistics)
+    if read.location.protocol in ("s3", "s3a"):
+        bucket, _, key = read.location.path.partition("/")
+        address = await asyncio.to_thread(_address, bucket, read.location.anonymous)
+        return await _get(read, f"{address.base}/{quote(key, safe='/~')}", address, statistics)
+    fs, path = read.location.fs, read.location.path
+    data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
+    statistics.requests += 1
+    statistics.nbytes += len(data)
+    return bytes(data)
+
+
+async def _get(read: Read, url: str, address: _Address | None, statistics: ReadStatistics) -> bytes:
+    """Get an object or range; what has arrived of a body that breaks stays, and the rest is asked for."""
+    body = _Body(read)
+    failures = 0
+    while True:
+        before = len(body.data)
+        try:
+            statistics.requests += 1
+            await _get_once(body, url, address)
+            return bytes(body.data)
+        except (OSError, _aiohttp().ClientError) as error:
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise
+            failures = 0 if len(body.data) > before else failures + 1
+            if failures >= ATTEMPTS:
+                raise
+            statistics.retries += 1
+            # Jitter keeps many processes from asking an overloaded server all at once again.
+            await asyncio.sleep(min(BACK_OFF_S * 2**failures, MOST_BACK_OFF_S) * random.uniform(0.5, 1.5))
+        finally:
+            statistics.nbytes += len(body.data) - before
+
+
+@dataclass
+class _Body:
+    """What has arrived of one read."""
+
+    read: Read
+    data: bytearray = field(default_factory=bytearray)
+    etag: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        start = self.read.start + len(self.data)
+        headers = {"Accept-Encoding": "identity"}
+        if self.read.end is not None:
+            headers["Range"] = f"bytes={start}-{self.read.end - 1}"
+        elif start:
+            headers["Range"] = f"bytes={start}-"
+        if self.data and self.etag:
+            headers["If-Match"] = self.etag  # the rest of another object would be worse than an error
+        return headers
+
+
+async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
+    from yarl import URL
+
+    headers = body.headers
+    ranged = "Range" in headers
+    if address is not None:
+        headers = address.signed(url, headers)
+    timeout = _aiohttp().ClientTimeout(
+        total=None, sock_connect=storage.CONNECT_TIMEOUT_S, sock_read=storage.READ_TIMEOUT_S
+    )
+    session, place = await _session(), URL(url, encoded=True)
+    async with session.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
+        if answer.status == 412:
+            body.data.clear()
+            raise TransientError("the object was replaced while it was read")
+        if answer.status == 416 and body.read.start + len(body.data) > 0:
+            return  # the object ends before the range begins
+        if answer.status not in (200, 206):
+            await _refuse(answer, url, address)
+        if ranged and answer.status == 200:
+            raise OSError("the server ignores byte ranges, without which nothing can be read from it")
+        body.etag = answer.headers.get("ETag", "")
+        async for chunk in answer.content.iter_any():
+            body.data += chunk
+
+
+async def _refuse(answer: Any, url: str, address: _Address | None) -> None:
+    """Raise what a status other than 200 and 206 means."""
+    text = (await answer.content.read(4096)).decode("utf-8", "replace")
+    told = {name: found[1] for name in ("Code", "Message") if (found := re.search(rf"<{name}>([^<]*)</{name}>", text))}
+    code = told.get("Code", answer.reason or "")
+    reason = " ".join(f"HTTP {answer.status} {code}: {told.get('Message', '')}".rstrip(": ").split())
+    region = answer.headers.get("x-amz-bucket-region")
+    if address is not None and region and region != address.region:
+        address.move(region)
+        raise TransientError(f"the bucket is in region {region}")
+    if answer.status in (404, 410):
+        raise FileNotFoundError("The specified bucket does not exist" if code == "NoSuchBucket" else url)
+    if 400 <= answer.status < 500 and answer.status not in (408, 429):
+        raise PermissionError(reason)  # ExpiredToken is a 400: credentials that can renew themselves have done so
+    raise TransientError(reason)
+
+
+class _Address:
+    """Where a bucket is reached, and how requests to it are signed."""
+
+    def __init__(self, bucket: str, anonymous: bool) -> None:
+        self.bucket, self.anonymous = bucket, anonymous
+        self._lock = threading.Lock()
+        self.move(None)
+
+    def move(self, region: str | None) -> None:
+        """Find the bucket's address in a region (None: the configured one)."""
+        import botocore.session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        session = botocore.session.get_session()
+        self._credentials = None if self.anonymous else session.get_credentials()
+        if self._credentials is None and not self.anonymous:
+            from botocore.exceptions import NoCredentialsError
+
+            raise NoCredentialsError
+        region = region or session.get_config_variable("region") or "us-east-1"
+        client = session.create_client("s3", region_name=region, config=Config(signature_version=UNSIGNED))
+        # botocore knows all forms of addresses (endpoints, path and host style): a URL without a signature shows it.
+        url = client.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "k"})
+        self.region = region
+        self.base = url.split("?", 1)[0].removesuffix("/k")
+
+    def signed(self, url: str, headers: dict[str, str]) -> dict[str, str]:
+        """The headers with a signature (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html)."""
+        if self._credentials is None:
+            return headers
+        from botocore.auth import S3SigV4Auth
+        from botocore.awsrequest import AWSRequest
+
+        request = AWSRequest("GET", url, headers=headers)
+        # Frozen anew each time: credentials that expire renew themselves here.
+        S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
+        return dict(request.headers.items())
+
+
+_addresses: dict[tuple[str, bool, str | None], _Address] = {}
+_sessions: dict[int, Any] = {}
+_lock = threading.Lock()
+
+
+def _forget() -> None:
+    """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
+    into the parent's epoll set."""
+    global _lock
+    _lock = threading.Lock()
+    _inherited.append(dict(_sessions))
+    _sessions.clear()
+    _addresses.clear()
+
+
+_inherited: list[dict[int, Any]] = []
+os.register_at_fork(after_in_child=_forget)
+
+
+def _address(bucket: str, anonymous: bool) -> _Address:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    with _lock:
+        key = (bucket, anonymous, endpoint)
+        if key not in _addresses:
+            _addresses[key] = _Address(bucket, anonymous)
+        return _addresses[key]
+
+
+async def _session() -> Any:
+    loop = id(asyncio.get_running_loop())
+    if loop not in _sessions:
+        aiohttp = _aiohttp()
+        _sessions[loop] = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates()),
+            auto_decompress=False,
+            read_bufsize=2**18,
+            trust_env=True,  # proxies, as everywhere
+        )
+    return _sessions[loop]
+
+
+def _certificates() -> ssl.SSLContext:
+    """The system's authorities, or those that botocore would take."""
+    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE"))
+
+
+def _aiohttp() -> Any:
+    import aiohttp  # a tenth of a second that --help can do without
+
+    return aiohttp
