@@ -1,7 +1,7 @@
 """Many reads of objects and byte ranges at once, over S3, http(s), and whatever else fsspec knows.
 
-S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. That costs a fifth of the
-processor time of the same requests through s3fs (`benchmarks/requests.py`), which on a few cores decides how fast small
+S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. That costs a quarter of the
+processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast small
 objects can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
 broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
 
@@ -11,16 +11,19 @@ Connections live in the event loop thread of fsspec, one set a process, and neve
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
+import hashlib
 import os
 import random
 import re
 import ssl
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
+from urllib.request import getproxies
 
 from fsspec.asyn import get_loop
 
@@ -38,11 +41,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive)."""
+    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive).
+
+    A whole object of S3 is checked against its ETag where that is an MD5. `largest`: a longer object is not read.
+    """
 
     location: Location
     start: int = 0
     end: int | None = None
+    largest: int | None = None
 
 
 @dataclass
@@ -56,6 +63,10 @@ class ReadStatistics:
 
 class TransientError(OSError):
     """The server's answer may be another next time: 5xx, 429, 408, or a body that ended early."""
+
+
+class TooLargeError(OSError):
+    """The object is longer than the read allows."""
 
 
 def read_many(
@@ -103,8 +114,8 @@ async def _read(read: Read, statistics: ReadStatistics) -> bytes:
     if read.location.protocol in ("http", "https"):
         return await _get(read, read.location.url, None, statistics)
     if read.location.protocol in ("s3", "s3a"):
-        bucket, _, key = read.location.path.partition("/")
-        address = await asyncio.to_thread(_address, bucket, read.location.anonymous)
+        bucket, _, key = read.location.url.partition("://")[2].partition("/")
+        address = await _address(bucket, read.location.anonymous)
         return await _get(read, f"{address.base}/{quote(key, safe='/~')}", address, statistics)
     fs, path = read.location.fs, read.location.path
     data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
@@ -122,9 +133,11 @@ async def _get(read: Read, url: str, address: _Address | None, statistics: ReadS
         try:
             statistics.requests += 1
             await _get_once(body, url, address)
-            return bytes(body.data)
+            if body.is_right():
+                return bytes(body.data)
+            raise TransientError("the bytes do not have the MD5 that the store tells (ETag)")
         except (OSError, _aiohttp().ClientError) as error:
-            if isinstance(error, FileNotFoundError | PermissionError):
+            if isinstance(error, FileNotFoundError | PermissionError | TooLargeError):
                 raise
             failures = 0 if len(body.data) > before else failures + 1
             if failures >= ATTEMPTS:
@@ -143,6 +156,19 @@ class _Body:
     read: Read
     data: bytearray = field(default_factory=bytearray)
     etag: str = ""
+    md5: str = ""  # that the store tells of the whole object; "" where it does not
+    wrong: str = ""  # the MD5 of what came before, when that was not it
+
+    def is_right(self) -> bool:
+        """Whether the bytes are the object's, as far as can be told; if not, they are dropped."""
+        if not self.md5 or self.read.end is not None or self.read.start:
+            return True
+        found = hashlib.md5(self.data, usedforsecurity=False).hexdigest()
+        if found in (self.md5, self.wrong):  # the same twice: the ETag is another checksum than was thought
+            return True
+        self.wrong = found
+        self.data.clear()
+        return False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -179,8 +205,22 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
         if ranged and answer.status == 200:
             raise OSError("the server ignores byte ranges, without which nothing can be read from it")
         body.etag = answer.headers.get("ETag", "")
+        body.md5 = _md5_of(answer.headers) if address is not None else ""
+        if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:
+            raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
         async for chunk in answer.content.iter_any():
             body.data += chunk
+
+
+def _md5_of(headers: Mapping[str, str]) -> str:
+    """The MD5 of an object that was put whole: its ETag, unless a key of KMS or of the client's encrypts it.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
+    if headers.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
+        return ""
+    tag = headers.get("ETag", "").strip('"').lower()
+    return tag if re.fullmatch(r"[0-9a-f]{32}", tag) else ""
 
 
 async def _refuse(answer: Any, url: str, address: _Address | None) -> None:
@@ -205,7 +245,6 @@ class _Address:
 
     def __init__(self, bucket: str, anonymous: bool) -> None:
         self.bucket, self.anonymous = bucket, anonymous
-        self._lock = threading.Lock()
         self.move(None)
 
     def move(self, region: str | None) -> None:
@@ -242,14 +281,11 @@ class _Address:
 
 _addresses: dict[tuple[str, bool, str | None], _Address] = {}
 _sessions: dict[int, Any] = {}
-_lock = threading.Lock()
 
 
 def _forget() -> None:
     """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
     into the parent's epoll set."""
-    global _lock
-    _lock = threading.Lock()
     _inherited.append(dict(_sessions))
     _sessions.clear()
     _addresses.clear()
@@ -259,13 +295,14 @@ _inherited: list[dict[int, Any]] = []
 os.register_at_fork(after_in_child=_forget)
 
 
-def _address(bucket: str, anonymous: bool) -> _Address:
+async def _address(bucket: str, anonymous: bool) -> _Address:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    with _lock:
-        key = (bucket, anonymous, endpoint)
-        if key not in _addresses:
-            _addresses[key] = _Address(bucket, anonymous)
-        return _addresses[key]
+    key = (bucket, anonymous, endpoint)
+    if key not in _addresses:
+        # In a thread: botocore reads files, and may ask the machine's metadata service for credentials.
+        found = await asyncio.to_thread(_Address, bucket, anonymous)
+        _addresses.setdefault(key, found)
+    return _addresses[key]
 
 
 async def _session() -> Any:
@@ -276,9 +313,17 @@ async def _session() -> Any:
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates()),
             auto_decompress=False,
             read_bufsize=2**18,
-            trust_env=True,  # proxies, as everywhere
+            trust_env=bool(getproxies()),  # else aiohttp looks for a proxy in a thread, for each request anew
         )
+        atexit.register(_close, _sessions[loop], asyncio.get_running_loop())
     return _sessions[loop]
+
+
+def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """At the end of the process, which is the one that made the session."""
+    if loop.is_running():
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(session.close(), loop).result(1)
 
 
 def _certificates() -> ssl.SSLContext:
