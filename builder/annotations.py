@@ -1,6 +1,7 @@
-"""The annotation tables of one source split: read, filtered, and mask rows joined to box rows.
+"""The annotation tables of one split of Open Images: read, filtered, and mask rows joined to box rows.
 
-Coordinates are fractions of the image's width and height, in the order (x1, x2, y1, y2) of the tables.
+Coordinates are fractions of the image's width and height, in the order (x1, x2, y1, y2) of the tables. Nothing of a
+table is kept between two calls: a cache (`builder.cache`) makes the second reading cheap.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,111 +19,180 @@ from numpy.typing import NDArray
 
 from builder import openimages
 from builder.classes import Classes
+from builder.maskzip import directory_is_cached, locate_members
+from builder.matching import match_boxes
 from builder.openimages import OpenImages
-from builder.tables import read_table
+from builder.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
+from builder.selection import Candidates
+from builder.source import FLAGS, Filters
+from builder.tables import leave_out, read_table, tell_left_out
 from shards.sample import KEY
+from shards.storage import Location
 
-# The two tables write one box as different text (0.185 and 0.185000, six digits); 1e-5 would bridge that. Boxes that
-# were redrawn between releases differ a little more. 0.01 is 10 pixels of an image's 1024: two objects of one class
-# that close on all four sides can hardly be told apart, and the nearest is taken first.
-JOIN_TOLERANCE = 0.01
-JOIN_BLOCK = 1 << 16  # mask rows compared at a time, which bounds the memory for pairs
+ZIPS_AT_ONCE = 4  # a real train zip's directory takes about 100 MB in memory while it is read
+MASK_NAME = r"[A-Za-z0-9_-]{1,120}\.png"
+FAR = 2.0  # image lengths: a corner further away than this is no corner
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    """One object of an image: a row of the box table, of the mask table, or of both.
-
-    Attributes:
-        category_id: the chosen class that owns its label.
-        label: the source's label, a MID.
-        box: (x1, x2, y1, y2) as fractions of the image, as the source has them.
-        mask_path: the name of its mask in the source's zip; "" without a mask.
-        box_id: the source's BoxID; "" without a mask, since only the mask table has it.
-        predicted_iou: the source's estimate of the mask's quality; None without one.
-    """
-
-    category_id: int
-    label: str
-    box: tuple[float, float, float, float]
-    mask_path: str = ""
-    box_id: str = ""
-    predicted_iou: float | None = None
-    is_group_of: bool = False
-    is_occluded: bool = False
-    is_truncated: bool = False
-    is_depiction: bool = False
-    is_inside: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """What is known of an image beside its objects; the fields of `shards.sample.Sample`."""
-
-    rotation: int = 0
-    license: str = ""
-    author: str = ""
-    author_url: str = ""
-    original_url: str = ""
-    title: str = ""
-
-
 @dataclass(frozen=True)
 class SplitTables:
-    """Mask and box rows of the chosen classes in one source split (columns `MASK_COLUMNS` and `BOX_COLUMNS`)."""
+    """Mask and box rows of one source split (columns `MASK_COLUMNS` and `BOX_COLUMNS`)."""
 
     masks: pa.Table
     boxes: pa.Table
 
 
-def read_split(source: OpenImages, split: str, classes: Classes) -> SplitTables:
-    """Read the mask rows of the chosen classes, and the box rows of the images that these can choose.
+@dataclass(frozen=True)
+class OpenImagesSplit:
+    """One split of Open Images, as the chosen classes and the filters show it (a `builder.source.SourceSplit`)."""
 
-    Raises:
-        UserError: a table is not what it should be.
-        StorageError: a table cannot be had.
-    """
-    labels = pa.array(sorted(classes.owners), pa.string())
-    masks = read_table(source.masks(split), openimages.MASK_COLUMNS, {"LabelName": labels})
-    masks = _with_safe_keys(masks, str(source.masks(split)))
-    where = {"LabelName": labels}
-    if set(_owners(masks, classes)) == set(classes.kinds):
-        # Every class has masks, so an image without any cannot be chosen: most of the table is never held.
-        where["ImageID"] = pc.unique(masks["ImageID"].combine_chunks())
-    boxes = read_table(source.boxes(split), openimages.BOX_COLUMNS, where)
-    boxes = _with_safe_keys(boxes, str(source.boxes(split)))
-    return SplitTables(_distinct(masks, ["MaskPath"]), _distinct(_usable(boxes, str(source.boxes(split))), _BOX_KEY))
+    source: OpenImages
+    name: str
+    classes: Classes
+    filters: Filters
+
+    def candidates(self) -> dict[int, Candidates]:
+        """Id of each class that was asked for -> images with a mask of it, and with boxes only, that the filters leave.
+
+        Where nothing but masks counts and no flag is filtered by, the box table is not read at all.
+        """
+        labels = pa.array(self.classes.wanted_labels, pa.string())
+        needs_boxes = bool(self.filters.drop) or not self.filters.require_mask
+        boxes = self._boxes({"LabelName": labels}) if needs_boxes else None
+        masks = self._masks({"LabelName": labels})
+        if boxes is not None and self.filters.drop:
+            dropped = _flagged(boxes, self.filters.drop)
+            of_box = np.append(dropped, False)  # the last is for a mask without a box, whose row is -1
+            masks = masks.filter(pa.array(~of_box[join(SplitTables(masks, boxes))]))
+            boxes = boxes.filter(pa.array(~dropped))
+        masks = masks.filter(pc.fill_null(pc.greater_equal(_estimate(masks), self.filters.min_predicted_iou), True))
+        with_mask = self._images_by_class(masks)
+        with_box = {} if boxes is None else self._images_by_class(boxes)
+        return {
+            category.id: Candidates(
+                masked=tuple(sorted(with_mask.get(category.id, ()))),
+                boxed=tuple(sorted(with_box.get(category.id, set()) - with_mask.get(category.id, set()))),
+            )
+            for category in self.classes.wanted
+        }
+
+    def find(self, names: Collection[str]) -> dict[str, str]:
+        """The ImageIDs that occur in the split's tables."""
+        wanted = {"ImageID": pa.array(sorted(name for name in names if KEY.fullmatch(name)), pa.string())}
+        tables = [self._metadata(wanted), self._boxes(wanted), self._masks(wanted)]
+        return {image_id: image_id for table in tables for image_id in pc.unique(table["ImageID"]).to_pylist()}
+
+    def describe(self, image_ids: Collection[str]) -> dict[str, PlannedImage]:
+        """All that the tables and the zips' directories say of the images; each is read once."""
+        where = {
+            "LabelName": pa.array(sorted(self.classes.owners), pa.string()),
+            "ImageID": pa.array(sorted(image_ids), pa.string()),
+        }
+        tables = SplitTables(
+            _distinct(self._masks(where), ["MaskPath"], self.source.masks(self.name)),
+            _distinct(self._boxes(where), _BOX_KEY, self.source.boxes(self.name)),
+        )
+        annotations = annotate(tables, self.classes, image_ids)
+        verified = self.verified(image_ids)
+        metadata = self.metadata(image_ids)
+        members = self._locate(annotations)
+        planned: dict[str, PlannedImage] = {}
+        for image_id, found in annotations.items():
+            objects = [PlannedObject(annotation, members.get(annotation.mask_path)) for annotation in found]
+            present, absent = self.classes.verified(
+                *verified.get(image_id, (frozenset(), frozenset())),
+                annotated=frozenset(annotation.category_id for annotation in found),
+            )
+            planned[image_id] = PlannedImage(
+                image_id=image_id,
+                url=self.source.image(self.name, image_id).url,
+                objects=self.filters.apply(objects),
+                verified_present=present,
+                verified_absent=absent,
+                metadata=metadata.get(image_id, Metadata()),
+            )
+        return planned
+
+    def verified(self, image_ids: Collection[str]) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+        """Image -> the labels that people verified as present, and as absent; images without any are left out."""
+        labels = pa.array(self.classes.verifiable, pa.string())
+        where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
+        table = read_table(self.source.labels(self.name), openimages.LABEL_COLUMNS, where, cache=self.source.cache)
+        present: dict[str, set[str]] = defaultdict(set)
+        absent: dict[str, set[str]] = defaultdict(set)
+        for row in table.to_pylist():
+            verdict = {1.0: present, 0.0: absent}.get(row["Confidence"])
+            if verdict is not None:  # between the two lies a machine's guess, not a verification
+                verdict[row["ImageID"]].add(row["LabelName"])
+        return {image: (frozenset(present[image]), frozenset(absent[image])) for image in {*present, *absent}}
+
+    def metadata(self, image_ids: Collection[str]) -> dict[str, Metadata]:
+        """Image -> licence, author, URL and rotation; images that the table does not list are left out."""
+        table = self._metadata({"ImageID": pa.array(sorted(image_ids), pa.string())})
+        return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of a repeated row
+
+    def _metadata(self, where: Mapping[str, pa.Array]) -> pa.Table:
+        location = self.source.metadata(self.name)
+        return read_table(
+            location, openimages.METADATA_COLUMNS, where, newlines_in_values=True, cache=self.source.cache
+        )
+
+    def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
+        """Rows whose ImageID can key a sample and whose MaskPath can name a file in a zip."""
+        location = self.source.masks(self.name)
+        masks = read_table(location, openimages.MASK_COLUMNS, where, cache=self.source.cache)
+        masks = _with_safe(masks, "ImageID", KEY.pattern, location)
+        return _with_safe(masks, "MaskPath", MASK_NAME, location)
+
+    def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:
+        """Rows whose ImageID can key a sample and whose box has an extent inside the image."""
+        location = self.source.boxes(self.name)
+        boxes = read_table(location, openimages.BOX_COLUMNS, where, cache=self.source.cache)
+        return _usable(_with_safe(boxes, "ImageID", KEY.pattern, location), location)
+
+    def _images_by_class(self, table: pa.Table) -> dict[int, set[str]]:
+        owners = self.classes.owners
+        pairs = table.group_by(["ImageID", "LabelName"]).aggregate([])
+        found: dict[int, set[str]] = defaultdict(set)
+        for label in pc.unique(pairs["LabelName"]).to_pylist():
+            found[owners[label]].update(pairs["ImageID"].filter(pc.equal(pairs["LabelName"], label)).to_pylist())
+        return found
+
+    def _locate(self, annotations: Mapping[str, Iterable[Annotation]]) -> dict[str, Member]:
+        """Mask path -> its place in a zip; masks that no zip holds are left out."""
+        wanted: dict[str, list[str]] = {}
+        for image_id, objects in annotations.items():
+            paths = [annotation.mask_path for annotation in objects if annotation.mask_path]
+            # The zips go by a hex digit; an ImageID that starts otherwise has no zip, and its masks are missing.
+            if paths and image_id[0] in "0123456789abcdefABCDEF":
+                wanted.setdefault(image_id[0].lower(), []).extend(paths)
+        if not wanted:
+            return {}
+        cache = self.source.cache
+        zips = {self.source.mask_zip(self.name, digit): paths for digit, paths in sorted(wanted.items())}
+        cached = sum(directory_is_cached(location, cache) for location in zips)
+        count = sum(map(len, zips.values()))
+        logger.info("locating %d masks of %s in %d zips (directories cached: %d)", count, self.name, len(zips), cached)
+        with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
+            found = pool.map(lambda item: locate_members(*item, cache=cache), zips.items())
+            return {name: member for members in found for name, member in members.items()}
 
 
-def images_by_class(tables: SplitTables, classes: Classes) -> dict[int, list[str]]:
-    """Category id -> images that count for it: those with a mask of it; for a class without any mask, with a box."""
-    found: dict[int, list[str]] = {}
-    of_masks, of_boxes = _owners(tables.masks, classes), _owners(tables.boxes, classes)
-    for category in classes.categories:
-        images = tables.masks["ImageID"].filter(pa.array(of_masks == category.id))
-        if not len(images):
-            images = tables.boxes["ImageID"].filter(pa.array(of_boxes == category.id))
-        found[category.id] = sorted(pc.unique(images).to_pylist())
-    return found
+def join(tables: SplitTables) -> NDArray[np.int64]:
+    """(masks,) the row of each mask's box, -1 where it has none: of the same image and label, and the nearest."""
+    mask_groups, box_groups = _groups(tables.masks, tables.boxes)
+    mask_boxes = _coordinates(tables.masks, openimages.MASK_COORDINATES)
+    return match_boxes(mask_groups, mask_boxes, box_groups, _coordinates(tables.boxes, openimages.BOX_COORDINATES))
 
 
 def annotate(tables: SplitTables, classes: Classes, image_ids: Collection[str]) -> dict[str, tuple[Annotation, ...]]:
-    """Every annotation of the given images: box rows in the table's order, then masks that have no box row."""
-    wanted = pa.array(sorted(image_ids), pa.string())
-    masks = tables.masks.filter(pc.is_in(tables.masks["ImageID"], value_set=wanted))
-    boxes = tables.boxes.filter(pc.is_in(tables.boxes["ImageID"], value_set=wanted))
-    mask_groups, box_groups = _groups(masks, boxes)
-    box_of_mask = match_boxes(
-        mask_groups,
-        _coordinates(masks, openimages.MASK_COORDINATES),
-        box_groups,
-        _coordinates(boxes, openimages.BOX_COORDINATES),
-    )
-    mask_rows, box_rows = masks.to_pylist(), boxes.to_pylist()
+    """Every annotation of the images (all of the tables' rows): boxes in their order, then masks that have no box."""
+    box_of_mask = join(tables)
+    mask_rows, box_rows = tables.masks.to_pylist(), tables.boxes.to_pylist()
     mask_of_box = {int(box): mask_rows[mask] for mask, box in enumerate(box_of_mask) if box >= 0}
-    found: dict[str, list[Annotation]] = {image_id: [] for image_id in image_ids}
+    found: dict[str, list[Annotation]] = {image_id: [] for image_id in sorted(image_ids)}
     for number, row in enumerate(box_rows):
         found[row["ImageID"]].append(_annotation(row, mask_of_box.get(number), classes))
     for number, row in enumerate(mask_rows):
@@ -130,77 +201,10 @@ def annotate(tables: SplitTables, classes: Classes, image_ids: Collection[str]) 
     return {image_id: tuple(objects) for image_id, objects in found.items()}
 
 
-def match_boxes(
-    mask_groups: NDArray[np.int64],
-    mask_boxes: NDArray[np.float64],
-    box_groups: NDArray[np.int64],
-    box_boxes: NDArray[np.float64],
-    tolerance: float = JOIN_TOLERANCE,
-) -> NDArray[np.int64]:
-    """Give each mask the nearest box of its group, one to one, the nearest pairs first.
-
-    Args:
-        mask_groups: (M,) which rows may meet: a number for each (image, label).
-        mask_boxes: (M, 4) coordinates.
-        box_groups: (B,) like `mask_groups`.
-        box_boxes: (B, 4) coordinates.
-        tolerance: the largest difference in any coordinate.
-
-    Returns:
-        (M,) the row of each mask's box, or -1 where no box that is left lies within the tolerance.
-    """
-    order = np.argsort(box_groups, kind="stable")
-    sorted_groups = box_groups[order]
-    first = np.searchsorted(sorted_groups, mask_groups, "left")
-    count = np.searchsorted(sorted_groups, mask_groups, "right") - first
-    near: list[tuple[NDArray, NDArray, NDArray]] = []
-    for start in range(0, len(mask_groups), JOIN_BLOCK):
-        block = slice(start, start + JOIN_BLOCK)
-        mask = np.repeat(np.arange(start, start + len(count[block])), count[block])
-        ends = np.cumsum(count[block])
-        within = np.arange(len(mask)) - np.repeat(ends - count[block], count[block])
-        box = order[first[mask] + within]
-        distance = np.abs(mask_boxes[mask] - box_boxes[box]).max(axis=1, initial=0.0)
-        close = distance <= tolerance  # false for NaN
-        near.append((distance[close], mask[close], box[close]))
-    result = np.full(len(mask_groups), -1, dtype=np.int64)
-    if not near:
-        return result
-    distance, mask, box = (np.concatenate(parts) for parts in zip(*near))
-    taken: set[int] = set()
-    for pair in np.lexsort((box, mask, distance)):
-        if result[mask[pair]] < 0 and int(box[pair]) not in taken:
-            result[mask[pair]] = box[pair]
-            taken.add(int(box[pair]))
-    return result
-
-
-def read_verified(
-    source: OpenImages, split: str, classes: Classes, image_ids: Collection[str]
-) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Image -> the labels that people verified as present, and as absent; images without any are left out."""
-    labels = pa.array(classes.verifiable, pa.string())
-    where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
-    table = read_table(source.labels(split), openimages.LABEL_COLUMNS, where)
-    present: dict[str, set[str]] = defaultdict(set)
-    absent: dict[str, set[str]] = defaultdict(set)
-    for row in table.to_pylist():
-        verdict = {1.0: present, 0.0: absent}.get(row["Confidence"])
-        if verdict is not None:  # between the two lies a machine's guess, not a verification
-            verdict[row["ImageID"]].add(row["LabelName"])
-    return {image: (frozenset(present[image]), frozenset(absent[image])) for image in {*present, *absent}}
-
-
-def read_metadata(source: OpenImages, split: str, image_ids: Collection[str]) -> dict[str, Metadata]:
-    """Image -> licence, author, URL and rotation; images that the table does not list are left out."""
-    where = {"ImageID": pa.array(sorted(image_ids), pa.string())}
-    table = read_table(source.metadata(split), openimages.METADATA_COLUMNS, where, newlines_in_values=True)
-    return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of a repeated row
-
-
 def _metadata(row: Mapping) -> Metadata:
+    rotation = row["Rotation"]
     return Metadata(
-        rotation=int(row["Rotation"] or 0) % 360,
+        rotation=int(rotation) % 360 if rotation is not None and rotation in (-270, -180, -90, 0, 90, 180, 270) else 0,
         license=row["License"],
         author=row["Author"],
         author_url=row["AuthorProfileURL"],
@@ -213,8 +217,9 @@ def _annotation(box: Mapping | None, mask: Mapping | None, classes: Classes) -> 
     row = box if box is not None else mask
     assert row is not None
     names = openimages.BOX_COORDINATES if box is not None else openimages.MASK_COORDINATES
-    # A mask row may lack its coordinates (null): a box without extent, which the packer takes from the mask itself.
-    x1, x2, y1, y2 = (0.0 if row[name] is None or not np.isfinite(row[name]) else row[name] for name in names)
+    x1, x2, y1, y2 = (row[name] for name in names)
+    if not all(value is not None and abs(value) <= FAR for value in (x1, x2, y1, y2)):
+        x1 = x2 = y1 = y2 = 0.0  # of a mask row: a box without extent, which the packer takes from the mask itself
     flags = {name: box is not None and box[name] == 1 for name in openimages.BOX_FLAGS}
     iou = None if mask is None else mask["PredictedIoU"]
     return Annotation(
@@ -223,7 +228,7 @@ def _annotation(box: Mapping | None, mask: Mapping | None, classes: Classes) -> 
         box=(x1, x2, y1, y2),
         mask_path="" if mask is None else mask["MaskPath"],
         box_id="" if mask is None else mask["BoxID"],
-        predicted_iou=iou if iou is not None and np.isfinite(iou) else None,
+        predicted_iou=iou if iou is not None and 0 <= iou <= 1 else None,
         is_group_of=flags["IsGroupOf"],
         is_occluded=flags["IsOccluded"],
         is_truncated=flags["IsTruncated"],
@@ -233,14 +238,21 @@ def _annotation(box: Mapping | None, mask: Mapping | None, classes: Classes) -> 
 
 
 _BOX_KEY = ["ImageID", "LabelName", *openimages.BOX_COORDINATES]
+_FLAG_COLUMNS = {flag: "Is" + "".join(word.capitalize() for word in flag.split("_")[1:]) for flag in FLAGS.values()}
 
 
-def _owners(table: pa.Table, classes: Classes) -> NDArray[np.int64]:
-    """(rows,) the category id of each row's label."""
-    labels = sorted(classes.owners)
-    position = pc.index_in(table["LabelName"], value_set=pa.array(labels, pa.string())).to_numpy()
-    owners: NDArray[np.int64] = np.array([classes.owners[label] for label in labels], dtype=np.int64)[position]
-    return owners
+def _flagged(boxes: pa.Table, drop: Iterable[str]) -> NDArray[np.bool_]:
+    """(rows,) whether a box has one of the flags."""
+    flagged = np.zeros(boxes.num_rows, dtype=np.bool_)
+    for name in drop:
+        flagged |= boxes[_FLAG_COLUMNS[FLAGS[name]]].to_numpy() == 1
+    return flagged
+
+
+def _estimate(masks: pa.Table) -> pa.ChunkedArray:
+    """PredictedIoU; null where it is none."""
+    values = masks["PredictedIoU"]
+    return pc.if_else(pc.and_(pc.greater_equal(values, 0.0), pc.less_equal(values, 1.0)), values, None)
 
 
 def _groups(masks: pa.Table, boxes: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -259,27 +271,29 @@ def _coordinates(table: pa.Table, names: Iterable[str]) -> NDArray[np.float64]:
     return np.stack(columns, axis=1)
 
 
-def _distinct(table: pa.Table, key: list[str]) -> pa.Table:
-    """The first row of each key, in the table's order."""
-    others = [name for name in table.column_names if name not in key]
-    grouped = table.group_by(key, use_threads=False).aggregate([(name, "first") for name in others])
-    return grouped.rename_columns([name.removesuffix("_first") for name in grouped.column_names]).select(
-        table.column_names
-    )
+def _distinct(table: pa.Table, key: list[str], location: Location) -> pa.Table:
+    """The first row of each key, in the table's order (in which Arrow does not give groups)."""
+    numbered = table.select(key).append_column("number", pa.array(np.arange(table.num_rows)))
+    first = numbered.group_by(key).aggregate([("number", "min")])["number_min"]
+    distinct = table.take(pa.array(np.sort(first.to_numpy())))
+    tell_left_out(location, table.num_rows - distinct.num_rows, "repeated rows of the chosen images")
+    return distinct
 
 
-def _with_safe_keys(table: pa.Table, where: str) -> pa.Table:
-    """Only rows whose ImageID can stand in a URL and key a sample."""
-    kept = table.filter(pc.match_substring_regex(table["ImageID"], f"^(?:{KEY.pattern})$"))
-    if kept.num_rows < table.num_rows:
-        logger.warning("%s: %d rows have an impossible ImageID: left out", where, table.num_rows - kept.num_rows)
-    return kept
+def _with_safe(table: pa.Table, column: str, pattern: str, location: Location) -> pa.Table:
+    """Only rows whose value can stand in a URL, key a sample, name a file."""
+    safe = f"^(?:{pattern})$"
+    what = f"rows with an impossible {column}"
+    return leave_out(table, lambda rows: pc.match_substring_regex(rows[column], safe), location, what)
 
 
-def _usable(boxes: pa.Table, where: str) -> pa.Table:
+def _usable(boxes: pa.Table, location: Location) -> pa.Table:
     """Only rows whose box has an extent inside the image; the others cannot be boxes."""
-    x1, x2, y1, y2 = np.clip(_coordinates(boxes, openimages.BOX_COORDINATES), 0.0, 1.0).T
-    good = (x2 > x1) & (y2 > y1)  # false for NaN
-    if not good.all():
-        logger.warning("%s: %d boxes are empty, inverted or not numbers: left out", where, int((~good).sum()))
-    return boxes.filter(pa.array(good))
+
+    def good(rows: pa.Table) -> NDArray[np.bool_]:
+        corners = _coordinates(rows, openimages.BOX_COORDINATES)
+        x1, x2, y1, y2 = np.clip(corners, 0.0, 1.0).T
+        good: NDArray[np.bool_] = (x2 > x1) & (y2 > y1) & (np.abs(corners) <= FAR).all(axis=1)  # false for NaN
+        return good
+
+    return leave_out(boxes, good, location, "boxes that are empty, inverted or not numbers")

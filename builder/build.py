@@ -1,46 +1,46 @@
-"""Runs a plan: on processes, resumable, to a finished dataset."""
+"""Runs a plan: on processes, round by round, resumable, to a finished dataset."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from builder.accounts import Account, failed_images, read_accounts, reasons, write_accounts
 from builder.card import ClassCounts, count_classes, render_card
 from builder.executors import IN_THIS_PROCESS, Engine, execute
-from builder.fetch import Refusal, Request, fetch
-from builder.openimages import OpenImages
-from builder.pack import PACKED, RECORDS, Account, Job, TaskResult, pack_task, record_location
-from builder.plan import Plan
-from builder.prepare import Choice, ClassReport, prepare
+from builder.fetch import Request, fetch
+from builder.lock import Lock, hold, refuse_if_held
+from builder.pack import RECORDS, Job, TaskResult, pack_task
+from builder.plan import ShardTask
+from builder.prepare import Choice, ClassReport, Preparation, prepare
 from builder.progress import Progress
-from shards.dataset import (
-    ACCOUNTS_FILE,
-    ACCOUNTS_SCHEMA,
-    DATASET_FILE,
-    INDEX_FILE,
-    SPLITS,
-    DatasetInfo,
-    finish_dataset,
-)
+from builder.redact import redact
+from builder.retry import delete, retrying, write
+from builder.rounds import next_round
+from builder.source import Source
+from builder.target import README_FILE, claim, finished_results, read_rows, remove_strays
+from builder.traffic import PROCESS, Traffic
+from shards.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, IndexRow, Shard, finish_dataset, open_dataset
 from shards.errors import StorageError, UserError
 from shards.sample import canonical_json
-from shards.storage import Location, storage_errors
-
-README_FILE = "README.md"
-PLAN_FILE = "plan.json"
+from shards.storage import Location
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A class that got fewer images than it could have had: images failed, and nothing was left to replace them."""
+
+    split: str
+    name: str
+    packed: int
+    wanted: int
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,54 @@ class Summary:
     """How a build ended.
 
     Attributes:
-        already_built: the root held this very dataset before; nothing was done, and what follows is empty.
+        already_built: the root held this very dataset before, and nothing was done; the rest but for `chosen` and
+            `shortfalls` is empty.
         chosen: what selection gave each class.
         counts: what was packed.
         failures: reason -> images and masks that were not packed.
+        shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
+        replaced: images that were tried in the place of failed ones.
+        recovered: images and masks that `--retry-failed` had more success with; None for a build.
         shards, samples, nbytes: of the whole dataset.
         resumed: shards that an earlier run had finished.
-        fetched: bytes of images and masks read by this run.
-        seconds: this run's.
+        handled: images that this run fetched, packed or not.
+        tables, images, masks: what this run read. Zip directories count as tables.
+        seconds: this run's; `packing` of them from the first image on.
     """
 
     already_built: bool
     chosen: tuple[ClassReport, ...] = ()
     counts: tuple[ClassCounts, ...] = ()
     failures: tuple[tuple[str, int], ...] = ()
+    shortfalls: tuple[Shortfall, ...] = ()
+    replaced: int = 0
+    recovered: int | None = None
     shards: int = 0
     samples: int = 0
     nbytes: int = 0
     resumed: int = 0
-    fetched: int = 0
+    handled: int = 0
+    tables: Traffic = Traffic()
+    images: Traffic = Traffic()
+    masks: Traffic = Traffic()
     seconds: float = 0.0
+    packing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All rounds of a build: the tasks and their results, and what this run read for them."""
+
+    tasks: tuple[ShardTask, ...]
+    results: tuple[TaskResult, ...]
+    resumed: int
+    handled: int
+    images: Traffic
+    masks: Traffic
 
 
 def build(
-    source: OpenImages,
+    source: Source,
     choice: Choice,
     root: Location,
     *,
@@ -84,7 +108,7 @@ def build(
     The bytes of the result are a pure function of the sources and the choice; the engine and interruptions do not show.
 
     Args:
-        source: where Open Images lies.
+        source: where images and annotations lie.
         choice: what to take from it.
         root: where the dataset goes.
         engine: where the shards are packed.
@@ -92,53 +116,128 @@ def build(
         command: what the dataset card calls the command that made it.
 
     Raises:
-        UserError: bad input, another dataset in `root`, or nothing that could be packed.
+        UserError: bad input, another dataset or another running build in `root`, or nothing that could be packed.
         StorageError: a place cannot be reached, read or written.
     """
-    started = time.monotonic()
-    if root.is_local:
-        root = Location(os.path.abspath(root.path))  # workers may have another current folder
-    _check_places(source, root)
-    plan, chosen = prepare(source, choice)
-    if not _claim(root, plan, command, overwrite=overwrite):
-        return Summary(already_built=True, chosen=tuple(chosen))
-    job = Job(root, source, plan.fingerprint)
-    results = _finished_results(root, plan)
-    resumed = len(results)
-    if resumed:
-        logger.info("resuming: %d of %d shards are already finished", resumed, len(plan.tasks))
-    to_do = [task for task in plan.tasks if task.name not in results]
-    fetched = 0
-    with Progress(sum(len(task.images) for task in to_do)) as progress:
-        for task, result in execute(partial(pack_task, job=job), to_do, engine):
-            results[task.name] = result
-            fetched += result.fetched
-            progress.advance(len(task.images), result.fetched)
-    info, counts, failures = _finish(root, plan, [results[task.name] for task in plan.tasks], source, choice, command)
-    return Summary(
-        already_built=False,
-        chosen=tuple(chosen),
-        counts=tuple(counts),
-        failures=tuple(sorted(failures.items())),
-        shards=len(info.shards),
-        samples=sum(shard.samples for shard in info.shards),
-        nbytes=sum(shard.nbytes for shard in info.shards),
-        resumed=resumed,
-        fetched=fetched,
+    started, before = time.monotonic(), PROCESS.total
+    root = absolute(root)
+    check_places(source, root)
+    refuse_if_held(root)
+    preparation = prepare(source, choice)
+    tables, prepared = PROCESS.total - before, time.monotonic()
+    plan = preparation.plan
+    with hold(root) as lock:
+        if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
+            return _already_built(root, preparation, choice)
+        job = Job(root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
+        done = _run(preparation, job, engine, choice.images_per_shard, lock)
+        rows = [row for result in done.results for row in result.rows]
+        shards = [result.shard for result in done.results if result.shard is not None]
+        accounts = [*preparation.unknown, *(account for result in done.results for account in result.accounts)]
+        if not rows:
+            delete(root / RECORDS, recursive=True)
+            found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
+            raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
+        lock.check()
+        remove_strays(root, {shard.path for shard in shards})
+        origin = {**source.origin(), "choice": json.loads(canonical_json(asdict(choice)))}
+        info = write_tables(root, plan.categories, plan.fingerprint, rows, shards, accounts, origin, command)
+        delete(root / RECORDS, recursive=True)
+    first = {task.name for task in plan.tasks}
+    return summarise(
+        preparation,
+        choice,
+        info,
+        rows,
+        accounts,
+        replaced=sum(len(task.images) for task in done.tasks if task.name not in first),
+        resumed=done.resumed,
+        handled=done.handled,
+        tables=tables,
+        images=done.images,
+        masks=done.masks,
         seconds=time.monotonic() - started,
+        packing=time.monotonic() - prepared,
     )
 
 
-def _check_places(source: OpenImages, root: Location) -> None:
-    """Fail now, not after gigabytes of tables, where images cannot be read or shards not be written."""
+def _already_built(root: Location, preparation: Preparation, choice: Choice) -> Summary:
+    dataset = open_dataset(root)
+    accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
+    short = shortfalls(preparation.reports, read_rows(dataset), dataset.categories, accounts, choice)
+    return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
+
+
+def summarise(
+    preparation: Preparation,
+    choice: Choice,
+    info: DatasetInfo,
+    rows: Sequence[IndexRow],
+    accounts: Sequence[Account],
+    **measured: int | float | Traffic | None,
+) -> Summary:
+    """A `Summary` of a finished dataset; `measured` are its fields that tell of this run."""
+    counts = count_classes(rows, preparation.plan.categories)
+    return Summary(
+        already_built=False,
+        chosen=preparation.reports,
+        counts=tuple(counts),
+        failures=tuple(reasons(accounts).items()),
+        shortfalls=tuple(shortfalls(preparation.reports, rows, info.categories, accounts, choice)),
+        shards=len(info.shards),
+        samples=sum(shard.samples for shard in info.shards),
+        nbytes=sum(shard.nbytes for shard in info.shards),
+        **measured,  # type: ignore[arg-type]
+    )
+
+
+def shortfalls(
+    reports: Sequence[ClassReport],
+    rows: Sequence[IndexRow],
+    categories: Sequence[Category],
+    accounts: Sequence[Account],
+    choice: Choice,
+) -> list[Shortfall]:
+    """Where failures left less than the quota, or, where the source itself has less than that, less than it has."""
+    if choice.images_list:
+        images = [account for account in accounts if account.kind == "image"]
+        failed = sum(account.failed for account in images)
+        return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
+    ids = {category.name: category.id for category in categories}
+    packed: dict[tuple[str, int], int] = {}
+    for row in rows:
+        for category, masks in zip(row.classes, row.masks, strict=True):
+            if masks or not choice.filters.require_mask:
+                packed[row.split, category] = packed.get((row.split, category), 0) + 1
+    found = []
+    for report in reports:
+        wanted, got = min(report.asked, report.available), packed.get((report.split, ids[report.name]), 0)
+        if got < wanted:
+            found.append(Shortfall(report.split, report.name, got, wanted))
+    return found
+
+
+def absolute(root: Location) -> Location:
+    """Workers may have another current folder."""
+    return Location(os.path.abspath(root.path)) if root.is_local else root
+
+
+def check_places(source: Source, root: Location, *, write_to: bool = True) -> None:
+    """Fail now, not after gigabytes of tables, where images cannot be read or shards not be written.
+
+    Raises:
+        StorageError: so it is.
+    """
     if source.images.is_local and not os.path.isdir(source.images.path):
         raise StorageError(f"{source.images}: there is no such folder: check --images")
     # Whether this key exists does not matter: a missing bucket, endpoint or credential raises.
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
+    if not write_to:
+        return
     if not root.is_local:
         probe = root / RECORDS / "probe"
-        probe.write(b"can this be written?")
-        probe.delete()
+        write(probe, b"can this be written?")
+        delete(probe)
         return
     folder = os.path.abspath(root.path)
     while not os.path.exists(folder):
@@ -147,123 +246,64 @@ def _check_places(source: OpenImages, root: Location) -> None:
         raise StorageError(f"{root}: cannot be written ({folder} is not a writable folder): choose another --out")
 
 
-def _claim(root: Location, plan: Plan, command: str, *, overwrite: bool) -> bool:
-    """Make `root` this plan's; False when it already holds the finished dataset of this plan.
+def write_tables(
+    root: Location,
+    categories: Sequence[Category],
+    fingerprint: str,
+    rows: Sequence[IndexRow],
+    shards: Sequence[Shard],
+    accounts: Sequence[Account],
+    origin: dict,
+    command: str,
+) -> DatasetInfo:
+    """Write accounts, card, index and dataset.json, in this order; no credential of a URL is among them.
 
     Raises:
-        UserError: `root` holds something of another plan, and `overwrite` is not set.
+        StorageError: a file cannot be written.
     """
-    found, state, by = _occupant(root)
-    if found == plan.fingerprint and state == "finished":
-        (root / RECORDS).delete(recursive=True)  # left over when a build was killed at its very end
-        if not overwrite:
-            return False
-    if found not in ("", plan.fingerprint) and not overwrite:
-        remedy = "choose another --out, or discard it with --overwrite"
-        if state == "unfinished":
-            remedy = f"finish it with its own command ({by}), {remedy}" if by else remedy
-        raise UserError(
-            f"{root}: holds a {state} dataset of another plan (its fingerprint is {found[:16]}, this command's is "
-            f"{plan.fingerprint[:16]}): {remedy}"
-        )
-    if found and (found != plan.fingerprint or overwrite):
-        _discard(root)
-    if root.is_local:
-        _remove_half_files(root)
-    (root / RECORDS / PLAN_FILE).write(canonical_json({"fingerprint": plan.fingerprint, "command": command}))
-    return True
+    counts = count_classes(rows, categories)
+    write(root / ACCOUNTS_FILE, write_accounts(accounts))
+    card = render_card(categories, counts, shards, redact(command), reasons(accounts), origin["name"])
+    write(root / README_FILE, card.encode())
+    safe = json.loads(redact(canonical_json(origin).decode()))
+    return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=fingerprint, source=safe))
 
 
-def _occupant(root: Location) -> tuple[str, str, str]:
-    """The fingerprint of what lies in `root` ("" for nothing), whether it is finished, and its command if known."""
-    try:
-        if (root / DATASET_FILE).exists():
-            where = str(root / DATASET_FILE)
-            return DatasetInfo.from_json(json.loads((root / DATASET_FILE).read()), where).plan or "none", "finished", ""
-        if (root / RECORDS / PLAN_FILE).exists():
-            value = json.loads((root / RECORDS / PLAN_FILE).read())
-            return str(value["fingerprint"]), "unfinished", str(value["command"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root}: holds damaged files of a dataset ({error!r}): choose another --out") from error
-    return "", "", ""
-
-
-def _discard(root: Location) -> None:
-    """Remove a dataset or an unfinished build; nothing that is not of one is touched.
-
-    The records go last: killed halfway, the root still holds an unfinished build, and no stray shard joins another.
-    """
-    (root / RECORDS / PLAN_FILE).write(canonical_json({"fingerprint": "discarded", "command": ""}))
-    for name in (DATASET_FILE, INDEX_FILE, ACCOUNTS_FILE, README_FILE):
-        (root / name).delete()
-    for split in SPLITS:
-        for name in _sizes(root / split):
-            if re.fullmatch(r"\d{6}\.tar", name):
-                (root / split / name).delete()
-    (root / RECORDS).delete(recursive=True)
-
-
-def _remove_half_files(root: Location) -> None:
-    """Remove what `Location.write` leaves on a disk when it is killed: `<name>.<process>.<thread>.tmp`."""
-    ours = "|".join(map(re.escape, (DATASET_FILE, INDEX_FILE, ACCOUNTS_FILE, README_FILE)))
-    for folder in (root, *(root / split for split in SPLITS)):
-        for name in _sizes(folder):
-            if re.fullmatch(rf"({ours}|\d{{6}}\.tar)\.\d+\.\d+\.tmp", name):
-                (folder / name).delete()
-
-
-def _finished_results(root: Location, plan: Plan) -> dict[str, TaskResult]:
-    """Task name -> result, of the tasks whose record and whole shard lie in `root`."""
-    records = _sizes(root / RECORDS)
-    tasks = [task for task in plan.tasks if f"{task.name}.json" in records]
-    answers = fetch([Request(record_location(root, task)) for task in tasks])
-    sizes = {f"{split}/{name}": size for split in SPLITS for name, size in _sizes(root / split).items()}
+def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: int, lock: Lock) -> Outcome:
+    """All rounds; what an earlier run has finished is not done again."""
+    tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}
-    for task, answer in zip(tasks, answers, strict=True):
-        if isinstance(answer, Refusal):
-            continue
-        result = TaskResult.from_record(answer, plan.fingerprint)
-        if result is not None and (result.shard is None or sizes.get(result.shard.path) == result.shard.nbytes):
-            results[task.name] = result
-    return results
+    resumed = handled = 0
+    images = masks = Traffic()
+    fresh: Sequence[ShardTask] = preparation.plan.tasks
+    with Progress() as progress:
+        while fresh:
+            finished = finished_results(job.root, job.fingerprint, fresh)
+            if finished:
+                logger.info("resuming: %d of %d shards are already finished", len(finished), len(fresh))
+            resumed += len(finished)
+            results |= finished
+            to_do = [task for task in fresh if task.name not in finished]
+            progress.expect(sum(len(task.images) for task in to_do))
+            for task, result in execute(partial(pack_task, job=job), to_do, engine):
+                lock.check()
+                results[task.name] = result
+                handled += len(task.images)
+                images, masks = images + result.images, masks + result.masks
+                failed = len(failed_images(result.accounts, task.split))
+                progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
+            tasks += fresh
+            failures = {split: _failed(tasks, results, split) for split in SPLITS}
+            fresh = next_round(preparation, tasks, failures.__getitem__, images_per_shard)
+            if fresh:
+                count = sum(len(task.images) for task in fresh)
+                logger.info("%d images failed: trying %d others", sum(map(len, failures.values())), count)
+    return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
 
 
-def _sizes(folder: Location) -> dict[str, int]:
-    """The files right in a folder: name -> bytes; none where there is no such folder."""
-    with storage_errors(folder.url):
-        found = folder.fs.find(folder.path, maxdepth=1, detail=True)
-    return {path.rsplit("/", 1)[-1]: int(entry["size"]) for path, entry in found.items()}
-
-
-def _finish(
-    root: Location, plan: Plan, results: Sequence[TaskResult], source: OpenImages, choice: Choice, command: str
-) -> tuple[DatasetInfo, list[ClassCounts], Counter[str]]:
-    """Write accounts, card, index and dataset.json, in this order, and remove the records."""
-    rows = [row for result in results for row in result.rows]
-    accounts = [account for result in results for account in result.accounts]
-    failures = Counter(account.status for account in accounts if account.status != PACKED)
-    if not rows:
-        (root / RECORDS).delete(recursive=True)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(failures.items()))
-        raise UserError(f"none of the chosen images could be packed ({reasons}): check --images ({source.images})")
-    counts = count_classes(rows, plan.categories)
-    shards = [result.shard for result in results if result.shard is not None]
-    (root / ACCOUNTS_FILE).write(_accounts_parquet(accounts))
-    (root / README_FILE).write(render_card(plan.categories, counts, shards, command, failures).encode())
-    origin = {
-        "name": "Open Images",
-        "images": source.images.url,
-        "annotations": source.annotations.url,
-        "choice": json.loads(canonical_json(asdict(choice))),
-    }
-    info = finish_dataset(root, rows, shards, plan.categories, plan=plan.fingerprint, source=origin)
-    (root / RECORDS).delete(recursive=True)
-    return info, counts, failures
-
-
-def _accounts_parquet(accounts: Sequence[Account]) -> bytes:
-    ordered = sorted(accounts, key=lambda a: (SPLITS.index(a.split), a.image_id, a.kind, a.source))
-    columns = {name: [getattr(account, name) for account in ordered] for name in ACCOUNTS_SCHEMA.names}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=ACCOUNTS_SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()
+def _failed(tasks: Sequence[ShardTask], results: dict[str, TaskResult], split: str) -> set[str]:
+    found: set[str] = set()
+    for task in tasks:
+        if task.split == split:
+            found |= failed_images(results[task.name].accounts, split)
+    return found

@@ -56,17 +56,60 @@ FEATURES = [
     },
 ]
 
+
+@dataclass(frozen=True)
+class _About:
+    """What the card says of a source.
+
+    Attributes:
+        title, link: what the data was cut out of.
+        licenses: identifiers as Hugging Face's front matter has them; none where it depends on the image.
+        tag: for Hugging Face's search.
+        attribution: the section on licences, in Markdown.
+    """
+
+    title: str
+    link: str
+    licenses: tuple[str, ...]
+    tag: str
+    attribution: str
+
+
+_OPEN_IMAGES = """\
+The images are listed by Open Images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample carries
+its `license`, `author`, `author_url` and `original_url`, which must travel with the image. No warranty is given for
+the licence of a single image: check it at its URL. The annotations are by Google LLC under
+[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
+sense of that licence."""
+
+_COCO = """\
+Images and annotations are under the licences of their source; each sample carries the `license` and `original_url`
+that its annotations name, and in `title` the file's name. Check them before the data is passed on."""
+
+# By the name that a source gives as its origin.
+_ABOUT = {
+    "Open Images": _About(
+        "Open Images",
+        "https://storage.googleapis.com/openimages/web/index.html",
+        ("cc-by-2.0", "cc-by-4.0"),
+        "open-images",
+        _OPEN_IMAGES,
+    ),
+    "COCO": _About("a dataset in COCO's format", "https://cocodataset.org/#format-data", (), "coco", _COCO),
+}
+
 _TEXT = """\
-# Images and instance masks from Open Images: {classes}
+# Images and instance masks from {title}: {classes}
 
 {samples} images in {shards} tar shards ({megabytes:.1f} MB), cut out of
-[Open Images](https://storage.googleapis.com/openimages/web/index.html) by `build-shards`.
+[{title}]({link}) by `build-shards`.
 
 | split | class | images | masks | boxes | of these group-of |
 | --- | --- | ---: | ---: | ---: | ---: |
 {counts}
 
-Every box of these classes in these images is kept, with a mask or (most of them) without. Not packed: {failures};
+Every annotation of these classes in these images that the command does not leave out is kept, with a mask or without.
+Not packed: {failures};
 `accounts.parquet` has a row for every image and every mask that was asked for.
 
 ## A sample
@@ -74,7 +117,7 @@ Every box of these classes in these images is kept, with a mask or (most of them
 `<ImageID>.jpg` is the source's JPEG, untouched; `<ImageID>.json` holds its size, rotation, licence and author, the
 classes that people verified as present or absent, and COCO-style `annotations`: `category_id` ({ids}),
 `bbox` (x, y, w, h in pixels), `segmentation` (COCO compressed RLE at the image's size, or null), the original `label`,
-and Open Images' flags. Pixels, boxes and masks agree as stored; EXIF orientation is to be ignored.
+and the source's flags. Pixels, boxes and masks agree as stored; EXIF orientation is to be ignored.
 
 ```python
 from datasets import Image, load_dataset
@@ -87,11 +130,7 @@ dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"]
 
 ## Licence and attribution
 
-The images are listed by Open Images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample carries
-its `license`, `author`, `author_url` and `original_url`, which must travel with the image. No warranty is given for
-the licence of a single image: check it at its URL. The annotations are by Google LLC under
-[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
-sense of that licence.
+{attribution}
 
 ## How it was made
 
@@ -137,15 +176,26 @@ def render_card(
     shards: Sequence[Shard],
     command: str,
     failures: Mapping[str, int],
+    source: str = "Open Images",
 ) -> str:
-    """The text of `README.md`: front matter, counts, format, licence, and the command that made it."""
+    """The text of `README.md`: front matter, counts, format, licence, and the command that made it.
+
+    Args:
+        categories: classes that nothing was packed of are not listed.
+        failures: reason -> images and masks.
+        source: the name that the source gives as its origin.
+    """
+    about = _ABOUT[source]
+    packed = {c.name for c in counts if c.boxes}
+    categories = [category for category in categories if category.name in packed]
+    counts = [c for c in counts if c.name in packed]
     splits = [split for split in SPLITS if any(shard.split == split for shard in shards)]
     samples = sum(shard.samples for shard in shards)
     front = {
-        "pretty_name": "Open Images: " + ", ".join(category.name for category in categories),
-        "license": ["cc-by-2.0", "cc-by-4.0"],
+        "pretty_name": f"{about.title}: {', '.join(category.name for category in categories)}",
+        **({"license": list(about.licenses)} if about.licenses else {}),
         "task_categories": ["image-segmentation", "object-detection"],
-        "tags": ["webdataset", "open-images", "instance-segmentation"],
+        "tags": ["webdataset", about.tag, "instance-segmentation"],
         "size_categories": [_size_category(samples)],
         "configs": [
             {
@@ -157,6 +207,9 @@ def render_card(
     }
     rows = [f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |" for c in counts]
     text = _TEXT.format(
+        title=about.title,
+        link=about.link,
+        attribution=about.attribution,
         classes=", ".join(category.name for category in categories),
         samples=samples,
         shards=len(shards),

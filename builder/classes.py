@@ -8,13 +8,15 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.fetch import Request, fetch_one
-from builder.openimages import OpenImages
 from shards.dataset import Category
 from shards.errors import UserError
 from shards.storage import Location
+
+if TYPE_CHECKING:
+    from builder.openimages import OpenImages
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,29 @@ class Classes:
     """The chosen classes.
 
     Attributes:
-        categories: ids 1 to N in the order in which they were asked for.
+        categories: ids 1 to N in the order in which they were asked for; with every other class as well, these follow
+            in the order of their names.
+        asked: how many of the categories were asked for.
         owners: label (MID) -> id of the category that its objects belong to.
         kinds: category id -> the labels whose presence is the class's presence (itself, and its children).
         ancestors: category id -> the labels whose absence is the class's absence (itself, and its parents).
     """
 
     categories: tuple[Category, ...]
+    asked: int
     owners: Mapping[str, int]
     kinds: Mapping[int, frozenset[str]]
     ancestors: Mapping[int, frozenset[str]]
+
+    @property
+    def wanted(self) -> tuple[Category, ...]:
+        """The classes that were asked for, which have quotas."""
+        return self.categories[: self.asked]
+
+    @property
+    def wanted_labels(self) -> tuple[str, ...]:
+        """Every label that counts for a class that was asked for, sorted."""
+        return tuple(sorted(label for label, owner in self.owners.items() if owner <= self.asked))
 
     @property
     def verifiable(self) -> tuple[str, ...]:
@@ -61,12 +76,16 @@ class Taxonomy:
     """All classes of the source.
 
     Attributes:
-        names: MID -> display name.
+        names: MID (or what else the source calls a class by) -> display name.
         children: MID -> MIDs that are kinds of it (Subcategory; a Part is not a kind).
+        groups: names that only hold kinds together, and that no object carries.
+        source: whose names these are, for messages.
     """
 
     names: Mapping[str, str]
     children: Mapping[str, frozenset[str]]
+    groups: frozenset[str] = frozenset()
+    source: str = "Open Images' boxable classes, or their MIDs such as /m/01g317"
 
     def subtree(self, mid: str) -> frozenset[str]:
         """The class, its children, their children and so on."""
@@ -91,26 +110,29 @@ class Taxonomy:
         near += [name for name in names if key and key in name and name not in near][:3]
         hint = f"did you mean {', '.join(repr(names[name]) for name in near)}?" if near else "no name is near"
         raise UserError(
-            f"unknown class {wanted!r}: {hint} (quote names with spaces; the names are Open Images' "
-            f"{len(self.names)} boxable classes, or their MIDs such as /m/01g317)"
+            f"unknown class {wanted!r}: {hint} (quote names with spaces; the {len(self.names)} names are {self.source})"
         )
 
-    def choose(self, wanted: Sequence[str], *, exact: bool = False) -> Classes:
+    def choose(self, wanted: Sequence[str], *, exact: bool = False, others: bool = False) -> Classes:
         """The classes that a user asks for, with the labels that count for each.
 
         A label below several chosen classes belongs to the most specific of them: of Person and Man, a Man is a Man.
 
         Args:
-            wanted: names or MIDs.
+            wanted: names or MIDs; none for all classes, in the order of their names, each by itself.
             exact: children do not count: a Man is not a Person.
+            others: every label that counts for none of the wanted classes becomes a class of its own, after them. All
+                of the source's, whether they occur or not: so an id means the same whatever images are chosen.
 
         Raises:
             UserError: an unknown class, or one that is asked for twice.
         """
-        mids = [self.find(name) for name in wanted]
+        by_name = sorted(self.names.keys() - self.groups, key=lambda mid: (self.names[mid], mid))
+        mids = [self.find(name) for name in wanted] or by_name
         for position, mid in enumerate(mids):
             if mid in mids[:position]:
                 raise UserError(f"class {wanted[position]!r} is asked for twice: name it once")
+        asked = len(mids)
         subtrees = {mid: frozenset([mid]) if exact else self.subtree(mid) for mid in mids}
         owners: dict[str, int] = {}
         # A descendant's subtree is smaller than its ancestor's, so the smallest subtree is the most specific class.
@@ -118,12 +140,17 @@ class Taxonomy:
         for i in by_size:
             for label in sorted(subtrees[mids[i]]):
                 owners.setdefault(label, i + 1)
+        if others:
+            mids += [mid for mid in by_name if mid not in owners]
+            owners |= {mid: i + 1 for i, mid in enumerate(mids) if i >= asked}
+            subtrees |= {mid: frozenset([mid]) if exact else self.subtree(mid) for mid in mids[asked:]}
         parents: dict[str, set[str]] = defaultdict(set)
         for parent, children in self.children.items():
             for child in children:
                 parents[child].add(parent)
         return Classes(
             categories=tuple(Category(i + 1, self.names[mid], mid) for i, mid in enumerate(mids)),
+            asked=asked,
             owners=owners,
             kinds={i + 1: subtrees[mid] for i, mid in enumerate(mids)},
             ancestors={i + 1: _reachable(mid, parents) for i, mid in enumerate(mids)},
@@ -131,7 +158,7 @@ class Taxonomy:
 
 
 def read_taxonomy(source: OpenImages) -> Taxonomy:
-    """Read class names and hierarchy.
+    """Read Open Images' class names and hierarchy.
 
     Raises:
         UserError: a file is not what it should be.

@@ -122,7 +122,7 @@ def _processes(workers: int) -> Iterator[Executor]:
     context: Any = multiprocessing.get_context("spawn")
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["builder.pack", "webdataset"])  # imported once, not once a worker
+        context.set_forkserver_preload(["builder.pack"])  # imported once, not once a worker
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:

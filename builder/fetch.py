@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from builder.traffic import PROCESS, Meter
+from builder.wholes import TooLargeError, WrongBytesError, read_wholes
 from shards.errors import StorageError
 from shards.storage import Location, explain, is_missing_bucket, storage_errors
 
@@ -31,27 +33,42 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The store answered, and will answer the same again: `reason` is `missing` or `refused`."""
+    """The store answered, and will answer the same again.
+
+    `reason` is `missing`, `refused`, `too-large`, or `undecodable`: at no attempt did the bytes match their checksum.
+    """
 
     reason: str
 
 
-def fetch(requests: Sequence[Request]) -> list[bytes | Refusal]:
+def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | Refusal]:
     """Read everything asked for, concurrently where the file system can, in the order asked.
 
-    Timeouts, server errors, broken connections and short answers are tried again with back-off. All requests must be
-    of one file system.
+    Timeouts, server errors, broken connections, short answers and bytes that do not match a checksum are tried again
+    with back-off. All requests must be of one file system; `meter` counts them.
 
     Raises:
         StorageError: a read still failed after `ATTEMPTS`, or it cannot succeed (no such bucket, no credentials).
     """
     results: list[bytes | Refusal] = [Refusal("missing")] * len(requests)
     pending = list(range(len(requests)))
+    wrong: dict[int, str] = {}
     for attempt in range(1, ATTEMPTS + 1):
         failed: list[int] = []
         reason = ""
-        for index, answer in zip(pending, _read_once([requests[i] for i in pending]), strict=True):
+        answers = _read_once([requests[i] for i in pending])
+        meter.count(len(pending), sum(len(answer) for answer in answers if isinstance(answer, bytes)))
+        for index, answer in zip(pending, answers, strict=True):
             request = requests[index]
+            if isinstance(answer, WrongBytesError):
+                meter.count(0, len(answer.data))
+                if wrong.get(index) == answer.digest and not answer.certain:
+                    answer = answer.data  # the same twice: it is the checksum that is none
+                elif attempt == ATTEMPTS:
+                    results[index] = Refusal("undecodable")
+                    continue
+                else:
+                    wrong[index] = answer.digest
             if isinstance(answer, Exception):
                 refusal = refusal_of(answer, request.location.url)
                 if refusal is not None:
@@ -68,9 +85,7 @@ def fetch(requests: Sequence[Request]) -> list[bytes | Refusal]:
         if not pending:
             return results
         if attempt < ATTEMPTS:
-            logger.debug("%s; attempt %d of %d, again soon", reason, attempt, ATTEMPTS)
-            # Jitter keeps many workers from coming back at the same moment; it decides no byte of the result.
-            time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            _wait(reason, attempt)
     raise StorageError(f"{reason} (after {ATTEMPTS} attempts)")
 
 
@@ -82,11 +97,33 @@ def fetch_one(request: Request) -> bytes:
     """
     [answer] = fetch([request])
     if isinstance(answer, Refusal):
-        url = request.location.url
-        if answer.reason == "missing":
-            raise StorageError(f"{url}: there is no such object: check the address (--images, --annotations)")
-        raise StorageError(f"{url}: access was refused: check the credentials, or try --anonymous")
+        raise _refused(answer, request.location.url)
     return answer
+
+
+def describe(location: Location) -> dict[str, Any]:
+    """What the store tells of an object without sending it: its `size`, and an ETag or a time where it has them.
+
+    Raises:
+        StorageError: it is missing, refused, its size is not told, or the store still failed after `ATTEMPTS`.
+    """
+    reason = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        PROCESS.count(1, 0)
+        try:
+            info: dict[str, Any] = location.fs.info(location.path)
+        except Exception as error:
+            refusal = refusal_of(error, location.url)
+            if refusal is not None:
+                raise _refused(refusal, location.url) from error
+            reason = explain(error, location.url) or repr(error)
+        else:
+            if info.get("size") is None:
+                raise StorageError(f"{location}: the server does not tell the object's length, which range reads need")
+            return info
+        if attempt < ATTEMPTS:
+            _wait(reason, attempt)
+    raise StorageError(f"{reason} (after {ATTEMPTS} attempts)")
 
 
 def refusal_of(error: Exception, url: str) -> Refusal | None:
@@ -96,6 +133,8 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
         StorageError: the error concerns not the object but the whole store, and waiting does not help.
     """
     status = getattr(error, "status", None)
+    if isinstance(error, TooLargeError):
+        return Refusal("too-large")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         if is_missing_bucket(error):
             raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
@@ -110,12 +149,28 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
     return None
 
 
+def _refused(refusal: Refusal, url: str) -> StorageError:
+    if refusal.reason == "missing":
+        text = f"{url}: there is no such object: check the address (--images, --annotations)"
+        return StorageError(text, missing=True)
+    return StorageError(f"{url}: access was refused: check the credentials, or try --anonymous", permanent=True)
+
+
+def _wait(reason: str, attempt: int) -> None:
+    logger.debug("%s; attempt %d of %d, again soon", reason, attempt, ATTEMPTS)
+    # Jitter keeps many workers from coming back at the same moment; it decides no byte of the result.
+    time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+
+
 def _read_once(requests: Sequence[Request]) -> list[bytes | Exception]:
     if not requests:
         return []
     fs = requests[0].location.fs
     paths = [request.location.path for request in requests]
     whole = all(request.end is None for request in requests)
+    if whole and requests[0].location.protocol in ("s3", "s3a"):
+        with storage_errors(requests[0].location.url):
+            return read_wholes(fs, paths, IN_FLIGHT)
     starts: Any = None if whole else [request.start for request in requests]
     ends: Any = None if whole else [request.end for request in requests]
     options = {"batch_size": IN_FLIGHT} if fs.async_impl else {}
@@ -144,7 +199,7 @@ class RangeFile(io.RawIOBase):
     def __init__(self, location: Location, *, tail: int = 0) -> None:
         super().__init__()
         self.location = location
-        self.length = location.size()
+        self.length = int(describe(location)["size"])
         self._position = 0
         self._tail_start = max(0, self.length - tail)
         self._tail = self._range(self._tail_start, self.length)

@@ -6,25 +6,52 @@ library reads end records and central directories, ZIP64 included; the members a
 
 from __future__ import annotations
 
+import logging
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from builder.cache import Cache, state_of
 from builder.fetch import RangeFile, Refusal, Request, fetch
 from builder.plan import Member
+from builder.traffic import PROCESS, Meter
 from shards.errors import StorageError, UserError
 from shards.storage import Location
 
 TAIL_BYTES = 66 << 10  # end record, its longest comment (64 KiB), and the ZIP64 records
 GAP_BYTES = 16 << 10  # reading so much for nothing costs less than another request
 SPAN_BYTES = 8 << 20  # the largest merged read
+SPARE_BYTES = 1 << 20  # read for nothing in all, where no other allowance is given
+DENSE = 2 / 3  # where more than this part of a stretch is wanted, it is read whole
+REPEATS = 3  # reads of a damaged member, after the first
 MEMBER_BYTES = 64 << 20  # the largest member, compressed or not, that is believed to be a mask
+
+# The columns are the fields of a `Member`, without the zip they all lie in.
+DIRECTORY = pa.schema(
+    [
+        ("name", pa.string()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("method", pa.int32()),
+        ("crc32", pa.uint32()),
+        ("compressed", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+_CONTENT = "zip directory"  # what the cache calls it
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LONGEST_HEADER = _LOCAL_HEADER.size + 2 * 0xFFFF
 _DESCRIPTOR_BYTES = 24
+
+logger = logging.getLogger(__name__)
 
 
 class MemberError(Exception):
@@ -41,39 +68,68 @@ class Span:
     members: tuple[int, ...]
 
 
-def locate_members(location: Location, names: Collection[str]) -> dict[str, Member]:
+def locate_members(location: Location, names: Collection[str], *, cache: Cache | None = None) -> dict[str, Member]:
     """Look files up in a zip's central directory; names that it does not hold are left out.
 
-    Costs about three requests: the length, the end, and the directory where it is longer than `TAIL_BYTES`.
+    Costs about three requests: the length, the end, and the directory where it is longer than `TAIL_BYTES`. With a
+    `cache` the whole directory is kept there, and costs one request the next time.
 
     Raises:
         UserError: not a zip, or a damaged one.
-        StorageError: it is missing or cannot be read.
+        StorageError: it is missing, cannot be read, or was replaced while it was being read.
     """
+    wanted = pa.array(sorted(names), pa.string())
+
+    def take(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
+        found = (table.filter(pc.is_in(table["name"], value_set=wanted)) for table in tables)
+        return [row for table in found for row in table.to_pylist()]
+
+    entry = None if cache is None else cache.entry(location, _CONTENT)
+    rows = None if entry is None else entry.read(DIRECTORY, take)
+    if rows is not None:
+        logger.debug("%s: %d members found by the cache", location, len(rows))
+    else:
+        directory = _read_directory(location)
+        rows = take([directory])
+        if entry is not None:
+            if state_of(location) != entry.state:
+                raise StorageError(f"{location}: was replaced while it was being read: give the same command again")
+            with entry.write(DIRECTORY) as keep:
+                keep(directory)
+    return {row["name"]: Member(zip_url=location.url, **row) for row in rows}
+
+
+def directory_is_cached(location: Location, cache: Cache | None) -> bool:
+    """Whether `locate_members` need not read the zip, as long as the zip has not changed; asks nobody."""
+    return cache is not None and cache.holds(location, _CONTENT)
+
+
+def _read_directory(location: Location) -> pa.Table:
+    """All members, by `DIRECTORY`, in the directory's order; the last of several of one name, as `zipfile` does it."""
     try:
         with zipfile.ZipFile(RangeFile(location, tail=TAIL_BYTES)) as archive:
             starts = sorted(info.header_offset for info in archive.infolist())
             following = dict(zip(starts, [*starts[1:], archive.start_dir]))
-            found = [archive.NameToInfo[name] for name in names if name in archive.NameToInfo]
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+            infos = list(archive.NameToInfo.values())
+            columns = {
+                "name": [info.filename for info in infos],
+                "start": [info.header_offset for info in infos],
+                # What lies between a member and the next header is its own, but for zips with holes.
+                "end": [
+                    min(
+                        following[info.header_offset],
+                        info.header_offset + _LONGEST_HEADER + info.compress_size + _DESCRIPTOR_BYTES,
+                    )
+                    for info in infos
+                ],
+                "method": [info.compress_type for info in infos],
+                "crc32": [info.CRC for info in infos],
+                "compressed": [info.compress_size for info in infos],
+                "size": [info.file_size for info in infos],
+            }
+            return pa.table(columns, schema=DIRECTORY)
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
         raise UserError(f"{location}: not a zip that can be read ({error}): check --annotations") from error
-    return {
-        info.filename: Member(
-            zip_url=location.url,
-            name=info.filename,
-            start=info.header_offset,
-            # What lies between a member and the next header is its own, but for zips with holes.
-            end=min(
-                following[info.header_offset],
-                info.header_offset + _LONGEST_HEADER + info.compress_size + _DESCRIPTOR_BYTES,
-            ),
-            method=info.compress_type,
-            crc32=info.CRC,
-            compressed=info.compress_size,
-            size=info.file_size,
-        )
-        for info in found
-    }
 
 
 def merge_spans(members: Sequence[Member], *, gap: int = GAP_BYTES, largest: int = SPAN_BYTES) -> list[Span]:
@@ -136,15 +192,72 @@ def extract(data: bytes | memoryview, member: Member) -> bytes:
     return content
 
 
-def read_members(members: Sequence[Member], *, anonymous: bool = False) -> tuple[list[bytes | MemberError], int]:
+def plan_reads(members: Sequence[Member], *, spare: int, gap: int = GAP_BYTES, largest: int = SPAN_BYTES) -> list[Span]:
+    """The ranges to read, so that little is read for nothing.
+
+    Where more than `DENSE` of the stretch from a zip's first wanted member to its last is wanted, the stretch is read
+    in consecutive ranges, which costs less than half of the wanted bytes on top. Elsewhere gaps of up to `gap` bytes
+    are read for nothing, the smallest first, until they have cost `spare` bytes over all zips.
+
+    Returns:
+        Spans in the order (zip, start), each of `largest` bytes at most, but for members that are longer.
+    """
+    zips: dict[str, list[int]] = {}
+    for index, member in enumerate(members):
+        zips.setdefault(member.zip_url, []).append(index)
+    dense = {url: _is_dense([members[index] for index in held]) for url, held in zips.items()}
+    affordable = _affordable_gap([member for member in members if not dense[member.zip_url]], spare, gap)
+    spans: list[Span] = []
+    for url, held in sorted(zips.items()):
+        merged = merge_spans(
+            [members[index] for index in held], gap=largest if dense[url] else affordable, largest=largest
+        )
+        spans += [replace(span, members=tuple(held[position] for position in span.members)) for span in merged]
+    return spans
+
+
+def _is_dense(members: Sequence[Member]) -> bool:
+    reach = wanted = 0
+    for member in sorted(members, key=lambda member: (member.start, member.end)):
+        wanted += max(0, member.end - max(member.start, reach))
+        reach = max(reach, member.end)
+    return wanted > DENSE * (reach - min(member.start for member in members))
+
+
+def _affordable_gap(members: Sequence[Member], spare: int, largest: int) -> int:
+    """The length of gap up to which all gaps together cost no more than `spare` bytes, and none more than `largest`."""
+    gaps: list[int] = []
+    url, reach = "", 0
+    for member in sorted(members, key=lambda member: (member.zip_url, member.start, member.end)):
+        if member.zip_url == url and reach < member.start <= reach + largest:
+            gaps.append(member.start - reach)
+        reach = max(reach, member.end) if member.zip_url == url else member.end
+        url = member.zip_url
+    gaps.sort()
+    spent = 0
+    for number, found in enumerate(gaps):
+        spent += found
+        if spent > spare:
+            return max((length for length in gaps[:number] if length < found), default=0)
+    return largest
+
+
+def read_members(
+    members: Sequence[Member], *, anonymous: bool = False, spare: int = SPARE_BYTES, meter: Meter = PROCESS
+) -> list[bytes | MemberError]:
     """Fetch members by as few ranges as is sensible; a damaged one is a result, not an error.
+
+    One that does not have the length or the CRC that its directory tells is fetched again, by itself, before it is
+    called damaged: its bytes may have been wrong on the way.
 
     Args:
         members: of zips on one file system.
         anonymous: S3 requests are not signed.
+        spare: bytes that may be read for nothing to save requests (see `plan_reads`).
+        meter: counts requests and bytes.
 
     Returns:
-        Each member's bytes, or why it could not be had, in the order given; and the number of bytes fetched.
+        Each member's bytes, or why it could not be had, in the order given.
 
     Raises:
         StorageError: a zip is gone, or cannot be read after several attempts.
@@ -153,13 +266,28 @@ def read_members(members: Sequence[Member], *, anonymous: bool = False) -> tuple
     wanted = [index for index, member in enumerate(members) if max(member.size, member.compressed) <= MEMBER_BYTES]
     for index in set(range(len(members))) - set(wanted):
         results[index] = MemberError(f"{members[index].size} bytes, more than a mask may have ({MEMBER_BYTES})")
-    spans = merge_spans([members[index] for index in wanted])
+    spans = plan_reads([members[index] for index in wanted], spare=spare)
+    _read_spans(spans, members, wanted, results, anonymous, meter)
+    for _ in range(REPEATS):
+        damaged = [index for index in wanted if isinstance(results[index], MemberError)]
+        alone = [Span(members[i].zip_url, members[i].start, members[i].end, (n,)) for n, i in enumerate(damaged)]
+        _read_spans(alone, members, damaged, results, anonymous, meter)
+    return results
+
+
+def _read_spans(
+    spans: Sequence[Span],
+    members: Sequence[Member],
+    wanted: Sequence[int],
+    results: list[bytes | MemberError],
+    anonymous: bool,
+    meter: Meter,
+) -> None:
+    """Read spans, whose `members` are positions in `wanted`, and put what they hold into `results`."""
     requests = [Request(Location(span.zip_url, anonymous), span.start, span.end) for span in spans]
-    fetched = 0
-    for span, data in zip(spans, fetch(requests), strict=True):
+    for span, data in zip(spans, fetch(requests, meter), strict=True):
         if isinstance(data, Refusal):
             raise StorageError(f"{span.zip_url}: {data.reason}, though its directory was read: has it been replaced?")
-        fetched += len(data)
         view = memoryview(data)
         for index in (wanted[position] for position in span.members):
             member = members[index]
@@ -167,4 +295,3 @@ def read_members(members: Sequence[Member], *, anonymous: bool = False) -> tuple
                 results[index] = extract(view[member.start - span.start : member.end - span.start], member)
             except MemberError as error:
                 results[index] = error
-    return results, fetched

@@ -1,4 +1,4 @@
-"""Where Open Images keeps things, and the columns of its tables.
+"""Open Images as a source: where it keeps things, and the columns of its tables.
 
 Layout and columns are those of https://storage.googleapis.com/openimages/web/download_v7.html: images in a public S3
 bucket, everything else (tables, mask zips, class names) below one annotation root, which may be any fsspec URL that
@@ -8,9 +8,18 @@ mirrors the public one.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from builder.cache import Cache
 from shards.storage import Location
+
+# The rest of the package needs pyarrow; `builder.cli` imports this module to print its help.
+if TYPE_CHECKING:
+    from builder.annotations import OpenImagesSplit
+    from builder.classes import Classes, Taxonomy
+    from builder.source import Filters
 
 PUBLIC_IMAGES = "s3://open-images-dataset"
 PUBLIC_ANNOTATIONS = "https://storage.googleapis.com/openimages"
@@ -55,10 +64,35 @@ def source_location(url: str, *, anonymous: bool = False) -> Location:
 
 @dataclass(frozen=True)
 class OpenImages:
-    """A mirror of Open Images: an image root and an annotation root. Splits are named as the source names them."""
+    """A mirror of Open Images: an image root and an annotation root. Splits are named as the source names them.
+
+    What is read of the tables and zip directories is kept in `cache`, if there is one.
+    """
 
     images: Location
     annotations: Location
+    cache: Cache | None = None
+
+    @property
+    def splits(self) -> Mapping[str, str]:
+        """Our names of the splits -> the source's."""
+        return SOURCE_SPLITS
+
+    def origin(self) -> dict[str, str]:
+        """What `dataset.json` records of the source."""
+        return {"name": "Open Images", "images": self.images.url, "annotations": self.annotations.url}
+
+    def taxonomy(self) -> Taxonomy:
+        """The 601 boxable classes and their hierarchy; see `builder.classes.read_taxonomy` for errors."""
+        from builder.classes import read_taxonomy
+
+        return read_taxonomy(self)
+
+    def open_split(self, split: str, classes: Classes, filters: Filters) -> OpenImagesSplit:
+        """One split; its tables are read when they are asked for."""
+        from builder.annotations import OpenImagesSplit
+
+        return OpenImagesSplit(self, split, classes, filters)
 
     def image(self, split: str, image_id: str) -> Location:
         """The JPEG of one ImageID."""

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
-from builder.annotations import Annotation
+from builder.accounts import PACKED, Account
 from builder.decode import Failure, check_jpeg, encode_mask, pixel_box
 from builder.fetch import Refusal, Request, fetch
+from builder.inline import encode_inline
 from builder.maskzip import MemberError, read_members
-from builder.openimages import OpenImages
-from builder.plan import Member, PlannedImage, ShardTask
+from builder.plan import (
+    Annotation,
+    InlineMask,
+    MaskPlace,
+    Member,
+    PlannedImage,
+    ShardTask,
+    Withheld,
+    task_fingerprint,
+)
+from builder.retry import write
+from builder.traffic import Meter, Traffic
 from shards import rle
 from shards.dataset import IndexRow, Shard
 from shards.sample import Instance, Sample, canonical_json
@@ -21,49 +33,45 @@ from shards.writer import pack_shard
 
 RECORDS = ".build"
 
-PACKED = "packed"
+IMAGES_A_READ = 32  # decoded while the next ones are on their way
+SPARE_AN_IMAGE = 4 << 10  # bytes of a mask zip read for nothing: about 1 % of an image of Open Images
 
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """What became of one image or mask: the columns of `shards.dataset.ACCOUNTS_SCHEMA`.
-
-    `status` is `packed`, or one of image-missing, image-refused, image-undecodable, image-too-large; mask-missing,
-    mask-undecodable, mask-empty, mask-shape, and image-failed for the masks of an image that was not packed.
-    """
-
-    kind: str
-    split: str
-    image_id: str
-    box_id: str
-    source: str
-    status: str
-    detail: str = ""
+# What becomes of an image: a sample, or None where it cannot be used; and accounts of it and of each of its masks.
+Outcome: TypeAlias = tuple[Sample | None, list[Account]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a build share: where to write, where to read, the plan's fingerprint."""
+    """What all tasks of a build share: where to write, the plan's fingerprint, and which reads are not signed."""
 
     root: Location
-    source: OpenImages
     fingerprint: str
+    anonymous_images: bool = False
+    anonymous_masks: bool = False
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A finished task: its shard (None when no image could be packed), index rows, accounts; and bytes fetched."""
+    """A finished task.
+
+    Attributes:
+        shard: None when no image could be packed.
+        rows: of the index.
+        accounts: of every image and mask of the task.
+        images, masks: what was read for it by this run.
+    """
 
     shard: Shard | None
     rows: tuple[IndexRow, ...]
     accounts: tuple[Account, ...]
-    fetched: int = 0
+    images: Traffic = Traffic()
+    masks: Traffic = Traffic()
 
     def to_record(self, fingerprint: str) -> bytes:
-        """The object that marks the task as finished; `fetched`, which tells of a run, is left out."""
+        """The object that marks the task as finished; the traffic, which tells of a run, is left out."""
         return canonical_json(
             {
-                "plan": fingerprint,
+                "task": fingerprint,
                 "shard": None if self.shard is None else asdict(self.shard),
                 "rows": [asdict(row) for row in self.rows],
                 "accounts": [asdict(account) for account in self.accounts],
@@ -72,10 +80,10 @@ class TaskResult:
 
     @classmethod
     def from_record(cls, data: bytes, fingerprint: str) -> TaskResult | None:
-        """The inverse of `to_record`; None when the record is damaged or belongs to another plan."""
+        """The inverse of `to_record`; None when the record is damaged or belongs to another task."""
         try:
             value = json.loads(data)
-            if value["plan"] != fingerprint:
+            if value["task"] != fingerprint:
                 return None
             lists = ("classes", "instances", "masks", "groups")
             return cls(
@@ -98,33 +106,67 @@ def pack_task(task: ShardTask, job: Job) -> TaskResult:
     Raises:
         StorageError: a source cannot be read after several attempts, or the shard cannot be written.
     """
-    with ThreadPoolExecutor(2) as pool:  # images and masks come from different servers
-        images_read = pool.submit(_read_images, task, job)
-        masks_read = pool.submit(_read_masks, task, job)
-        (images, image_bytes), (masks, mask_bytes) = images_read.result(), masks_read.result()
-    samples: list[Sample] = []
-    accounts: list[Account] = []
-    for image, data in zip(task.images, images, strict=True):
-        sample, of_image = pack_image(image, data, masks, task.split)
-        accounts += of_image
-        if sample is not None:
-            samples.append(sample)
+    images, masks = Meter(), Meter()
+    outcomes = pack_images(task.images, task.split, job, images, masks)
+    samples = [sample for sample, _ in outcomes if sample is not None]
     packed = pack_shard(samples, split=task.split, path=task.path) if samples else None
     if packed is not None:
-        (job.root / task.path).write(packed.data)
+        write(job.root / task.path, packed.data)
     result = TaskResult(
         shard=None if packed is None else packed.shard,
         rows=() if packed is None else packed.rows,
-        accounts=tuple(accounts),
-        fetched=image_bytes + mask_bytes,
+        accounts=tuple(account for _, accounts in outcomes for account in accounts),
+        images=images.total,
+        masks=masks.total,
     )
-    record_location(job.root, task).write(result.to_record(job.fingerprint))
+    write(record_location(job.root, task), result.to_record(task_fingerprint(job.fingerprint, task)))
     return result
+
+
+def pack_images(
+    images: Sequence[PlannedImage], split: str, job: Job, image_meter: Meter, mask_meter: Meter
+) -> list[Outcome]:
+    """Fetch images and their masks, and make samples of them; while some are decoded, the next are on their way.
+
+    An image that cannot be decoded is fetched once more: its bytes may have been wrong on the way.
+
+    Raises:
+        StorageError: a source cannot be read after several attempts.
+    """
+    parts = [images[start : start + IMAGES_A_READ] for start in range(0, len(images), IMAGES_A_READ)]
+    outcomes: list[Outcome] = []
+    pool = ThreadPoolExecutor(2)  # images and masks come from different servers
+    try:
+        masks_read = pool.submit(read_masks, images, job, mask_meter)
+        reads = [pool.submit(_read_images, part, job, image_meter) for part in parts]
+        masks = masks_read.result()
+        for part, read in zip(parts, reads, strict=True):
+            outcomes += _pack_part(part, read.result(), masks, split, job, image_meter)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return outcomes
+
+
+def _pack_part(
+    images: Sequence[PlannedImage],
+    contents: Sequence[bytes | Refusal],
+    masks: Mapping[Member, bytes | MemberError],
+    split: str,
+    job: Job,
+    meter: Meter,
+) -> list[Outcome]:
+    outcomes = [pack_image(image, data, masks, split) for image, data in zip(images, contents, strict=True)]
+    doubtful = [index for index, (_, accounts) in enumerate(outcomes) if accounts[0].status == "image-undecodable"]
+    again = _read_images([images[index] for index in doubtful], job, meter)
+    for index, data in zip(doubtful, again, strict=True):
+        if data != contents[index]:
+            outcomes[index] = pack_image(images[index], data, masks, split)
+    return outcomes
 
 
 def pack_image(
     image: PlannedImage, data: bytes | Refusal, masks: Mapping[Member, bytes | MemberError], split: str
-) -> tuple[Sample | None, list[Account]]:
+) -> Outcome:
     """Make a sample of an image and its masks. Pure.
 
     Returns:
@@ -151,7 +193,7 @@ def pack_image(
     for planned in image.objects:
         mask: rle.Rle | None = None
         if planned.annotation.mask_path:
-            encoded = encode_mask(None if planned.mask is None else masks[planned.mask], width, height)
+            encoded = resolve_mask(planned.mask, masks, width, height)
             if isinstance(encoded, Failure):
                 accounts.append(account(encoded.status, encoded.detail, planned.annotation))
             else:
@@ -180,6 +222,17 @@ def pack_image(
     return sample, accounts
 
 
+def resolve_mask(
+    place: MaskPlace | None, masks: Mapping[Member, bytes | MemberError], width: int, height: int
+) -> rle.Rle | Failure:
+    """A mask at the image's size, wherever it comes from, or why there is none."""
+    if isinstance(place, Withheld):
+        return Failure(place.status, place.detail)
+    if isinstance(place, InlineMask):
+        return encode_inline(place, width, height)
+    return encode_mask(None if place is None else masks[place], width, height)
+
+
 def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: int) -> Instance | None:
     """None where neither the box nor the mask has an extent."""
     bbox = pixel_box(annotation.box, width, height)
@@ -202,12 +255,22 @@ def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: 
     )
 
 
-def _read_images(task: ShardTask, job: Job) -> tuple[Sequence[bytes | Refusal], int]:
-    answers = fetch([Request(replace(job.source.images, url=image.url)) for image in task.images])
-    return answers, sum(len(answer) for answer in answers if isinstance(answer, bytes))
+def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list[bytes | Refusal]:
+    return fetch([Request(Location(image.url, job.anonymous_images)) for image in images], meter)
 
 
-def _read_masks(task: ShardTask, job: Job) -> tuple[dict[Member, bytes | MemberError], int]:
-    members = [planned.mask for image in task.images for planned in image.objects if planned.mask is not None]
-    contents, fetched = read_members(members, anonymous=job.source.annotations.anonymous)
-    return dict(zip(members, contents, strict=True)), fetched
+def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter) -> dict[Member, bytes | MemberError]:
+    """The contents of all masks of the images that lie in zips.
+
+    Raises:
+        StorageError: a zip cannot be read after several attempts.
+    """
+    members = members_of(images)
+    spare = SPARE_AN_IMAGE * len(images)
+    contents = read_members(members, anonymous=job.anonymous_masks, spare=spare, meter=meter)
+    return dict(zip(members, contents, strict=True))
+
+
+def members_of(images: Iterable[PlannedImage]) -> list[Member]:
+    """The masks of the images that lie in zips, in order."""
+    return [planned.mask for image in images for planned in image.objects if isinstance(planned.mask, Member)]

@@ -5,11 +5,49 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from builder.annotations import Annotation, Metadata
 from shards.dataset import VERSION, Category
 from shards.sample import canonical_json
 from shards.writer import shard_path
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object of an image, as its source describes it.
+
+    Attributes:
+        category_id: the chosen class that owns its label.
+        label: the source's own label: a MID of Open Images, a category's name in COCO.
+        box: (x1, x2, y1, y2) as fractions of the image, as the source has them.
+        mask_path: what the accounts call its mask, such as its name in the source's zip; "" without a mask.
+        box_id: Open Images' BoxID ("" without a mask, since only the mask table has it), or COCO's annotation id.
+        predicted_iou: the source's estimate of the mask's quality; None without one.
+    """
+
+    category_id: int
+    label: str
+    box: tuple[float, float, float, float]
+    mask_path: str = ""
+    box_id: str = ""
+    predicted_iou: float | None = None
+    is_group_of: bool = False
+    is_occluded: bool = False
+    is_truncated: bool = False
+    is_depiction: bool = False
+    is_inside: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What is known of an image beside its objects; the fields of `shards.sample.Sample`."""
+
+    rotation: int = 0
+    license: str = ""
+    author: str = ""
+    author_url: str = ""
+    original_url: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +75,41 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class InlineMask:
+    """A mask that the annotations themselves hold.
+
+    Attributes:
+        width, height: of the image that it was drawn for, in pixels.
+        segmentation: COCO's, as JSON text: polygons, or an RLE with its runs as numbers or as a string.
+    """
+
+    width: int
+    height: int
+    segmentation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """A mask that the source has and the command does not want: the status and the detail of its account."""
+
+    status: str
+    detail: str
+
+
+MaskPlace = Member | InlineMask | Withheld
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedObject:
     """An annotation, and where its mask lies: None without a mask, or when its zip does not hold it."""
 
     annotation: Annotation
-    mask: Member | None
+    mask: MaskPlace | None
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the source has a mask of it and it is wanted."""
+        return bool(self.annotation.mask_path) and not isinstance(self.mask, Withheld)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +152,29 @@ class Plan:
     fingerprint: str
 
 
-def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int) -> list[ShardTask]:
-    """Cut a split's images, in the order given, into tasks of `images_per_shard` (the last may have fewer)."""
+def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int, *, first: int = 0) -> list[ShardTask]:
+    """Cut a split's images, in the order given, into tasks of `images_per_shard` (the last may have fewer).
+
+    `first` is the number of the first task.
+    """
     return [
         ShardTask(split, number, tuple(images[start : start + images_per_shard]))
-        for number, start in enumerate(range(0, len(images), images_per_shard))
+        for number, start in enumerate(range(0, len(images), images_per_shard), start=first)
     ]
 
 
-def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask]) -> Plan:
-    """The plan, with the sha256 of the canonical JSON of format version, classes and tasks."""
-    digest = hashlib.sha256(canonical_json([VERSION, [asdict(category) for category in categories]]))
+def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules: Any = None) -> Plan:
+    """The plan, with the sha256 of the canonical JSON of format version, classes, rules and tasks.
+
+    `rules` is what decides, beside the tasks, which images replace those that fail; any JSON value.
+    """
+    digest = hashlib.sha256(canonical_json([VERSION, [asdict(category) for category in categories], rules]))
     tasks = tuple(tasks)
     for task in tasks:
         digest.update(b"\n" + canonical_json(asdict(task)))
     return Plan(tuple(categories), tasks, digest.hexdigest())
+
+
+def task_fingerprint(plan: str, task: ShardTask) -> str:
+    """64 hex digits that change with any byte of a task's result; `plan` is the fingerprint of the build's plan."""
+    return hashlib.sha256(canonical_json([plan, asdict(task)])).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 
 def hash_fraction(text: str) -> float:
@@ -21,25 +22,51 @@ def seeded_order(image_ids: Iterable[str], seed: int) -> list[str]:
     return sorted(image_ids, key=rank)
 
 
-def select_images(images_by_class: Mapping[int, Collection[str]], quota: int, seed: int) -> list[str]:
+@dataclass(frozen=True)
+class Candidates:
+    """Images that count for a class, each once: those with a mask of it, and those with nothing but boxes of it."""
+
+    masked: tuple[str, ...] = ()
+    boxed: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.masked) + len(self.boxed)
+
+
+def select_images(
+    candidates: Mapping[int, Candidates],
+    quota: int | None,
+    seed: int,
+    *,
+    taken: Collection[str] = (),
+    barred: Collection[str] = (),
+) -> list[str]:
     """Choose images until each class has its quota, or all of its images.
 
-    The rarest class chooses first, in seeded order; an image that is already chosen counts for all of its classes.
+    Masks first: a class takes images with only boxes of it where those with masks run out. Among either kind the
+    rarest class takes first, in seeded order; an image that is already taken counts for all of its classes.
 
     Args:
-        images_by_class: category id -> images that count for it.
-        quota: images a class.
+        candidates: category id -> images that count for it.
+        quota: images a class; None for all of them.
         seed: of the order.
+        taken: chosen before; they count.
+        barred: not to be chosen, and not counted; none of `taken`.
 
     Returns:
-        The chosen images in seeded order.
+        The newly chosen images in seeded order.
     """
-    chosen: set[str] = set()
-    for _, _, images in sorted((len(images), category, images) for category, images in images_by_class.items()):
-        missing = quota - sum(image in chosen for image in images)
-        fresh = (image for image in seeded_order(images, seed) if image not in chosen)
-        chosen.update(image for _, image in zip(range(missing), fresh))
-    return seeded_order(chosen, seed)
+    chosen, closed = set(taken), frozenset(barred)
+    eligible: dict[int, set[str]] = {category: set() for category in candidates}
+    for kind in ("masked", "boxed"):
+        images = {category: getattr(found, kind) for category, found in candidates.items()}
+        for category in sorted(images, key=lambda category: (len(images[category]), category)):
+            eligible[category].update(images[category])
+            fresh = [image for image in images[category] if image not in chosen and image not in closed]
+            missing = len(fresh) if quota is None else quota - len(eligible[category] & chosen)
+            if missing > 0:
+                chosen.update(seeded_order(fresh, seed)[:missing])
+    return seeded_order(chosen.difference(taken), seed)
 
 
 def partition_of(image_id: str, fractions: Sequence[float], seed: int) -> int:

@@ -65,6 +65,10 @@ class TransientError(OSError):
     """The server's answer may be another next time: 5xx, 429, 408, or a body that ended early."""
 
 
+class WrongBytesError(TransientError):
+    """What came is not what the store's checksum says."""
+
+
 class TooLargeError(OSError):
     """The object is longer than the read allows."""
 
@@ -133,9 +137,9 @@ async def _get(read: Read, url: str, address: _Address | None, statistics: ReadS
         try:
             statistics.requests += 1
             await _get_once(body, url, address)
-            if body.is_right():
+            if body.is_right(address):
                 return bytes(body.data)
-            raise TransientError("the bytes do not have the MD5 that the store tells (ETag)")
+            raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
         except (OSError, _aiohttp().ClientError) as error:
             if isinstance(error, FileNotFoundError | PermissionError | TooLargeError):
                 raise
@@ -159,13 +163,16 @@ class _Body:
     md5: str = ""  # that the store tells of the whole object; "" where it does not
     wrong: str = ""  # the MD5 of what came before, when that was not it
 
-    def is_right(self) -> bool:
+    def is_right(self, address: _Address | None) -> bool:
         """Whether the bytes are the object's, as far as can be told; if not, they are dropped."""
-        if not self.md5 or self.read.end is not None or self.read.start:
+        if not self.md5 or address is None or self.read.end is not None or self.read.start:
             return True
         found = hashlib.md5(self.data, usedforsecurity=False).hexdigest()
-        if found in (self.md5, self.wrong):  # the same twice: the ETag is another checksum than was thought
+        if found == self.md5:
+            address.tells_md5 = True
             return True
+        if found == self.wrong and not address.tells_md5:
+            return True  # the same twice: this store's ETag is another checksum than was thought
         self.wrong = found
         self.data.clear()
         return False
@@ -245,6 +252,7 @@ class _Address:
 
     def __init__(self, bucket: str, anonymous: bool) -> None:
         self.bucket, self.anonymous = bucket, anonymous
+        self.tells_md5 = False  # once an ETag was the MD5 of an object, they all are
         self.move(None)
 
     def move(self, region: str | None) -> None:

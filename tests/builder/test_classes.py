@@ -87,6 +87,26 @@ def test_exact_classes_leave_children_out(taxonomy: Taxonomy) -> None:
     assert taxonomy.choose(["Person"], exact=True).owners == {"/m/01g317": 1}
 
 
+def test_other_classes_follow_in_the_order_of_their_names_and_own_what_is_left(taxonomy: Taxonomy) -> None:
+    classes = taxonomy.choose(["Traffic light", "Person"], others=True)
+    assert [category.name for category in classes.wanted] == ["Traffic light", "Person"]
+    others = ["Car", "Human nose", "Vehicle registration plate"]
+    assert [category.name for category in classes.categories[2:]] == others
+    assert {category.id for category in classes.categories} == set(range(1, 6))
+    assert (classes.owners["/m/04yx4"], classes.owners["/m/0k4j"]) == (2, 3)
+    assert set(classes.owners) == set(NAMES)
+    assert classes.wanted_labels == ("/m/015qff", "/m/01g317", "/m/03bt1vf", "/m/04yx4")
+    exact = taxonomy.choose(["Person"], exact=True, others=True)
+    assert {category.name for category in exact.categories} == set(NAMES.values())
+
+
+def test_no_class_named_means_all_of_them_each_by_itself(taxonomy: Taxonomy) -> None:
+    classes = taxonomy.choose([])
+    assert [category.name for category in classes.categories] == sorted(NAMES.values())
+    assert classes.wanted == classes.categories
+    assert sorted(classes.owners.values()) == list(range(1, 8))
+
+
 def test_a_class_asked_for_twice_is_an_error(taxonomy: Taxonomy) -> None:
     with pytest.raises(UserError, match="twice"):
         taxonomy.choose(["Person", "/m/01g317"])

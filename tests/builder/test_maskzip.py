@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from builder import maskzip
 from builder.maskzip import MemberError, extract, locate_members, merge_spans, read_members
 from builder.plan import Member
+from builder.traffic import Meter, Traffic
 from demo.s3server import S3Server
 from shards.errors import StorageError, UserError
 from shards.storage import Location
@@ -49,9 +50,10 @@ def test_members_are_what_zipfile_reads(tmp_path: Path, method: int, zip64: bool
     wanted = list(contents())[::3]
     found = locate_members(location, [*wanted, "not there.png"])
     assert sorted(found) == sorted(wanted)
-    read, fetched = read_members([found[name] for name in wanted])
+    meter = Meter()
+    read = read_members([found[name] for name in wanted], meter=meter)
     assert read == [contents()[name] for name in wanted]
-    assert fetched <= location.size()
+    assert meter.total.nbytes <= location.size()
 
 
 def test_a_real_zip64_directory_is_read(tmp_path: Path) -> None:
@@ -63,13 +65,13 @@ def test_a_real_zip64_directory_is_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == 66_001
     found = locate_members(Location(str(path)), ["last.png"])
-    assert read_members([found["last.png"]])[0] == [b"here"]
+    assert read_members([found["last.png"]]) == [b"here"]
 
 
 def test_members_after_a_prefix_and_from_a_stream_are_read(tmp_path: Path) -> None:
     location = write_zip(tmp_path / "m.zip", zipfile.ZIP_DEFLATED, prefix=b"#!/bin/sh\n" * 9)
     found = locate_members(location, contents())
-    assert read_members(list(found.values()))[0] == [contents()[name] for name in found]
+    assert read_members(list(found.values())) == [contents()[name] for name in found]
 
     class Stream(io.BytesIO):  # not seekable: the sizes follow the data, in descriptors
         def seekable(self) -> bool:
@@ -87,7 +89,7 @@ def test_members_after_a_prefix_and_from_a_stream_are_read(tmp_path: Path) -> No
         archive.writestr("b.png", b"b" * 1000)
     (tmp_path / "s.zip").write_bytes(stream.getvalue())
     found = locate_members(Location(str(tmp_path / "s.zip")), ["a.png", "b.png"])
-    assert read_members(list(found.values()))[0] == [b"a" * 1000, b"b" * 1000]
+    assert read_members(list(found.values())) == [b"a" * 1000, b"b" * 1000]
 
 
 @given(members_of_two_zips, st.integers(0, 100), st.integers(1, 300))
@@ -155,9 +157,10 @@ def test_no_bytes_make_extract_fail_in_another_way(data: bytes, compressed: int,
 def test_a_bomb_is_neither_fetched_nor_inflated(tmp_path: Path) -> None:
     location = write_zip(tmp_path / "m.zip", zipfile.ZIP_DEFLATED)
     member = next(iter(locate_members(location, list(contents())[:1]).values()))
-    [answer], fetched = read_members([replace(member, size=maskzip.MEMBER_BYTES + 1)])
+    meter = Meter()
+    [answer] = read_members([replace(member, size=maskzip.MEMBER_BYTES + 1)], meter=meter)
     assert isinstance(answer, MemberError)
-    assert fetched == 0
+    assert meter.total == Traffic()
     data, small = one_member()
     with pytest.raises(MemberError, match="its length"):
         extract(data, replace(small, size=10))  # inflates to more than the directory says: stopped there
@@ -189,4 +192,4 @@ def test_members_over_s3_and_http(s3: S3Server, bucket: str, tmp_path: Path) -> 
     s3.upload(tmp_path, bucket)
     for url in (f"s3://{bucket}/m.zip", f"{s3.endpoint_url}/{bucket}/m.zip"):
         found = locate_members(Location(url), contents())
-        assert read_members(list(found.values()))[0] == [contents()[name] for name in found]
+        assert read_members(list(found.values())) == [contents()[name] for name in found]

@@ -3,10 +3,11 @@ import io
 import numpy as np
 from PIL import Image
 
-from builder.annotations import Annotation, Metadata
+from builder.accounts import Account
 from builder.fetch import Refusal
-from builder.pack import Account, TaskResult, pack_image
-from builder.plan import Member, PlannedImage, PlannedObject
+from builder.pack import TaskResult, pack_image
+from builder.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
+from builder.traffic import Traffic
 from shards import rle
 from shards.dataset import IndexRow, Shard
 from tests.support import jpeg
@@ -66,10 +67,10 @@ def test_masks_of_an_image_that_fails_are_accounted_for() -> None:
 def test_records_read_back_and_others_do_not() -> None:
     row = IndexRow("a", "val", "val/000000.tar", 0, 2048, 7, 4, 3, (1,), (2,), (1,), (0,))
     shard = Shard("val/000000.tar", "val", 1, 10240, "00")
-    result = TaskResult(shard, (row,), (Account("image", "val", "a", "", "a.jpg", "packed"),), fetched=99)
+    result = TaskResult(shard, (row,), (Account("image", "val", "a", "", "a.jpg", "packed"),), images=Traffic(1, 99))
     record = result.to_record("f1")
     back = TaskResult.from_record(record, "f1")
     assert back is not None
     assert (back.shard, back.rows, back.accounts) == (result.shard, result.rows, result.accounts)
-    for data, fingerprint in ((record, "f2"), (record[:-5], "f1"), (b"[]", "f1"), (b'{"plan":"f1"}', "f1")):
+    for data, fingerprint in ((record, "f2"), (record[:-5], "f1"), (b"[]", "f1"), (b'{"task":"f1"}', "f1")):
         assert TaskResult.from_record(data, fingerprint) is None

@@ -3,8 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.annotations import Annotation, Metadata
-from builder.plan import Member, PlannedImage, PlannedObject, cut_tasks, make_plan
+from builder.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject, cut_tasks, make_plan
 from shards.dataset import Category
 
 CATEGORIES = (Category(1, "Person", "/m/01g317"),)

@@ -1,9 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from builder.tables import BLOCK_BYTES, read_table
+from builder import tables
+from builder.tables import BLOCK_BYTES, leave_out, read_table
 from shards.errors import StorageError, UserError
 from shards.storage import Location
 
@@ -72,3 +75,42 @@ def test_damaged_tables_are_one_user_error_that_names_file_and_fault(
 def test_missing_table_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"gone\.csv"):
         read_table(Location(str(tmp_path / "gone.csv")), COLUMNS, LABELS)
+
+
+@pytest.mark.parametrize("many", [0, 10_000])
+def test_filters_of_few_and_many_values_keep_the_order(
+    tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "GATHER_ROWS", 700)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 2000)
+    text = "ImageID,LabelName,XMin\n" + "".join(f"i{n},/m/{n % 3},{n}\n" for n in range(5000))
+    images = [f"i{n}" for n in range(0, 5000, 4)] + [f"none{n}" for n in range(many)]
+    where = {"LabelName": pa.array(["/m/0", "/m/2"]), "ImageID": pa.array(images)}
+    table = read_table(write(tmp_path / "t.csv", text), COLUMNS, where)
+    assert table["XMin"].to_pylist() == [n for n in range(0, 5000, 4) if n % 3 != 1]
+
+
+def test_what_is_left_out_is_told_once_and_good_blocks_are_not_copied(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_told", set())
+    blocks = [pa.table({"x": pa.array(numbers, pa.int64())}) for numbers in ([1, 2, 3], [4, -5, 6], [], [7])]
+    where = Location("s3://bucket/t.csv")
+    for _ in range(2):
+        kept = leave_out(pa.concat_tables(blocks), lambda rows: pc.greater(rows["x"], 0), where, "rows below zero")
+        assert kept["x"].to_pylist() == [1, 2, 3, 4, 6, 7]
+    assert caplog.messages == ["s3://bucket/t.csv: 1 rows below zero: left out"]
+    first = kept["x"].chunk(0).buffers()[1]
+    assert first.address == blocks[0]["x"].chunk(0).buffers()[1].address
+    assert leave_out(blocks[2], lambda rows: np.zeros(0, bool), where, "none").num_rows == 0
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [64, 65, 66, 67, 1 << 20])
+def test_line_ends_between_blocks_lose_no_row(
+    tmp_path: Path, ends: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BLOCK_BYTES", block)
+    lines = ["ImageID,LabelName,XMin", *(f"{n:03},/m/a,{n}" for n in range(200))]
+    table = read_table(write(tmp_path / "t.csv", ends.join(lines)), COLUMNS, LABELS)
+    assert table["XMin"].to_pylist() == list(range(200))

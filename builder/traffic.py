@@ -1,0 +1,36 @@
+"""What was asked of the sources: requests sent and bytes received."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Requests sent and bytes received for one kind of thing."""
+
+    requests: int = 0
+    nbytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.requests + other.requests, self.nbytes + other.nbytes)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.requests - other.requests, self.nbytes - other.nbytes)
+
+
+@dataclass
+class Meter:
+    """Counts traffic; may be shared by threads."""
+
+    total: Traffic = Traffic()
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, requests: int, nbytes: int) -> None:
+        """So many requests were sent and so many bytes came."""
+        with self._lock:
+            self.total += Traffic(requests, nbytes)
+
+
+PROCESS = Meter()  # what this process asked for without a meter of its own: tables and zip directories
