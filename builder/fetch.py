@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.traffic import PROCESS, Meter
-from builder.wholes import TooLargeError, WrongBytesError, read_wholes
 from shards.errors import StorageError
-from shards.storage import Location, explain, is_missing_bucket, storage_errors
+from shards.ranges import Read, ReadStatistics, TooLargeError, WrongBytesError, read_many
+from shards.storage import Location, explain, is_missing_bucket
 
 ATTEMPTS = 4
 BACK_OFF_S = 0.5  # before the second attempt; doubled each time
 IN_FLIGHT = 32  # requests at a time
+OBJECT_BYTES = 256 << 20  # the largest object that is read whole: five hundred times an image of Open Images
 
 logger = logging.getLogger(__name__)
 
@@ -42,51 +43,31 @@ class Refusal:
 
 
 def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | Refusal]:
-    """Read everything asked for, concurrently where the file system can, in the order asked.
+    """Read everything asked for, concurrently, in the order asked; `meter` counts it.
 
-    Timeouts, server errors, broken connections, short answers and bytes that do not match a checksum are tried again
-    with back-off. All requests must be of one file system; `meter` counts them.
+    Timeouts, server errors, broken connections and bytes that do not match a checksum are tried again with back-off
+    (`shards.ranges`).
 
     Raises:
-        StorageError: a read still failed after `ATTEMPTS`, or it cannot succeed (no such bucket, no credentials).
+        StorageError: a read still failed after all attempts, or it cannot succeed (no such bucket, no credentials).
     """
-    results: list[bytes | Refusal] = [Refusal("missing")] * len(requests)
-    pending = list(range(len(requests)))
-    wrong: dict[int, str] = {}
-    for attempt in range(1, ATTEMPTS + 1):
-        failed: list[int] = []
-        reason = ""
-        answers = _read_once([requests[i] for i in pending])
-        meter.count(len(pending), sum(len(answer) for answer in answers if isinstance(answer, bytes)))
-        for index, answer in zip(pending, answers, strict=True):
-            request = requests[index]
-            if isinstance(answer, WrongBytesError):
-                meter.count(0, len(answer.data))
-                if wrong.get(index) == answer.digest and not answer.certain:
-                    answer = answer.data  # the same twice: it is the checksum that is none
-                elif attempt == ATTEMPTS:
-                    results[index] = Refusal("undecodable")
-                    continue
-                else:
-                    wrong[index] = answer.digest
-            if isinstance(answer, Exception):
-                refusal = refusal_of(answer, request.location.url)
-                if refusal is not None:
-                    results[index] = refusal
-                    continue
-                reason = explain(answer, request.location.url) or repr(answer)
-            elif request.end is None or len(answer) == request.end - request.start:
-                results[index] = answer
-                continue
-            else:
-                reason = _wrong_length(request, len(answer))
-            failed.append(index)
-        pending = failed
-        if not pending:
-            return results
-        if attempt < ATTEMPTS:
-            _wait(reason, attempt)
-    raise StorageError(f"{reason} (after {ATTEMPTS} attempts)")
+    statistics = ReadStatistics()
+    reads = [Read(r.location, r.start, r.end, OBJECT_BYTES if r.end is None else None) for r in requests]
+    answers = read_many(reads, in_flight=IN_FLIGHT, statistics=statistics)
+    meter.count(statistics.requests, statistics.nbytes)
+    return [_judged(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+
+def _judged(request: Request, answer: bytes | Exception) -> bytes | Refusal:
+    if isinstance(answer, Exception):
+        refusal = refusal_of(answer, request.location.url)
+        if refusal is None:
+            reason = explain(answer, request.location.url) or repr(answer)
+            raise StorageError(f"{reason} (after several attempts)") from answer
+        return refusal
+    if request.end is not None and len(answer) != request.end - request.start:
+        raise StorageError(_wrong_length(request, len(answer)))
+    return answer
 
 
 def fetch_one(request: Request) -> bytes:
@@ -135,6 +116,8 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
     status = getattr(error, "status", None)
     if isinstance(error, TooLargeError):
         return Refusal("too-large")
+    if isinstance(error, WrongBytesError):
+        return Refusal("undecodable")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         if is_missing_bucket(error):
             raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
@@ -144,8 +127,9 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
     message = explain(error, url)
     if message is None:
         raise error
-    if type(error).__name__ in ("NoCredentialsError", "EndpointConnectionError", "InvalidRegionError"):
-        raise StorageError(message) from error  # botocore has already tried the endpoint several times
+    # Not EndpointConnectionError: that is also botocore's name for a connection that was reset.
+    if type(error).__name__ in ("NoCredentialsError", "InvalidRegionError"):
+        raise StorageError(message, permanent=True) from error
     return None
 
 
@@ -160,22 +144,6 @@ def _wait(reason: str, attempt: int) -> None:
     logger.debug("%s; attempt %d of %d, again soon", reason, attempt, ATTEMPTS)
     # Jitter keeps many workers from coming back at the same moment; it decides no byte of the result.
     time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-
-
-def _read_once(requests: Sequence[Request]) -> list[bytes | Exception]:
-    if not requests:
-        return []
-    fs = requests[0].location.fs
-    paths = [request.location.path for request in requests]
-    whole = all(request.end is None for request in requests)
-    if whole and requests[0].location.protocol in ("s3", "s3a"):
-        with storage_errors(requests[0].location.url):
-            return read_wholes(fs, paths, IN_FLIGHT)
-    starts: Any = None if whole else [request.start for request in requests]
-    ends: Any = None if whole else [request.end for request in requests]
-    options = {"batch_size": IN_FLIGHT} if fs.async_impl else {}
-    with storage_errors(requests[0].location.url):
-        return list(fs.cat_ranges(paths, starts, ends, on_error="return", **options))
 
 
 def _wrong_length(request: Request, found: int) -> str:

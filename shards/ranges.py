@@ -210,7 +210,9 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
         if answer.status not in (200, 206):
             await _refuse(answer, url, address)
         if ranged and answer.status == 200:
-            raise OSError("the server ignores byte ranges, without which nothing can be read from it")
+            if body.read.start or body.read.end is not None:
+                raise TransientError("the server ignores byte ranges, without which nothing can be read from it")
+            body.data.clear()  # the whole again, where its rest was asked for
         body.etag = answer.headers.get("ETag", "")
         body.md5 = _md5_of(answer.headers) if address is not None else ""
         if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:

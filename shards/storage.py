@@ -22,8 +22,9 @@ import fsspec
 from shards.errors import StorageError
 
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
+READ_TIMEOUT_S = 10  # without a byte; five attempts of `shards.ranges` end within a minute
 ATTEMPTS = 3
+SLOWEST_UPLOAD = 2**18  # bytes a second below which an upload is given up
 
 _instances: dict[tuple[str, bool], Any] = {}
 _inherited: list[dict[tuple[str, bool], Any]] = []
@@ -157,7 +158,10 @@ class Location:
         """
         with storage_errors(self.url):
             if not self.is_local:
-                self.fs.pipe_file(self.path, data)
+                # botocore sends `Expect: 100-continue`, and aiohttp's read timeout does not run while it waits for that
+                # answer: a silent server would hold us for ever.
+                limit = {"timeout": 2 * READ_TIMEOUT_S + len(data) / SLOWEST_UPLOAD} if self.fs.async_impl else {}
+                self.fs.pipe_file(self.path, data, **limit)
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             temporary = f"{self.path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -197,7 +201,10 @@ def _new_filesystem(location: Location) -> Any:
         # A proxy or server that compresses on the fly would make byte ranges meaningless.
         options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
     try:
-        return fsspec.filesystem(location.protocol, **options)
+        filesystem = fsspec.filesystem(location.protocol, **options)
+        if location.protocol in ("s3", "s3a"):
+            filesystem.retries = 1  # botocore tries again: a second layer would multiply its attempts
+        return filesystem
     except (ValueError, ImportError) as error:
         raise StorageError(f"{location.url}: no file system for {location.protocol}:// ({error})") from error
 

@@ -2,19 +2,19 @@
 
 import pytest
 
-from builder import wholes
 from builder.decode import check_jpeg
 from builder.fetch import Refusal, Request, fetch
 from builder.traffic import Meter, Traffic
 from demo.s3proxy import Fault, S3Proxy
 from demo.s3server import S3Server
+from shards import ranges
 from shards.errors import StorageError
 from shards.storage import Location
 
 
 @pytest.fixture
 def place(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Location:
-    monkeypatch.setattr("builder.fetch.BACK_OFF_S", 0.01)
+    monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
     s3.filesystem().pipe_file(f"{bucket}/a", b"0123456789" * 1000)
     return Location(f"s3://{bucket}/a")
 
@@ -44,36 +44,24 @@ def test_bytes_that_come_twice_alike_are_believed(
     s3: S3Server, place: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store whose ETags only look like an MD5."""
-    monkeypatch.setattr(wholes, "_md5_of", lambda answer: "0" * 32)
+    monkeypatch.setattr(ranges, "_md5_of", lambda answer: "0" * 32)
     assert fetch([Request(place)]) == [b"0123456789" * 1000]
 
 
-def test_the_same_wrong_bytes_are_not_believed_where_checksums_were_true_before(
-    s3: S3Server, place: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_never_match_are_no_picture(s3: S3Server, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch([Request(place)]) == [b"0123456789" * 1000]
-    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=3)]) as proxy:
+    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET")]) as proxy:
         through(proxy, monkeypatch)
-        assert fetch([Request(place)]) == [b"0123456789" * 1000]
+        # Another endpoint: what its ETags are is learnt anew, from an object that passes.
+        proxy.faults = ()
+        fetch([Request(place)])
         proxy.faults = (Fault("corrupt", "GET"),)
         assert fetch([Request(place)]) == [Refusal("undecodable")]
-
-
-def test_bytes_that_never_match_are_no_picture(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    digests = iter(range(9))
-    real = wholes.WrongBytesError
-
-    def wrong(data: bytes, digest: str, *, certain: bool) -> wholes.WrongBytesError:
-        return real(data, f"{next(digests)}", certain=certain)
-
-    monkeypatch.setattr(wholes, "_md5_of", lambda answer: "0" * 32)
-    monkeypatch.setattr(wholes, "WrongBytesError", wrong)
-    assert fetch([Request(place)]) == [Refusal("undecodable")]
     assert getattr(check_jpeg(Refusal("undecodable")), "status", "") == "image-undecodable"
 
 
 def test_a_huge_object_is_not_read(s3: S3Server, place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wholes, "OBJECT_BYTES", 9999)
+    monkeypatch.setattr("builder.fetch.OBJECT_BYTES", 9999)
     assert fetch([Request(place)]) == [Refusal("too-large")]
     assert getattr(check_jpeg(Refusal("too-large")), "status", "") == "image-too-large"
 
@@ -83,13 +71,12 @@ def test_a_huge_object_is_not_read(s3: S3Server, place: Location, monkeypatch: p
     [
         ({"ETag": '"0123456789abcdef0123456789ABCDEF"'}, "0123456789abcdef0123456789abcdef"),
         ({"ETag": '"0123456789abcdef0123456789abcdef-2"'}, ""),
-        ({"ETag": '"0123456789abcdef0123456789abcdef"', "ServerSideEncryption": "aws:kms"}, ""),
-        ({"ETag": '"0123456789abcdef0123456789abcdef"', "SSECustomerAlgorithm": "AES256"}, ""),
+        ({"ETag": '"0123456789abcdef0123456789abcdef"', "x-amz-server-side-encryption": "aws:kms"}, ""),
         ({}, ""),
     ],
 )
 def test_only_an_etag_that_is_an_md5_is_taken_for_one(answer: dict, found: str) -> None:
-    assert wholes._md5_of(answer) == found
+    assert ranges._md5_of(answer) == found
 
 
 def test_missing_keys_and_buckets_are_told_apart(place: Location) -> None:
