@@ -289,7 +289,7 @@ class _Address:
         return dict(request.headers.items())
 
 
-_addresses: dict[tuple[str, bool, str | None], _Address] = {}
+_addresses: dict[tuple[str, bool, str | None], asyncio.Future[_Address]] = {}
 _sessions: dict[int, Any] = {}
 
 
@@ -309,10 +309,14 @@ async def _address(bucket: str, anonymous: bool) -> _Address:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     key = (bucket, anonymous, endpoint)
     if key not in _addresses:
-        # In a thread: botocore reads files, and may ask the machine's metadata service for credentials.
-        found = await asyncio.to_thread(_Address, bucket, anonymous)
-        _addresses.setdefault(key, found)
-    return _addresses[key]
+        # In a thread: botocore reads files, and may ask the machine's metadata service for credentials. Once: what it
+        # does takes a tenth of a second, and the first reads of a process all come at the same moment.
+        _addresses[key] = asyncio.ensure_future(asyncio.to_thread(_Address, bucket, anonymous))
+    try:
+        return await asyncio.shield(_addresses[key])
+    except Exception:
+        _addresses.pop(key, None)
+        raise
 
 
 async def _session() -> Any:

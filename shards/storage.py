@@ -10,6 +10,7 @@ S3 endpoints, regions and credentials come from the usual AWS variables and file
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def _forget_instances() -> None:
     _instances_lock = threading.Lock()
     _inherited.append(dict(_instances))
     _instances.clear()
+    gc.freeze()  # nor may the collector come upon instances that the parent has dropped
 
 
 os.register_at_fork(after_in_child=_forget_instances)

@@ -46,7 +46,7 @@ Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 
 def good(handler: BaseHTTPRequestHandler, data: bytes) -> None:
     start, end = handler.headers.get("Range", f"bytes=0-{len(data) - 1}").removeprefix("bytes=").split("-")
-    part = data[int(start) : int(end) + 1]
+    part = data[int(start) : int(end or len(data)) + 1]  # "3-" asks for the rest
     handler.send_response(206 if "Range" in handler.headers else 200)
     handler.send_header("Content-Length", str(len(part)))
     handler.end_headers()
