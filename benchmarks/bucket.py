@@ -37,7 +37,7 @@ class Bucket:
     Attributes:
         images, annotations: the roots, in a folder that lasts as long as the `with` block.
         image_ids: of every image; each has a mask of a traffic class.
-        masks: (zip's name, member) of every mask.
+        masks: (zip's name, member) of every mask of a traffic class.
         what: the pictures in words, for a table.
     """
 
@@ -83,21 +83,24 @@ def _repeat(origin: Path, out: Path, count: int, what: str) -> Bucket:
     mask_table = tables["v5/train-annotations-object-segmentation.csv"][1]
     usable = [image for image in sorted(mask_table) if _is_usable(image, mask_table[image], origin, archives)]
     new_ids = [hashlib.sha256(f"copy {n}".encode()).hexdigest()[:16] for n in range(count)]
-    packed: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    packed: dict[str, list[tuple[str, bytes, bool]]] = defaultdict(list)
     for n, new in enumerate(new_ids):
         old = usable[n % len(usable)]
         shutil.copy(origin / f"open-images-dataset/train/{old}.jpg", images / f"train/{new}.jpg")
         for row in mask_table[old]:
-            packed[new[0]].append((row["MaskPath"].replace(old, new), archives[old[0]].read(row["MaskPath"])))
+            name, data = row["MaskPath"].replace(old, new), archives[old[0]].read(row["MaskPath"])
+            packed[new[0]].append((name, data, row["LabelName"] in LABELS))
     for name, (header, rows) in tables.items():
         _write(annotations / name, header, rows, [(usable[n % len(usable)], new) for n, new in enumerate(new_ids)])
     folder = annotations / "v5/train-masks"
     folder.mkdir(parents=True)
     for digit in "0123456789abcdef":
         with zipfile.ZipFile(folder / f"train-masks-{digit}.zip", "w", zipfile.ZIP_STORED) as archive:
-            for name, data in packed[digit]:
+            for name, data, _ in packed[digit]:
                 archive.writestr(name, data)
-    masks = tuple((f"train-masks-{digit}.zip", name) for digit, members in packed.items() for name, _ in members)
+    masks = tuple(
+        (f"train-masks-{digit}.zip", name) for digit, members in packed.items() for name, _, own in members if own
+    )
     return Bucket(images, annotations, tuple(new_ids), masks, what)
 
 

@@ -95,9 +95,12 @@ class OpenImagesSplit:
             _distinct(self._boxes(where), _BOX_KEY, self.source.boxes(self.name)),
         )
         annotations = annotate(tables, self.classes, image_ids)
-        verified = self.verified(image_ids)
-        metadata = self.metadata(image_ids)
-        members = self._locate(annotations)
+        # Three kinds of reads that wait for the network more than they work.
+        with ThreadPoolExecutor(2) as pool:
+            verified_read = pool.submit(self.verified, image_ids)
+            metadata_read = pool.submit(self.metadata, image_ids)
+            members = self._locate(annotations)
+            verified, metadata = verified_read.result(), metadata_read.result()
         planned: dict[str, PlannedImage] = {}
         for image_id, found in annotations.items():
             objects = [PlannedObject(annotation, members.get(annotation.mask_path)) for annotation in found]

@@ -80,10 +80,15 @@ def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rl
         return Failure("mask-empty", "no pixel is set")
     if not same_shape(size, (width, height)):
         return Failure("mask-shape", f"the mask is {size[0]}x{size[1]}, the image {width}x{height}")
-    pixels = np.asarray(bits.resize((width, height), Image.Resampling.NEAREST))
-    if not pixels.any():
+    resized = bits.resize((width, height), Image.Resampling.NEAREST)
+    extent = resized.getbbox()
+    if extent is None:
         return Failure("mask-empty", "no pixel is left at the image's size")
-    return rle.encode(pixels)
+    # RLE runs down the columns: in this layout its encoder needs no copy, and only the object's extent leaves Pillow.
+    left, top, right, bottom = extent
+    columns = np.zeros((width, height), np.uint8)
+    columns[left:right, top:bottom] = np.asarray(resized.crop(extent)).T
+    return rle.encode(columns.T)
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from builder.accounts import PACKED, Account
@@ -72,9 +72,9 @@ class TaskResult:
         return canonical_json(
             {
                 "task": fingerprint,
-                "shard": None if self.shard is None else asdict(self.shard),
-                "rows": [asdict(row) for row in self.rows],
-                "accounts": [asdict(account) for account in self.accounts],
+                "shard": self.shard,
+                "rows": self.rows,
+                "accounts": self.accounts,
             }
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from shards.dataset import VERSION, Category
@@ -168,13 +168,13 @@ def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules:
 
     `rules` is what decides, beside the tasks, which images replace those that fail; any JSON value.
     """
-    digest = hashlib.sha256(canonical_json([VERSION, [asdict(category) for category in categories], rules]))
+    digest = hashlib.sha256(canonical_json([VERSION, list(categories), rules]))
     tasks = tuple(tasks)
     for task in tasks:
-        digest.update(b"\n" + canonical_json(asdict(task)))
+        digest.update(b"\n" + canonical_json(task))
     return Plan(tuple(categories), tasks, digest.hexdigest())
 
 
 def task_fingerprint(plan: str, task: ShardTask) -> str:
     """64 hex digits that change with any byte of a task's result; `plan` is the fingerprint of the build's plan."""
-    return hashlib.sha256(canonical_json([plan, asdict(task)])).hexdigest()
+    return hashlib.sha256(canonical_json([plan, task])).hexdigest()

@@ -1,8 +1,8 @@
 """Many reads of objects and byte ranges at once, over S3, http(s), and whatever else fsspec knows.
 
-S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. That costs a quarter of the
-processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast small
-objects can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
+S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. Small ranges cost a quarter of
+the processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast they
+can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
 broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
 
 Connections live in the event loop thread of fsspec, one set a process, and never cross a fork.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from shards.errors import SampleError
@@ -169,6 +169,17 @@ class Sample:
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. NaN and infinities are a ValueError."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. A dataclass is an object of its fields.
+
+    NaN and infinities are a ValueError.
+    """
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields_of
+    )
     return text.encode("utf-8")
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    if not is_dataclass(value):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return {item.name: getattr(value, item.name) for item in fields(value)}
