@@ -189,7 +189,7 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 
     with monkeypatch.context() as patch:
         patch.setattr(Location, "write", write)
         patch.setattr(Location, "delete", delete)
-        patch.setattr("builder.lock.Lock.release", lambda self: None)
+        patch.setattr("builder.lock.Lock.release", lambda self: self._released.set())
         patch.setattr("builder.lock._acquire", lambda root: None)
         action()  # type: ignore[operator]
     return steps
