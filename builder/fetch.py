@@ -20,6 +20,16 @@ BACK_OFF_S = 0.5  # before the second attempt; doubled each time
 IN_FLIGHT = 32  # requests at a time
 OBJECT_BYTES = 256 << 20  # the largest object that is read whole: five hundred times an image of Open Images
 
+# S3's codes for credentials that are wrong or over: every object would be refused, and none is to blame.
+# https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_OF_THE_ACCOUNT = (
+    "ExpiredToken",
+    "InvalidToken",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -122,6 +132,8 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
         if is_missing_bucket(error):
             raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
         return Refusal("missing")
+    if isinstance(error, PermissionError) and any(code in str(error) for code in _OF_THE_ACCOUNT):
+        raise StorageError(explain(error, url) or repr(error), permanent=True) from error
     if isinstance(error, PermissionError) or status in (401, 403):
         return Refusal("refused")
     message = explain(error, url)

@@ -32,7 +32,6 @@ from shards.storage import Location
 
 ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
-MOST_BACK_OFF_S = 10.0
 IN_FLIGHT = 32
 CONNECTIONS = 64
 
@@ -116,11 +115,11 @@ async def _read_many(reads: Sequence[Read], in_flight: int, statistics: ReadStat
 
 async def _read(read: Read, statistics: ReadStatistics) -> bytes:
     if read.location.protocol in ("http", "https"):
-        return await _get(read, read.location.url, None, statistics)
+        return await _get(read, "", None, statistics)
     if read.location.protocol in ("s3", "s3a"):
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
         address = await _address(bucket, read.location.anonymous)
-        return await _get(read, f"{address.base}/{quote(key, safe='/~')}", address, statistics)
+        return await _get(read, quote(key, safe="/~"), address, statistics)
     fs, path = read.location.fs, read.location.path
     data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
     statistics.requests += 1
@@ -128,12 +127,17 @@ async def _read(read: Read, statistics: ReadStatistics) -> bytes:
     return bytes(data)
 
 
-async def _get(read: Read, url: str, address: _Address | None, statistics: ReadStatistics) -> bytes:
-    """Get an object or range; what has arrived of a body that breaks stays, and the rest is asked for."""
+async def _get(read: Read, key: str, address: _Address | None, statistics: ReadStatistics) -> bytes:
+    """Get an object or range; what has arrived of a body that breaks stays, and the rest is asked for.
+
+    `key` is that of S3, quoted; `address` is None for http.
+    """
     body = _Body(read)
     failures = 0
     while True:
-        before = len(body.data)
+        before, received = len(body.data), body.received
+        # Anew each time: an answer may have told that the bucket lies in another region.
+        url = read.location.url if address is None else f"{address.base}/{key}"
         try:
             statistics.requests += 1
             await _get_once(body, url, address)
@@ -148,9 +152,9 @@ async def _get(read: Read, url: str, address: _Address | None, statistics: ReadS
                 raise
             statistics.retries += 1
             # Jitter keeps many processes from asking an overloaded server all at once again.
-            await asyncio.sleep(min(BACK_OFF_S * 2**failures, MOST_BACK_OFF_S) * random.uniform(0.5, 1.5))
+            await asyncio.sleep(BACK_OFF_S * 2**failures * random.uniform(0.5, 1.5))
         finally:
-            statistics.nbytes += len(body.data) - before
+            statistics.nbytes += body.received - received
 
 
 @dataclass
@@ -159,6 +163,7 @@ class _Body:
 
     read: Read
     data: bytearray = field(default_factory=bytearray)
+    received: int = 0  # bytes in all, also those that were dropped
     etag: str = ""
     md5: str = ""  # that the store tells of the whole object; "" where it does not
     wrong: str = ""  # the MD5 of what came before, when that was not it
@@ -219,6 +224,7 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
         async for chunk in answer.content.iter_any():
             body.data += chunk
+            body.received += len(chunk)
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:
@@ -235,12 +241,16 @@ def _md5_of(headers: Mapping[str, str]) -> str:
 async def _refuse(answer: Any, url: str, address: _Address | None) -> None:
     """Raise what a status other than 200 and 206 means."""
     text = (await answer.content.read(4096)).decode("utf-8", "replace")
-    told = {name: found[1] for name in ("Code", "Message") if (found := re.search(rf"<{name}>([^<]*)</{name}>", text))}
+    told = {
+        name: found[1]
+        for name in ("Code", "Message", "Region")
+        if (found := re.search(rf"<{name}>([^<]*)</{name}>", text))
+    }
     code = told.get("Code", answer.reason or "")
     reason = " ".join(f"HTTP {answer.status} {code}: {told.get('Message', '')}".rstrip(": ").split())
-    region = answer.headers.get("x-amz-bucket-region")
+    region = answer.headers.get("x-amz-bucket-region") or told.get("Region")
     if address is not None and region and region != address.region:
-        address.move(region)
+        await asyncio.to_thread(address.move, region)
         raise TransientError(f"the bucket is in region {region}")
     if answer.status in (404, 410):
         raise FileNotFoundError("The specified bucket does not exist" if code == "NoSuchBucket" else url)

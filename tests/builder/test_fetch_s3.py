@@ -83,3 +83,14 @@ def test_missing_keys_and_buckets_are_told_apart(place: Location) -> None:
     assert fetch([Request(Location(f"{place.url}-gone"))]) == [Refusal("missing")]
     with pytest.raises(StorageError, match="bucket does not exist"):
         fetch([Request(Location("s3://no-such-bucket/a"))])
+
+
+def test_credentials_that_expire_stop_the_build_and_are_no_fault_of_an_object(
+    s3: S3Server, place: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with S3Proxy(s3.endpoint_url, [Fault("expired", "GET")]) as proxy:
+        through(proxy, monkeypatch)
+        with pytest.raises(StorageError, match=r"ExpiredToken.*check the credentials"):
+            fetch([Request(place)])
+        proxy.faults = (Fault("refuse", "GET"),)
+        assert fetch([Request(place)]) == [Refusal("refused")]
