@@ -52,6 +52,26 @@ def encode(mask: NDArray[Any]) -> Rle:
     return Rle(height, width, encoded["counts"].decode("ascii"))
 
 
+def encode_part(bits: NDArray[np.uint8], left: int, top: int, height: int, width: int) -> Rle:
+    """Encode a mask of which only a part is given; all around it is 0.
+
+    Args:
+        bits: uint8 (h, w) of 0 and 1, neither of them 0.
+        left, top: where the part lies in the mask.
+        height, width: of the mask.
+    """
+    part_height, part_width = bits.shape
+    # The columns that hold something, in one row, with a pixel of background at either end: every turn is inside.
+    flat = np.zeros(part_width * height + 2, np.uint8)
+    flat[1:-1].reshape(part_width, height)[:, top : top + part_height] = bits.T
+    turns = np.flatnonzero(flat[1:] != flat[:-1]) + left * height
+    runs = np.diff(turns, prepend=0, append=height * width)
+    if not runs[-1]:
+        runs = runs[:-1]
+    [encoded] = coco_mask.frPyObjects([{"size": [height, width], "counts": runs.tolist()}], height, width)
+    return Rle(height, width, encoded["counts"].decode("ascii"))
+
+
 def decode(rle: Rle) -> NDArray[np.uint8]:
     """Decode to uint8 (H, W), values 0 and 1."""
     mask: NDArray[np.uint8] = coco_mask.decode(rle.to_coco())

@@ -129,6 +129,38 @@ def test_jpegs_are_decoded_to_the_end() -> None:
     assert check_jpeg(Refusal("refused")) == Failure("image-refused", "")
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damage_shows_as_in_a_decoding_at_full_size(progressive: bool) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(320, 200, 1))).save(buffer, "JPEG", progressive=progressive)
+    good = buffer.getvalue()
+    generator = np.random.default_rng(0)
+    verdicts = set()
+    for _ in range(300):
+        data = bytearray(good[: generator.integers(1, len(good) + 1)] if generator.random() < 0.3 else good)
+        for place in generator.integers(0, len(data), generator.integers(0, 4)):
+            data[place] = generator.integers(256)
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                image.load()
+                whole = True
+        except (OSError, SyntaxError, ValueError):
+            whole = False
+        if data != good:
+            verdicts.add(whole)
+        found = check_jpeg(bytes(data))
+        assert isinstance(found, tuple) == whole or getattr(found, "status", "") == "image-too-large"
+    assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 3), (8, 8)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpegs_of_any_size_and_mode_pass(width: int, height: int, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, "JPEG")
+    assert check_jpeg(buffer.getvalue()) == (width, height)
+
+
 def test_a_pixel_bomb_is_not_decoded() -> None:
     data = bytearray(jpeg(320, 200, 1))
     frame = data.index(b"\xff\xc0")

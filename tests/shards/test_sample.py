@@ -15,6 +15,12 @@ from tests.support import sample
 masks = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)), elements=st.integers(0, 1))
 
 
+@given(masks, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_a_part_is_encoded_as_the_whole_mask_is(part, left, top, right, bottom):
+    whole = np.pad(part, ((top, bottom), (left, right)))
+    assert rle.encode_part(part, left, top, *whole.shape) == rle.encode(whole)
+
+
 @given(masks)
 def test_rle_is_what_pycocotools_makes_and_decodes_to_the_mask(mask):
     encoded = rle.encode(mask)
