@@ -1,4 +1,5 @@
 import io
+import itertools
 import struct
 import zlib
 
@@ -38,7 +39,7 @@ def bit_png(bits: np.ndarray, kinds: list[int], parts: int = 1, depth: int = 1, 
     packed = zlib.compress(filtered(np.packbits(bits, axis=1), kinds))
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     cuts = [len(packed) * part // parts for part in range(parts + 1)]
-    body = b"".join(chunk(b"IDAT", packed[a:b]) for a, b in zip(cuts, cuts[1:]))
+    body = b"".join(chunk(b"IDAT", packed[a:b]) for a, b in itertools.pairwise(cuts))
     return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
@@ -68,7 +69,7 @@ def test_any_filters_are_undone_as_pillow_does_it(picture: tuple[np.ndarray, byt
 
 @given(pictures(), st.integers(1, 50), st.integers(1, 50))
 def test_resizing_is_pillows_nearest(picture: tuple[np.ndarray, bytes], width: int, height: int) -> None:
-    bits, data = picture
+    _, data = picture
     found = read_bits(data, PIXELS)
     assert found is not None
     with Image.open(io.BytesIO(data)) as image:
