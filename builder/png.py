@@ -98,7 +98,7 @@ def read_bits(data: bytes, most_pixels: int) -> BitImage | None:
 def sampled(source: int, target: int) -> NDArray[np.int64]:
     """(target,) the pixel of a line of `source` pixels that Pillow's NEAREST takes for each pixel; ascending."""
     ramp = Image.fromarray(np.arange(source, dtype=np.int32)[None])
-    taken = np.asarray(ramp.resize((target, 1), Image.Resampling.NEAREST), dtype=np.int64)[0]
+    taken: NDArray[np.int64] = np.asarray(ramp.resize((target, 1), Image.Resampling.NEAREST), dtype=np.int64)[0]
     taken.flags.writeable = False
     return taken
 
