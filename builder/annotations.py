@@ -29,7 +29,6 @@ from builder.tables import leave_out, read_table, tell_left_out
 from shards.sample import KEY
 from shards.storage import Location
 
-ZIPS_AT_ONCE = 4  # a real train zip's directory takes about 100 MB in memory while it is read
 MASK_NAME = r"[A-Za-z0-9_-]{1,120}\.png"
 FAR = 2.0  # image lengths: a corner further away than this is no corner
 
@@ -122,7 +121,7 @@ class OpenImagesSplit:
         """Image -> the labels that people verified as present, and as absent; images without any are left out."""
         labels = pa.array(self.classes.verifiable, pa.string())
         where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
-        table = read_table(self.source.labels(self.name), openimages.LABEL_COLUMNS, where, cache=self.source.cache)
+        table = self._table(self.source.labels(self.name), openimages.LABEL_COLUMNS, where)
         present: dict[str, set[str]] = defaultdict(set)
         absent: dict[str, set[str]] = defaultdict(set)
         for row in table.to_pylist():
@@ -137,23 +136,33 @@ class OpenImagesSplit:
         return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of a repeated row
 
     def _metadata(self, where: Mapping[str, pa.Array]) -> pa.Table:
-        location = self.source.metadata(self.name)
-        return read_table(
-            location, openimages.METADATA_COLUMNS, where, newlines_in_values=True, cache=self.source.cache
-        )
+        return self._table(self.source.metadata(self.name), openimages.METADATA_COLUMNS, where, newlines_in_values=True)
 
     def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can key a sample and whose MaskPath can name a file in a zip."""
         location = self.source.masks(self.name)
-        masks = read_table(location, openimages.MASK_COLUMNS, where, cache=self.source.cache)
+        masks = self._table(location, openimages.MASK_COLUMNS, where)
         masks = _with_safe(masks, "ImageID", KEY.pattern, location)
         return _with_safe(masks, "MaskPath", MASK_NAME, location)
 
     def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can key a sample and whose box has an extent inside the image."""
         location = self.source.boxes(self.name)
-        boxes = read_table(location, openimages.BOX_COLUMNS, where, cache=self.source.cache)
+        boxes = self._table(location, openimages.BOX_COLUMNS, where)
         return _usable(_with_safe(boxes, "ImageID", KEY.pattern, location), location)
+
+    def _table(
+        self,
+        location: Location,
+        columns: Mapping[str, str],
+        where: Mapping[str, pa.Array],
+        *,
+        newlines_in_values: bool = False,
+    ) -> pa.Table:
+        cache, inventory = self.source.cache, self.source.inventory
+        return read_table(
+            location, columns, where, newlines_in_values=newlines_in_values, cache=cache, inventory=inventory
+        )
 
     def _images_by_class(self, table: pa.Table) -> dict[int, set[str]]:
         owners = self.classes.owners
@@ -178,9 +187,7 @@ class OpenImagesSplit:
         cached = sum(directory_is_cached(location, cache) for location in zips)
         count = sum(map(len, zips.values()))
         logger.info("locating %d masks of %s in %d zips (directories cached: %d)", count, self.name, len(zips), cached)
-        with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
-            found = pool.map(lambda item: locate_members(*item, cache=cache), zips.items())
-            return {name: member for members in found for name, member in members.items()}
+        return locate_members(zips, cache=cache, inventory=self.source.inventory)
 
 
 def join(tables: SplitTables) -> NDArray[np.int64]:

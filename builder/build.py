@@ -12,7 +12,7 @@ from functools import partial
 
 from builder.accounts import Account, failed_images, read_accounts, reasons, write_accounts
 from builder.card import ClassCounts, count_classes, render_card
-from builder.executors import IN_THIS_PROCESS, Engine, execute
+from builder.executors import IN_THIS_PROCESS, Engine, execute, warm_up
 from builder.fetch import Request, fetch
 from builder.lock import Lock, hold, refuse_if_held
 from builder.pack import RECORDS, Job, TaskResult, pack_task
@@ -120,6 +120,7 @@ def build(
         StorageError: a place cannot be reached, read or written.
     """
     started, before = time.monotonic(), PROCESS.total
+    warm_up(engine)
     root = absolute(root)
     check_places(source, root)
     refuse_if_held(root)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from shards.ranges import Description
+
 FORMAT = 1  # in every name: what another version of this program wrote is not read
 ROWS = 1 << 18  # of a row group: the unit of writing, reading and filtering, a few tens of MB in memory
 SUFFIX, UNFINISHED = ".parquet", ".tmp"
@@ -54,22 +56,13 @@ def default_folder() -> str:
     return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "maskstream")
 
 
-def state_of(location: Location) -> str:
-    """What tells one version of an object from another, as JSON; one request.
-
-    Raises:
-        StorageError: there is no such object, or it cannot be asked.
-    """
-    from builder.fetch import describe
-
-    info = describe(location)
-    state: dict[str, Any] = {"size": info.get("size")}
-    etag = info.get("ETag") or info.get("etag")
-    changed = next((info[name] for name in ("mtime", "LastModified", "Last-Modified") if info.get(name)), None)
-    if etag:
-        state["etag"] = str(etag)
-    elif changed is not None:
-        state["changed"] = str(changed)
+def state_of(told: Description) -> str:
+    """What tells one version of an object from another, as JSON."""
+    state: dict[str, Any] = {"size": told.size}
+    if told.etag:
+        state["etag"] = told.etag
+    elif told.changed:
+        state["changed"] = told.changed
     return json.dumps(state, sort_keys=True)
 
 
@@ -79,17 +72,15 @@ class Cache:
 
     folder: str
 
-    def entry(self, location: Location, content: str) -> Entry:
-        """Where something of the object at `location` is kept; asks for the object's state.
+    def entry(self, location: Location, told: Description, content: str) -> Entry:
+        """Where something of an object is kept.
 
         Args:
             location: of the object.
+            told: what its store tells of it now.
             content: what of it, for example the columns: each content has a file of its own.
-
-        Raises:
-            StorageError: see `state_of`.
         """
-        return Entry(self._path(location, content), location, state_of(location))
+        return Entry(self._path(location, content), location, state_of(told))
 
     def holds(self, location: Location, content: str) -> bool:
         """Whether something is kept of that, of this or an earlier state of the object; asks nobody."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from builder.fetch import Request, fetch_one
+from builder.fetch import Request, fetch_all
 from shards.dataset import Category
 from shards.errors import UserError
 from shards.storage import Location
@@ -164,8 +164,10 @@ def read_taxonomy(source: OpenImages) -> Taxonomy:
         UserError: a file is not what it should be.
         StorageError: a file cannot be had.
     """
-    names = parse_class_names(_text(source.class_names), str(source.class_names))
-    return Taxonomy(names, parse_hierarchy(_text(source.hierarchy), str(source.hierarchy)))
+    places = source.class_names, source.hierarchy
+    contents = fetch_all([Request(place) for place in places])
+    names, hierarchy = (_text(content, place) for content, place in zip(contents, places, strict=True))
+    return Taxonomy(parse_class_names(names, str(places[0])), parse_hierarchy(hierarchy, str(places[1])))
 
 
 def parse_class_names(text: str, where: str) -> dict[str, str]:
@@ -219,8 +221,8 @@ def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]
     return frozenset(found)
 
 
-def _text(location: Location) -> str:
+def _text(content: bytes, location: Location) -> str:
     try:
-        return fetch_one(Request(location)).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{location}: not UTF-8 text ({error}): download it anew") from error

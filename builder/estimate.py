@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builder.build import absolute, check_places
 from builder.card import ClassCounts
-from builder.fetch import describe
+from builder.fetch import Refusal, describe, length_of
 from builder.lock import refuse_if_held
 from builder.maskzip import plan_reads
 from builder.openimages import PUBLIC_IMAGES, OpenImages, source_location
@@ -21,11 +20,9 @@ from builder.prepare import Choice, ClassReport, prepare
 from builder.source import Source
 from builder.traffic import PROCESS, Traffic
 from shards.dataset import SPLITS
-from shards.errors import StorageError
 from shards.storage import Location
 
 SAMPLED = 64  # images whose length is asked for; the mean of Open Images' lengths is then known to about 8 %
-ASKED_AT_ONCE = 32
 
 # All images of a split, in bytes: https://github.com/cvdfoundation/open-images-dataset
 PUBLIC_SPLIT_BYTES = {"train": 513e9, "validation": 12e9, "test": 36e9}
@@ -143,19 +140,10 @@ def _sample(images: Sequence[PlannedImage], anonymous: bool, seed: int) -> tuple
     return lengths, len(found) - len(lengths)
 
 
-def _lengths(locations: Iterable[Location]) -> list[int | None]:
+def _lengths(locations: Sequence[Location]) -> list[int | None]:
     """The objects' lengths; None for what is missing or refused."""
-
-    def length(location: Location) -> int | None:
-        try:
-            return int(describe(location)["size"])
-        except StorageError as error:
-            if error.permanent:
-                return None
-            raise
-
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return list(pool.map(length, locations))
+    answers = zip(locations, describe(locations), strict=True)
+    return [None if isinstance(told, Refusal) else length_of(location, told) for location, told in answers]
 
 
 def _mask_traffic(plan: Plan) -> tuple[Traffic, int]:
@@ -178,7 +166,7 @@ def _rle_bytes(mask: object) -> float:
 
 def _whole_zips(plan: Plan, anonymous: bool) -> int:
     urls = sorted({member.zip_url for task in plan.tasks for member in members_of(task.images)})
-    return sum(length or 0 for length in _lengths(Location(url, anonymous) for url in urls))
+    return sum(length or 0 for length in _lengths([Location(url, anonymous) for url in urls]))
 
 
 def _whole_tables(source: Source, plan: Plan) -> int | None:

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, TypeVar
 
 from shards.errors import UserError
@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 AHEAD = 2  # tasks handed out a worker: one at work, one waiting; more would only lie about in memory
 CLUSTER_TIMEOUT_S = 20
+PRELOADED = ["builder.pack", "aiohttp", "botocore.auth", "botocore.session"]
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,18 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
         executor.shutdown()
 
 
+def warm_up(engine: Engine) -> None:
+    """Let the process that local workers come from import what they need; returns at once, the work goes on beside."""
+    if not engine.cluster and engine.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
+        _context()
+        forkserver.ensure_running()
+
+
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
     """A pool of fresh processes: file systems own threads and sockets, which must not be shared over a fork."""
-    context: Any = multiprocessing.get_context("spawn")
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["builder.pack"])  # imported once, not once a worker
     others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
     try:
         yield executor
     except BaseException:
@@ -133,6 +137,14 @@ def _processes(workers: int) -> Iterator[Executor]:
             process.terminate()  # a shard half done is done again on resuming; nobody waits for it now
         raise
     executor.shutdown()
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # imported once, not once a worker
+    return context
 
 
 def _start_worker() -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
-import logging
-import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from builder.traffic import PROCESS, Meter
 from shards.errors import StorageError
-from shards.ranges import Read, ReadStatistics, TooLargeError, WrongBytesError, read_many
+from shards.ranges import (
+    Description,
+    Read,
+    ReadStatistics,
+    ReplacedError,
+    TooLargeError,
+    WrongBytesError,
+    describe_many,
+    read_many,
+)
 from shards.storage import Location, explain, is_missing_bucket
 
-ATTEMPTS = 4
-BACK_OFF_S = 0.5  # before the second attempt; doubled each time
 IN_FLIGHT = 32  # requests at a time
 OBJECT_BYTES = 256 << 20  # the largest object that is read whole: five hundred times an image of Open Images
 
@@ -30,16 +34,17 @@ _OF_THE_ACCOUNT = (
     "RequestTimeTooSkewed",
 )
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive)."""
+    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive); see `shards.ranges.Read`."""
 
     location: Location
     start: int = 0
     end: int | None = None
+    etag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,59 +67,87 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | R
         StorageError: a read still failed after all attempts, or it cannot succeed (no such bucket, no credentials).
     """
     statistics = ReadStatistics()
-    reads = [Read(r.location, r.start, r.end, OBJECT_BYTES if r.end is None else None) for r in requests]
+    reads = [Read(r.location, r.start, r.end, OBJECT_BYTES if r.end is None else None, r.etag) for r in requests]
     answers = read_many(reads, in_flight=IN_FLIGHT, statistics=statistics)
     meter.count(statistics.requests, statistics.nbytes)
     return [_judged(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
 
 def _judged(request: Request, answer: bytes | Exception) -> bytes | Refusal:
-    if isinstance(answer, Exception):
-        refusal = refusal_of(answer, request.location.url)
-        if refusal is None:
-            reason = explain(answer, request.location.url) or repr(answer)
-            raise StorageError(f"{reason} (after several attempts)") from answer
-        return refusal
-    if request.end is not None and len(answer) != request.end - request.start:
-        raise StorageError(_wrong_length(request, len(answer)))
-    return answer
+    judged = _no_failure(request.location, answer)
+    if not isinstance(judged, Refusal) and request.end is not None and len(judged) != request.end - request.start:
+        raise StorageError(_wrong_length(request, len(judged)))
+    return judged
+
+
+def _no_failure(location: Location, answer: T | Exception) -> T | Refusal:
+    if not isinstance(answer, Exception):
+        return answer
+    refusal = refusal_of(answer, location.url)
+    if refusal is None:
+        reason = explain(answer, location.url) or repr(answer)
+        raise StorageError(f"{reason} (after several attempts)") from answer
+    return refusal
+
+
+def fetch_all(requests: Sequence[Request]) -> list[bytes]:
+    """Read things that must be there.
+
+    Raises:
+        StorageError: one is missing, refused, or still failed after all attempts.
+    """
+    contents = []
+    for request, answer in zip(requests, fetch(requests), strict=True):
+        if isinstance(answer, Refusal):
+            raise _refused(answer, request.location.url)
+        contents.append(answer)
+    return contents
 
 
 def fetch_one(request: Request) -> bytes:
-    """Read one thing that must be there.
+    """Read one thing that must be there; see `fetch_all`."""
+    return fetch_all([request])[0]
+
+
+def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
+    """What the store tells of objects, concurrently, in the order asked.
 
     Raises:
-        StorageError: it is missing, refused, or still failed after `ATTEMPTS`.
+        StorageError: a question still failed after all attempts, or cannot succeed (no such bucket, no credentials).
     """
-    [answer] = fetch([request])
-    if isinstance(answer, Refusal):
-        raise _refused(answer, request.location.url)
-    return answer
+    statistics = ReadStatistics()
+    answers = describe_many(locations, in_flight=IN_FLIGHT, statistics=statistics)
+    PROCESS.count(statistics.requests, statistics.nbytes)
+    return [_no_failure(location, answer) for location, answer in zip(locations, answers, strict=True)]
 
 
-def describe(location: Location) -> dict[str, Any]:
-    """What the store tells of an object without sending it: its `size`, and an ETag or a time where it has them.
+@dataclass
+class Inventory:
+    """What the store tells of objects: asked once, and from then on remembered. May be shared by threads."""
 
-    Raises:
-        StorageError: it is missing, refused, its size is not told, or the store still failed after `ATTEMPTS`.
-    """
-    reason = ""
-    for attempt in range(1, ATTEMPTS + 1):
-        PROCESS.count(1, 0)
-        try:
-            info: dict[str, Any] = location.fs.info(location.path)
-        except Exception as error:
-            refusal = refusal_of(error, location.url)
-            if refusal is not None:
-                raise _refused(refusal, location.url) from error
-            reason = explain(error, location.url) or repr(error)
-        else:
-            if info.get("size") is None:
-                raise StorageError(f"{location}: the server does not tell the object's length, which range reads need")
-            return info
-        if attempt < ATTEMPTS:
-            _wait(reason, attempt)
-    raise StorageError(f"{reason} (after {ATTEMPTS} attempts)")
+    _known: dict[str, Description | Refusal] = field(default_factory=dict)
+
+    def ask(self, locations: Sequence[Location]) -> None:
+        """Ask for all that is not known yet, at once; that there is no such object is an answer too.
+
+        Raises:
+            StorageError: the store still failed after all attempts.
+        """
+        unknown = [location for location in locations if location.url not in self._known]
+        for location, answer in zip(unknown, describe(unknown), strict=True):
+            self._known[location.url] = answer
+
+    def of(self, location: Location) -> Description:
+        """What is told of an object that must be there.
+
+        Raises:
+            StorageError: it is missing, refused, or the store still failed after all attempts.
+        """
+        self.ask([location])
+        found = self._known[location.url]
+        if isinstance(found, Refusal):
+            raise _refused(found, location.url)
+        return found
 
 
 def refusal_of(error: Exception, url: str) -> Refusal | None:
@@ -136,6 +169,8 @@ def refusal_of(error: Exception, url: str) -> Refusal | None:
         raise StorageError(explain(error, url) or repr(error), permanent=True) from error
     if isinstance(error, PermissionError) or status in (401, 403):
         return Refusal("refused")
+    if isinstance(error, ReplacedError):
+        raise StorageError(_replaced(url)) from error
     message = explain(error, url)
     if message is None:
         raise error
@@ -152,10 +187,8 @@ def _refused(refusal: Refusal, url: str) -> StorageError:
     return StorageError(f"{url}: access was refused: check the credentials, or try --anonymous", permanent=True)
 
 
-def _wait(reason: str, attempt: int) -> None:
-    logger.debug("%s; attempt %d of %d, again soon", reason, attempt, ATTEMPTS)
-    # Jitter keeps many workers from coming back at the same moment; it decides no byte of the result.
-    time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+def _replaced(url: str) -> str:
+    return f"{url}: was replaced while it was being read: give the same command again"
 
 
 def _wrong_length(request: Request, found: int) -> str:
@@ -170,19 +203,19 @@ class RangeFile(io.RawIOBase):
 
     Args:
         location: the object.
-        tail: so many bytes at its end are fetched on opening and served from memory.
+        told: what its store tells of it; reads are of that version of the object, or fail.
+        parts: bytes of it that are at hand already, by where they start.
 
     Raises:
-        StorageError: the object is missing or cannot be read.
+        StorageError: the object's length is not told; when reading, that it cannot be read or was replaced.
     """
 
-    def __init__(self, location: Location, *, tail: int = 0) -> None:
+    def __init__(self, location: Location, told: Description, parts: Mapping[int, bytes] | None = None) -> None:
         super().__init__()
-        self.location = location
-        self.length = int(describe(location)["size"])
+        self.location, self.told = location, told
+        self.length = length_of(location, told)
+        self._parts = dict(parts or {})
         self._position = 0
-        self._tail_start = max(0, self.length - tail)
-        self._tail = self._range(self._tail_start, self.length)
 
     def readable(self) -> bool:
         return True
@@ -201,17 +234,41 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        start = self._position
-        end = min(start + len(buffer), self.length)
-        if start >= end:
-            return 0
-        if start >= self._tail_start:
-            data = self._tail[start - self._tail_start : end - self._tail_start]
-        else:
-            data = self._range(start, end)
-        buffer[: len(data)] = data
-        self._position = start + len(data)
-        return len(data)
+        done = 0
+        while done < len(buffer) and self._position < self.length:
+            data = self._some(self._position, min(self._position + len(buffer) - done, self.length))
+            buffer[done : done + len(data)] = data
+            done += len(data)
+            self._position += len(data)
+        return done
 
-    def _range(self, start: int, end: int) -> bytes:
-        return fetch_one(Request(self.location, start, end)) if end > start else b""
+    def _some(self, start: int, end: int) -> bytes:
+        """The bytes from `start` on, up to `end` or where what is at hand begins or ends."""
+        for first, data in self._parts.items():
+            if first <= start < first + len(data):
+                return data[start - first : end - first]
+            if start < first:
+                end = min(end, first)
+        return fetch_one(Request(self.location, start, end, self.told.etag))
+
+    def check_unchanged(self) -> None:
+        """Reads of an object with an ETag are bound to it; any other is asked for its state once more.
+
+        Raises:
+            StorageError: it was replaced since `told` was told.
+        """
+        if not self.told.etag:
+            again = Inventory().of(self.location)
+            if again != self.told:
+                raise StorageError(_replaced(self.location.url))
+
+
+def length_of(location: Location, told: Description) -> int:
+    """An object's length in bytes.
+
+    Raises:
+        StorageError: it is not told.
+    """
+    if told.size is None:
+        raise StorageError(f"{location}: the server does not tell the object's length, which range reads need")
+    return told.size

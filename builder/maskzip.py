@@ -10,20 +10,24 @@ import logging
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder.cache import Cache, state_of
-from builder.fetch import RangeFile, Refusal, Request, fetch
+from builder.cache import Cache
+from builder.fetch import Inventory, RangeFile, Refusal, Request, fetch, length_of
 from builder.plan import Member
 from builder.traffic import PROCESS, Meter
 from shards.errors import StorageError, UserError
+from shards.ranges import Description
 from shards.storage import Location
 
+ZIPS_AT_ONCE = 4  # a real train zip's directory takes about 100 MB in memory while it is read
 TAIL_BYTES = 66 << 10  # end record, its longest comment (64 KiB), and the ZIP64 records
 GAP_BYTES = 16 << 10  # reading so much for nothing costs less than another request
 SPAN_BYTES = 8 << 20  # the largest merged read
@@ -68,35 +72,42 @@ class Span:
     members: tuple[int, ...]
 
 
-def locate_members(location: Location, names: Collection[str], *, cache: Cache | None = None) -> dict[str, Member]:
-    """Look files up in a zip's central directory; names that it does not hold are left out.
+def locate_members(
+    wanted: Mapping[Location, Collection[str]], *, cache: Cache | None = None, inventory: Inventory | None = None
+) -> dict[str, Member]:
+    """Look files up in the central directories of zips; names that they do not hold are left out.
 
-    Costs about three requests: the length, the end, and the directory where it is longer than `TAIL_BYTES`. With a
-    `cache` the whole directory is kept there, and costs one request the next time.
+    Costs about two requests a zip, those of all zips at once, and another where a directory is longer than
+    `TAIL_BYTES`. With a `cache` the whole directories are kept there, and nothing is read the next time.
+
+    Args:
+        wanted: zip -> the names to look up in it; no name is looked up in two.
+        inventory: what is known of the store's objects; the zips are the versions that it tells of.
 
     Raises:
         UserError: not a zip, or a damaged one.
-        StorageError: it is missing, cannot be read, or was replaced while it was being read.
+        StorageError: one is missing, cannot be read, or was replaced while it was being read.
     """
-    wanted = pa.array(sorted(names), pa.string())
+    inventory = inventory or Inventory()
+    inventory.ask(list(wanted))
+    told = {location: inventory.of(location) for location in wanted}
+    entries = {} if cache is None else {zip_: cache.entry(zip_, told[zip_], _CONTENT) for zip_ in wanted}
+    found = {zip_: entry.read(DIRECTORY, partial(_named, wanted[zip_])) for zip_, entry in entries.items()}
+    unread = [location for location in wanted if found.get(location) is None]
+    tails = fetch([_tail(location, told[location]) for location in unread])
 
-    def take(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
-        found = (table.filter(pc.is_in(table["name"], value_set=wanted)) for table in tables)
-        return [row for table in found for row in table.to_pylist()]
-
-    entry = None if cache is None else cache.entry(location, _CONTENT)
-    rows = None if entry is None else entry.read(DIRECTORY, take)
-    if rows is not None:
-        logger.debug("%s: %d members found by the cache", location, len(rows))
-    else:
-        directory = _read_directory(location)
-        rows = take([directory])
-        if entry is not None:
-            if state_of(location) != entry.state:
-                raise StorageError(f"{location}: was replaced while it was being read: give the same command again")
-            with entry.write(DIRECTORY) as keep:
+    def read(location: Location, tail: bytes | Refusal) -> None:
+        if isinstance(tail, Refusal):
+            raise StorageError(f"{location}: {tail.reason} now: give the same command again")
+        directory = _read_directory(location, told[location], tail)
+        if location in entries:
+            with entries[location].write(DIRECTORY) as keep:
                 keep(directory)
-    return {row["name"]: Member(zip_url=location.url, **row) for row in rows}
+        found[location] = _named(wanted[location], [directory])
+
+    with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
+        list(pool.map(read, unread, tails))
+    return {row["name"]: Member(zip_url=location.url, **row) for location in wanted for row in found[location] or ()}
 
 
 def directory_is_cached(location: Location, cache: Cache | None) -> bool:
@@ -104,10 +115,21 @@ def directory_is_cached(location: Location, cache: Cache | None) -> bool:
     return cache is not None and cache.holds(location, _CONTENT)
 
 
-def _read_directory(location: Location) -> pa.Table:
+def _named(names: Collection[str], tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
+    wanted = pa.array(sorted(names), pa.string())
+    return [row for table in tables for row in table.filter(pc.is_in(table["name"], value_set=wanted)).to_pylist()]
+
+
+def _tail(location: Location, told: Description) -> Request:
+    length = length_of(location, told)
+    return Request(location, max(0, length - TAIL_BYTES), length, told.etag)
+
+
+def _read_directory(location: Location, told: Description, tail: bytes) -> pa.Table:
     """All members, by `DIRECTORY`, in the directory's order; the last of several of one name, as `zipfile` does it."""
     try:
-        with zipfile.ZipFile(RangeFile(location, tail=TAIL_BYTES)) as archive:
+        file = RangeFile(location, told, {length_of(location, told) - len(tail): tail})
+        with zipfile.ZipFile(file) as archive:
             starts = sorted(info.header_offset for info in archive.infolist())
             following = dict(zip(starts, [*starts[1:], archive.start_dir]))
             infos = list(archive.NameToInfo.values())
@@ -127,6 +149,7 @@ def _read_directory(location: Location) -> pa.Table:
                 "compressed": [info.compress_size for info in infos],
                 "size": [info.file_size for info in infos],
             }
+            file.check_unchanged()
             return pa.table(columns, schema=DIRECTORY)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
         raise UserError(f"{location}: not a zip that can be read ({error}): check --annotations") from error

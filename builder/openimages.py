@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from builder.cache import Cache
+from builder.fetch import Inventory
 from shards.storage import Location
 
 # The rest of the package needs pyarrow; `builder.cli` imports this module to print its help.
@@ -66,12 +67,14 @@ def source_location(url: str, *, anonymous: bool = False) -> Location:
 class OpenImages:
     """A mirror of Open Images: an image root and an annotation root. Splits are named as the source names them.
 
-    What is read of the tables and zip directories is kept in `cache`, if there is one.
+    What is read of the tables and zip directories is kept in `cache`, if there is one. A run asks once which version of
+    a table or zip there is (`inventory`), and reads no other.
     """
 
     images: Location
     annotations: Location
     cache: Cache | None = None
+    inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -89,9 +92,14 @@ class OpenImages:
         return read_taxonomy(self)
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> OpenImagesSplit:
-        """One split; its tables are read when they are asked for."""
+        """One split; its tables are read when they are asked for.
+
+        Raises:
+            StorageError: the annotations cannot be reached.
+        """
         from builder.annotations import OpenImagesSplit
 
+        self.inventory.ask([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
         return OpenImagesSplit(self, split, classes, filters)
 
     def image(self, split: str, image_id: str) -> Location:

@@ -28,12 +28,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from builder.cache import Cache, state_of
-from builder.fetch import RangeFile
-from shards.errors import StorageError, UserError
+from builder.cache import Cache
+from builder.fetch import Inventory, RangeFile, Request, fetch_one, length_of
+from shards.errors import UserError
 from shards.storage import Location
 
 BLOCK_BYTES = 8 << 20
+HEAD_BYTES = 1 << 20  # read first; most tables are no longer
 HEADER_BYTES = 64 << 10  # the longest first line
 GATHER_ROWS = 1 << 19  # filters of many values, each of which costs building a hash table, wait for so many rows
 MANY_VALUES = 1 << 12
@@ -80,6 +81,7 @@ def read_table(
     *,
     newlines_in_values: bool = False,
     cache: Cache | None = None,
+    inventory: Inventory | None = None,
 ) -> pa.Table:
     """The rows of a CSV whose value in each column of `where` is one of the values given for it, in the file's order.
 
@@ -90,6 +92,7 @@ def read_table(
         where: by column; empty strings are among no values.
         newlines_in_values: quoted values may span lines.
         cache: the columns, of all rows, are kept there in passing, and read from there the next time.
+        inventory: what is known of the store's objects; the table is the version that it tells of.
 
     Raises:
         UserError: a column is missing, a value is not of its type, or the file is not such a CSV at all.
@@ -97,7 +100,8 @@ def read_table(
     """
     declared = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
     stored = pa.schema([(field.name, _stored(field)) for field in declared])
-    entry = None if cache is None else cache.entry(location, json.dumps(dict(columns)))
+    told = (inventory or Inventory()).of(location)
+    entry = None if cache is None else cache.entry(location, told, json.dumps(dict(columns)))
     sieve = None if entry is None else entry.read(stored, lambda tables: _Sieve(declared, where).add_all(tables))
     if sieve is not None:
         logger.info("%s: %d rows from the cache", location, sieve.rows)
@@ -105,11 +109,12 @@ def read_table(
         sieve = _Sieve(declared, where)
         kept: AbstractContextManager[Callable] = entry.write(stored) if entry else nullcontext(lambda _: None)
         with kept as keep:
-            for rows in _stream(location, stored, newlines_in_values):
+            head = fetch_one(Request(location, 0, min(HEAD_BYTES, length_of(location, told)), told.etag))
+            file = RangeFile(location, told, {0: head})
+            for rows in _stream(file, head, stored, newlines_in_values):
                 keep(rows)
                 sieve.add(rows)
-            if entry is not None and state_of(location) != entry.state:
-                raise StorageError(f"{location}: was replaced while it was being read: give the same command again")
+            file.check_unchanged()
     if not sieve.rows:
         _tell_once(location, "no rows", "holds a header and no rows")
     tell_left_out(location, sieve.blank, f"rows without {' or '.join(sieve.keys)}")
@@ -167,10 +172,11 @@ class _Sieve:
         return rows
 
 
-def _stream(location: Location, schema: pa.Schema, newlines_in_values: bool) -> Iterator[pa.Table]:
-    """The table's blocks, of all rows; see `read_table` for errors."""
-    names = _read_header(location, schema.names)
-    file = _LineCounter(RangeFile(location))
+def _stream(remote: RangeFile, head: bytes, schema: pa.Schema, newlines_in_values: bool) -> Iterator[pa.Table]:
+    """The table's blocks, of all rows; see `read_table` for errors. `head` is how it begins."""
+    location = remote.location
+    names = _read_header(location, head[:HEADER_BYTES], schema.names)
+    file = _LineCounter(remote)
     rows = 0
     try:
         with csv.open_csv(
@@ -206,13 +212,12 @@ def _trimmed(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _read_header(location: Location, wanted: Iterable[str]) -> list[str]:
-    """The names of the first line, trimmed.
+def _read_header(location: Location, head: bytes, wanted: Iterable[str]) -> list[str]:
+    """The names of the first line, trimmed; `head` is how the table begins.
 
     Raises:
         UserError: it is not a header that has each wanted column once.
     """
-    head = RangeFile(location).read(HEADER_BYTES) or b""
     line = re.split(rb"[\r\n]", head, maxsplit=1)[0]
     if not head:
         raise _not_a_table(location, "it is empty")

@@ -18,7 +18,7 @@ import os
 import random
 import re
 import ssl
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,8 +34,11 @@ ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts t
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
 IN_FLIGHT = 32
 CONNECTIONS = 64
+HTTP = ("http", "https")
+REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,29 @@ class Read:
     """A whole object (`end` is None), or its bytes `start` to `end` (exclusive).
 
     A whole object of S3 is checked against its ETag where that is an MD5. `largest`: a longer object is not read.
+    `etag`: read only while the object has this one (S3 and http; a weak one, W/"...", binds nothing).
     """
 
     location: Location
     start: int = 0
     end: int | None = None
     largest: int | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a store tells of an object.
+
+    Attributes:
+        size: in bytes; None where it is not told.
+        etag: as told, with its quotes; "" where none is told.
+        changed: when it was last changed, in whatever form that is told; "" where it is not.
+    """
+
+    size: int | None
+    etag: str = ""
+    changed: str = ""
 
 
 @dataclass
@@ -68,6 +88,10 @@ class WrongBytesError(TransientError):
     """What came is not what the store's checksum says."""
 
 
+class ReplacedError(OSError):
+    """The object no longer has the ETag that the read is bound to."""
+
+
 class TooLargeError(OSError):
     """The object is longer than the read allows."""
 
@@ -81,7 +105,20 @@ def read_many(
     it broke. A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
     `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
     """
-    return _run(_read_many(reads, in_flight, statistics or ReadStatistics())) if reads else []
+    statistics = statistics or ReadStatistics()
+    return _run(_all(lambda read: _read(read, statistics), reads, in_flight))
+
+
+def describe_many(
+    locations: Sequence[Location], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
+) -> list[Description | Exception]:
+    """What the store tells of objects, concurrently, in the order asked; what cannot be had is an exception.
+
+    S3 and http are asked for an object's first byte: the answer tells as much as a HEAD does, and whoever may read an
+    object may ask so, by a signed URL too.
+    """
+    statistics = statistics or ReadStatistics()
+    return _run(_all(lambda location: _describe(location, statistics), locations, in_flight))
 
 
 def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[bytes]:
@@ -98,28 +135,28 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-async def _read_many(reads: Sequence[Read], in_flight: int, statistics: ReadStatistics) -> list[bytes | Exception]:
-    results: list[bytes | Exception] = [b""] * len(reads)
-    numbers = iter(range(len(reads)))
+async def _all(
+    ask: Callable[[Asked], Coroutine[Any, Any, T]], things: Sequence[Asked], in_flight: int
+) -> list[T | Exception]:
+    answers: list[Any] = [None] * len(things)
+    numbers = iter(range(len(things)))
 
     async def worker() -> None:
         for number in numbers:
             try:
-                results[number] = await _read(reads[number], statistics)
+                answers[number] = await ask(things[number])
             except Exception as error:
-                results[number] = error
+                answers[number] = error
 
-    await asyncio.gather(*(worker() for _ in range(min(in_flight, len(reads)))))
-    return results
+    await asyncio.gather(*(worker() for _ in range(min(in_flight, len(things)))))
+    return answers
 
 
 async def _read(read: Read, statistics: ReadStatistics) -> bytes:
-    if read.location.protocol in ("http", "https"):
-        return await _get(read, "", None, statistics)
-    if read.location.protocol in ("s3", "s3a"):
-        bucket, _, key = read.location.url.partition("://")[2].partition("/")
-        address = await _address(bucket, read.location.anonymous)
-        return await _get(read, quote(key, safe="/~"), address, statistics)
+    if read.end is not None and read.end <= read.start:
+        return b""
+    if read.location.protocol in REMOTE:
+        return bytes((await _get(read, statistics)).data)
     fs, path = read.location.fs, read.location.path
     data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
     statistics.requests += 1
@@ -127,11 +164,22 @@ async def _read(read: Read, statistics: ReadStatistics) -> bytes:
     return bytes(data)
 
 
-async def _get(read: Read, key: str, address: _Address | None, statistics: ReadStatistics) -> bytes:
-    """Get an object or range; what has arrived of a body that breaks stays, and the rest is asked for.
+async def _describe(location: Location, statistics: ReadStatistics) -> Description:
+    if location.protocol in REMOTE:
+        body = await _get(Read(location, 0, 1), statistics)
+        return Description(body.length, body.etag, body.changed)
+    statistics.requests += 1
+    info = await asyncio.to_thread(location.fs.info, location.path)
+    changed = next((info[name] for name in ("mtime", "updated", "LastModified", "last_modified") if info.get(name)), "")
+    return Description(info.get("size"), str(info.get("ETag") or info.get("etag") or ""), str(changed))
 
-    `key` is that of S3, quoted; `address` is None for http.
-    """
+
+async def _get(read: Read, statistics: ReadStatistics) -> _Body:
+    """Get an object or range by http; what has arrived of a body that breaks stays, and the rest is asked for."""
+    address, key = None, ""
+    if read.location.protocol not in HTTP:
+        bucket, _, key = read.location.url.partition("://")[2].partition("/")
+        address, key = await _address(bucket, read.location.anonymous), quote(key, safe="/~")
     body = _Body(read)
     failures = 0
     while True:
@@ -142,10 +190,10 @@ async def _get(read: Read, key: str, address: _Address | None, statistics: ReadS
             statistics.requests += 1
             await _get_once(body, url, address)
             if body.is_right(address):
-                return bytes(body.data)
+                return body
             raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
         except (OSError, _aiohttp().ClientError) as error:
-            if isinstance(error, FileNotFoundError | PermissionError | TooLargeError):
+            if isinstance(error, FileNotFoundError | PermissionError | TooLargeError | ReplacedError):
                 raise
             failures = 0 if len(body.data) > before else failures + 1
             if failures >= ATTEMPTS:
@@ -165,6 +213,8 @@ class _Body:
     data: bytearray = field(default_factory=bytearray)
     received: int = 0  # bytes in all, also those that were dropped
     etag: str = ""
+    length: int | None = None  # of the whole object
+    changed: str = ""
     md5: str = ""  # that the store tells of the whole object; "" where it does not
     wrong: str = ""  # the MD5 of what came before, when that was not it
 
@@ -190,9 +240,17 @@ class _Body:
             headers["Range"] = f"bytes={start}-{self.read.end - 1}"
         elif start:
             headers["Range"] = f"bytes={start}-"
-        if self.data and self.etag:
-            headers["If-Match"] = self.etag  # the rest of another object would be worse than an error
+        bound = self.read.etag or (self.etag if self.data else "")
+        if bound and not bound.startswith("W/"):
+            headers["If-Match"] = bound  # the rest of another object would be worse than an error
         return headers
+
+    def take_headers(self, answer: Any) -> None:
+        """What the head of an answer tells."""
+        self.etag = answer.headers.get("ETag", "")
+        self.changed = answer.headers.get("Last-Modified", "")
+        total = re.fullmatch(r"bytes (?:\*|\d+-\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+        self.length = int(total[1]) if total else answer.content_length if answer.status == 200 else None
 
 
 async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
@@ -208,9 +266,12 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
     session, place = await _session(), URL(url, encoded=True)
     async with session.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
         if answer.status == 412:
+            if body.read.etag:
+                raise ReplacedError(f"the object is no longer the one with the ETag {body.read.etag}")
             body.data.clear()
             raise TransientError("the object was replaced while it was read")
-        if answer.status == 416 and body.read.start + len(body.data) > 0:
+        if answer.status == 416:
+            body.take_headers(answer)
             return  # the object ends before the range begins
         if answer.status not in (200, 206):
             await _refuse(answer, url, address)
@@ -218,7 +279,7 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
             if body.read.start or body.read.end is not None:
                 raise TransientError("the server ignores byte ranges, without which nothing can be read from it")
             body.data.clear()  # the whole again, where its rest was asked for
-        body.etag = answer.headers.get("ETag", "")
+        body.take_headers(answer)
         body.md5 = _md5_of(answer.headers) if address is not None else ""
         if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")

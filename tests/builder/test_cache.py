@@ -15,16 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder import cache as cache_module
-from builder import fetch, maskzip, tables
+from builder import maskzip, tables
 from builder.build import build
 from builder.cache import Cache, default_folder, state_of
 from builder.cli import main
+from builder.fetch import Inventory
 from builder.maskzip import locate_members
 from builder.openimages import OpenImages, source_location
 from builder.prepare import Choice
 from builder.tables import read_table
 from demo.scenes import SceneTruth
 from shards.errors import StorageError
+from shards.ranges import Description
 from shards.storage import Location
 
 COLUMNS = {"ImageID": "string", "LabelName": "string", "XMin": "float64"}
@@ -63,9 +65,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (tables, maskzip):
         real = module.RangeFile
 
-        def recording(location: Location, *, real: Any = real, **options: Any) -> Any:
+        def recording(location: Location, *arguments: Any, real: Any = real) -> Any:
             urls.append(location.url)
-            return real(location, **options)
+            return real(location, *arguments)
 
         monkeypatch.setattr(module, "RangeFile", recording)
     return urls
@@ -134,55 +136,15 @@ def test_a_changed_source_is_read_anew_and_takes_the_place_of_the_old(
 
 
 @pytest.mark.parametrize(
-    ("info", "state"),
+    ("told", "state"),
     [
-        ({"size": 5, "ETag": '"abc"', "LastModified": "now"}, {"size": 5, "etag": '"abc"'}),  # s3
-        ({"size": 5, "ETag": '"abc"', "mimetype": "text/csv"}, {"size": 5, "etag": '"abc"'}),  # https
-        ({"size": 5, "Last-Modified": "Mon"}, {"size": 5, "changed": "Mon"}),  # https without an ETag
-        ({"size": 5, "etag": "CJ=", "mtime": "now"}, {"size": 5, "etag": "CJ="}),  # gs
-        ({"size": 5, "mtime": 1.5, "ino": 7}, {"size": 5, "changed": "1.5"}),  # a local file
-        ({"size": 5, "ETag": ""}, {"size": 5}),
+        (Description(5, '"abc"', "now"), {"size": 5, "etag": '"abc"'}),
+        (Description(5, "", "Mon"), {"size": 5, "changed": "Mon"}),
+        (Description(5), {"size": 5}),
     ],
 )
-def test_what_tells_two_versions_apart(
-    info: dict[str, Any], state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("builder.fetch.describe", lambda location: info)
-    assert json.loads(state_of(Location("s3://bucket/t.csv"))) == state
-
-
-class Flaky:
-    """A file system whose answers about an object are those given, one after the other."""
-
-    def __init__(self, *answers: Any) -> None:
-        self.answers = list(answers)
-
-    def info(self, path: str) -> dict[str, Any]:
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@pytest.mark.parametrize(
-    ("answers", "told"),
-    [
-        ([TimeoutError("slow"), ConnectionResetError("gone"), {"size": 5}], ""),
-        ([TimeoutError("slow")] * 4, "slow.*after 4 attempts"),
-        ([FileNotFoundError("t.csv")], "there is no such object: check the address"),
-        ([PermissionError("t.csv")], "access was refused"),
-        ([{"size": None}], "does not tell the object's length"),
-    ],
-)
-def test_asking_for_the_state_is_tried_again(answers: list[Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "BACK_OFF_S", 0.001)
-    monkeypatch.setattr(Location, "fs", Flaky(*answers))
-    monkeypatch.setattr(Location, "path", "t.csv")
-    if not told:
-        assert json.loads(state_of(Location("s3://bucket/t.csv"))) == {"size": 5}
-        return
-    with pytest.raises(StorageError, match=told):
-        state_of(Location("s3://bucket/t.csv"))
+def test_what_tells_two_versions_apart(told: Description, state: dict[str, Any]) -> None:
+    assert json.loads(state_of(told)) == state
 
 
 def test_an_object_of_another_etag_is_read_anew(bucket: str, cache: Cache, opened: list[str]) -> None:
@@ -197,12 +159,19 @@ def test_an_object_of_another_etag_is_read_anew(bucket: str, cache: Cache, opene
 
 
 def test_a_source_that_is_replaced_while_it_is_read_is_an_error_and_not_kept(
-    table: Location, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    table: Location, bucket: str, cache: Cache
 ) -> None:
-    monkeypatch.setattr(tables, "state_of", lambda location: "another")
-    with pytest.raises(StorageError, match="was replaced while it was being read"):
-        read_table(table, COLUMNS, PEOPLE, cache=cache)
-    assert not list(Path(cache.folder).iterdir())
+    remote = Location(f"s3://{bucket}/t.csv")
+    for location in (table, remote):
+        write_table(location, 100)
+        inventory = Inventory()
+        inventory.ask([location])
+        write_table(location, 100, first=0.5)  # as long as before
+        if location.is_local:
+            os.utime(location.path, (1, 1))
+        with pytest.raises(StorageError, match="was replaced while it was being read"):
+            read_table(location, COLUMNS, PEOPLE, cache=cache, inventory=inventory)
+        assert not Path(cache.folder).exists() or not list(Path(cache.folder).iterdir())
 
 
 def test_a_damaged_file_is_told_once_and_read_anew(
@@ -231,7 +200,7 @@ def test_a_damaged_file_is_told_once_and_read_anew(
 def test_a_file_of_another_shape_is_discarded(table: Location, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     expected = read_table(table, COLUMNS, PEOPLE, cache=cache)
     path = only_file(cache)
-    metadata = {b"source": state_of(table).encode()}
+    metadata = {b"source": state_of(Inventory().of(table)).encode()}
     pq.write_table(pa.table({"ImageID": ["x"]}).replace_schema_metadata(metadata), path)
     assert read_table(table, COLUMNS, PEOPLE, cache=cache).equals(expected)
     assert f"{path}: discarded" in caplog.text
@@ -309,25 +278,24 @@ def test_zip_directories_are_kept(
         for number in range(50):
             archive.writestr(f"{number}.png", bytes(number))
     location = Location(str(path))
-    plain = locate_members(location, ["3.png", "40.png", "none"])
-    assert locate_members(location, ["7.png"], cache=cache)["7.png"].size == 7
+    plain = locate_members({location: ["3.png", "40.png", "none"]})
+    assert locate_members({location: ["7.png"]}, cache=cache)["7.png"].size == 7
     opened.clear()
-    assert locate_members(location, ["3.png", "40.png", "none"], cache=cache) == plain
+    assert locate_members({location: ["3.png", "40.png", "none"]}, cache=cache) == plain
     assert not opened
     assert maskzip.directory_is_cached(location, cache)
     assert not maskzip.directory_is_cached(location, None)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("3.png", b"another")
-    assert locate_members(location, ["3.png"], cache=cache)["3.png"].size == 7
+    assert locate_members({location: ["3.png"]}, cache=cache)["3.png"].size == 7
 
 
-def test_no_secret_of_a_url_lands_in_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "state_of", lambda location: "{}")
+def test_no_secret_of_a_url_lands_in_the_cache(cache: Cache) -> None:
     secret = Location("https://user:hunter2@host/v5/t.csv?X-Amz-Signature=hunter2#hunter2")
-    entry = cache.entry(secret, "rows")
+    entry = cache.entry(secret, Description(5), "rows")
     assert "hunter2" not in entry.path
     assert os.path.basename(entry.path).startswith("t.csv-")
-    assert entry.path != cache.entry(Location("https://host/v5/t.csv"), "rows").path
+    assert entry.path != cache.entry(Location("https://host/v5/t.csv"), Description(5), "rows").path
 
 
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import io
 import socket
 import threading
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.fetch import RangeFile, Refusal, Request, fetch, fetch_one
+from builder.fetch import Inventory, RangeFile, Refusal, Request, describe, fetch, fetch_one
 from demo.s3server import S3Server
 from shards.errors import StorageError
+from shards.ranges import Description
 from shards.storage import Location
 
 
@@ -143,19 +145,62 @@ def test_a_server_without_ranges_is_told_as_such() -> None:
             fetch([Request(location, 2, 5)])
 
 
-@given(st.binary(max_size=60), st.integers(0, 40), st.lists(st.tuples(st.integers(0, 70), st.integers(0, 30))))
+def test_objects_are_described_at_once_and_asked_about_once(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"0123456789")
+    (tmp_path / "empty").write_bytes(b"")
+    s3.upload(tmp_path, bucket)
+    local, remote = Location(str(tmp_path / "a.bin")), Location(f"s3://{bucket}/a.bin")
+    served = Location(f"{s3.endpoint_url}/{bucket}/a.bin")
+    told = describe([remote, served, Location(f"s3://{bucket}/empty"), Location(f"s3://{bucket}/none"), local])
+    tag = hashlib.md5(b"0123456789").hexdigest()
+    for found in told[:2]:
+        assert isinstance(found, Description)
+        assert (found.size, found.etag.strip('"')) == (10, tag)
+    assert isinstance(told[2], Description)
+    assert told[2].size == 0
+    assert told[3] == Refusal("missing")
+    assert isinstance(told[4], Description)
+    assert (told[4].size, told[4].etag) == (10, "")
+    assert told[4].changed
+
+    inventory = Inventory()
+    inventory.ask([remote, Location(f"s3://{bucket}/none")])
+    remote.write(b"another")
+    assert inventory.of(remote) == told[0]
+    assert Inventory().of(remote).size == 7
+    with pytest.raises(StorageError, match="no such object"):
+        inventory.of(Location(f"s3://{bucket}/none"))
+
+
+def test_a_read_bound_to_an_etag_never_brings_another_object(s3: S3Server, bucket: str) -> None:
+    location = Location(f"s3://{bucket}/a.bin")
+    location.write(b"0123456789")
+    told = Inventory().of(location)
+    assert fetch([Request(location, 2, 5, told.etag)]) == [b"234"]
+    location.write(b"9876543210")
+    with pytest.raises(StorageError, match="was replaced while it was being read"):
+        fetch([Request(location, 2, 5, told.etag)])
+    assert fetch([Request(location, 2, 5, "W/" + told.etag)]) == [b"765"]  # a weak tag binds nothing
+
+
+places = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 30)))
+
+
+@given(st.binary(max_size=60), places, places)
 def test_range_file_reads_like_a_file(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, tail: int, reads: list[tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory,
+    data: bytes,
+    known: list[tuple[int, int]],
+    reads: list[tuple[int, int]],
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "range-file"
     path.write_bytes(data)
-    expected, found = io.BytesIO(data), RangeFile(Location(str(path)), tail=tail)
+    location = Location(str(path))
+    parts = {start: data[start : start + length] for start, length in known}
+    expected, found = io.BytesIO(data), RangeFile(location, Inventory().of(location), parts)
     for offset, length in reads:
         assert found.seek(offset) == expected.seek(offset)
-        got = b""
-        while len(got) < length and (part := found.read(length - len(got))):
-            got += part
-        assert got == expected.read(length)
+        assert (found.read(length) or b"") == expected.read(length)
         assert found.tell() == expected.tell()
     assert found.seek(0, io.SEEK_END) == len(data)
     with pytest.raises(OSError):

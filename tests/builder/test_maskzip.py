@@ -48,7 +48,7 @@ def write_zip(path: Path, method: int, *, zip64: bool = False, comment: bytes = 
 def test_members_are_what_zipfile_reads(tmp_path: Path, method: int, zip64: bool, comment: bytes) -> None:
     location = write_zip(tmp_path / "m.zip", method, zip64=zip64, comment=comment)
     wanted = list(contents())[::3]
-    found = locate_members(location, [*wanted, "not there.png"])
+    found = locate_members({location: [*wanted, "not there.png"]})
     assert sorted(found) == sorted(wanted)
     meter = Meter()
     read = read_members([found[name] for name in wanted], meter=meter)
@@ -64,13 +64,13 @@ def test_a_real_zip64_directory_is_read(tmp_path: Path) -> None:
         archive.writestr("last.png", b"here")
     with zipfile.ZipFile(path) as archive:
         assert len(archive.namelist()) == 66_001
-    found = locate_members(Location(str(path)), ["last.png"])
+    found = locate_members({Location(str(path)): ["last.png"]})
     assert read_members([found["last.png"]]) == [b"here"]
 
 
 def test_members_after_a_prefix_and_from_a_stream_are_read(tmp_path: Path) -> None:
     location = write_zip(tmp_path / "m.zip", zipfile.ZIP_DEFLATED, prefix=b"#!/bin/sh\n" * 9)
-    found = locate_members(location, contents())
+    found = locate_members({location: contents()})
     assert read_members(list(found.values())) == [contents()[name] for name in found]
 
     class Stream(io.BytesIO):  # not seekable: the sizes follow the data, in descriptors
@@ -88,7 +88,7 @@ def test_members_after_a_prefix_and_from_a_stream_are_read(tmp_path: Path) -> No
         archive.writestr("a.png", b"a" * 1000)
         archive.writestr("b.png", b"b" * 1000)
     (tmp_path / "s.zip").write_bytes(stream.getvalue())
-    found = locate_members(Location(str(tmp_path / "s.zip")), ["a.png", "b.png"])
+    found = locate_members({Location(str(tmp_path / "s.zip")): ["a.png", "b.png"]})
     assert read_members(list(found.values())) == [b"a" * 1000, b"b" * 1000]
 
 
@@ -156,7 +156,7 @@ def test_no_bytes_make_extract_fail_in_another_way(data: bytes, compressed: int,
 
 def test_a_bomb_is_neither_fetched_nor_inflated(tmp_path: Path) -> None:
     location = write_zip(tmp_path / "m.zip", zipfile.ZIP_DEFLATED)
-    member = next(iter(locate_members(location, list(contents())[:1]).values()))
+    member = next(iter(locate_members({location: list(contents())[:1]}).values()))
     meter = Meter()
     [answer] = read_members([replace(member, size=maskzip.MEMBER_BYTES + 1)], meter=meter)
     assert isinstance(answer, MemberError)
@@ -169,13 +169,13 @@ def test_a_bomb_is_neither_fetched_nor_inflated(tmp_path: Path) -> None:
 def test_an_empty_zip_holds_nothing_and_no_zip_is_an_error(tmp_path: Path) -> None:
     empty = tmp_path / "empty.zip"
     zipfile.ZipFile(empty, "w").close()
-    assert locate_members(Location(str(empty)), ["a.png"]) == {}
+    assert locate_members({Location(str(empty)): ["a.png"]}) == {}
     for data in (b"", b"<html>404</html>", empty.read_bytes()[:-1], b"PK" * 50000):
         (tmp_path / "bad.zip").write_bytes(data)
         with pytest.raises(UserError, match=r"bad\.zip: not a zip"):
-            locate_members(Location(str(tmp_path / "bad.zip")), ["a.png"])
+            locate_members({Location(str(tmp_path / "bad.zip")): ["a.png"]})
     with pytest.raises(StorageError, match=r"gone\.zip"):
-        locate_members(Location(str(tmp_path / "gone.zip")), ["a.png"])
+        locate_members({Location(str(tmp_path / "gone.zip")): ["a.png"]})
 
 
 def test_a_directory_that_lies_is_an_error_not_a_crash(tmp_path: Path) -> None:
@@ -184,12 +184,12 @@ def test_a_directory_that_lies_is_an_error_not_a_crash(tmp_path: Path) -> None:
     data[-12:-8] = struct.pack("<I", 1 << 30)  # the directory's length
     path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="not a zip"):
-        locate_members(Location(str(path)), ["a.png"])
+        locate_members({Location(str(path)): ["a.png"]})
 
 
 def test_members_over_s3_and_http(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     write_zip(tmp_path / "m.zip", zipfile.ZIP_DEFLATED)
     s3.upload(tmp_path, bucket)
     for url in (f"s3://{bucket}/m.zip", f"{s3.endpoint_url}/{bucket}/m.zip"):
-        found = locate_members(Location(url), contents())
+        found = locate_members({Location(url): contents()})
         assert read_members(list(found.values())) == [contents()[name] for name in found]

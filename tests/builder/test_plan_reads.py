@@ -76,7 +76,7 @@ def test_a_member_damaged_on_the_way_is_fetched_again_by_itself(
         for name, data in content.items():
             archive.writestr(name, data)
     s3.filesystem().pipe_file(f"{bucket}/m.zip", buffer.getvalue())
-    found = locate_members(Location(f"s3://{bucket}/m.zip"), content)
+    found = locate_members({Location(f"s3://{bucket}/m.zip"): content})
     with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=2)]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         monkeypatch.setattr("shards.storage._instances", {})
