@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from builder import openimages
 from builder.classes import Classes
+from builder.fetch import Inventory
 from builder.maskzip import directory_is_cached, locate_members
 from builder.matching import match_boxes
 from builder.openimages import OpenImages
@@ -45,12 +46,16 @@ class SplitTables:
 
 @dataclass(frozen=True)
 class OpenImagesSplit:
-    """One split of Open Images, as the chosen classes and the filters show it (a `builder.source.SourceSplit`)."""
+    """One split of Open Images, as the chosen classes and the filters show it (a `builder.source.SourceSplit`).
+
+    Which version of a table or zip there is, is asked once (`inventory`), and no other is read.
+    """
 
     source: OpenImages
     name: str
     classes: Classes
     filters: Filters
+    inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     def candidates(self) -> dict[int, Candidates]:
         """Id of each class that was asked for -> images with a mask of it, and with boxes only, that the filters leave.
@@ -159,7 +164,7 @@ class OpenImagesSplit:
         *,
         newlines_in_values: bool = False,
     ) -> pa.Table:
-        cache, inventory = self.source.cache, self.source.inventory
+        cache, inventory = self.source.cache, self.inventory
         return read_table(
             location, columns, where, newlines_in_values=newlines_in_values, cache=cache, inventory=inventory
         )
@@ -187,7 +192,7 @@ class OpenImagesSplit:
         cached = sum(directory_is_cached(location, cache) for location in zips)
         count = sum(map(len, zips.values()))
         logger.info("locating %d masks of %s in %d zips (directories cached: %d)", count, self.name, len(zips), cached)
-        return locate_members(zips, cache=cache, inventory=self.source.inventory)
+        return locate_members(zips, cache=cache, inventory=self.inventory)
 
 
 def join(tables: SplitTables) -> NDArray[np.int64]:

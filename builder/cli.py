@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -224,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
         _check_what_to_take(parser, args)
         _start_logging()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
         with _cache_folder(args) as args.cache:
             result = run(args)
         print(_render(result, args))

@@ -71,7 +71,7 @@ def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rl
     bits = read_bits(data, MASK_PIXELS) or _read_picture(data)
     if isinstance(bits, Failure):
         return bits
-    if not bits.rows.any():
+    if bits.extent is None:
         return Failure("mask-empty", "no pixel is set")
     if not same_shape((bits.width, bits.height), (width, height)):
         return Failure("mask-shape", f"the mask is {bits.width}x{bits.height}, the image {width}x{height}")

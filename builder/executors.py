@@ -5,6 +5,8 @@ Everything is a `concurrent.futures.Executor`; which one it is never shows in a 
 
 from __future__ import annotations
 
+import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -118,7 +120,12 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
 
 
 def warm_up(engine: Engine) -> None:
-    """Let the process that local workers come from import what they need; returns at once, the work goes on beside."""
+    """Begin what takes its time and waits for nothing; returns at once.
+
+    The process that local workers come from imports what they need, and this one imports pandas, which pyarrow does by
+    itself the first time that it makes an array of a list.
+    """
+    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     if not engine.cluster and engine.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
         _context()
         forkserver.ensure_running()
@@ -149,6 +156,7 @@ def _context() -> Any:
 
 def _start_worker() -> None:
     """In each worker: leave Ctrl-C to the parent, and end when the parent does, even if it was killed."""
+    gc.freeze()  # modules stay: no collection need look at them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from builder.cache import Cache
@@ -67,14 +67,12 @@ def source_location(url: str, *, anonymous: bool = False) -> Location:
 class OpenImages:
     """A mirror of Open Images: an image root and an annotation root. Splits are named as the source names them.
 
-    What is read of the tables and zip directories is kept in `cache`, if there is one. A run asks once which version of
-    a table or zip there is (`inventory`), and reads no other.
+    What is read of the tables and zip directories is kept in `cache`, if there is one.
     """
 
     images: Location
     annotations: Location
     cache: Cache | None = None
-    inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -99,8 +97,9 @@ class OpenImages:
         """
         from builder.annotations import OpenImagesSplit
 
-        self.inventory.ask([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
-        return OpenImagesSplit(self, split, classes, filters)
+        inventory = Inventory()
+        inventory.ask([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
+        return OpenImagesSplit(self, split, classes, filters, inventory)
 
     def image(self, split: str, image_id: str) -> Location:
         """The JPEG of one ImageID."""

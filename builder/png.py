@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ _PLAIN = (1, 0, 0, 0, 0)  # bits a pixel, colour type, compression, filter metho
 _SUB, _UP, _AVERAGE, _PAETH = 1, 2, 3, 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BitImage:
     """A picture of bits.
 
@@ -37,9 +37,10 @@ class BitImage:
     height: int
     rows: NDArray[np.uint8]
 
+    @cached_property
     def extent(self) -> tuple[int, int, int, int] | None:
         """(left, top, right, bottom) of the pixels that are set, the last two exclusive; None for none."""
-        filled = np.flatnonzero(self.rows.any(axis=1))
+        filled = np.flatnonzero(self.rows.max(axis=1))
         if not len(filled):
             return None
         top, bottom = int(filled[0]), int(filled[-1]) + 1
@@ -53,10 +54,9 @@ class BitImage:
             uint8 (h, w) of 0 and 1, and the place (left, top) of its corner; outside of it all is 0. None where no
             pixel that is set falls on the grid.
         """
-        extent = self.extent()
-        if extent is None:
+        if self.extent is None:
             return None
-        left, top, right, bottom = extent
+        left, top, right, bottom = self.extent
         columns, rows = sampled(self.width, width), sampled(self.height, height)
         x1, x2 = np.searchsorted(columns, (left, right))
         y1, y2 = np.searchsorted(rows, (top, bottom))

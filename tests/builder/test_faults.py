@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from builder.build import build
+from builder.lock import LOCK_FILE
 from builder.openimages import OpenImages, source_location
 from builder.prepare import Choice
 from demo.s3proxy import Fault, Kind, S3Proxy, Seen
@@ -37,7 +39,7 @@ def through(s3_scenes: SceneTruth, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         # The objects of Open Images carry no checksum; those of the test do.
         monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.5)
-        for module in ("builder.fetch", "builder.retry", "shards.ranges"):
+        for module in ("builder.retry", "shards.ranges"):
             monkeypatch.setattr(f"{module}.BACK_OFF_S", 0.01)
 
     return point
@@ -204,18 +206,54 @@ def test_killed_at_any_request_and_run_again_gives_the_same_bytes(
     assert got == tree(unbroken)
 
 
-def killed_build(s3: S3Server, root: str, workers: int, at_request: int) -> bool:
-    """Run the real command; whether it was killed: at its n-th request for an image or at the target, 0 for never."""
+@pytest.mark.slow
+@pytest.mark.parametrize("at_request", [1, 4, 15])
+def test_killed_while_another_dataset_is_overwritten(
+    s3: S3Server, target: str, unbroken: Path, tmp_path: Path, at_request: int
+) -> None:
+    root = tmp_path / "out"
+    build(source(), replace(CHOICE, seed=1), Location(str(root)))
+    assert tree(root) != tree(unbroken)
+    assert killed_build(s3, str(root), 1, "--overwrite", at_request=at_request)
+    assert not killed_build(s3, str(root), 1, "--overwrite", at_request=0)
+    assert tree(root) == tree(unbroken)
+
+
+def killed_build(s3: S3Server, root: str, workers: int, *more: str, at_request: int) -> bool:
+    """Whether the real command was killed: at its n-th request for an image or at the target, 0 for never."""
+    status, errors = signalled_build(s3, root, workers, *more, at_request=at_request, sent=signal.SIGKILL)
+    assert status in (0, -signal.SIGKILL), errors
+    return status != 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_the_lock_back_and_the_same_command_goes_on(
+    s3: S3Server, target: str, unbroken: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    root = tmp_path / "out"
+    status, errors = signalled_build(s3, str(root), 2, at_request=14, sent=sent)
+    assert status == 130, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].endswith("give the same command to go on")
+    assert not (root / LOCK_FILE).exists()
+    assert build(source(), CHOICE, Location(str(root))).resumed > 0
+    assert tree(root) == tree(unbroken)
+
+
+def signalled_build(
+    s3: S3Server, root: str, workers: int, *more: str, at_request: int, sent: signal.Signals
+) -> tuple[int, str]:
+    """Run the real command and send it a signal; its exit status and what it wrote to stderr."""
     counted = 0
 
     def count(seen: Seen) -> None:
         nonlocal counted
         counted += not seen.key.startswith("openimages/")
         if counted == at_request:
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid, sent)
 
     command = [sys.executable, "-m", "builder.cli", "--per-class", str(CHOICE.per_class), "--eval-per-class", "0"]
-    command += ["--images-per-shard", str(CHOICE.images_per_shard), "--workers", str(workers), "--out", root]
+    command += ["--images-per-shard", str(CHOICE.images_per_shard), "--workers", str(workers), "--out", root, *more]
     command += ["--images", IMAGES, "--annotations", ANNOTATIONS]
     with S3Proxy(s3.endpoint_url, on_request=count) as proxy:
         environment = {**os.environ, **proxy.environment()}
@@ -223,5 +261,4 @@ def killed_build(s3: S3Server, root: str, workers: int, at_request: int) -> bool
             command, cwd=Path(__file__).parents[2], env=environment, stderr=subprocess.PIPE, text=True
         )
         _, errors = process.communicate()  # ends only when the workers, which share its stderr, have ended too
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode != 0
+    return process.returncode, errors

@@ -92,10 +92,10 @@ def test_the_grid_is_pillows(source: int, target: int) -> None:
 
 def test_a_picture_without_pixels_has_no_extent() -> None:
     empty = BitImage(9, 2, np.zeros((2, 2), np.uint8))
-    assert empty.extent() is None
+    assert empty.extent is None
     assert empty.resized(4, 4) is None
     one = BitImage(9, 2, np.array([[0, 0], [0, 0x80]], np.uint8))
-    assert one.extent() == (8, 1, 9, 2)
+    assert one.extent == (8, 1, 9, 2)
 
 
 @given(pictures(), st.data())
