@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from shards.errors import SampleError
@@ -182,4 +183,10 @@ def canonical_json(value: Any) -> bytes:
 def _fields_of(value: Any) -> dict[str, Any]:
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
-    return {item.name: getattr(value, item.name) for item in fields(value)}
+    kind: Any = type(value)
+    return {name: getattr(value, name) for name in _field_names(kind)}
+
+
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(kind))
