@@ -1,7 +1,8 @@
 """Order + reader + (rank, world, worker) as a torch `IterableDataset`.
 
     from shards.dataset import open_dataset
-    from shards.stream import ShardStream, loader
+    from shards.loader import loader
+    from shards.stream import ShardStream
 
     stream = ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8, rank=rank, world=world)
     for samples in loader(stream, workers=4):  # endless; each a list of Sample
@@ -15,15 +16,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from shards.dataset import Dataset, Index
-from shards.errors import DatasetError, SampleError, UserError
+from shards.errors import DatasetError, SampleError
 from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.reader import READ_AHEAD, SampleReader
 from shards.sample import Sample
@@ -134,45 +134,6 @@ class EvalStream(IterableDataset, Generic[T]):
             yield _collated(self.collate, [next(samples) for _ in batch], 0)
 
 
-class Loader(Generic[T]):
-    """A torch `DataLoader` over a stream; an error of a loader process arrives as itself, not as a traceback."""
-
-    def __init__(self, inner: DataLoader) -> None:
-        self.inner = inner
-
-    def __iter__(self) -> Iterator[T]:
-        for item in self.inner:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
-
-
-def loader(
-    stream: ShardStream[T] | EvalStream[T],
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    start_method: str | None = None,
-) -> Loader[T]:
-    """Read a stream with loader processes.
-
-    Args:
-        stream: a `ShardStream` or an `EvalStream`.
-        workers: loader processes; 0 reads in this one.
-        pin_memory: copy batches into page-locked memory (they need a `pin_memory` method).
-        start_method: "fork", "forkserver" or "spawn". Default: the platform's. With "fork" the index is shared and
-            not copied; each process opens connections of its own.
-    """
-    inner: DataLoader = DataLoader(
-        _Reporting(stream),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        multiprocessing_context=start_method if workers else None,
-    )
-    return Loader(inner)
-
-
 def read_samples(reader: SampleReader, rows: Iterable[int]) -> Iterator[Sample]:
     """The samples of the given rows, in that order.
 
@@ -208,24 +169,6 @@ def webdataset_samples(samples: Sequence[Sample], epoch: int) -> list[dict[str, 
     wds.DataPipeline(ShardStream(..., collate=webdataset_samples), wds.filters.unlisted(), wds.decode("pil"), ...)
     """
     return [{"__key__": sample.image_id, "__epoch__": epoch, **sample.to_members()} for sample in samples]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: UserError
-
-
-class _Reporting(IterableDataset):
-    """Hands an error of ours over as a value: a `DataLoader` would wrap it into the text of a traceback."""
-
-    def __init__(self, stream: IterableDataset) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self.stream
-        except UserError as error:
-            yield _Failure(error)
 
 
 def _collated(collate: Collate[T] | None, samples: list[Sample], epoch: int) -> T:

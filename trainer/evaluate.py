@@ -142,7 +142,8 @@ def evaluate(
     """
     from accelerate.utils import gather_object
 
-    from shards.stream import EvalStream, loader
+    from shards.loader import loader
+    from shards.stream import EvalStream
     from trainer.data import EvalCollate
     from trainer.detect import detect
     from trainer.metrics.coco import CocoMetric

@@ -80,7 +80,7 @@ def train(config: Config) -> MaskRCNN:
     command.start_logging()
     t = set_up(config)
 
-    from shards.stream import loader
+    from shards.loader import loader
     from trainer.evaluate import evaluate, summary
     from trainer.runlog import Progress, RunLog, environment
 

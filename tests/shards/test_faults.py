@@ -13,10 +13,11 @@ from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
 from shards.dataset import Dataset, open_dataset
 from shards.errors import SampleError
+from shards.loader import loader
 from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.storage import Location
-from shards.stream import ShardStream, loader
+from shards.stream import ShardStream
 from tests.support import sample, write_dataset
 
 EPOCHS = 5

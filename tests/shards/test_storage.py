@@ -6,8 +6,9 @@ import pytest
 
 from shards.dataset import open_dataset
 from shards.errors import StorageError
+from shards.loader import loader
 from shards.storage import Location
-from shards.stream import ShardStream, loader
+from shards.stream import ShardStream
 from tests.support import sample, write_dataset
 
 

@@ -5,7 +5,8 @@ import pytest
 import webdataset as wds
 
 from shards.errors import DatasetError, SampleError
-from shards.stream import EvalStream, ShardStream, loader, webdataset_samples
+from shards.loader import loader
+from shards.stream import EvalStream, ShardStream, webdataset_samples
 from tests.support import sample, write_dataset
 
 
