@@ -10,19 +10,18 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from shards.errors import DatasetError, StorageError
+from shards.index import Index, IndexFile
 from shards.sample import canonical_json
 from shards.storage import Location
+from shards.subset import Selection, find_class, select_rows
 
 FORMAT = "maskstream"
 VERSION = 1
@@ -166,106 +165,68 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
-class Index:
-    """The rows of one split as arrays, in the order in which the samples lie in the shards.
+class Dataset:
+    """A finished dataset: where it is, what `dataset.json` says, and its index.
 
     Attributes:
-        table: the rows, schema `INDEX_SCHEMA`.
-        shard_paths: the distinct shards, in order.
+        root: where it lies.
+        info: what `dataset.json` holds.
+        columns: the index, of which a column is decoded when it is asked for.
+        selection: which samples, with which of their annotations; everything unless `select` was called.
     """
-
-    table: pa.Table
-    shard_paths: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @cached_property
-    def shard(self) -> NDArray[np.int32]:
-        """(N,) position of each sample's shard in `shard_paths`."""
-        codes = pc.index_in(self.table["shard"], value_set=pa.array(self.shard_paths, pa.string()))
-        return np.asarray(codes.to_numpy(), dtype=np.int32)
-
-    @cached_property
-    def offset(self) -> NDArray[np.int64]:
-        """(N,) bytes into the shard."""
-        return self._column("offset", np.int64)
-
-    @cached_property
-    def nbytes(self) -> NDArray[np.int64]:
-        """(N,) length of each sample in its shard."""
-        return self._column("nbytes", np.int64)
-
-    @cached_property
-    def crc32(self) -> NDArray[np.uint32]:
-        """(N,) of each sample's bytes."""
-        return self._column("crc32", np.uint32)
-
-    @cached_property
-    def width(self) -> NDArray[np.int32]:
-        """(N,) pixels."""
-        return self._column("width", np.int32)
-
-    @cached_property
-    def height(self) -> NDArray[np.int32]:
-        """(N,) pixels."""
-        return self._column("height", np.int32)
-
-    def image_id(self, row: int) -> str:
-        """The key of one row."""
-        return str(self.table["image_id"][row].as_py())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with any sample, place or length: the identity of the order over this index."""
-        digest = hashlib.sha256()
-        for part in (self.shard, self.offset, self.nbytes, self.crc32):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        digest.update("\0".join(self.shard_paths).encode())
-        return digest.hexdigest()[:16]
-
-    def counts(self, column: str, categories: Sequence[Category]) -> dict[int, int]:
-        """Totals a category id of `instances`, `masks` or `groups`; `images`: the samples that have the class."""
-        ids = pc.list_flatten(self.table["classes"]).to_numpy()
-        if column == "images":
-            weights = np.ones(len(ids), dtype=np.int64)
-        else:
-            weights = pc.list_flatten(self.table[column]).to_numpy().astype(np.int64)
-        totals = np.bincount(ids, weights=weights, minlength=max((c.id for c in categories), default=0) + 1)
-        return {category.id: int(totals[category.id]) for category in categories}
-
-    def _column(self, name: str, dtype: Any) -> NDArray[Any]:
-        return np.asarray(self.table[name].to_numpy(), dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A finished dataset: where it is, what `dataset.json` says, and its index."""
 
     root: Location
     info: DatasetInfo
-    table: pa.Table
+    columns: IndexFile
+    selection: Selection = Selection()
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes, ids ascending."""
-        return self.info.categories
+        """The classes, ids ascending; with `select`, the chosen ones, under the ids that they always had."""
+        chosen = self.selection.classes
+        return tuple(c for c in self.info.categories if chosen is None or c.id in chosen)
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have a shard, in the order of `SPLITS`."""
         return tuple(split for split in SPLITS if any(shard.split == split for shard in self.info.shards))
 
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected."""
+        return pq.read_table(pa.BufferReader(self.columns.data), schema=INDEX_SCHEMA)
+
     def index(self, split: str) -> Index:
-        """The rows of one split.
+        """The selected rows of one split.
 
         Raises:
-            DatasetError: the dataset has no such split.
+            DatasetError: the dataset has no such split, or the selection leaves nothing of it.
         """
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
-        rows = self.table.filter(pc.field("split") == split)
-        return Index(rows, tuple(shard.path for shard in self.info.shards if shard.split == split))
+        paths = [shard.path for shard in self.info.shards if shard.split == split]
+        index = Index.read(self.columns, paths, str(self.root / INDEX_FILE))
+        return select_rows(index, self.selection, f"{self.root}: split {split!r}")
+
+    def select(self, *, classes: Sequence[str | int] = (), fraction: float = 1.0, seed: int = 0) -> Dataset:
+        """This dataset with a part of its samples; the others are never fetched. The index alone decides.
+
+        A subset of classes is what `build-shards` would have made of these classes: the samples that have one of them,
+        without annotations of the other classes, whose objects are background like everything else that has no label.
+        Ids stay as they are. Give no classes to keep all samples and all annotations.
+
+        Args:
+            classes: names, MIDs or ids; none for all.
+            fraction: above 0 to 1: about this share of the (remaining) samples, chosen by a hash of seed and ImageID,
+                so that a larger fraction holds all of a smaller one, in every split and every build.
+            seed: of the hash; not negative.
+
+        Raises:
+            DatasetError: an unknown class (the nearest names are told), or a fraction or seed out of its range.
+        """
+        where = str(self.root)
+        ids = tuple(sorted({find_class(self.info.categories, c, where).id for c in classes})) if classes else None
+        return replace(self, selection=Selection(ids, fraction, seed))
 
 
 def open_dataset(root: str | Location) -> Dataset:
@@ -298,7 +259,7 @@ def open_dataset(root: str | Location) -> Dataset:
             f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256}: "
             "the two files are not of one build; build the dataset again"
         )
-    return Dataset(location, info, pq.read_table(io.BytesIO(data), schema=INDEX_SCHEMA))
+    return Dataset(location, info, IndexFile(data))
 
 
 def finish_dataset(

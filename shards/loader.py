@@ -61,8 +61,11 @@ class _Failure:
 class _Reporting(IterableDataset):
     """Hands an error of ours over as a value: a `DataLoader` would wrap it into the text of a traceback."""
 
-    def __init__(self, stream: IterableDataset) -> None:
+    def __init__(self, stream: ShardStream | EvalStream) -> None:
         self.stream = stream
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         try:

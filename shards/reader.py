@@ -20,8 +20,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.dataset import Index
 from shards.errors import SampleError
+from shards.index import Index
 from shards.ranges import Read, ReadStatistics, start_read
 from shards.storage import Location, explain
 

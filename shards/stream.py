@@ -9,7 +9,7 @@
         ...
 
 The stream shares itself out over ranks and workers: never hand its loader to `accelerator.prepare`, which would split
-it a second time.
+it a second time. A loader that was is refused when it is first read.
 """
 
 from __future__ import annotations
@@ -22,39 +22,74 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from shards.dataset import Dataset, Index
+from shards.dataset import Dataset
 from shards.errors import DatasetError, SampleError
+from shards.index import Index
+from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.reader import READ_AHEAD, SampleReader
 from shards.sample import Sample
+from shards.subset import with_categories
 
 T = TypeVar("T")
 Collate = Callable[[Sequence[Sample], int], T]
 
 
-class ShardStream(IterableDataset, Generic[T]):
+class Stream(IterableDataset, Generic[T]):
+    """What both streams share: who they are for, and whom they refuse."""
+
+    rank: int
+    world: int
+    collate: Collate[T] | None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Refuses. A stream needs no telling; `accelerate` calls this when it reads a loader that it has prepared.
+
+        Raises:
+            DatasetError: always.
+        """
+        raise DatasetError(
+            "set_epoch was called on a stream, as by a loader that went through accelerator.prepare: that would share "
+            "out a second time, over ranks, what the stream has shared out already; prepare the model and the "
+            "optimizer only, and read the loader as it is"
+        )
+
+    def _check(self, batch_size: int) -> None:
+        if not 0 <= self.rank < self.world:
+            raise DatasetError(f"rank {self.rank} of {self.world}: a rank lies between 0 and world - 1")
+        if batch_size < 1:
+            raise DatasetError(f"batch_size is {batch_size}: it must be at least 1")
+
+    def _collated(self, samples: list[Sample], visit: int) -> T:
+        return samples if self.collate is None else self.collate(samples, visit)  # type: ignore[return-value]
+
+
+class ShardStream(Stream[T]):
     """The endless training batches of one rank.
 
     Global batch G goes to rank G mod world (counted from `start`). With the same seed, batch size, lanes and window,
     any number of ranks and workers reads the same global batches, and `start` continues a run where it stopped.
 
     Args:
-        dataset: the dataset.
+        dataset: the dataset, whole or a subset (`Dataset.select`), or a `Mix` of several.
         split: "train", "val" or "test".
         batch_size: samples a batch of one rank.
-        seed, lanes, window, group_by_aspect: see `shards.order`.
+        seed, lanes, window, group_by_aspect, repeat_threshold: see `shards.order`.
         rank, world: of this process.
         start: the position G to start at: batches that all ranks together have consumed.
-        read_ahead: bytes that each loader process may hold ahead of need.
-        collate: makes a batch of a list of samples and the epoch's number, in the loader process. Default: the list.
+        read_ahead: bytes that each loader process may hold ahead of need; at least twice the largest sample of each
+            dataset.
+        collate: makes a batch of a list of samples and the number of their visit, in the loader process. The number is
+            the epoch's; where a sample may come twice in an epoch (repeats, mixes) it is the position. So a seed that
+            is folded from it and the sample's key is another in every batch. Default: the list.
 
     Raises:
-        DatasetError: no such split, or too few samples for a batch on every rank.
+        DatasetError: no such split, too few samples for a batch on every rank, or a setting out of its range.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Mix,
         split: str,
         *,
         batch_size: int,
@@ -65,22 +100,34 @@ class ShardStream(IterableDataset, Generic[T]):
         lanes: int = 8,
         window: int = 256,
         group_by_aspect: bool = False,
+        repeat_threshold: float = 0.0,
         read_ahead: int = READ_AHEAD,
         collate: Collate[T] | None = None,
     ) -> None:
-        _check_rank(rank, world)
+        self.rank, self.world, self.start, self.collate = rank, world, start, collate
+        self._check(batch_size)
         if start < 0:
-            raise DatasetError(f"{dataset.root}: start is {start}: a position is the number of batches consumed so far")
-        index = dataset.index(split)
-        if len(index) < batch_size * world:
+            raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
+        settings = OrderSettings(batch_size, seed, lanes, window, group_by_aspect, repeat_threshold=repeat_threshold)
+        datasets = dataset.datasets if isinstance(dataset, Mix) else (dataset,)
+        indexes = dataset.indexes(split) if isinstance(dataset, Mix) else (dataset.index(split),)
+        samples = sum(map(len, indexes))
+        if samples < batch_size * world:
             raise DatasetError(
-                f"{dataset.root}: split {split!r} has {len(index)} samples, fewer than one batch of {batch_size} "
-                f"on each of {world} rank{'s' if world > 1 else ''}: lower the batch size or build more samples"
+                f"{' + '.join(str(one.root) for one in datasets)}: split {split!r} has {samples} samples, fewer than "
+                f"one batch of {batch_size} on each of {world} rank{'s' if world > 1 else ''}: "
+                "lower the batch size or build more samples"
             )
-        self.order = Order(index, OrderSettings(batch_size, seed, lanes, window, group_by_aspect))
-        self.rank, self.world, self.start = rank, world, start
-        self.collate = collate
-        self._reader = SampleReader(dataset.root, index, read_ahead)
+        self.order: Order | MixedOrder
+        if isinstance(dataset, Mix):
+            self.order = MixedOrder(indexes, dataset.weights, settings)
+        else:
+            self.order = Order(indexes[0], settings)
+        weights = dataset.weights if isinstance(dataset, Mix) else (1,)
+        self._readers = [
+            SampleReader(one.root, index.without_labels(), own)
+            for one, index, own in zip(datasets, indexes, share_read_ahead(read_ahead, datasets, indexes, weights))
+        ]
 
     @property
     def batches_per_epoch(self) -> int:
@@ -89,17 +136,22 @@ class ShardStream(IterableDataset, Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         worker, workers = _worker()
-        mine = positions(self.start, rank=self.rank, world=self.world, worker=worker, workers=workers)
-        # One row of positions is read twice: by the reader, ahead, and here, to cut its samples into batches again.
-        again = positions(self.start, rank=self.rank, world=self.world, worker=worker, workers=workers)
-        samples = read_samples(self._reader, chain.from_iterable(map(self.order.batch, mine)))
-        size = self.order.settings.batch_size
-        for position in again:
-            batch = [next(samples) for _ in range(size)]
-            yield _collated(self.collate, batch, self.order.epoch_of(position))
+
+        def mine() -> Iterator[int]:
+            return positions(self.start, rank=self.rank, world=self.world, worker=worker, workers=workers)
+
+        def rows(number: int) -> Iterator[int]:
+            return chain.from_iterable(self.order.rows(position, number) for position in mine())
+
+        # Readers look ahead, so each goes through the row of positions by itself.
+        samples = [read_samples(reader, rows(number)) for number, reader in enumerate(self._readers)]
+        for position in mine():
+            sizes = self.order.sizes(position)
+            batch = [next(source) for source, size in zip(samples, sizes) for _ in range(size)]
+            yield self._collated(batch, self.order.visit(position))
 
 
-class EvalStream(IterableDataset, Generic[T]):
+class EvalStream(Stream[T]):
     """A split's samples, each exactly once over all ranks and workers; ranks may differ by one batch.
 
     Args and errors are those of `ShardStream`; the last batch may be smaller.
@@ -116,14 +168,12 @@ class EvalStream(IterableDataset, Generic[T]):
         read_ahead: int = READ_AHEAD,
         collate: Collate[T] | None = None,
     ) -> None:
-        _check_rank(rank, world)
-        if batch_size < 1:
-            raise DatasetError(f"{dataset.root}: batch_size is {batch_size}: it must be at least 1")
+        self.rank, self.world, self.batch_size, self.collate = rank, world, batch_size, collate
+        self._check(batch_size)
         index = dataset.index(split)
         self.samples = len(index)
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.collate = collate
-        self._reader = SampleReader(dataset.root, index, read_ahead)
+        [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
+        self._reader = SampleReader(dataset.root, index.without_labels(), own)
 
     def __iter__(self) -> Iterator[T]:
         worker, workers = _worker()
@@ -131,7 +181,26 @@ class EvalStream(IterableDataset, Generic[T]):
         batches = list(evaluation_batches(self.samples, self.batch_size, **share))
         samples = read_samples(self._reader, chain.from_iterable(batches))
         for batch in batches:
-            yield _collated(self.collate, [next(samples) for _ in batch], 0)
+            yield self._collated([next(samples) for _ in batch], 0)
+
+
+def share_read_ahead(
+    total: int, datasets: Sequence[Dataset], indexes: Sequence[Index], weights: Sequence[float]
+) -> list[int]:
+    """The read-ahead of each dataset of a loader process: two of its largest samples, and of the rest by weight.
+
+    Two, because a reader holds two blocks, the one that is consumed and the next.
+
+    Raises:
+        DatasetError: it is not enough for that.
+    """
+    least = [2 * int(index.nbytes.max(initial=0)) for index in indexes]
+    if total < max(1, sum(least)):
+        where = " + ".join(str(dataset.root) for dataset in datasets)
+        raise DatasetError(
+            f"{where}: read_ahead is {total} bytes, twice the largest sample is {sum(least)}: give at least as many"
+        )
+    return [own + int((total - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
 
 
 def read_samples(reader: SampleReader, rows: Iterable[int]) -> Iterator[Sample]:
@@ -160,7 +229,7 @@ def parse_sample(data: bytes | memoryview, index: Index, row: int, *, where: str
                 f"{place}: {member['fname']} lies where the index has {image_id}: build the dataset again"
             )
         members[extension] = member["data"]
-    return Sample.from_members(image_id, members, where=place)
+    return with_categories(Sample.from_members(image_id, members, where=place), index.category_ids)
 
 
 def webdataset_samples(samples: Sequence[Sample], epoch: int) -> list[dict[str, Any]]:
@@ -171,15 +240,6 @@ def webdataset_samples(samples: Sequence[Sample], epoch: int) -> list[dict[str, 
     return [{"__key__": sample.image_id, "__epoch__": epoch, **sample.to_members()} for sample in samples]
 
 
-def _collated(collate: Collate[T] | None, samples: list[Sample], epoch: int) -> T:
-    return samples if collate is None else collate(samples, epoch)  # type: ignore[return-value]
-
-
 def _worker() -> tuple[int, int]:
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
-
-
-def _check_rank(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise DatasetError(f"rank {rank} of {world}: a rank lies between 0 and world - 1")

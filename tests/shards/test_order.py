@@ -1,31 +1,14 @@
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shards.dataset import INDEX_SCHEMA, Index
 from shards.errors import DatasetError
-from shards.order import Order, OrderSettings, chunk_starts, evaluation_batches, grouped, positions
-
-
-def make_index(nbytes, per_shard=5):
-    """An index whose samples have the given lengths; every third image is a portrait."""
-    count = len(nbytes)
-    shard = [f"train/{n // per_shard:06d}.tar" for n in range(count)]
-    columns = {
-        "image_id": [f"{n:016x}" for n in range(count)],
-        "split": ["train"] * count,
-        "shard": shard,
-        "offset": np.cumsum(nbytes) - nbytes,
-        "nbytes": nbytes,
-        "crc32": np.arange(count),
-        "width": np.full(count, 60),
-        "height": np.where(np.arange(count) % 3 == 0, 80, 40),
-        **{name: [[1]] * count for name in ("classes", "instances", "masks", "groups")},
-    }
-    table = pa.table({name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names})
-    return Index(table, tuple(dict.fromkeys(shard)))
+from shards.order import Order, OrderSettings, apart, chunk_starts, evaluation_batches, grouped, positions
+from tests.support import make_index
 
 
 @st.composite
@@ -42,6 +25,7 @@ def orders(draw):
     return Order(make_index(nbytes, draw(st.integers(1, 40))), chosen)
 
 
+@settings(deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_an_epoch_visits_every_sample_once_but_for_less_than_a_batch(order, epoch):
     rows = order.epoch(epoch)
@@ -68,10 +52,11 @@ def test_ranks_and_workers_share_out_the_row_of_batches(world, workers, start):
 
 
 @given(orders(), st.lists(st.integers(0, 400), min_size=1, max_size=12))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_batch_depends_on_its_position_alone(order, visited):
     fresh = {position: Order.batch(order, position).copy() for position in visited}
     order._epochs.clear()
+    order._pieces.clear()
     for position in sorted(visited, reverse=True):
         assert np.array_equal(order.batch(position), fresh[position])
 
@@ -101,6 +86,7 @@ def test_leftovers_differ_from_epoch_to_epoch_even_with_one_chunk():
     assert len(set(left)) > 3
 
 
+@settings(deadline=None)
 @given(orders())
 def test_batches_of_a_lane_come_from_one_window_after_the_other(order):
     s = order.settings
@@ -121,11 +107,59 @@ def test_batches_of_a_lane_come_from_one_window_after_the_other(order):
 
 def _index_of(order):
     """An index with the same chunks: one shard a chunk."""
-    lengths = np.diff(order._chunk_starts, append=order.samples)
+    lengths = np.diff(order._starts, append=order.samples)
     index = make_index(np.full(order.samples, 1))
-    shard = [f"train/{n:06d}.tar" for n, length in enumerate(lengths) for _ in range(length)]
-    table = index.table.set_column(index.table.schema.get_field_index("shard"), "shard", pa.array(shard))
-    return Index(table, tuple(dict.fromkeys(shard)))
+    shard = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return replace(index, shard=shard, shard_paths=tuple(f"train/{n:06d}.tar" for n in range(len(lengths))))
+
+
+MASK = 2**64 - 1
+
+
+def mixed(x):
+    """Splitmix64's finaliser on Python's integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def folded(*values):
+    key = 0
+    for value in values:
+        key = mixed(key ^ (value & MASK))
+    return key
+
+
+def whole_epoch(order, epoch):
+    """The definition, step by step, on lists of the whole epoch."""
+    s, n = order.settings, order.samples
+    key, batches = folded(s.seed, epoch), n // s.batch_size
+    chunks = [list(range(a, b)) for a, b in pairwise([*order._starts.tolist(), n])]
+    of_chunks = sorted(range(len(chunks)), key=lambda c: mixed(c ^ folded(key, 1)))
+    rows = [row for c in of_chunks for row in chunks[c]]
+    turn = folded(key, 2) % n
+    rows = (rows[turn:] + rows[:turn])[: batches * s.batch_size]
+    lanes = min(s.lanes, batches)
+    cut, start = [], 0
+    for lane in range(lanes):
+        end = start + (batches // lanes + (lane < batches % lanes)) * s.batch_size
+        places = []
+        for first in range(start, end, s.window):
+            window = range(first, min(first + s.window, end))
+            places += sorted(window, key=lambda place: mixed(place ^ folded(key, 3)))
+        in_lane = np.array([rows[place] for place in places])
+        if s.group_by_aspect:
+            in_lane = in_lane[grouped(order._portrait[in_lane], s.batch_size)]
+        cut.append(in_lane.reshape(-1, s.batch_size).tolist())
+        start = end
+    return [cut[g % lanes][g // lanes] for g in range(batches)]
+
+
+@given(orders(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_batches_computed_one_by_one_are_those_of_the_definition(order, epoch):
+    assert order.epoch(epoch).tolist() == whole_epoch(order, epoch)
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 7))
@@ -168,7 +202,30 @@ def test_fewer_samples_than_a_batch_is_an_error_that_says_so():
         Order(make_index(np.full(3, 1)), OrderSettings(4))
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"lanes": 0}, {"window": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"lanes": 0}, {"window": 0}, {"seed": -1}, {"repeat_threshold": 1.5}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(DatasetError, match=f"{next(iter(wrong))} is"):
         OrderSettings(**{"batch_size": 4, **wrong})
+
+
+def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
+    sizes = {}
+    for count in (2_000, 200_000):
+        order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
+        for position in range(0, 3 * order.batches_per_epoch, order.batches_per_epoch // 50):
+            order.batch(position)
+        sizes[count] = sum(piece.nbytes for piece in order._pieces.values())
+    assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
+
+
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_what_is_put_apart_is_a_rearrangement_with_half_the_length_between(values):
+    rows = np.array(values, dtype=np.int64)
+    moved = apart(rows)
+    assert sorted(moved) == sorted(rows)
+    for value in set(values):
+        places = np.flatnonzero(moved == value)
+        if len(places) == 2:
+            assert places[1] - places[0] >= len(set(values)) // 2

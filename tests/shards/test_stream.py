@@ -39,16 +39,6 @@ def test_samples_arrive_whole(dataset, samples):
     assert all(s == by_key[s.image_id] for s in seen)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_any_number_of_ranks_and_workers_gives_the_same_global_batches(dataset, world, workers):
-    steps = 6
-    expected = [keys(batch) for batch in take(dataset, steps * world)]
-    ranks = [take(dataset, steps, workers=workers, rank=rank, world=world) for rank in range(world)]
-    got = [keys(ranks[rank][step]) for step in range(steps) for rank in range(world)]
-    assert got == expected
-
-
 @pytest.mark.parametrize("start", [1, 5, 7, 16])
 def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
     unbroken = [keys(batch) for batch in take(dataset, 20)]
@@ -98,11 +88,27 @@ def test_an_error_in_a_loader_process_arrives_as_itself(tmp_path, samples, monke
         ({"batch_size": 16, "world": 2}, r"fewer than one batch of 16 on each of 2 ranks"),
         ({"batch_size": 4, "rank": 2, "world": 2}, "rank 2 of 2"),
         ({"batch_size": 4, "start": -1}, "start is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 4, "read_ahead": 2000}, r"read_ahead is 2000 bytes, twice the largest sample is \d{4}: give"),
+        ({"batch_size": 4, "read_ahead": 0}, "read_ahead is 0 bytes"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(dataset, options, message):
     with pytest.raises(DatasetError, match=message):
         ShardStream(dataset, "train", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rank": 1}, "rank 1 of 1"),
+        ({"read_ahead": 9}, "read_ahead is 9 bytes"),
+    ],
+)
+def test_evaluation_that_cannot_work_is_refused_at_the_start(dataset, options, message):
+    with pytest.raises(DatasetError, match=message):
+        EvalStream(dataset, "val", **({"batch_size": 2} | options))
 
 
 def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset):
