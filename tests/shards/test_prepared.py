@@ -1,0 +1,85 @@
+"""A loader that went through `accelerator.prepare` is refused, on one process and on two, with the real accelerate."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import sample, write_dataset
+
+SCRIPT = """
+import itertools, sys
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from shards.dataset import open_dataset
+from shards.errors import DatasetError
+from shards.loader import loader
+from shards.stream import EvalStream, ShardStream
+
+accelerator = Accelerator(cpu=True)
+share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+dataset = open_dataset(sys.argv[1])
+
+
+def refused(name, read):
+    try:
+        next(iter(read))
+    except DatasetError as error:
+        print(f"{share['rank']}: {name}: {error}", flush=True)
+    else:
+        print(f"{share['rank']}: {name}: was read", flush=True)
+
+
+streams = {
+    "train": ShardStream(dataset, "train", batch_size=2, **share, collate=lambda batch, visit: len(batch)),
+    "eval": EvalStream(dataset, "train", batch_size=2, **share, collate=lambda batch, visit: len(batch)),
+}
+for name, stream in streams.items():
+    for workers in (0, 1):
+        for dispatch in (None, False):
+            accelerator.dataloader_config.dispatch_batches = dispatch
+            own = DataLoader(stream, batch_size=None, num_workers=workers)
+            refused(f"{name}, {workers}, {dispatch}, own", accelerator.prepare(own))
+            refused(f"{name}, {workers}, {dispatch}, inner", accelerator.prepare(loader(stream, workers=workers).inner))
+
+# Our loader is no DataLoader: prepare hands it back as it is, and it works.
+whole = loader(ShardStream(dataset, "train", batch_size=2, **share))
+assert accelerator.prepare(whole) is whole
+expected = ShardStream(dataset, "train", batch_size=2, **share)
+for batch, wanted in itertools.islice(zip(whole, expected), 3):
+    assert batch == wanted
+print(f"{share['rank']}: done", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_prepared_loader_is_refused_on_every_rank_with_the_reason(tmp_path: Path, processes: int) -> None:
+    write_dataset(tmp_path / "data", {"train": [sample(n) for n in range(12)]})
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    launch += ["--multi_gpu"] if processes > 1 else []
+    run = subprocess.run(
+        [*launch, str(script), str(tmp_path / "data")],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    for rank in range(processes):
+        own = [line for line in lines if line.startswith(f"{rank}: ")]
+        assert own[-1] == f"{rank}: done"
+        assert len(own) == 17
+        for line in own[:-1]:
+            assert "accelerator.prepare" in line
+            assert "prepare the model and the optimizer only" in line
