@@ -87,7 +87,7 @@ def select_rows(index: Index, selection: Selection, where: str) -> Index:
     if selection.classes is not None:
         assert index.labels is not None, "an index of a dataset has labels"
         has = np.isin(index.labels.classes, selection.classes)
-        index = index.take(np.unique(index.labels.samples[has]))
+        index = index.take(np.flatnonzero(np.bincount(index.labels.samples[has], minlength=len(index))))
         index = replace(index, category_ids={number: number for number in selection.classes})
     if selection.fraction < 1:
         # In units of 2^-64; numbers this close to 1 are exact in neither direction, which nobody can tell.

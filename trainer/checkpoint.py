@@ -233,7 +233,8 @@ ORDER_OPTIONS = {
     "lanes": "data.lanes",
     "window": "data.window",
     "group_by_aspect": "data.group_by_aspect",
-    "index": "data.shards (fingerprint of the split's index)",
+    "repeat_threshold": "data.repeat_threshold",
+    "index": "data.shards, data.classes or data.fraction (fingerprint of the index of what is selected)",
 }
 
 

@@ -39,6 +39,13 @@ class DataConfig:
     shards: str = option("", "root of the shard dataset: s3://bucket/prefix, a local path, any fsspec URL")
     split: str = option("train", "split to train on")
     val_split: str = option("val", "split that is evaluated at the end of an epoch; empty for none")
+    classes: list[str] = option(
+        [], "classes to train and evaluate on, by name, MID or id, as if the others had no label; empty for all"
+    )
+    fraction: float = option(1.0, "share of the training split to train on, above 0 to 1; chosen by a hash of ImageID")
+    repeat_threshold: float = option(
+        0.0, "t of LVIS's repeat factors: classes in a smaller share of the images come more often; 0 for none"
+    )
     batch_size: int = option(8, "images a batch on each GPU")
     workers: int = option(2, "loader processes of each GPU; 0 loads in the training process")
     lanes: int = option(8, "independent readings of the epoch; best a multiple of GPUs x workers")
@@ -218,6 +225,8 @@ def validate(config: Config) -> None:
     for name, value, low, high in (
         ("data.workers", config.data.workers, 0, None),
         ("data.flip", config.data.flip, 0, 1),
+        ("data.fraction", config.data.fraction, 0, 1),
+        ("data.repeat_threshold", config.data.repeat_threshold, 0, 1),
         ("model.trainable_layers", config.model.trainable_layers, 0, 5),
         ("model.positive_fraction", config.model.positive_fraction, 0, 1),
         ("model.score_threshold", config.model.score_threshold, 0, 1),

@@ -86,7 +86,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from trainer.model import build_model, num_classes
 
     state = open_checkpoint(options.checkpoint)
-    dataset = dataset or open_dataset(state.config.data.shards)
+    dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     accelerator = start_accelerator()
     network = build_model(state.config.model, state.config.data, num_classes(state.categories), pretrained=False)

@@ -131,7 +131,7 @@ def set_up(config: Config) -> Training:
     Raises:
         UserError: as `train`; before anything is written.
     """
-    dataset, run = open_dataset(config.data.shards), Location(config.run.dir)
+    dataset, run = open_dataset(config.data.shards).select(classes=config.data.classes), Location(config.run.dir)
     if config.data.val_split and config.data.val_split not in dataset.splits:
         have = ", ".join(dataset.splits)
         raise ConfigError(f"data.val_split is {config.data.val_split!r}: the dataset has {have} ('' for no evaluation)")
@@ -147,7 +147,7 @@ def set_up(config: Config) -> Training:
     accelerator = start_accelerator()
     resumed = newest_checkpoint(run, accelerator)
     stream = ShardStream(
-        dataset,
+        dataset.select(classes=config.data.classes, fraction=config.data.fraction),
         config.data.split,
         batch_size=config.data.batch_size,
         seed=config.train.seed,
@@ -157,9 +157,13 @@ def set_up(config: Config) -> Training:
         lanes=config.data.lanes,
         window=config.data.window,
         group_by_aspect=config.data.group_by_aspect,
+        repeat_threshold=config.data.repeat_threshold,
         read_ahead=config.data.read_ahead_mb * 2**20,
         collate=TrainCollate(config.data, config.train.seed),
     )
+    if len(dataset.categories) < len(dataset.info.categories):
+        names = ", ".join(category.name for category in dataset.categories)
+        log.info("training on %s: objects of the dataset's other classes are background", names)
     if resumed:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
 

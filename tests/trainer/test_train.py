@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shards.dataset import open_dataset
 from shards.storage import Location
 from tests.trainer import tiny
+from trainer import evaluate as evaluate_script
 from trainer import train as train_script
 from trainer.checkpoint import open_checkpoint
 from trainer.config import OptimConfig, TrainConfig, load_config
@@ -89,6 +91,11 @@ def test_a_wrong_argument_is_one_line_and_costs_no_torch() -> None:
         ({"data__batch_size": 25}, "24 samples, fewer than one batch of 25"),
         ({"data__split": "test"}, "there is no split 'test'"),
         ({"data__val_split": "test"}, "data.val_split is 'test': the dataset has train, val"),
+        ({"data__classes": "[Sqare]"}, "there is no class 'Sqare': did you mean Square?"),
+        ({"data__classes": "Square"}, "data.classes: 'Square' is not a list"),
+        ({"data__fraction": 0}, "fraction is 0.0: it must be above 0"),
+        ({"data__fraction": 1e-6}, "no sample is selected"),
+        ({"data__repeat_threshold": 2}, "data.repeat_threshold is 2.0: it must be between 0 and 1"),
         ({"optim__lr": "fast"}, "optim.lr: 'fast' is not a float"),
         ({"model__weights": "/nowhere.safetensors"}, "/nowhere.safetensors: there is no such object"),
     ],
@@ -125,6 +132,31 @@ def test_a_run_continues_where_it_stopped_and_says_when_it_is_finished(
     (broken / "evaluations.jsonl").write_text(rows[0] + rows[1][:20])
     assert train_script.main(both) == 0
     assert (broken / "evaluations.jsonl").read_text().splitlines(keepends=True) == rows
+
+
+def test_a_run_on_a_part_of_the_dataset_keeps_to_it(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, short = tmp_path / "run", {"train__steps_per_epoch": 2, "train__checkpoint_steps": 2}
+    part = {"data__classes": "[Disc]", "data__fraction": 0.7, "data__repeat_threshold": 0.9} | short
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        assert train_script.main(tiny.arguments(dataset, run, **part)) == 0
+    assert "training on Disc: objects of the dataset's other classes are background" in caplog.text
+    state = open_checkpoint(str(run))
+    assert [(category.id, category.name) for category in state.categories] == [(2, "Disc")]
+    assert state.order["repeat_threshold"] == 0.9
+    [rated] = tiny.rows(run / "evaluations.jsonl")
+    assert rated["images"] == len(open_dataset(str(dataset)).select(classes=["Disc"]).index("val"))
+    # The command that rates a checkpoint takes the same classes.
+    assert evaluate_script.main(["--checkpoint", str(run), "--data.split", "val", "--data.workers", "0"]) == 0
+
+    for change, key in (
+        ({"data__fraction": 0.9}, "data.fraction"),
+        ({"data__repeat_threshold": 0.5}, "data.repeat_threshold 0.9, now it is 0.5"),
+        ({"data__classes": "[]"}, "classes {2: 'Disc'}, now it is"),
+    ):
+        assert train_script.main(tiny.arguments(dataset, run, **(part | change))) == 2
+        assert key in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_folder_can_be_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
