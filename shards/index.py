@@ -19,6 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.errors import DatasetError
+from shards.shared import SharedArrays, can_share
+
+_ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
 
 
 class Columns(Protocol):
@@ -154,6 +157,29 @@ class Index:
             labels=None if self.labels is None else self.labels.take(rows),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "shared"}
+        if not can_share():
+            return state
+        # To a loader process that is being started: the arrays are shared, not sent.
+        for name in (*_ARRAYS, "image_ids"):
+            del state[name]
+        return {**state, "shared": self.shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "shared" in state:
+            *arrays, ends, letters = state.pop("shared")
+            ids = pa.StringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(letters))
+            state |= {**dict(zip(_ARRAYS, arrays)), "image_ids": ids}
+        self.__dict__.update(state)
+
+    @cached_property
+    def shared(self) -> SharedArrays:
+        """A copy of the arrays in memory that processes share."""
+        _, ends, letters = _contiguous(self.image_ids).buffers()
+        ids = (np.frombuffer(ends, np.int32, len(self) + 1), np.frombuffer(letters, np.uint8))
+        return SharedArrays([*(getattr(self, name) for name in _ARRAYS), *ids])
+
     def without_labels(self) -> Index:
         """What a loader process needs: less to send."""
         return replace(self, labels=None)
@@ -195,9 +221,9 @@ def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
     return np.concatenate(parts)
 
 
-def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+def _contiguous(column: Any) -> pa.Array:
     """One array of its own memory: a slice would be pickled with all that it was cut from."""
-    combined = column.combine_chunks()
+    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(combined, pa.ChunkedArray):
         combined = combined.chunk(0) if combined.num_chunks else pa.array([], column.type)
     return pa.concat_arrays([combined, combined.slice(0, 0)])

@@ -103,6 +103,11 @@ class MixedOrder:
         ]
 
     @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The index of each dataset, without labels."""
+        return tuple(order.index for order in self._orders)
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches that hold as many samples as an epoch of every dataset together: a measure, not a boundary."""
         return max(1, sum(order.visits for order in self._orders) // self.settings.batch_size)

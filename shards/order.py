@@ -87,6 +87,7 @@ class Order:
         samples: N, of the split.
         visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
         fingerprint: of the index.
+        index: without labels.
 
     Raises:
         DatasetError: an epoch has fewer samples than one batch.
@@ -103,12 +104,17 @@ class Order:
                 f"the split has {self.samples} samples, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
-        self._shard, self._nbytes = index.shard, index.nbytes
+        self.index = index.without_labels()  # what is left is all that a loader process needs
         self._starts = chunk_starts(index.shard, index.nbytes, settings.chunk_bytes)
         self._portrait = index.height > index.width if settings.group_by_aspect else None
         self.lanes = min(settings.lanes, self.batches_per_epoch)
         self._epochs: dict[int, _Epoch] = {}
         self._pieces: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The index, as the only one."""
+        return (self.index,)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -209,8 +215,11 @@ class Order:
             else:
                 rows = passes(rounded(self._units, fold(key, _ROUNDING)))
                 # A pass begins a chunk, as a shard does: where a row is not above the one before it.
-                ahead = np.cumsum(np.diff(rows, prepend=-1) <= 0) * (int(self._shard.max()) + 1) + self._shard[rows]
-                starts = chunk_starts(ahead, self._nbytes[rows], self.settings.chunk_bytes)
+                ahead = (
+                    np.cumsum(np.diff(rows, prepend=-1) <= 0) * (int(self.index.shard.max()) + 1)
+                    + self.index.shard[rows]
+                )
+                starts = chunk_starts(ahead, self.index.nbytes[rows], self.settings.chunk_bytes)
                 self._epochs[epoch] = _Epoch.of(key, starts, len(rows), rows)
         return self._epochs[epoch]
 

@@ -124,9 +124,9 @@ class ShardStream(Stream[T]):
         else:
             self.order = Order(indexes[0], settings)
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
+        budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
         self._readers = [
-            SampleReader(one.root, index.without_labels(), own)
-            for one, index, own in zip(datasets, indexes, share_read_ahead(read_ahead, datasets, indexes, weights))
+            SampleReader(one.root, index, budget) for one, index, budget in zip(datasets, self.order.indexes, budgets)
         ]
 
     @property
