@@ -1,16 +1,15 @@
 """A loader that went through `accelerator.prepare` is refused, on one process and on two, with the real accelerate."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import sample, write_dataset
+from tests.trainer import tiny
 
 SCRIPT = """
 import itertools, sys
+from pathlib import Path
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from shards.dataset import open_dataset
@@ -21,15 +20,16 @@ from shards.stream import EvalStream, ShardStream
 accelerator = Accelerator(cpu=True)
 share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
 dataset = open_dataset(sys.argv[1])
+lines = []
 
 
 def refused(name, read):
     try:
         next(iter(read))
     except DatasetError as error:
-        print(f"{share['rank']}: {name}: {error}", flush=True)
+        lines.append(f"{name}: {error}")
     else:
-        print(f"{share['rank']}: {name}: was read", flush=True)
+        lines.append(f"{name}: was read")
 
 
 streams = {
@@ -50,7 +50,7 @@ assert accelerator.prepare(whole) is whole
 expected = ShardStream(dataset, "train", batch_size=2, **share)
 for batch, wanted in itertools.islice(zip(whole, expected), 3):
     assert batch == wanted
-print(f"{share['rank']}: done", flush=True)
+Path(sys.argv[2], f"rank-{share['rank']}").write_text("\\n".join(lines))
 """
 
 
@@ -60,26 +60,11 @@ def test_a_prepared_loader_is_refused_on_every_rank_with_the_reason(tmp_path: Pa
     write_dataset(tmp_path / "data", {"train": [sample(n) for n in range(12)]})
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    launch += ["--multi_gpu"] if processes > 1 else []
-    run = subprocess.run(
-        [*launch, str(script), str(tmp_path / "data")],
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    done = tiny.run(script, [str(tmp_path / "data"), str(tmp_path)], ranks=processes)
+    assert done.returncode == 0, done.stderr
     for rank in range(processes):
-        own = [line for line in lines if line.startswith(f"{rank}: ")]
-        assert own[-1] == f"{rank}: done"
-        assert len(own) == 17
-        for line in own[:-1]:
+        lines = (tmp_path / f"rank-{rank}").read_text().splitlines()
+        assert len(lines) == 16
+        for line in lines:
             assert "accelerator.prepare" in line
             assert "prepare the model and the optimizer only" in line
