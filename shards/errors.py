@@ -39,3 +39,7 @@ class DatasetError(UserError):
 
 class SampleError(UserError):
     """A sample that could not be had or does not hold what its format promises."""
+
+
+class LoaderError(UserError):
+    """A loader process that ended without having said why."""

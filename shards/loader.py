@@ -1,30 +1,114 @@
-"""Loader processes for a stream: a torch `DataLoader` whose errors arrive as themselves."""
+"""Loader processes for a stream: a torch `DataLoader` whose errors arrive as themselves, and that counts what it does.
+
+batches = loader(ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8), workers=4)
+for batch in batches:
+    ...
+    print(batches.statistics.mb_per_s, batches.statistics.wait_share)
+"""
 
 from __future__ import annotations
 
+import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from copy import copy
+from dataclasses import asdict, astuple, dataclass
+from operator import add, sub
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shards.errors import UserError
+from shards.errors import LoaderError, UserError
+from shards.reader import SampleStatistics
 from shards.stream import EvalStream, ShardStream
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class LoaderStatistics:
+    """What a loader did so far, all its processes together, as they told with the newest batch of each.
+
+    Attributes:
+        samples: in the batches handed over.
+        cache_hits: those of them that came from the cache.
+        requests, nbytes, retries: of storage: requests sent, bytes received, requests that had to be repeated or
+            continued.
+        seconds: spent in its loops, up to the newest batch.
+        waited_s: seconds of these in which the loop waited for a batch.
+    """
+
+    samples: int = 0
+    cache_hits: int = 0
+    requests: int = 0
+    nbytes: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+
+    @property
+    def mb_per_s(self) -> float:
+        """Million bytes a second that came from storage."""
+        return self.nbytes / 1e6 / self.seconds if self.seconds else 0.0
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples a second."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time, 0 to 1, in which the loop waited for a batch."""
+        return self.waited_s / self.seconds if self.seconds else 0.0
+
+    def __add__(self, other: LoaderStatistics) -> LoaderStatistics:
+        return LoaderStatistics(*map(add, astuple(self), astuple(other)))
+
+    def since(self, before: LoaderStatistics) -> LoaderStatistics:
+        """What was done after `before` was taken."""
+        return LoaderStatistics(*map(sub, astuple(self), astuple(before)))
+
+
 class Loader(Generic[T]):
-    """A torch `DataLoader` over a stream; an error of a loader process arrives as itself, not as a traceback."""
+    """The batches of a stream, read by loader processes.
+
+    Raises:
+        LoaderError: a loader process was killed. torch notices at once, so this can come out of any line of the main
+            thread, not only out of the loop's head.
+        UserError: what the stream raises, as itself.
+    """
 
     def __init__(self, inner: DataLoader) -> None:
         self.inner = inner
+        self.statistics = LoaderStatistics()
 
     def __iter__(self) -> Iterator[T]:
-        for item in self.inner:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
+        before, newest = self.statistics, dict[int, SampleStatistics]()
+        waited, began = 0.0, time.perf_counter()
+        iterator = iter(self.inner)
+        _tell_deaths_as_ours()
+        try:
+            while True:
+                asked = time.perf_counter()
+                item = _next(iterator)
+                now = time.perf_counter()
+                waited += now - asked
+                if item is None:
+                    return
+                newest[item.worker] = item.statistics
+                totals = asdict(sum(newest.values(), SampleStatistics()))
+                self.statistics = before + LoaderStatistics(**totals, seconds=now - began, waited_s=waited)
+                if item.error is not None:
+                    raise item.error
+                yield item.batch
+                del item
+        finally:
+            # Here and now. An exception may keep the iterator alive until the collector finds it, which closes the
+            # workers' queues before they are told to end: each is then waited for 5 s.
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
 
 
 def loader(
@@ -53,22 +137,75 @@ def loader(
     return Loader(inner)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    error: UserError
+class _Item(NamedTuple):
+    """What a loader process sends: a batch, or the error that ends the stream; and what it has done until now.
+
+    A named tuple: torch pins the memory of what is in it.
+    """
+
+    batch: Any
+    error: UserError | None
+    worker: int
+    statistics: SampleStatistics
 
 
 class _Reporting(IterableDataset):
-    """Hands an error of ours over as a value: a `DataLoader` would wrap it into the text of a traceback."""
+    """Hands errors over as values: a `DataLoader` would wrap them into the text of a traceback."""
 
-    def __init__(self, stream: ShardStream | EvalStream) -> None:
+    def __init__(self, stream: ShardStream[Any] | EvalStream[Any]) -> None:
         self.stream = stream
 
     def set_epoch(self, epoch: int) -> None:
         self.stream.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[_Item]:
+        info = get_worker_info()
+        worker, before = 0 if info is None else info.id, copy(self.stream.statistics)
         try:
-            yield from self.stream
+            for batch in self.stream:
+                yield _Item(batch, None, worker, self.stream.statistics.since(before))
+                del batch
         except UserError as error:
-            yield _Failure(error)
+            yield _Item(None, error, worker, self.stream.statistics.since(before))
+
+
+def _next(iterator: Iterator[_Item]) -> _Item | None:
+    """The next item, None at the end; the death of a worker as our error."""
+    try:
+        return next(iterator, None)
+    except RuntimeError as error:
+        raise _death(error) or error from None
+
+
+def _death(error: RuntimeError) -> LoaderError | None:
+    """Our error for torch's "DataLoader worker (pid 1) is killed by signal: Killed."; None if it is another."""
+    if isinstance(error.__cause__, LoaderError):
+        return error.__cause__
+    if not re.match(r"DataLoader worker \(pid", str(error)):
+        return None
+    return LoaderError(
+        f"{' '.join(str(error).split()).rstrip('.')}: mostly that is the kernel, for want of memory (dmesg tells): "
+        "take fewer workers (data.workers) or less read-ahead (data.read_ahead_mb); in a container, raise its limits "
+        "of memory and shared memory"
+    )
+
+
+def _tell_deaths_as_ours() -> None:
+    """torch raises a worker's death from a handler of SIGCHLD, wherever the main thread is: as our error, then."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    theirs = signal.getsignal(signal.SIGCHLD)
+    if not callable(theirs) or isinstance(theirs, _DeathHandler):
+        return
+    signal.signal(signal.SIGCHLD, _DeathHandler(theirs))
+
+
+class _DeathHandler:
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.theirs(number, frame)
+        except RuntimeError as error:
+            raise _death(error) or error from None

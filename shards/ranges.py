@@ -73,11 +73,13 @@ class Description:
 
 @dataclass
 class ReadStatistics:
-    """What was done so far: requests sent, bytes received, requests that had to be repeated or continued."""
+    """What was done so far: requests sent, bytes received, requests that had to be repeated or continued, and why the
+    last of these had to."""
 
     requests: int = 0
     nbytes: int = 0
     retries: int = 0
+    trouble: str = ""
 
 
 class TransientError(OSError):
@@ -180,10 +182,10 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
     if read.location.protocol not in HTTP:
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
         address, key = await _address(bucket, read.location.anonymous), quote(key, safe="/~")
-    body = _Body(read)
+    body = _Body(read, statistics)
     failures = 0
     while True:
-        before, received = len(body.data), body.received
+        before = len(body.data)
         # Anew each time: an answer may have told that the bucket lies in another region.
         url = read.location.url if address is None else f"{address.base}/{key}"
         try:
@@ -199,10 +201,9 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
             if failures >= ATTEMPTS:
                 raise
             statistics.retries += 1
+            statistics.trouble = " ".join(str(error).split()) or type(error).__name__
             # Jitter keeps many processes from asking an overloaded server all at once again.
             await asyncio.sleep(BACK_OFF_S * 2**failures * random.uniform(0.5, 1.5))
-        finally:
-            statistics.nbytes += body.received - received
 
 
 @dataclass
@@ -210,8 +211,8 @@ class _Body:
     """What has arrived of one read."""
 
     read: Read
+    statistics: ReadStatistics  # counts all bytes, also those that are dropped
     data: bytearray = field(default_factory=bytearray)
-    received: int = 0  # bytes in all, also those that were dropped
     etag: str = ""
     length: int | None = None  # of the whole object
     changed: str = ""
@@ -285,7 +286,7 @@ async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
         async for chunk in answer.content.iter_any():
             body.data += chunk
-            body.received += len(chunk)
+            body.statistics.nbytes += len(chunk)
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:

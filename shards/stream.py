@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
@@ -27,9 +27,12 @@ from shards.errors import DatasetError, SampleError
 from shards.index import Index
 from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
-from shards.reader import READ_AHEAD, SampleReader
+from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
 from shards.sample import Sample
 from shards.subset import with_categories
+
+if TYPE_CHECKING:
+    from shards.cache import SampleCache
 
 T = TypeVar("T")
 Collate = Callable[[Sequence[Sample], int], T]
@@ -79,6 +82,8 @@ class ShardStream(Stream[T]):
         start: the position G to start at: batches that all ranks together have consumed.
         read_ahead: bytes that each loader process may hold ahead of need; at least twice the largest sample of each
             dataset.
+        cache: keeps samples on a disk of this machine for the next epoch; see `shards.cache`.
+        stall_s: a loader process that waits so many seconds for storage says what for, in the log.
         collate: makes a batch of a list of samples and the number of their visit, in the loader process. The number is
             the epoch's; where a sample may come twice in an epoch (repeats, mixes) it is the position. So a seed that
             is folded from it and the sample's key is another in every batch. Default: the list.
@@ -102,6 +107,8 @@ class ShardStream(Stream[T]):
         group_by_aspect: bool = False,
         repeat_threshold: float = 0.0,
         read_ahead: int = READ_AHEAD,
+        cache: SampleCache | None = None,
+        stall_s: float = STALL_S,
         collate: Collate[T] | None = None,
     ) -> None:
         self.rank, self.world, self.start, self.collate = rank, world, start, collate
@@ -125,8 +132,10 @@ class ShardStream(Stream[T]):
             self.order = Order(indexes[0], settings)
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
         budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
+        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
         self._readers = [
-            SampleReader(one.root, index, budget) for one, index, budget in zip(datasets, self.order.indexes, budgets)
+            SampleReader(one.root, index, budget, cache, stall_s, self.statistics)
+            for one, index, budget in zip(datasets, self.order.indexes, budgets)
         ]
 
     @property
@@ -144,7 +153,9 @@ class ShardStream(Stream[T]):
             return chain.from_iterable(self.order.rows(position, number) for position in mine())
 
         # Readers look ahead, so each goes through the row of positions by itself.
-        samples = [read_samples(reader, rows(number)) for number, reader in enumerate(self._readers)]
+        samples = [
+            read_samples(reader, rows(number), who=_who(self.rank)) for number, reader in enumerate(self._readers)
+        ]
         for position in mine():
             sizes = self.order.sizes(position)
             batch = [next(source) for source, size in zip(samples, sizes) for _ in range(size)]
@@ -166,6 +177,8 @@ class EvalStream(Stream[T]):
         rank: int = 0,
         world: int = 1,
         read_ahead: int = READ_AHEAD,
+        cache: SampleCache | None = None,
+        stall_s: float = STALL_S,
         collate: Collate[T] | None = None,
     ) -> None:
         self.rank, self.world, self.batch_size, self.collate = rank, world, batch_size, collate
@@ -173,13 +186,14 @@ class EvalStream(Stream[T]):
         index = dataset.index(split)
         self.samples = len(index)
         [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
-        self._reader = SampleReader(dataset.root, index.without_labels(), own)
+        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
+        self._reader = SampleReader(dataset.root, index.without_labels(), own, cache, stall_s, self.statistics)
 
     def __iter__(self) -> Iterator[T]:
         worker, workers = _worker()
         share = {"rank": self.rank, "world": self.world, "worker": worker, "workers": workers}
         batches = list(evaluation_batches(self.samples, self.batch_size, **share))
-        samples = read_samples(self._reader, chain.from_iterable(batches))
+        samples = read_samples(self._reader, chain.from_iterable(batches), who=_who(self.rank))
         for batch in batches:
             yield self._collated([next(samples) for _ in batch], 0)
 
@@ -203,13 +217,13 @@ def share_read_ahead(
     return [own + int((total - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
 
 
-def read_samples(reader: SampleReader, rows: Iterable[int]) -> Iterator[Sample]:
-    """The samples of the given rows, in that order.
+def read_samples(reader: SampleReader, rows: Iterable[int], *, who: str = "the reader") -> Iterator[Sample]:
+    """The samples of the given rows, in that order; `who` is told to be waiting where storage stalls.
 
     Raises:
         SampleError: a sample cannot be had or is not what the index says.
     """
-    for row, data in reader.read(rows):
+    for row, data in reader.read(rows, who=who):
         yield parse_sample(data, reader.index, row, where=str(reader.root))
 
 
@@ -243,3 +257,8 @@ def webdataset_samples(samples: Sequence[Sample], epoch: int) -> list[dict[str, 
 def _worker() -> tuple[int, int]:
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _who(rank: int) -> str:
+    info = get_worker_info()
+    return f"rank {rank}" if info is None else f"rank {rank}, loader worker {info.id}"

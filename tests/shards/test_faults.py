@@ -34,20 +34,6 @@ def root(s3: S3Server) -> Iterator[str]:
     s3.filesystem().rm("faulty-stream", recursive=True)
 
 
-@pytest.fixture
-def through(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Proxy], None]:
-    """Point this process, and loader processes forked from it, at a running proxy; patience is half a second."""
-
-    def point(proxy: S3Proxy) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        monkeypatch.setattr("shards.storage._instances", {})
-        monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.5)
-        monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
-        monkeypatch.setattr("shards.reader.BACK_OFF_S", 0.01)
-
-    return point
-
-
 def stream(dataset: Dataset) -> ShardStream[list[Sample]]:
     # Little read-ahead: many ranges, and most of the dataset is still to be fetched when a test changes it.
     return ShardStream(dataset, "train", batch_size=4, seed=3, lanes=3, window=8, read_ahead=30_000)

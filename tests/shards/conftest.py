@@ -1,0 +1,21 @@
+"""What the tests of reading share."""
+
+from collections.abc import Callable
+
+import pytest
+
+from demo.s3proxy import S3Proxy
+
+
+@pytest.fixture
+def through(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Proxy], None]:
+    """Point this process, and loader processes forked from it, at a running proxy; patience is half a second."""
+
+    def point(proxy: S3Proxy) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        monkeypatch.setattr("shards.storage._instances", {})
+        monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.5)
+        monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
+        monkeypatch.setattr("shards.reader.BACK_OFF_S", 0.01)
+
+    return point
