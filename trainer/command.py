@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,16 @@ def run(name: str, action: Callable[[], Any]) -> int:
         print(line, file=sys.stderr, flush=True)
         _tell_launcher(line)
         return 2
+    except RuntimeError as error:
+        if not _lost_a_rank(error):
+            raise
+        print(
+            f"{name}: rank {rank} ends: it lost the connection to another rank, whose own message says why",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(PATIENCE_S)  # the launcher is to see first who began
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
         return 130
@@ -65,6 +76,13 @@ def start_logging() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for name in ("trainer", "shards"):
         logging.getLogger(name).setLevel(level)
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process of it has gone; gloo has no error of its own."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return "remote process exited" in str(error) or "Connection reset by peer" in str(error)
+    return "/gloo/" in str(error) and bool(re.search("by peer|Broken pipe", str(error)))
 
 
 def _tell_launcher(line: str) -> None:

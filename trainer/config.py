@@ -52,6 +52,9 @@ class DataConfig:
     window: int = option(256, "samples of a lane that are shuffled together")
     group_by_aspect: bool = option(False, "put portrait and landscape images into batches of their own")
     read_ahead_mb: int = option(64, "bytes in MB that each loader process may hold ahead of need")
+    cache_dir: str = option("", "folder on a local disk that keeps samples for the next epoch; empty for none")
+    cache_mb: int = option(65536, "bytes in MB that the cache of a machine may take, all its processes together")
+    stall_s: int = option(30, "a wait of so many seconds for storage is told, with what is waited for")
     resize: Literal["square", "shortest"] = option(
         "square", "square: pad to max_size x max_size; shortest: pad to the largest image of the batch"
     )
@@ -206,7 +209,7 @@ def validate(config: Config) -> None:
         ConfigError: a value out of its range.
     """
     at_least_one = {
-        "data": ("batch_size", "lanes", "window", "read_ahead_mb", "min_size", "max_size"),
+        "data": ("batch_size", "lanes", "window", "read_ahead_mb", "cache_mb", "stall_s", "min_size", "max_size"),
         "model": ("fpn_channels", "box_head_features", "rois_per_image", "detections_per_image"),
         "train": (
             "epochs",

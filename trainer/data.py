@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from shards.sample import Sample
 from trainer import augment
 from trainer.config import DataConfig
 from trainer.instances import Batch, Instances, read_instances
+
+if TYPE_CHECKING:
+    from shards.cache import SampleCache
 
 
 @dataclass(frozen=True)
@@ -133,3 +137,16 @@ def decode_image(data: bytes) -> Tensor:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def sample_cache(data: DataConfig) -> SampleCache | None:
+    """The cache that `cache_dir` and `cache_mb` ask for.
+
+    Raises:
+        StorageError: the folder cannot be used.
+    """
+    if not data.cache_dir:
+        return None
+    from shards.cache import SampleCache
+
+    return SampleCache(data.cache_dir, data.cache_mb * 2**20)

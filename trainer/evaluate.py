@@ -92,6 +92,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     network = build_model(state.config.model, state.config.data, num_classes(state.categories), pretrained=False)
     network.load_state_dict(state.weights)
     network.to(accelerator.device)
+    state.config.data.cache_dir = ""  # of the machine that trained
     state.config.data.workers, state.config.train.eval_batch_size = options.workers, options.batch_size
     result = evaluate(network, dataset, options.split, accelerator, state.config.data, state.config.train)
     if result is not None:
@@ -135,7 +136,7 @@ def evaluate(
 
     Args:
         network: on the accelerator's device; its mode is left as it was.
-        data, train: `workers`, `read_ahead_mb` and `eval_batch_size` are read.
+        data, train: `workers`, `read_ahead_mb`, `stall_s`, the cache's options and `eval_batch_size` are read.
 
     Returns:
         The result on the main rank, None on the others.
@@ -144,7 +145,7 @@ def evaluate(
 
     from shards.loader import loader
     from shards.stream import EvalStream
-    from trainer.data import EvalCollate
+    from trainer.data import EvalCollate, sample_cache
     from trainer.detect import detect
     from trainer.metrics.coco import CocoMetric
 
@@ -156,6 +157,8 @@ def evaluate(
         rank=rank,
         world=world,
         read_ahead=data.read_ahead_mb * 2**20,
+        cache=sample_cache(data),
+        stall_s=data.stall_s,
         collate=EvalCollate(),
     )
     metric = CocoMetric(dataset.categories)

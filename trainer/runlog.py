@@ -29,6 +29,8 @@ from trainer.config import Config, save_config
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from shards.loader import LoaderStatistics
+
 log = logging.getLogger("trainer")
 
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "fsspec", "s3fs", "numpy", "pycocotools", "safetensors")
@@ -103,6 +105,17 @@ class RunLog:
         self.evaluations.close()
 
 
+def reading(done: LoaderStatistics) -> dict[str, Any]:
+    """What the loader of the main rank did for a step, for the step's row of metrics.jsonl."""
+    return {
+        "read_mb": done.nbytes / 1e6,
+        "requests": done.requests,
+        "retries": done.retries,
+        "samples": done.samples,
+        "cache_hits": done.cache_hits,
+    }
+
+
 class Progress:
     """A line every `every` steps, with means since the line before."""
 
@@ -119,7 +132,7 @@ class Progress:
         losses = {name: sum(r["losses"][name] for r in self._rows) / len(self._rows) for name in row["losses"]}
         left = timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows)))
         log.info(
-            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%  left %s",
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %% (%s)  left %s",
             row["step"],
             self.total,
             sum(losses.values()),
@@ -127,9 +140,20 @@ class Progress:
             row["lr"],
             sum(row["images"] for row in self._rows) / seconds,
             100 * sum(row["data_wait"] * row["seconds"] for row in self._rows) / seconds,
+            self._read(seconds),
             left,
         )
         self._rows.clear()
+
+    def _read(self, seconds: float) -> str:
+        """What the main rank's loader did since the line before; what did not happen is left out."""
+        total = {name: sum(row[name] for row in self._rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
+        told = [f"{total['read_mb'] / seconds:.1f} MB/s"]
+        if total["retries"]:
+            told.append(f"{total['retries']} retries")
+        if total["cache_hits"]:
+            told.append(f"{100 * total['cache_hits'] / total['samples']:.0f} % from the cache")
+        return ", ".join(told)
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def train(config: Config) -> MaskRCNN:
 
     from shards.loader import loader
     from trainer.evaluate import evaluate, summary
-    from trainer.runlog import Progress, RunLog, environment
+    from trainer.runlog import Progress, RunLog, environment, reading
 
     device, is_main, total = t.accelerator.device, t.accelerator.is_main_process, total_steps(config.train)
     record = RunLog(t.run, config, environment(t.accelerator), t.step) if is_main else None
@@ -91,7 +91,8 @@ def train(config: Config) -> MaskRCNN:
     if t.step >= total:
         log.info("the run in %s is finished (%d steps): raise train.epochs to go on", t.run, t.step)
 
-    batches = iter(loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda"))
+    data = loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda")
+    batches = iter(data)
     while True:
         # First in the loop: an evaluation that was cut short is made up for when the run continues.
         if config.data.val_split and evaluated < t.step and evaluation_is_due(config.train, t.step):
@@ -104,11 +105,12 @@ def train(config: Config) -> MaskRCNN:
         if t.step >= total:
             break
 
-        began = time.perf_counter()
+        began, before = time.perf_counter(), data.statistics
         batch = next(batches)
         row = train_step(t, batch, waited=time.perf_counter() - began)
         seconds = time.perf_counter() - began
         row |= {"seconds": seconds, "images_per_s": row["images"] / seconds, "data_wait": row["data_wait_s"] / seconds}
+        row |= reading(data.statistics.since(before))
         if record:
             record.steps.append(row)
             progress.add(row)
@@ -140,7 +142,7 @@ def set_up(config: Config) -> Training:
 
     from shards.stream import ShardStream
     from trainer.checkpoint import check_same_run
-    from trainer.data import TrainCollate
+    from trainer.data import TrainCollate, sample_cache
     from trainer.heads import Trainable
     from trainer.model import build_model, load_weights, num_classes
 
@@ -159,6 +161,8 @@ def set_up(config: Config) -> Training:
         group_by_aspect=config.data.group_by_aspect,
         repeat_threshold=config.data.repeat_threshold,
         read_ahead=config.data.read_ahead_mb * 2**20,
+        cache=sample_cache(config.data),
+        stall_s=config.data.stall_s,
         collate=TrainCollate(config.data, config.train.seed),
     )
     if len(dataset.categories) < len(dataset.info.categories):

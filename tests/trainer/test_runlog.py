@@ -20,6 +20,10 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "images": 8,
         "seconds": 2.0,
         "data_wait": 0.25,
+        "read_mb": 3.0,
+        "retries": 0,
+        "samples": 8,
+        "cache_hits": 0,
         **changes,
     }
 
@@ -80,12 +84,13 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
         assert not caplog.messages
         progress.add(row(2, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
         progress.add(row(3))
-        progress.add(row(4))
+        progress.add(row(4, retries=2, cache_hits=4))
         progress.add(row(5))
     assert len(caplog.messages) == 3
     first = caplog.messages[0]
     assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
     assert "2.0 images/s" in first  # 16 images in 8 seconds
-    assert "data wait 62 %" in first  # 0.5 + 4.5 of 8 seconds
+    assert "data wait 62 % (0.8 MB/s)" in first  # 0.5 + 4.5 of 8 seconds, 6 MB in 8 seconds
+    assert "data wait 25 % (1.5 MB/s, 2 retries, 25 % from the cache)" in caplog.messages[1]
     assert "left 0:00:12" in first  # 3 steps of 4 seconds
     assert caplog.messages[-1].endswith("left 0:00:00")
