@@ -23,7 +23,7 @@ import fsspec
 from shards.errors import StorageError
 
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 10  # without a byte; five attempts of `shards.ranges` end within a minute
+READ_TIMEOUT_S = 8  # without a byte; five attempts of `shards.ranges`, and telling of it, end within a minute
 ATTEMPTS = 3
 SLOWEST_UPLOAD = 2**18  # bytes a second below which an upload is given up
 

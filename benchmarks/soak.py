@@ -1,0 +1,189 @@
+"""Does the stream hold: under random faults, and in memory?
+
+    python benchmarks/soak.py faults                      # five epochs of 5000 samples from S3 that fails all the time
+    python benchmarks/soak.py memory                      # what loader processes take over 200 000 samples
+    python benchmarks/soak.py memory --dataset 1000000    # the same of a million: 2.5 GB in the temporary folder
+
+`faults`: a real S3 server (SeaweedFS) behind a proxy that breaks requests, drawn by seed; every sample is compared with
+that of a stream from a local disk. `memory`: the memory that each loader process has for itself (USS) while it streams;
+glibc gives each thread a heap of its own, which fragments for a while: with MALLOC_ARENA_MAX=1 there is one.
+The pictures are random bytes, which nothing decodes. Prints Markdown tables; exits with 1 where it does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+
+from demo.s3proxy import Fault, Kind, S3Proxy
+from demo.s3server import S3Server
+from shards.dataset import Category, Dataset, IndexRow, Shard, finish_dataset, open_dataset
+from shards.loader import LoaderStatistics, loader
+from shards.sample import Instance, Sample
+from shards.storage import Location
+from shards.stream import ShardStream
+from shards.writer import pack_shard, shard_path
+
+FAULTS: tuple[Kind, ...] = ("reset", "slow_down", "internal_error", "truncate", "corrupt", "stall")
+BATCH = 8
+
+
+def write_samples(root: Location, count: int, *, nbytes: int = 1500, per_shard: int = 500) -> Dataset:
+    """A dataset of `count` samples whose pictures are up to twice `nbytes` random bytes."""
+    rows: list[IndexRow] = []
+    shards: list[Shard] = []
+    for number, first in enumerate(range(0, count, per_shard)):
+        samples = [_sample(n, nbytes) for n in range(first, min(first + per_shard, count))]
+        packed = pack_shard(samples, split="train", path=shard_path("train", number))
+        (root / packed.shard.path).write(packed.data)
+        rows.extend(packed.rows)
+        shards.append(packed.shard)
+    finish_dataset(root, rows, shards, (Category(1, "Person", "/m/01g317"),))
+    return open_dataset(root)
+
+
+def _sample(number: int, nbytes: int) -> Sample:
+    numbers = random.Random(number)
+    picture = numbers.randbytes(numbers.randrange(1, 2 * nbytes))
+    return Sample(f"{number:016x}", picture, 64, 48, (Instance(1, (1.0, 2.0, 30.0, 40.0), None),))
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What five epochs through a bad network came to.
+
+    Attributes:
+        wrong: batches that were not those of the undisturbed stream.
+        most, least: how often a sample came in an epoch.
+        faults: how many were injected, by kind.
+        statistics: of the loader.
+    """
+
+    wrong: int
+    most: int
+    least: int
+    faults: dict[str, int]
+    statistics: LoaderStatistics
+
+
+def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: int, seed: int, share: float) -> Soak:
+    """Stream a dataset through a proxy that breaks a share of the requests, and compare with its local copy.
+
+    Args:
+        endpoint: of the S3 server that has the dataset at `remote`; the AWS_ variables are changed for the time.
+        share: 0 to 1, of each kind of fault; a tenth of it for stalls.
+    """
+
+    def stream(dataset: Dataset) -> ShardStream[list[Sample]]:
+        return ShardStream(dataset, "train", batch_size=BATCH, seed=seed, lanes=4, window=32, read_ahead=2**18)
+
+    seen: list[dict[str, int]] = [{} for _ in range(epochs)]
+    faults = [Fault(kind, "GET", "train/", share=share / 10 if kind == "stall" else share) for kind in FAULTS]
+    dataset = open_dataset(remote)
+    wrong = 0
+    with S3Proxy(endpoint, faults, seed=seed) as proxy, mock.patch.dict(os.environ, proxy.environment()):
+        with mock.patch("shards.storage.READ_TIMEOUT_S", 2.0), mock.patch("shards.ranges.BACK_OFF_S", 0.02):
+            batches, reference = loader(stream(dataset), workers=workers), stream(local)
+            count = epochs * reference.batches_per_epoch
+            for number, (ours, theirs) in enumerate(zip(islice(batches, count), reference)):
+                wrong += ours != theirs
+                for sample in ours:
+                    epoch = seen[number // reference.batches_per_epoch]
+                    epoch[sample.image_id] = epoch.get(sample.image_id, 0) + 1
+    most = max(max(epoch.values()) for epoch in seen)
+    least = 1 if all(len(epoch) >= reference.batches_per_epoch * BATCH for epoch in seen) else 0
+    return Soak(wrong, most, least, dict(proxy.counters.faults), batches.statistics)
+
+
+def memory(dataset: Dataset, *, samples: int, workers: int, readings: int = 40) -> Iterator[list[float]]:
+    """Stream that many samples; at even distances yield the USS of each loader process in MB (10^6 bytes)."""
+    before = {child.pid for child in psutil.Process().children()}
+    batches = loader(ShardStream(dataset, "train", batch_size=BATCH, seed=1, read_ahead=8 * 2**20), workers=workers)
+    every = max(1, samples // BATCH // readings)
+    for number, _ in enumerate(islice(batches, samples // BATCH), start=1):
+        if number % every == 0:
+            family = [child for child in psutil.Process().children() if child.pid not in before]
+            yield [child.memory_full_info().uss / 1e6 for child in family]
+
+
+def quarters(readings: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The largest process's mean in the first quarter, after a warm-up of a tenth of all, and in the last quarter."""
+    largest = [max(reading) for reading in readings]
+    warm, quarter = len(largest) // 10, len(largest) // 4
+    first, last = largest[warm : warm + quarter], largest[-quarter:]
+    return sum(first) / len(first), sum(last) / len(last)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["faults", "memory"])
+    parser.add_argument("--dataset", type=int, help="samples in the dataset (faults: 5000, memory: 2000)")
+    parser.add_argument("--epochs", type=int, default=5, help="faults: (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200_000, help="memory: to stream (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="faults: which requests break (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.05, help="faults: of requests, each kind (%(default)s)")
+    parser.add_argument("--growth", type=float, default=5.0, help="memory: MB that are allowed (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        count = options.dataset or (5000 if options.what == "faults" else 2000)
+        local = write_samples(Location(folder), count)
+        return soak_and_tell(local, options) if options.what == "faults" else measure_and_tell(local, options)
+
+
+def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
+    with S3Server() as server:
+        os.environ.update(server.environment())
+        server.make_bucket("soak")
+        server.upload(local.root.path, "soak")
+        began = time.perf_counter()
+        result = soak(
+            server.endpoint_url,
+            "s3://soak",
+            local,
+            epochs=options.epochs,
+            workers=options.workers,
+            seed=options.seed,
+            share=options.share,
+        )
+        seconds = time.perf_counter() - began
+    done = result.statistics
+    holds = result.wrong == 0 and result.most == result.least == 1
+    print(f"{options.epochs} epochs, {options.workers} loader processes, seed {options.seed}, {seconds:.0f} s\n")
+    print("| samples | requests | retries | " + " | ".join(FAULTS) + " | wrong batches | a sample an epoch |")
+    print("| ---: " * (len(FAULTS) + 5) + "|")
+    kinds = " | ".join(str(result.faults.get(kind, 0)) for kind in FAULTS)
+    often = f"{result.least} to {result.most}"
+    print(f"| {done.samples} | {done.requests} | {done.retries} | {kinds} | {result.wrong} | {often} |")
+    return 0 if holds else 1
+
+
+def measure_and_tell(local: Dataset, options: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    readings = list(memory(local, samples=options.samples, workers=options.workers))
+    seconds = time.perf_counter() - began
+    first, last = quarters(readings)
+    print(f"{options.workers} loader processes, {seconds:.0f} s; USS in MB of the largest\n")
+    print("| samples in the dataset | samples streamed | first quarter | last quarter | growth |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    split = len(local.index("train"))
+    print(f"| {split} | {options.samples} | {first:.1f} | {last:.1f} | {last - first:+.1f} |")
+    return 0 if last - first <= options.growth else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
