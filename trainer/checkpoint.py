@@ -1,7 +1,8 @@
 """The state of a run, written whole or not at all, on any fsspec URL.
 
     <run>/checkpoints/step-000100/
-        model.safetensors       the network's own state_dict: loads into stock torchvision with strict=True
+        model.safetensors       the network's own state_dict: loads into stock torchvision with strict=True; its
+                                metadata says of which classes and of which network it is
         optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
         state.json              everything else, and the sha256 of both files. Written last: a folder without it is no
                                 checkpoint
@@ -35,6 +36,7 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 FORMAT = "maskstream-checkpoint"
 VERSION = 1
+DESCRIPTION = "maskstream"  # the entry of model.safetensors' metadata that says how to rebuild the network
 
 log = logging.getLogger("trainer.checkpoint")
 
@@ -96,7 +98,9 @@ def save(run: Location, state: State, keep: int) -> Location:
     (folder / STATE_FILE).delete()
     tensors, structure = flatten_optimizer(state.optimizer or {})
     files = {
-        MODEL_FILE: safetensors.torch.save(_plain(state.weights), metadata={"format": "pt"}),
+        MODEL_FILE: safetensors.torch.save(
+            _plain(state.weights), metadata={"format": "pt", DESCRIPTION: json.dumps(_describe(state))}
+        ),
         OPTIMIZER_FILE: safetensors.torch.save(_plain(tensors), metadata={"format": "pt"}),
     }
     for name, data in files.items():
@@ -186,6 +190,25 @@ def open_checkpoint(url: str) -> State:
     return newest[1]
 
 
+def has_checkpoint(place: Location) -> bool:
+    """Whether a checkpoint, or a run folder with one, lies there.
+
+    Raises:
+        StorageError: the place cannot be asked.
+    """
+    return (place / STATE_FILE).exists() or bool(steps_of(place))
+
+
+def _describe(state: State) -> dict[str, Any]:
+    """What rebuilds the network around its weights, also where model.safetensors is all that is left."""
+    data = state.config.data
+    return {
+        "categories": [asdict(category) for category in state.categories],
+        "model": asdict(state.config.model),
+        "data": {"min_size": data.min_size, "max_size": data.max_size},
+    }
+
+
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state_dict as named tensors, and the rest as JSON values."""
     tensors: dict[str, Tensor] = {}
@@ -216,6 +239,7 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
     """
     before, now = asdict(state.config.model), asdict(config.model)
     pairs = [(f"model.{key}", before.get(key), now[key]) for key in now]
+    pairs += [("train.layers", state.config.train.layers, config.train.layers)]
     pairs += [("classes", _class_names(state.categories), _class_names(categories))]
     pairs += [(ORDER_OPTIONS.get(key, key), state.order.get(key), order.get(key)) for key in {**state.order, **order}]
     for key, was, is_now in pairs:

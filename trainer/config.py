@@ -19,6 +19,7 @@ import yaml
 
 from shards.errors import StorageError, UserError
 from shards.storage import Location
+from trainer.freeze import parse_layers
 
 
 class ConfigError(UserError):
@@ -67,12 +68,20 @@ class DataConfig:
 class ModelConfig:
     """torchvision's Mask R-CNN: backbone, widths, sampling and detection."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = option("resnet50", "the ResNet under the FPN")
-    norm: Literal["frozen", "batch"] = option("frozen", "the backbone's normalisation: frozen statistics or batch norm")
-    weights: str = option(
-        "imagenet", "start: none, imagenet (backbone), coco (resnet50), or the path or URL of a state dict"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large"] = option(
+        "resnet50", "the network under the FPN: a ResNet, or a MobileNet for small machines"
     )
-    trainable_layers: int = option(3, "how many of the backbone's five stages train, counted from its output")
+    version: Literal["v1", "v2"] = option(
+        "v1", "torchvision's first detector, or its v2: norms in FPN and heads, deeper RPN and box head"
+    )
+    norm: Literal["frozen", "batch", "group"] = option(
+        "frozen", "the backbone's norm: frozen statistics, batch or group norm (v2's heads: batch unless group)"
+    )
+    norm_eps: float = option(1e-5, "what the norms add to the variance; weights made with another are converted")
+    weights: str = option(
+        "imagenet",
+        "start: none, imagenet (backbone), coco (resnet50), a run folder, or path or URL of a state dict",
+    )
     fpn_channels: int = option(256, "channels of every FPN level")
     box_head_features: int = option(1024, "width of the box head's two layers")
     mask_head_channels: list[int] = option([256, 256, 256, 256], "width of each convolution of the mask head")
@@ -110,6 +119,7 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept")
     eval_epochs: int = option(1, "evaluate every so many epochs, and after the last")
     eval_batch_size: int = option(4, "images a batch on each GPU in evaluation")
+    layers: str = option("3+", "what trains: heads, 5+, 4+, 3+, 2+ (stages of the backbone), all, or a share: last 10%")
     seed: int = option(0, "seed of the order, the augmentation, the initial weights and the RoI sampling")
 
 
@@ -230,7 +240,7 @@ def validate(config: Config) -> None:
         ("data.flip", config.data.flip, 0, 1),
         ("data.fraction", config.data.fraction, 0, 1),
         ("data.repeat_threshold", config.data.repeat_threshold, 0, 1),
-        ("model.trainable_layers", config.model.trainable_layers, 0, 5),
+        ("model.norm_eps", config.model.norm_eps, 0, None),
         ("model.positive_fraction", config.model.positive_fraction, 0, 1),
         ("model.score_threshold", config.model.score_threshold, 0, 1),
         ("model.nms_threshold", config.model.nms_threshold, 0, 1),
@@ -241,6 +251,7 @@ def validate(config: Config) -> None:
         if value < low or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{name} is {value}: it must be {bounds}")
+    parse_layers(config.train.layers)
     if config.data.min_size > config.data.max_size:
         raise ConfigError(f"data.min_size {config.data.min_size} is above data.max_size {config.data.max_size}")
     if len(config.model.anchor_sizes) != 5:

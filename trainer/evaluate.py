@@ -83,14 +83,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         dataset.index(options.split)  # a wrong split is told before seconds of loading
 
     from trainer.checkpoint import open_checkpoint
-    from trainer.model import build_model, num_classes
+    from trainer.model import rebuild
 
     state = open_checkpoint(options.checkpoint)
     dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     accelerator = start_accelerator()
-    network = build_model(state.config.model, state.config.data, num_classes(state.categories), pretrained=False)
-    network.load_state_dict(state.weights)
+    network = rebuild(state)
     network.to(accelerator.device)
     state.config.data.cache_dir = ""  # of the machine that trained
     state.config.data.workers, state.config.train.eval_batch_size = options.workers, options.batch_size

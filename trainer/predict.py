@@ -65,12 +65,11 @@ def predict(options: argparse.Namespace) -> int:
     from trainer.checkpoint import open_checkpoint
     from trainer.data import decode_image
     from trainer.detect import detect
-    from trainer.model import build_model, num_classes
+    from trainer.model import rebuild
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     state, out = open_checkpoint(options.checkpoint), Location(options.out)
-    network = build_model(state.config.model, state.config.data, num_classes(state.categories), pretrained=False)
-    network.load_state_dict(state.weights)
+    network = rebuild(state)
     # Whatever threshold the run was evaluated with: --score decides here.
     network.roi_heads.score_thresh = options.score
     try:

@@ -143,8 +143,10 @@ def set_up(config: Config) -> Training:
     from shards.stream import ShardStream
     from trainer.checkpoint import check_same_run
     from trainer.data import TrainCollate, sample_cache
+    from trainer.freeze import check_all_learned, set_trainable
     from trainer.heads import Trainable
-    from trainer.model import build_model, load_weights, num_classes
+    from trainer.model import build_model, num_classes
+    from trainer.weights import load_weights
 
     accelerator = start_accelerator()
     resumed = newest_checkpoint(run, accelerator)
@@ -172,13 +174,15 @@ def set_up(config: Config) -> Training:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
 
     torch.manual_seed(config.train.seed)
-    classes = num_classes(dataset.categories)
-    network = build_model(config.model, config.data, classes, pretrained=resumed is None)
+    network = build_model(config.model, config.data, num_classes(dataset.categories))
+    trained = set_trainable(network, config.train.layers)
     if resumed:
         network.load_state_dict(resumed.weights)
         log.info("continuing %s from step %d", run, resumed.step)
     else:
-        log.info("%s", load_weights(network, config.model.weights))
+        report = load_weights(network, config.model, dataset.categories)
+        check_all_learned(network, report.missing, trained)
+        log.info("%s", report)
     model: Any = Trainable(network).train()
     optimizer: Any = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

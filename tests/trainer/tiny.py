@@ -38,7 +38,6 @@ SETTINGS = {
     "model.backbone": "resnet18",
     "model.norm": "batch",
     "model.weights": "none",
-    "model.trainable_layers": 5,
     "model.fpn_channels": 16,
     "model.box_head_features": 32,
     "model.mask_head_channels": [16],
@@ -52,6 +51,7 @@ SETTINGS = {
     "train.epochs": 1,
     "train.steps_per_epoch": 6,
     "train.checkpoint_steps": 3,
+    "train.layers": "all",
     "run.log_steps": 2,
 }
 
