@@ -45,6 +45,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
+class NoCheckpointError(CheckpointError):
+    """A place where no checkpoint lies."""
+
+
 @dataclass(frozen=True)
 class State:
     """A run after `step` steps.
@@ -177,26 +181,18 @@ def open_checkpoint(url: str) -> State:
     """What `--checkpoint` names: a run's folder (its newest checkpoint) or the folder of one checkpoint; weights only.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        NoCheckpointError: there is none.
+        CheckpointError: it is damaged.
     """
     place = Location(url)
     if (place / STATE_FILE).exists():
         return load(place, optimizer=False)
     newest = load_newest(place, optimizer=False)
     if newest is None:
-        raise CheckpointError(
+        raise NoCheckpointError(
             f"{place}: there is no checkpoint: give a run's folder (it has {FOLDER}/) or a folder with {STATE_FILE}"
         )
     return newest[1]
-
-
-def has_checkpoint(place: Location) -> bool:
-    """Whether a checkpoint, or a run folder with one, lies there.
-
-    Raises:
-        StorageError: the place cannot be asked.
-    """
-    return (place / STATE_FILE).exists() or bool(steps_of(place))
 
 
 def _describe(state: State) -> dict[str, Any]:

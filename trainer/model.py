@@ -8,7 +8,7 @@ docs/models.md shows how to rebuild it from a checkpoint without this package.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +20,8 @@ from torchvision.models.detection.rpn import RPNHead
 
 from shards.dataset import Category
 from trainer.backbones import STRIDES, Norm, backbone_with_fpn, norm_layer
+from trainer.checkpoint import STATE_FILE, CheckpointError, State
 from trainer.config import DataConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from trainer.checkpoint import State
 
 BOX_POOL = 7  # torchvision's side of the box head's RoI features
 V2_BOX_CONVOLUTIONS = 4
@@ -73,10 +71,26 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
 
 
 def rebuild(state: State) -> MaskRCNN:
-    """The network of a checkpoint, with its weights; in training mode, on the CPU."""
+    """The network of a checkpoint, with its weights; in training mode, on the CPU.
+
+    Raises:
+        CheckpointError: the weights are not those of a network with these settings and classes.
+    """
     network = build_model(state.config.model, state.config.data, num_classes(state.categories))
+    needed = {name: value.shape for name, value in network.state_dict().items()}
+    given = {name: value.shape for name, value in state.weights.items()}
+    wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit its own settings and {len(state.categories)} classes: {wrong[0]} is "
+            f"{_shape(given, wrong[0])} and should be {_shape(needed, wrong[0])}: has {STATE_FILE} been changed?"
+        )
     network.load_state_dict(state.weights)
     return network
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"
 
 
 def _v1_heads(model: ModelConfig) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from shards.dataset import Category
 from shards.errors import StorageError, UserError
 from shards.storage import Location
-from trainer.checkpoint import DESCRIPTION, has_checkpoint, open_checkpoint
+from trainer.checkpoint import DESCRIPTION, NoCheckpointError, open_checkpoint
 from trainer.config import ModelConfig
 
 BODY = "backbone.body."
@@ -148,11 +148,14 @@ def _find(model: ModelConfig) -> Source:
         weights, eps = COCO[model.version]
         return Source("coco", _download(weights, "coco"), _coco_classes(weights), eps)
     place = Location(model.weights)
-    if posixpath.splitext(place.url)[1] not in FILE_SUFFIXES and has_checkpoint(place):
+    if posixpath.splitext(place.url)[1] in FILE_SUFFIXES:
+        return _of_file(place)
+    try:
         state = open_checkpoint(place.url)
-        classes = {category.id: category.name for category in state.categories}
-        return Source(f"{place}, step {state.step}", state.weights, classes, state.config.model.norm_eps)
-    return _of_file(place)
+    except NoCheckpointError:
+        return _of_file(place)
+    classes = {category.id: category.name for category in state.categories}
+    return Source(f"{place}, step {state.step}", state.weights, classes, state.config.model.norm_eps)
 
 
 def _take(network: MaskRCNN, model: ModelConfig, source: Source, categories: Sequence[Category]) -> LoadReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from shards.dataset import Category
 from shards.storage import Location
-from trainer.checkpoint import State, open_checkpoint, save
+from trainer.checkpoint import CheckpointError, State, open_checkpoint, save
 from trainer.config import Config, DataConfig, ModelConfig, load_config
 from trainer.model import build_model, num_classes, rebuild
 
@@ -132,6 +133,18 @@ def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_
     folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), {}), keep=1)
     assert_same_detections(documented_stock_model()(folder.path), network)
     assert_same_detections(rebuild(open_checkpoint(str(tmp_path))), network)
+
+
+def test_a_checkpoint_of_other_classes_than_its_weights_is_one_line():
+    config = Config(model=narrow())
+    state = State(7, 7, {}, CATEGORIES, config, build_model(config.model, config.data, 3).state_dict(), None)
+    with pytest.raises(CheckpointError, match=r"1 classes: .*cls_score.weight is \[3, 8\]") as error:
+        rebuild(replace(state, categories=CATEGORIES[:1]))
+    assert "\n" not in str(error.value)
+    config.model.backbone = "resnet34"
+    with pytest.raises(CheckpointError, match=r"do not fit its own settings") as error:
+        rebuild(state)
+    assert "\n" not in str(error.value)
 
 
 def test_settings_reach_the_network():
