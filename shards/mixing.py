@@ -1,7 +1,7 @@
 """Several datasets in given proportions, exact and resumable at one position.
 
 Every global batch takes its share of each dataset by arithmetic on its position: no drawing, so the proportions hold
-in any stretch of the run to within two samples a lane and dataset, and any position can be computed at once. Each
+in any stretch of the run to within a few samples a lane (`apportion`), and any position can be computed at once. Each
 dataset runs through epochs of its own, in the order of `shards.order`, and begins the next when one ends (a batch may
 then hold a sample of both).
 
@@ -157,7 +157,8 @@ def apportion(total: int, weights: Sequence[int]) -> tuple[int, ...]:
     """How many of the first `total` samples come from each dataset.
 
     Each takes its share, rounded down, of what those before it have left. So the numbers add up to `total`, and none
-    of them ever falls when `total` grows: sample number `total` belongs to the one that grows next.
+    of them ever falls when `total` grows: sample number `total` belongs to the one that grows next. What rounding left
+    over adds up on the way, so that the last of n numbers may be up to n - 1 off its share, and none more.
 
     Args:
         total: not negative.
