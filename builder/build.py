@@ -120,9 +120,9 @@ def build(
         StorageError: a place cannot be reached, read or written.
     """
     started, before = time.monotonic(), PROCESS.total
-    warm_up(engine)
     root = absolute(root)
     check_places(source, root)
+    warm_up(engine)
     refuse_if_held(root)
     preparation = prepare(source, choice)
     tables, prepared = PROCESS.total - before, time.monotonic()
