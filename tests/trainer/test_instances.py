@@ -166,7 +166,7 @@ def test_a_bitmap_keeps_the_area_and_has_an_empty_border():
         assert int(bitmap[[0, -1]].sum() + bitmap[:, [0, -1]].sum()) == 0
 
 
-def test_window_decoding_equals_pycocotools():
+def test_column_runs_are_the_mask():
     rng = np.random.default_rng(2)
     for _ in range(60):
         height, width = rng.integers(1, 70, 2)
@@ -175,9 +175,14 @@ def test_window_decoding_equals_pycocotools():
         if rng.random() < 0.3:
             mask = np.repeat(np.repeat(mask, 40, axis=0), 30, axis=1)  # long runs: numbers of several characters
         encoded = rle.encode(mask)
-        x, y, w, h = (int(v) for v in rle.bounds(encoded))
-        window = geometry._decode_window(encoded, x, y, w, h)
-        assert np.array_equal(window, mask[y : y + h, x : x + w])
+        painted = np.zeros_like(mask)
+        for column, top, bottom in zip(*geometry._column_runs(encoded), strict=True):
+            painted[top:bottom, column] += 1
+        assert np.array_equal(painted, mask)
+
+
+def test_a_mask_without_a_pixel_is_no_mask():
+    assert rasterise(rle.encode(np.zeros((30, 20), np.uint8))) is None
 
 
 def objects(*masks: np.ndarray) -> Instances:
