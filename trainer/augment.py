@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as transforms
 
 from trainer import instances as geometry
@@ -67,13 +68,21 @@ def pad(images: list[Tensor], size: int | None = None) -> Tensor:
             up to a multiple of STRIDE.
 
     Returns:
-        uint8 [B, 3, H, W].
+        uint8 [B, 3, H, W], a view of B x H x W x 3 memory, as images are decoded: rows are copied whole.
     """
     height = size or max(image.shape[-2] for image in images)
     width = size or max(image.shape[-1] for image in images)
-    padded = torch.zeros(
-        (len(images), 3, math.ceil(height / STRIDE) * STRIDE, math.ceil(width / STRIDE) * STRIDE), dtype=torch.uint8
-    )
+    shape = (len(images), math.ceil(height / STRIDE) * STRIDE, math.ceil(width / STRIDE) * STRIDE, 3)
+    padded = _shared_zeros(shape).permute(0, 3, 1, 2)
     for place, image in zip(padded, images):
         place[:, : image.shape[-2], : image.shape[-1]] = image
     return padded
+
+
+def _shared_zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zeros, uint8; in a loader process in shared memory, as torch's own collate makes them: the batch is then handed
+    over without another copy, and what stays zero is never touched."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload, no-any-return]

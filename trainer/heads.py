@@ -48,7 +48,7 @@ def image_list(batch: Batch, network: MaskRCNN) -> ImageList:
     """The batch as the backbone takes it: float32, normalised, zero in the padding (torchvision pads what is
     normalised already, so grey and not black is what lies beyond an image)."""
     sizes = [(int(height), int(width)) for height, width in batch.sizes.tolist()]
-    images = network.transform.normalize(batch.images.float() / 255)
+    images = network.transform.normalize(batch.images.contiguous().float() / 255)
     for image, (height, width) in zip(images, sizes):
         image[:, height:] = 0
         image[:, :, width:] = 0

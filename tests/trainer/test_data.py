@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from shards import rle
 from shards.errors import SampleError
@@ -158,3 +159,16 @@ def test_a_broken_image_is_a_sample_error_with_its_key(cut):
 def test_another_size_than_annotated_is_a_sample_error():
     with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
         EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)
+
+
+@pytest.mark.parametrize("resize", ["square", "shortest"])
+def test_a_batch_of_a_loader_process_is_the_same(resize):
+    """There its images are made in shared memory."""
+    samples = [sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)]
+    collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 0)
+    here = collate(samples, 0)
+    [there] = DataLoader(samples, batch_size=3, num_workers=1, collate_fn=lambda batch: collate(batch, 0))
+    assert there.images.is_shared()
+    assert torch.equal(there.images, here.images)
+    for i in range(3):
+        assert equal(parts(there, i), parts(here, i))
