@@ -190,8 +190,9 @@ def _column_runs(mask: Rle) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArr
     crossed = last - column
     if not crossed.any():
         return column, top, bottom
-    run = np.repeat(np.arange(len(column)), crossed + 1)
-    later = np.arange(len(run)) - np.repeat(np.cumsum(crossed + 1) - (crossed + 1), crossed + 1)  # columns after its first
+    columns = crossed + 1
+    run = np.repeat(np.arange(len(column)), columns)
+    later = np.arange(len(run)) - (np.cumsum(columns) - columns)[run]  # columns after the run's first
     return (
         column[run] + later,
         np.where(later == 0, top[run], 0),
