@@ -14,6 +14,7 @@ every value. Server and proxy share the machine with what is measured, for all a
 - resume: the same in the middle of an epoch, from the state that the loader saved there in another process.
 - memory and disk: the largest sum of proportional set sizes (PSS) of the processes over a raw epoch, and what is left
   on disk after it. Measured in runs that are not timed.
+- CPU: processor time a sample, of the loader's processes together; the server's is not in it.
 - training batches: decoded and resized; ours by `TrainCollate`, the peers by torchvision's reference pipeline.
 - the limit: decoding and resizing the same JPEGs from memory, on as many processes, with our decoder (Pillow).
 """
@@ -180,6 +181,7 @@ def measure(
         figures.values["import_s"].append(result["start_s"])
         figures.values["first_s"].append(result["first_s"])
         figures.values["raw"].append(result["rate"])
+        figures.values["raw_cpu_ms"].append(result["cpu_ms"])
         if first:
             _, memory, disk = run(python, Job(loader, **common, samples=whole), folder, source.environment, watch=True)
             figures.values["memory"].append(memory)
@@ -194,16 +196,18 @@ def measure(
         if resumed["keys"] != json.loads((folder / f"{state.name}.keys").read_text()):
             note("resumes with another batch than the one that followed")
         if source.name != "S3":  # between the two others
-            figures.values["decoded"].append(once(samples=options.decoded, decode=True)["rate"])
+            result = once(samples=options.decoded, decode=True)
+            figures.values["decoded"].append(result["rate"])
+            figures.values["decoded_cpu_ms"].append(result["cpu_ms"])
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = (getattr(error, "stderr", "") or "").strip().splitlines()
         note(f"{type(error).__name__}: {said[-1] if said else error}")
 
 
-def decoding_limit(data: Path, folder: Path, options: argparse.Namespace) -> float:
-    """Samples a second of nothing but decoding and resizing."""
+def decoding_limit(data: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Samples a second (`rate`) and processor time (`cpu_ms`) of nothing but decoding and resizing."""
     job = Job("limit", str(data / "shards"), samples=options.decoded, workers=options.workers)
-    return float(run(sys.executable, job, folder, {})[0]["rate"])
+    return dict(run(sys.executable, job, folder, {})[0])
 
 
 def run(
@@ -288,29 +292,32 @@ def proxy(upstream: str, latency: float) -> Iterator[dict[str, str]]:
 
 def render(results: dict[str, Any], table: Table, options: argparse.Namespace) -> str:
     """Markdown."""
-    limit = statistics.median(results["limit"])
+    limit, limit_cpu = (statistics.median(one[name] for one in results["limit"]) for name in ("rate", "cpu_ms"))
     lines = [
         f"{results['machine']}; {results['data']}; {options.workers} workers, batches of {options.batch_size}, medians "
         f"of {options.repeats}. " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "",
-        f"The limit of decoding and resizing on {options.workers} processes: {limit:.0f} samples/s.",
+        f"The limit of decoding and resizing on {options.workers} processes: {limit:.0f} samples/s, "
+        f"{limit_cpu:.2f} ms of processor time a sample.",
     ]
     for source in dict.fromkeys(source for _, source in table):
         lines += [
             "",
             f"### {source}",
             "",
-            "| | raw, samples/s | training batches, samples/s | of the limit | first batch, s | resume, s "
-            "| memory, MiB | disk, MB | imports, s |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| | raw, samples/s | CPU, ms | training batches, samples/s | of the limit | CPU, ms | first batch, s "
+            "| resume, s | memory, MiB | disk, MB | imports, s |",
+            "| --- " + "| ---: " * 10 + "|",
         ]
         for loader in options.loaders:
             of = table[loader, source].median
             decoded = of("decoded")
             cells = [
                 shown(of("raw"), 0),
+                shown(of("raw_cpu_ms"), 2),
                 shown(decoded, 0),
                 shown(decoded and decoded / limit, 2),
+                shown(of("decoded_cpu_ms"), 2),
                 shown(of("first_s"), 2),
                 shown(of("resume_s"), 2),
                 shown(of("memory"), 0, 2**-20),

@@ -11,6 +11,7 @@ Prints one line of JSON on stdout, a `Result`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ class Result:
         start_s: from the start of the process until everything is imported.
         first_s: from there to the first batch.
         rate: samples a second from the first batch on.
+        cpu_ms: processor time a sample, of all processes together, from the first batch on.
         samples: how many there were.
         keys: of the first batch; after a stop at `save`: of the batch that follows.
     """
@@ -76,6 +78,7 @@ class Result:
     start_s: float
     first_s: float
     rate: float
+    cpu_ms: float
     samples: int
     keys: list[str]
 
@@ -114,17 +117,30 @@ def measure(job: Job, load: Callable[[Job], Opened], start_s: float) -> Result:
     first_s = time.perf_counter() - begin
     keys = opened.keys(first)
     size, taken = len(keys), 1
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), processor_time()
     while taken * size < job.samples:
         keys_now = next(batches)
         taken += 1
     rate = (taken - 1) * size / max(time.perf_counter() - begin, 1e-9)
+    cpu_ms = 1000 * (processor_time() - spent) / max((taken - 1) * size, 1)
     if job.save:
         _save(opened.state(taken), job.save)
         keys = opened.keys(next(batches))
     elif taken > 1:
         opened.keys(keys_now)  # fails where a loader gave something else in the end
-    return Result(start_s, first_s, rate, taken * size, keys)
+    return Result(start_s, first_s, rate, cpu_ms, taken * size, keys)
+
+
+def processor_time() -> float:
+    """Seconds that the processes of this session have computed for."""
+    ticks = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                values = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(values[3]) == os.getsid(0):
+                    ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _save(state: Any, path: str) -> None:
