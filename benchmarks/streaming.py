@@ -111,7 +111,10 @@ def main() -> int:
         "versions": versions(options.peers),
         "options": {key: str(value) for key, value in vars(options).items()},
         "limit": limits,
-        "figures": {f"{loader} | {source}": asdict(figures) for (loader, source), figures in table.items()},
+        "figures": {
+            f"{loader} | {source}": {"values": figures.values, "notes": figures.notes}
+            for (loader, source), figures in table.items()
+        },
     }
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
