@@ -161,7 +161,8 @@ def _state(job: Job) -> Any:
 def ours() -> Callable[[Job], Opened]:
     """`shards.stream`; training batches by `trainer.data`."""
     from shards.dataset import open_dataset
-    from shards.stream import ShardStream, loader
+    from shards.loader import loader
+    from shards.stream import ShardStream
     from trainer.config import DataConfig
     from trainer.data import TrainCollate
 
