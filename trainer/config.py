@@ -62,6 +62,9 @@ class DataConfig:
     min_size: int = option(800, "the image's shorter side after scaling, in pixels, unless max_size forbids it")
     max_size: int = option(1024, "limit of the image's longer side after scaling, in pixels")
     flip: float = option(0.5, "probability of a horizontal flip")
+    max_instances: int = option(
+        100, "objects an image to learn from; of more, others each epoch are ignored, not background; 0: no limit"
+    )
 
 
 @dataclass
@@ -94,6 +97,21 @@ class ModelConfig:
     score_threshold: float = option(0.05, "detections below this score are dropped")
     nms_threshold: float = option(0.5, "detections of a class that overlap a better one by more IoU are dropped")
     detections_per_image: int = option(100, "detections kept of an image")
+
+
+@dataclass
+class LossConfig:
+    """What incomplete annotations teach."""
+
+    unmasked: Literal["box", "background"] = option(
+        "box", "an object without a mask teaches class and box, or is dropped and so background"
+    )
+    group_of: Literal["ignore", "object", "background"] = option(
+        "ignore", "a group-of box is a region where nothing is taught that matches no object, or an object, or background"
+    )
+    unverified: Literal["ignore", "absent"] = option(
+        "ignore", "a class that is not verified in an image is left out of its classification loss, or taught as absent"
+    )
 
 
 @dataclass
@@ -137,6 +155,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -241,6 +260,7 @@ def validate(config: Config) -> None:
         ("data.fraction", config.data.fraction, 0, 1),
         ("data.repeat_threshold", config.data.repeat_threshold, 0, 1),
         ("model.norm_eps", config.model.norm_eps, 0, None),
+        ("data.max_instances", config.data.max_instances, 0, None),
         ("model.positive_fraction", config.model.positive_fraction, 0, 1),
         ("model.score_threshold", config.model.score_threshold, 0, 1),
         ("model.nms_threshold", config.model.nms_threshold, 0, 1),

@@ -20,6 +20,7 @@ from torch import Tensor
 from shards.errors import SampleError
 from shards.sample import Sample
 from trainer import augment
+from trainer import instances as geometry
 from trainer.config import DataConfig
 from trainer.instances import Batch, Instances, read_instances
 
@@ -47,7 +48,7 @@ class TrainCollate:
     """Samples to a training `Batch`: decoded, resized, flipped, padded.
 
     Args:
-        data: the settings; `resize`, `min_size`, `max_size` and `flip` are read.
+        data: the settings; `resize`, `min_size`, `max_size`, `flip` and `max_instances` are read.
         seed: of the augmentation.
     """
 
@@ -69,6 +70,7 @@ class TrainCollate:
             sizes=torch.tensor([image.shape[-2:] for image in images]),
             counts=torch.tensor([len(one) for one in instances]),
             image_ids=tuple(sample.image_id for sample in samples),
+            verified=tuple(verified_classes(sample) for sample in samples),
             **flat,
         )
 
@@ -78,7 +80,8 @@ class TrainCollate:
         image, instances = augment.resize(image, instances, self.data.min_size, self.data.max_size)
         if rng.random() < self.data.flip:
             image, instances = augment.flip(image, instances)
-        return image, augment.clip(image, instances)
+        instances = augment.clip(image, instances)
+        return image, geometry.cap(instances, self.data.max_instances, rng) if self.data.max_instances else instances
 
 
 class EvalCollate:
@@ -97,6 +100,18 @@ def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     """The random numbers of one sample in one epoch."""
     digest = hashlib.blake2b(image_id.encode("utf-8"), digest_size=8).digest()
     return np.random.default_rng([seed, epoch, int.from_bytes(digest, "little")])
+
+
+def verified_classes(sample: Sample) -> tuple[int, ...] | None:
+    """Ids of the classes of which a sample tells whether and where they are, ascending; None for all of them.
+
+    Those are the verified present, the verified absent, and those with a box. A sample that has neither list comes from
+    a source without verified labels, whose annotations are taken as complete.
+    """
+    if not sample.verified_present and not sample.verified_absent:
+        return None
+    boxed = (instance.category_id for instance in sample.instances)
+    return tuple(sorted({*sample.verified_present, *sample.verified_absent, *boxed}))
 
 
 def decode_sample(sample: Sample) -> Tensor:

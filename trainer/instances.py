@@ -25,6 +25,7 @@ from shards.sample import Instance
 # Bits of `flags`.
 HAS_MASK = 1
 GROUP_OF = 2
+IGNORED = 4  # neither an object to learn from nor background
 
 # Cells a side. A mask head's target has 28, so that a RoI around the object has three cells a bin: twice as close to
 # full-size masks as 56, at 7 KB an object; 112 gains little more.
@@ -40,7 +41,7 @@ class Instances:
     Attributes:
         boxes: float32 [M, 4] x0, y0, x1, y1 in pixels.
         labels: int64 [M] category ids, 1..C.
-        flags: uint8 [M] HAS_MASK and GROUP_OF.
+        flags: uint8 [M] HAS_MASK, GROUP_OF and IGNORED.
         bitmaps: uint8 [M, BITMAP, BITMAP] 0..255, how much of a cell the object covers; zeros where there is no mask.
         frames: float32 [M, 4] x0, y0, x1, y1 of the bitmap in pixels of the image; zeros where there is no mask.
     """
@@ -67,8 +68,10 @@ class Batch:
         images: uint8 [B, 3, H, W] RGB, padded right and bottom with zeros.
         sizes: int64 [B, 2] (height, width) of each image inside the padding. Stays on the host.
         boxes, labels, flags, bitmaps, frames: as in `Instances`, image after image, in pixels of the resized image.
+            `flags` stays on the host.
         counts: int64 [B] instances of each image. Stays on the host.
         image_ids: the B keys.
+        verified: for each image the ids of the classes of which its annotations are complete; None for all classes.
     """
 
     images: Tensor
@@ -80,21 +83,22 @@ class Batch:
     frames: Tensor
     counts: Tensor
     image_ids: tuple[str, ...]
+    verified: tuple[tuple[int, ...] | None, ...]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy on a device. `sizes` and `counts` are read as Python numbers, for which a GPU would have to be waited
-        for: they stay where they are."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), but=("sizes", "counts"))
+        """A copy on a device. `sizes`, `counts` and `flags` decide what is computed, for which a GPU would have to be
+        waited for: they stay where they are."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), but=("sizes", "counts", "flags"))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory (torch's DataLoader calls this)."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Any, but: Sequence[str] = ()) -> Batch:
-        names = [item.name for item in fields(self) if item.name not in ("image_ids", *but)]
+        names = [item.name for item in fields(self) if item.name not in ("image_ids", "verified", *but)]
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
 
@@ -245,6 +249,20 @@ def crop(instances: Instances, x: float, y: float, width: float, height: float) 
     boxes = (instances.boxes - shift).clamp(min=0).minimum(limit)
     moved = replace(instances, boxes=boxes, frames=instances.frames - shift)
     return moved.select(((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1))
+
+
+def cap(instances: Instances, most: int, rng: np.random.Generator) -> Instances:
+    """Leave at most `most` objects of an image to learn from: a random choice of the others is IGNORED.
+
+    A choice at random, and another each epoch, because the largest would leave small objects out for ever. Group-of
+    regions do not count.
+    """
+    objects = np.flatnonzero((instances.flags & (GROUP_OF | IGNORED)).numpy() == 0)
+    if len(objects) <= most:
+        return instances
+    flags = instances.flags.clone()
+    flags[torch.from_numpy(rng.permutation(objects)[most:])] |= IGNORED
+    return replace(instances, flags=flags)
 
 
 def sample_targets(bitmaps: Tensor, frames: Tensor, objects: Tensor, rois: Tensor, size: int) -> Tensor:

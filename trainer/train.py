@@ -183,7 +183,7 @@ def set_up(config: Config) -> Training:
         report = load_weights(network, config.model, dataset.categories)
         check_all_learned(network, report.missing, trained)
         log.info("%s", report)
-    model: Any = Trainable(network).train()
+    model: Any = Trainable(network, config.loss).train()
     optimizer: Any = torch.optim.SGD(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.optim.lr,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from shards.errors import SampleError
 from shards.sample import Instance, Sample
 from trainer.config import DataConfig
 from trainer.data import EvalCollate, TrainCollate, decode_image
-from trainer.instances import GROUP_OF, HAS_MASK, Batch
+from trainer.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -114,6 +115,33 @@ def test_degenerate_boxes_are_dropped():
     instances = tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes))
     batch = TrainCollate(CONFIG, 0)([Sample("a", encoded(pixels(60, 80)), 80, 60, instances)], 0)
     assert batch.labels.tolist() == [3]
+
+
+def test_of_more_objects_than_the_cap_others_train_each_epoch():
+    capped = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=2), 0)
+    samples = [sample("a", objects=6), sample("b", objects=2)]
+    taught = set()
+    for epoch in range(8):
+        batch = capped(samples, epoch)
+        objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
+        assert [int(part.sum()) for part in objects.split(batch.counts.tolist())] == [2, 2]
+        assert batch.counts.tolist() == [7, 3]  # all are there still, as regions
+        assert (batch.flags & GROUP_OF != 0).sum() == 2
+        assert equal(parts(batch, 0), parts(capped(samples[:1], epoch), 0))
+        taught.add(tuple(batch.labels[:7][objects[:7]].tolist()))
+    assert len(taught) > 2
+    unlimited = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=0), 0)(samples, 0)
+    assert (unlimited.flags & IGNORED).sum() == 0
+
+
+def test_verified_classes_are_the_lists_and_what_has_a_box():
+    one = sample("a")  # boxes of the classes 1 and 2
+    several = [
+        replace(one, verified_present=(1,), verified_absent=(5,)),
+        replace(one, verified_absent=(4,), instances=()),
+        one,
+    ]
+    assert TrainCollate(CONFIG, 0)(several, 0).verified == ((1, 2, 5), (4,), None)
 
 
 def test_evaluation_has_the_stored_image_and_no_bytes_beside_it():

@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from shards import rle
-from shards.sample import Instance
-from trainer import augment
-from trainer.config import DataConfig, ModelConfig
+from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, our_losses, scene, small_network, without_masks
+from trainer.config import LossConfig
 from trainer.heads import Trainable, image_list, targets_of
-from trainer.instances import GROUP_OF, HAS_MASK, Batch, read_instances
-from trainer.model import build_model
-
-SMALL = ModelConfig(
-    backbone="resnet18",
-    weights="none",
-    fpn_channels=16,
-    box_head_features=32,
-    mask_head_channels=[16],
-    anchor_sizes=[16, 32, 64, 128, 256],
-    rpn_pre_nms=[200, 100],
-    rpn_post_nms=[100, 50],
-    rois_per_image=64,
-)
-LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+from trainer.instances import Batch
 
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    return build_model(SMALL, DataConfig(min_size=96, max_size=128), 4).train()
-
-
-def scene(seed: int, height: int, width: int, objects: int) -> tuple[Tensor, list[np.ndarray], Tensor]:
-    """A noise image, uint8 [3, H, W], elliptic masks and labels."""
-    rng = np.random.default_rng(seed)
-    ys, xs = np.mgrid[:height, :width] + 0.5
-    masks = []
-    for _ in range(objects):
-        h, w = rng.uniform(16, height / 2), rng.uniform(16, width / 2)
-        y, x = rng.uniform(h / 2, height - h / 2), rng.uniform(w / 2, width - w / 2)
-        masks.append(((((ys - y) / h * 2) ** 2 + ((xs - x) / w * 2) ** 2) <= 1).astype(np.uint8))
-    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
-    return image, masks, torch.from_numpy(rng.integers(1, 4, objects))
-
-
-def batch_of(scenes) -> Batch:
-    instances = []
-    for _, masks, labels in scenes:
-        encoded = [rle.encode(mask) for mask in masks]
-        annotations = [Instance(int(c), rle.bounds(mask), mask) for c, mask in zip(labels, encoded, strict=True)]
-        instances.append(read_instances(annotations))
-    columns = ("boxes", "labels", "flags", "bitmaps", "frames")
-    return Batch(
-        images=augment.pad([image for image, _, _ in scenes]),
-        sizes=torch.tensor([image.shape[-2:] for image, _, _ in scenes]),
-        counts=torch.tensor([len(one) for one in instances]),
-        image_ids=tuple(str(i) for i in range(len(scenes))),
-        **{name: torch.cat([getattr(one, name) for one in instances]) for name in columns},
-    )
+    return small_network()
 
 
 def torchvision_losses(network, scenes, batch: Batch) -> dict[str, Tensor]:
@@ -77,22 +30,6 @@ def torchvision_losses(network, scenes, batch: Batch) -> dict[str, Tensor]:
     ]
     torch.manual_seed(7)
     return stock([image.float() / 255 for image, _, _ in scenes], targets)
-
-
-def our_losses(network, batch: Batch) -> dict[str, Tensor]:
-    torch.manual_seed(7)
-    losses = Trainable(network)(batch)
-    assert set(losses) == LOSSES
-    return losses
-
-
-def gradients(network, losses: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    network.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
-
-
-SCENES = [scene(1, 128, 160, 4), scene(2, 96, 128, 1), scene(3, 120, 100, 0), scene(4, 128, 128, 6)]
 
 
 def test_losses_are_torchvisions(network):
@@ -113,16 +50,6 @@ def test_images_are_what_torchvision_feeds_its_backbone(network):
     assert ours.image_sizes == [tuple(size) for size in expected.image_sizes]
 
 
-def without_masks(batch: Batch, keep: Tensor) -> Batch:
-    """The batch with masks only where `keep`."""
-    return replace(
-        batch,
-        flags=torch.where(keep, batch.flags, batch.flags & ~HAS_MASK),
-        bitmaps=batch.bitmaps * keep[:, None, None],
-        frames=batch.frames * keep[:, None],
-    )
-
-
 def test_a_box_without_a_mask_teaches_class_and_box_only(network):
     batch = batch_of(SCENES)
     keep = torch.tensor([True, False] * 6)[: len(batch.labels)]
@@ -141,7 +68,7 @@ def test_a_box_without_a_mask_teaches_class_and_box_only(network):
 def positive_rois(network, batch: Batch, keep: Tensor) -> tuple[int, int]:
     """How many RoIs are positive under the seed of `our_losses`, and how many of them belong to the objects `keep`."""
     torch.manual_seed(7)
-    images, targets = image_list(batch, network), targets_of(batch)
+    images, targets = image_list(batch, network), targets_of(batch, LossConfig())
     proposals, _ = network.rpn(images, network.backbone(images.tensors), targets)
     _, matched, labels, _ = network.roi_heads.select_training_samples(proposals, targets)
     own = [o[of_image[c > 0]] for o, of_image, c in zip(keep.split(batch.counts.tolist()), matched, labels) if len(o)]
@@ -157,21 +84,6 @@ def test_no_masks_give_a_loss_of_zero_that_reaches_every_parameter(network, obje
     assert reached
     assert [name for name, gradient in reached.items() if gradient is None] == []
     assert all(float(g.abs().sum()) == 0 for name, g in reached.items() if "mask" in name and g is not None)
-
-
-def test_group_of_boxes_are_not_objects(network):
-    batch = batch_of(SCENES)
-    group = torch.zeros(len(batch.labels), dtype=torch.bool)
-    group[[0, 5]] = True  # among others, and the only object of its image
-    own = batch.counts.tolist()
-    removed = replace(
-        batch,
-        counts=torch.tensor([int((~part).sum()) for part in group.split(own)]),
-        **{name: getattr(batch, name)[~group] for name in ("boxes", "labels", "flags", "bitmaps", "frames")},
-    )
-    marked = replace(batch, flags=torch.where(group, batch.flags | GROUP_OF, batch.flags))
-    expected, actual = our_losses(network, removed), our_losses(network, marked)
-    assert all(torch.equal(expected[name], actual[name]) for name in LOSSES)
 
 
 def test_a_step_lowers_the_loss(network):

@@ -20,8 +20,10 @@ from trainer.instances import (
     BITMAP,
     GROUP_OF,
     HAS_MASK,
+    IGNORED,
     Batch,
     Instances,
+    cap,
     crop,
     flip,
     rasterise,
@@ -281,9 +283,31 @@ def test_a_batch_moves_but_for_what_the_host_reads():
         sizes=torch.tensor([[32, 32]]),
         counts=torch.tensor([0]),
         image_ids=("a",),
+        verified=(None,),
         **vars(read_instances([])),
     )
     moved = batch.to("meta")
     assert len(moved) == 1
     assert moved.images.device.type == moved.bitmaps.device.type == "meta"
     assert moved.sizes.device.type == moved.counts.device.type == "cpu"
+
+
+def test_the_cap_leaves_a_random_choice_of_the_objects():
+    boxes = [Instance(i + 1, (5.0 * i, 0, 4, 4), None, is_group_of=i in (2, 5)) for i in range(12)]
+    instances = read_instances(boxes)
+    taught = []
+    for seed in range(200):
+        capped = cap(instances, 3, np.random.default_rng(seed))
+        assert torch.equal((capped.flags & GROUP_OF) != 0, (instances.flags & GROUP_OF) != 0)
+        assert (capped.flags[[2, 5]] & IGNORED == 0).all()
+        taught.append(capped.labels[capped.flags == 0].tolist())
+        assert torch.equal(capped.boxes, instances.boxes)
+    assert {len(labels) for labels in taught} == {3}
+    # Each of the ten objects is among three in about 60 of 200 draws: 30 is more than four deviations away.
+    often = np.bincount(np.concatenate(taught), minlength=13)
+    assert often[[3, 6]].tolist() == [0, 0]
+    assert all(30 < often[label] < 90 for label in range(1, 13) if label not in (3, 6))
+    assert (instances.flags & IGNORED).sum() == 0
+    again = cap(instances, 3, np.random.default_rng(0))
+    assert again.labels[again.flags == 0].tolist() == taught[0]
+    assert cap(instances, 10, np.random.default_rng(0)) is instances

@@ -1,0 +1,99 @@
+"""Batches of noise with elliptic objects, and a network small enough to differentiate in a moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection import MaskRCNN
+
+from shards import rle
+from shards.sample import Instance
+from trainer import augment
+from trainer.config import DataConfig, LossConfig, ModelConfig
+from trainer.heads import Trainable
+from trainer.instances import HAS_MASK, Batch, read_instances
+from trainer.model import build_model
+
+SMALL = ModelConfig(
+    backbone="resnet18",
+    weights="none",
+    fpn_channels=16,
+    box_head_features=32,
+    mask_head_channels=[16],
+    anchor_sizes=[16, 32, 64, 128, 256],
+    rpn_pre_nms=[200, 100],
+    rpn_post_nms=[100, 50],
+    rois_per_image=64,
+)
+LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+
+
+CLASSES = 4  # with the background
+
+
+def small_network() -> MaskRCNN:
+    """Random weights, always the same, in training mode."""
+    torch.manual_seed(0)
+    return build_model(SMALL, DataConfig(min_size=96, max_size=128), CLASSES).train()
+
+
+def scene(seed: int, height: int, width: int, objects: int) -> tuple[Tensor, list[np.ndarray], Tensor]:
+    """A noise image, uint8 [3, H, W], elliptic masks and labels."""
+    rng = np.random.default_rng(seed)
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    masks = []
+    for _ in range(objects):
+        h, w = rng.uniform(16, height / 2), rng.uniform(16, width / 2)
+        y, x = rng.uniform(h / 2, height - h / 2), rng.uniform(w / 2, width - w / 2)
+        masks.append(((((ys - y) / h * 2) ** 2 + ((xs - x) / w * 2) ** 2) <= 1).astype(np.uint8))
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    return image, masks, torch.from_numpy(rng.integers(1, 4, objects))
+
+
+def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
+    """As the loader makes it, every class verified."""
+    instances = []
+    for _, masks, labels in scenes:
+        encoded = [rle.encode(mask) for mask in masks]
+        annotations = [Instance(int(c), rle.bounds(mask), mask) for c, mask in zip(labels, encoded, strict=True)]
+        instances.append(read_instances(annotations))
+    columns = ("boxes", "labels", "flags", "bitmaps", "frames")
+    return Batch(
+        images=augment.pad([image for image, _, _ in scenes]),
+        sizes=torch.tensor([image.shape[-2:] for image, _, _ in scenes]),
+        counts=torch.tensor([len(one) for one in instances]),
+        image_ids=tuple(str(i) for i in range(len(scenes))),
+        verified=(None,) * len(scenes),
+        **{name: torch.cat([getattr(one, name) for one in instances]) for name in columns},
+    )
+
+
+SCENES = [scene(1, 128, 160, 4), scene(2, 96, 128, 1), scene(3, 120, 100, 0), scene(4, 128, 128, 6)]
+
+
+def without_masks(batch: Batch, keep: Tensor) -> Batch:
+    """The batch with masks only where `keep`."""
+    return replace(
+        batch,
+        flags=torch.where(keep, batch.flags, batch.flags & ~HAS_MASK),
+        bitmaps=batch.bitmaps * keep[:, None, None],
+        frames=batch.frames * keep[:, None],
+    )
+
+
+def our_losses(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -> dict[str, Tensor]:
+    """Always with the same RoIs sampled."""
+    torch.manual_seed(7)
+    losses: dict[str, Tensor] = Trainable(network, loss)(batch)
+    assert set(losses) == LOSSES
+    return losses
+
+
+def gradients(network: MaskRCNN, losses: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Of every parameter that trains, for the sum of the losses."""
+    network.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
