@@ -93,7 +93,7 @@ def _summary(run_dir: Path, predictions: Path, seconds: float) -> None:
     _announce(f"The demo took {seconds:.0f} s")
     print(f"mask AP at IoU 0.5 on held-out scenes: {last['segm']['ap50']:.3f} (boxes: {last['bbox']['ap50']:.3f})")
     print(f"pictures worth looking at: {predictions}")
-    print(f"the run and its metrics:   {run_dir}")
+    print(f"the run and its curves:    {run_dir / 'curves.png'}")
 
 
 def _announce(text: str) -> None:

@@ -7,6 +7,10 @@
         state.json              everything else, and the sha256 of both files. Written last: a folder without it is no
                                 checkpoint
 
+        raw.safetensors         with train.ema: the weights that training goes on from; those in model.safetensors are
+                                their average
+    <run>/best/step-000080/     the weights with the highest mask AP so far: model.safetensors and state.json
+
 Nothing is pickled. A newest checkpoint that turns out damaged is passed over for the one before.
 """
 
@@ -17,7 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -28,12 +32,16 @@ from torch import Tensor
 from shards.dataset import Category
 from shards.errors import StorageError, UserError
 from shards.storage import Location, storage_errors
-from trainer.config import Config, from_dict
+from trainer.config import from_dict
+from trainer.schedule import stage_of
+from trainer.settings import Config
 
 FOLDER = "checkpoints"
+BEST = "best"
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+RAW_FILE = "raw.safetensors"
 FORMAT = "maskstream-checkpoint"
 VERSION = 1
 DESCRIPTION = "maskstream"  # the entry of model.safetensors' metadata that says how to rebuild the network
@@ -59,8 +67,10 @@ class State:
         order: the identity of the order (`Order.identity`) under which `position` means something.
         categories: the classes that the network tells apart.
         config: all settings; the model section rebuilds the network.
-        weights: the network's state_dict.
-        optimizer: the optimizer's state_dict; None where only the weights were asked for.
+        weights: the network's state_dict, averaged where the run averages.
+        optimizer: the optimizer's state_dict; None where only the weights were asked for, or are there.
+        raw: the state_dict that training goes on from, where `weights` is an average.
+        skipped: steps that changed nothing, because a loss was not finite.
     """
 
     step: int
@@ -70,59 +80,66 @@ class State:
     config: Config
     weights: dict[str, Tensor]
     optimizer: dict[str, Any] | None
+    raw: dict[str, Tensor] | None = None
+    skipped: int = 0
 
 
-def step_folder(run: Location, step: int) -> Location:
+def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
     """Where the checkpoint after `step` steps lies."""
-    return run / FOLDER / f"step-{step:06d}"
+    return run / folder / f"step-{step:06d}"
 
 
-def steps_of(run: Location) -> list[int]:
+def steps_of(run: Location, folder: str = FOLDER) -> list[int]:
     """The steps of a run's finished checkpoints, ascending; empty where there is none.
 
     Raises:
         StorageError: the place cannot be asked.
     """
-    return [step for step in _folders(run) if (step_folder(run, step) / STATE_FILE).exists()]
+    return [step for step in _folders(run, folder) if (step_folder(run, step, folder) / STATE_FILE).exists()]
 
 
-def save(run: Location, state: State, keep: int) -> Location:
+def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Location:
     """Write a checkpoint, then remove all but the newest `keep`.
 
     Args:
         run: the run's folder.
-        state: `state.optimizer` is needed.
+        state: `state.optimizer` is needed to go on from there.
         keep: at least 1.
+        folder: of the run.
 
     Raises:
         StorageError: it could not be written; what was there before is untouched.
     """
-    folder = step_folder(run, state.step)
+    place = step_folder(run, state.step, folder)
     # A step saved again (after falling back behind a damaged checkpoint) must not mix old and new files.
-    (folder / STATE_FILE).delete()
+    (place / STATE_FILE).delete()
     tensors, structure = flatten_optimizer(state.optimizer or {})
     files = {
         MODEL_FILE: safetensors.torch.save(
             _plain(state.weights), metadata={"format": "pt", DESCRIPTION: json.dumps(_describe(state))}
         ),
-        OPTIMIZER_FILE: safetensors.torch.save(_plain(tensors), metadata={"format": "pt"}),
     }
+    if state.optimizer is not None:
+        files[OPTIMIZER_FILE] = safetensors.torch.save(_plain(tensors), metadata={"format": "pt"})
+    if state.raw is not None:
+        files[RAW_FILE] = safetensors.torch.save(_plain(state.raw), metadata={"format": "pt"})
     for name, data in files.items():
-        (folder / name).write(data)
+        (place / name).write(data)
     value = {
         "format": FORMAT,
         "version": VERSION,
         "step": state.step,
         "position": state.position,
+        "skipped": state.skipped,
         "order": state.order,
         "categories": [asdict(category) for category in state.categories],
         "config": state.config.to_dict(),
         "optimizer": structure,
         "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
     }
-    (folder / STATE_FILE).write(json.dumps(value, indent=1).encode("utf-8"))
-    _remove_older(run, state.step, keep)
-    return folder
+    (place / STATE_FILE).write(json.dumps(value, indent=1).encode("utf-8"))
+    _remove_older(run, state.step, keep, folder)
+    return place
 
 
 def load(folder: Location, *, optimizer: bool = True) -> State:
@@ -130,7 +147,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
 
     Args:
         folder: where its state.json lies.
-        optimizer: whether the optimizer's state is wanted; without it less is read.
+        optimizer: whether what training needs to go on is wanted, if it is there; without it less is read.
 
     Raises:
         CheckpointError: damaged, or of another format.
@@ -142,6 +159,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
         raise CheckpointError(f"{folder / STATE_FILE}: not JSON ({error}): the checkpoint is damaged") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
         raise CheckpointError(f"{folder / STATE_FILE}: not a checkpoint of this release ({FORMAT} version {VERSION})")
+    files = value.get("files", {})
     try:
         return State(
             step=int(value["step"]),
@@ -149,50 +167,84 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
             order=dict(value["order"]),
             categories=tuple(Category(**category) for category in value["categories"]),
             config=from_dict(value["config"], str(folder / STATE_FILE)),
-            weights=_tensors(folder, MODEL_FILE, value["files"]),
-            optimizer=unflatten_optimizer(_tensors(folder, OPTIMIZER_FILE, value["files"]), value["optimizer"])
-            if optimizer
+            weights=_tensors(folder, MODEL_FILE, files),
+            optimizer=unflatten_optimizer(_tensors(folder, OPTIMIZER_FILE, files), value["optimizer"])
+            if optimizer and OPTIMIZER_FILE in files
             else None,
+            raw=_tensors(folder, RAW_FILE, files) if optimizer and RAW_FILE in files else None,
+            skipped=int(value["skipped"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error!r})") from error
 
 
-def load_newest(run: Location, *, optimizer: bool = True) -> tuple[Location, State] | None:
+def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) -> tuple[Location, State] | None:
     """The newest intact checkpoint of a run with its folder; None where the run has none.
 
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
         StorageError: the place cannot be reached.
     """
-    steps = steps_of(run)
+    steps = steps_of(run, folder)
     for step in reversed(steps):
-        folder = step_folder(run, step)
+        place = step_folder(run, step, folder)
         try:
-            return folder, load(folder, optimizer=optimizer)
+            return place, load(place, optimizer=optimizer)
         except CheckpointError as error:
             log.warning("%s: passing over it for the one before", error)
     if steps:
-        raise CheckpointError(f"{run / FOLDER}: each of the {len(steps)} checkpoints is damaged: start a new run")
+        raise CheckpointError(f"{run / folder}: each of the {len(steps)} checkpoints is damaged: start a new run")
     return None
 
 
 def open_checkpoint(url: str) -> State:
-    """What `--checkpoint` names: a run's folder (its newest checkpoint) or the folder of one checkpoint; weights only.
+    """What `--checkpoint` names, weights only: a run's folder (its newest checkpoint), the folder `best` in it, or the
+    folder of one checkpoint.
 
     Raises:
         NoCheckpointError: there is none.
         CheckpointError: it is damaged.
     """
-    place = Location(url)
-    if (place / STATE_FILE).exists():
-        return load(place, optimizer=False)
-    newest = load_newest(place, optimizer=False)
+    return _open(Location(url), optimizer=False)[1]
+
+
+def find(run: Location, resume: str) -> tuple[Location, State] | None:
+    """Where a run goes on, with the folder: from its own newest checkpoint if it has one, else from what `run.resume`
+    names; None for a run that begins.
+
+    Raises:
+        CheckpointError: `resume` is `last` and there is no checkpoint; it names none; or it names one of this run that
+            is not its newest.
+    """
+    newest = load_newest(run)
+    if resume == "last" and newest is None:
+        raise CheckpointError(f"{run}: there is no checkpoint to resume: leave --resume out to begin")
+    if resume in ("", "last"):
+        return newest
+    named = _open(Location(resume), optimizer=True)
+    if named[1].optimizer is None:
+        raise CheckpointError(f"{named[0]}: holds weights only: begin with them by --model.weights instead of --resume")
     if newest is None:
-        raise NoCheckpointError(
-            f"{place}: there is no checkpoint: give a run's folder (it has {FOLDER}/) or a folder with {STATE_FILE}"
+        return named
+    if named[0].url.startswith(f"{run}/") and named[0] != newest[0]:
+        raise CheckpointError(
+            f"{run}: has gone on beyond {named[0]} to step {newest[1].step}: give another --run.dir to branch off there"
         )
-    return newest[1]
+    return newest
+
+
+def _open(place: Location, *, optimizer: bool) -> tuple[Location, State]:
+    if (place / STATE_FILE).exists():
+        return place, load(place, optimizer=optimizer)
+    newest = load_newest(place, optimizer=optimizer)
+    parent, _, name = place.url.rpartition("/")
+    if newest is None and parent:
+        newest = load_newest(replace(place, url=parent), optimizer=optimizer, folder=name)
+    if newest is not None:
+        return newest
+    raise NoCheckpointError(
+        f"{place}: there is no checkpoint: give a run's folder (it has {FOLDER}/) or a folder with {STATE_FILE}"
+    )
 
 
 def _describe(state: State) -> dict[str, Any]:
@@ -235,9 +287,16 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
     """
     before, now = asdict(state.config.model), asdict(config.model)
     pairs = [(f"model.{key}", before.get(key), now[key]) for key in now]
-    pairs += [("train.layers", state.config.train.layers, config.train.layers)]
     pairs += [("classes", _class_names(state.categories), _class_names(categories))]
     pairs += [(ORDER_OPTIONS.get(key, key), state.order.get(key), order.get(key)) for key in {**state.order, **order}]
+    if stage_of(config.train, state.step).start < state.step:
+        # Inside a stage the optimizer goes on: it must be the same, over the same parameters.
+        before_stage, stage = stage_of(state.config.train, state.step - 1), stage_of(config.train, state.step)
+        pairs += [(f"train.layers (at step {state.step})", before_stage.layers, stage.layers)]
+        pairs += [
+            (f"optim.{key}", getattr(state.config.optim, key), getattr(config.optim, key))
+            for key in ("optimizer", "decay_norms")
+        ]
     for key, was, is_now in pairs:
         if was != is_now:
             raise CheckpointError(
@@ -262,9 +321,9 @@ def _class_names(categories: Sequence[Category]) -> dict[int, str]:
     return {category.id: category.name for category in categories}
 
 
-def _folders(run: Location) -> list[int]:
+def _folders(run: Location, folder: str) -> list[int]:
     """The steps that have a folder, finished or not, ascending."""
-    place = run / FOLDER
+    place = run / folder
     with storage_errors(place.url):
         try:
             names = place.fs.ls(place.path, detail=False)
@@ -274,17 +333,17 @@ def _folders(run: Location) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _remove_older(run: Location, newest: int, keep: int) -> None:
+def _remove_older(run: Location, newest: int, keep: int, folder: str) -> None:
     """Remove all but the last `keep` checkpoints up to `newest`, the one just written.
 
     One of a later step is left: it was damaged, and this run is on its way to write it again.
     """
-    kept = [step for step in steps_of(run) if step <= newest][-keep:]
-    for step in _folders(run):
+    kept = [step for step in steps_of(run, folder) if step <= newest][-keep:]
+    for step in _folders(run, folder):
         if step < newest and step not in kept:
-            folder = step_folder(run, step)
-            (folder / STATE_FILE).delete()  # first: half a folder is no checkpoint
-            folder.delete(recursive=True)
+            place = step_folder(run, step, folder)
+            (place / STATE_FILE).delete()  # first: half a folder is no checkpoint
+            place.delete(recursive=True)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

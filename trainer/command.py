@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,6 +18,44 @@ from typing import Any, NoReturn
 from shards.errors import UserError
 
 PATIENCE_S = 10.0
+
+
+class Stopped(Exception):
+    """A signal ended the command, and everything is saved.
+
+    Args:
+        number: of the signal; the exit status is 128 more, as a shell has it.
+        message: what is saved, and how to go on.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """Within it, SIGTERM and SIGINT are noted in `number` (0 before) and end nothing; a second one does.
+
+    Only the main thread can take signals; in another they keep their meaning.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        self.__exit__()
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(name: str, action: Callable[[], Any]) -> int:
-    """Run a command: 0, or 2 after one line on stderr, or 130 when interrupted.
+    """Run a command: 0, or 2 after one line on stderr; 143 or 130 when SIGTERM or SIGINT ended it.
 
     What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
     alone is in trouble is not ended, and speaks up after `PATIENCE_S`.
@@ -55,6 +95,11 @@ def run(name: str, action: Callable[[], Any]) -> int:
         print(line, file=sys.stderr, flush=True)
         _tell_launcher(line)
         return 2
+    except Stopped as stopped:
+        if rank == 0:
+            print(f"{name}: {stopped}", file=sys.stderr, flush=True)
+            _tell_launcher(f"{name}: {stopped}")
+        return 128 + stopped.number
     except RuntimeError as error:
         if not _lost_a_rank(error):
             raise

@@ -21,8 +21,8 @@ from shards.errors import SampleError
 from shards.sample import Sample
 from trainer import augment
 from trainer import instances as geometry
-from trainer.config import DataConfig
 from trainer.instances import Batch, Instances, read_instances
+from trainer.settings import DataConfig
 
 if TYPE_CHECKING:
     from shards.cache import SampleCache

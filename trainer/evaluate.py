@@ -11,20 +11,22 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shards.dataset import Category, Dataset, open_dataset
 from shards.errors import DatasetError, UserError
 from shards.storage import Location
 from trainer import command
-from trainer.config import DataConfig, TrainConfig
 from trainer.ranks import start_accelerator
+from trainer.settings import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
+    from trainer.data import EvalBatch
+    from trainer.detect import Detections
     from trainer.metrics.coco import CocoResult
 
 log = logging.getLogger("trainer.evaluate")
@@ -129,13 +131,21 @@ def check_classes(known: Sequence[Category], asked: Sequence[Category], checkpoi
 
 
 def evaluate(
-    network: MaskRCNN, dataset: Dataset, split: str, accelerator: Accelerator, data: DataConfig, train: TrainConfig
+    network: MaskRCNN,
+    dataset: Dataset,
+    split: str,
+    accelerator: Accelerator,
+    data: DataConfig,
+    train: TrainConfig,
+    *,
+    watch: Callable[[EvalBatch, list[Detections]], None] | None = None,
 ) -> CocoResult | None:
     """Rate the network on every image of a split, shared over the ranks; each of them must call this.
 
     Args:
         network: on the accelerator's device; its mode is left as it was.
         data, train: `workers`, `read_ahead_mb`, `stall_s`, the cache's options and `eval_batch_size` are read.
+        watch: is shown each batch of this rank with what was found in it.
 
     Returns:
         The result on the main rank, None on the others.
@@ -164,7 +174,10 @@ def evaluate(
     was_training = network.training
     network.eval()
     for batch in loader(stream, workers=data.workers):
-        metric.process(batch.samples, detect(network, batch.images, device))
+        found = detect(network, batch.images, device)
+        metric.process(batch.samples, found)
+        if watch is not None:
+            watch(batch, found)
     network.train(was_training)
 
     def gather(items: list[Any]) -> list[Any] | None:

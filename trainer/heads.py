@@ -19,9 +19,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from trainer.config import LossConfig
 from trainer.gaps import hide_unverified, leave_out, verified_table
 from trainer.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, sample_targets
+from trainer.settings import LossConfig
 
 # One image's objects, with the keys that torchvision's RPN and RoIHeads read (boxes, labels, masks) and ours.
 Target = dict[str, Tensor]

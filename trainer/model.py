@@ -21,7 +21,7 @@ from torchvision.models.detection.rpn import RPNHead
 from shards.dataset import Category
 from trainer.backbones import STRIDES, Norm, backbone_with_fpn, norm_layer
 from trainer.checkpoint import STATE_FILE, CheckpointError, State
-from trainer.config import DataConfig, ModelConfig
+from trainer.settings import DataConfig, ModelConfig
 
 BOX_POOL = 7  # torchvision's side of the box head's RoI features
 V2_BOX_CONVOLUTIONS = 4

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
     from shards.storage import Location
     from trainer.checkpoint import State
+    from trainer.settings import LossConfig
 
 log = logging.getLogger("trainer.ranks")
+
+TRACKER_FOLDER = "tensorboard"
 
 
 class TrainingError(UserError):
     """Training cannot go on."""
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(
+    precision: str = "launcher", trackers: Sequence[str] = (), run: Location | None = None
+) -> Accelerator:
     """Join the ranks that the launcher started.
 
+    Args:
+        precision: see `train.precision`.
+        trackers: see `run.trackers`.
+        run: the run's folder, in which trackers that write files do so; from a temporary one where it is not local.
+
     Raises:
-        UserError: the launcher started several processes and accelerate would let each train alone.
+        UserError: the launcher started several processes and accelerate would let each train alone; a tracker that
+            accelerate does not know or whose package is missing.
     """
     import torch
     from accelerate import Accelerator
 
+    check_trackers(trackers)
+
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate takes the processes of a launcher for lone ones unless it is told to use the CPU.
     device = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    accelerator = Accelerator(cpu=launched > 1 and not device)
+    accelerator = Accelerator(
+        cpu=launched > 1 and not device,
+        mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
+        log_with=list(trackers) or None,
+        project_dir=None if run is None else tracker_folder(run),
+    )
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} processes, accelerate joined {accelerator.num_processes}: "
@@ -51,6 +70,30 @@ def start_accelerator() -> Accelerator:
     return accelerator
 
 
+def tracker_folder(run: Location) -> str:
+    """The local folder that a run's trackers write into."""
+    if run.is_local:
+        return f"{run.path}/{TRACKER_FOLDER}"
+    return f"{tempfile.gettempdir()}/maskstream-{hashlib.sha256(run.url.encode()).hexdigest()[:16]}"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether accelerate can report to each of these; by itself it leaves out in silence what it cannot.
+
+    Raises:
+        UserError: an unknown name, or a missing package.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS)
+    installed = {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"run.trackers: accelerate does not know {name!r}: it knows {', '.join(known)}")
+        if name not in installed:
+            raise UserError(f"run.trackers: {name} is not installed: pip install {name}, or leave it out")
+
+
 def from_main(value: Any) -> Any:
     """The main rank's value, on every rank."""
     from accelerate.utils import broadcast_object_list
@@ -58,51 +101,50 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def newest_checkpoint(run: Location, accelerator: Accelerator) -> State | None:
-    """The run's newest intact checkpoint; the main rank chooses, so that all ranks take the same.
+def checkpoint_to_resume(run: Location, resume: str, accelerator: Accelerator) -> State | None:
+    """Where a run goes on: its own newest intact checkpoint if it has one, else what `run.resume` names.
+
+    The main rank chooses, so that all ranks take the same.
 
     Raises:
-        CheckpointError, StorageError: as `checkpoint.load_newest`.
+        CheckpointError, StorageError: as `checkpoint.find`.
     """
-    from trainer.checkpoint import load, load_newest
+    from trainer.checkpoint import find, load
 
-    newest = load_newest(run) if accelerator.is_main_process else None
-    folder = from_main(newest[0] if newest else None)
-    if newest is not None:
-        return newest[1]
+    found = find(run, resume) if accelerator.is_main_process else None
+    folder = from_main(found[0] if found else None)
+    if found is not None:
+        return found[1]
     return load(folder) if folder is not None else None
 
 
-def share_buffers(network: nn.Module) -> None:
-    """Give every rank the main rank's buffers, in place.
-
-    DDP does so before a forward pass; after it, each rank's batch norm has counted a batch of its own.
-    """
-    from accelerate.utils import broadcast
-
-    for buffer in network.buffers():
-        broadcast(buffer)
-
-
-def mean_losses(
-    step: int, names: Sequence[str], table: Sequence[Sequence[float]], image_ids: Sequence[str]
-) -> dict[str, float]:
-    """Each loss, averaged over the ranks.
+def bad_losses(names: Sequence[str], table: Sequence[Sequence[float]], image_ids: Sequence[str]) -> str:
+    """Which losses of a step are not finite, where, and on which samples; empty where all are.
 
     Args:
-        step, names: the step and its losses, to be named.
+        names: of the losses.
         table: a row a rank, the same on every rank: its losses, and whatever follows them.
-        image_ids: of this rank's batch.
+        image_ids: of this rank's batches that have a loss that is not finite.
 
-    Raises:
-        TrainingError: a loss of any rank is not finite; on every rank alike.
+    Returns:
+        The same on every rank.
     """
     bad = [(rank, name, v) for rank, row in enumerate(table) for name, v in zip(names, row) if not math.isfinite(v)]
-    if bad:
-        from accelerate.utils import gather_object
+    if not bad:
+        return ""
+    from accelerate.utils import gather_object
 
-        keys = gather_object([list(image_ids)])
-        where = ", ".join(f"{name} is {value} on rank {rank}" for rank, name, value in bad)
-        samples = ", ".join(key for rank in sorted({rank for rank, _, _ in bad}) for key in keys[rank])
-        raise TrainingError(f"step {step}: {where} (samples {samples}): lower optim.lr, or look at these samples")
+    keys = gather_object([list(image_ids)])
+    where = ", ".join(f"{name} is {value} on rank {rank}" for rank, name, value in bad)
+    samples = ", ".join(key for rank in sorted({rank for rank, _, _ in bad}) for key in keys[rank])
+    return f"{where} (samples {samples})"
+
+
+def mean_losses(names: Sequence[str], table: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Each loss, averaged over the ranks; `table` as for `bad_losses`."""
     return {name: sum(row[i] for row in table) / len(table) for i, name in enumerate(names)}
+
+
+def weighted_sum(losses: Mapping[str, Any], weights: LossConfig) -> Any:
+    """What is made small: the sum of the losses, as tensors or numbers, each times its weight."""
+    return sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())

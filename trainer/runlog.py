@@ -2,31 +2,46 @@
 
     <run>/config.yaml         the resolved settings: --config of the same run
           environment.json    versions, machine, ranks
-          metrics.jsonl       one row a step
+          metrics.jsonl       one row a step; metrics.csv the same as a table
           evaluations.jsonl   one row an evaluation
-          checkpoints/        see `checkpoint.py`
+          curves.png          losses, AP, images/s and learning rate
+          pictures/           see `pictures.py`
+          tensorboard/        what accelerate's trackers write; `run.trackers` chooses them
+          checkpoints/, best/ see `checkpoint.py`
+
+The table and the curves are written anew at the end of every epoch.
 
 On a local disk a row is in its file when its step is over. An object store cannot append: there the files are written
-whole at every checkpoint and evaluation, so after a crash they end where the run will continue. Either way a run that
-continues drops the rows beyond its checkpoint, so that every step has one row.
+whole at every checkpoint and evaluation (what trackers write, from a temporary folder), so after a crash they end where
+the run will continue. Either way a run that continues drops the rows beyond its checkpoint, so that every step has one
+row.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
+import math
 import os
 import platform
+import resource
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from typing import IO, TYPE_CHECKING, Any
 
 from shards.storage import Location
-from trainer.config import Config, save_config
+from trainer.config import save_config
+from trainer.curves import draw_curves
+from trainer.ranks import TRACKER_FOLDER, tracker_folder
+from trainer.settings import Config
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from shards.loader import LoaderStatistics
@@ -76,33 +91,86 @@ class Rows:
 
 
 class RunLog:
-    """What the main rank writes into the run's folder.
+    """What the main rank writes into the run's folder, prints and reports.
 
     Args:
         run: the folder.
         config: the resolved settings.
-        environment: see `environment`.
+        accelerator: its trackers are started.
         step: the step that the run continues from; 0 for a new run.
+        total: steps of the whole run.
 
     Raises:
         StorageError: the folder cannot be written.
     """
 
-    def __init__(self, run: Location, config: Config, environment: Mapping[str, Any], step: int) -> None:
+    def __init__(self, run: Location, config: Config, accelerator: Accelerator, step: int, total: int) -> None:
+        self.run, self.accelerator = run, accelerator
         save_config(config, run / "config.yaml")
-        (run / "environment.json").write(json.dumps(environment, indent=1).encode("utf-8"))
+        (run / "environment.json").write(json.dumps(environment(accelerator), indent=1).encode("utf-8"))
         self.steps = Rows(run / "metrics.jsonl", step)
         self.evaluations = Rows(run / "evaluations.jsonl", step)
+        self._drawn = len(self.steps.rows), len(self.evaluations.rows)
+        self.progress = Progress(config.run.log_steps, total)
+        accelerator.init_trackers("maskstream", config=flattened(config.to_dict()))
 
-    def flush(self) -> None:
-        """Make sure that what was logged so far is stored."""
+    @property
+    def last_evaluation(self) -> int:
+        """The step of the last evaluation; 0 where there is none."""
+        return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
+
+    def add_step(self, row: dict[str, Any], seconds: float, done: LoaderStatistics) -> None:
+        """Complete a step's row of metrics.jsonl with its times, and log it.
+
+        Args:
+            row: see `train.train_step`; values that are not finite become null.
+            seconds: that the step took, the wait for its data included.
+            done: what the loader did for it.
+        """
+        row |= {
+            "seconds": seconds,
+            "images_per_s": row["images"] / seconds,
+            "data_wait": row["data_wait_s"] / seconds,
+            "memory_mb": memory_mb(self.accelerator.device),
+        }
+        row = _finite(row | reading(done))
+        self.steps.append(row)
+        means = self.progress.add(row)
+        if means is not None:
+            self.accelerator.log(flattened({"train": means}), step=row["step"])
+
+    def add_evaluation(self, row: dict[str, Any]) -> bool:
+        """Log an evaluation; whether its mask AP is the best so far."""
+        before = [mask_ap(other) for other in self.evaluations.rows]
+        self.evaluations.append(row)
+        scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
+        self.accelerator.log(flattened({row["split"]: scores}), step=row["step"])
+        self.flush(draw=True)
+        return all(mask_ap(row) > other for other in before)
+
+    def flush(self, *, draw: bool) -> None:
+        """Make sure that what was logged so far is stored.
+
+        Args:
+            draw: metrics.csv and curves.png as well.
+        """
         self.steps.flush()
         self.evaluations.flush()
+        seen = len(self.steps.rows), len(self.evaluations.rows)
+        if draw and seen != self._drawn:
+            self._drawn = seen
+            (self.run / "metrics.csv").write(table(self.steps.rows))
+            (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows))
+        if not self.run.is_local:
+            _upload(tracker_folder(self.run), self.run / TRACKER_FOLDER)
 
     def close(self) -> None:
-        """Store everything."""
+        """Store everything; accelerate has ended its trackers."""
+        self.flush(draw=True)
         self.steps.close()
         self.evaluations.close()
+        if not self.run.is_local:
+            shutil.rmtree(tracker_folder(self.run), ignore_errors=True)
 
 
 def reading(done: LoaderStatistics) -> dict[str, Any]:
@@ -123,27 +191,37 @@ class Progress:
         self.every, self.total = every, total
         self._rows: list[Mapping[str, Any]] = []
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take in a step's row of metrics.jsonl, and log a line when it is time."""
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take in a step's row of metrics.jsonl; when it is time, log a line and return its means."""
         self._rows.append(row)
         if row["step"] % self.every and row["step"] != self.total:
-            return
+            return None
         seconds = sum(row["seconds"] for row in self._rows)
-        losses = {name: sum(r["losses"][name] for r in self._rows) / len(self._rows) for name in row["losses"]}
-        left = timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows)))
+        learned = [row for row in self._rows if "skipped" not in row]
+        count = max(len(learned), 1)
+        means = {
+            "loss": sum(row["loss"] for row in learned) / count,
+            "losses": {name: sum(r["losses"][name] for r in learned) / count for name in row["losses"]},
+            "lr": row["lr"],
+            "images_per_s": sum(row["images"] for row in self._rows) / seconds,
+            "data_wait": sum(row["data_wait"] * row["seconds"] for row in self._rows) / seconds,
+            "memory_mb": row["memory_mb"],
+        }
         log.info(
-            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %% (%s)  left %s",
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %% (%s)  memory %.1f GB  left %s",
             row["step"],
             self.total,
-            sum(losses.values()),
-            "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items()),
-            row["lr"],
-            sum(row["images"] for row in self._rows) / seconds,
-            100 * sum(row["data_wait"] * row["seconds"] for row in self._rows) / seconds,
+            means["loss"],
+            "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means["losses"].items()),
+            means["lr"],
+            means["images_per_s"],
+            100 * means["data_wait"],
             self._read(seconds),
-            left,
+            means["memory_mb"] / 1000,
+            timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows))),
         )
         self._rows.clear()
+        return means
 
     def _read(self, seconds: float) -> str:
         """What the main rank's loader did since the line before; what did not happen is left out."""
@@ -154,6 +232,44 @@ class Progress:
         if total["cache_hits"]:
             told.append(f"{100 * total['cache_hits'] / total['samples']:.0f} % from the cache")
         return ", ".join(told)
+
+
+def mask_ap(row: Mapping[str, Any]) -> float:
+    """The mask AP of a row of evaluations.jsonl; -1 where the split has no mask to find."""
+    value = row["segm"]["ap"]
+    return -1.0 if value is None else float(value)
+
+
+def memory_mb(device: torch.device) -> float:
+    """The most memory in 10^6 bytes that this rank has held so far: of its GPU, or of its process without one."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, `section/key`; lists as text, for trackers take numbers, texts and booleans only."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(entry, Mapping):
+            flat |= flattened(entry, f"{name}/")
+        else:
+            flat[name] = entry if isinstance(entry, bool | int | float | str) else str(entry)
+    return flat
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows of metrics.jsonl as CSV; a loss is a column of its own."""
+    flat = [{**{k: v for k, v in row.items() if k != "losses"}, **row["losses"]} for row in rows]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return buffer.getvalue().encode("utf-8")
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -196,3 +312,18 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode("utf-8") + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _upload(folder: str, to: Location) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            with open(path, "rb") as file:
+                (to / os.path.relpath(path, folder)).write(file.read())

@@ -8,7 +8,8 @@
 
 The same command again continues from the newest checkpoint in --run.dir, with any number of processes. With the same
 number the losses are those of an unbroken run: a step depends on nothing but the weights, the optimizer's state, the
-seed, and the position G in the row of global batches (see `shards/order.py`).
+seed, and the position G in the row of global batches (see `shards/order.py`). SIGTERM and SIGINT end the run after the
+step under way, with a checkpoint and exit status 143 or 130.
 """
 
 from __future__ import annotations
@@ -18,40 +19,23 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from shards.dataset import Dataset, open_dataset
-from shards.storage import Location
 from trainer import command
-from trainer.config import Config, ConfigError, add_arguments, from_arguments
-from trainer.ranks import TrainingError, from_main, mean_losses, newest_checkpoint, share_buffers, start_accelerator
-from trainer.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, total_steps
+from trainer.config import add_arguments, from_arguments
+from trainer.ranks import TrainingError, bad_losses, from_main, mean_losses, weighted_sum
+from trainer.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
+from trainer.settings import Config, ConfigError
+from trainer.training import Training, begin_stage, save_state, set_up, share_buffers
 
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
-    from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
-    from shards.stream import ShardStream
     from trainer.instances import Batch
+    from trainer.runlog import RunLog
 
 log = logging.getLogger("trainer.train")
-
-
-@dataclass
-class Training:
-    """A run under way, on one rank."""
-
-    config: Config
-    run: Location
-    dataset: Dataset
-    accelerator: Accelerator
-    stream: ShardStream[Batch]
-    network: MaskRCNN  # what is evaluated and saved
-    model: Any  # the network as a function from a batch to its losses, wrapped by accelerate: what is trained
-    optimizer: Any
-    step: int  # steps done
-    position: int  # global batches consumed, by all ranks together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,190 +54,153 @@ def parse(arguments: Sequence[str] | None) -> Config:
 
 
 def train(config: Config) -> MaskRCNN:
-    """Train until `train.epochs` are done, from the newest checkpoint of `run.dir` if there is one.
+    """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one.
 
     Every rank calls this, and gets the same weights back.
 
     Raises:
-        UserError: settings or data are wrong, storage fails, or a loss is not finite.
+        UserError: settings or data are wrong, storage fails, or losses are not finite.
+        command.Stopped: a signal ended the run, which is saved.
     """
     command.start_logging()
     t = set_up(config)
 
     from shards.loader import loader
-    from trainer.evaluate import evaluate, summary
-    from trainer.runlog import Progress, RunLog, environment, reading
+    from trainer.runlog import RunLog
 
-    device, is_main, total = t.accelerator.device, t.accelerator.is_main_process, total_steps(config.train)
-    record = RunLog(t.run, config, environment(t.accelerator), t.step) if is_main else None
-    evaluated = from_main(record.evaluations.rows[-1]["step"] if record and record.evaluations.rows else 0)
-    progress = Progress(config.run.log_steps, total)
+    total, record = total_steps(config.train), None
+    if t.accelerator.is_main_process:
+        record = RunLog(t.run, config, t.accelerator, t.step, total)
+    evaluated = from_main(record.last_evaluation if record else 0)
     if t.step >= total:
         log.info("the run in %s is finished (%d steps): raise train.epochs to go on", t.run, t.step)
 
-    data = loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda")
+    pin = t.accelerator.device.type == "cuda"
+    data = loader(t.stream, workers=config.data.workers, pin_memory=pin)
     batches = iter(data)
-    while True:
-        # First in the loop: an evaluation that was cut short is made up for when the run continues.
-        if config.data.val_split and evaluated < t.step and evaluation_is_due(config.train, t.step):
-            result = evaluate(t.network, t.dataset, config.data.val_split, t.accelerator, config.data, config.train)
-            evaluated = t.step
-            if record and result:
-                log.info("evaluation after step %d\n%s", t.step, summary(result))
-                record.evaluations.append({"step": t.step, "split": config.data.val_split, **result.to_json()})
-                record.flush()
-        if t.step >= total:
-            break
+    with command.Signals() as signals:
+        stopped = 0
+        while True:
+            # First in the loop: an evaluation that was cut short is made up for when the run continues.
+            if config.data.val_split and evaluated < t.step and evaluation_is_due(config.train, t.step) and not stopped:
+                evaluate_now(t, record)
+                evaluated = t.step
+            if t.step >= total or stopped:
+                break
+            if t.stage != stage_of(config.train, t.step):
+                begin_stage(t)
 
-        began, before = time.perf_counter(), data.statistics
-        batch = next(batches)
-        row = train_step(t, batch, waited=time.perf_counter() - began)
-        seconds = time.perf_counter() - began
-        row |= {"seconds": seconds, "images_per_s": row["images"] / seconds, "data_wait": row["data_wait_s"] / seconds}
-        row |= reading(data.statistics.since(before))
-        if record:
-            record.steps.append(row)
-            progress.add(row)
-        if checkpoint_is_due(config.train, t.step):
-            share_buffers(t.network)
+            began, before = time.perf_counter(), data.statistics
+            mine = [next(batches) for _ in range(config.train.accumulate)]
+            row, stopped = train_step(t, mine, time.perf_counter() - began, signals)
             if record:
-                record.flush()
-                save_state(t)
+                record.add_step(row, time.perf_counter() - began, data.statistics.since(before))
+            if checkpoint_is_due(config.train, t.step) or stopped:
+                share_buffers(t)
+                if record:
+                    record.flush(draw=t.step % config.train.steps_per_epoch == 0 or bool(stopped))
+                    save_state(t)
 
-    if record:
-        record.close()
     t.accelerator.wait_for_everyone()
     t.accelerator.end_training()
+    if record:
+        record.close()
+    if stopped:
+        raise command.Stopped(
+            stopped,
+            f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command goes on from there",
+        )
     return t.network
 
 
-def set_up(config: Config) -> Training:
-    """Data, network and optimizer, where the run's newest checkpoint left them.
-
-    Raises:
-        UserError: as `train`; before anything is written.
-    """
-    dataset, run = open_dataset(config.data.shards).select(classes=config.data.classes), Location(config.run.dir)
-    if config.data.val_split and config.data.val_split not in dataset.splits:
-        have = ", ".join(dataset.splits)
-        raise ConfigError(f"data.val_split is {config.data.val_split!r}: the dataset has {have} ('' for no evaluation)")
-
-    import torch
-
-    from shards.stream import ShardStream
-    from trainer.checkpoint import check_same_run
-    from trainer.data import TrainCollate, sample_cache
-    from trainer.freeze import check_all_learned, set_trainable
-    from trainer.heads import Trainable
-    from trainer.model import build_model, num_classes
-    from trainer.weights import load_weights
-
-    accelerator = start_accelerator()
-    resumed = newest_checkpoint(run, accelerator)
-    stream = ShardStream(
-        dataset.select(classes=config.data.classes, fraction=config.data.fraction),
-        config.data.split,
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=resumed.position if resumed else 0,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        group_by_aspect=config.data.group_by_aspect,
-        repeat_threshold=config.data.repeat_threshold,
-        read_ahead=config.data.read_ahead_mb * 2**20,
-        cache=sample_cache(config.data),
-        stall_s=config.data.stall_s,
-        collate=TrainCollate(config.data, config.train.seed),
-    )
-    if len(dataset.categories) < len(dataset.info.categories):
-        names = ", ".join(category.name for category in dataset.categories)
-        log.info("training on %s: objects of the dataset's other classes are background", names)
-    if resumed:
-        check_same_run(resumed, config, stream.order.identity(), dataset.categories)
-
-    torch.manual_seed(config.train.seed)
-    network = build_model(config.model, config.data, num_classes(dataset.categories))
-    trained = set_trainable(network, config.train.layers)
-    if resumed:
-        network.load_state_dict(resumed.weights)
-        log.info("continuing %s from step %d", run, resumed.step)
-    else:
-        report = load_weights(network, config.model, dataset.categories)
-        check_all_learned(network, report.missing, trained)
-        log.info("%s", report)
-    model: Any = Trainable(network, config.loss).train()
-    optimizer: Any = torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-    )
-    # Never the loader: the stream has shared itself out already, and would be split a second time.
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if resumed and resumed.optimizer:
-        optimizer.load_state_dict(resumed.optimizer)
-    step, position = (resumed.step, resumed.position) if resumed else (0, 0)
-    return Training(config, run, dataset, accelerator, stream, network, model, optimizer, step, position)
-
-
-def train_step(t: Training, batch: Batch, waited: float) -> dict[str, Any]:
+def train_step(
+    t: Training, batches: list[Batch], waited: float, signals: command.Signals
+) -> tuple[dict[str, Any], int]:
     """One step of all ranks.
 
     Args:
         t: moved on by one step.
-        batch: of this rank.
-        waited: seconds that this rank waited for it.
+        batches: of this rank, `train.accumulate` many.
+        waited: seconds that this rank waited for them.
+        signals: what this rank was sent.
 
     Returns:
-        The step's row in metrics.jsonl but for its times: losses averaged over the ranks, the longest wait.
+        The step's row in metrics.jsonl but for its times (losses averaged over the ranks, the longest wait), and the
+        signal that any rank was sent.
 
     Raises:
-        TrainingError: a loss or the gradient is not finite; on every rank alike.
+        TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
     """
     import torch
 
     config, accelerator = t.config, t.accelerator
-    world, rate = accelerator.num_processes, learning_rate(config.optim, t.step)
-    # What is random in a step (which RoIs train) belongs to its batch: nothing that came before plays a part.
-    torch.manual_seed(fold(config.train.seed, t.position + accelerator.process_index))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    images = sum(len(batch) for batch in batches) * world
+    rate = learning_rate(config.optim, config.train, t.step, images)
     for group in t.optimizer.param_groups:
         group["lr"] = rate
 
-    losses = t.model(batch.to(accelerator.device))
-    values = torch.stack([loss.detach().float() for loss in losses.values()])
-    # One exchange a step tells every rank all losses, so that all stop if one is not finite, and the longest wait.
-    table = accelerator.gather(torch.cat((values, values.new_tensor([waited])))[None]).tolist()
-    means = mean_losses(t.step + 1, list(losses), table, batch.image_ids)
-    accelerator.backward(sum(losses.values()))
+    rows = []
+    for number, batch in enumerate(batches, 1):
+        # What is random in a step (which RoIs train) belongs to its batch: nothing that came before plays a part.
+        torch.manual_seed(fold(config.train.seed, t.position + rank))
+        with nullcontext() if number == len(batches) else accelerator.no_sync(t.model):
+            losses = t.model(batch.to(accelerator.device))
+            accelerator.backward(weighted_sum(losses, config.loss))
+        rows.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+        t.position += world
+
+    # One exchange a step tells every rank all losses, so that all do the same; the longest wait; and a signal.
+    values = torch.stack(rows)
+    table = accelerator.gather(torch.cat((values.mean(0), values.new_tensor([waited, signals.number])))[None]).tolist()
+    bad = [key for batch, row in zip(batches, rows) if not row.isfinite().all() for key in batch.image_ids]
+    trouble = bad_losses(list(losses), table, bad)
     norm = float(accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf))
-    if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-        raise TrainingError(f"step {t.step + 1}: the gradient is {norm}, though every loss is finite: lower optim.lr")
-    t.optimizer.step()
+    if not trouble and not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step itself
+        trouble = f"the gradient is {norm}, though every loss is finite"
+    if not trouble:
+        t.optimizer.step()
+    elif t.skipped < config.train.skip_nonfinite:
+        t.skipped += 1
+        log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, config.train.skip_nonfinite, trouble)
+    else:
+        raise TrainingError(f"step {t.step + 1}: {trouble}: lower optim.lr, or look at the samples")
     t.optimizer.zero_grad()
-    t.step, t.position = t.step + 1, t.position + world
-    return {
+    if t.ema is not None:
+        t.ema.update_parameters(t.network)
+    t.step += 1
+    means = mean_losses(list(losses), table)
+    row = {
         "step": t.step,
         "epoch": (t.step - 1) // config.train.steps_per_epoch + 1,
         "position": t.position,
         "data_epochs": t.position / t.stream.batches_per_epoch,
-        "loss": sum(means.values()),
+        "loss": weighted_sum(means, config.loss),
         "losses": means,
         "lr": rate,
-        "grad_norm": norm if math.isfinite(norm) else None,
-        "images": len(batch) * world,
-        "data_wait_s": max(row[-1] for row in table),
+        "grad_norm": norm,
+        "images": images,
+        "data_wait_s": max(row[-2] for row in table),
     }
+    return row | ({"skipped": trouble} if trouble else {}), int(max(row[-1] for row in table))
 
 
-def save_state(t: Training) -> None:
-    """Write a checkpoint; the main rank's work."""
-    from trainer.checkpoint import State, save
+def evaluate_now(t: Training, record: RunLog | None) -> None:
+    """Rate the weights of all ranks; the main one draws pictures, and keeps the best weights by mask AP."""
+    import torch
 
-    order, weights, optimizer = t.stream.order.identity(), t.network.state_dict(), t.optimizer.state_dict()
-    state = State(t.step, t.position, order, t.dataset.categories, t.config, weights, optimizer)
-    save(t.run, state, t.config.train.keep_checkpoints)
+    from trainer.evaluate import evaluate, summary
+    from trainer.pictures import Pictures
+
+    split, data = t.config.data.val_split, t.config.data
+    pictures = Pictures(t.dataset.categories, t.config.run.pictures if record else 0)
+    with torch.compiler.set_stance("force_eager"):  # its images have many shapes: each would be compiled anew
+        result = evaluate(t.evaluated, t.dataset, split, t.accelerator, data, t.config.train, watch=pictures.add)
+    if record and result:
+        log.info("evaluation after step %d\n%s", t.step, summary(result))
+        pictures.write(t.run, t.step)
+        if record.add_evaluation({"step": t.step, "split": split, **result.to_json()}):
+            save_state(t, best=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from shards.dataset import Category
 from shards.errors import StorageError, UserError
 from shards.storage import Location
 from trainer.checkpoint import DESCRIPTION, NoCheckpointError, open_checkpoint
-from trainer.config import ModelConfig
+from trainer.settings import ModelConfig
 
 BODY = "backbone.body."
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")

@@ -12,10 +12,10 @@ from torchvision.models.detection import MaskRCNN
 from shards import rle
 from shards.sample import Instance
 from trainer import augment
-from trainer.config import DataConfig, LossConfig, ModelConfig
 from trainer.heads import Trainable
 from trainer.instances import HAS_MASK, Batch, read_instances
 from trainer.model import build_model
+from trainer.settings import DataConfig, LossConfig, ModelConfig
 
 SMALL = ModelConfig(
     backbone="resnet18",

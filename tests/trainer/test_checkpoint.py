@@ -21,7 +21,7 @@ from trainer.checkpoint import (
     save,
     steps_of,
 )
-from trainer.config import Config
+from trainer.settings import Config
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
 ORDER = {"seed": 0, "batch_size": 2, "index": "abc"}

@@ -7,10 +7,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.storage import Location
-from trainer.config import Config, ConfigError, add_arguments, from_arguments, load_config, save_config, sections
+from trainer.config import add_arguments, from_arguments, load_config, save_config, sections
+from trainer.settings import Config, ConfigError, StageConfig
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("compare-")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -41,7 +44,7 @@ def test_saved_settings_read_back_the_same(tmp_path):
         ([("data.batch_size", "2.5")], r"data.batch_size: 2.5 is not an int"),
         ([("data.batch_size", "true")], r"data.batch_size: True is not an int"),
         ([("data.batch_size", "0")], r"data.batch_size is 0: it must be at least 1"),
-        ([("data.resize", "round")], r"'round' is not one of square, shortest"),
+        ([("data.resize", "round")], r"'round' is not one of square, shortest, scale_jitter"),
         ([("model.anchor_sizes", "3")], r"3 is not a list"),
         ([("model.anchor_sizes", "[1, 2]")], r"anchor_sizes has 2 values: the FPN has 5 levels"),
         ([("data.flip", "1.5")], r"data.flip is 1.5: it must be between 0 and 1"),
@@ -83,6 +86,7 @@ def test_help_describes_every_option():
         for item in dataclasses.fields(cls):
             assert f"--{section}.{item.name}" in text
             assert item.metadata["help"]
+            assert "\n" not in item.metadata["help"]
 
 
 def test_arguments_become_settings():
@@ -103,3 +107,24 @@ def test_values_survive_yaml(lr, batch, milestones, group):
     config = load_config(None, overrides)
     assert (config.data.batch_size, config.data.group_by_aspect) == (batch, group)
     assert (config.optim.lr, config.optim.milestones) == (lr, milestones)
+
+
+def test_stages_are_typed_like_everything_else():
+    config = load_config(None, [("train.stages", "[{layers: heads, epochs: 2}, {layers: last 10%, lr: 1e-1}]")])
+    assert config.train.stages == [StageConfig("heads", 2, 1.0), StageConfig("last 10%", 1, 0.1)]
+    for text, message in (
+        ("[{layer: heads}]", r"train.stages: unknown key 'layer': did you mean layers"),
+        ("[heads]", r"'heads' is not keys and values such as \{layers: heads"),
+        ("[{epochs: many}]", r"train.stages.epochs: 'many' is not an int"),
+        ("[{epochs: 0}]", r"train.stages\[0\].epochs is 0: it must be at least 1"),
+        ("[{layers: tail}]", r"'tail'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(None, [("train.stages", text)])
+
+
+def test_resume_is_short_for_an_option():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for words, value in (([], ""), (["--resume"], "last"), (["--resume", "runs/a"], "runs/a")):
+        assert from_arguments(parser.parse_args(words)).run.resume == value

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from shards import rle
 from shards.errors import SampleError
 from shards.sample import Instance, Sample
-from trainer.config import DataConfig
 from trainer.data import EvalCollate, TrainCollate, decode_image
 from trainer.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.settings import DataConfig
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -12,9 +12,10 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 
 from shards.errors import UserError
 from tests.trainer import tiny
-from trainer.config import ConfigError, DataConfig, ModelConfig, load_config
+from trainer.config import load_config
 from trainer.freeze import check_all_learned, from_output, parse_layers, set_trainable, trainable_parameters
 from trainer.model import build_model
+from trainer.settings import ConfigError, DataConfig, ModelConfig
 
 HEADS = ("backbone.fpn.", "rpn.", "roi_heads.")
 

@@ -18,10 +18,10 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from tests.trainer.batches import CLASSES, LOSSES, SCENES, batch_of, gradients, our_losses, small_network, without_masks
-from trainer.config import LossConfig
 from trainer.gaps import hide_unverified, leave_out, lie_in, verified_table
 from trainer.heads import image_list, sample_rois, targets_of
 from trainer.instances import GROUP_OF, IGNORED, Batch
+from trainer.settings import LossConfig
 
 COLUMNS = ("boxes", "labels", "flags", "bitmaps", "frames")
 EVERYTHING = 10**6  # a sampler of so many leaves nothing to chance

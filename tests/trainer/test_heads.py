@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, our_losses, scene, small_network, without_masks
-from trainer.config import LossConfig
 from trainer.heads import Trainable, image_list, targets_of
 from trainer.instances import Batch
+from trainer.settings import LossConfig
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from shards.dataset import Category
 from shards.storage import Location
 from trainer.checkpoint import CheckpointError, State, open_checkpoint, save
-from trainer.config import Config, DataConfig, ModelConfig, load_config
+from trainer.config import load_config
 from trainer.model import build_model, num_classes, rebuild
+from trainer.settings import Config, DataConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 DATA = DataConfig(min_size=96, max_size=128)

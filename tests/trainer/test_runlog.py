@@ -8,18 +8,22 @@ from accelerate import Accelerator
 
 from shards.storage import Location
 from tests.trainer import tiny
-from trainer.config import Config, load_config
-from trainer.runlog import Progress, Rows, RunLog, environment
+from trainer.config import load_config
+from trainer.runlog import Progress, Rows, RunLog
+from trainer.settings import Config
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
     return {
         "step": step,
+        "loss": 2.0,
         "losses": {"loss_mask": 0.5, "loss_classifier": 1.5},
         "lr": 0.01,
         "images": 8,
         "seconds": 2.0,
         "data_wait": 0.25,
+        "images_per_s": 4.0,
+        "memory_mb": 1500.0,
         "read_mb": 3.0,
         "retries": 0,
         "samples": 8,
@@ -67,7 +71,7 @@ def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> Non
 def test_the_folder_tells_settings_and_surroundings(tmp_path: Path) -> None:
     config = Config()
     config.optim.lr = 0.25
-    log = RunLog(Location(str(tmp_path)), config, environment(Accelerator(cpu=True)), 0)
+    log = RunLog(Location(str(tmp_path)), config, Accelerator(cpu=True), 0, 10)
     log.close()
     assert load_config(str(tmp_path / "config.yaml")) == config
     told = json.loads((tmp_path / "environment.json").read_text())
@@ -82,7 +86,7 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, logger="trainer"):
         progress.add(row(1))
         assert not caplog.messages
-        progress.add(row(2, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
+        progress.add(row(2, loss=0.8, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
         progress.add(row(3))
         progress.add(row(4, retries=2, cache_hits=4))
         progress.add(row(5))
@@ -91,6 +95,7 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
     assert "2.0 images/s" in first  # 16 images in 8 seconds
     assert "data wait 62 % (0.8 MB/s)" in first  # 0.5 + 4.5 of 8 seconds, 6 MB in 8 seconds
+    assert "memory 1.5 GB" in first
     assert "data wait 25 % (1.5 MB/s, 2 retries, 25 % from the cache)" in caplog.messages[1]
     assert "left 0:00:12" in first  # 3 steps of 4 seconds
     assert caplog.messages[-1].endswith("left 0:00:00")

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import logging
 import math
@@ -16,9 +18,8 @@ from tests.trainer import tiny
 from trainer import evaluate as evaluate_script
 from trainer import train as train_script
 from trainer.checkpoint import open_checkpoint
-from trainer.config import OptimConfig, TrainConfig, load_config
-from trainer.ranks import TrainingError, mean_losses
-from trainer.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate
+from trainer.config import load_config
+from trainer.ranks import bad_losses, mean_losses, tracker_folder
 
 SCRIPT = tiny.ROOT / "trainer" / "train.py"
 
@@ -43,31 +44,13 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row["losses"] for row in rows}
 
 
-def test_learning_rate_warms_up_and_steps_down() -> None:
-    optim = OptimConfig(lr=1.0, warmup_steps=10, milestones=[20, 30], gamma=0.5)
-    assert learning_rate(optim, 0) == pytest.approx(0.001)
-    assert learning_rate(optim, 5) == pytest.approx(0.001 + 0.999 / 2)
-    assert [learning_rate(optim, step) for step in (10, 19, 20, 29, 30, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
-    assert learning_rate(OptimConfig(lr=0.1, warmup_steps=0), 0) == 0.1
-
-
-def test_checkpoints_and_evaluations_are_due_at_epoch_ends() -> None:
-    settings = TrainConfig(epochs=5, steps_per_epoch=10, checkpoint_steps=4, eval_epochs=2)
-    assert [step for step in range(1, 21) if checkpoint_is_due(settings, step)] == [4, 8, 10, 12, 16, 20]
-    assert [step for step in range(51) if evaluation_is_due(settings, step)] == [20, 40, 50]
-
-
-def test_seeds_differ_by_every_number_and_its_place() -> None:
-    seeds = {fold(0, 1), fold(1, 0), fold(0, 0), fold(1, 1), fold(1), fold(11)}
-    assert len(seeds) == 6
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 def test_losses_are_averaged_over_ranks_and_a_bad_one_names_its_rank_and_samples() -> None:
     table = [[1.0, 2.0, 9.0], [3.0, 4.0, 9.0]]
-    assert mean_losses(1, ["loss_a", "loss_b"], table, ["x"]) == {"loss_a": 2.0, "loss_b": 3.0}
-    with pytest.raises(TrainingError, match=r"step 7: loss_b is nan on rank 0 \(samples img1, img2\)"):
-        mean_losses(7, ["loss_a", "loss_b"], [[1.0, math.nan, 0.0]], ["img1", "img2"])
+    names = ["loss_a", "loss_b"]
+    assert mean_losses(names, table) == {"loss_a": 2.0, "loss_b": 3.0}
+    assert bad_losses(names, table, []) == ""
+    told = bad_losses(names, [[1.0, math.nan, 0.0]], ["img1", "img2"])
+    assert told == "loss_b is nan on rank 0 (samples img1, img2)"
 
 
 def test_a_wrong_argument_is_one_line_and_costs_no_torch() -> None:
@@ -162,12 +145,22 @@ def test_a_run_on_a_part_of_the_dataset_keeps_to_it(
 def test_a_run_folder_can_be_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
     run = Location(f"memory://{tmp_path.name}/run")
     for epochs in (1, 2):
-        arguments = tiny.arguments(dataset, tmp_path, run__dir=run, train__epochs=epochs, train__steps_per_epoch=2)
+        changes = {"run__dir": run, "run__pictures": 2, "run__trackers": "[tensorboard]"}
+        arguments = tiny.arguments(dataset, tmp_path, train__epochs=epochs, train__steps_per_epoch=2, **changes)
         assert train_script.main(arguments) == 0
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, 2 * epochs + 1))
         assert load_config(f"{run}/config.yaml").train.epochs == epochs
     assert open_checkpoint(run.url).step == 4
+    assert open_checkpoint(f"{run}/best").step in (2, 4)
+    table = list(csv.DictReader(io.StringIO((run / "metrics.csv").read().decode())))
+    assert [float(row["loss_mask"]) for row in table] == [row["losses"]["loss_mask"] for row in rows]
+    assert (run / "curves.png").read().startswith(b"\x89PNG")
+    files = [str(name).partition("/run/")[2] for name in run.fs.find(run.path)]
+    assert sum(name.startswith("tensorboard/maskstream/events.out") for name in files) == 2  # one a process
+    for step in (2, 4):
+        assert [name for name in files if name.startswith(f"pictures/step-{step:06d}/img10")]
+    assert not Path(tracker_folder(run)).exists()
 
 
 def test_a_run_folder_of_other_settings_is_refused(
@@ -239,6 +232,19 @@ def kill_at_step(step: int, run: Path, process: subprocess.Popen[str]) -> None:
         member.send_signal(signal.SIGKILL)
     process.communicate()
     psutil.wait_procs(family[:-1])
+
+
+def test_a_tracker_that_cannot_be_had_is_one_line(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    for name, told in (
+        ("wandb", "run.trackers: wandb is not installed: pip install wandb, or leave it out"),
+        ("tensorbord", "run.trackers: accelerate does not know 'tensorbord': it knows aim, "),
+    ):
+        assert train_script.main(tiny.arguments(dataset, tmp_path / "run", run__trackers=f"[{name}]")) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

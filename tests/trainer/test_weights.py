@@ -21,8 +21,8 @@ from shards.dataset import Category
 from shards.errors import UserError
 from shards.storage import Location
 from trainer.checkpoint import State, save
-from trainer.config import Config, DataConfig, ModelConfig
 from trainer.model import build_model
+from trainer.settings import Config, DataConfig, ModelConfig
 from trainer.weights import load_weights, with_eps
 
 DATA = DataConfig(min_size=64, max_size=64)

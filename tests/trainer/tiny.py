@@ -53,6 +53,8 @@ SETTINGS = {
     "train.checkpoint_steps": 3,
     "train.layers": "all",
     "run.log_steps": 2,
+    "run.pictures": 0,
+    "run.trackers": [],
 }
 
 

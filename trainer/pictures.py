@@ -1,0 +1,59 @@
+"""What the network sees: validation images, ground truth on the left and predictions on the right.
+
+<run>/pictures/step-000100/<ImageID>.jpg
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from shards.dataset import Category
+from shards.draw import draw_instances, legible_scale
+from shards.storage import Location
+from trainer.data import EvalBatch
+from trainer.detect import Detections
+
+FOLDER = "pictures"
+SHOWN = 0.5  # detections below this score are left out
+GAP = 8  # pixels between the two halves
+
+
+class Pictures:
+    """Draws the first images of an evaluation: the same ones each time, for the order is fixed.
+
+    Args:
+        categories: the classes.
+        count: how many images.
+    """
+
+    def __init__(self, categories: Sequence[Category], count: int) -> None:
+        self.categories, self.count = categories, count
+        self.drawn: dict[str, bytes] = {}
+
+    def add(self, batch: EvalBatch, found: Sequence[Detections]) -> None:
+        """Draw those of a batch that are still wanted."""
+        for image, sample, detections in zip(batch.images, batch.samples, found):
+            if len(self.drawn) >= self.count:
+                return
+            pixels = image.permute(1, 2, 0).numpy()
+            scale = legible_scale(sample.width, sample.height)
+            sure = [i for i, score in enumerate(detections.scores) if score >= SHOWN]
+            instances, scores = detections.instances(), detections.scores.tolist()
+            truth = draw_instances(pixels, sample.instances, self.categories, scale=scale)
+            predicted = draw_instances(
+                pixels, [instances[i] for i in sure], self.categories, scores=[scores[i] for i in sure], scale=scale
+            )
+            both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
+            both.paste(truth, (0, 0))
+            both.paste(predicted, (truth.width + GAP, 0))
+            buffer = io.BytesIO()
+            both.save(buffer, "JPEG", quality=90)
+            self.drawn[sample.image_id] = buffer.getvalue()
+
+    def write(self, run: Location, step: int) -> None:
+        """Write what was drawn into the run's folder."""
+        for image_id, data in self.drawn.items():
+            (run / FOLDER / f"step-{step:06d}" / f"{image_id}.jpg").write(data)
