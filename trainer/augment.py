@@ -1,9 +1,13 @@
-"""What happens to an image and its instances between decoding and the batch: geometry, as pure functions."""
+"""What happens to an image and its instances between decoding and the batch: geometry and colour.
+
+What is left to chance is drawn from the generator that is passed in.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -41,9 +45,63 @@ def resize(image: Tensor, instances: Instances, min_size: int, max_size: int) ->
         uint8 [3, h, w] and the instances in its pixels.
     """
     height, width = image.shape[-2:]
-    new_height, new_width = scaled_size(height, width, min_size, max_size)
-    resized = transforms.resize(image, [new_height, new_width], antialias=False)
-    return resized, geometry.scale(instances, new_width / width, new_height / height)
+    return _resize_to(image, instances, *scaled_size(height, width, min_size, max_size))
+
+
+def _resize_to(image: Tensor, instances: Instances, height: int, width: int) -> tuple[Tensor, Instances]:
+    resized = transforms.resize(image, [height, width], antialias=False)
+    return resized, geometry.scale(instances, width / image.shape[-1], height / image.shape[-2])
+
+
+def scale_jitter(
+    image: Tensor, instances: Instances, size: int, scales: tuple[float, float], rng: np.random.Generator
+) -> tuple[Tensor, Instances]:
+    """Large-scale jitter (Ghiasi et al., "Simple Copy-Paste", 2021; torchvision's `ScaleJitter` and `FixedSizeCrop`).
+
+    The image is scaled by a factor times what would fit it into the square, and of what then stands out of the square
+    a window is cut by chance.
+
+    Args:
+        image: uint8 [3, H, W].
+        instances: in its pixels.
+        size: side of the square.
+        scales: the factor's range, evenly distributed.
+        rng: draws the factor, and the window.
+
+    Returns:
+        uint8 [3, h, w], no side over `size`, and the instances in its pixels; boxes of which less than a pixel is left
+        are dropped.
+    """
+    height, width = image.shape[-2:]
+    factor = min(size / height, size / width) * rng.uniform(*scales)
+    image, instances = _resize_to(image, instances, max(1, int(height * factor)), max(1, int(width * factor)))
+    height, width = image.shape[-2:]
+    top, left = (int(rng.integers(0, max(side - size, 0) + 1)) for side in (height, width))
+    image = image[:, top : top + size, left : left + size]
+    return image, geometry.crop(instances, left, top, image.shape[-1], image.shape[-2])
+
+
+def photometric(image: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue, each changed with the given probability: the ranges and the order of
+    torchvision's `RandomPhotometricDistort` (Liu et al., "SSD", 2016), whose random numbers are not ours to seed.
+
+    Args:
+        image: uint8 [3, H, W] RGB.
+    """
+    brightness, contrast, saturation, hue = rng.random(4) < probability
+    contrast_first = rng.random() < 0.5
+    factors = rng.uniform((0.875, 0.5, 0.5, -0.05), (1.125, 1.5, 1.5, 0.05))
+    if brightness:
+        image = transforms.adjust_brightness(image, factors[0])
+    if contrast and contrast_first:
+        image = transforms.adjust_contrast(image, factors[1])
+    if saturation:
+        image = transforms.adjust_saturation(image, factors[2])
+    if hue:
+        image = transforms.adjust_hue(image, factors[3])
+    if contrast and not contrast_first:
+        image = transforms.adjust_contrast(image, factors[1])
+    return image
 
 
 def flip(image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:

@@ -1,7 +1,7 @@
 """Bytes to batches: the callables that a `ShardStream` runs in its loader processes.
 
 The random numbers of a sample are folded from (seed, epoch, image id) and nothing else: a batch is the same whichever
-worker and rank makes it, and wherever in it the sample stands.
+worker and rank makes it, and (but for copy-paste, which takes from the next sample) wherever in it the sample stands.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shards.errors import SampleError
 from shards.sample import Sample
 from trainer import augment
 from trainer import instances as geometry
+from trainer.copy_paste import paste_some
 from trainer.instances import Batch, Instances, read_instances
 from trainer.settings import DataConfig
 
@@ -45,10 +46,10 @@ class EvalBatch:
 
 
 class TrainCollate:
-    """Samples to a training `Batch`: decoded, resized, flipped, padded.
+    """Samples to a training `Batch`: decoded, resized, varied, padded.
 
     Args:
-        data: the settings; `resize`, `min_size`, `max_size`, `flip` and `max_instances` are read.
+        data: the settings, from `resize` on.
         seed: of the augmentation.
     """
 
@@ -61,12 +62,21 @@ class TrainCollate:
         Raises:
             SampleError: an image that cannot be decoded, or has another size than its sample says.
         """
-        prepared = [self._prepare(sample, epoch) for sample in samples]
+        rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]
+        prepared = [self._prepare(sample, rng) for sample, rng in zip(samples, rngs)]
+        if self.data.copy_paste:
+            donors = prepared[1:] + prepared[:1]
+            prepared = [
+                paste_some(*taker, *donor, self.data.copy_paste, rng)
+                for taker, donor, rng in zip(prepared, donors, rngs)
+            ]
         images = [image for image, _ in prepared]
         instances = [of_image for _, of_image in prepared]
+        if self.data.max_instances:
+            instances = [geometry.cap(one, self.data.max_instances, rng) for one, rng in zip(instances, rngs)]
         flat = {item.name: torch.cat([getattr(one, item.name) for one in instances]) for item in fields(Instances)}
         return Batch(
-            images=augment.pad(images, self.data.max_size if self.data.resize == "square" else None),
+            images=augment.pad(images, None if self.data.resize == "shortest" else self.data.max_size),
             sizes=torch.tensor([image.shape[-2:] for image in images]),
             counts=torch.tensor([len(one) for one in instances]),
             image_ids=tuple(sample.image_id for sample in samples),
@@ -74,14 +84,19 @@ class TrainCollate:
             **flat,
         )
 
-    def _prepare(self, sample: Sample, epoch: int) -> tuple[Tensor, Instances]:
-        rng = sample_rng(self.seed, epoch, sample.image_id)
-        image, instances = decode_sample(sample), read_instances(sample.instances)
-        image, instances = augment.resize(image, instances, self.data.min_size, self.data.max_size)
-        if rng.random() < self.data.flip:
+    def _prepare(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Instances]:
+        data, image, instances = self.data, decode_sample(sample), read_instances(sample.instances)
+        if data.resize == "scale_jitter":
+            low, high = data.scale_range
+            image, instances = augment.scale_jitter(image, instances, data.max_size, (low, high), rng)
+        else:
+            min_size = int(rng.choice(data.min_sizes)) if data.min_sizes else data.min_size
+            image, instances = augment.resize(image, instances, min_size, data.max_size)
+        if rng.random() < data.flip:
             image, instances = augment.flip(image, instances)
-        instances = augment.clip(image, instances)
-        return image, geometry.cap(instances, self.data.max_instances, rng) if self.data.max_instances else instances
+        if data.photometric:
+            image = augment.photometric(image, data.photometric, rng)
+        return image, augment.clip(image, instances)
 
 
 class EvalCollate:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from shards import rle
 from shards.sample import Instance
 from trainer import augment
-from trainer.instances import read_instances
+from trainer.instances import Instances, read_instances
 
 
 def picture(height: int, width: int) -> torch.Tensor:
@@ -65,3 +66,39 @@ def test_pad_puts_images_at_the_top_left():
     for padded in (square, tight):
         assert torch.equal(padded[0, :, :50, :70], images[0])
         assert padded[0, :, 50:].sum() + padded[0, :, :, 70:].sum() == 0
+
+
+def test_scale_jitter_fits_the_square_and_moves_boxes_with_pixels():
+    # A bright square on black: wherever it goes, its box is where the pixels are.
+    image = torch.zeros((3, 90, 120), dtype=torch.uint8)
+    image[:, 30:60, 40:80] = 255
+    sizes = set()
+    for seed in range(30):
+        found, left = augment.scale_jitter(image, square(), 64, (0.1, 2.0), np.random.default_rng(seed))
+        height, width = found.shape[-2:]
+        sizes.add((height, width))
+        assert max(height, width) <= 64
+        bright = found[0] > 127
+        if len(left) == 0:
+            assert bright.sum() <= max(height, width)
+            continue
+        rows, columns = bright.any(1).nonzero(), bright.any(0).nonzero()
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert torch.allclose(left.boxes[0], torch.tensor([float(v) for v in seen]), atol=1.0)
+    assert len(sizes) > 15
+
+
+def square() -> Instances:
+    mask = np.zeros((90, 120), dtype=np.uint8)
+    mask[30:60, 40:80] = 1
+    return read_instances([Instance(1, (40.0, 30.0, 40.0, 30.0), rle.encode(mask))])
+
+
+def test_photometric_changes_colours_by_chance_and_the_same_again():
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(augment.photometric(image, 0.0, np.random.default_rng(1)), image)
+    found = [augment.photometric(image, 1.0, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], image)
+    assert found[0].dtype == torch.uint8

@@ -200,3 +200,25 @@ def test_a_batch_of_a_loader_process_is_the_same(resize):
     assert torch.equal(there.images, here.images)
     for i in range(3):
         assert equal(parts(there, i), parts(here, i))
+
+
+def test_every_variation_at_once_is_the_same_again_and_keeps_the_contract():
+    config = DataConfig(
+        batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
+    )
+    samples = [sample("a", seed=1), sample("b", 90, 60, 0, seed=2), sample("c", 64, 64, 3, seed=3)]
+    batches = [TrainCollate(config, 0)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
+    assert equal(parts(batches[0], 0), parts(batches[1], 0))
+    assert not equal(parts(batches[0], 0), parts(batches[2], 0))
+    for batch in batches:
+        assert batch.images.shape == (3, 3, 128, 128)
+        assert int(batch.counts.sum()) == len(batch.boxes) == len(batch.bitmaps)
+        assert bool((batch.boxes[:, 2:] > batch.boxes[:, :2]).all())
+    # The second image has no object of its own but its group.
+    assert max(int(batch.counts[1]) for batch in batches) > 1
+
+
+def test_min_sizes_are_chosen_from():
+    config = DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest")
+    sides = {TrainCollate(config, 0)([sample("a")], epoch).sizes.min().item() for epoch in range(10)}
+    assert sides == {48, 64}
