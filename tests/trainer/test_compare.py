@@ -71,7 +71,7 @@ def test_the_table_tells_last_and_best(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_comparison_trains_all_and_a_failure_is_named(dataset: Path, tmp_path: Path) -> None:
     settings = {"heads first": {"train": {"stages": [{"layers": "heads"}, {"layers": "all"}]}}, "all": {}}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": settings}))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
     words = tiny.arguments(dataset, tmp_path / "runs", train__epochs=2, train__steps_per_epoch=2)
     done = tiny.run(tiny.ROOT / "trainer" / "compare.py", [str(tmp_path / "c.yaml"), *words])
     assert done.returncode == 0, done.stderr
