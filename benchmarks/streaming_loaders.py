@@ -163,8 +163,8 @@ def ours() -> Callable[[Job], Opened]:
     from shards.dataset import open_dataset
     from shards.loader import loader
     from shards.stream import ShardStream
-    from trainer.config import DataConfig
     from trainer.data import TrainCollate
+    from trainer.settings import DataConfig
 
     def load(job: Job) -> Opened:
         collate: Any = None
