@@ -289,7 +289,8 @@ def test_a_batch_moves_but_for_what_the_host_reads():
     moved = batch.to("meta")
     assert len(moved) == 1
     assert moved.images.device.type == moved.bitmaps.device.type == "meta"
-    assert moved.sizes.device.type == moved.counts.device.type == "cpu"
+    assert {host.device.type for host in (moved.sizes, moved.counts, moved.flags)} == {"cpu"}
+    assert moved.verified == (None,)
 
 
 def test_the_cap_leaves_a_random_choice_of_the_objects():

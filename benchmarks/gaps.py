@@ -1,0 +1,252 @@
+"""What each treatment of incomplete annotations is worth: same scenes, seeds and budget, with it and without.
+
+    python benchmarks/gaps.py --seeds 2
+
+Drawn street scenes, annotated in full, are spoilt in three ways that Open Images knows; the trainer itself learns from
+each with the treatment on and off, and is rated on held-out scenes that are annotated in full. Prints a Markdown table.
+
+- masks: every second object keeps its box and loses its mask.
+- crowds: objects of a class that stand close together become one group-of box.
+- unverified: a class that is in an image loses all its objects there every second time, and is not verified there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.building import machine
+from demo.scenes import SceneConfig, SceneObject, image_id, scene_of
+from shards import rle
+from shards.dataset import Category, IndexRow, Shard, finish_dataset
+from shards.sample import Instance, Sample
+from shards.storage import Location
+from shards.writer import pack_shard, shard_path
+
+ROOT = Path(__file__).parents[1]
+CLASSES = (
+    Category(1, "Person", "/m/01g317"),
+    Category(2, "Car", "/m/0k4j"),
+    Category(3, "Traffic light", "/m/015qff"),
+    Category(4, "Traffic sign", "/m/01mqdt"),
+)
+KINDS = {"Man": 1, "Woman": 1, "Boy": 1, "Girl": 1, "Van": 2, "Limousine": 2, "Stop sign": 4}
+KINDS |= {category.name: category.id for category in CLASSES}
+EVERY = tuple(category.id for category in CLASSES)
+LONG_SIDE = 128  # pixels of a scene; the network sees it at this size
+NEAR = 0.5  # of a crowd's box its members fill at least so much
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: which annotations, and with which settings."""
+
+    gap: str
+    name: str
+    options: tuple[str, ...] = ()
+
+
+ARMS = (
+    Arm("none", "annotated in full"),
+    Arm("masks", "on: teach class and box"),
+    Arm("masks", "off: objects without a mask are background", ("--loss.unmasked", "background")),
+    Arm("crowds", "on: nothing is taught in a group-of box"),
+    Arm("crowds", "off: a group-of box is background", ("--loss.group_of", "background")),
+    Arm("crowds", "off: a group-of box is an object", ("--loss.group_of", "object")),
+    Arm("unverified", "on: no part in the softmax"),
+    Arm("unverified", "off: taught as absent", ("--loss.unverified", "absent")),
+)
+
+
+def main() -> int:
+    """Train every arm with every seed, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each arm [2]")
+    parser.add_argument("--train", type=int, default=400, help="training scenes [400]")
+    parser.add_argument("--val", type=int, default=160, help="held-out scenes [160]")
+    parser.add_argument("--steps", type=int, default=160, help="of eight images [160]")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, of one thread each [1]")
+    parser.add_argument("--only", nargs="*", default=[arm.gap for arm in ARMS], help="gaps to measure [all]")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        arms = [arm for arm in ARMS if arm.gap in options.only]
+        jobs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
+        counts = {
+            (gap, seed): write_dataset(Path(folder) / f"{gap}-{seed}", gap, seed, options.train, options.val)
+            for gap in dict.fromkeys(arm.gap for arm in arms)
+            for seed in range(options.seeds)
+        }
+        with ThreadPoolExecutor(options.parallel) as pool:
+            results = dict(zip(jobs, pool.map(lambda job: train(Path(folder), *job, options.steps), jobs)))
+    print_table(arms, results, counts, options, time.perf_counter() - start)
+    return 0
+
+
+def sample_of(config: SceneConfig, split: str, index: int) -> Sample:
+    """A scene with every object's mask and every class verified."""
+    scene = scene_of(config, split, index)
+    file = io.BytesIO()
+    Image.fromarray(scene.image).save(file, "JPEG", quality=92)
+    height, width = scene.image.shape[:2]
+    instances = tuple(_instance(thing, number) for number, thing in enumerate(scene.objects))
+    absent = tuple(c for c in EVERY if c not in {instance.category_id for instance in instances})
+    present = tuple(c for c in EVERY if c not in absent)
+    return Sample(image_id(config, split, index), file.getvalue(), width, height, instances, present, absent)
+
+
+def _instance(thing: SceneObject, number: int) -> Instance:
+    left, top, right, bottom = thing.box
+    box = (float(left), float(top), float(right - left), float(bottom - top))
+    return Instance(KINDS[thing.name], box, rle.encode(thing.mask.astype(np.uint8)), box_id=str(number))
+
+
+def without_masks(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Every second object, by a coin each, keeps its box only."""
+    coins = rng.random(len(sample.instances)) < 0.5
+    kept = tuple(replace(i, segmentation=None) if coin else i for i, coin in zip(sample.instances, coins))
+    return replace(sample, instances=kept)
+
+
+def with_crowds(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The largest set of objects of a class that fills its common box becomes one group-of box."""
+    instances = list(sample.instances)
+    for category in EVERY:
+        own = [i for i in instances if i.category_id == category]
+        sets = [c for size in range(len(own), 1, -1) for c in combinations(own, size) if _filled(c) >= NEAR]
+        if sets:
+            x0, y0, x1, y1 = _hull(sets[0])
+            instances = [i for i in instances if i not in sets[0]]
+            instances.append(Instance(category, (x0, y0, x1 - x0, y1 - y0), None, is_group_of=True))
+    return replace(sample, instances=tuple(instances))
+
+
+def _hull(some: Sequence[Instance]) -> tuple[float, float, float, float]:
+    left, top = min(i.bbox[0] for i in some), min(i.bbox[1] for i in some)
+    return left, top, max(i.bbox[0] + i.bbox[2] for i in some), max(i.bbox[1] + i.bbox[3] for i in some)
+
+
+def _filled(some: Sequence[Instance]) -> float:
+    x0, y0, x1, y1 = _hull(some)
+    return sum(i.bbox[2] * i.bbox[3] for i in some) / ((x1 - x0) * (y1 - y0))
+
+
+def with_unverified(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Every second class that is in the image, by a coin each, loses its objects there and its verification."""
+    gone = {category for category in sample.verified_present if rng.random() < 0.5}
+    return replace(
+        sample,
+        instances=tuple(i for i in sample.instances if i.category_id not in gone),
+        verified_present=tuple(c for c in sample.verified_present if c not in gone),
+    )
+
+
+GAPS: dict[str, Callable[[Sample, np.random.Generator], Sample]] = {
+    "none": lambda sample, rng: sample,
+    "masks": without_masks,
+    "crowds": with_crowds,
+    "unverified": with_unverified,
+}
+
+
+def write_dataset(root: Path, gap: str, seed: int, train: int, val: int) -> tuple[int, int]:
+    """A shard dataset whose training scenes are spoilt; returns how many objects were touched, and of how many."""
+    config = SceneConfig(train=train, validation=val, seed=seed, long_side=LONG_SIDE, group_fraction=0)
+    whole = [sample_of(config, "train", index) for index in range(train)]
+    rng = np.random.default_rng(seed)
+    spoilt = [GAPS[gap](sample, rng) for sample in whole]
+    rows: list[IndexRow] = []
+    shards: list[Shard] = []
+    location = Location(str(root))
+    held_out = [sample_of(config, "validation", index) for index in range(val)]
+    for split, samples in (("train", spoilt), ("val", held_out)):
+        packed = pack_shard(samples, split=split, path=shard_path(split, 0))
+        (location / packed.shard.path).write(packed.data)
+        shards.append(packed.shard)
+        rows.extend(packed.rows)
+    finish_dataset(location, rows, shards, CLASSES)
+    untouched = sum(instance in sample.instances for sample, of in zip(spoilt, whole) for instance in of.instances)
+    total = sum(len(sample.instances) for sample in whole)
+    return total - untouched, total
+
+
+def train(folder: Path, arm: Arm, seed: int, steps: int) -> tuple[float, float]:
+    """One run of trainer/train.py; returns box and mask AP at 0.5 on the held-out scenes."""
+    run = folder / f"run-{arm.gap}-{ARMS.index(arm)}-{seed}"
+    settings = {
+        "config": ROOT / "configs/demo.yaml",
+        "data.shards": folder / f"{arm.gap}-{seed}",
+        "data.batch_size": 8,
+        "data.workers": 0,
+        "data.min_size": LONG_SIDE * 3 // 4,
+        "data.max_size": LONG_SIDE,
+        "model.anchor_sizes": [12, 24, 48, 72, 96],
+        "optim.milestones": [round(0.75 * steps), round(0.92 * steps)],
+        "train.epochs": 1,
+        "train.steps_per_epoch": steps,
+        "train.checkpoint_steps": steps,
+        "train.eval_epochs": 1,
+        "train.seed": seed,
+        "run.dir": run,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "trainer/train.py"), *words, *arm.options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"benchmark: {arm.gap}, {arm.name}, seed {seed} failed:\n{done.stderr[-2000:]}")
+    result = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    found = float(result["bbox"]["ap50"]), float(result["segm"]["ap50"])
+    print(f"{arm.gap}, {arm.name}, seed {seed}: box {found[0]:.3f}, mask {found[1]:.3f}", file=sys.stderr, flush=True)
+    return found
+
+
+def print_table(
+    arms: Sequence[Arm],
+    results: dict[tuple[Arm, int], tuple[float, float]],
+    counts: dict[tuple[str, int], tuple[int, int]],
+    options: argparse.Namespace,
+    seconds: float,
+) -> None:
+    """The Markdown table of the docs: the mean over the seeds, and the standard error of the mean."""
+    print(
+        f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8",
+        end="",
+    )
+    print(f" images, {options.seeds} seeds; {machine()}, {seconds / 60:.0f} minutes\n")
+    print("| what is missing | treatment | box AP50 | mask AP50 |")
+    print("| --- | --- | ---: | ---: |")
+    for arm in arms:
+        pairs = np.array([results[arm, seed] for seed in range(options.seeds)])
+        error = pairs.std(axis=0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.full(2, np.nan)
+        touched = [counts[arm.gap, seed] for seed in range(options.seeds)]
+        share = sum(t for t, _ in touched) / sum(n for _, n in touched)
+        cells = " | ".join(f"{mean:.3f} ± {half:.3f}" for mean, half in zip(pairs.mean(axis=0), error))
+        print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {cells} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
