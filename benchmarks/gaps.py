@@ -244,7 +244,8 @@ def print_table(
         error = pairs.std(axis=0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.full(2, np.nan)
         touched = [counts[arm.gap, seed] for seed in range(options.seeds)]
         share = sum(t for t, _ in touched) / sum(n for _, n in touched)
-        cells = " | ".join(f"{mean:.3f} ± {half:.3f}" for mean, half in zip(pairs.mean(axis=0), error))
+        spread = [f" ± {half:.3f}" if len(pairs) > 1 else "" for half in error]
+        cells = " | ".join(f"{mean:.3f}{half}" for mean, half in zip(pairs.mean(axis=0), spread))
         print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {cells} |")
 
 
