@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
 from shards.dataset import Dataset, open_dataset
+from shards.loader import loader
 from shards.sample import Sample
 from shards.storage import Location
-from shards.stream import EvalStream, loader
+from shards.stream import EvalStream
 from trainer.checkpoint import load, step_folder, steps_of
 from trainer.data import EvalCollate
 from trainer.detect import Detections, detect

@@ -46,11 +46,11 @@ from shards import rle
 from shards.sample import Instance, Sample
 from trainer import augment
 from trainer import instances as geometry
-from trainer.config import DataConfig, LossConfig, ModelConfig
 from trainer.data import TrainCollate, decode_image
 from trainer.heads import Trainable, mask_loss, targets_of
 from trainer.instances import Batch, read_instances
 from trainer.model import build_model
+from trainer.settings import DataConfig, LossConfig, ModelConfig
 
 OBJECTS = (5, 20, 50)
 WIDTH, HEIGHT = 1024, 768
