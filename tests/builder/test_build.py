@@ -85,7 +85,7 @@ def test_a_finished_root_is_left_alone_and_another_plan_refused(scenes: SceneTru
 
 
 def test_shards_do_not_depend_on_workers(scenes: SceneTruth, unbroken: Path, tmp_path: Path) -> None:
-    build(mirror(scenes), CHOICE, Location(str(tmp_path / "out")), engine=Engine(workers=2))
+    build(mirror(scenes), CHOICE, Location(str(tmp_path / "out")), engine=Engine(workers=4))
     assert tree(tmp_path / "out") == tree(unbroken)
 
 
