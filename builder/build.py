@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from builder.accounts import Account, failed_images, read_accounts, reasons, write_accounts
 from builder.card import ClassCounts, count_classes, render_card
@@ -83,6 +84,27 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A build that is prepared: where it goes, what it will do, and what that took.
+
+    Attributes:
+        started, prepared: by the monotonic clock, in seconds.
+        tables: what was read.
+    """
+
+    root: Location
+    preparation: Preparation
+    started: float
+    prepared: float
+    tables: Traffic
+
+    def measured(self) -> dict[str, Any]:
+        """The fields of a `Summary` that tell of time and tables, as of now."""
+        now = time.monotonic()
+        return {"tables": self.tables, "seconds": now - self.started, "packing": now - self.prepared}
+
+
+@dataclass(frozen=True)
 class Outcome:
     """All rounds of a build: the tasks and their results, and what this run read for them."""
 
@@ -119,14 +141,8 @@ def build(
         UserError: bad input, another dataset or another running build in `root`, or nothing that could be packed.
         StorageError: a place cannot be reached, read or written.
     """
-    started, before = time.monotonic(), PROCESS.total
-    root = absolute(root)
-    check_places(source, root)
-    warm_up(engine)
-    refuse_if_held(root)
-    preparation = prepare(source, choice)
-    tables, prepared = PROCESS.total - before, time.monotonic()
-    plan = preparation.plan
+    begun = begin(source, choice, root, engine)
+    root, preparation, plan = begun.root, begun.preparation, begun.preparation.plan
     with hold(root) as lock:
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
             return _already_built(root, preparation, choice)
@@ -154,12 +170,25 @@ def build(
         replaced=sum(len(task.images) for task in done.tasks if task.name not in first),
         resumed=done.resumed,
         handled=done.handled,
-        tables=tables,
         images=done.images,
         masks=done.masks,
-        seconds=time.monotonic() - started,
-        packing=time.monotonic() - prepared,
+        **begun.measured(),
     )
+
+
+def begin(source: Source, choice: Choice, root: Location, engine: Engine) -> Begun:
+    """What comes before the first write: places are checked, annotations read, the plan is made.
+
+    Raises:
+        UserError, StorageError: as `build`.
+    """
+    started, before = time.monotonic(), PROCESS.total
+    root = absolute(root)
+    check_places(source, root)
+    warm_up(engine)
+    refuse_if_held(root)
+    preparation = prepare(source, choice)
+    return Begun(root, preparation, started, time.monotonic(), PROCESS.total - before)
 
 
 def _already_built(root: Location, preparation: Preparation, choice: Choice) -> Summary:
@@ -175,7 +204,7 @@ def summarise(
     info: DatasetInfo,
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
-    **measured: int | float | Traffic | None,
+    **measured: Any,
 ) -> Summary:
     """A `Summary` of a finished dataset; `measured` are its fields that tell of this run."""
     counts = count_classes(rows, preparation.plan.categories)
@@ -188,7 +217,7 @@ def summarise(
         shards=len(info.shards),
         samples=sum(shard.samples for shard in info.shards),
         nbytes=sum(shard.nbytes for shard in info.shards),
-        **measured,  # type: ignore[arg-type]
+        **measured,
     )
 
 

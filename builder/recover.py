@@ -12,26 +12,25 @@ import io
 import json
 import logging
 import tarfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from builder.accounts import PACKED, RECOVERED, Account, failed_images, read_accounts
-from builder.build import Summary, absolute, check_places, summarise, write_tables
+from builder.build import Summary, begin, summarise, write_tables
 from builder.executors import IN_THIS_PROCESS, Engine, execute
 from builder.fetch import Request, fetch_one
-from builder.lock import Lock, hold, refuse_if_held
+from builder.lock import Lock, hold
 from builder.maskzip import read_members
 from builder.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
 from builder.plan import InlineMask, Member, PlannedImage, PlannedObject, ShardTask
-from builder.prepare import Choice, Preparation, prepare
+from builder.prepare import Choice, Preparation
 from builder.progress import Progress
 from builder.retry import delete, retrying, write
 from builder.rounds import next_round
 from builder.source import Source
 from builder.target import finish_retry, read_rows, retry_stage
-from builder.traffic import PROCESS, Meter, Traffic
+from builder.traffic import Meter, Traffic
 from shards.dataset import ACCOUNTS_FILE, SPLITS, Dataset, IndexRow, Shard, open_dataset
 from shards.errors import DatasetError, UserError
 from shards.sample import Sample
@@ -67,12 +66,8 @@ def retry_failed(
         UserError: `root` holds no finished dataset of this plan, or another build is at work there.
         StorageError: a place cannot be reached, read or written.
     """
-    started, before = time.monotonic(), PROCESS.total
-    root = absolute(root)
-    check_places(source, root)
-    refuse_if_held(root)
-    preparation = prepare(source, choice)
-    tables, prepared = PROCESS.total - before, time.monotonic()
+    begun = begin(source, choice, root, engine)
+    root, preparation = begun.root, begun.preparation
     with hold(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
@@ -110,11 +105,9 @@ def retry_failed(
         accounts,
         recovered=recovered,
         handled=sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs),
-        tables=tables,
         images=sum((result.images for result in results.values()), Traffic()),
         masks=sum((result.masks for result in results.values()), Traffic()),
-        seconds=time.monotonic() - started,
-        packing=time.monotonic() - prepared,
+        **begun.measured(),
     )
 
 
