@@ -87,3 +87,31 @@ def bounds(rle: Rle) -> tuple[float, float, float, float]:
     """The tight box (x, y, w, h) in pixels; w and h are 0 for an empty mask."""
     x, y, w, h = coco_mask.toBbox(rle.to_coco())
     return float(x), float(y), float(w), float(h)
+
+
+def runs(rle: Rle) -> NDArray[np.int64]:
+    """The lengths of a mask's runs, the first of zeros; they are not checked against its size.
+
+    pycocotools decodes the same string, but takes any: this is for masks that come from elsewhere.
+
+    Raises:
+        ValueError: `counts` is not a string of COCO's code.
+    """
+    codes = np.frombuffer(rle.counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes):
+        return codes
+    # Six bits a letter: five of a number, the lowest first, and one that says that more follow.
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("counts is not a string of COCO's code")
+    ends = np.flatnonzero((codes & 32) == 0)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        raise ValueError("counts has a number of more than 32 bits")
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # the last letter's fifth bit is the sign
+    # From the fourth run on, each is told as the difference to the one before of its kind.
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shards.dataset import IndexRow, Shard
+from shards.members import member_header
 from shards.sample import Sample
 
 
@@ -48,19 +49,18 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
         for sample in samples:
             start = tar.offset
             for extension, data in sample.to_members().items():
-                member = tarfile.TarInfo(f"{sample.image_id}.{extension}")  # mtime, uid, gid 0; no names
-                member.size, member.mode = len(data), 0o444
-                tar.addfile(member, io.BytesIO(data))
+                tar.addfile(member_header(f"{sample.image_id}.{extension}", len(data)), io.BytesIO(data))
             spans.append((sample, start, tar.offset))
             tar.members.clear()  # type: ignore[attr-defined]  # kept by tarfile for reading back, which nobody does
     whole = buffer.getvalue()
     view = memoryview(whole)
-    rows = tuple(_index_row(sample, split, path, start, view[start:end]) for sample, start, end in spans)
+    rows = tuple(index_row(sample, split, path, start, view[start:end]) for sample, start, end in spans)
     shard = Shard(path, split, len(rows), len(whole), hashlib.sha256(whole).hexdigest())
     return PackedShard(whole, shard, rows)
 
 
-def _index_row(sample: Sample, split: str, path: str, offset: int, data: memoryview) -> IndexRow:
+def index_row(sample: Sample, split: str, path: str, offset: int, data: bytes | memoryview) -> IndexRow:
+    """The row of a sample that lies at `offset` of the shard `path` with the bytes `data`."""
     instances = Counter(instance.category_id for instance in sample.instances)
     masks = Counter(instance.category_id for instance in sample.instances if instance.segmentation is not None)
     groups = Counter(instance.category_id for instance in sample.instances if instance.is_group_of)

@@ -1,0 +1,97 @@
+"""The members of a sample, cut out of a shard's bytes without webdataset, which imports torch.
+
+A shard is ustar (POSIX.1-1988): blocks of 512 bytes, a header before each member, zeros after the last.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+
+from shards.errors import SampleError
+from shards.sample import KEY
+
+BLOCK = 512  # bytes; headers have one, members are padded to whole ones
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the format needs of a member's header.
+
+    Attributes:
+        key, extension: the two parts of its name; both "" for a name that no sample can have.
+        name: as the header has it.
+        size: bytes of the member, without its padding.
+        canonical: whether the header is, bit for bit, the one that the format asks for.
+    """
+
+    key: str
+    extension: str
+    name: str
+    size: int
+    canonical: bool
+
+    @property
+    def padded(self) -> int:
+        """Bytes that the member takes after its header."""
+        return -(-self.size // BLOCK) * BLOCK
+
+
+def member_header(name: str, size: int) -> tarfile.TarInfo:
+    """The header of a member: mode 0444, mtime, owner and group 0 without names."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o444
+    return member
+
+
+def parse_header(block: bytes | memoryview) -> Header | None:
+    """Read one header of 512 bytes; None for a block of zeros, which ends a tar.
+
+    Raises:
+        ValueError: it is not a header, or its checksum is wrong.
+    """
+    block = bytes(block)
+    if block.count(0) == BLOCK:
+        return None
+    try:
+        found = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except tarfile.HeaderError as error:
+        raise ValueError(str(error) or "not a tar header") from error
+    key, _, extension = found.name.partition(".")
+    if not KEY.fullmatch(key):
+        key = extension = ""
+    expected = member_header(found.name, found.size)
+    try:
+        canonical = expected.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict") == block
+    except ValueError:  # a name that ustar cannot hold, from another kind of tar
+        canonical = False
+    return Header(key, extension, found.name, found.size, canonical)
+
+
+def read_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, bytes]:
+    """The members of one sample by extension.
+
+    Args:
+        data: the sample's bytes, as its index row bounds them.
+        image_id: its key.
+        where: the shard, which errors name.
+
+    Raises:
+        SampleError: the bytes are not members of this sample.
+    """
+    view = memoryview(data)
+    members: dict[str, bytes] = {}
+    position = 0
+    while position < len(view):
+        try:
+            header = parse_header(view[position : position + BLOCK])
+        except ValueError as error:
+            raise SampleError(f"{where}: sample {image_id}: no tar header at its byte {position} ({error})") from error
+        if header is None:
+            break
+        if header.key != image_id:
+            raise SampleError(f"{where}: {header.name} lies where the index has {image_id}: build the dataset again")
+        start = position + BLOCK
+        members[header.extension] = bytes(view[start : start + header.size])
+        position = start + header.padded
+    return members

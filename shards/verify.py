@@ -1,0 +1,318 @@
+"""Everything a dataset promises, checked against every byte of it: `inspect-shards --verify`.
+
+Several shards are read at a time, each once and from the front (`shards.walk`); what is found is compared with
+`dataset.json`, with the index and with the format. Beside the index, memory holds two chunks and one sample a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shards.contents import content_faults
+from shards.dataset import DATASET_FILE, INDEX_FILE, INDEX_SCHEMA, SPLITS, DatasetInfo, IndexRow, Shard
+from shards.errors import DatasetError, SampleError, StorageError
+from shards.sample import Sample
+from shards.storage import Location, explain
+from shards.walk import Broken, Found, ShardBytes, walk
+from shards.writer import index_row
+
+SHARDS_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        file: the shard's path below the root, or another file's.
+        what: what is wrong with it.
+        key: the sample; "" where it concerns none, or it is not known which.
+        offset: of the sample in the shard, in bytes; None where it concerns none.
+    """
+
+    file: str
+    what: str
+    key: str = ""
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        key = f" sample {self.key}" if self.key else ""
+        offset = f" at offset {self.offset}" if self.offset is not None else ""
+        return f"{self.file}:{key}{offset}{':' if key or offset else ''} {self.what}"
+
+
+@dataclass
+class Checked:
+    """What was looked at, and what is wrong with it."""
+
+    shards: int = 0
+    samples: int = 0
+    boxes: int = 0
+    masks: int = 0
+    nbytes: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, other: Checked) -> None:
+        """Count what another has counted; its faults are left to it."""
+        for name in ("shards", "samples", "boxes", "masks", "nbytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class Verification:
+    """The check of one dataset.
+
+    Args:
+        root: where it lies.
+
+    Attributes:
+        info: what `dataset.json` says.
+        total: the bytes that its shards should have.
+        note: what could not be looked for, and why; "" for nothing.
+
+    Raises:
+        DatasetError, StorageError: there is no `dataset.json` that could be checked.
+    """
+
+    def __init__(self, root: Location) -> None:
+        self.root = root
+        where = str(root / DATASET_FILE)
+        try:
+            value = json.loads((root / DATASET_FILE).read())
+        except StorageError as error:
+            if not error.missing:
+                raise
+            raise DatasetError(f"{root}: there is no {DATASET_FILE}: not a shard dataset, or unfinished") from error
+        except ValueError as error:
+            raise DatasetError(f"{where}: not JSON ({error}): build the dataset again") from error
+        self.info = DatasetInfo.from_json(value, where)
+        self.total = sum(shard.nbytes for shard in self.info.shards)
+        self.note = ""
+        self._categories = frozenset(category.id for category in self.info.categories)
+
+    def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Checked]:
+        """Check everything: first the dataset as a whole, then shard after shard, in the order of `dataset.json`.
+
+        Args:
+            on_bytes: told how many bytes of shards have come; called from one thread at a time.
+        """
+        faults: list[Fault] = list(self._info_faults())
+        table = self._read_index(faults)
+        rows = _rows_by_shard(table, [shard.path for shard in self.info.shards])
+        faults.extend(_index_faults(table, self.info.shards, rows))
+        faults.extend(self._extra_shards())
+        yield Checked(faults=faults)
+        lock = threading.Lock()
+
+        def count(nbytes: int) -> None:
+            with lock:
+                on_bytes(nbytes)
+
+        def check(shard: Shard) -> Checked:
+            return self._check_shard(shard, _index_rows(table, rows[shard.path]), count)
+
+        pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
+        try:
+            yield from pool.map(check, self.info.shards)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _info_faults(self) -> Iterator[Fault]:
+        for name, values in (
+            ("class id", [category.id for category in self.info.categories]),
+            ("shard", [shard.path for shard in self.info.shards]),
+        ):
+            for value, times in Counter(values).items():
+                if times > 1:
+                    yield Fault(DATASET_FILE, f"{name} {value} occurs {times} times")
+
+    def _read_index(self, faults: list[Fault]) -> pa.Table:
+        """The index, or an empty one where it cannot be read; what is wrong with it is added to `faults`."""
+        try:
+            data = (self.root / INDEX_FILE).read()
+            found = hashlib.sha256(data).hexdigest()
+            if found != self.info.index_sha256:
+                faults.append(Fault(INDEX_FILE, f"sha256 is {found}, {DATASET_FILE} says {self.info.index_sha256}"))
+            table = pq.read_table(io.BytesIO(data), schema=INDEX_SCHEMA)
+            empty = [name for name in INDEX_SCHEMA.names if table[name].null_count]
+            if not empty:
+                return table
+            faults.append(Fault(INDEX_FILE, f"column {empty[0]} has rows without a value"))
+        except StorageError as error:
+            faults.append(Fault(INDEX_FILE, f"cannot be read: {error}"))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            faults.append(Fault(INDEX_FILE, f"is not an index in Parquet: {_line(error)}"))
+        return INDEX_SCHEMA.empty_table()
+
+    def _extra_shards(self) -> Iterator[Fault]:
+        known = {shard.path for shard in self.info.shards}
+        if self.root.protocol in ("http", "https"):
+            self.note = (
+                f"{self.root}: http tells no listing: shards that {DATASET_FILE} does not name were not looked for"
+            )
+            return
+        for split in SPLITS:
+            place = self.root / split
+            try:
+                paths = sorted(str(path) for path in place.fs.ls(place.path, detail=False))
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                reason = explain(error, str(place))
+                if reason is None:
+                    raise
+                self.note = f"{reason}: shards that {DATASET_FILE} does not name were not looked for"
+                return
+            for path in (f"{split}/{path.rsplit('/', 1)[-1]}" for path in paths if path.endswith(".tar")):
+                if path not in known:
+                    yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
+
+    def _check_shard(self, shard: Shard, rows: Mapping[str, IndexRow], on_bytes: Callable[[int], None]) -> Checked:
+        checked = Checked(shards=1)
+        against_index: list[Fault] = []
+        source = ShardBytes(self.root / shard.path, shard.nbytes, on_bytes)
+        missing = dict(rows)
+        try:
+            for item in walk(source, sorted(row.offset for row in rows.values())):
+                if isinstance(item, Broken):
+                    checked.faults.append(Fault(shard.path, item.what, item.key, item.offset))
+                    continue
+                checked.samples += 1
+                row = missing.pop(item.key, None)
+                against_index.extend(_crc_faults(item, row, shard.path))
+                self._check_sample(item, row, shard, checked, against_index)
+        except Exception as error:
+            reason = explain(error, str(self.root / shard.path))
+            if reason is None:
+                raise
+            checked.faults += [
+                *against_index,
+                Fault(shard.path, f"cannot be read: {reason}", "", source.received or None),
+            ]
+            return checked
+        finally:
+            source.close()
+        checked.nbytes = source.received
+        whole = list(self._whole_faults(shard, source))
+        twin = next((other.path for other in self.info.shards if other.sha256 == source.sha256 != shard.sha256), None)
+        if twin is not None:
+            # Every sample of it is at odds with the index: one line says why.
+            whole, against_index, missing = (
+                [Fault(shard.path, f"it holds the bytes of {twin}: swapped, or copied over it")],
+                [],
+                {},
+            )
+        against_index += [
+            Fault(shard.path, "the shard does not hold it, the index does", key, row.offset)
+            for key, row in missing.items()
+        ]
+        checked.faults = whole + sorted(checked.faults + against_index, key=lambda fault: fault.offset or 0)
+        return checked
+
+    def _whole_faults(self, shard: Shard, source: ShardBytes) -> Iterator[Fault]:
+        if source.received < shard.nbytes:
+            told = f"it ends after {source.received} bytes, {DATASET_FILE} says {shard.nbytes}: truncated"
+            yield Fault(shard.path, told, offset=source.received)
+        elif source.received > shard.nbytes:
+            yield Fault(shard.path, f"it is longer than the {shard.nbytes} bytes that {DATASET_FILE} says")
+        elif source.sha256 != shard.sha256:
+            yield Fault(shard.path, f"sha256 is {source.sha256}, {DATASET_FILE} says {shard.sha256}")
+
+    def _check_sample(
+        self, found: Found, row: IndexRow | None, shard: Shard, checked: Checked, against_index: list[Fault]
+    ) -> None:
+        def fault(what: str) -> Fault:
+            return Fault(shard.path, what, found.key, found.offset)
+
+        try:
+            sample = Sample.from_members(found.key, {"jpg": found.jpg, "json": found.json})
+        except SampleError as error:
+            checked.faults.append(fault(str(error).partition(": ")[2]))
+            return
+        checked.boxes += len(sample.instances)
+        checked.masks += sum(instance.segmentation is not None for instance in sample.instances)
+        checked.faults.extend(map(fault, content_faults(sample, found.json, self._categories)))
+        if row is None:
+            return
+        real = index_row(sample, shard.split, shard.path, found.offset, b"")
+        for name in (item.name for item in fields(IndexRow) if item.name not in ("nbytes", "crc32")):
+            told, is_so = getattr(row, name), getattr(real, name)
+            if told != is_so:
+                against_index.append(fault(f"the index says {name} {_shown(told)}, the shard has {_shown(is_so)}"))
+
+
+def _crc_faults(found: Found, row: IndexRow | None, path: str) -> Iterator[Fault]:
+    if row is None:
+        yield Fault(path, "the index does not have it here", found.key, found.offset)
+        return
+    if row.nbytes != found.nbytes:
+        told = f"the index says nbytes {row.nbytes}, the shard has {found.nbytes}"
+        yield Fault(path, told, found.key, found.offset)
+    if row.crc32 != found.crc32:
+        told = f"crc32 is {found.crc32:08x}, the index says {row.crc32:08x}"
+        yield Fault(path, told, found.key, found.offset)
+
+
+def _rows_by_shard(table: pa.Table, paths: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """The numbers of each shard's rows, ascending; "" collects those of shards that are not in `paths`."""
+    positions = {path: number for number, path in enumerate(paths)}
+    encoded = table["shard"].combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    known = np.array([positions.get(path, len(paths)) for path in encoded.dictionary.to_pylist()] or [0], np.int64)
+    codes = known[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)] if len(table) else np.zeros(0, np.int64)
+    order = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[order], np.arange(len(paths) + 2))
+    names = [*paths, ""]
+    return {name: order[bounds[number] : bounds[number + 1]] for number, name in enumerate(names)}
+
+
+def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, NDArray[np.int64]]) -> Iterator[Fault]:
+    for row in rows[""]:
+        value = table.slice(int(row), 1).to_pylist()[0]
+        told = f"row {row} lies in {value['shard']}, which is not a shard of {DATASET_FILE}"
+        yield Fault(INDEX_FILE, told, str(value["image_id"]), value["offset"])
+    if not table.num_rows:
+        return
+    counts = table["image_id"].value_counts()
+    for value in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist():
+        yield Fault(INDEX_FILE, f"occurs in {value['counts']} rows", str(value["values"]))
+    last = -1
+    for shard in shards:
+        mine = rows[shard.path]
+        if len(mine) != shard.samples:
+            told = f"{DATASET_FILE} says {shard.samples} samples, the index has {len(mine)}"
+            yield Fault(shard.path, told)
+        offsets = table["offset"].take(pa.array(mine)).to_numpy()
+        if len(mine) and (mine[0] <= last or np.any(np.diff(mine) != 1) or np.any(np.diff(offsets) <= 0)):
+            yield Fault(INDEX_FILE, f"the rows of {shard.path} are not in the order of the shards and offsets")
+        last = int(mine[-1]) if len(mine) else last
+
+
+def _index_rows(table: pa.Table, rows: NDArray[np.int64]) -> dict[str, IndexRow]:
+    values = table.take(pa.array(rows)).to_pylist()
+    lists = ("classes", "instances", "masks", "groups")
+    return {
+        str(value["image_id"]): IndexRow(**{**value, **{name: tuple(value[name] or ()) for name in lists}})
+        for value in values
+    }
+
+
+def _shown(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
