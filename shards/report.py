@@ -1,116 +1,216 @@
-"""`inspect-shards`: what a shard dataset holds, told from its index."""
+"""`inspect-shards`: what a shard dataset holds, whether it is whole, and how it looks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
-import numpy as np
-
+from shards.counts import ClassCounts, SplitCounts, count, totals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
+from shards.sample import FLAGS
 from shards.storage import Location
 
+FLAG_NAMES = {flag: flag.removeprefix("is_").replace("_", "-") for flag in FLAGS}
 
-@dataclass(frozen=True)
-class ClassCounts:
-    """One class in one split: images that have it, its boxes, those with a mask, those that are group-of regions."""
+_EPILOG = """\
+examples:
+  inspect-shards s3://bucket/prefix
+  inspect-shards s3://bucket/prefix --html traffic.html --samples 96
+  inspect-shards s3://bucket/prefix --verify
+  inspect-shards s3://bucket/prefix --extract 000a1249af2bc5f0 --out look
 
-    name: str
-    images: int
-    boxes: int
-    masks: int
-    groups: int
+The counts come from the index. Verified labels and flags are not in it: they are counted in the annotations of
+--label-images images of each split, which are chosen by a hash of --seed, and the report says of how many.
 
-
-@dataclass(frozen=True)
-class SplitReport:
-    """One split: images, shards, bytes, the images' median size in pixels, and its classes by id."""
-
-    split: str
-    images: int
-    shards: int
-    nbytes: int
-    median_width: int
-    median_height: int
-    classes: tuple[ClassCounts, ...]
+exit status: 0, or 1 when --verify found a fault, or 2 with one line that says what was wrong, or 130 when interrupted
+"""
 
 
-def report(dataset: Dataset) -> tuple[SplitReport, ...]:
-    """Count every split of a dataset; the shards themselves are not read."""
-    return tuple(_split_report(dataset, split) for split in dataset.splits)
-
-
-def _split_report(dataset: Dataset, split: str) -> SplitReport:
-    index = dataset.index(split)
-    counts = {name: index.counts(name, dataset.categories) for name in ("images", "instances", "masks", "groups")}
-    shards = [shard for shard in dataset.info.shards if shard.split == split]
-    return SplitReport(
-        split=split,
-        images=len(index),
-        shards=len(shards),
-        nbytes=sum(shard.nbytes for shard in shards),
-        median_width=int(np.median(index.width)) if len(index) else 0,
-        median_height=int(np.median(index.height)) if len(index) else 0,
-        classes=tuple(
-            ClassCounts(
-                category.name,
-                counts["images"][category.id],
-                counts["instances"][category.id],
-                counts["masks"][category.id],
-                counts["groups"][category.id],
-            )
-            for category in dataset.categories
-        ),
-    )
-
-
-def render(dataset: Dataset, splits: Sequence[SplitReport]) -> str:
-    """The report as a text that a person reads."""
+def render(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
+    """The counts as a text that a person reads."""
     lines = [f"{dataset.root}", f"plan {dataset.info.plan[:16] or 'unknown'}", ""]
     for split in splits:
+        lines += [*_split_lines(split), ""]
+    gaps = sorted((row for row in totals(splits) if row.box_only), key=lambda row: -row.box_only)
+    for row in gaps[:5]:
+        objects = row.boxes - row.groups
+        lines.append(f"{row.name}: {row.box_only_share:.0%} of objects have a box only ({row.box_only} of {objects})")
+    if gaps:
+        more = f" {len(gaps) - 5} more classes have such objects." if len(gaps) > 5 else ""
         lines.append(
-            f"{split.split}: {split.images} images in {split.shards} shards, {split.nbytes / 1e6:.1f} MB, "
-            f"median {split.median_width}x{split.median_height} pixels"
+            f"A box only teaches class and box, but no mask; COCO's mask AP counts finding it as an error.{more}"
         )
-        lines.append(f"  {'class':24} {'images':>9} {'boxes':>9} {'masks':>9} {'masked':>8} {'group-of':>9}")
-        for row in (row for row in split.classes if row.images):
-            objects = row.boxes - row.groups
-            share = f"{row.masks / objects:.0%}" if objects else "-"
-            lines.append(f"  {row.name:24} {row.images:>9} {row.boxes:>9} {row.masks:>9} {share:>8} {row.groups:>9}")
-        empty = sum(not row.images for row in split.classes)
-        lines += [f"  ({empty} more of the classes are in no image)", ""] if empty else [""]
-    lines.append("boxes: every annotation; masked: the share of objects (group-of regions aside) that have a mask.")
+    lines.append("boxes: all annotations; group-of: regions of several objects, which box only leaves aside")
     return "\n".join(lines)
+
+
+def _split_lines(split: SplitCounts) -> list[str]:
+    shards = f"{split.shards} shard{'s' if split.shards != 1 else ''}"
+    lines = [f"{split.split}: {split.images} images in {shards}, {split.nbytes / 1e6:.1f} MB"]
+    if split.sizes is not None:
+        (least_w, width, most_w), (least_h, height, most_h) = split.sizes.width, split.sizes.height
+        lines.append(
+            f"  median {width}x{height} pixels, width {least_w} to {most_w}, height {least_h} to {most_h}, "
+            f"{split.sizes.portrait:.0%} upright"
+        )
+    labels = split.labels
+    head = f"  {'class':24} {'images':>9} {'boxes':>9} {'masks':>9} {'box only':>9} {'group-of':>9}"
+    lines.append(head + (f" {'present':>9} {'absent':>9}" if labels is not None else ""))
+    for row in (row for row in split.classes if row.images):
+        line = f"  {row.name:24} {row.images:>9} {row.boxes:>9} {row.masks:>9} {_share(row):>9} {row.groups:>9}"
+        if labels is not None:
+            told = labels.classes.get(row.id)
+            counts = (told.present, told.absent) if told is not None else (0, 0)
+            line += "".join(f" {number / labels.images:>9.0%}" for number in counts)
+        lines.append(line)
+    empty = sum(not row.images for row in split.classes)
+    if empty:
+        lines.append(f"  ({empty} more of the classes are in no image)")
+    if labels is not None:
+        flags = ", ".join(f"{labels.flags[flag]} {name}" for flag, name in FLAG_NAMES.items() if labels.flags[flag])
+        of = "all" if labels.images == split.images else f"a random {labels.images} of the {split.images}"
+        lines.append(
+            f"  verified as present, as absent: share of {of} images; {labels.objects} annotations in them"
+            + (f", {flags}" if flags else "")
+        )
+    return lines
+
+
+def _share(row: ClassCounts) -> str:
+    return "-" if row.box_only_share is None else f"{row.box_only_share:.0%}"
+
+
+def to_json(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
+    """The counts for machines."""
+    value = {"root": str(dataset.root), "plan": dataset.info.plan, "splits": [asdict(split) for split in splits]}
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `inspect-shards`."""
+    parser = argparse.ArgumentParser(
+        prog="inspect-shards",
+        description="Tell what a shard dataset holds; or check all of it, show it as a page, take a sample out of it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("root", metavar="URL", help="the dataset: s3://bucket/prefix, a local path, any fsspec URL")
+    parser.add_argument("--anonymous", action="store_true", help="do not sign S3 requests (public buckets)")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines (counts, or faults of --verify)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything and check every hash, member, mask and box; each fault is a line",
+    )
+    what.add_argument("--html", metavar="FILE", help="write one page with the counts and a gallery, for any browser")
+    what.add_argument("--extract", nargs="+", metavar="ID", help="write JPEG, JSON and mask PNGs of these images")
+    parser.add_argument(
+        "--out", default="extracted", metavar="DIR", help="where --extract writes, any URL (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=_count, default=48, metavar="N", help="images in the gallery (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--label-images",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="images a split whose annotations are read for the counts; 0: the index alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="another seed shows other images (default: %(default)s)"
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `inspect-shards`; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="inspect-shards",
-        description="Counts of images, classes, masks and boxes of a shard dataset, from its index alone.",
-        epilog="example: inspect-shards s3://bucket/prefix",
-    )
-    parser.add_argument("root", help="the dataset: s3://bucket/prefix, a local path, any fsspec URL")
-    parser.add_argument("--anonymous", action="store_true", help="do not sign S3 requests (public buckets)")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
-        dataset = open_dataset(Location(arguments.root, anonymous=arguments.anonymous))
-        splits = report(dataset)
+        return _run(arguments)
     except UserError as error:
         print(f"inspect-shards: error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        value: dict[str, Any] = {"root": str(dataset.root), "plan": dataset.info.plan}
-        print(json.dumps(value | {"splits": [asdict(split) for split in splits]}, indent=2, ensure_ascii=False))
-    else:
-        print(render(dataset, splits))
+    except KeyboardInterrupt:
+        print("inspect-shards: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    root = Location(arguments.root, anonymous=arguments.anonymous)
+    if arguments.verify:
+        return _verify(root, as_json=arguments.json)
+    dataset = open_dataset(root)
+    if arguments.extract:
+        return _extract(dataset, arguments.extract, Location(arguments.out))
+    splits = count(dataset, label_images=arguments.label_images, seed=arguments.seed)
+    if arguments.html:
+        return _page(dataset, splits, arguments)
+    print(to_json(dataset, splits) if arguments.json else render(dataset, splits))
     return 0
+
+
+def _verify(root: Location, *, as_json: bool) -> int:
+    from tqdm import tqdm
+
+    from shards.verify import Checked, Verification
+
+    started = time.monotonic()
+    verification = Verification(root)
+    done, faults = Checked(), []
+    with tqdm(total=verification.total, unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
+        for part in verification.run(bar.update):
+            done.add(part)
+            faults += part.faults
+            if not as_json:
+                for fault in part.faults:
+                    tqdm.write(str(fault), file=sys.stdout)
+                sys.stdout.flush()
+    if verification.note:
+        print(f"inspect-shards: note: {verification.note}", file=sys.stderr)
+    counts = {name: getattr(done, name) for name in ("shards", "samples", "boxes", "masks", "nbytes")}
+    if as_json:
+        print(json.dumps({"root": str(root), **counts, "faults": [asdict(fault) for fault in faults]}, indent=2))
+        return int(bool(faults))
+    told = "no fault" if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    print(
+        f"{told}: {done.samples} samples in {done.shards} shards, {done.boxes} boxes, {done.masks} masks, "
+        f"{done.nbytes / 1e6:.1f} MB read in {time.monotonic() - started:.1f} s"
+    )
+    return int(bool(faults))
+
+
+def _extract(dataset: Dataset, image_ids: Sequence[str], out: Location) -> int:
+    from shards.extract import extract
+
+    for image_id in image_ids:
+        for written in extract(dataset, image_id, out):
+            print(written)
+    return 0
+
+
+def _page(dataset: Dataset, splits: Sequence[SplitCounts], arguments: argparse.Namespace) -> int:
+    from shards.gallery import make_page
+
+    page = make_page(dataset, splits, samples=arguments.samples, seed=arguments.seed)
+    target = Location(arguments.html)
+    target.write(page)
+    print(f"{target}: {len(page) / 1e6:.1f} MB")
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
 
 
 if __name__ == "__main__":

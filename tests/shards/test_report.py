@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,32 +11,60 @@ from tests.support import sample, write_dataset
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path: Path) -> str:
     write_dataset(tmp_path, {"train": [sample(n) for n in range(10)], "val": [sample(n) for n in range(10, 13)]})
     return str(tmp_path)
 
 
-def test_counts_of_every_split_and_class(root, capsys):
+def test_counts_of_every_split_and_class(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([root, "--json"]) == 0
     train, val = json.loads(capsys.readouterr().out)["splits"]
     assert (train["split"], train["images"], train["shards"]) == ("train", 10, 2)
     assert train["classes"] == [
-        {"name": "Person", "images": 10, "boxes": 10, "masks": 10, "groups": 0},
-        {"name": "Car", "images": 5, "boxes": 5, "masks": 0, "groups": 0},
+        {"id": 1, "name": "Person", "images": 10, "boxes": 10, "masks": 10, "groups": 0},
+        {"id": 2, "name": "Car", "images": 5, "boxes": 5, "masks": 0, "groups": 0},
     ]
-    assert (val["images"], val["median_width"], val["median_height"]) == (3, 48, 32)
+    assert (val["images"], val["sizes"]) == (3, {"width": [48] * 3, "height": [32] * 3, "portrait": 0.0})
 
 
-def test_the_table_shows_what_has_no_mask(root, capsys):
+def test_verified_labels_and_flags_are_counted_in_the_annotations(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every image of `sample` confirms Person; the even ones rule Car out, the odd ones have an occluded car."""
+    assert main([root, "--json"]) == 0
+    train, _ = json.loads(capsys.readouterr().out)["splits"]
+    assert train["labels"]["images"] == 10
+    assert train["labels"]["classes"] == {"1": {"present": 10, "absent": 0}, "2": {"present": 0, "absent": 5}}
+    assert (train["labels"]["objects"], train["labels"]["flags"]["is_occluded"]) == (15, 5)
+    assert main([root, "--json", "--label-images", "4"]) == 0
+    train, val = json.loads(capsys.readouterr().out)["splits"]
+    assert (train["labels"]["images"], val["labels"]["images"]) == (4, 3)
+
+
+def test_without_label_images_no_shard_is_read(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in Path(root).rglob("*.tar"):
+        shard.unlink()
+    assert main([root, "--label-images", "0"]) == 0
+    assert "verified" not in capsys.readouterr().out
+    assert main([root]) == 2
+    error = capsys.readouterr().err
+    assert "train/000000.tar: sample 0000000000000000: cannot be read" in error
+    assert error.count("\n") == 1
+
+
+def test_the_table_shows_what_has_no_mask(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([root]) == 0
     out = capsys.readouterr().out
     assert "train: 10 images in 2 shards" in out
     person, car = (next(line.split() for line in out.splitlines() if name in line) for name in ("Person", "Car"))
-    assert person == ["Person", "10", "10", "10", "100%", "0"]
-    assert car == ["Car", "5", "5", "0", "0%", "0"]
+    assert person == ["Person", "10", "10", "10", "0%", "0", "100%", "0%"]
+    assert car == ["Car", "5", "5", "0", "100%", "0", "0%", "50%"]
+    assert "verified as present, as absent: share of all images; 15 annotations in them, 5 occluded" in out
+    assert "Car: 100% of objects have a box only (6 of 6)" in out
+    assert "Person:" not in out
 
 
-def test_a_folder_that_is_no_dataset_ends_in_one_line(tmp_path, capsys):
+def test_a_folder_that_is_no_dataset_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -43,7 +72,15 @@ def test_a_folder_that_is_no_dataset_ends_in_one_line(tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_help_answers_within_a_second():
+def test_help_answers_within_a_second() -> None:
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", "shards.report", "--help"], check=True, capture_output=True)
     assert time.monotonic() - start < 1.0
+
+
+def test_no_part_of_the_command_imports_torch() -> None:
+    code = (
+        "import sys, shards.report, shards.verify, shards.gallery, shards.extract; "
+        "sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

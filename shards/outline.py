@@ -1,0 +1,100 @@
+"""The outline of a mask as polygons, and as the path of an SVG.
+
+The contour runs along the edges of pixels, so it is exact; simplified (Douglas and Peucker, "Algorithms for the
+reduction of the number of points required to represent a digitized line", 1973) it stays within a tolerance and takes
+a tenth of the points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Points = NDArray[np.int64]
+
+# Steps by direction: right, down, left, up. The object lies to the right of each step, as y points down.
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
+
+
+def contours(mask: NDArray[np.bool_]) -> list[Points]:
+    """The closed contours of a mask (H, W), holes among them.
+
+    Returns:
+        Per contour (n, 2) corners x, y of pixels, 0 to W and 0 to H, without points on straight lines; the last one is
+        joined to the first. The even-odd rule fills exactly the mask.
+    """
+    inside = np.pad(mask, 1)
+    core = inside[1:-1, 1:-1]
+    # Where an object's pixel has none at its top, right, bottom, left; and the corner at which that edge begins.
+    edges = (
+        (core & ~inside[:-2, 1:-1], (0, 0)),
+        (core & ~inside[1:-1, 2:], (1, 0)),
+        (core & ~inside[2:, 1:-1], (1, 1)),
+        (core & ~inside[1:-1, :-2], (0, 1)),
+    )
+    leaving: dict[tuple[int, int], list[int]] = {}
+    for direction, (at, (right, down)) in enumerate(edges):
+        ys, xs = np.nonzero(at)
+        for corner in zip((xs + right).tolist(), (ys + down).tolist()):
+            leaving.setdefault(corner, []).append(direction)
+    found = []
+    while leaving:
+        corner, directions = next(iter(leaving.items()))
+        found.append(_follow(leaving, corner, directions[0]))
+    return found
+
+
+def _follow(leaving: dict[tuple[int, int], list[int]], start: tuple[int, int], direction: int) -> Points:
+    """Walk one contour and take its edges out of `leaving`."""
+    corner, last, points = start, -1, []
+    while True:
+        ways = leaving[corner]
+        # Where two pixels touch at a corner only, the right turn keeps them apart.
+        direction = direction if last < 0 else next(d for d in ((last + 1) % 4, last, (last - 1) % 4) if d in ways)
+        ways.remove(direction)
+        if not ways:
+            del leaving[corner]
+        if direction != last:
+            points.append(corner)
+        corner, last = (corner[0] + STEPS[direction][0], corner[1] + STEPS[direction][1]), direction
+        if corner == start and (corner not in leaving or (last + 1) % 4 not in leaving[corner]):
+            break
+    ring = np.array(points, dtype=np.int64)
+    turns_at_start = not np.array_equal(np.sign(ring[1] - ring[0]), np.sign(ring[0] - ring[-1]))
+    return ring if turns_at_start else ring[1:]
+
+
+def simplify(ring: Points, tolerance: float) -> Points:
+    """Leave out points of a closed contour (n, 2) that lie within `tolerance` pixels of the line without them."""
+    if len(ring) < 4:
+        return ring
+    closed = np.vstack((ring, ring[:1]))
+    far = int(np.argmax(((ring - ring[0]) ** 2).sum(axis=1)))
+    keep = {0, far}
+    parts = [(0, far), (far, len(ring))]
+    while parts:
+        first, last = parts.pop()
+        if last - first < 2:
+            continue
+        between, start = closed[first + 1 : last] - closed[first], closed[last] - closed[first]
+        length = float(np.hypot(*start))
+        away = np.hypot(*between.T) if length == 0 else np.abs(between @ (start[1], -start[0])) / length
+        worst = int(np.argmax(away))
+        if away[worst] > tolerance:
+            middle = first + 1 + worst
+            keep.add(middle)
+            parts += [(first, middle), (middle, last)]
+    return ring[sorted(keep)] if len(keep) > 2 else simplify(ring, tolerance / 2)  # a line encloses nothing
+
+
+def svg_path(rings: Iterable[Points]) -> str:
+    """The `d` of an SVG path: each contour of three points or more, by steps from point to point."""
+    parts = []
+    for ring in rings:
+        if len(ring) < 3:
+            continue
+        steps = " ".join(map(str, np.diff(ring, axis=0).ravel().tolist())).replace(" -", "-")
+        parts.append(f"M{ring[0, 0]} {ring[0, 1]}l{steps}z")
+    return "".join(parts)

@@ -1,0 +1,148 @@
+"""A few samples of a dataset, chosen by a seeded hash through the index alone and read by range requests; no torch.
+
+Which samples are chosen depends on the seed, their keys and classes, not on where they lie: the same dataset with other
+shard sizes shows the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from shards.dataset import Dataset
+from shards.errors import DatasetError, SampleError
+from shards.members import BLOCK, parse_header, read_members
+from shards.ranges import Read, read_many
+from shards.reader import SampleReader
+from shards.sample import Sample
+from shards.storage import explain
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample: its split, and its row in the index of that split."""
+
+    split: str
+    row: int
+
+
+def find(dataset: Dataset, image_id: str) -> Row:
+    """The row of a key.
+
+    Raises:
+        DatasetError: there is no such sample.
+    """
+    for split in dataset.splits:
+        row = pc.index(_rows(dataset, split)["image_id"], image_id).as_py()
+        if row >= 0:
+            return Row(split, row)
+    raise DatasetError(
+        f"{dataset.root}: there is no sample {image_id!r} among its {dataset.table.num_rows}: "
+        "keys are ImageIDs such as 0123456789abcdef, without .jpg"
+    )
+
+
+def first_rows(dataset: Dataset, split: str, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Up to `count` rows of a split, ascending: a random sample of it, in which each of its samples is as likely."""
+    order = np.argsort(_hashes(_rows(dataset, split), seed), kind="stable")
+    return np.sort(order[:count])
+
+
+def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
+    """Up to `count` samples of all splits in which every class has its share.
+
+    The pairs of a split and a class take turns, and each gives its samples in the order of the hash. So a rare class is
+    there as often as a frequent one, which a random sample would not do. Samples without a class take their turn too.
+    """
+    hashes, strata, samples, places = [], [], [], []
+    width = max((category.id for category in dataset.categories), default=0) + 1
+    base = 0
+    for number, split in enumerate(dataset.splits):
+        rows = _rows(dataset, split)
+        lengths = pc.list_value_length(rows["classes"]).to_numpy()
+        classes = np.zeros(int(np.maximum(lengths, 1).sum()), np.int64)  # 0 stands for none
+        classes[np.repeat(lengths > 0, np.maximum(lengths, 1))] = pc.list_flatten(rows["classes"]).to_numpy()
+        hashes.append(_hashes(rows, seed))
+        strata.append(number * width + classes)
+        samples.append(base + np.repeat(np.arange(len(lengths)), np.maximum(lengths, 1)))
+        places.append((split, base))
+        base += len(lengths)
+    if not base:
+        return []
+    key, stratum, sample = np.concatenate(hashes), np.concatenate(strata), np.concatenate(samples)
+    order = np.lexsort((key[sample], stratum))
+    stratum, sample = stratum[order], sample[order]
+    starts = np.flatnonzero(np.diff(stratum, prepend=-1))
+    sizes = np.diff(starts, append=len(stratum))
+    turn = np.arange(len(stratum)) - np.repeat(starts, sizes)
+    in_turn = sample[np.lexsort((np.repeat(key[sample[starts]], sizes), turn))]
+    _, first = np.unique(in_turn, return_index=True)
+    chosen = in_turn[np.sort(first)[:count]]
+    bases = np.array([start for _, start in places])
+    splits = np.searchsorted(bases, chosen, side="right") - 1
+    return [Row(places[split][0], int(row - bases[split])) for split, row in zip(splits, chosen)]
+
+
+def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:
+    """The samples of some rows, split after split, each as its index row says (crc32).
+
+    Raises:
+        SampleError: a sample cannot be had or is not what the index says.
+    """
+    for split in dataset.splits:
+        index = dataset.index(split)
+        reader = SampleReader(dataset.root, index)
+        for row, data in reader.read(item.row for item in rows if item.split == split):
+            where, image_id = str(dataset.root / index.shard_paths[int(index.shard[row])]), index.image_id(row)
+            yield Row(split, row), Sample.from_members(image_id, read_members(data, image_id, where=where), where=where)
+
+
+def read_annotations(dataset: Dataset, split: str, rows: NDArray[np.int64]) -> list[Sample]:
+    """Samples of a split without their pictures (`image` is empty): two small requests each, and no check of a hash.
+
+    Raises:
+        SampleError: a sample cannot be had or is not what the format says.
+    """
+    index = dataset.index(split)
+    shards = [dataset.root / index.shard_paths[int(index.shard[row])] for row in rows]
+    starts = [int(index.offset[row]) for row in rows]
+    ends = [int(index.offset[row] + index.nbytes[row]) for row in rows]
+    keys = [index.image_id(row) for row in rows]
+
+    def received(reads: list[Read]) -> Iterator[bytes]:
+        for read, key, answer in zip(reads, keys, read_many(reads)):
+            if isinstance(answer, Exception):
+                reason = explain(answer, str(read.location)) or repr(answer)
+                raise SampleError(f"{read.location}: sample {key}: cannot be read: {reason}") from answer
+            yield answer
+
+    tails = []
+    headers = received([Read(shard, start, start + BLOCK) for shard, start in zip(shards, starts)])
+    for shard, start, end, key, block in zip(shards, starts, ends, keys, headers):
+        try:
+            header = parse_header(block)
+        except ValueError as error:
+            raise SampleError(f"{shard}: sample {key} at offset {start}: no tar header ({error})") from error
+        skipped = BLOCK + (header.padded if header is not None else 0)
+        tails.append(Read(shard, min(start + skipped, end), end))
+    return [
+        Sample.from_members(key, {"jpg": b"", **read_members(data, key, where=str(shard))}, where=str(shard))
+        for shard, key, data in zip(shards, keys, received(tails))
+    ]
+
+
+def _rows(dataset: Dataset, split: str) -> pa.Table:
+    return dataset.table.filter(pc.field("split") == split)
+
+
+def _hashes(rows: pa.Table, seed: int) -> NDArray[np.uint64]:
+    """(N,) of the seed and each key; 64 bits, so that no two of a dataset are alike."""
+    keys = rows["image_id"].to_pylist()
+    digests = b"".join(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
