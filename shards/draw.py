@@ -1,12 +1,15 @@
 """Pictures of annotated images: translucent masks with outlines, boxes, names and scores.
 
-Pillow and numpy only, no display: it serves notebooks, training runs and servers alike.
+Pillow and numpy only, no display: it serves notebooks, training runs and servers alike. `display_instances` and
+`display_top_masks` have the names and arguments of matterport's Mask_RCNN.
 """
 
 from __future__ import annotations
 
 import colorsys
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +39,8 @@ GOLDEN_ANGLE = 0.381966  # hues of further classes: each falls into the widest g
 LEGIBLE_SIDE = 640  # pixels; smaller pictures have no room for names
 FILL = 0.40  # of the class's colour in a mask
 HATCH = 0.32  # likewise on the lines through a group-of region
+PANE_SIDE = 480  # pixels, the longer side of a picture among several
+GAP = 8  # pixels between them
 
 
 def class_colour(category_id: int) -> Colour:
@@ -58,6 +63,10 @@ def draw_instances(
     categories: Sequence[Category],
     *,
     scores: Sequence[float] | None = None,
+    captions: Sequence[str] | None = None,
+    colours: Sequence[Colour] | None = None,
+    show_masks: bool = True,
+    show_boxes: bool = True,
     scale: int = 1,
 ) -> Image.Image:
     """Draw annotations or detections on an image.
@@ -70,27 +79,34 @@ def draw_instances(
         instances: what to draw, in pixels of `image`.
         categories: the classes, for their names.
         scores: one an instance, shown beside its name.
+        captions: one an instance, written in place of name and score.
+        colours: one an instance (default: its class's, `class_colour`).
+        show_masks, show_boxes: whether those are drawn; names always are.
         scale: the picture is enlarged by this whole factor (see `legible_scale`).
 
     Returns:
         An RGB picture of `scale` times the image's size. `image` is left as it was.
 
     Raises:
-        ValueError: as many scores as instances are needed; a mask must have the image's size.
+        ValueError: as many scores, captions, colours as instances are needed; a mask must have the image's size.
     """
-    if scores is not None and len(scores) != len(instances):
-        raise ValueError(f"{len(scores)} scores for {len(instances)} instances")
+    for name, values in (("scores", scores), ("captions", captions), ("colours", colours)):
+        if values is not None and len(values) != len(instances):
+            raise ValueError(f"{len(values)} {name} for {len(instances)} instances")
+    if colours is None:
+        colours = [class_colour(instance.category_id) for instance in instances]
     picture = _enlarged(image, scale)
     line = max(1, round(max(picture.size) / 400))
     # Large objects first, so that small ones in front of them stay visible.
     order = sorted(range(len(instances)), key=lambda i: -instances[i].bbox[2] * instances[i].bbox[3])
     pixels = np.array(picture)
     for i in order:
-        _paint_area(pixels, instances[i], scale, line)
+        if show_boxes if instances[i].segmentation is None else show_masks:
+            _paint_area(pixels, instances[i], colours[i], scale, line)
     picture = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(picture)
-    for i in order:
-        _draw_box(canvas, instances[i], scale, line)
+    for i in order if show_boxes else ():
+        _draw_box(canvas, instances[i], colours[i], scale, line)
     names = {category.id: category.name for category in categories}
     labels = _Labels(canvas, picture.size)
     # The best detections, else the largest objects, get the best places for their names.
@@ -99,7 +115,147 @@ def draw_instances(
         text = names.get(instance.category_id, f"class {instance.category_id}")
         text += " (group)" if instance.is_group_of else ""
         text += f" {scores[i]:.2f}" if scores is not None else ""
-        labels.draw(text, class_colour(instance.category_id), _corners(instance, scale, picture.size))
+        text = captions[i] if captions is not None else text
+        labels.draw(text, colours[i], _corners(instance, scale, picture.size))
+    return picture
+
+
+def display_instances(
+    image: NDArray[np.uint8] | Image.Image,
+    boxes: NDArray[Any],
+    masks: NDArray[Any],
+    class_ids: NDArray[Any],
+    class_names: Sequence[str],
+    scores: NDArray[Any] | None = None,
+    title: str = "",
+    *,
+    show_mask: bool = True,
+    show_bbox: bool = True,
+    colors: Sequence[Sequence[float]] | None = None,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draw instances as matterport's `visualize.display_instances` does: the same arrays, in the same order.
+
+    https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Matplotlib's `figsize` and `ax` do not exist
+    here: nothing but Pillow is needed, and no display.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        boxes: (N, 4) y1, x1, y2, x2 in pixels, y2 and x2 just outside; an instance whose box is all 0 is left out.
+        masks: (H, W, N); not 0 is the object.
+        class_ids: (N,) indices of `class_names`, in which 0 is the background.
+        class_names: a name a class.
+        scores: (N,), or None.
+        title: written above the picture.
+        show_mask, show_bbox: whether those are drawn.
+        colors: one an instance, R, G, B from 0 to 1.
+        captions: one an instance, in place of name and score.
+
+    Returns:
+        An RGB picture. In a notebook it is shown as well: end the last line of a cell with a semicolon, or it is shown
+        twice.
+
+    Raises:
+        ValueError: the arrays are not of one number of instances, or a mask has another size than the image.
+    """
+    boxes, masks, class_ids = np.asarray(boxes), np.asarray(masks), np.asarray(class_ids)
+    if not len(boxes) == masks.shape[-1] == len(class_ids):
+        raise ValueError(f"{len(boxes)} boxes, {masks.shape[-1]} masks, {len(class_ids)} class ids: not of one number")
+    kept = [i for i in range(len(boxes)) if np.any(boxes[i])]
+    instances = []
+    for i in kept:
+        y1, x1, y2, x2 = map(float, boxes[i])
+        instances.append(Instance(int(class_ids[i]), (x1, y1, x2 - x1, y2 - y1), rle.encode(masks[:, :, i])))
+    picture = draw_instances(
+        image,
+        instances,
+        [Category(number, name, "") for number, name in enumerate(class_names)],
+        scores=None if scores is None else [float(scores[i]) for i in kept],
+        captions=None if captions is None else [str(captions[i]) for i in kept],
+        colours=None if colors is None else [_colour_of_floats(colors[i]) for i in kept],
+        show_masks=show_mask,
+        show_boxes=show_bbox,
+    )
+    return _shown(_titled(picture, title) if title else picture)
+
+
+def display_top_masks(
+    image: NDArray[np.uint8] | Image.Image,
+    mask: NDArray[Any],
+    class_ids: NDArray[Any],
+    class_names: Sequence[str],
+    limit: int = 4,
+) -> Image.Image:
+    """Draw an image and, beside it, the masks of the classes that cover most of it, one pane a class, largest first.
+
+    As matterport's `visualize.display_top_masks`, with the same arguments.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        mask: (H, W, N); not 0 is the object.
+        class_ids: (N,) indices of `class_names`.
+        class_names: a name a class.
+        limit: panes beside the image; "-" stands above those that are left empty.
+
+    Returns:
+        An RGB picture of `limit` + 1 panes; shown as `display_instances` does.
+
+    Raises:
+        ValueError: as many class ids as masks are needed.
+    """
+    mask, class_ids = np.asarray(mask) != 0, np.asarray(class_ids)
+    if mask.shape[-1] != len(class_ids):
+        raise ValueError(f"{mask.shape[-1]} masks, {len(class_ids)} class ids: not of one number")
+    picture = _enlarged(image, 1)
+    areas = {int(number): int(mask[:, :, class_ids == number].sum()) for number in np.unique(class_ids)}
+    top = sorted((number for number in areas if areas[number]), key=lambda number: -areas[number])[:limit]
+    panes = [_titled(_pane(picture), f"H x W = {picture.height} x {picture.width}")]
+    for number in top:
+        name = class_names[number] if 0 <= number < len(class_names) else f"class {number}"
+        panes.append(_titled(_pane(_class_masks(mask[:, :, class_ids == number], class_colour(number))), name))
+    panes += [_titled(Image.new("RGB", _pane(picture).size), "-") for _ in range(limit - len(top))]
+    strip = Image.new("RGB", (sum(pane.width for pane in panes) + GAP * limit, panes[0].height), "white")
+    left = 0
+    for pane in panes:
+        strip.paste(pane, (left, 0))
+        left += pane.width + GAP
+    return _shown(strip)
+
+
+def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
+    """(H, W, n) masks of one class on black, each in a shade of its colour, later ones above and brighter."""
+    pixels = np.zeros((*masks.shape[:2], 3), np.uint8)
+    for i in range(masks.shape[-1]):
+        share = 0.45 + 0.55 * (i + 1) / masks.shape[-1]
+        pixels[masks[:, :, i]] = np.round(np.array(colour) * share).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _pane(picture: Image.Image) -> Image.Image:
+    scale = min(1.0, PANE_SIDE / max(picture.size))
+    return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
+
+
+def _titled(picture: Image.Image, title: str) -> Image.Image:
+    """A picture under a line of text, as much of it as there is room for."""
+    font = ImageFont.load_default(size=16)
+    titled = Image.new("RGB", (picture.width, picture.height + 26), "white")
+    ImageDraw.Draw(titled).text((4, 3), title, fill="black", font=font)
+    titled.paste(picture, (0, 26))
+    return titled
+
+
+def _colour_of_floats(colour: Sequence[float]) -> Colour:
+    red, green, blue = (round(255 * float(value)) for value in colour)
+    return red, green, blue
+
+
+def _shown(picture: Image.Image) -> Image.Image:
+    """The picture, once a notebook that we are in has shown it."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if getattr(shell, "kernel", None) is not None:
+        ipython.display.display(picture)
     return picture
 
 
@@ -118,10 +274,10 @@ def _corners(instance: Instance, scale: int, size: tuple[int, int]) -> Rectangle
     return left, top, right, bottom
 
 
-def _paint_area(pixels: NDArray[np.uint8], instance: Instance, scale: int, line: int) -> None:
+def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, scale: int, line: int) -> None:
     """Fill and outline the mask, or hatch the region of a group; in place."""
     height, width = pixels.shape[:2]
-    colour = np.array(class_colour(instance.category_id), dtype=np.float32)
+    paint = np.array(colour, dtype=np.float32)
     if instance.segmentation is not None:
         mask = _enlarged_mask(rle.decode(instance.segmentation), scale)
         if mask.shape != (height, width):
@@ -132,13 +288,13 @@ def _paint_area(pixels: NDArray[np.uint8], instance: Instance, scale: int, line:
         # Only the object's own rectangle is touched: a hundred masks on a large photograph stay quick.
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         inside = mask[window]
-        _blend(pixels[window], inside, colour, FILL)
-        _blend(pixels[window], inside & ~_eroded(inside, line), colour, 0.95)
+        _blend(pixels[window], inside, paint, FILL)
+        _blend(pixels[window], inside & ~_eroded(inside, line), paint, 0.95)
     elif instance.is_group_of:
         left, top, right, bottom = _corners(instance, scale, (width, height))
         rows, columns = np.arange(top, bottom + 1)[:, None], np.arange(left, right + 1)[None, :]
         stripes = (rows + columns) % (8 * line) < 2 * line
-        _blend(pixels[top : bottom + 1, left : right + 1], stripes, colour, HATCH)
+        _blend(pixels[top : bottom + 1, left : right + 1], stripes, paint, HATCH)
 
 
 def _enlarged_mask(mask: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
@@ -162,9 +318,8 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, scale: int, line: int) -> None:
+def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, colour: Colour, scale: int, line: int) -> None:
     left, top, right, bottom = _corners(instance, scale, canvas.im.size)
-    colour = class_colour(instance.category_id)
     if instance.segmentation is not None or instance.is_group_of:
         canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
         return

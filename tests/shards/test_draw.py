@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ from PIL import Image
 
 from shards import rle
 from shards.dataset import Category
-from shards.draw import PALETTE, class_colour, draw_instances, legible_scale
+from shards.draw import (
+    PALETTE,
+    class_colour,
+    display_instances,
+    display_top_masks,
+    draw_instances,
+    legible_scale,
+)
 from shards.sample import Instance
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
@@ -112,3 +120,100 @@ def test_an_empty_mask_and_an_unknown_class() -> None:
 def test_drawing_needs_no_torch() -> None:
     code = "import sys, shards.draw; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_drawn_can_be_chosen() -> None:
+    both, masks, boxes = (
+        changed(drawn(boxed(mask=True), **options)) for options in ({}, {"show_boxes": False}, {"show_masks": False})
+    )
+    assert both[150, 150]
+    assert not masks[150, 150]
+    assert boxes[100:200, 150].all()  # solid: there is a mask, though it is not shown
+    assert masks[150, 200]
+    assert not boxes[150, 200]
+    own = drawn(boxed(mask=True), colours=[(10, 250, 10)], captions=[""])
+    assert own[150, 150].tolist() == [10, 250, 10]
+    with pytest.raises(ValueError, match="1 captions for 2 instances"):
+        drawn(boxed(), boxed(), captions=["one"])
+
+
+NAMES = ("BG", "Person", "Car")
+
+
+def arrays() -> dict[str, NDArray[np.generic]]:
+    """A person at rows 110 to 189 and columns 160 to 239, and a car at rows 10 to 39 and columns 20 to 119."""
+    masks = np.zeros((300, 400, 2), bool)
+    masks[110:190, 160:240, 0] = True
+    masks[10:40, 20:120, 1] = True
+    return {
+        "boxes": np.array([[110, 160, 190, 240], [10, 20, 40, 120]]),
+        "masks": masks,
+        "class_ids": np.array([1, 2]),
+    }
+
+
+def test_display_instances_takes_matterports_arrays() -> None:
+    a = arrays()
+    picture = np.asarray(display_instances(GREY, a["boxes"], a["masks"], a["class_ids"], NAMES, np.array([0.9, 0.8])))
+    expected = draw_instances(
+        GREY,
+        [
+            Instance(1, (160.0, 110.0, 80.0, 80.0), rle.encode(a["masks"][:, :, 0])),
+            Instance(2, (20.0, 10.0, 100.0, 30.0), rle.encode(a["masks"][:, :, 1])),
+        ],
+        CATEGORIES,
+        scores=[0.9, 0.8],
+    )
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+    # y before x: the car is wide and lies at the top left.
+    np.testing.assert_array_equal(picture[39, 20:120], np.tile(np.array(class_colour(2), np.uint8), (100, 1)))
+
+
+def test_display_instances_leaves_out_what_matterport_does() -> None:
+    a = arrays()
+    a["boxes"][1] = 0  # type: ignore[index]
+    bare = changed(np.asarray(display_instances(GREY, **a, class_names=NAMES, scores=np.ones(2))))  # type: ignore[arg-type]
+    assert not bare[:70].any()
+    assert bare[150, 200]
+    nothing = display_instances(GREY, np.zeros((0, 4)), np.zeros((300, 400, 0)), np.zeros(0, int), NAMES)
+    np.testing.assert_array_equal(np.asarray(nothing), GREY)
+    options = {"show_mask": False, "show_bbox": False, "captions": ["a", "b"], "colors": [(0, 1, 0), (1, 0, 0)]}
+    plates = np.asarray(display_instances(GREY, **arrays(), class_names=NAMES, **options))  # type: ignore[arg-type]
+    assert (plates[80:110, 160:240] == (0, 255, 0)).all(axis=2).any()
+    assert not changed(plates)[115:].any()
+    titled = display_instances(GREY, **arrays(), class_names=NAMES, title="A street")  # type: ignore[arg-type]
+    assert (titled.width, titled.height > 300) == (400, True)
+    with pytest.raises(ValueError, match="2 boxes, 1 masks, 2 class ids"):
+        display_instances(GREY, a["boxes"], a["masks"][:, :, :1], a["class_ids"], NAMES)
+
+
+def test_display_top_masks_shows_the_largest_classes_first() -> None:
+    a = arrays()
+    picture = np.asarray(display_top_masks(GREY, a["masks"], a["class_ids"], NAMES, limit=3))
+    width = (picture.shape[1] - 3 * 8) // 4
+    panes = [picture[26:, n * (width + 8) : n * (width + 8) + width] for n in range(4)]
+    np.testing.assert_array_equal(panes[0], GREY)
+    for pane, number, place in ((panes[1], 1, (150, 200)), (panes[2], 2, (25, 60))):  # 6400 pixels, then 3000
+        np.testing.assert_array_equal(pane[place], class_colour(number))
+        assert (pane.any(axis=2) == a["masks"][:, :, number - 1]).all()
+    assert not panes[3].any()
+    with pytest.raises(ValueError, match="2 masks, 1 class ids"):
+        display_top_masks(GREY, a["masks"], a["class_ids"][:1], NAMES)
+
+
+def test_instances_of_a_class_differ_in_shade_and_large_images_are_made_smaller() -> None:
+    a = arrays()
+    pane = np.asarray(display_top_masks(GREY, a["masks"], np.array([1, 1]), NAMES, limit=1))[26:, 408:]
+    assert 0 < pane[150, 200].max() < pane[25, 60].max()
+    large = display_top_masks(np.zeros((1000, 2000, 3), np.uint8), np.zeros((1000, 2000, 0)), np.zeros(0, int), NAMES)
+    assert large.size == (5 * 480 + 4 * 8, 240 + 26)
+
+
+@pytest.mark.parametrize("kernel", [None, object()])
+def test_pictures_are_shown_in_a_notebook_only(kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    shell = SimpleNamespace(kernel=kernel)
+    ipython = SimpleNamespace(get_ipython=lambda: shell, display=SimpleNamespace(display=shown.append))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
+    picture = display_instances(GREY, **arrays(), class_names=NAMES)  # type: ignore[arg-type]
+    assert shown == ([picture] if kernel is not None else [])

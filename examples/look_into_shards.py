@@ -1,0 +1,75 @@
+# %% [markdown]
+# # Look into shards
+#
+# From a dataset on any storage to pictures. Each `# %%` begins a cell in VS Code, PyCharm, Spyder and Jupytext. It runs
+# as a script as well, without a display, and leaves its pictures in a folder:
+#
+#     SHARDS=s3://bucket/traffic OUT=look python examples/look_into_shards.py
+
+# %%
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shards import rle
+from shards.counts import count, totals
+from shards.dataset import open_dataset
+from shards.draw import display_instances, display_top_masks, draw_instances, legible_scale
+from shards.pick import choose, find, read_samples
+
+ROOT = os.environ.get("SHARDS", "s3://bucket/traffic")
+OUT = Path(os.environ.get("OUT", "look"))
+OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# Opening reads two small files, `dataset.json` and `index.parquet`. Counting needs no more than them.
+
+# %%
+dataset = open_dataset(ROOT)
+for row in totals(count(dataset)):
+    if row.images:
+        print(f"{row.name}: {row.images} images, {row.boxes} boxes, {row.masks} masks, {row.box_only} with a box only")
+
+# %% [markdown]
+# Eight samples, some of every class and split, are fetched by range: nothing else of the shards is read. Masks are
+# filled, boxes without a mask are dashed, group-of regions are hatched.
+
+# %%
+samples = [sample for _, sample in read_samples(dataset, choose(dataset, 8))]
+for sample in samples:
+    picture = draw_instances(
+        Image.open(io.BytesIO(sample.image)),
+        sample.instances,
+        dataset.categories,
+        scale=legible_scale(sample.width, sample.height),
+    )
+    picture.save(OUT / f"{sample.image_id}.png")
+
+# %% [markdown]
+# One image by its id, as the arrays that matterport's Mask_RCNN works with: masks `[H, W, N]`, boxes `y1, x1, y2, x2`,
+# class ids that index the names, of which the first is the background.
+
+# %%
+most = max(samples, key=lambda one: sum(instance.segmentation is not None for instance in one.instances))
+[(_, sample)] = read_samples(dataset, [find(dataset, most.image_id)])
+masked = [(instance, instance.segmentation) for instance in sample.instances if instance.segmentation is not None]
+
+image = np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB"))
+masks = np.dstack([rle.decode(segmentation) for _, segmentation in masked])
+boxes = np.array([(y, x, y + h, x + w) for x, y, w, h in (instance.bbox for instance, _ in masked)])
+class_ids = np.array([instance.category_id for instance, _ in masked])
+class_names = ["BG"] * (max(category.id for category in dataset.categories) + 1)
+for category in dataset.categories:
+    class_names[category.id] = category.name
+print(sample.image_id, image.shape, masks.shape, boxes.shape, class_ids.shape)
+
+# %%
+shown = display_instances(image, boxes, masks, class_ids, class_names, title=sample.image_id)
+shown.save(OUT / "instances.png")
+
+# %%
+panes = display_top_masks(image, masks, class_ids, class_names)
+panes.save(OUT / "top_masks.png")
