@@ -115,7 +115,7 @@ def _count_split(dataset: Dataset, split: str, label_images: int, seed: int) -> 
     shards = [shard for shard in dataset.info.shards if shard.split == split]
     labels = None
     if label_images and len(index):
-        labels = _count_labels(read_annotations(dataset, split, first_rows(dataset, split, label_images, seed)))
+        labels = _count_labels(read_annotations(dataset.root, index, first_rows(index, label_images, seed)))
     return SplitCounts(
         split=split,
         images=len(index),

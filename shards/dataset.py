@@ -237,18 +237,7 @@ def open_dataset(root: str | Location) -> Dataset:
         StorageError: the place cannot be reached.
     """
     location = Location(root) if isinstance(root, str) else root
-    try:
-        value = json.loads((location / DATASET_FILE).read())
-    except StorageError as error:
-        if not error.missing:
-            raise
-        raise DatasetError(
-            f"{location}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
-            "(run the same build-shards command again to finish it)"
-        ) from error
-    except ValueError as error:
-        raise DatasetError(f"{location / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
-    info = DatasetInfo.from_json(value, str(location / DATASET_FILE))
+    info = read_info(location)
     try:
         data = (location / INDEX_FILE).read()
     except StorageError as error:
@@ -260,6 +249,27 @@ def open_dataset(root: str | Location) -> Dataset:
             "the two files are not of one build; build the dataset again"
         )
     return Dataset(location, info, IndexFile(data))
+
+
+def read_info(root: Location) -> DatasetInfo:
+    """Read `dataset.json` alone.
+
+    Raises:
+        DatasetError: there is none, or it is of another format or version.
+        StorageError: the place cannot be reached.
+    """
+    try:
+        value = json.loads((root / DATASET_FILE).read())
+    except StorageError as error:
+        if not error.missing:
+            raise
+        raise DatasetError(
+            f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
+            "(run the same build-shards command again to finish it)"
+        ) from error
+    except ValueError as error:
+        raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
+    return DatasetInfo.from_json(value, str(root / DATASET_FILE))
 
 
 def finish_dataset(

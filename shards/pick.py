@@ -6,22 +6,22 @@ shard sizes shows the same ones.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shards.dataset import Dataset
 from shards.errors import DatasetError, SampleError
+from shards.index import Index
 from shards.members import BLOCK, parse_header, read_members
 from shards.ranges import Read, read_many
 from shards.reader import SampleReader
 from shards.sample import Sample
-from shards.storage import explain
+from shards.storage import Location, explain
+from shards.subset import hash_keys, with_categories
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +39,17 @@ def find(dataset: Dataset, image_id: str) -> Row:
         DatasetError: there is no such sample.
     """
     for split in dataset.splits:
-        row = pc.index(_rows(dataset, split)["image_id"], image_id).as_py()
+        row = pc.index(dataset.index(split).image_ids, image_id).as_py()
         if row >= 0:
             return Row(split, row)
     raise DatasetError(
-        f"{dataset.root}: there is no sample {image_id!r} among its {dataset.table.num_rows}: "
-        "keys are ImageIDs such as 0123456789abcdef, without .jpg"
+        f"{dataset.root}: there is no sample {image_id!r}: keys are ImageIDs such as 0123456789abcdef, without .jpg"
     )
 
 
-def first_rows(dataset: Dataset, split: str, count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Up to `count` rows of a split, ascending: a random sample of it, in which each of its samples is as likely."""
-    order = np.argsort(_hashes(_rows(dataset, split), seed), kind="stable")
+def first_rows(index: Index, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Up to `count` rows, ascending: a random sample of a split, in which each of its samples is as likely."""
+    order = np.argsort(hash_keys(index.image_ids, seed), kind="stable")
     return np.sort(order[:count])
 
 
@@ -60,22 +59,22 @@ def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
     The pairs of a split and a class take turns, and each gives its samples in the order of the hash. So a rare class is
     there as often as a frequent one, which a random sample would not do. Samples without a class take their turn too.
     """
-    hashes, strata, samples, places = [], [], [], []
-    width = max((category.id for category in dataset.categories), default=0) + 1
-    base = 0
+    starts_of = [0]  # of each split, in the numbers that samples have here
+    keys, strata, samples = [], [], []
+    wanted = np.array([category.id for category in dataset.categories], np.int64)
     for number, split in enumerate(dataset.splits):
-        rows = _rows(dataset, split)
-        lengths = pc.list_value_length(rows["classes"]).to_numpy()
-        classes = np.zeros(int(np.maximum(lengths, 1).sum()), np.int64)  # 0 stands for none
-        classes[np.repeat(lengths > 0, np.maximum(lengths, 1))] = pc.list_flatten(rows["classes"]).to_numpy()
-        hashes.append(_hashes(rows, seed))
-        strata.append(number * width + classes)
-        samples.append(base + np.repeat(np.arange(len(lengths)), np.maximum(lengths, 1)))
-        places.append((split, base))
-        base += len(lengths)
-    if not base:
+        index = dataset.index(split)
+        assert index.labels is not None, "an index of a dataset has labels"
+        has = np.isin(index.labels.classes, wanted)
+        classes, of = index.labels.classes[has].astype(np.int64), index.labels.samples[has]
+        bare = np.setdiff1d(np.arange(len(index)), of)  # class 0 stands for none
+        strata.append(number * (wanted.max(initial=0) + 1) + np.concatenate((classes, np.zeros(len(bare), np.int64))))
+        samples.append(starts_of[-1] + np.concatenate((of, bare)))
+        keys.append(hash_keys(index.image_ids, seed))
+        starts_of.append(starts_of[-1] + len(index))
+    if not starts_of[-1]:
         return []
-    key, stratum, sample = np.concatenate(hashes), np.concatenate(strata), np.concatenate(samples)
+    key, stratum, sample = np.concatenate(keys), np.concatenate(strata), np.concatenate(samples)
     order = np.lexsort((key[sample], stratum))
     stratum, sample = stratum[order], sample[order]
     starts = np.flatnonzero(np.diff(stratum, prepend=-1))
@@ -84,9 +83,8 @@ def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
     in_turn = sample[np.lexsort((np.repeat(key[sample[starts]], sizes), turn))]
     _, first = np.unique(in_turn, return_index=True)
     chosen = in_turn[np.sort(first)[:count]]
-    bases = np.array([start for _, start in places])
-    splits = np.searchsorted(bases, chosen, side="right") - 1
-    return [Row(places[split][0], int(row - bases[split])) for split, row in zip(splits, chosen)]
+    splits = np.searchsorted(starts_of, chosen, side="right") - 1
+    return [Row(dataset.splits[split], int(number - starts_of[split])) for split, number in zip(splits, chosen)]
 
 
 def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:
@@ -100,17 +98,22 @@ def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, S
         reader = SampleReader(dataset.root, index)
         for row, data in reader.read(item.row for item in rows if item.split == split):
             where, image_id = str(dataset.root / index.shard_paths[int(index.shard[row])]), index.image_id(row)
-            yield Row(split, row), Sample.from_members(image_id, read_members(data, image_id, where=where), where=where)
+            sample = Sample.from_members(image_id, read_members(data, image_id, where=where), where=where)
+            yield Row(split, row), with_categories(sample, index.category_ids)
 
 
-def read_annotations(dataset: Dataset, split: str, rows: NDArray[np.int64]) -> list[Sample]:
+def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> list[Sample]:
     """Samples of a split without their pictures (`image` is empty): two small requests each, and no check of a hash.
+
+    Args:
+        root: of the dataset.
+        index: of the split.
+        rows: in the index.
 
     Raises:
         SampleError: a sample cannot be had or is not what the format says.
     """
-    index = dataset.index(split)
-    shards = [dataset.root / index.shard_paths[int(index.shard[row])] for row in rows]
+    shards = [root / index.shard_paths[int(index.shard[row])] for row in rows]
     starts = [int(index.offset[row]) for row in rows]
     ends = [int(index.offset[row] + index.nbytes[row]) for row in rows]
     keys = [index.image_id(row) for row in rows]
@@ -131,18 +134,8 @@ def read_annotations(dataset: Dataset, split: str, rows: NDArray[np.int64]) -> l
             raise SampleError(f"{shard}: sample {key} at offset {start}: no tar header ({error})") from error
         skipped = BLOCK + (header.padded if header is not None else 0)
         tails.append(Read(shard, min(start + skipped, end), end))
-    return [
+    samples = [
         Sample.from_members(key, {"jpg": b"", **read_members(data, key, where=str(shard))}, where=str(shard))
         for shard, key, data in zip(shards, keys, received(tails))
     ]
-
-
-def _rows(dataset: Dataset, split: str) -> pa.Table:
-    return dataset.table.filter(pc.field("split") == split)
-
-
-def _hashes(rows: pa.Table, seed: int) -> NDArray[np.uint64]:
-    """(N,) of the seed and each key; 64 bits, so that no two of a dataset are alike."""
-    keys = rows["image_id"].to_pylist()
-    digests = b"".join(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    return [with_categories(sample, index.category_ids) for sample in samples]

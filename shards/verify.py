@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.contents import content_faults
-from shards.dataset import DATASET_FILE, INDEX_FILE, INDEX_SCHEMA, SPLITS, DatasetInfo, IndexRow, Shard
-from shards.errors import DatasetError, SampleError, StorageError
+from shards.dataset import DATASET_FILE, INDEX_FILE, INDEX_SCHEMA, SPLITS, IndexRow, Shard, read_info
+from shards.errors import SampleError, StorageError
 from shards.sample import Sample
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
@@ -88,16 +87,7 @@ class Verification:
 
     def __init__(self, root: Location) -> None:
         self.root = root
-        where = str(root / DATASET_FILE)
-        try:
-            value = json.loads((root / DATASET_FILE).read())
-        except StorageError as error:
-            if not error.missing:
-                raise
-            raise DatasetError(f"{root}: there is no {DATASET_FILE}: not a shard dataset, or unfinished") from error
-        except ValueError as error:
-            raise DatasetError(f"{where}: not JSON ({error}): build the dataset again") from error
-        self.info = DatasetInfo.from_json(value, where)
+        self.info = read_info(root)
         self.total = sum(shard.nbytes for shard in self.info.shards)
         self.note = ""
         self._categories = frozenset(category.id for category in self.info.categories)

@@ -224,6 +224,7 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
 @in_browser
 def test_everything_by_keyboard(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
     def focused() -> str:
         return str(page.execute_script("return document.activeElement.getAttribute('aria-label') || ''"))
@@ -248,7 +249,7 @@ def test_everything_by_keyboard(page: Any) -> None:
     assert len(page.find_elements("css selector", ".shape.lit")) == 2  # on the photograph and on the mask
     press(page, Keys.ESCAPE)
     assert not title.is_displayed()
-    assert focused() == labels[2]
+    WebDriverWait(page, 10).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
 
 
 @in_browser

@@ -53,18 +53,18 @@ def test_the_choice_is_of_keys_and_seed_alone(root: Path, tmp_path: Path) -> Non
 
 def test_a_random_sample_of_a_split(root: Path) -> None:
     dataset = open_dataset(str(root))
-    rows = first_rows(dataset, "train", 30)
+    rows = first_rows(dataset.index("train"), 30)
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert len(rows) == 30
-    assert set(first_rows(dataset, "train", 20).tolist()) < set(rows.tolist())
-    assert first_rows(dataset, "val", 30).tolist() == list(range(20))
-    assert rows.tolist() != first_rows(dataset, "train", 30, seed=1).tolist()
+    assert set(first_rows(dataset.index("train"), 20).tolist()) < set(rows.tolist())
+    assert first_rows(dataset.index("val"), 30).tolist() == list(range(20))
+    assert rows.tolist() != first_rows(dataset.index("train"), 30, seed=1).tolist()
 
 
 def test_samples_and_their_annotations(root: Path) -> None:
     dataset = open_dataset(str(root))
-    rows = first_rows(dataset, "train", 12)
-    bare = read_annotations(dataset, "train", rows)
+    rows = first_rows(dataset.index("train"), 12)
+    bare = read_annotations(dataset.root, dataset.index("train"), rows)
     whole = [one for _, one in read_samples(dataset, [Row("train", int(row)) for row in rows])]
     assert bare == [replace(one, image=b"") for one in whole]
     assert {one.image_id: one for one in whole} == {n.image_id: n for n in map(rare, range(100)) if n in whole}
@@ -75,7 +75,7 @@ def test_a_key_is_found_in_any_split(root: Path) -> None:
     for number in (0, 55, 117):
         [(_, one)] = read_samples(dataset, [find(dataset, rare(number).image_id)])
         assert one == rare(number)
-    with pytest.raises(DatasetError, match="there is no sample 'x' among its 120"):
+    with pytest.raises(DatasetError, match="there is no sample 'x'"):
         find(dataset, "x")
 
 
@@ -87,4 +87,4 @@ def test_a_damaged_place_is_told(root: Path, tmp_path: Path) -> None:
     data[dataset.table["offset"][1].as_py()] ^= 1
     shard.write_bytes(data)
     with pytest.raises(SampleError, match=r"000000.tar: sample 0000000000000001 at offset \d+: no tar header"):
-        read_annotations(dataset, "train", first_rows(dataset, "train", 2))
+        read_annotations(dataset.root, dataset.index("train"), first_rows(dataset.index("train"), 2))
