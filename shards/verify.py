@@ -11,7 +11,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -104,9 +104,11 @@ class Verification:
         faults.extend(_index_faults(table, self.info.shards, rows))
         faults.extend(self._extra_shards())
         yield Checked(faults=faults)
-        lock = threading.Lock()
+        lock, stopped = threading.Lock(), threading.Event()
 
         def count(nbytes: int) -> None:
+            if stopped.is_set():
+                raise CancelledError  # nobody waits for the rest of the shard
             with lock:
                 on_bytes(nbytes)
 
@@ -117,6 +119,7 @@ class Verification:
         try:
             yield from pool.map(check, self.info.shards)
         finally:
+            stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _info_faults(self) -> Iterator[Fault]:

@@ -1,0 +1,187 @@
+"""What `inspect-shards` costs: the page of a million samples, and `--verify` beside `sha256sum` of the same bytes.
+
+    python benchmarks/inspecting.py [--samples 1000000]
+
+The million samples lie in sparse files: only those that will be read are really written, where the index has them (the
+others are holes). Each command runs in a process of its own, and its peak memory is that process's. Prints a Markdown
+table. Needs Linux and 400 MB of disk, on a file system that knows sparse files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shards import rle
+from shards.dataset import (
+    DATASET_FILE,
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    Category,
+    DatasetInfo,
+    Shard,
+    finish_dataset,
+    open_dataset,
+)
+from shards.pick import choose, first_rows
+from shards.sample import Instance, Sample, canonical_json
+from shards.storage import Location
+from shards.writer import pack_shard, shard_path
+
+PER_SHARD, SHOWN, LABEL_IMAGES = 1000, 48, 200
+CLASSES = tuple(Category(n, f"class {n}", f"/m/{n}") for n in range(1, 11))
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--samples", type=int, default=1_000_000, help="of the large dataset [1000000]")
+    count = parser.parse_args().samples
+    print(f"{os.cpu_count()} cores\n\n| | seconds | peak memory | |\n| --- | ---: | ---: | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        large, small = Path(folder, "large"), Path(folder, "small")
+        nbytes = write_large(large, count)
+        idle, floor = run("import shards.report")
+        print(f"| importing the command | {idle:.1f} | {floor:.0f} MB | |")
+        told = f"{count} samples, {nbytes / 1e9:.1f} GB"
+        seconds, memory = inspect(large)
+        print(f"| counts | {seconds:.1f} | {memory:.0f} MB | {told} |")
+        seconds, memory = inspect(large, "--html", str(Path(folder, "page.html")))
+        size = Path(folder, "page.html").stat().st_size / 1e6
+        print(f"| page | {seconds:.1f} | {memory:.0f} MB | {told}; the page has {size:.1f} MB |")
+        nbytes = write_small(small)
+        paths = sorted(map(str, small.rglob("*.tar")))
+        subprocess.run(["cat", *paths], check=True, stdout=subprocess.DEVNULL)  # from the page cache, for both
+        start = time.monotonic()
+        subprocess.run(["sha256sum", *paths], check=True, stdout=subprocess.DEVNULL)
+        hashed = time.monotonic() - start
+        seconds, memory = inspect(small, "--verify")
+        print(f"| sha256sum | {hashed:.1f} | | {nbytes / 1e6:.0f} MB in {len(paths)} shards |")
+        print(f"| verify | {seconds:.1f} | {memory:.0f} MB | {seconds / hashed:.1f} times sha256sum |")
+    return 0
+
+
+def inspect(root: Path, *options: str) -> tuple[float, float]:
+    """Seconds and peak MB of one command."""
+    return run("import shards.report; shards.report.main(sys.argv[1:])", str(root), *options)
+
+
+def run(code: str, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak MB of some Python in a process of its own."""
+    # Not getrusage, whose peak begins with this process's, of which that one is a fork.
+    measure = "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
+    command = [sys.executable, "-c", f"import sys; {code}{measure}", *arguments]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    return time.monotonic() - start, float(done.stdout.split()[-1])
+
+
+def make_sample(number: int, picture: bytes) -> Sample:
+    """A sample of 1024x768 pixels with two masks and a box; its length in bytes is that of all others."""
+    mask = np.zeros((768, 1024), np.uint8)
+    mask[200:500, 300:700] = 1
+    segmentation = rle.encode(mask)
+    masked = Instance(1 + number % 9, (300.0, 200.0, 400.0, 300.0), segmentation, "b", "/m/0")
+    return Sample(
+        f"{number:016x}",
+        picture,
+        1024,
+        768,
+        (masked, replace(masked, box_id="c"), replace(masked, segmentation=None)),
+        verified_present=(masked.category_id,),
+    )
+
+
+def make_picture(seed: int) -> bytes:
+    """A JPEG of about 300 kB, as Open Images has them."""
+    rng = np.random.default_rng(seed)
+    buffer = io.BytesIO()
+    small = Image.fromarray(rng.integers(0, 255, (288, 384, 3), dtype=np.uint8))
+    small.resize((1024, 768), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_small(root: Path) -> int:
+    """500 samples, every byte of them; returns their bytes."""
+    location, rows, shards = Location(str(root)), [], []
+    pictures = [make_picture(seed) for seed in range(10)]
+    for number in range(5):
+        samples = [make_sample(n, pictures[n % 10]) for n in range(number * 100, number * 100 + 100)]
+        packed = pack_shard(samples, split="train", path=shard_path("train", number))
+        (location / packed.shard.path).write(packed.data)
+        rows.extend(packed.rows)
+        shards.append(packed.shard)
+    finish_dataset(location, rows, shards, CLASSES)
+    return sum(shard.nbytes for shard in shards)
+
+
+def write_large(root: Path, count: int) -> int:
+    """A dataset of which only the samples that will be read are there; returns the bytes that it seems to have."""
+    picture = make_picture(0)
+    length = pack_shard([make_sample(0, picture)], split="train", path="").rows[0].nbytes
+    numbers = np.arange(count)
+    columns = {
+        "image_id": [f"{n:016x}" for n in range(count)],
+        "split": ["train"] * count,
+        "shard": [shard_path("train", n // PER_SHARD) for n in range(count)],
+        "offset": numbers % PER_SHARD * length,
+        "nbytes": np.full(count, length),
+        "crc32": np.zeros(count, np.int64),
+        "width": np.full(count, 1024),
+        "height": np.full(count, 768),
+        "classes": [[1 + n % 9] for n in range(count)],
+        "instances": [[3]] * count,
+        "masks": [[2]] * count,
+        "groups": [[0]] * count,
+    }
+    shards = [
+        Shard(shard_path("train", n), "train", min(PER_SHARD, count - n * PER_SHARD), PER_SHARD * length, "0" * 64)
+        for n in range(-(-count // PER_SHARD))
+    ]
+    write_index(root, columns, shards)
+    dataset = open_dataset(str(root))
+    # Which ones are read depends on keys and classes alone, not on what is now filled in.
+    shown = {row.row for row in choose(dataset, SHOWN)} | set(first_rows(dataset.index("train"), LABEL_IMAGES).tolist())
+    for n in sorted(shown):
+        data = pack_shard([make_sample(n, picture)], split="train", path="").data[:length]
+        columns["crc32"][n] = zlib.crc32(data)
+        path = root / shard_path("train", n // PER_SHARD)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.seek(n % PER_SHARD * length)
+            file.write(data)
+    write_index(root, columns, shards)
+    return count * length
+
+
+def write_index(root: Path, columns: dict[str, object], shards: list[Shard]) -> None:
+    """As `finish_dataset` writes it, without a Python object a row."""
+    root.mkdir(exist_ok=True)
+    arrays = {name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names}
+    pq.write_table(pa.table(arrays, schema=INDEX_SCHEMA), root / INDEX_FILE, compression="zstd")
+    digest = hashlib.sha256((root / INDEX_FILE).read_bytes()).hexdigest()
+    info = DatasetInfo(CLASSES, tuple(shards), digest, plan="", source={})
+    (root / DATASET_FILE).write_bytes(canonical_json(info.to_json()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
