@@ -119,7 +119,7 @@
 
   function overlay(sample) {
     const [width, height] = sample.size;
-    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
+    const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     // Large objects first, so that small ones in front of them stay visible.
     const order = sample.objects.map((_, place) => place).sort((a, b) => area(sample.objects[b]) - area(sample.objects[a]));
     for (const place of order) {
@@ -145,8 +145,10 @@
     }
   }
 
-  function fillFrame(frame, sample, photo) {
-    frame.style.setProperty("--ratio", sample.size[0] / sample.size[1]);
+  const ratioOf = (sample) => sample.size[0] / sample.size[1];
+
+  function fillFrame(frame, sample, ratio, photo) {
+    frame.style.setProperty("--ratio", ratio);
     frame.replaceChildren(overlay(sample));
     if (photo) frame.prepend(make("img", { src: sample.picture, alt: describe(sample) }));
   }
@@ -160,12 +162,13 @@
   // The gallery -----------------------------------------------------------------------------------------------------
   const cards = data.samples.map((sample, place) => {
     const frame = make("span", { class: "frame" });
-    fillFrame(frame, sample, true);
+    const ratio = Math.min(Math.max(ratioOf(sample), 0.6), 2.4); // a panorama would be a line, a tower a column
+    fillFrame(frame, sample, ratio, true);
     const caption = make("span", { class: "caption" }, make("span", { class: "data", text: describe(sample) }), make("span", { class: "split", text: sample.split }));
     const button = make("button", { type: "button", class: "card", "aria-label": `${sample.id}, ${sample.split}: ${describe(sample)}`, "aria-haspopup": "dialog" }, frame, caption);
     button.addEventListener("click", () => open(place));
     const item = make("li", {}, button);
-    item.style.setProperty("--ratio", sample.size[0] / sample.size[1]);
+    item.style.setProperty("--ratio", ratio);
     return { item, button };
   });
   let visible = [];
@@ -231,8 +234,8 @@
     $("position").textContent = `${at + 1} of ${visible.length}`;
     $("previous").disabled = at <= 0;
     $("next").disabled = at >= visible.length - 1;
-    fillFrame($("photo"), sample, true);
-    fillFrame($("mask"), sample, false);
+    fillFrame($("photo"), sample, ratioOf(sample), true);
+    fillFrame($("mask"), sample, ratioOf(sample), false);
     body("objects").replaceChildren(...sample.objects.map(objectRow));
     $("about").replaceChildren(...about(sample));
     if (!$("detail").open) $("detail").showModal();
