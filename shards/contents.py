@@ -13,7 +13,8 @@ from shards.errors import SampleError
 from shards.sample import Instance, Sample
 
 SLACK = 0.01  # pixels by which a box may leave the image: coordinates are rounded to 1/1000
-COVERED = 0.5  # least share of the mask's tight box that lies in the object's box
+COVERED = 0.5  # least share of the mask's tight box that lies in the object's box,
+PIXEL = 1.0  # widened by as much on every side: a small object's mask is whole pixels, its box is not
 
 
 def content_faults(sample: Sample, stored: bytes, categories: Set[int]) -> Iterator[str]:
@@ -92,7 +93,7 @@ def _picture_faults(sample: Sample) -> Iterator[str]:
 
 
 def _covered(mask: tuple[float, float, float, float], box: tuple[float, float, float, float]) -> float:
-    """The share of the first rectangle that lies in the second; both x, y, w, h."""
-    width = min(mask[0] + mask[2], box[0] + box[2]) - max(mask[0], box[0])
-    height = min(mask[1] + mask[3], box[1] + box[3]) - max(mask[1], box[1])
+    """The share of the first rectangle that lies in the second, widened; both x, y, w, h."""
+    width = min(mask[0] + mask[2], box[0] + box[2] + PIXEL) - max(mask[0], box[0] - PIXEL)
+    height = min(mask[1] + mask[3], box[1] + box[3] + PIXEL) - max(mask[1], box[1] - PIXEL)
     return max(width, 0.0) * max(height, 0.0) / (mask[2] * mask[3])

@@ -327,3 +327,11 @@ def test_no_text_in_the_place_of_an_rle_is_too_strange(counts: str, height: int,
     instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
     if not list(instance_faults(instance, width, height, {1})):
         assert rle.decode(Rle(height, width, counts)).sum() == rle.area(Rle(height, width, counts)) > 0
+
+
+def test_the_mask_of_a_tiny_box_is_a_whole_pixel() -> None:
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5, 10] = 1
+    for x, fault in ((10.6, False), (11.4, False), (13.0, True)):
+        instance = Instance(1, (x, 5.0, 0.3, 0.4), rle.encode(mask))
+        assert bool(list(instance_faults(instance, 20, 20, {1}))) == fault
