@@ -249,7 +249,7 @@ def test_everything_by_keyboard(page: Any) -> None:
     assert len(page.find_elements("css selector", ".shape.lit")) == 2  # on the photograph and on the mask
     press(page, Keys.ESCAPE)
     assert not title.is_displayed()
-    WebDriverWait(page, 10).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
+    WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
 
 
 @in_browser

@@ -1,7 +1,7 @@
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,9 +73,11 @@ def test_a_folder_that_is_no_dataset_ends_in_one_line(tmp_path: Path, capsys: py
 
 
 def test_help_answers_within_a_second() -> None:
-    start = time.monotonic()
+    """Of processor time, which says the same on a machine that has other things to do."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "shards.report", "--help"], check=True, capture_output=True)
-    assert time.monotonic() - start < 1.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_no_part_of_the_command_imports_torch() -> None:
