@@ -51,7 +51,8 @@ def main() -> int:
             f"--images s3://open-images-dataset --annotations s3://openimages --out {shards}",
             environment,
         )
-        _run(f"inspect-shards {shards}", environment)
+        page = out / "dataset.html"
+        _run(f"inspect-shards {shards} --html {shlex.quote(str(page))}", environment)
         _run(
             "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
             f"trainer/train.py --config configs/demo.yaml --data.shards {shards} --run.dir {shlex.quote(str(run_dir))} "
@@ -66,7 +67,7 @@ def main() -> int:
             environment,
             more=[f"s3://open-images-dataset/test/{picture.name}" for picture in pictures],
         )
-    _summary(run_dir, predictions, time.monotonic() - start)
+    _summary(run_dir, predictions, page, time.monotonic() - start)
     return 0
 
 
@@ -88,10 +89,11 @@ def _run(command: str, environment: dict[str, str], more: Sequence[str] = ()) ->
         sys.exit(f"demo: error: {name} ended with status {status}: its message is above")
 
 
-def _summary(run_dir: Path, predictions: Path, seconds: float) -> None:
+def _summary(run_dir: Path, predictions: Path, page: Path, seconds: float) -> None:
     last = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
     _announce(f"The demo took {seconds:.0f} s")
     print(f"mask AP at IoU 0.5 on held-out scenes: {last['segm']['ap50']:.3f} (boxes: {last['bbox']['ap50']:.3f})")
+    print(f"the dataset, as a page:    {page}")
     print(f"pictures worth looking at: {predictions}")
     print(f"the run and its curves:    {run_dir / 'curves.png'}")
 
