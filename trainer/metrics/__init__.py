@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from shards.sample import Sample
 
@@ -17,6 +18,29 @@ Gather = Callable[[list[Any]], list[Any] | None]
 def alone(items: list[Any]) -> list[Any]:
     """The `Gather` of a single process."""
     return items
+
+
+class OfImage(Protocol):
+    """What a metric keeps of one image."""
+
+    @property
+    def image_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=OfImage)
+
+
+def each_image_once(items: Iterable[T]) -> list[T]:
+    """All ranks' images in the order of their ids, which is the same for any number of ranks.
+
+    Raises:
+        RuntimeError: an image was processed twice.
+    """
+    images = sorted(items, key=lambda item: item.image_id)
+    twice = [image_id for image_id, count in Counter(image.image_id for image in images).items() if count > 1]
+    if twice:
+        raise RuntimeError(f"{len(twice)} images were processed more than once, such as {twice[0]}")
+    return images
 
 
 class Metric(Protocol):
