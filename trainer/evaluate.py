@@ -1,8 +1,13 @@
-"""Rate a checkpoint on a split of a shard dataset: COCO's box and mask AP.
+"""Rate a checkpoint on a split of a shard dataset: COCO's AP and Open Images' side by side.
 
     accelerate launch trainer/evaluate.py --checkpoint runs/traffic --data.shards s3://bucket/prefix --data.split val
 
-Every image is rated once, whatever the number of processes. A table is printed, and --out takes all numbers as JSON.
+Every image is rated once, whatever the number of processes. A table is printed. --out is a folder that receives
+evaluation.json, classes.csv, curves.png (precision over recall), confusion.csv, confusion.png, and images.html: the
+images that went worst and best.
+
+AP asks for detections of any score: they are rated from 0.05 on, even where the checkpoint's own threshold is higher
+and would cut the curves short.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from shards.errors import DatasetError, UserError
 from shards.storage import Location
 from trainer import command
 from trainer.ranks import start_accelerator
-from trainer.settings import DataConfig, TrainConfig
+from trainer.scorecard import Evaluation, class_csv, confusion_csv
+from trainer.scorecard import summary as summary  # the training loop prints it, too
+from trainer.settings import DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,9 +34,12 @@ if TYPE_CHECKING:
 
     from trainer.data import EvalBatch
     from trainer.detect import Detections
-    from trainer.metrics.coco import CocoResult
+    from trainer.metrics import Gather
+    from trainer.metrics.openimages import Parents
 
 log = logging.getLogger("trainer.evaluate")
+
+RATED = 0.05  # detections below this score change no AP that matters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +54,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         UserError: a wrong argument.
     """
     data, train = DataConfig(), TrainConfig()
-    parser = command.Parser(prog="evaluate.py", description="Rate a checkpoint: COCO's box and mask AP.")
+    parser = command.Parser(
+        prog="evaluate.py", description="Rate a checkpoint: COCO's AP and Open Images' side by side."
+    )
     parser.add_argument("--checkpoint", required=True, metavar="URL", help="a run's folder, or one checkpoint's")
     parser.add_argument("--data.shards", dest="shards", metavar="URL", help="shard dataset [the one of the training]")
     parser.add_argument("--data.split", dest="split", default="val", metavar="NAME", help="split to rate [val]")
@@ -64,20 +76,67 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"images a batch on each rank [{train.eval_batch_size}]",
     )
     parser.add_argument(
-        "--out", metavar="URL", help="JSON file for all numbers [evaluation-SPLIT.json in --checkpoint]"
+        "--score-threshold",
+        type=float,
+        metavar="S",
+        help=f"lowest score that is rated [the checkpoint's, but at most {RATED:g}: a higher one cuts AP short]",
     )
+    parser.add_argument(
+        "--nms-threshold",
+        type=float,
+        metavar="IOU",
+        help="detections of a class that overlap a better one by more are dropped [the checkpoint's]",
+    )
+    parser.add_argument(
+        "--detections",
+        type=int,
+        metavar="N",
+        help="most detections an image [the checkpoint's]; COCO rates 100 a class",
+    )
+    parser.add_argument(
+        "--hierarchy",
+        metavar="URL",
+        help="Open Images' bbox_labels_600_hierarchy.json, where the dataset has a class and its child, such as Person "
+        "and Man: the child's objects and detections then count for both in the Open Images AP",
+    )
+    parser.add_argument(
+        "--score",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="lowest score in the confusion matrix and the pictures [0.5]",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=12,
+        metavar="N",
+        help="images of the worst, and of the best, in images.html [12]",
+    )
+    parser.add_argument("--out", metavar="URL", help="folder for the results [evaluation-SPLIT in --checkpoint]")
     parsed: argparse.Namespace = parser.parse_args(arguments)
-    for name in ("workers", "batch_size"):
-        if getattr(parsed, name) < (name == "batch_size"):
-            raise UserError(f"{name} is {getattr(parsed, name)}: it must be at least {int(name == 'batch_size')}")
+    for name, low, high in (
+        ("data.workers", 0, None),
+        ("batch-size", 1, None),
+        ("detections", 1, None),
+        ("pictures", 0, None),
+        ("score-threshold", 0, 1),
+        ("nms-threshold", 0, 1),
+        ("score", 0, 1),
+    ):
+        value = getattr(parsed, name.removeprefix("data.").replace("-", "_"))
+        if value is not None and (value < low or (high is not None and value > high)):
+            raise UserError(
+                f"--{name} is {value}: it must be {f'between {low} and {high}' if high else f'{low} or more'}"
+            )
     return parsed
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
-    """Rate what `--checkpoint` names; print the table and write the JSON file.
+    """Rate what `--checkpoint` names; print the table and write the files.
 
     Raises:
-        UserError: checkpoint or dataset cannot be had, or do not go together.
+        UserError: checkpoint, dataset or hierarchy cannot be had, or do not go together.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
@@ -85,34 +144,91 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         dataset.index(options.split)  # a wrong split is told before seconds of loading
 
     from trainer.checkpoint import open_checkpoint
+    from trainer.gallery import Gallery
+    from trainer.metrics.confusion import ConfusionMetric
+    from trainer.metrics.hierarchy import read_parents
     from trainer.model import rebuild
 
     state = open_checkpoint(options.checkpoint)
     dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
+    parents = read_parents(Location(options.hierarchy), dataset.categories) if options.hierarchy else {}
     accelerator = start_accelerator()
     network = rebuild(state)
+    thresholds = set_thresholds(network, state.config.model, options)
     network.to(accelerator.device)
     state.config.data.cache_dir = ""  # of the machine that trained
     state.config.data.workers, state.config.train.eval_batch_size = options.workers, options.batch_size
-    result = evaluate(network, dataset, options.split, accelerator, state.config.data, state.config.train)
-    if result is not None:
-        out = (
-            Location(options.out) if options.out else Location(options.checkpoint) / f"evaluation-{options.split}.json"
-        )
+    confusion = ConfusionMetric(dataset.categories, options.score)
+    gallery = Gallery(dataset.categories, parents, options.pictures, options.score)
+
+    def watch(batch: EvalBatch, found: list[Detections]) -> None:
+        confusion.process(batch.samples, found)
+        gallery.add(batch, found)
+
+    result = evaluate(
+        network,
+        dataset,
+        options.split,
+        accelerator,
+        state.config.data,
+        state.config.train,
+        parents=parents,
+        watch=watch,
+    )
+    gather = gather_to_main(accelerator)
+    title = f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}"
+    matrix, page = confusion.evaluate(gather), gallery.page(title, gather)
+    if result is not None and matrix is not None and page is not None:
+        from trainer.score_plots import draw_confusion, draw_precision_recall
+
+        out = Location(options.out or str(Location(options.checkpoint) / f"evaluation-{options.split}"))
         value = {
             "checkpoint": options.checkpoint,
             "step": state.step,
             "shards": str(dataset.root),
             "split": options.split,
+            **thresholds,
+            "parents": {str(child): list(above) for child, above in parents.items()},
             **result.to_json(),
+            "confusion": matrix.to_json(),
         }
-        out.write(json.dumps(value, indent=1).encode("utf-8"))
-        print(f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}")
+        files = {
+            "classes.csv": class_csv(result, dataset.categories).encode("utf-8"),
+            "curves.png": draw_precision_recall(result),
+            "confusion.csv": confusion_csv(matrix).encode("utf-8"),
+            "confusion.png": draw_confusion(matrix),
+            "images.html": page.encode("utf-8"),
+            "evaluation.json": json.dumps(value, indent=1).encode("utf-8"),
+        }
+        for name, data in files.items():
+            (out / name).write(data)
+        print(title)
+        print(told_thresholds(thresholds, state.config.model))
         print(summary(result))
-        print(f"all numbers: {out}")
+        print(f"\nall numbers: {out / 'evaluation.json'}; beside it {', '.join(n for n in files if '.json' not in n)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def set_thresholds(network: MaskRCNN, model: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Give the network the command's thresholds, else the checkpoint's; returns them by `ModelConfig`'s names."""
+    score = min(model.score_threshold, RATED) if options.score_threshold is None else options.score_threshold
+    nms = model.nms_threshold if options.nms_threshold is None else options.nms_threshold
+    most = options.detections or model.detections_per_image
+    heads = network.roi_heads
+    heads.score_thresh, heads.nms_thresh, heads.detections_per_img = score, nms, most
+    return {"score_threshold": score, "nms_threshold": nms, "detections_per_image": most}
+
+
+def told_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
+    """One line: what was rated, and where that is not what the checkpoint itself would find."""
+    line = (
+        f"scores from {used['score_threshold']:g} on, NMS at {used['nms_threshold']:g}, "
+        f"at most {used['detections_per_image']} detections an image"
+    )
+    changed = [f"{name} {getattr(model, name):g}" for name, value in used.items() if getattr(model, name) != value]
+    return line + (f" (the checkpoint's own: {', '.join(changed)})" if changed else "")
 
 
 def check_classes(known: Sequence[Category], asked: Sequence[Category], checkpoint: str, dataset: str) -> None:
@@ -138,25 +254,26 @@ def evaluate(
     data: DataConfig,
     train: TrainConfig,
     *,
+    parents: Parents | None = None,
     watch: Callable[[EvalBatch, list[Detections]], None] | None = None,
-) -> CocoResult | None:
+) -> Evaluation | None:
     """Rate the network on every image of a split, shared over the ranks; each of them must call this.
 
     Args:
         network: on the accelerator's device; its mode is left as it was.
         data, train: `workers`, `read_ahead_mb`, `stall_s`, the cache's options and `eval_batch_size` are read.
+        parents: of classes that are kinds of others, for the Open Images AP.
         watch: is shown each batch of this rank with what was found in it.
 
     Returns:
         The result on the main rank, None on the others.
     """
-    from accelerate.utils import gather_object
-
     from shards.loader import loader
     from shards.stream import EvalStream
     from trainer.data import EvalCollate, sample_cache
     from trainer.detect import detect
     from trainer.metrics.coco import CocoMetric
+    from trainer.metrics.openimages import OpenImagesMetric
 
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     stream = EvalStream(
@@ -170,46 +287,35 @@ def evaluate(
         stall_s=data.stall_s,
         collate=EvalCollate(),
     )
-    metric = CocoMetric(dataset.categories)
+    coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
     was_training = network.training
     network.eval()
     for batch in loader(stream, workers=data.workers):
         found = detect(network, batch.images, device)
-        metric.process(batch.samples, found)
+        coco.process(batch.samples, found)
+        open_images.process(batch.samples, found)
         if watch is not None:
             watch(batch, found)
     network.train(was_training)
+
+    gather = gather_to_main(accelerator)
+    by_coco, by_open_images = coco.evaluate(gather), open_images.evaluate(gather)
+    if by_coco is None or by_open_images is None:
+        return None
+    if by_coco.images != len(dataset.index(split)):
+        raise RuntimeError(f"{by_coco.images} images were rated, split {split!r} has {len(dataset.index(split))}")
+    return Evaluation(by_coco, by_open_images)
+
+
+def gather_to_main(accelerator: Accelerator) -> Gather:
+    """Joins all ranks' lists on the main one."""
+    from accelerate.utils import gather_object
 
     def gather(items: list[Any]) -> list[Any] | None:
         everything: list[Any] = gather_object(items)
         return everything if accelerator.is_main_process else None
 
-    result = metric.evaluate(gather)
-    if result is not None and result.images != len(dataset.index(split)):
-        raise RuntimeError(f"{result.images} images were rated, split {split!r} has {len(dataset.index(split))}")
-    return result
-
-
-def summary(result: CocoResult) -> str:
-    """The result as a table for people, in per cent."""
-    lines = [
-        f"{result.images} images, {result.boxes} objects, {result.masks} with a mask, {result.detections} detections"
-    ]
-    columns = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-    titles = ("AP", "AP50", "AP75", "small", "medium", "large", "AR100")
-    lines.append(f"{'':<16}" + "".join(f"{title:>8}" for title in titles))
-    for name, scores in (("boxes", result.bbox), ("masks", result.segm)):
-        lines.append(f"{name:<16}" + "".join(_percent(getattr(scores, column)) for column in columns))
-    lines.append(f"{'class':<16}" + "".join(f"{title:>10}" for title in ("box AP", "box AP50", "mask AP", "mask AP50")))
-    for box, mask in zip(result.bbox.classes, result.segm.classes, strict=True):
-        lines.append(f"{box.name:<16}" + "".join(_percent(v, 10) for v in (box.ap, box.ap50, mask.ap, mask.ap50)))
-    if result.masks < result.boxes:
-        lines.append("mask AP counts detections of objects without a mask as errors, even where they are right")
-    return "\n".join(lines)
-
-
-def _percent(value: float | None, width: int = 8) -> str:
-    return f"{'-' if value is None else format(100 * value, '.1f'):>{width}}"
+    return gather
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from shards.storage import Location
 from tests.trainer import tiny
-from trainer import evaluate, predict
+from trainer import predict
 from trainer.predict import picture_names
 
 
@@ -133,42 +133,3 @@ def test_bad_input_is_one_line(
     assert error.startswith("predict: error: ")
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_evaluate_prints_a_table_and_writes_all_numbers(
-    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "result.json"
-    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
-    assert evaluate.main(command) == 0
-    table = capsys.readouterr().out
-    value = json.loads(out.read_text())
-    assert (value["split"], value["step"], value["images"]) == ("val", 1, 5)
-    assert value["masks"] < value["boxes"]
-    assert f"{value['boxes']} objects, {value['masks']} with a mask" in table
-    assert [entry["name"] for entry in value["segm"]["classes"]] == ["Square", "Disc"]
-    for word in ("boxes", "masks", "Square", "Disc", "AP50", str(out)):
-        assert word in table
-
-
-@pytest.mark.slow
-def test_evaluate_on_two_ranks_is_evaluate_on_one(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
-    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--batch-size", "1", "--out"]
-    assert evaluate.main([*command, str(tmp_path / "one.json")]) == 0
-    script = tiny.ROOT / "trainer" / "evaluate.py"
-    done = tiny.run(script, [*command, str(tmp_path / "two.json")], ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all numbers") == 1
-    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
-
-
-def test_evaluate_refuses_other_classes(
-    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(dataset, tmp_path / "other")
-    text = (tmp_path / "other" / "dataset.json").read_text()
-    (tmp_path / "other" / "dataset.json").write_text(text.replace('"Disc"', '"Plate"'))
-    assert evaluate.main(["--checkpoint", str(checkpoint), "--data.shards", str(tmp_path / "other")]) == 2
-    assert "class 2 is 'Plate' in" in capsys.readouterr().err
-    assert evaluate.main(["--checkpoint", str(checkpoint), "--data.split", "test"]) == 2
-    assert "there is no split 'test'" in capsys.readouterr().err

@@ -39,12 +39,13 @@ RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads the precision
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """One class's average precision; None where no object of the class is annotated."""
+    """One class's average precision, None where no object of the class is annotated; and how many are."""
 
     category_id: int
     name: str
     ap: float | None
     ap50: float | None
+    objects: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,27 +236,27 @@ def _compare(task: Task, sample: Sample, detections: Detections) -> dict[int, _E
 
 
 def _scores(task: Task, images: Sequence[_Image], categories: Sequence[Category]) -> Scores:
-    tables: list[tuple[Any, Any]] = []
+    tables: list[tuple[Any, Any, int]] = []
     with contextlib.redirect_stdout(io.StringIO()):
         for category in categories:
             of_images = [image.entries[task].get(category.id) for image in images]
             tables.append(_accumulate(task, category.id, [entry for entry in of_images if entry is not None]))
         evaluation = COCOeval(iouType=task)
-        precision = np.concatenate([p for p, _ in tables], axis=2)
-        evaluation.eval = {"precision": precision, "recall": np.concatenate([r for _, r in tables], axis=1)}
+        precision = np.concatenate([p for p, _, _ in tables], axis=2)
+        evaluation.eval = {"precision": precision, "recall": np.concatenate([r for _, r, _ in tables], axis=1)}
         evaluation.summarize()
     # Axes: IoU thresholds, recall thresholds, classes, sizes (the first: all), detections an image (the last: 100).
     precision = precision[:, :, :, 0, -1]
     classes = tuple(
-        ClassScores(c.id, c.name, _mean(precision[:, :, k]), _mean(precision[0, :, k]))
+        ClassScores(c.id, c.name, _mean(precision[:, :, k]), _mean(precision[0, :, k]), tables[k][2])
         for k, c in enumerate(categories)
     )
     numbers = {name: float(v) if v > -1 else None for name, v in zip(SUMMARY, evaluation.stats, strict=True)}
     return Scores(**numbers, classes=classes, precision50=precision[0].T.copy())
 
 
-def _accumulate(task: Task, category: int, entries: Iterable[_Entry]) -> tuple[Any, Any]:
-    """pycocotools' tables of precision and recall of one class, from its images in the order of their ids."""
+def _accumulate(task: Task, category: int, entries: Iterable[_Entry]) -> tuple[Any, Any, int]:
+    """pycocotools' tables of precision and recall of one class, and its objects; images in the order of their ids."""
     evaluation = COCOeval(iouType=task)
     params = evaluation.params
     sizes, thresholds = len(params.areaRng), len(params.iouThrs)
@@ -264,7 +265,8 @@ def _accumulate(task: Task, category: int, entries: Iterable[_Entry]) -> tuple[A
     evaluation._paramsEval = params  # what `evaluate` would have left there
     evaluation.evalImgs = [row[size] for size in range(sizes) for row in rows]
     evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    objects = sum(int((~row[0]["gtIgnore"]).sum()) for row in rows)
+    return evaluation.eval["precision"], evaluation.eval["recall"], objects
 
 
 def _bits(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.bool_]:

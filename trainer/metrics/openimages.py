@@ -193,12 +193,19 @@ def match(sample: Sample, found: Detections, overlaps: Overlaps, parents: Parent
     values = np.where(labels[:, None] == truth[None, :], overlaps.values[np.ix_(rows, columns)], -1.0)
 
     outcomes = np.full(len(rows), WRONG, dtype=np.uint8)
-    outcomes[~np.isin(labels, [*_verified(sample, parents), *truth])] = UNVERIFIED
+    outcomes[~np.isin(labels, [*verified_classes(sample, parents), *truth])] = UNVERIFIED
     outcomes[_first_of_each(values[:, masked & ~groups], outcomes == WRONG)] = RIGHT
     outcomes[_inside(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
     outcomes[_first_of_each(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
     outcomes[_inside(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
     return Matches(rows, labels, found.scores[rows], outcomes, truth[masked & ~groups])
+
+
+def verified_classes(sample: Sample, parents: Parents) -> set[int]:
+    """Present classes with their ancestors, absent ones with their descendants."""
+    present = {own for label in sample.verified_present for own in (label, *parents.get(label, ()))}
+    absent = set(sample.verified_absent)
+    return present | absent | {child for child, above in parents.items() if absent.intersection(above)}
 
 
 def precision_recall(right: NDArray[np.bool_], objects: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -243,13 +250,6 @@ def _expanded(labels: NDArray[np.int64], parents: Parents) -> tuple[NDArray[np.i
     return table[:, 0], table[:, 1]
 
 
-def _verified(sample: Sample, parents: Parents) -> set[int]:
-    """Present classes with their ancestors, absent ones with their descendants."""
-    present = {own for label in sample.verified_present for own in (label, *parents.get(label, ()))}
-    absent = set(sample.verified_absent)
-    return present | absent | {child for child, above in parents.items() if absent.intersection(above)}
-
-
 def _first_of_each(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The rows that match: among the candidates, the first for each column, held against their largest value only."""
     if not values.shape[1]:
@@ -262,8 +262,7 @@ def _first_of_each(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -
 
 def _inside(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which rows lie in a region."""
-    inside: NDArray[np.bool_] = (values >= IOU).any(axis=1)
-    return inside
+    return np.asarray((values >= IOU).any(axis=1))
 
 
 def _joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:

@@ -61,6 +61,23 @@ def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> O
     )
 
 
+def pair(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Row after row, the free column with the largest overlap of at least `threshold`; -1 where there is none.
+
+    Args:
+        overlaps: (N, M).
+        threshold: above 0.
+    """
+    free = np.ones(overlaps.shape[1], dtype=np.bool_)
+    paired = np.full(len(overlaps), -1, dtype=np.int64)
+    for i, row in enumerate(overlaps):
+        candidates = np.where(free & (row >= threshold), row, 0.0)
+        if candidates.any():
+            paired[i] = candidates.argmax()
+            free[paired[i]] = False
+    return paired
+
+
 def _compare(found: Any, annotated: Any, groups: NDArray[np.bool_]) -> NDArray[np.float64]:
     """pycocotools' `iou` of masks, or of boxes x, y, w, h; an annotation that is a crowd is measured as a region is."""
     if not len(annotated):

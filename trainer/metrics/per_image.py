@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco_mask
 
+from trainer.metrics.overlaps import pair
+
 Floats = NDArray[np.float64]
 
 
@@ -127,7 +129,7 @@ def compute_recall(pred_boxes: ArrayLike, gt_boxes: ArrayLike, iou: float) -> tu
     if not len(truth):
         return float("nan"), np.empty(0, dtype=np.int64)
     overlaps = _iou(_as_xywh(predicted), _as_xywh(truth))
-    paired = _pair(overlaps, iou)
+    paired = pair(overlaps, iou)
     return float((paired >= 0).sum() / len(truth)), np.flatnonzero(overlaps.max(axis=1, initial=0.0) >= iou)
 
 
@@ -141,19 +143,7 @@ def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> t
     order = np.argsort(-scores[: len(kept)][kept], kind="stable")
     overlaps = _iou(_encode(pred_masks[..., order]), _encode(gt_masks))
     same = pred_ids[order][:, None] == gt_ids[None, :]
-    return _pair(np.where(same, overlaps, 0.0), threshold) >= 0, overlaps
-
-
-def _pair(overlaps: Floats, threshold: float) -> NDArray[np.int64]:
-    """Row after row, the free column with the largest overlap of at least `threshold`; -1 where there is none."""
-    free = np.ones(overlaps.shape[1], dtype=np.bool_)
-    paired = np.full(len(overlaps), -1, dtype=np.int64)
-    for i, row in enumerate(overlaps):
-        candidates = np.where(free & (row >= threshold), row, 0.0)
-        if candidates.any():
-            paired[i] = candidates.argmax()
-            free[paired[i]] = False
-    return paired
+    return pair(np.where(same, overlaps, 0.0), threshold) >= 0, overlaps
 
 
 def _without_padding(
