@@ -1,5 +1,6 @@
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -75,13 +76,15 @@ def random_pairs(images: int = 25) -> list[tuple[Sample, Detections]]:
     return pairs
 
 
-def by_pycocotools(task: str, pairs: list[tuple[Sample, Detections]]) -> NDArray[np.float64]:
-    """The twelve numbers by COCO's own loader of results."""
+def by_pycocotools(
+    task: str, pairs: list[tuple[Sample, Detections]], categories: Sequence[Category] = CATEGORIES
+) -> NDArray[np.float64]:
+    """The twelve numbers by COCO's own loader of results, all images at once."""
     truth: list[dict] = []
     found: list[dict] = []
     for number, (one, detected) in enumerate(pairs, start=1):
         for obj in one.instances:
-            annotation = ground_truth("segm" if task == "segm" else "bbox", obj, SIZE, SIZE)
+            annotation = ground_truth("segm" if task == "segm" else "bbox", obj, one.height, one.width)
             if annotation is not None:
                 truth.append({**annotation, "id": len(truth) + 1, "image_id": number})
         for obj, score in zip(detected.instances(), detected.scores):
@@ -91,8 +94,8 @@ def by_pycocotools(task: str, pairs: list[tuple[Sample, Detections]]) -> NDArray
             found.append(entry)
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i, "width": SIZE, "height": SIZE} for i in range(1, len(pairs) + 1)],
-        "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
+        "images": [{"id": i, "width": one.width, "height": one.height} for i, (one, _) in enumerate(pairs, start=1)],
+        "categories": [{"id": c.id, "name": c.name} for c in categories],
         "annotations": truth,
         "info": {},
     }
