@@ -72,7 +72,7 @@ def test_a_table_and_all_files(
     assert (out / "images.html").read_text().count("<figure>") >= 2
 
 
-def test_thresholds_are_the_commands_else_the_checkpoints_but_low(
+def test_thresholds_and_hierarchy(
     checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -86,11 +86,20 @@ def test_thresholds_are_the_commands_else_the_checkpoints_but_low(
     told = capsys.readouterr().out
     assert "scores from 0.05 on, NMS at 0.5, at most 20 detections an image" in told
     assert "the checkpoint's own: score_threshold 0.7" in told
+    assert [entry["objects"] for entry in low["open_images"]["classes"]] == [m["objects"] for m in low["segm"]["classes"]]
+    tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    command += ["--hierarchy", str(tmp_path / "tree.json")]
     assert evaluate.main([*command, "--score-threshold", "0.7", "--detections", "3"]) == 0
     high = json.loads((run / "evaluation-val" / "evaluation.json").read_text())
     assert (high["score_threshold"], high["detections_per_image"]) == (0.7, 3)
     assert high["detections"] < low["detections"]
     assert low["detections"] > 3 * low["images"]
+    assert high["parents"] == {"2": [1]}
+    assert [entry["objects"] for entry in high["open_images"]["classes"]] == [
+        high["masks"],
+        high["segm"]["classes"][1]["objects"],
+    ]
 
 
 @pytest.mark.slow
