@@ -15,21 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from shards.dataset import Category
-from shards.draw import draw_instances, legible_scale
 from shards.sample import Sample
 from trainer.metrics import Gather, alone
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
 from trainer.metrics.overlaps import compute_overlaps
+from trainer.pictures import side_by_side
 
 if TYPE_CHECKING:
     from trainer.data import EvalBatch
     from trainer.detect import Detections
 
 LONGEST = 1600  # pixels of a pair of pictures, side by side
-GAP = 8  # pixels between them
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 1500px; padding: 1rem; }
@@ -123,21 +121,7 @@ class Gallery:
 
     def _draw(self, candidate: _Candidate) -> bytes:
         """A JPEG: what is annotated on the left, what was found on the right."""
-        sample, found = candidate.sample, candidate.found
-        scale = legible_scale(sample.width, sample.height)
-        sure = np.flatnonzero(found.scores >= self.score).tolist()
-        instances, scores = found.instances(), found.scores.tolist()
-        truth = draw_instances(candidate.pixels, sample.instances, self.categories, scale=scale)
-        answer = draw_instances(
-            candidate.pixels,
-            [instances[i] for i in sure],
-            self.categories,
-            scores=[scores[i] for i in sure],
-            scale=scale,
-        )
-        both = Image.new("RGB", (2 * truth.width + GAP, truth.height), "white")
-        both.paste(truth, (0, 0))
-        both.paste(answer, (truth.width + GAP, 0))
+        both = side_by_side(candidate.pixels, candidate.sample, candidate.found, self.categories, self.score)
         both.thumbnail((LONGEST, LONGEST))
         buffer = io.BytesIO()
         both.save(buffer, "JPEG", quality=85)

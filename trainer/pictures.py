@@ -8,10 +8,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from shards.dataset import Category
 from shards.draw import draw_instances, legible_scale
+from shards.sample import Sample
 from shards.storage import Location
 from trainer.data import EvalBatch
 from trainer.detect import Detections
@@ -19,6 +22,27 @@ from trainer.detect import Detections
 FOLDER = "pictures"
 SHOWN = 0.5  # detections below this score are left out
 GAP = 8  # pixels between the two halves
+
+
+def side_by_side(
+    pixels: NDArray[np.uint8], sample: Sample, found: Detections, categories: Sequence[Category], score: float
+) -> Image.Image:
+    """What is annotated on the left, the detections of `score` or more on the right; small images are enlarged.
+
+    Args:
+        pixels: uint8 (H, W, 3) RGB.
+    """
+    scale = legible_scale(sample.width, sample.height)
+    sure = [i for i, value in enumerate(found.scores) if value >= score]
+    instances, scores = found.instances(), found.scores.tolist()
+    truth = draw_instances(pixels, sample.instances, categories, scale=scale)
+    predicted = draw_instances(
+        pixels, [instances[i] for i in sure], categories, scores=[scores[i] for i in sure], scale=scale
+    )
+    both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
+    both.paste(truth, (0, 0))
+    both.paste(predicted, (truth.width + GAP, 0))
+    return both
 
 
 class Pictures:
@@ -38,17 +62,7 @@ class Pictures:
         for image, sample, detections in zip(batch.images, batch.samples, found):
             if len(self.drawn) >= self.count:
                 return
-            pixels = image.permute(1, 2, 0).numpy()
-            scale = legible_scale(sample.width, sample.height)
-            sure = [i for i, score in enumerate(detections.scores) if score >= SHOWN]
-            instances, scores = detections.instances(), detections.scores.tolist()
-            truth = draw_instances(pixels, sample.instances, self.categories, scale=scale)
-            predicted = draw_instances(
-                pixels, [instances[i] for i in sure], self.categories, scores=[scores[i] for i in sure], scale=scale
-            )
-            both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
-            both.paste(truth, (0, 0))
-            both.paste(predicted, (truth.width + GAP, 0))
+            both = side_by_side(image.permute(1, 2, 0).numpy(), sample, detections, self.categories, SHOWN)
             buffer = io.BytesIO()
             both.save(buffer, "JPEG", quality=90)
             self.drawn[sample.image_id] = buffer.getvalue()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from trainer.curves import png
 from trainer.metrics.coco import RECALLS
 from trainer.metrics.confusion import Confusion
 from trainer.metrics.openimages import ClassResult
@@ -45,7 +45,7 @@ def draw_precision_recall(evaluation: Evaluation) -> bytes:
         panel.set(title=title, xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     left.set_ylabel("precision (black: mean of the classes)")
-    return _png(figure)
+    return png(figure)
 
 
 def read_curve(result: ClassResult) -> NDArray[np.float64]:
@@ -80,7 +80,7 @@ def draw_confusion(confusion: Confusion) -> bytes:
         for row, column in np.ndindex(counts.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
             panel.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize="small")
-    return _png(figure)
+    return png(figure)
 
 
 def _plain(texts: Sequence[object]) -> None:
@@ -91,9 +91,3 @@ def _plain(texts: Sequence[object]) -> None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

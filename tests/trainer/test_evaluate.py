@@ -86,7 +86,9 @@ def test_thresholds_and_hierarchy(
     told = capsys.readouterr().out
     assert "scores from 0.05 on, NMS at 0.5, at most 20 detections an image" in told
     assert "the checkpoint's own: score_threshold 0.7" in told
-    assert [entry["objects"] for entry in low["open_images"]["classes"]] == [m["objects"] for m in low["segm"]["classes"]]
+    assert [entry["objects"] for entry in low["open_images"]["classes"]] == [
+        m["objects"] for m in low["segm"]["classes"]
+    ]
     tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
     command += ["--hierarchy", str(tmp_path / "tree.json")]
