@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from shards import handover
 from shards.errors import LoaderError, UserError
 from shards.reader import SampleStatistics
 from shards.stream import EvalStream, ShardStream
@@ -130,11 +131,16 @@ def loader(
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,
+        collate_fn=_as_it_is,  # torch's own would turn the arrays in a batch into tensors
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
     )
     return Loader(inner)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class _Item(NamedTuple):
@@ -161,8 +167,11 @@ class _Reporting(IterableDataset):
     def __iter__(self) -> Iterator[_Item]:
         info = get_worker_info()
         worker, before = 0 if info is None else info.id, copy(self.stream.statistics)
+        if info is not None:
+            handover.begin()
         try:
             for batch in self.stream:
+                batch = handover.pack(batch)
                 yield _Item(batch, None, worker, self.stream.statistics.since(before))
                 del batch
         except UserError as error:
@@ -183,11 +192,7 @@ def _death(error: RuntimeError) -> LoaderError | None:
         return error.__cause__
     if not re.match(r"DataLoader worker \(pid", str(error)):
         return None
-    return LoaderError(
-        f"{' '.join(str(error).split()).rstrip('.')}: mostly that is the kernel, for want of memory (dmesg tells): "
-        "take fewer workers (data.workers) or less read-ahead (data.read_ahead_mb); in a container, raise its limits "
-        "of memory and shared memory"
-    )
+    return LoaderError(f"{' '.join(str(error).split()).rstrip('.')}: {handover.WHY_KILLED}")
 
 
 def _tell_deaths_as_ours() -> None:

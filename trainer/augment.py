@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as transforms
 
+from shards import handover
 from trainer import instances as geometry
 from trainer.instances import Instances
 
@@ -115,32 +114,29 @@ def clip(image: Tensor, instances: Instances) -> Instances:
     return geometry.crop(instances, 0, 0, width, height)
 
 
-def pad(images: list[Tensor], size: int | None = None) -> Tensor:
-    """Images side by side in one tensor, at the top left, zeros elsewhere.
-
-    matterport centres an image in its square; torchvision, and so a network at inference, has it at the top left.
+def blank(count: int, height: int, width: int) -> Tensor:
+    """Room for the images of a batch, for `place` to fill.
 
     Args:
-        images: uint8 [3, h, w] each.
-        size: side of a square that holds them all; None for the largest height and width among them. Both are rounded
-            up to a multiple of STRIDE.
+        count: images.
+        height, width: of the largest; rounded up to multiples of STRIDE.
 
     Returns:
-        uint8 [B, 3, H, W], a view of B x H x W x 3 memory, as images are decoded: rows are copied whole.
+        uint8 [count, 3, H, W], not initialised; a view of count x H x W x 3 memory, as images are decoded, so that rows
+        are copied whole. In a loader process it lies where the batch is handed over.
     """
-    height = size or max(image.shape[-2] for image in images)
-    width = size or max(image.shape[-1] for image in images)
-    shape = (len(images), math.ceil(height / STRIDE) * STRIDE, math.ceil(width / STRIDE) * STRIDE, 3)
-    padded = _shared_zeros(shape).permute(0, 3, 1, 2)
-    for place, image in zip(padded, images):
-        place[:, : image.shape[-2], : image.shape[-1]] = image
-    return padded
+    height, width = (math.ceil(side / STRIDE) * STRIDE for side in (height, width))
+    return handover.empty((count, height, width, 3)).permute(0, 3, 1, 2)
 
 
-def _shared_zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros, uint8; in a loader process in shared memory, as torch's own collate makes them: the batch is then handed
-    over without another copy, and what stays zero is never touched."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload, no-any-return]
+def place(image: Tensor, room: Tensor) -> Tensor:
+    """Put an image, [3, h, w], into one of `blank`, [3, H, W], at the top left, zeros elsewhere; returns it there.
+
+    matterport centres an image in its square; torchvision, and so a network at inference, has it at the top left.
+    """
+    height, width = image.shape[-2:]
+    there = room[:, :height, :width]
+    there.copy_(image)
+    room[:, :height, width:] = 0
+    room[:, height:] = 0
+    return there

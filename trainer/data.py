@@ -63,37 +63,53 @@ class TrainCollate:
             SampleError: an image that cannot be decoded, or has another size than its sample says.
         """
         rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]
-        prepared = [self._prepare(sample, rng) for sample, rng in zip(samples, rngs)]
+        min_sizes = [int(rng.choice(self.data.min_sizes or [self.data.min_size])) for rng in rngs]
+        images = augment.blank(len(samples), *self._room(samples, min_sizes))
+        prepared = []
+        # One after the other: an image is put into its place while the processor's cache still holds it.
+        for sample, min_size, rng, room in zip(samples, min_sizes, rngs, images):
+            image, of_image = self._prepare(sample, min_size, rng)
+            prepared.append((augment.place(image, room), of_image))
         if self.data.copy_paste:
             donors = prepared[1:] + prepared[:1]
             prepared = [
                 paste_some(*taker, *donor, self.data.copy_paste, rng)
                 for taker, donor, rng in zip(prepared, donors, rngs)
             ]
-        images = [image for image, _ in prepared]
+            prepared = [(augment.place(image, room), of_image) for (image, of_image), room in zip(prepared, images)]
         instances = [of_image for _, of_image in prepared]
         if self.data.max_instances:
             instances = [geometry.cap(one, self.data.max_instances, rng) for one, rng in zip(instances, rngs)]
         flat = {item.name: torch.cat([getattr(one, item.name) for one in instances]) for item in fields(Instances)}
         return Batch(
-            images=augment.pad(images, None if self.data.resize == "shortest" else self.data.max_size),
-            sizes=torch.tensor([image.shape[-2:] for image in images]),
+            images=images,
+            sizes=torch.tensor([image.shape[-2:] for image, _ in prepared]),
             counts=torch.tensor([len(one) for one in instances]),
             image_ids=tuple(sample.image_id for sample in samples),
             verified=tuple(verified_classes(sample) for sample in samples),
             **flat,
         )
 
-    def _prepare(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Instances]:
+    def _room(self, samples: Sequence[Sample], min_sizes: Sequence[int]) -> tuple[int, int]:
+        """Height and width that hold every image."""
+        if self.data.resize != "shortest":
+            return self.data.max_size, self.data.max_size
+        sizes = [
+            augment.scaled_size(sample.height, sample.width, min_size, self.data.max_size)
+            for sample, min_size in zip(samples, min_sizes)
+        ]
+        return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+    def _prepare(self, sample: Sample, min_size: int, rng: np.random.Generator) -> tuple[Tensor, Instances]:
         data, image, instances = self.data, decode_sample(sample), read_instances(sample.instances)
+        # First, because mostly the image is smaller before it is resized than after.
+        if rng.random() < data.flip:
+            image, instances = augment.flip(image, instances)
         if data.resize == "scale_jitter":
             low, high = data.scale_range
             image, instances = augment.scale_jitter(image, instances, data.max_size, (low, high), rng)
         else:
-            min_size = int(rng.choice(data.min_sizes)) if data.min_sizes else data.min_size
             image, instances = augment.resize(image, instances, min_size, data.max_size)
-        if rng.random() < data.flip:
-            image, instances = augment.flip(image, instances)
         if data.photometric:
             image = augment.photometric(image, data.photometric, rng)
         return image, augment.clip(image, instances)

@@ -60,10 +60,14 @@ def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
         encoded = [rle.encode(mask) for mask in masks]
         annotations = [Instance(int(c), rle.bounds(mask), mask) for c, mask in zip(labels, encoded, strict=True)]
         instances.append(read_instances(annotations))
+    sizes = torch.tensor([image.shape[-2:] for image, _, _ in scenes])
+    images = augment.blank(len(scenes), *sizes.amax(0).tolist())
+    for (image, _, _), room in zip(scenes, images, strict=True):
+        augment.place(image, room)
     columns = ("boxes", "labels", "flags", "bitmaps", "frames")
     return Batch(
-        images=augment.pad([image for image, _, _ in scenes]),
-        sizes=torch.tensor([image.shape[-2:] for image, _, _ in scenes]),
+        images=images,
+        sizes=sizes,
         counts=torch.tensor([len(one) for one in instances]),
         image_ids=tuple(str(i) for i in range(len(scenes))),
         verified=(None,) * len(scenes),

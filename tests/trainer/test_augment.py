@@ -58,14 +58,18 @@ def test_clip_keeps_boxes_inside():
     assert clipped.boxes.tolist() == [[0, 0, 17, 18], [70, 50, 80, 60]]
 
 
-def test_pad_puts_images_at_the_top_left():
+def test_images_are_placed_at_the_top_left_and_zeros_elsewhere():
     images = [picture(50, 70), picture(64, 33)]
-    square, tight = augment.pad(images, 100), augment.pad(images)
-    assert square.shape == (2, 3, 128, 128)
-    assert tight.shape == (2, 3, 64, 96)
-    for padded in (square, tight):
-        assert torch.equal(padded[0, :, :50, :70], images[0])
-        assert padded[0, :, 50:].sum() + padded[0, :, :, 70:].sum() == 0
+    room = augment.blank(2, 64, 70)
+    assert room.shape == (2, 3, 64, 96)
+    assert augment.blank(1, 100, 100).shape == (1, 3, 128, 128)
+    room[:] = 7  # memory is not clean
+    for image, one in zip(images, room, strict=True):
+        there = augment.place(image, one)
+        assert torch.equal(there, image)
+        there += 1
+    assert torch.equal(room[0, :, :50, :70], images[0] + 1)
+    assert room[0, :, 50:].sum() + room[0, :, :, 70:].sum() == 0
 
 
 def test_scale_jitter_fits_the_square_and_moves_boxes_with_pixels():
