@@ -248,7 +248,8 @@ def crop(instances: Instances, x: float, y: float, width: float, height: float) 
     limit = torch.tensor([width, height, width, height])
     boxes = (instances.boxes - shift).clamp(min=0).minimum(limit)
     moved = replace(instances, boxes=boxes, frames=instances.frames - shift)
-    return moved.select(((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1))
+    kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
+    return moved if kept.all() else moved.select(kept)
 
 
 def cap(instances: Instances, most: int, rng: np.random.Generator) -> Instances:
