@@ -162,21 +162,31 @@ def ours() -> Callable[[Job], Opened]:
     """`shards.stream`; training batches by `trainer.data`."""
     from shards.dataset import open_dataset
     from shards.loader import loader
+    from shards.parse import parse_sample, webdataset_sample
     from shards.stream import ShardStream
-    from trainer.data import TrainCollate
-    from trainer.settings import DataConfig
 
     def load(job: Job) -> Opened:
         collate: Any = None
+        parse: Any = webdataset_sample
         if job.decode:
+            from trainer.data import TrainCollate
+            from trainer.settings import DataConfig
+
+            parse = parse_sample
             collate = TrainCollate(DataConfig(min_size=job.min_size, max_size=job.max_size), SEED)
         start = _state(job) or 0
         stream: Any = ShardStream(
-            open_dataset(job.root), "train", batch_size=job.batch_size, seed=SEED, start=start, collate=collate
+            open_dataset(job.root),
+            "train",
+            batch_size=job.batch_size,
+            seed=SEED,
+            start=start,
+            parse=parse,
+            collate=collate,
         )
 
         def keys(batch: Any) -> list[str]:
-            return list(batch.image_ids) if job.decode else [sample.image_id for sample in batch]
+            return list(batch.image_ids) if job.decode else [sample["__key__"] for sample in batch]
 
         return Opened(loader(stream, workers=job.workers), keys, lambda taken: start + taken)
 

@@ -75,12 +75,10 @@ def limit(job: Job) -> dict[str, float]:
     import torch.multiprocessing as mp
 
     from shards.dataset import open_dataset
-    from shards.reader import SampleReader
-    from shards.stream import read_samples
+    from shards.stream import EvalStream
 
-    index = open_dataset(job.root).index("train")
-    reader = SampleReader(open_dataset(job.root).root, index)
-    images = [sample.image for sample in read_samples(reader, range(job.samples))]
+    batches = EvalStream(open_dataset(job.root), "train", batch_size=job.samples)
+    images: list[bytes] = [sample.image for sample in next(iter(batches))]
     context = mp.get_context("fork")
     barrier, times = context.Barrier(job.workers), context.SimpleQueue()
     shares = [images[number :: job.workers] for number in range(job.workers)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -137,7 +138,7 @@ class Sample:
         return {"jpg": self.image, "json": canonical_json(value)}
 
     @classmethod
-    def from_members(cls, image_id: str, members: dict[str, bytes], *, where: str = "") -> Sample:
+    def from_members(cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "") -> Sample:
         """Read a sample back.
 
         Args:
@@ -153,7 +154,7 @@ class Sample:
             if extension not in members:
                 raise SampleError(f"{place}: there is no {image_id}.{extension}: is the shard truncated?")
         try:
-            value = json.loads(members["json"])
+            value = json.loads(bytes(members["json"]))
             return cls(
                 image_id=image_id,
                 image=bytes(members["jpg"]),

@@ -5,7 +5,7 @@
     from shards.stream import ShardStream
 
     stream = ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8, rank=rank, world=world)
-    for samples in loader(stream, workers=4):  # endless; each a list of Sample
+    for samples in loader(stream, workers=4):  # endless; each a list of Sample, unless `parse` makes something else
         ...
 
 The stream shares itself out over ranks and workers: never hand its loader to `accelerator.prepare`, which would split
@@ -14,28 +14,25 @@ it a second time. A loader that was is refused when it is first read.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from shards.dataset import Dataset
-from shards.errors import DatasetError, SampleError
+from shards.errors import DatasetError
 from shards.index import Index
 from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
+from shards.parse import Parse, parse_sample
 from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
-from shards.sample import Sample
-from shards.subset import with_categories
 
 if TYPE_CHECKING:
     from shards.cache import SampleCache
 
 T = TypeVar("T")
-Collate = Callable[[Sequence[Sample], int], T]
+Collate = Callable[[Sequence[Any], int], T]  # of what `parse` gives, and the visit
 
 
 class Stream(IterableDataset, Generic[T]):
@@ -43,6 +40,7 @@ class Stream(IterableDataset, Generic[T]):
 
     rank: int
     world: int
+    parse: Parse
     collate: Collate[T] | None
 
     def set_epoch(self, epoch: int) -> None:
@@ -63,7 +61,12 @@ class Stream(IterableDataset, Generic[T]):
         if batch_size < 1:
             raise DatasetError(f"batch_size is {batch_size}: it must be at least 1")
 
-    def _collated(self, samples: list[Sample], visit: int) -> T:
+    def _read(self, reader: SampleReader, rows: Iterable[int]) -> Iterator[Any]:
+        """The samples of the given rows, in that order."""
+        for row, data in reader.read(rows, who=_who(self.rank)):
+            yield self.parse(data, reader.index, row, str(reader.root))
+
+    def _collated(self, samples: list[Any], visit: int) -> T:
         return samples if self.collate is None else self.collate(samples, visit)  # type: ignore[return-value]
 
 
@@ -84,6 +87,8 @@ class ShardStream(Stream[T]):
             dataset.
         cache: keeps samples on a disk of this machine for the next epoch; see `shards.cache`.
         stall_s: a loader process that waits so many seconds for storage says what for, in the log.
+        parse: makes a sample of the bytes in the shard, in the loader process; default a `Sample`. For the bytes
+            themselves: `shards.parse.webdataset_sample`.
         collate: makes a batch of a list of samples and the number of their visit, in the loader process. The number is
             the epoch's; where a sample may come twice in an epoch (repeats, mixes) it is the position. So a seed that
             is folded from it and the sample's key is another in every batch. Default: the list.
@@ -109,9 +114,11 @@ class ShardStream(Stream[T]):
         read_ahead: int = READ_AHEAD,
         cache: SampleCache | None = None,
         stall_s: float = STALL_S,
+        parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
     ) -> None:
-        self.rank, self.world, self.start, self.collate = rank, world, start, collate
+        self.rank, self.world, self.start = rank, world, start
+        self.parse, self.collate = parse, collate
         self._check(batch_size)
         if start < 0:
             raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
@@ -153,9 +160,7 @@ class ShardStream(Stream[T]):
             return chain.from_iterable(self.order.rows(position, number) for position in mine())
 
         # Readers look ahead, so each goes through the row of positions by itself.
-        samples = [
-            read_samples(reader, rows(number), who=_who(self.rank)) for number, reader in enumerate(self._readers)
-        ]
+        samples = [self._read(reader, rows(number)) for number, reader in enumerate(self._readers)]
         for position in mine():
             sizes = self.order.sizes(position)
             batch = [next(source) for source, size in zip(samples, sizes) for _ in range(size)]
@@ -179,9 +184,11 @@ class EvalStream(Stream[T]):
         read_ahead: int = READ_AHEAD,
         cache: SampleCache | None = None,
         stall_s: float = STALL_S,
+        parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
     ) -> None:
-        self.rank, self.world, self.batch_size, self.collate = rank, world, batch_size, collate
+        self.rank, self.world, self.batch_size = rank, world, batch_size
+        self.parse, self.collate = parse, collate
         self._check(batch_size)
         index = dataset.index(split)
         self.samples = len(index)
@@ -193,7 +200,7 @@ class EvalStream(Stream[T]):
         worker, workers = _worker()
         share = {"rank": self.rank, "world": self.world, "worker": worker, "workers": workers}
         batches = list(evaluation_batches(self.samples, self.batch_size, **share))
-        samples = read_samples(self._reader, chain.from_iterable(batches), who=_who(self.rank))
+        samples = self._read(self._reader, chain.from_iterable(batches))
         for batch in batches:
             yield self._collated([next(samples) for _ in batch], 0)
 
@@ -203,7 +210,7 @@ def share_read_ahead(
 ) -> list[int]:
     """The read-ahead of each dataset of a loader process: two of its largest samples, and of the rest by weight.
 
-    Two, because a reader holds two blocks, the one that is consumed and the next.
+    Two, because one may be waiting in memory while another is needed.
 
     Raises:
         DatasetError: it is not enough for that.
@@ -215,43 +222,6 @@ def share_read_ahead(
             f"{where}: read_ahead is {total} bytes, twice the largest sample is {sum(least)}: give at least as many"
         )
     return [own + int((total - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
-
-
-def read_samples(reader: SampleReader, rows: Iterable[int], *, who: str = "the reader") -> Iterator[Sample]:
-    """The samples of the given rows, in that order; `who` is told to be waiting where storage stalls.
-
-    Raises:
-        SampleError: a sample cannot be had or is not what the index says.
-    """
-    for row, data in reader.read(rows, who=who):
-        yield parse_sample(data, reader.index, row, where=str(reader.root))
-
-
-def parse_sample(data: bytes | memoryview, index: Index, row: int, *, where: str = "") -> Sample:
-    """The sample in a range of a shard; the range is a readable tar, which webdataset's iterator parses.
-
-    Raises:
-        SampleError: the range holds another key than the index says, or members in another format.
-    """
-    image_id = index.image_id(row)
-    place = f"{where}/{index.shard_paths[int(index.shard[row])]}"
-    members: dict[str, bytes] = {}
-    for member in tar_file_iterator(io.BytesIO(data)):
-        key, extension = base_plus_ext(member["fname"])
-        if key != image_id:
-            raise SampleError(
-                f"{place}: {member['fname']} lies where the index has {image_id}: build the dataset again"
-            )
-        members[extension] = member["data"]
-    return with_categories(Sample.from_members(image_id, members, where=place), index.category_ids)
-
-
-def webdataset_samples(samples: Sequence[Sample], epoch: int) -> list[dict[str, Any]]:
-    """A `collate` that gives webdataset's dicts: a stream with it is the source of a `wds.DataPipeline`.
-
-    wds.DataPipeline(ShardStream(..., collate=webdataset_samples), wds.filters.unlisted(), wds.decode("pil"), ...)
-    """
-    return [{"__key__": sample.image_id, "__epoch__": epoch, **sample.to_members()} for sample in samples]
 
 
 def _worker() -> tuple[int, int]:

@@ -6,7 +6,8 @@ import webdataset as wds
 
 from shards.errors import DatasetError, SampleError
 from shards.loader import loader
-from shards.stream import EvalStream, ShardStream, webdataset_samples
+from shards.parse import webdataset_sample
+from shards.stream import EvalStream, ShardStream
 from tests.support import sample, write_dataset
 
 
@@ -112,7 +113,7 @@ def test_evaluation_that_cannot_work_is_refused_at_the_start(dataset, options, m
 
 
 def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset):
-    stream = ShardStream(dataset, "train", batch_size=4, seed=5, collate=webdataset_samples)
+    stream = ShardStream(dataset, "train", batch_size=4, seed=5, parse=webdataset_sample)
     pipeline = wds.DataPipeline(
         stream, wds.filters.unlisted(), wds.decode("pil"), wds.to_tuple("__key__", "jpg", "json")
     )
