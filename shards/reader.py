@@ -1,9 +1,8 @@
 """Planned reads: it knows the samples to come and fetches them as few ranges, in bounded memory, without a local disk.
 
-The future is cut into blocks. A block's samples are sorted by place, neighbours merged into ranges, and the ranges
-asked for in the order in which they are first needed, all at once, while the block before is consumed. At most two
-blocks are in memory. The first block is small, so that the first sample comes after one round trip; each next one is
-twice as large, up to half of the read-ahead. A sample that a cache on the machine's disk has is not asked for.
+What to ask for is decided by `shards.plan`; here it is asked for, waited for, checked against the index's crc32 and
+handed over. Each sample of a range is freed as soon as it was handed over, whatever else the range brought. A sample
+that a cache on the machine's disk has is not asked for.
 """
 
 from __future__ import annotations
@@ -12,20 +11,17 @@ import logging
 import random
 import time
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import astuple, dataclass, field
-from itertools import islice
 from operator import add, sub
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shards.errors import SampleError
 from shards.index import Index
-from shards.ranges import Read, ReadStatistics, start_read
+from shards.local import expect, read_file
+from shards.plan import Plan, Span
+from shards.ranges import Bytes, Read, ReadStatistics, start_read
 from shards.storage import Location, explain
 
 if TYPE_CHECKING:  # it needs Unix, which reading does not
@@ -34,9 +30,6 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 log = logging.getLogger("shards.reader")
 
 READ_AHEAD = 64 * 2**20
-FIRST_BLOCK = 2**20
-MAX_RANGE = 4 * 2**20  # one request; several of them fill the line
-MAX_GAP = 64 * 2**10  # bytes between two wanted samples that are cheaper to read than to ask around
 ATTEMPTS = 5  # reads of a sample whose bytes are wrong
 BACK_OFF_S = 0.2
 STALL_S = 30.0
@@ -73,49 +66,6 @@ class SampleStatistics:
         return SampleStatistics(*map(sub, astuple(self), astuple(before)))
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One range request: bytes `start` to `end` of a shard, and the places in the block (ascending) that it serves."""
-
-    shard: int
-    start: int
-    end: int
-    places: tuple[int, ...]
-
-
-def plan_spans(shard: NDArray[np.int32], offset: NDArray[np.int64], nbytes: NDArray[np.int64]) -> list[Span]:
-    """Merge the samples of a block into ranges, in the order in which they are first needed.
-
-    Two samples share a range when they lie in one shard, the gap between them is at most `MAX_GAP` and a quarter of the
-    second one (so that what is read in vain stays below a quarter), and the range stays within `MAX_RANGE`. A sample
-    that is wanted twice is read once.
-
-    Args:
-        shard, offset, nbytes: (n,) where each sample of the block lies.
-    """
-    spans: list[Span] = []
-    places: list[int] = []
-    current = (-1, 0, 0)
-    for place in np.lexsort((offset, shard)):
-        s, start, end = int(shard[place]), int(offset[place]), int(offset[place] + nbytes[place])
-        gap = start - current[2]
-        joins = (
-            s == current[0]
-            and gap <= min(MAX_GAP, (end - start) // 4)
-            and (end - current[1] <= MAX_RANGE or end <= current[2])
-        )
-        if joins:
-            current = (s, current[1], max(current[2], end))
-            places.append(int(place))
-            continue
-        if places:
-            spans.append(Span(*current, tuple(sorted(places))))
-        current, places = (s, start, end), [int(place)]
-    if places:
-        spans.append(Span(*current, tuple(sorted(places))))
-    return sorted(spans, key=lambda span: span.places[0])
-
-
 @dataclass
 class SampleReader:
     """Reads samples of one split in a given order.
@@ -123,8 +73,9 @@ class SampleReader:
     Attributes:
         root: the dataset's root.
         index: the split's index.
-        read_ahead: bytes that may be in memory ahead of need. A sample larger than that is still read; what is read in
-            vain between neighbours adds less than a quarter.
+        read_ahead: bytes of samples that may be in memory ahead of need. A sample larger than that is still read; what
+            is read in vain between neighbours adds less than a quarter, and the range that is being taken apart is
+            there twice.
         cache: where samples are kept for the next time; not used for a dataset that is on a local disk anyway.
         stall_s: a wait of so many seconds for one range is told in the log, and again after twice the time.
         statistics: running totals; several readers may share them.
@@ -151,69 +102,48 @@ class SampleReader:
         Raises:
             SampleError: a sample cannot be had, or its bytes do not have the index's crc32 after repeated reads.
         """
-        blocks = self._blocks(iter(rows))
-        ahead: deque[_Block] = deque(self._start(block, who) for block in islice(blocks, 1))
+        plan = Plan(self.index, iter(rows), self.read_ahead, self._is_cached)
+        parts: dict[int, _Part] = {}
         try:
-            while ahead:
-                # The next block is asked for before this one is consumed: the line is never idle.
-                ahead.extend(self._start(block, who) for block in islice(blocks, 1))
-                yield from self._consume(ahead[0])
-                ahead.popleft()
+            while True:
+                for span in plan.ask():
+                    parts.update(dict.fromkeys(span.rows, self._request(span)))
+                if (taken := plan.take()) is None:
+                    return
+                row, done = taken
+                yield row, self._next(row, parts.pop(row, None) if done else parts.get(row), done, who)
         finally:
-            for block in ahead:
-                for part in filter(None, block.parts):
+            for part in parts.values():
+                if part.future is not None:
                     part.future.cancel()
-
-    def _blocks(self, rows: Iterator[int]) -> Iterator[NDArray[np.int64]]:
-        limit, most = min(FIRST_BLOCK, self.read_ahead // 2), self.read_ahead // 2
-        held: list[int] = []
-        size = 0
-        for row in rows:
-            length = int(self.index.nbytes[row])
-            if held and size + length > limit:
-                yield np.array(held, dtype=np.int64)
-                held, size, limit = [], 0, min(2 * limit, most)
-            held.append(row)
-            size += length
-        if held:
-            yield np.array(held, dtype=np.int64)
-
-    def _start(self, rows: NDArray[np.int64], who: str) -> _Block:
-        places = np.array([place for place, row in enumerate(rows) if not self._is_cached(int(row))], dtype=np.int64)
-        wanted = rows[places]
-        parts: list[_Part | None] = [None] * len(rows)
-        for span in plan_spans(self.index.shard[wanted], self.index.offset[wanted], self.index.nbytes[wanted]):
-            part = self._request(span)
-            for place in span.places:
-                parts[int(places[place])] = part
-        return _Block(rows, parts, who)
 
     def _is_cached(self, row: int) -> bool:
         return self.cache is not None and self.cache.has(self.cache.key(self.index, row))
 
     def _request(self, span: Span) -> _Part:
+        location = self.root / self.index.shard_paths[span.shard]
+        if self.root.is_local:
+            expect(location.path, span.start, span.end)
+            return _Part(span, None, ReadStatistics(requests=1))
         statistics = ReadStatistics()
-        read = Read(self.root / self.index.shard_paths[span.shard], span.start, span.end)
-        return _Part(span, start_read(read, statistics=statistics), statistics)
+        return _Part(span, start_read(Read(location, span.start, span.end), statistics=statistics), statistics)
 
-    def _consume(self, block: _Block) -> Iterator[tuple[int, memoryview]]:
-        for place, number in enumerate(block.rows):
-            row, part = int(number), block.parts[place]
-            data = self._from_cache(row) if part is None else None
-            if data is not None:
-                self.statistics.cache_hits += 1
-            else:
-                part = part or self._request(self._alone(row))
-                data = self._checked(row, self._sample(part, row, block.who), block.who)
-                if self.cache is not None:
-                    self.cache.put(self.cache.key(self.index, row), data)
-            part = block.parts[place] = None  # a range is freed with the last sample it serves
-            self.statistics.samples += 1
-            yield row, data
+    def _next(self, row: int, part: _Part | None, done: bool, who: str) -> memoryview:
+        """One sample; `part` is the range that it was asked for with, None if the cache had it; `done`: free it."""
+        data = self._from_cache(row) if part is None else None
+        if data is not None:
+            self.statistics.cache_hits += 1
+        else:
+            part = part or self._alone(row)
+            data = self._checked(row, self._sample(part, row, done, who), who)
+            if self.cache is not None:
+                self.cache.put(self.cache.key(self.index, row), data)
+        self.statistics.samples += 1
+        return data
 
     def _from_cache(self, row: int) -> memoryview | None:
-        """A sample that the cache had when its block was planned; None if it is gone or its bytes are wrong."""
-        assert self.cache is not None, "every place of a block lies in a span or in the cache"
+        """A sample that the cache had when it was planned; None if it is gone or its bytes are wrong."""
+        assert self.cache is not None, "every row that is taken was asked for or is in the cache"
         key = self.cache.key(self.index, row)
         data = self.cache.get(key)
         if data is not None and zlib.crc32(data) != int(self.index.crc32[row]):
@@ -221,29 +151,37 @@ class SampleReader:
             data = None
         return None if data is None else memoryview(data)
 
-    def _sample(self, part: _Part, row: int, who: str) -> memoryview:
+    def _sample(self, part: _Part, row: int, done: bool, who: str) -> memoryview:
         """The bytes of one sample in its range, as soon as that has come."""
-        if not part.future.done():
-            self._wait(part, who)
+        place = self.root / self.index.shard_paths[part.span.shard]
+        start, nbytes = int(self.index.offset[row]), int(self.index.nbytes[row])
         try:
-            data = part.future.result()
+            if part.future is None:
+                data = memoryview(read_file(place.path, start, start + nbytes))
+                part.statistics.nbytes += len(data)
+            else:
+                self._wait(part.future, part, who)
+                pieces = part.pieces(part.future, self.index)
+                data = pieces.pop(row) if done else pieces[row]
         except Exception as error:
-            reason = explain(error, str(self.root / self.index.shard_paths[part.span.shard]))
-            raise SampleError(f"{self._where(row)}: cannot be read: {reason or repr(error)}") from error
+            raise SampleError(
+                f"{self._where(row)}: cannot be read: {explain(error, str(place)) or repr(error)}"
+            ) from error
         finally:
             self.statistics.add(part.take_statistics())
-        if len(data) != part.span.end - part.span.start:
+        if len(data) != nbytes:
             raise SampleError(
-                f"{self._where(row)}: cannot be read: the object ends at byte {part.span.start + len(data)}, "
-                f"the index has bytes up to {part.span.end}: the shard is truncated; build the dataset again"
+                f"{self._where(row)}: cannot be read: the object ends before the sample does, {len(data)} of whose "
+                f"{nbytes} bytes are there: the shard is truncated; build the dataset again"
             )
-        start = int(self.index.offset[row]) - part.span.start
-        return memoryview(data)[start : start + int(self.index.nbytes[row])]
+        return data
 
-    def _wait(self, part: _Part, who: str) -> None:
+    def _wait(self, future: Future[Bytes], part: _Part, who: str) -> None:
         """Until the range is there, or has failed; a long wait is told, and its end."""
+        if future.done():
+            return
         began, patience, told = time.monotonic(), self.stall_s, False
-        while not wait([part.future], timeout=patience).done:
+        while not wait([future], timeout=patience).done:
             told, patience = True, 2 * patience
             trouble = f", the last because of: {part.statistics.trouble}" if part.statistics.trouble else ""
             log.warning(
@@ -257,7 +195,7 @@ class SampleReader:
                 part.statistics.retries,
                 trouble,
             )
-        if told and part.future.exception() is None:
+        if told and future.exception() is None:
             log.warning("%s has data again, after %.0f s", who, time.monotonic() - began)
 
     def _checked(self, row: int, data: memoryview, who: str) -> memoryview:
@@ -269,15 +207,16 @@ class SampleReader:
             # Jitter keeps the workers of a job from asking an overloaded server all at once again.
             time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1.5))
             self.statistics.retries += 1
-            data = self._sample(self._request(self._alone(row)), row, who)
+            data = self._sample(self._alone(row), row, True, who)
         raise SampleError(
             f"{self._where(row)}: crc32 is {zlib.crc32(data):08x}, the index says {wanted:08x}, "
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
 
-    def _alone(self, row: int) -> Span:
+    def _alone(self, row: int) -> _Part:
         start = int(self.index.offset[row])
-        return Span(int(self.index.shard[row]), start, start + int(self.index.nbytes[row]), (0,))
+        end = start + int(self.index.nbytes[row])
+        return self._request(Span(int(self.index.shard[row]), start, end, range(row, row + 1)))
 
     def _where(self, row: int) -> str:
         shard = self.root / self.index.shard_paths[int(self.index.shard[row])]
@@ -286,9 +225,26 @@ class SampleReader:
 
 @dataclass(slots=True)
 class _Part:
+    """A range that was asked for; `future` is None for a file of this machine, which the kernel reads ahead."""
+
     span: Span
-    future: Future[bytes]
+    future: Future[Bytes] | None
     statistics: ReadStatistics
+    _pieces: dict[int, memoryview] | None = None
+
+    def pieces(self, future: Future[Bytes], index: Index) -> dict[int, memoryview]:
+        """The bytes of each row: fewer than the index says where the object ends early. Raises what the read raised."""
+        if self._pieces is None:
+            whole, rows = memoryview(future.result()), self.span.rows
+            if len(rows) == 1:
+                self._pieces = {rows[0]: whole}
+            else:  # copies, so that each can be freed by itself
+                starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
+                lengths = index.nbytes[rows.start : rows.stop].tolist()
+                cuts = zip(rows, starts, lengths, strict=True)
+                self._pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
+            self.future = _TAKEN_APART
+        return self._pieces
 
     def take_statistics(self) -> ReadStatistics:
         """What has not been counted yet: a range serves many samples and is counted once."""
@@ -296,8 +252,5 @@ class _Part:
         return taken
 
 
-@dataclass(slots=True)
-class _Block:
-    rows: NDArray[np.int64]
-    parts: list[_Part | None]
-    who: str
+_TAKEN_APART: Future[Bytes] = Future()  # in place of the one that holds the whole range
+_TAKEN_APART.set_result(b"")
