@@ -18,16 +18,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 from webdataset.tariterators import tar_file_iterator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo.s3server import S3Server
-from shards.index import Index
 from shards.local import expect, read_file
-from shards.parse import members
+from shards.members import read_members
 from shards.ranges import Read, read_many
 from shards.sample import Sample
 from shards.storage import Location
@@ -71,12 +68,11 @@ def main() -> int:
             lambda: in_threads(file.name, places),
             lambda: as_needed(file.name, places),
         )
-    index = make_index(samples[0])
     data = memoryview(samples[0])
     row(
         f"the members of a sample of {WHOLE} bytes, by webdataset",
         lambda: [list(tar_file_iterator(io.BytesIO(data))) for _ in range(COUNT)],
-        lambda: [members(data, index, 0) for _ in range(COUNT)],
+        lambda: [read_members(data, f"{0:016x}", where="") for _ in range(COUNT)],
     )
     return 0
 
@@ -84,12 +80,6 @@ def main() -> int:
 def sample_tar() -> bytes:
     """A shard of one sample of random bytes."""
     return pack_shard([Sample(f"{0:016x}", os.urandom(WHOLE), 640, 480)], split="train", path="t").data
-
-
-def make_index(data: bytes) -> Index:
-    """Of this sample alone."""
-    zero = np.zeros(1, np.int32)
-    return Index(("t",), zero, zero, np.array([len(data)]), zero, zero, zero, pa.array([f"{0:016x}"]))
 
 
 def in_threads(path: str, places: list[tuple[int, int]]) -> None:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from shards.errors import DatasetError, StorageError
 from shards.index import Index, IndexFile
+from shards.ranges import Read, read_many
 from shards.sample import canonical_json
-from shards.storage import Location
+from shards.storage import Location, storage_errors
 from shards.subset import Selection, find_class, select_rows
 
 FORMAT = "maskstream"
@@ -230,16 +231,17 @@ class Dataset:
 
 
 def open_dataset(root: str | Location) -> Dataset:
-    """Open a finished dataset with two reads: `dataset.json` and `index.parquet`.
+    """Open a finished dataset with two reads at a time: `dataset.json` and `index.parquet`.
 
     Raises:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
         StorageError: the place cannot be reached.
     """
     location = Location(root) if isinstance(root, str) else root
-    info = read_info(location)
+    answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
+    info = _info_of(location, answers[0])
     try:
-        data = (location / INDEX_FILE).read()
+        data = _read(location / INDEX_FILE, answers[1])
     except StorageError as error:
         raise DatasetError(f"{location}: {INDEX_FILE} cannot be read: build the dataset again ({error})") from error
     found = hashlib.sha256(data).hexdigest()
@@ -258,8 +260,13 @@ def read_info(root: Location) -> DatasetInfo:
         DatasetError: there is none, or it is of another format or version.
         StorageError: the place cannot be reached.
     """
+    [answer] = read_many([Read(root / DATASET_FILE)])
+    return _info_of(root, answer)
+
+
+def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
     try:
-        value = json.loads((root / DATASET_FILE).read())
+        value = json.loads(_read(root / DATASET_FILE, answer))
     except StorageError as error:
         if not error.missing:
             raise
@@ -270,6 +277,18 @@ def read_info(root: Location) -> DatasetInfo:
     except ValueError as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
     return DatasetInfo.from_json(value, str(root / DATASET_FILE))
+
+
+def _read(location: Location, answer: bytes | Exception) -> bytes:
+    """What was read.
+
+    Raises:
+        StorageError: for what went wrong.
+    """
+    if isinstance(answer, bytes):
+        return answer
+    with storage_errors(location.url):
+        raise answer
 
 
 def finish_dataset(

@@ -37,7 +37,8 @@ class IndexFile:
     data: bytes
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
-        return pq.read_table(pa.BufferReader(self.data), columns=[name], read_dictionary=["shard", "split"])[name]
+        # Not by `pq.read_table`: see `_to_numpy`.
+        return pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"]).read([name])[name]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Index:
         start, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
         def column(name: str, dtype: Any) -> NDArray[Any]:
-            return np.ascontiguousarray(columns[name].slice(start, end - start).to_numpy(), dtype=dtype)
+            return np.ascontiguousarray(_to_numpy(columns[name].slice(start, end - start)), dtype=dtype)
 
         return cls(
             shard_paths=tuple(shard_paths),
@@ -213,12 +214,27 @@ def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
     """The position of each row's shard in `shard_paths`, -1 for another."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
-    known = pa.array(list(shard_paths), pa.string())
+    known = {path: position for position, path in enumerate(shard_paths)}
     parts = [np.zeros(0, dtype=np.int32)]
     for chunk in column.chunks:
-        positions = pc.fill_null(pc.index_in(chunk.dictionary, value_set=known), -1).to_numpy()
-        parts.append(positions.astype(np.int32)[chunk.indices.to_numpy()])
+        positions = np.array([known.get(path, -1) for path in chunk.dictionary.to_pylist()], dtype=np.int32)
+        parts.append(positions[_to_numpy(chunk.indices)])
     return np.concatenate(parts)
+
+
+def _to_numpy(column: Any) -> NDArray[Any]:
+    """A column of numbers without nulls. Arrow's own `to_numpy` (like `pq.read_table`, and `pa.array` of a list)
+    imports pandas where there is one, which takes a quarter of a second: longer than all else before the first batch.
+    """
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return np.concatenate(
+        [np.zeros(0, dtype=str(column.type))]
+        + [
+            np.frombuffer(chunk.buffers()[1], dtype=str(column.type))[chunk.offset : chunk.offset + len(chunk)]
+            for chunk in chunks
+            if len(chunk)
+        ]
+    )
 
 
 def _contiguous(column: Any) -> pa.Array:

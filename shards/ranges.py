@@ -21,6 +21,7 @@ import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote
 from urllib.request import getproxies
@@ -36,6 +37,8 @@ IN_FLIGHT = 32
 CONNECTIONS = 64
 HTTP = ("http", "https")
 REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
+
+Bytes = bytes | bytearray  # what is read; it is not copied to become immutable
 
 T = TypeVar("T")
 Asked = TypeVar("Asked")
@@ -108,7 +111,7 @@ def read_many(
     `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
     """
     statistics = statistics or ReadStatistics()
-    return _run(_all(lambda read: _read(read, statistics), reads, in_flight))
+    return _run(_all(lambda read: _read_bytes(read, statistics), reads, in_flight))
 
 
 def describe_many(
@@ -123,7 +126,7 @@ def describe_many(
     return _run(_all(lambda location: _describe(location, statistics), locations, in_flight))
 
 
-def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[bytes]:
+def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[Bytes]:
     """Begin a read in the background; the future's result or exception is that of `read_many`."""
     return asyncio.run_coroutine_threadsafe(_read(read, statistics or ReadStatistics()), get_loop())
 
@@ -154,11 +157,15 @@ async def _all(
     return answers
 
 
-async def _read(read: Read, statistics: ReadStatistics) -> bytes:
+async def _read_bytes(read: Read, statistics: ReadStatistics) -> bytes:
+    return bytes(await _read(read, statistics))
+
+
+async def _read(read: Read, statistics: ReadStatistics) -> Bytes:
     if read.end is not None and read.end <= read.start:
         return b""
     if read.location.protocol in REMOTE:
-        return bytes((await _get(read, statistics)).data)
+        return (await _get(read, statistics)).data
     fs, path = read.location.fs, read.location.path
     data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
     statistics.requests += 1
@@ -360,14 +367,24 @@ class _Address:
         S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
         return dict(request.headers.items())
 
+    @property
+    def may_cross_a_fork(self) -> bool:
+        """Credentials that renew themselves hold a lock, which another thread of the parent may have had."""
+        return self._credentials is None or type(self._credentials).__name__ == "Credentials"
 
-_addresses: dict[tuple[str, bool, str | None], asyncio.Future[_Address]] = {}
+
+_Key = tuple[str, bool, str | None]  # bucket, anonymous, endpoint
+_addresses: dict[_Key, asyncio.Future[_Address]] = {}
+_known: dict[_Key, _Address] = {}  # found out by the parent of this process
 _sessions: dict[int, Any] = {}
 
 
 def _forget() -> None:
     """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
-    into the parent's epoll set."""
+    into the parent's epoll set. Addresses are plain values, which take a tenth of a second to find out."""
+    for key, found in _addresses.items():
+        if found.done() and not found.cancelled() and not found.exception() and found.result().may_cross_a_fork:
+            _known[key] = found.result()
     _inherited.append(dict(_sessions))
     _sessions.clear()
     _addresses.clear()
@@ -380,6 +397,8 @@ os.register_at_fork(after_in_child=_forget)
 async def _address(bucket: str, anonymous: bool) -> _Address:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     key = (bucket, anonymous, endpoint)
+    if key in _known:
+        return _known[key]
     if key not in _addresses:
         # In a thread: botocore reads files, and may ask the machine's metadata service for credentials. Once: what it
         # does takes a tenth of a second, and the first reads of a process all come at the same moment.
@@ -396,7 +415,7 @@ async def _session() -> Any:
     if loop not in _sessions:
         aiohttp = _aiohttp()
         _sessions[loop] = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates()),
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates(_authorities())),
             auto_decompress=False,
             read_bufsize=2**18,
             trust_env=bool(getproxies()),  # else aiohttp looks for a proxy in a thread, for each request anew
@@ -412,9 +431,14 @@ def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
             asyncio.run_coroutine_threadsafe(session.close(), loop).result(1)
 
 
-def _certificates() -> ssl.SSLContext:
-    """The system's authorities, or those that botocore would take."""
-    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE"))
+def _authorities() -> str | None:
+    return os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+
+
+@cache
+def _certificates(file: str | None) -> ssl.SSLContext:
+    """The system's authorities, or those of a file, which botocore would take."""
+    return ssl.create_default_context(cafile=file)
 
 
 def _aiohttp() -> Any:
