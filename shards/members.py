@@ -71,8 +71,8 @@ def parse_header(block: bytes | memoryview) -> Header | None:
 def read_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, memoryview]:
     """The members of one sample by extension, as they lie in `data`: nothing is copied.
 
-    It reads the name and size that the format's headers have. `tarfile`, which knows all that was ever called tar, takes
-    ten times as long (`benchmarks/reads.py`), and training needs this of every sample.
+    It reads the name and size that the format's headers have. `tarfile`, which knows all that was ever called tar,
+    takes ten times as long (`benchmarks/reads.py`), and training needs this of every sample.
 
     Args:
         data: the sample's bytes, as its index row bounds them.

@@ -1,7 +1,7 @@
 """What a stream makes of the bytes of a sample, a small tar of its own: a `Sample`, webdataset's dict, or your own.
 
-A `Parse` is called in the loader process with the bytes, the index, the row, and where the dataset lies. `shards.members.read_members`
-is what it starts from.
+A `Parse` is called in the loader process with the bytes, the index, the row, and where the dataset lies. It starts from
+`shards.members.read_members`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from shards.members import BLOCK, parse_header
-from shards.ranges import Read, start_read
+from shards.ranges import Bytes, Read, start_read
 from shards.storage import Location
 
 CHUNK = 8 * 2**20  # bytes a request; two of them are in memory beside the sample that is looked at
@@ -58,7 +58,7 @@ class ShardBytes:
         self._held = memoryview(b"")
         self._digest = hashlib.sha256()
         self._asked = 0
-        self._next: Future[bytes] | None = self._ask()
+        self._next: Future[Bytes] | None = self._ask()
 
     @property
     def sha256(self) -> str:
@@ -85,7 +85,7 @@ class ShardBytes:
         if self._next is not None:
             self._next.cancel()
 
-    def _ask(self) -> Future[bytes] | None:
+    def _ask(self) -> Future[Bytes] | None:
         start, end = self._asked, min(self._asked + CHUNK, self.size + 1)
         if start >= end:
             return None
