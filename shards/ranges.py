@@ -29,6 +29,7 @@ from urllib.request import getproxies
 from fsspec.asyn import get_loop
 
 from shards import storage
+from shards.buckets import Address, address_of
 from shards.storage import Location
 
 ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
@@ -188,7 +189,7 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
     address, key = None, ""
     if read.location.protocol not in HTTP:
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
-        address, key = await _address(bucket, read.location.anonymous), quote(key, safe="/~")
+        address, key = await address_of(bucket, read.location.anonymous), quote(key, safe="/~")
     body = _Body(read, statistics)
     failures = 0
     while True:
@@ -226,7 +227,7 @@ class _Body:
     md5: str = ""  # that the store tells of the whole object; "" where it does not
     wrong: str = ""  # the MD5 of what came before, when that was not it
 
-    def is_right(self, address: _Address | None) -> bool:
+    def is_right(self, address: Address | None) -> bool:
         """Whether the bytes are the object's, as far as can be told; if not, they are dropped."""
         if not self.md5 or address is None or self.read.end is not None or self.read.start:
             return True
@@ -261,7 +262,7 @@ class _Body:
         self.length = int(total[1]) if total else answer.content_length if answer.status == 200 else None
 
 
-async def _get_once(body: _Body, url: str, address: _Address | None) -> None:
+async def _get_once(body: _Body, url: str, address: Address | None) -> None:
     from yarl import URL
 
     headers = body.headers
@@ -307,7 +308,7 @@ def _md5_of(headers: Mapping[str, str]) -> str:
     return tag if re.fullmatch(r"[0-9a-f]{32}", tag) else ""
 
 
-async def _refuse(answer: Any, url: str, address: _Address | None) -> None:
+async def _refuse(answer: Any, url: str, address: Address | None) -> None:
     """Raise what a status other than 200 and 206 means."""
     text = (await answer.content.read(4096)).decode("utf-8", "replace")
     told = {
@@ -328,86 +329,18 @@ async def _refuse(answer: Any, url: str, address: _Address | None) -> None:
     raise TransientError(reason)
 
 
-class _Address:
-    """Where a bucket is reached, and how requests to it are signed."""
-
-    def __init__(self, bucket: str, anonymous: bool) -> None:
-        self.bucket, self.anonymous = bucket, anonymous
-        self.tells_md5 = False  # once an ETag was the MD5 of an object, they all are
-        self.move(None)
-
-    def move(self, region: str | None) -> None:
-        """Find the bucket's address in a region (None: the configured one)."""
-        import botocore.session
-        from botocore import UNSIGNED
-        from botocore.config import Config
-
-        session = botocore.session.get_session()
-        self._credentials = None if self.anonymous else session.get_credentials()
-        if self._credentials is None and not self.anonymous:
-            from botocore.exceptions import NoCredentialsError
-
-            raise NoCredentialsError
-        region = region or session.get_config_variable("region") or "us-east-1"
-        client = session.create_client("s3", region_name=region, config=Config(signature_version=UNSIGNED))
-        # botocore knows all forms of addresses (endpoints, path and host style): a URL without a signature shows it.
-        url = client.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "k"})
-        self.region = region
-        self.base = url.split("?", 1)[0].removesuffix("/k")
-
-    def signed(self, url: str, headers: dict[str, str]) -> dict[str, str]:
-        """The headers with a signature (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html)."""
-        if self._credentials is None:
-            return headers
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-
-        request = AWSRequest("GET", url, headers=headers)
-        # Frozen anew each time: credentials that expire renew themselves here.
-        S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
-        return dict(request.headers.items())
-
-    @property
-    def may_cross_a_fork(self) -> bool:
-        """Credentials that renew themselves hold a lock, which another thread of the parent may have had."""
-        return self._credentials is None or type(self._credentials).__name__ == "Credentials"
-
-
-_Key = tuple[str, bool, str | None]  # bucket, anonymous, endpoint
-_addresses: dict[_Key, asyncio.Future[_Address]] = {}
-_known: dict[_Key, _Address] = {}  # found out by the parent of this process
 _sessions: dict[int, Any] = {}
 
 
 def _forget() -> None:
     """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
-    into the parent's epoll set. Addresses are plain values, which take a tenth of a second to find out."""
-    for key, found in _addresses.items():
-        if found.done() and not found.cancelled() and not found.exception() and found.result().may_cross_a_fork:
-            _known[key] = found.result()
+    into the parent's epoll set."""
     _inherited.append(dict(_sessions))
     _sessions.clear()
-    _addresses.clear()
 
 
 _inherited: list[dict[int, Any]] = []
 os.register_at_fork(after_in_child=_forget)
-
-
-async def _address(bucket: str, anonymous: bool) -> _Address:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    key = (bucket, anonymous, endpoint)
-    if key in _known:
-        return _known[key]
-    if key not in _addresses:
-        # In a thread: botocore reads files, and may ask the machine's metadata service for credentials. Once: what it
-        # does takes a tenth of a second, and the first reads of a process all come at the same moment.
-        _addresses[key] = asyncio.ensure_future(asyncio.to_thread(_Address, bucket, anonymous))
-    try:
-        return await asyncio.shield(_addresses[key])
-    except Exception:
-        _addresses.pop(key, None)
-        raise
 
 
 async def _session() -> Any:
