@@ -81,6 +81,15 @@ def expected(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     return list(itertools.islice(batches(dataset, 0), count))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests() -> None:
+    """An error that was caught keeps its loader, and what that holds, until the collector comes by."""
+    gc.collect()
+    assert not segments()
+    left = [one for one in psutil.Process().children() if one.is_running() and segments(one)]
+    assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
 def loader_process() -> psutil.Process:
     [process] = [one for one in psutil.Process().children() if segments(one)]
     return process
