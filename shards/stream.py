@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.dataset import Dataset
@@ -170,7 +172,8 @@ class ShardStream(Stream[T]):
 class EvalStream(Stream[T]):
     """A split's samples, each exactly once over all ranks and workers; ranks may differ by one batch.
 
-    Args and errors are those of `ShardStream`; the last batch may be smaller.
+    Args and errors are those of `ShardStream`; the last batch may be smaller. `rows`: which samples of the split's
+    index, ascending; None for all.
     """
 
     def __init__(
@@ -186,12 +189,14 @@ class EvalStream(Stream[T]):
         stall_s: float = STALL_S,
         parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self.rank, self.world, self.batch_size = rank, world, batch_size
         self.parse, self.collate = parse, collate
         self._check(batch_size)
         index = dataset.index(split)
-        self.samples = len(index)
+        self._rows = rows
+        self.samples = len(index) if rows is None else len(rows)
         [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
         self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
         self._reader = SampleReader(dataset.root, index.without_labels(), own, cache, stall_s, self.statistics)
@@ -200,6 +205,8 @@ class EvalStream(Stream[T]):
         worker, workers = _worker()
         share = {"rank": self.rank, "world": self.world, "worker": worker, "workers": workers}
         batches = list(evaluation_batches(self.samples, self.batch_size, **share))
+        if self._rows is not None:
+            batches = [self._rows[batch] for batch in batches]
         samples = self._read(self._reader, chain.from_iterable(batches))
         for batch in batches:
             yield self._collated([next(samples) for _ in batch], 0)
