@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import UserError
@@ -29,7 +30,10 @@ class TrainingError(UserError):
 
 
 def start_accelerator(
-    precision: str = "launcher", trackers: Sequence[str] = (), run: Location | None = None
+    precision: str = "launcher",
+    trackers: Sequence[str] = (),
+    run: Location | None = None,
+    timeout: timedelta | None = None,
 ) -> Accelerator:
     """Join the ranks that the launcher started.
 
@@ -37,6 +41,7 @@ def start_accelerator(
         precision: see `train.precision`.
         trackers: see `run.trackers`.
         run: the run's folder, in which trackers that write files do so; from a temporary one where it is not local.
+        timeout: how long a rank waits for the others; None for torch's own, 10 minutes (NCCL) or 30 (gloo).
 
     Raises:
         UserError: the launcher started several processes and accelerate would let each train alone; a tracker that
@@ -44,6 +49,7 @@ def start_accelerator(
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     check_trackers(trackers)
 
@@ -55,6 +61,7 @@ def start_accelerator(
         mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
         log_with=list(trackers) or None,
         project_dir=None if run is None else tracker_folder(run),
+        kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
     )
     if accelerator.num_processes != launched:
         raise UserError(
