@@ -1,31 +1,40 @@
-"""Find objects in images: pictures of what was found, and COCO JSON.
+"""Find objects in images: pictures of what was found, COCO JSON, and a submission to the Open Images Challenge.
 
     python trainer/predict.py --checkpoint runs/traffic --out predictions street.jpg https://example.org/crossing.jpg
+    python trainer/predict.py --checkpoint runs/traffic --out predictions photos/ 's3://bucket/2024/*.jpg'
+    accelerate launch trainer/predict.py --checkpoint runs/traffic --out s3://bucket/found \
+        --data.shards s3://bucket/prefix --data.split test --submission
 
-Images are local paths or any fsspec URLs. --out receives a picture an image, and predictions.json: a COCO dataset
-("images", "categories", "annotations") whose annotations carry a score. Coordinates are those of the pixels as stored:
-EXIF orientation is ignored, as it is in training.
+Images are local paths, folders, globs, or any fsspec URLs of these; or a split of a shard dataset, done on all ranks in
+parts: the same command again does the parts that are missing. --out receives a picture an image, and predictions.json:
+a COCO dataset ("images", "categories", "annotations") whose annotations carry a score. Coordinates are those of the
+pixels as stored: EXIF orientation is ignored, as it is in training.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import logging
-import posixpath
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
+from shards.dataset import open_dataset
 from shards.errors import UserError
 from shards.storage import Location
 from trainer import command
+from trainer.image_names import check_image_ids, find_images, picture_names, stem
+from trainer.predictions import PredictionFiles, image_record, submission_labels, write_picture
 
-log = logging.getLogger("trainer.predict")
+if TYPE_CHECKING:
+    import torch
+    from torchvision.models.detection import MaskRCNN
 
-JPEG_QUALITY = 92
+    from trainer.checkpoint import State
+    from trainer.predictions import Labels
+
+SHARD_DEFAULTS = {"split": "val", "workers": 4, "batch_size": 4, "part_images": 256}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,119 +49,153 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         UserError: a wrong argument.
     """
     parser = command.Parser(prog="predict.py", description="Find objects in images.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="path or URL of an image")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="path, folder, glob or URL of images")
     parser.add_argument("--checkpoint", required=True, metavar="URL", help="a run's folder, or one checkpoint's")
     parser.add_argument("--out", required=True, metavar="URL", help="folder for the pictures and predictions.json")
     parser.add_argument("--score", type=float, default=0.5, metavar="S", help="lowest score that counts, 0 to 1 [0.5]")
-    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu [a GPU if there is one]")
+    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu, for images [a GPU if there is one]")
+    parser.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help="draw what was found [yes for images, no for --data.shards]",
+    )
+    parser.add_argument(
+        "--submission", action="store_true", help="write submission.csv, as the Open Images Challenge takes it"
+    )
+    parser.add_argument(
+        "--hierarchy",
+        metavar="URL",
+        help="Open Images' hierarchy (JSON): an object is submitted for its class's ancestors, too",
+    )
+    shards = parser.add_argument_group("a shard dataset instead of images")
+    shards.add_argument("--data.shards", dest="shards", metavar="URL", help="the dataset")
+    for name, kind, about in (
+        ("data.split", str, "split to do"),
+        ("data.workers", int, "loader processes of each rank"),
+        ("batch-size", int, "images a batch on each rank"),
+        ("part-images", int, "images a part, rounded up to whole batches: what a stop can cost each rank"),
+    ):
+        key = _key_of(name)
+        shards.add_argument(
+            f"--{name}",
+            dest=key,
+            type=kind,
+            metavar="NAME" if kind is str else "N",
+            help=f"{about} [{SHARD_DEFAULTS[key]}]",
+        )
     parsed: argparse.Namespace = parser.parse_args(arguments)
+    _check(parsed)
+    return parsed
+
+
+def _key_of(name: str) -> str:
+    return name.removeprefix("data.").replace("-", "_")
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Whether the options go together; gives those of shards their defaults."""
     if not 0 <= parsed.score <= 1:
         raise UserError(f"--score is {parsed.score}: it must be between 0 and 1")
-    return parsed
+    if bool(parsed.images) == bool(parsed.shards):
+        raise UserError("give either images or --data.shards")
+    if parsed.hierarchy and not parsed.submission:
+        raise UserError("--hierarchy is of the submission: give --submission, too")
+    for name, low in (("data.split", None), ("data.workers", 0), ("batch-size", 1), ("part-images", 1)):
+        value = getattr(parsed, _key_of(name))
+        if value is not None and not parsed.shards:
+            raise UserError(f"--{name} is of a shard dataset: give --data.shards, too")
+        if value is not None and low is not None and value < low:
+            raise UserError(f"--{name} is {value}: it must be {low} or more")
+        if value is None:
+            setattr(parsed, _key_of(name), SHARD_DEFAULTS[_key_of(name)])
+    if parsed.shards and parsed.device:
+        raise UserError("--device is for images: with --data.shards, accelerate decides (ACCELERATE_USE_CPU=true)")
+    if parsed.pictures is None:
+        parsed.pictures = not parsed.shards
+    if not parsed.shards and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("images are done by one process: start predict.py without a launcher, or give --data.shards")
 
 
 def predict(options: argparse.Namespace) -> int:
     """Do every image that can be read; 1 if one could not.
 
     Raises:
-        UserError: the checkpoint cannot be had, or --out cannot be written.
+        UserError: checkpoint, dataset or images cannot be had, or --out cannot be written.
     """
     command.start_logging()
-    import torch
-    from PIL import Image
+    dataset = open_dataset(options.shards) if options.shards else None
+    if dataset is not None:
+        dataset.index(options.split)  # a wrong split is told before seconds of loading
+    images = [] if dataset is not None else find_images(options.images)
+    if options.submission:
+        check_image_ids(images)
 
-    from shards.draw import draw_instances, legible_scale
+    import torch
+
     from trainer.checkpoint import open_checkpoint
-    from trainer.data import decode_image
-    from trainer.detect import detect
+    from trainer.metrics.hierarchy import read_parents
     from trainer.model import rebuild
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    state, out = open_checkpoint(options.checkpoint), Location(options.out)
+    state = open_checkpoint(options.checkpoint)
+    labels = None
+    if options.submission:
+        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
+        labels = submission_labels(state.categories, parents)
     network = rebuild(state)
     # Whatever threshold the run was evaluated with: --score decides here.
     network.roi_heads.score_thresh = options.score
+    if dataset is not None:
+        from trainer.predict_shards import predict_shards
+        from trainer.ranks import start_accelerator
+
+        # Ranks that are done wait for the slowest, hours perhaps; the launcher ends them all if one dies.
+        accelerator = start_accelerator(timeout=timedelta(days=30))
+        network.to(accelerator.device).eval()
+        predict_shards(options, dataset, state, network, accelerator, labels)
+        return 0
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
-
-    entries: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    failures = 0
-    for image, name in zip(options.images, picture_names(options.images, options.out), strict=True):
-        try:
-            pixels = decode_image(Location(image).read())
-        except UserError as error:
-            print(f"predict: {image}: {error}", file=sys.stderr, flush=True)
-            failures += 1
-            continue
-        found = detect(network, [pixels], device)[0]
-        height, width = pixels.shape[-2:]
-        entry = {"id": len(entries) + 1, "file_name": image, "width": width, "height": height, "picture": name}
-        entries.append(entry)
-        for instance, score in zip(found.instances(), found.scores, strict=True):
-            annotations.append(annotation(len(annotations) + 1, entry["id"], instance, float(score)))
-        picture = draw_instances(
-            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()),
-            found.instances(),
-            state.categories,
-            scores=found.scores.tolist(),
-            scale=legible_scale(width, height),
-        )
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # thin coloured lines stay sharp
-        (out / name).write(buffer.getvalue())
-        print(f"{out / name}: {len(found)} objects", flush=True)
-    categories = [{"id": c.id, "name": c.name, "mid": c.mid} for c in state.categories]
-    value = {"images": entries, "categories": categories, "annotations": annotations}
-    (out / "predictions.json").write(json.dumps(value, separators=(",", ":")).encode("utf-8"))
-    print(f"{out / 'predictions.json'}: {len(annotations)} objects in {len(entries)} images", flush=True)
-    return 1 if failures else 0
+    return predict_images(options, images, state, network, device, labels)
 
 
-def annotation(number: int, image: int, instance: Any, score: float) -> dict[str, Any]:
-    """A detection as a COCO annotation with a score, which is also COCO's form of a result."""
-    from shards import rle
+def predict_images(
+    options: argparse.Namespace,
+    images: Sequence[str],
+    state: State,
+    network: MaskRCNN,
+    device: torch.device | str,
+    labels: Labels | None,
+) -> int:
+    """Do images one by one; those that cannot be read are told and left out. 1 if there is one, else 0.
 
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": instance.category_id,
-        "bbox": [round(value, 2) for value in instance.bbox],
-        "score": round(score, 5),
-        "segmentation": instance.segmentation.to_json(),
-        "area": rle.area(instance.segmentation),
-        "iscrowd": 0,
-    }
-
-
-def picture_names(images: Sequence[str], out: str) -> list[str]:
-    """A file name in `out` for each image's picture: its own name with .jpg, numbered where two would meet.
-
-    No picture takes the place of an image that is asked for, even when images lie in `out`.
+    Raises:
+        StorageError: `options.out` cannot be written.
     """
-    taken = {_key(image) for image in images}
-    names = []
-    for image in images:
-        path = urlsplit(image).path if "://" in image else image
-        stem = posixpath.splitext(posixpath.basename(unquote(path) if "://" in image else path))[0] or "image"
-        name, number = f"{stem}.jpg", 1
-        while _key(f"{out.rstrip('/')}/{name}") in taken:
-            number += 1
-            name = f"{stem}-{number}.jpg"
-        taken.add(_key(f"{out.rstrip('/')}/{name}"))
-        names.append(name)
-    return names
+    from trainer.data import decode_image
+    from trainer.detect import detect
 
-
-def _key(url: str) -> str:
-    """Equal for equal places, also where letters of both cases are one file."""
-    if "://" in url and not url.startswith("file://"):
-        return url.casefold()
-    import os
-
-    return os.path.realpath(url.removeprefix("file://")).casefold()
+    out, failures = Location(options.out), 0
+    with PredictionFiles(out, state.categories, labels) as files:
+        for image, name in zip(images, picture_names(images, options.out), strict=True):
+            try:
+                pixels = decode_image(Location(image).read())
+            except UserError as error:
+                print(f"predict: {image}: {error}", file=sys.stderr, flush=True)
+                failures += 1
+                continue
+            found = detect(network, [pixels], device)[0]
+            height, width = pixels.shape[-2:]
+            record = image_record(stem(image), image, width, height, found)
+            if options.pictures:
+                record["image"]["picture"] = name
+                write_picture(out / name, pixels, found, state.categories)
+            files.add(record)
+            print(f"{out / name if options.pictures else image}: {len(found)} objects", flush=True)
+    print(f"{out / 'predictions.json'}: {files.objects} objects in {files.images} images", flush=True)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
+import base64
+import csv
 import io
 import json
 import shutil
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +13,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from shards.dataset import Category
+from shards.errors import UserError
 from shards.storage import Location
 from tests.trainer import tiny
 from trainer import predict
-from trainer.predict import picture_names
+from trainer.image_names import find_images, picture_names
+from trainer.predictions import submission_labels
 
 
 @pytest.fixture
@@ -117,9 +124,114 @@ def test_names_of_pictures(tmp_path: Path) -> None:
     assert picture_names([f"{out}/a.jpg", f"{out}/a-2.jpg"], out) == ["a-3.jpg", "a-2-2.jpg"]
 
 
+def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    first, second, third = map(str, images)
+    folder = sorted([first, second])
+    assert find_images([str(tmp_path / "in"), third]) == [*folder, third]
+    assert find_images([f"{tmp_path}/in/"]) == folder
+    assert find_images([f"{tmp_path}/**/*.jpg"]) == [first, third]
+    assert find_images([f"{tmp_path}/in/*"]) == folder
+    odd = tmp_path / "in" / "a[1].jpg"
+    odd.write_bytes(b"")
+    assert find_images([str(odd), "nowhere.jpg"]) == [str(odd), "nowhere.jpg"]
+    http = "https://example.org/a.jpg?size=*"
+    assert find_images([http]) == [http]
+    root = Location(f"memory://{tmp_path.name}/folders")
+    for name in ("b.png", "a.jpg", "c.csv"):
+        (root / name).write(b"x")
+    for asked in (str(root), f"{root}/*"):
+        found = find_images([asked])
+        assert [name.rsplit("/", 1)[-1] for name in found] == ["a.jpg", "b.png"]
+        assert [Location(name).read() for name in found] == [b"x", b"x"]
+
+
+def test_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--no-pictures", str(images[0].parent)]
+    assert predict.main(command) == 0
+    assert [path.name for path in out.iterdir()] == ["predictions.json"]
+    value = json.loads((out / "predictions.json").read_text())
+    assert [sorted(entry) for entry in value["images"]] == [["file_name", "height", "id", "width"]] * 2
+
+
+def test_images_under_a_launcher_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert predict.main(["--checkpoint", "run", "--out", "out", "a.jpg"]) == 2
+    assert "images are done by one process" in capsys.readouterr().err
+
+
+def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--score", "0.1", "--submission", "--no-pictures", "--out", str(out)]
+    assert predict.main([*command, *map(str, images[:2])]) == 0
+    coco = json.loads((out / "predictions.json").read_text())
+    assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di"]})
+    assert list(read_submission(out / "submission.csv")) == ["street", "grey"]
+
+    tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    command += ["--hierarchy", str(tmp_path / "tree.json")]
+    assert predict.main([*command, *map(str, images[:2])]) == 0
+    assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di", "/m/sq"]})
+
+    assert predict.main([*command[:-2], "--score", "1", str(images[0])]) == 0
+    rows = (out / "submission.csv").read_text().splitlines()
+    assert rows == ["ImageID,ImageWidth,ImageHeight,PredictionString", "street,72,60,"]
+
+    capsys.readouterr()
+    assert predict.main([*command, *map(str, images)]) == 2
+    assert "would both have the ImageID street" in capsys.readouterr().err
+    with pytest.raises(UserError, match="class Kite has no MID"):
+        submission_labels([Category(3, "Kite", "")], {})
+
+
+def read_submission(path: Path) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
+    """Each image's size and objects (label, score, pixels), read as the Challenge's own evaluation does."""
+    csv.field_size_limit(2**30)
+    images = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            width, height, words = int(row["ImageWidth"]), int(row["ImageHeight"]), row["PredictionString"].split()
+            objects = []
+            for label, score, mask in zip(words[::3], words[1::3], words[2::3], strict=True):
+                counts = zlib.decompress(base64.b64decode(mask, validate=True))
+                pixels = coco_mask.decode({"size": [height, width], "counts": counts})
+                objects.append((label, float(score), pixels.tobytes()))
+            images[row["ImageID"]] = (width, height, objects)
+    return images
+
+
+def submission_of(
+    coco: dict[str, Any], labels: dict[int, list[str]]
+) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
+    """What `read_submission` must find, from predictions.json."""
+    images = {}
+    for entry in coco["images"]:
+        objects = [
+            (label, one["score"], coco_mask.decode(one["segmentation"]).tobytes())
+            for one in coco["annotations"]
+            if one["image_id"] == entry["id"]
+            for label in labels[one["category_id"]]
+        ]
+        assert objects
+        images[Path(entry["file_name"]).stem] = (entry["width"], entry["height"], objects)
+    return images
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ([], "give either images or --data.shards"),
+        (["x.jpg", "--data.shards", "d"], "give either images or --data.shards"),
+        (["x.jpg", "--batch-size", "2"], "--batch-size is of a shard dataset: give --data.shards, too"),
+        (["--data.shards", "d", "--part-images", "0"], "--part-images is 0: it must be 1 or more"),
+        (["--data.shards", "d", "--device", "cpu"], "--device is for images"),
+        (["x.jpg", "--hierarchy", "tree.json"], "--hierarchy is of the submission"),
+        (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
+        ([str(Path(__file__).parent)], "the folder has no image directly in it"),
         (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
         (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
         (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
