@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from shards.rle import Rle
+from shards.rle import Rle, runs
 from shards.sample import Instance
 
 # Bits of `flags`.
@@ -183,7 +183,7 @@ def _lit_by_steps(length: int, side: int, *, starts: bool, ends: bool) -> tuple[
 def _column_runs(mask: Rle) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """The object's runs, cut at the ends of columns: int64 [R] the column (ascending), the first row, and the row after
     the last. Runs go down the columns, and on into the next."""
-    borders = np.cumsum(_run_lengths(mask.counts))
+    borders = np.cumsum(runs(mask))
     stops = borders[1::2]
     starts = borders[: 2 * len(stops) : 2]
     some = stops > starts
@@ -202,22 +202,6 @@ def _column_runs(mask: Rle) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArr
         np.where(later == 0, top[run], 0),
         np.where(later == crossed[run], bottom[run], mask.height),
     )
-
-
-def _run_lengths(counts: str) -> NDArray[np.int64]:
-    """COCO's compressed counts (`rleFrString` in `maskApi.c`) as lengths of runs, zeros first."""
-    # Six bits a character: five of a number, lowest first, and whether more follow. Bit 0x10 of the last is the sign.
-    codes = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((codes & 0x20) == 0)
-    first = np.concatenate(([0], last[:-1] + 1))
-    digits = last - first + 1
-    place = 5 * (np.arange(len(codes)) - np.repeat(first, digits))
-    lengths = np.add.reduceat((codes & 0x1F) << place, first)
-    lengths -= ((codes[last] & 0x10) != 0).astype(np.int64) << (5 * digits)
-    # From the fourth on, each is the difference to the one two before.
-    lengths[1::2] = np.cumsum(lengths[1::2])
-    lengths[2::2] = np.cumsum(lengths[2::2])
-    return lengths
 
 
 def flip(instances: Instances, width: float) -> Instances:
