@@ -125,33 +125,6 @@ class Location:
         with storage_errors(self.url):
             return bytes(self.fs.cat_file(self.path))
 
-    def read_range(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` (exclusive) of the object; exactly `end - start` of them.
-
-        Raises:
-            StorageError: it is missing, shorter than `end`, or could not be read.
-        """
-        data = self.read_some(start, end)
-        if len(data) != end - start:
-            raise StorageError(f"{self.url}: asked for bytes {start} to {end}, got {len(data)} bytes: is it truncated?")
-        return data
-
-    def read_some(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` (exclusive), or fewer where the object or the answer ends early.
-
-        Raises:
-            StorageError: it is missing or could not be read.
-        """
-        with storage_errors(self.url):
-            data = bytes(self.fs.cat_file(self.path, start=start, end=end))
-        if len(data) > end - start:
-            raise StorageError(
-                f"{self.url}: asked for {end - start} bytes, got {len(data)}: the server ignores byte ranges, "
-                "without which nothing can be streamed from it",
-                permanent=True,
-            )
-        return data
-
     def write(self, data: bytes) -> None:
         """Write the whole object or nothing: one object put, or on a local disk a temporary name and a rename.
 

@@ -7,6 +7,7 @@ import pytest
 from shards.dataset import open_dataset
 from shards.errors import StorageError
 from shards.loader import loader
+from shards.ranges import Read, read_many
 from shards.storage import Location
 from shards.stream import ShardStream
 from tests.support import sample, write_dataset
@@ -28,10 +29,7 @@ def test_an_object_is_written_and_read_whole_or_in_ranges(place, tmp_path, reque
     assert target.exists()
     assert target.size() == len(data)
     assert target.read() == data
-    assert target.read_range(100, 20_000) == data[100:20_000]
-    assert target.read_some(25_000, 99_999) == data[25_000:]
-    with pytest.raises(StorageError, match="is it truncated"):
-        target.read_range(25_000, 99_999)
+    assert read_many([Read(target, 100, 20_000), Read(target, 25_000, 99_999)]) == [data[100:20_000], data[25_000:]]
     target.write(b"new")
     assert target.read() == b"new"
     target.delete()
@@ -41,10 +39,10 @@ def test_an_object_is_written_and_read_whole_or_in_ranges(place, tmp_path, reque
 
 def test_a_public_bucket_is_read_unsigned_over_s3_and_over_http(bucket, s3):
     (Location(bucket) / "public.bin").write(b"0123456789")
-    assert Location(f"{bucket}/public.bin", anonymous=True).read_range(2, 5) == b"234"
+    unsigned = Location(f"{bucket}/public.bin", anonymous=True)
     over_http = Location(f"{s3.endpoint_url}/storage-tests/public.bin")
     assert over_http.size() == 10
-    assert over_http.read_range(2, 5) == b"234"
+    assert read_many([Read(unsigned, 2, 5), Read(over_http, 2, 5)]) == [b"234", b"234"]
 
 
 def test_a_failed_local_write_leaves_nothing_behind(tmp_path):

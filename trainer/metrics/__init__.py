@@ -1,15 +1,11 @@
-"""How good detections are. A metric has three methods: reset, process, evaluate."""
+"""How good detections are. A metric has three methods: `reset` forgets all images, `process` takes some in, `evaluate`
+rates those of all ranks (every rank calls it, and the main one gets the result)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-from shards.sample import Sample
-
-if TYPE_CHECKING:
-    from trainer.detect import Detections
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 # Joins every rank's list into one on the main rank; the others get None.
 Gather = Callable[[list[Any]], list[Any] | None]
@@ -41,16 +37,3 @@ def each_image_once(items: Iterable[T]) -> list[T]:
     if twice:
         raise RuntimeError(f"{len(twice)} images were processed more than once, such as {twice[0]}")
     return images
-
-
-class Metric(Protocol):
-    """Takes in the images of one rank, and rates those of all ranks."""
-
-    def reset(self) -> None:
-        """Forget every image."""
-
-    def process(self, samples: Sequence[Sample], detections: Sequence[Detections]) -> None:
-        """Take in images: what is annotated (image bytes are not needed) and what was found, in the same order."""
-
-    def evaluate(self, gather: Gather = alone) -> Any:
-        """The result over the images of all ranks, None but on the main one; every rank must call it."""
