@@ -64,7 +64,7 @@ class OrderSettings:
     batch_size: int
     seed: int = 0
     lanes: int = 8
-    window: int = 256
+    window: int = 128
     group_by_aspect: bool = False
     chunk_bytes: int = CHUNK_BYTES
     repeat_threshold: float = 0.0

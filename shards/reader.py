@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 
 log = logging.getLogger("shards.reader")
 
-READ_AHEAD = 64 * 2**20
+READ_AHEAD = 128 * 2**20
 ATTEMPTS = 5  # reads of a sample whose bytes are wrong
 BACK_OFF_S = 0.2
 STALL_S = 30.0

@@ -110,7 +110,7 @@ class ShardStream(Stream[T]):
         world: int = 1,
         start: int = 0,
         lanes: int = 8,
-        window: int = 256,
+        window: int = 128,
         group_by_aspect: bool = False,
         repeat_threshold: float = 0.0,
         read_ahead: int = READ_AHEAD,
