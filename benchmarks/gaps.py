@@ -1,6 +1,6 @@
 """What each treatment of incomplete annotations is worth: same scenes, seeds and budget, with it and without.
 
-    python benchmarks/gaps.py --seeds 2
+    python benchmarks/gaps.py --seeds 2 --folder gaps-out    # the same command again goes on
 
 Drawn street scenes, annotated in full, are spoilt in three ways that Open Images knows; the trainer itself learns from
 each with the treatment on and off, and is rated on held-out scenes that are annotated in full. Prints a Markdown table.
@@ -28,6 +28,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -83,19 +84,21 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=160, help="held-out scenes [160]")
     parser.add_argument("--steps", type=int, default=160, help="of eight images [160]")
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, of one thread each [1]")
+    parser.add_argument("--folder", type=Path, help="keep the runs there, and take from there those that are done")
     parser.add_argument("--only", nargs="*", default=[arm.gap for arm in ARMS], help="gaps to measure [all]")
     options = parser.parse_args()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
         arms = [arm for arm in ARMS if arm.gap in options.only]
         jobs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
         counts = {
-            (gap, seed): write_dataset(Path(folder) / f"{gap}-{seed}", gap, seed, options.train, options.val)
+            (gap, seed): write_dataset(folder / f"{gap}-{seed}", gap, seed, options.train, options.val)
             for gap in dict.fromkeys(arm.gap for arm in arms)
             for seed in range(options.seeds)
         }
         with ThreadPoolExecutor(options.parallel) as pool:
-            results = dict(zip(jobs, pool.map(lambda job: train(Path(folder), *job, options.steps), jobs)))
+            results = dict(zip(jobs, pool.map(lambda job: train(folder, *job, options.steps), jobs)))
     print_table(arms, results, counts, options, time.perf_counter() - start)
     return 0
 
@@ -188,8 +191,19 @@ def write_dataset(root: Path, gap: str, seed: int, train: int, val: int) -> tupl
 
 
 def train(folder: Path, arm: Arm, seed: int, steps: int) -> tuple[float, float]:
-    """One run of trainer/train.py; returns box and mask AP at 0.5 on the held-out scenes."""
+    """One run of trainer/train.py, unless it is there; returns box and mask AP at 0.5 on the held-out scenes."""
     run = folder / f"run-{arm.gap}-{ARMS.index(arm)}-{seed}"
+    rated = run / "evaluations.jsonl"
+    if not rated.exists():
+        run_trainer(folder, run, arm, seed, steps)
+    result = json.loads(rated.read_text().splitlines()[-1])
+    found = float(result["bbox"]["ap50"]), float(result["segm"]["ap50"])
+    print(f"{arm.gap}, {arm.name}, seed {seed}: box {found[0]:.3f}, mask {found[1]:.3f}", file=sys.stderr, flush=True)
+    return found
+
+
+def run_trainer(folder: Path, run: Path, arm: Arm, seed: int, steps: int) -> None:
+    """trainer/train.py with the settings of an arm."""
     settings = {
         "config": ROOT / "configs/demo.yaml",
         "data.shards": folder / f"{arm.gap}-{seed}",
@@ -218,10 +232,6 @@ def train(folder: Path, arm: Arm, seed: int, steps: int) -> tuple[float, float]:
     )
     if done.returncode:
         sys.exit(f"benchmark: {arm.gap}, {arm.name}, seed {seed} failed:\n{done.stderr[-2000:]}")
-    result = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
-    found = float(result["bbox"]["ap50"]), float(result["segm"]["ap50"])
-    print(f"{arm.gap}, {arm.name}, seed {seed}: box {found[0]:.3f}, mask {found[1]:.3f}", file=sys.stderr, flush=True)
-    return found
 
 
 def print_table(
@@ -231,22 +241,31 @@ def print_table(
     options: argparse.Namespace,
     seconds: float,
 ) -> None:
-    """The Markdown table of the docs: the mean over the seeds, and the standard error of the mean."""
+    """The Markdown table of the docs: means over the seeds, and how much the treatment gains over each way without it.
+
+    Both are trained on the same scenes in the same order, so the gain is the mean of the differences of each seed, with
+    its standard error.
+    """
     print(
-        f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8",
-        end="",
+        f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8 "
+        f"images, {options.seeds} seeds; {machine()}, {seconds / 60:.0f} minutes\n"
     )
-    print(f" images, {options.seeds} seeds; {machine()}, {seconds / 60:.0f} minutes\n")
-    print("| what is missing | treatment | box AP50 | mask AP50 |")
-    print("| --- | --- | ---: | ---: |")
+    print("| what is missing | treatment | box AP50 | mask AP50 | the treatment's gain, box | mask |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    of_arm = {arm: np.array([results[arm, seed] for seed in range(options.seeds)]) for arm in arms}
     for arm in arms:
-        pairs = np.array([results[arm, seed] for seed in range(options.seeds)])
-        error = pairs.std(axis=0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.full(2, np.nan)
         touched = [counts[arm.gap, seed] for seed in range(options.seeds)]
         share = sum(t for t, _ in touched) / sum(n for _, n in touched)
-        spread = [f" ± {half:.3f}" if len(pairs) > 1 else "" for half in error]
-        cells = " | ".join(f"{mean:.3f}{half}" for mean, half in zip(pairs.mean(axis=0), spread))
-        print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {cells} |")
+        treated = next(one for one in arms if one.gap == arm.gap)
+        gains = ["", ""] if arm is treated else [shown(gain) for gain in (of_arm[treated] - of_arm[arm]).T]
+        cells = [f"{mean:.3f}" for mean in of_arm[arm].mean(axis=0)] + gains
+        print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {' | '.join(cells)} |")
+
+
+def shown(gains: NDArray[np.float64]) -> str:
+    """Mean and standard error of the gain of each seed, [S]."""
+    error = f" ± {gains.std(ddof=1) / math.sqrt(len(gains)):.3f}" if len(gains) > 1 else ""
+    return f"{gains.mean():+.3f}{error}"
 
 
 if __name__ == "__main__":
