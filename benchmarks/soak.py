@@ -2,11 +2,11 @@
 
     python benchmarks/soak.py faults                      # five epochs of 5000 samples from S3 that fails all the time
     python benchmarks/soak.py memory                      # what loader processes take over 200 000 samples
+    python benchmarks/soak.py memory --s3                 # the same from S3, which is read by another thread
     python benchmarks/soak.py memory --dataset 1000000    # the same of a million: 2.5 GB in the temporary folder
 
 `faults`: a real S3 server (SeaweedFS) behind a proxy that breaks requests, drawn by seed; every sample is compared with
-that of a stream from a local disk. `memory`: the memory that each loader process has for itself (USS) while it streams;
-glibc gives each thread a heap of its own, which fragments for a while: with MALLOC_ARENA_MAX=1 there is one.
+that of a stream from a local disk. `memory`: the memory that each loader process has for itself (USS) while it streams.
 The pictures are random bytes, which nothing decodes. Prints Markdown tables; exits with 1 where it does not hold.
 """
 
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dataset", type=int, help="samples in the dataset (faults: 5000, memory: 2000)")
     parser.add_argument("--epochs", type=int, default=5, help="faults: (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200_000, help="memory: to stream (default: %(default)s)")
+    parser.add_argument("--s3", action="store_true", help="memory: from an S3 server (default: from the local disk)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="faults: which requests break (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.05, help="faults: of requests, each kind (%(default)s)")
@@ -142,7 +143,15 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         count = options.dataset or (5000 if options.what == "faults" else 2000)
         local = write_samples(Location(folder), count)
-        return soak_and_tell(local, options) if options.what == "faults" else measure_and_tell(local, options)
+        if options.what == "faults":
+            return soak_and_tell(local, options)
+        if not options.s3:
+            return measure_and_tell(local, options)
+        with S3Server() as server:
+            os.environ.update(server.environment())
+            server.make_bucket("soak")
+            server.upload(local.root.path, "soak")
+            return measure_and_tell(open_dataset("s3://soak"), options)
 
 
 def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
@@ -172,15 +181,16 @@ def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
     return 0 if holds else 1
 
 
-def measure_and_tell(local: Dataset, options: argparse.Namespace) -> int:
+def measure_and_tell(dataset: Dataset, options: argparse.Namespace) -> int:
     began = time.perf_counter()
-    readings = list(memory(local, samples=options.samples, workers=options.workers))
+    readings = list(memory(dataset, samples=options.samples, workers=options.workers))
     seconds = time.perf_counter() - began
     first, last = quarters(readings)
-    print(f"{options.workers} loader processes, {seconds:.0f} s; USS in MB of the largest\n")
+    source = "S3" if options.s3 else "the local disk"
+    print(f"{options.workers} loader processes, from {source}, {seconds:.0f} s; USS in MB of the largest\n")
     print("| samples in the dataset | samples streamed | first quarter | last quarter | growth |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    split = len(local.index("train"))
+    split = len(dataset.index("train"))
     print(f"| {split} | {options.samples} | {first:.1f} | {last:.1f} | {last - first:+.1f} |")
     return 0 if last - first <= options.growth else 1
 

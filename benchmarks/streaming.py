@@ -127,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default=sys.executable, help="the Python that has the peers [this one]")
     parser.add_argument("--photographs", type=Path, help="a small mirror of Open Images [../shared/openimages-sample]")
     parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--long-side", type=int, help="enlarge or reduce the pictures to it, in pixels")
     parser.add_argument("--decoded", type=int, default=768, help="samples of a measurement of training batches [768]")
     parser.add_argument("--latency", type=float, default=0.03, help="seconds that the proxy adds to a request [0.03]")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of a loader [2]")
@@ -147,7 +148,7 @@ def prepare(data: Path, folder: Path, options: argparse.Namespace) -> tuple[str,
     """Build the shards and convert them; returns the pictures in words and the bytes of each format."""
     done, shards = data / "prepared.json", data / "shards"
     if not done.exists():
-        with make_bucket(options.samples, options.photographs) as bucket:
+        with make_bucket(options.samples, options.photographs, options.long_side) as bucket:
             sources = ["--images", str(bucket.images), "--annotations", str(bucket.annotations)]
             quotas = ["--per-class", str(options.samples), "--eval-per-class", "0", "--no-cache"]
             command = [sys.executable, "-m", "builder.cli", *quotas, *sources, "--out", str(shards)]
