@@ -44,8 +44,8 @@ def start_accelerator(
         timeout: how long a rank waits for the others; None for torch's own, 10 minutes (NCCL) or 30 (gloo).
 
     Raises:
-        UserError: the launcher started several processes and accelerate would let each train alone; a tracker that
-            accelerate does not know or whose package is missing.
+        UserError: the launcher started several processes and accelerate would let each train alone; arithmetic that
+            the device does not have; a tracker that accelerate does not know or whose package is missing.
     """
     import torch
     from accelerate import Accelerator
@@ -56,13 +56,16 @@ def start_accelerator(
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate takes the processes of a launcher for lone ones unless it is told to use the CPU.
     device = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=launched > 1 and not device,
-        mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
-        log_with=list(trackers) or None,
-        project_dir=None if run is None else tracker_folder(run),
-        kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=launched > 1 and not device,
+            mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
+            log_with=list(trackers) or None,
+            project_dir=None if run is None else tracker_folder(run),
+            kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
+        )
+    except ValueError as error:  # such as bf16 on a GPU that has none
+        raise UserError(f"accelerate cannot start: {error}") from error
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} processes, accelerate joined {accelerator.num_processes}: "

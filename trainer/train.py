@@ -163,6 +163,8 @@ def train_step(
     elif t.skipped < config.train.skip_nonfinite:
         t.skipped += 1
         log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, config.train.skip_nonfinite, trouble)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()  # it has seen these gradients, and waits to be told that the step is done
     else:
         raise TrainingError(f"step {t.step + 1}: {trouble}: lower optim.lr, or look at the samples")
     t.optimizer.zero_grad()
