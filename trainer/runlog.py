@@ -4,7 +4,7 @@
           environment.json    versions, machine, ranks
           metrics.jsonl       one row a step; metrics.csv the same as a table
           evaluations.jsonl   one row an evaluation
-          curves.png          losses, AP, images/s and learning rate
+          curves.png          losses, AP, images/s, wait for data, learning rate
           pictures/           see `pictures.py`
           tensorboard/        what accelerate's trackers write; `run.trackers` chooses them
           checkpoints/, best/ see `checkpoint.py`
