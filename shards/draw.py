@@ -176,7 +176,7 @@ def display_instances(
         show_masks=show_mask,
         show_boxes=show_bbox,
     )
-    return _shown(_titled(picture, title) if title else picture)
+    return _shown(titled_picture(picture, title) if title else picture)
 
 
 def display_top_masks(
@@ -209,11 +209,11 @@ def display_top_masks(
     picture = _enlarged(image, 1)
     areas = {int(number): int(mask[:, :, class_ids == number].sum()) for number in np.unique(class_ids)}
     top = sorted((number for number in areas if areas[number]), key=lambda number: -areas[number])[:limit]
-    panes = [_titled(_pane(picture), f"H x W = {picture.height} x {picture.width}")]
+    panes = [titled_picture(_pane(picture), f"H x W = {picture.height} x {picture.width}")]
     for number in top:
         name = class_names[number] if 0 <= number < len(class_names) else f"class {number}"
-        panes.append(_titled(_pane(_class_masks(mask[:, :, class_ids == number], class_colour(number))), name))
-    panes += [_titled(Image.new("RGB", _pane(picture).size), "-") for _ in range(limit - len(top))]
+        panes.append(titled_picture(_pane(_class_masks(mask[:, :, class_ids == number], class_colour(number))), name))
+    panes += [titled_picture(Image.new("RGB", _pane(picture).size), "-") for _ in range(limit - len(top))]
     strip = Image.new("RGB", (sum(pane.width for pane in panes) + GAP * limit, panes[0].height), "white")
     left = 0
     for pane in panes:
@@ -236,7 +236,7 @@ def _pane(picture: Image.Image) -> Image.Image:
     return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
 
 
-def _titled(picture: Image.Image, title: str) -> Image.Image:
+def titled_picture(picture: Image.Image, title: str) -> Image.Image:
     """A picture under a line of text, as much of it as there is room for."""
     font = ImageFont.load_default(size=16)
     titled = Image.new("RGB", (picture.width, picture.height + 26), "white")

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, astuple, dataclass
 from operator import add, sub
@@ -76,8 +77,7 @@ class Loader(Generic[T]):
     """The batches of a stream, read by loader processes.
 
     Raises:
-        LoaderError: a loader process was killed. torch notices at once, so this can come out of any line of the main
-            thread, not only out of the loop's head.
+        LoaderError: a loader process was killed; where the loop asks for its next batch, within 5 s.
         UserError: what the stream raises, as itself.
     """
 
@@ -89,7 +89,7 @@ class Loader(Generic[T]):
         before, newest = self.statistics, dict[int, SampleStatistics]()
         waited, began = 0.0, time.perf_counter()
         iterator = iter(self.inner)
-        _tell_deaths_as_ours()
+        _note_deaths()
         try:
             while True:
                 asked = time.perf_counter()
@@ -110,6 +110,7 @@ class Loader(Generic[T]):
             # workers' queues before they are told to end: each is then waited for 5 s.
             if hasattr(iterator, "_shutdown_workers"):
                 iterator._shutdown_workers()
+            _noted(iterator)
 
 
 def loader(
@@ -169,21 +170,74 @@ class _Reporting(IterableDataset):
         worker, before = 0 if info is None else info.id, copy(self.stream.statistics)
         if info is not None:
             handover.begin()
+            _keep_quiet_about_readers()
         try:
             for batch in self.stream:
-                batch = handover.pack(batch)
+                packed = handover.pack(batch)
+                batch = packed if packed is batch else _Sent(packed)
+                del packed
                 yield _Item(batch, None, worker, self.stream.statistics.since(before))
                 del batch
         except UserError as error:
             yield _Item(None, error, worker, self.stream.statistics.since(before))
 
 
-def _next(iterator: Iterator[_Item]) -> _Item | None:
-    """The next item, None at the end; the death of a worker as our error."""
+class _Sent:
+    """A packed batch on its way. Where it is received, it is the batch; or the error, if its sender is gone.
+
+    torch receives in a thread of its own where memory is pinned, and an exception would end that.
+    """
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+
+    def __reduce__(self) -> Any:
+        return _received, self.packed.__reduce__()
+
+
+def _received(opened: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
-        return next(iterator, None)
-    except RuntimeError as error:
-        raise _death(error) or error from None
+        return opened(*arguments)
+    except LoaderError as error:
+        return error
+
+
+def _keep_quiet_about_readers() -> None:
+    """In a loader process: the thread that hands over batches prints a traceback when the reader is gone. The reader's
+    own message says why."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+# Loader processes that were killed, by their ids, as the handler of SIGCHLD has noted them.
+_killed: dict[int, LoaderError] = {}
+
+
+def _next(iterator: Iterator[_Item]) -> _Item | None:
+    """The next item, None at the end; the death of a worker, now or since the last item, as our error."""
+    item, error = None, _noted(iterator)
+    if error is None:
+        try:
+            item = next(iterator, None)
+        except RuntimeError as caught:
+            death = _death(caught)
+            raise (_noted(iterator) or death) if death else caught from None
+        if item is not None and isinstance(item.batch, LoaderError):
+            error = _noted(iterator) or item.batch
+    if error is not None:
+        raise error
+    return item
+
+
+def _noted(iterator: Iterator[_Item]) -> LoaderError | None:
+    """What was noted of the processes that work for this iterator; it is noted no longer."""
+    found = [_killed.pop(worker.pid, None) for worker in getattr(iterator, "_workers", ())]
+    return next((error for error in found if error is not None), None)
 
 
 def _death(error: RuntimeError) -> LoaderError | None:
@@ -195,14 +249,14 @@ def _death(error: RuntimeError) -> LoaderError | None:
     return LoaderError(f"{' '.join(str(error).split()).rstrip('.')}: {handover.WHY_KILLED}")
 
 
-def _tell_deaths_as_ours() -> None:
-    """torch raises a worker's death from a handler of SIGCHLD, wherever the main thread is: as our error, then."""
+def _note_deaths() -> None:
+    """torch raises a worker's death from a handler of SIGCHLD, wherever the main thread is. In a finalizer it would be
+    lost, and out of a library's work it may come as anything: so it is noted, for the loop that asks for a batch."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return
     theirs = signal.getsignal(signal.SIGCHLD)
-    if not callable(theirs) or isinstance(theirs, _DeathHandler):
-        return
-    signal.signal(signal.SIGCHLD, _DeathHandler(theirs))
+    if callable(theirs) and not isinstance(theirs, _DeathHandler):
+        signal.signal(signal.SIGCHLD, _DeathHandler(theirs))
 
 
 class _DeathHandler:
@@ -213,4 +267,7 @@ class _DeathHandler:
         try:
             self.theirs(number, frame)
         except RuntimeError as error:
-            raise _death(error) or error from None
+            death, who = _death(error), re.search(r"\(pid (\d+)\)", str(error))
+            if death is None or who is None:
+                raise
+            _killed[int(who[1])] = death

@@ -71,6 +71,7 @@ class State:
         optimizer: the optimizer's state_dict; None where only the weights were asked for, or are there.
         raw: the state_dict that training goes on from, where `weights` is an average.
         skipped: steps that changed nothing, because a loss was not finite.
+        scaler: the state_dict of fp16's gradient scaler, a few numbers; None for other arithmetic.
     """
 
     step: int
@@ -82,6 +83,7 @@ class State:
     optimizer: dict[str, Any] | None
     raw: dict[str, Tensor] | None = None
     skipped: int = 0
+    scaler: dict[str, float] | None = None
 
 
 def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
@@ -131,6 +133,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "step": state.step,
         "position": state.position,
         "skipped": state.skipped,
+        "scaler": state.scaler,
         "order": state.order,
         "categories": [asdict(category) for category in state.categories],
         "config": state.config.to_dict(),
@@ -173,6 +176,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
             else None,
             raw=_tensors(folder, RAW_FILE, files) if optimizer and RAW_FILE in files else None,
             skipped=int(value["skipped"]),
+            scaler=dict(value["scaler"]) if value.get("scaler") else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged ({error!r})") from error

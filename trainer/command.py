@@ -125,8 +125,9 @@ def start_logging() -> None:
 
 def _lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another process of it has gone; gloo has no error of its own."""
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
-        return "remote process exited" in str(error) or "Connection reset by peer" in str(error)
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):  # of NCCL; of the store that all share
+        told = "remote process exit|remote peer|by peer|Broken pipe|remote server shutdown"
+        return bool(re.search(told, str(error)))
     return "/gloo/" in str(error) and bool(re.search("by peer|Broken pipe", str(error)))
 
 

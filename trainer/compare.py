@@ -5,7 +5,7 @@
 
 A comparison is a YAML file:
 
-    base: traffic.yaml              # a recipe beside this file; --config names another
+    base: traffic.yaml              # a recipe beside this file, or a whole path or URL; --config names another
     settings:                       # what each run changes in it, by the name that the table shows
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}
@@ -121,7 +121,9 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         )
     base = options.config
     if base is None and "base" in value:
-        base = f"{path.rpartition('/')[0] or '.'}/{value['base']}"
+        base = str(value["base"])
+        if not base.startswith("/") and "://" not in base:
+            base = f"{path.rpartition('/')[0] or '.'}/{base}"
     overrides = [(name, text) for name, text in vars(options).items() if "." in name]
     configs: dict[str, Config] = {}
     for name, changes in value["settings"].items():

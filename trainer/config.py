@@ -151,7 +151,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: {value!r} is not a list such as [1, 2]")
+            example = f"[{value}]" if arguments[0] is str and isinstance(value, str) and value else "[1, 2]"
+            raise ConfigError(f"{where}: {value!r} is not a list such as {example}")
         return [_checked(entry, arguments[0], where) for entry in value]
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

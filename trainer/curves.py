@@ -1,4 +1,4 @@
-"""The run in one picture: losses, AP, images/s and learning rate over the steps."""
+"""The run in one picture: losses, AP, images/s, the wait for data, and learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappin
         losses.plot(*thinned(x, values), linewidth=1, label=name.removeprefix("loss_"))
     losses.set(title="losses", ylim=(0, None))
     losses.legend(fontsize="small")
-    for kind, label in (("bbox", "box"), ("segm", "mask")):
-        for key, style in (("ap", "o-"), ("ap50", "o:")):
-            at = [row["step"] for row in evaluations]
-            scores.plot(at, [_number(row[kind][key]) for row in evaluations], style, label=f"{label} {key.upper()}")
-    scores.set(title="average precision", ylim=(0, 1), xlim=(0, x[-1]))
-    if evaluations:
+    at, top = [row["step"] for row in evaluations], 0.0
+    for name, style, score in _scores(evaluations):
+        scores.plot(at, score, style, label=name)
+        top = max(top, *(value for value in score if np.isfinite(value)))
+    # Not up to 1: the first evaluations of a run would be a line along the bottom.
+    scores.set(title="average precision", ylim=(0, max(1.1 * top, 0.02)), xlim=(0, 1.02 * x[-1]))
+    if scores.lines:
         scores.legend(fontsize="small")
     speed.plot(*thinned(x, _column(steps, "images_per_s")))
-    speed.set(title="images/s", ylim=(0, None))
+    speed.set(title="images/s, and the share of a step that waits for data", ylim=(0, None))
+    waits = speed.twinx()
+    waits.plot(*thinned(x, 100 * _column(steps, "data_wait")), color="tab:red", linewidth=1)
+    waits.set(ylim=(0, 100))
+    waits.set_ylabel("data wait, %", color="tab:red")
     rate.plot(*thinned(x, _column(steps, "lr")))
     rate.set(title="learning rate", ylim=(0, None), xlabel="step")
     speed.set_xlabel("step")
@@ -81,8 +86,20 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64], points: int = POINTS
         return middle, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
+def _scores(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[float]]]:
+    """Name, style and values of the curves of an AP; those without a number are left out."""
+    found = [
+        (f"{label} {key.upper()}", style, [_number(row[kind][key]) for row in evaluations])
+        for kind, label in (("bbox", "box"), ("segm", "mask"))
+        for key, style in (("ap", "o-"), ("ap50", "o:"))
+    ]
+    official = [_number(row.get("open_images", {}).get("ap")) for row in evaluations]
+    found.append(("mask AP50 of Open Images", "s--", official))
+    return [curve for curve in found if np.isfinite(curve[2]).any()]
+
+
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
-    return np.array([_number(row[key]) for row in rows])
+    return np.array([_number(row.get(key)) for row in rows])
 
 
 def _number(value: float | None) -> float:

@@ -204,7 +204,7 @@ def box_losses(
         heads, targets, verified: see `roi_losses`.
     """
     if len(logits) == 0:  # regions all over every image
-        return logits.sum() * 0, deltas.sum() * 0
+        return logits.float().sum() * 0, deltas.float().sum() * 0
     # An image without objects has only background, whose place is never asked for.
     places = [t["boxes"] if len(t["boxes"]) else t["boxes"].new_zeros((1, 4)) for t in targets]
     regression = heads.box_coder.encode([of_image[i] for of_image, i in zip(places, rois.objects)], rois.boxes)
@@ -239,8 +239,8 @@ def mask_loss(logits: Tensor, rois: list[Tensor], objects: list[Tensor], targets
         objects: int64 [R_i] of each image, indices into its target.
         targets: see `targets_of`.
     """
-    if len(logits) == 0:
-        return logits.sum() * 0  # still a function of the mask head, for which every rank waits in the backward pass
+    if len(logits) == 0:  # still a function of the mask head, for which every rank waits in the backward pass
+        return logits.float().sum() * 0
     size = logits.shape[-1]
     wanted = torch.cat(
         [sample_targets(t["masks"], t["frames"], o, r, size) for t, o, r in zip(targets, objects, rois) if len(o) > 0]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.dataset import Category
-from shards.draw import draw_instances, legible_scale
+from shards.draw import draw_instances, legible_scale, titled_picture
 from shards.sample import Sample
 from shards.storage import Location
 from trainer.data import EvalBatch
@@ -39,6 +39,8 @@ def side_by_side(
     predicted = draw_instances(
         pixels, [instances[i] for i in sure], categories, scores=[scores[i] for i in sure], scale=scale
     )
+    truth = titled_picture(truth, f"annotated: {len(sample.instances)}")
+    predicted = titled_picture(predicted, f"predicted with a score of {score:g} or more: {len(sure)}")
     both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
     both.paste(truth, (0, 0))
     both.paste(predicted, (truth.width + GAP, 0))

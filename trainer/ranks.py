@@ -6,6 +6,8 @@ import hashlib
 import logging
 import math
 import os
+import resource
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from shards.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
+    from shards.loader import LoaderStatistics
     from shards.storage import Location
     from trainer.checkpoint import State
     from trainer.settings import LossConfig
@@ -44,8 +48,8 @@ def start_accelerator(
         timeout: how long a rank waits for the others; None for torch's own, 10 minutes (NCCL) or 30 (gloo).
 
     Raises:
-        UserError: the launcher started several processes and accelerate would let each train alone; a tracker that
-            accelerate does not know or whose package is missing.
+        UserError: the launcher started several processes and accelerate would let each train alone; arithmetic that
+            the device does not have; a tracker that accelerate does not know or whose package is missing.
     """
     import torch
     from accelerate import Accelerator
@@ -56,13 +60,16 @@ def start_accelerator(
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate takes the processes of a launcher for lone ones unless it is told to use the CPU.
     device = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=launched > 1 and not device,
-        mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
-        log_with=list(trackers) or None,
-        project_dir=None if run is None else tracker_folder(run),
-        kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=launched > 1 and not device,
+            mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
+            log_with=list(trackers) or None,
+            project_dir=None if run is None else tracker_folder(run),
+            kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
+        )
+    except ValueError as error:  # such as bf16 on a GPU that has none
+        raise UserError(f"accelerate cannot start: {error}") from error
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} processes, accelerate joined {accelerator.num_processes}: "
@@ -150,6 +157,45 @@ def bad_losses(names: Sequence[str], table: Sequence[Sequence[float]], image_ids
 def mean_losses(names: Sequence[str], table: Sequence[Sequence[float]]) -> dict[str, float]:
     """Each loss, averaged over the ranks; `table` as for `bad_losses`."""
     return {name: sum(row[i] for row in table) / len(table) for i, name in enumerate(names)}
+
+
+def rank_report(done: LoaderStatistics, device: torch.device) -> list[float]:
+    """What this rank tells the others of a step beside its losses: what its loader did for it, and its memory."""
+    return [
+        done.waited_s,
+        done.nbytes / 1e6,
+        done.requests,
+        done.retries,
+        done.samples,
+        done.cache_hits,
+        memory_mb(device),
+    ]
+
+
+def all_ranks(table: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """A step's `rank_report` of each rank as one, for its row of metrics.jsonl: the mean wait and the longest, what was
+    read by all together, and the most memory that one of them has held."""
+    waited, read_mb, requests, retries, samples, cache_hits, memory = zip(*table)
+    return {
+        "data_wait_s": sum(waited) / len(waited),
+        "data_wait_longest_s": max(waited),
+        "read_mb": round(sum(read_mb), 6),
+        "requests": int(sum(requests)),
+        "retries": int(sum(retries)),
+        "samples": int(sum(samples)),
+        "cache_hits": int(sum(cache_hits)),
+        "memory_mb": max(memory),
+    }
+
+
+def memory_mb(device: torch.device) -> float:
+    """The most memory in 10^6 bytes that this rank has held so far: of its GPU, or of its process without one."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def weighted_sum(losses: Mapping[str, Any], weights: LossConfig) -> Any:

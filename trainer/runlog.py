@@ -4,7 +4,7 @@
           environment.json    versions, machine, ranks
           metrics.jsonl       one row a step; metrics.csv the same as a table
           evaluations.jsonl   one row an evaluation
-          curves.png          losses, AP, images/s and learning rate
+          curves.png          losses, AP, images/s, wait for data, learning rate
           pictures/           see `pictures.py`
           tensorboard/        what accelerate's trackers write; `run.trackers` chooses them
           checkpoints/, best/ see `checkpoint.py`
@@ -26,7 +26,6 @@ import logging
 import math
 import os
 import platform
-import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,10 +40,7 @@ from trainer.ranks import TRACKER_FOLDER, tracker_folder
 from trainer.settings import Config
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
-
-    from shards.loader import LoaderStatistics
 
 log = logging.getLogger("trainer")
 
@@ -119,21 +115,20 @@ class RunLog:
         """The step of the last evaluation; 0 where there is none."""
         return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
 
-    def add_step(self, row: dict[str, Any], seconds: float, done: LoaderStatistics) -> None:
+    def add_step(self, row: dict[str, Any], seconds: float) -> None:
         """Complete a step's row of metrics.jsonl with its times, and log it.
 
         Args:
             row: see `train.train_step`; values that are not finite become null.
             seconds: that the step took, the wait for its data included.
-            done: what the loader did for it.
         """
         row |= {
             "seconds": seconds,
             "images_per_s": row["images"] / seconds,
             "data_wait": row["data_wait_s"] / seconds,
-            "memory_mb": memory_mb(self.accelerator.device),
+            "data_wait_longest": row["data_wait_longest_s"] / seconds,
         }
-        row = _finite(row | reading(done))
+        row = _finite(row)
         self.steps.append(row)
         means = self.progress.add(row)
         if means is not None:
@@ -173,17 +168,6 @@ class RunLog:
             shutil.rmtree(tracker_folder(self.run), ignore_errors=True)
 
 
-def reading(done: LoaderStatistics) -> dict[str, Any]:
-    """What the loader of the main rank did for a step, for the step's row of metrics.jsonl."""
-    return {
-        "read_mb": done.nbytes / 1e6,
-        "requests": done.requests,
-        "retries": done.retries,
-        "samples": done.samples,
-        "cache_hits": done.cache_hits,
-    }
-
-
 class Progress:
     """A line every `every` steps, with means since the line before."""
 
@@ -199,12 +183,20 @@ class Progress:
         seconds = sum(row["seconds"] for row in self._rows)
         learned = [row for row in self._rows if "skipped" not in row]
         count = max(len(learned), 1)
+        read = {name: sum(row[name] for row in self._rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
+        waits = {
+            name: sum(row[name] * row["seconds"] for row in self._rows) / seconds
+            for name in ("data_wait", "data_wait_longest")
+        }
         means = {
             "loss": sum(row["loss"] for row in learned) / count,
             "losses": {name: sum(r["losses"][name] for r in learned) / count for name in row["losses"]},
             "lr": row["lr"],
             "images_per_s": sum(row["images"] for row in self._rows) / seconds,
-            "data_wait": sum(row["data_wait"] * row["seconds"] for row in self._rows) / seconds,
+            **waits,
+            "read_mb_per_s": read["read_mb"] / seconds,
+            "retries": read["retries"],
+            "cache_share": read["cache_hits"] / max(read["samples"], 1),
             "memory_mb": row["memory_mb"],
         }
         log.info(
@@ -216,38 +208,28 @@ class Progress:
             means["lr"],
             means["images_per_s"],
             100 * means["data_wait"],
-            self._read(seconds),
+            _told(means),
             means["memory_mb"] / 1000,
             timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows))),
         )
         self._rows.clear()
         return means
 
-    def _read(self, seconds: float) -> str:
-        """What the main rank's loader did since the line before; what did not happen is left out."""
-        total = {name: sum(row[name] for row in self._rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
-        told = [f"{total['read_mb'] / seconds:.1f} MB/s"]
-        if total["retries"]:
-            told.append(f"{total['retries']} retries")
-        if total["cache_hits"]:
-            told.append(f"{100 * total['cache_hits'] / total['samples']:.0f} % from the cache")
-        return ", ".join(told)
+
+def _told(means: Mapping[str, Any]) -> str:
+    """What the loaders of all ranks did since the line before; what did not happen is left out."""
+    told = [f"{means['read_mb_per_s']:.1f} MB/s"]
+    if means["retries"]:
+        told.append(f"{means['retries']} retries")
+    if means["cache_share"]:
+        told.append(f"{100 * means['cache_share']:.0f} % from the cache")
+    return ", ".join(told)
 
 
 def mask_ap(row: Mapping[str, Any]) -> float:
     """The mask AP of a row of evaluations.jsonl; -1 where the split has no mask to find."""
     value = row["segm"]["ap"]
     return -1.0 if value is None else float(value)
-
-
-def memory_mb(device: torch.device) -> float:
-    """The most memory in 10^6 bytes that this rank has held so far: of its GPU, or of its process without one."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,11 +92,11 @@ class ModelConfig:
     )
     fpn_channels: int = option(256, "channels of every FPN level", low=1)
     box_head_features: int = option(1024, "width of the box head's two layers", low=1)
-    mask_head_channels: list[int] = option([256, 256, 256, 256], "width of each convolution of the mask head")
-    anchor_sizes: list[int] = option([32, 64, 128, 256, 512], "anchor side of each FPN level, in pixels")
-    anchor_ratios: list[float] = option([0.5, 1.0, 2.0], "anchor height over width")
-    rpn_pre_nms: list[int] = option([2000, 1000], "proposals kept before NMS: training, inference")
-    rpn_post_nms: list[int] = option([2000, 1000], "proposals kept after NMS: training, inference")
+    mask_head_channels: list[int] = option([256, 256, 256, 256], "width of each convolution of the mask head", low=1)
+    anchor_sizes: list[int] = option([32, 64, 128, 256, 512], "anchor side of each FPN level, in pixels", low=1)
+    anchor_ratios: list[float] = option([0.5, 1.0, 2.0], "anchor height over width", low=0.01)
+    rpn_pre_nms: list[int] = option([2000, 1000], "proposals kept before NMS: training, inference", low=1)
+    rpn_post_nms: list[int] = option([2000, 1000], "proposals kept after NMS: training, inference", low=1)
     rois_per_image: int = option(512, "RoIs an image that the box head trains on", low=1)
     positive_fraction: float = option(0.25, "share of those RoIs that may be positive", low=0, high=1)
     score_threshold: float = option(0.05, "detections below this score are dropped", low=0, high=1)
@@ -137,7 +137,7 @@ class OptimConfig:
         0, "images a step that lr is meant for: the rate grows with the real number (all GPUs); 0: as given", low=0
     )
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
-    betas: list[float] = option([0.9, 0.999], "decay of adamw's two moments", low=0, high=1)
+    betas: list[float] = option([0.9, 0.999], "decay of adamw's two moments, below 1", low=0, high=0.999999)
     weight_decay: float = option(1e-4, "weight decay", low=0)
     decay_norms: bool = option(True, "whether normalisation layers and biases decay as well")
     clip_norm: float = option(5.0, "largest norm of the whole gradient; 0 for no clipping", low=0)
@@ -252,6 +252,9 @@ def validate(config: Config) -> None:
                 name.split(".")[0], "[b1, b2]"
             )
             raise ConfigError(f"{name} is {value}: give two numbers, {meaning}")
+    smallest, largest = config.data.scale_range
+    if smallest > largest:
+        raise ConfigError(f"data.scale_range is {config.data.scale_range}: give the smallest scale before the largest")
     for key in ("mask_head_channels", "anchor_ratios"):
         if not getattr(config.model, key):
             raise ConfigError(f"model.{key} is empty: it needs at least one value")

@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import command
 from trainer.config import add_arguments, from_arguments
-from trainer.ranks import TrainingError, bad_losses, from_main, mean_losses, weighted_sum
+from trainer.ranks import (
+    TrainingError,
+    all_ranks,
+    bad_losses,
+    from_main,
+    mean_losses,
+    rank_report,
+    weighted_sum,
+)
 from trainer.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
 from trainer.settings import Config, ConfigError
 from trainer.training import Training, begin_stage, save_state, set_up, share_buffers
@@ -32,6 +40,7 @@ from trainer.training import Training, begin_stage, save_state, set_up, share_bu
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
     from torchvision.models.detection import MaskRCNN
 
+    from shards.loader import LoaderStatistics
     from trainer.instances import Batch
     from trainer.runlog import RunLog
 
@@ -92,9 +101,9 @@ def train(config: Config) -> MaskRCNN:
 
             began, before = time.perf_counter(), data.statistics
             mine = [next(batches) for _ in range(config.train.accumulate)]
-            row, stopped = train_step(t, mine, time.perf_counter() - began, signals)
+            row, stopped = train_step(t, mine, data.statistics.since(before), signals)
             if record:
-                record.add_step(row, time.perf_counter() - began, data.statistics.since(before))
+                record.add_step(row, time.perf_counter() - began)
             if checkpoint_is_due(config.train, t.step) or stopped:
                 share_buffers(t)
                 if record:
@@ -114,19 +123,19 @@ def train(config: Config) -> MaskRCNN:
 
 
 def train_step(
-    t: Training, batches: list[Batch], waited: float, signals: command.Signals
+    t: Training, batches: list[Batch], done: LoaderStatistics, signals: command.Signals
 ) -> tuple[dict[str, Any], int]:
     """One step of all ranks.
 
     Args:
         t: moved on by one step.
         batches: of this rank, `train.accumulate` many.
-        waited: seconds that this rank waited for them.
+        done: what this rank's loader did for them.
         signals: what this rank was sent.
 
     Returns:
-        The step's row in metrics.jsonl but for its times (losses averaged over the ranks, the longest wait), and the
-        signal that any rank was sent.
+        The step's row in metrics.jsonl but for its times (losses averaged over the ranks, and what all their loaders
+        did), and the signal that any rank was sent.
 
     Raises:
         TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
@@ -150,9 +159,10 @@ def train_step(
         rows.append(torch.stack([loss.detach().float() for loss in losses.values()]))
         t.position += world
 
-    # One exchange a step tells every rank all losses, so that all do the same; the longest wait; and a signal.
+    # One exchange a step tells every rank all losses, so that all do the same; what the loaders did; and a signal.
     values = torch.stack(rows)
-    table = accelerator.gather(torch.cat((values.mean(0), values.new_tensor([waited, signals.number])))[None]).tolist()
+    more = values.new_tensor([*rank_report(done, accelerator.device), signals.number])
+    table = accelerator.gather(torch.cat((values.mean(0), more))[None]).tolist()
     bad = [key for batch, row in zip(batches, rows) if not row.isfinite().all() for key in batch.image_ids]
     trouble = bad_losses(list(losses), table, bad)
     norm = float(accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf))
@@ -163,6 +173,8 @@ def train_step(
     elif t.skipped < config.train.skip_nonfinite:
         t.skipped += 1
         log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, config.train.skip_nonfinite, trouble)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()  # it has seen these gradients, and waits to be told that the step is done
     else:
         raise TrainingError(f"step {t.step + 1}: {trouble}: lower optim.lr, or look at the samples")
     t.optimizer.zero_grad()
@@ -180,7 +192,7 @@ def train_step(
         "lr": rate,
         "grad_norm": norm,
         "images": images,
-        "data_wait_s": max(row[-2] for row in table),
+        **all_ranks([row[len(losses) : -1] for row in table]),
     }
     return row | ({"skipped": trouble} if trouble else {}), int(max(row[-1] for row in table))
 

@@ -69,6 +69,9 @@ def set_up(config: Config) -> Training:
     from trainer.weights import load_weights
 
     accelerator = start_accelerator(config.train.precision, config.run.trackers, run)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate would train in float32 without a word.
+        raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16")
     accelerator.gradient_accumulation_steps = config.train.accumulate  # what `backward` divides by
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
     stream = ShardStream(
@@ -104,6 +107,8 @@ def set_up(config: Config) -> Training:
     if resumed:
         network.load_state_dict(resumed.raw or resumed.weights)
         t.step, t.position, t.skipped = resumed.step, resumed.position, resumed.skipped
+        if accelerator.scaler is not None and resumed.scaler is not None:
+            accelerator.scaler.load_state_dict(resumed.scaler)
         log.info("continuing %s from step %d", run, resumed.step)
     else:
         report = load_weights(network, config.model, dataset.categories)
@@ -175,5 +180,6 @@ def save_state(t: Training, *, best: bool = False) -> None:
         None if best else t.optimizer.state_dict(),
         None if best or t.ema is None else t.network.state_dict(),
         t.skipped,
+        None if best or t.accelerator.scaler is None else t.accelerator.scaler.state_dict(),
     )
     save(t.run, state, 1 if best else t.config.train.keep_checkpoints, BEST if best else FOLDER)

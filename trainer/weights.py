@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,6 +150,8 @@ def _find(model: ModelConfig) -> Source:
         return Source("coco", _download(weights, "coco"), _coco_classes(weights), eps)
     place = Location(model.weights)
     if posixpath.splitext(place.url)[1] in FILE_SUFFIXES:
+        return _of_file(place)
+    if place.is_local and os.path.isfile(place.path):
         return _of_file(place)
     try:
         state = open_checkpoint(place.url)

@@ -8,13 +8,13 @@ from demo.s3proxy import S3Proxy
 
 
 @pytest.fixture
-def through(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Proxy], None]:
-    """Point this process, and loader processes forked from it, at a running proxy; patience is half a second."""
+def through(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Point this process, and loader processes forked from it, at a running proxy, with so much patience (seconds)."""
 
-    def point(proxy: S3Proxy) -> None:
+    def point(proxy: S3Proxy, patience: float = 0.5) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         monkeypatch.setattr("shards.storage._instances", {})
-        monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.5)
+        monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", patience)
         monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
         monkeypatch.setattr("shards.reader.BACK_OFF_S", 0.01)
 

@@ -36,6 +36,8 @@ def test_changes_come_over_the_command_line_over_the_base(tmp_path: Path) -> Non
         "low": (0.01, 0.5, 7),
         "same": (0.5, 0.5, 7),
     }
+    (tmp_path / "elsewhere.yaml").write_text(f"base: {tmp_path}/base.yaml\nsettings: {{same: }}\n")
+    assert script.read_comparison(options(tmp_path / "elsewhere.yaml"))["same"].optim.momentum == 0.5
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,17 @@ def test_saved_settings_read_back_the_same(tmp_path):
         ([("data.batch_size", "true")], r"data.batch_size: True is not an int"),
         ([("data.batch_size", "0")], r"data.batch_size is 0: it must be at least 1"),
         ([("data.resize", "round")], r"'round' is not one of square, shortest, scale_jitter"),
-        ([("model.anchor_sizes", "3")], r"3 is not a list"),
+        ([("model.anchor_sizes", "3")], r"3 is not a list such as \[1, 2\]"),
+        ([("run.trackers", "wandb")], r"'wandb' is not a list such as \[wandb\]"),
+        (
+            [("model.anchor_sizes", "[0, 1, 2, 3, 4]")],
+            r"model.anchor_sizes is \[0, 1, 2, 3, 4\]: it must be at least 1",
+        ),
+        ([("model.anchor_ratios", "[0.0]")], r"model.anchor_ratios is \[0.0\]: it must be at least"),
+        (
+            [("data.scale_range", "[2.0, 0.1]")],
+            r"scale_range is \[2.0, 0.1\]: give the smallest scale before the largest",
+        ),
         ([("model.anchor_sizes", "[1, 2]")], r"anchor_sizes has 2 values: the FPN has 5 levels"),
         ([("data.flip", "1.5")], r"data.flip is 1.5: it must be between 0 and 1"),
         ([("data.min_size", "2000")], r"data.min_size 2000 is above data.max_size 1024"),

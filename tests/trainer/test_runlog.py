@@ -22,6 +22,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "images": 8,
         "seconds": 2.0,
         "data_wait": 0.25,
+        "data_wait_longest": 0.5,
         "images_per_s": 4.0,
         "memory_mb": 1500.0,
         "read_mb": 3.0,

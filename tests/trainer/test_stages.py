@@ -209,8 +209,13 @@ def test_two_ranks_learn_what_one_does_and_stay_equal_in_every_stage(dataset: Pa
     for ours, theirs in zip(one, two):
         assert ours == pytest.approx(theirs, rel=1e-3)
     rows = [tiny.rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
-    for key in ("position", "images", "lr"):
+    for key in ("position", "images", "lr", "samples"):
         assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    # What the loaders of both ranks read, and not the main rank's alone.
+    read = [[row["read_mb"] for row in own] for own in rows]
+    assert read[0] == pytest.approx(read[1], rel=1e-4)
+    assert min(read[0]) > 0
+    assert all(0 < row["data_wait"] <= row["data_wait_longest"] < 1 for row in rows[1])
 
 
 @pytest.mark.slow

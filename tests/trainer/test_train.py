@@ -11,15 +11,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from shards.dataset import open_dataset
+from shards.loader import LoaderStatistics
 from shards.storage import Location
 from tests.trainer import tiny
 from trainer import evaluate as evaluate_script
 from trainer import train as train_script
 from trainer.checkpoint import open_checkpoint
 from trainer.config import load_config
-from trainer.ranks import bad_losses, mean_losses, tracker_folder
+from trainer.ranks import all_ranks, bad_losses, mean_losses, rank_report, tracker_folder
 
 SCRIPT = tiny.ROOT / "trainer" / "train.py"
 
@@ -51,6 +53,22 @@ def test_losses_are_averaged_over_ranks_and_a_bad_one_names_its_rank_and_samples
     assert bad_losses(names, table, []) == ""
     told = bad_losses(names, [[1.0, math.nan, 0.0]], ["img1", "img2"])
     assert told == "loss_b is nan on rank 0 (samples img1, img2)"
+
+
+def test_what_the_loaders_of_all_ranks_did_is_one_row() -> None:
+    device = torch.device("cpu")
+    done = [LoaderStatistics(4, 1, 3, 2_500_000, 0, 9.0, 0.5), LoaderStatistics(4, 0, 5, 1_000_000, 2, 9.0, 1.5)]
+    told = all_ranks([rank_report(one, device) for one in done])
+    assert told.pop("memory_mb") > 10
+    assert told == {
+        "data_wait_s": 1.0,
+        "data_wait_longest_s": 1.5,
+        "read_mb": 3.5,
+        "requests": 8,
+        "retries": 2,
+        "samples": 8,
+        "cache_hits": 1,
+    }
 
 
 def test_a_wrong_argument_is_one_line_and_costs_no_torch() -> None:
