@@ -17,10 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shards import rle
 from shards.dataset import Category
+from shards.plates import Colour, Labels, Rectangle
 from shards.sample import Instance
-
-Colour = tuple[int, int, int]
-Rectangle = tuple[int, int, int, int]
 
 # Far apart in hue, and bright enough to be seen on photographs.
 PALETTE: tuple[Colour, ...] = (
@@ -108,7 +106,7 @@ def draw_instances(
     for i in order if show_boxes else ():
         _draw_box(canvas, instances[i], colours[i], scale, line)
     names = {category.id: category.name for category in categories}
-    labels = _Labels(canvas, picture.size)
+    labels = Labels(canvas, picture.size)
     # The best detections, else the largest objects, get the best places for their names.
     for i in sorted(order, key=lambda i: -scores[i]) if scores is not None else order:
         instance = instances[i]
@@ -128,16 +126,16 @@ def display_instances(
     class_names: Sequence[str],
     scores: NDArray[Any] | None = None,
     title: str = "",
-    *,
+    figsize: tuple[float, float] = (16, 16),
+    ax: Any = None,
     show_mask: bool = True,
     show_bbox: bool = True,
     colors: Sequence[Sequence[float]] | None = None,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draw instances as matterport's `visualize.display_instances` does: the same arrays, in the same order.
+    """Draw instances as matterport's `visualize.display_instances` does, with the same arguments in the same order.
 
-    https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Matplotlib's `figsize` and `ax` do not exist
-    here: nothing but Pillow is needed, and no display.
+    https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Pillow is all it needs, no display.
 
     Args:
         image: uint8 (H, W, 3) RGB.
@@ -147,13 +145,15 @@ def display_instances(
         class_names: a name a class.
         scores: (N,), or None.
         title: written above the picture.
+        figsize: taken and not used: the picture has the image's size.
+        ax: axes of matplotlib's to put the picture and its title into, or None.
         show_mask, show_bbox: whether those are drawn.
         colors: one an instance, R, G, B from 0 to 1.
         captions: one an instance, in place of name and score.
 
     Returns:
-        An RGB picture. In a notebook it is shown as well: end the last line of a cell with a semicolon, or it is shown
-        twice.
+        An RGB picture. Without `ax`, a notebook shows it as well: end the last line of a cell with a semicolon, or it
+        is shown twice.
 
     Raises:
         ValueError: the arrays are not of one number of instances, or a mask has another size than the image.
@@ -176,6 +176,11 @@ def display_instances(
         show_masks=show_mask,
         show_boxes=show_bbox,
     )
+    if ax is not None:
+        ax.imshow(np.asarray(picture))
+        ax.set_title(title)
+        ax.axis("off")
+        return picture
     return _shown(titled_picture(picture, title) if title else picture)
 
 
@@ -332,62 +337,3 @@ def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, colour: Colour, s
         end = min(y + dash - 1, bottom)
         canvas.rectangle((left, y, min(left + line - 1, right), end), fill=colour)
         canvas.rectangle((max(right - line + 1, left), y, right, end), fill=colour)
-
-
-class _Labels:
-    """Names on plates, each where it hides the fewest of those already written."""
-
-    def __init__(self, canvas: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
-        self.canvas, self.size = canvas, size
-        self.font = ImageFont.load_default(size=min(max(round(max(size) / 55), 12), 28))
-        self.taken: list[Rectangle] = []
-        self.named: set[Colour] = set()
-
-    def draw(self, text: str, colour: Colour, corners: Rectangle) -> None:
-        """Write `text` at the box, unless there is no room for it and its colour has been named."""
-        left, _, right, _ = (round(value) for value in self.canvas.textbbox((0, 0), text, font=self.font))
-        # A plate of a full line's height, whatever the letters, so that plates in a row align.
-        line = round(self.canvas.textbbox((0, 0), "Ag", font=self.font)[3])
-        margin = max(2, line // 5)
-        plate = (right - left + 2 * margin, line + margin)
-        tiny = corners[2] - corners[0] < plate[0] / 2 and corners[3] - corners[1] < plate[1] * 2
-        hidden, place = _place(corners, plate, self.size, self.taken)
-        if colour in self.named and (tiny or hidden > plate[0] * plate[1] / 4):
-            return
-        self.taken.append(place)
-        self.named.add(colour)
-        self.canvas.rectangle(place, fill=colour)
-        dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 115
-        ink = (255, 255, 255) if dark else (0, 0, 0)
-        self.canvas.text((place[0] + margin - left, place[1] + margin // 2 - 1), text, fill=ink, font=self.font)
-
-
-def _place(
-    corners: Rectangle, plate: tuple[int, int], size: tuple[int, int], taken: Sequence[Rectangle]
-) -> tuple[int, Rectangle]:
-    """The first free place around the box, else the one that hides the least; and how many pixels it hides."""
-    left, top, right, bottom = corners
-    width, height = plate
-    places = (
-        (left, top - height),
-        (left, top),
-        (left, bottom + 1),
-        (right - width + 1, top - height),
-        (right - width + 1, top),
-        (left, bottom - height + 1),
-        (right + 1, top),
-        (left - width, top),
-    )
-    candidates: list[tuple[int, int, Rectangle]] = []
-    for rank, (x, y) in enumerate(places):
-        x, y = min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0))
-        rectangle = (x, y, x + width - 1, y + height - 1)
-        candidates.append((sum(_overlap(rectangle, other) for other in taken), rank, rectangle))
-    hidden, _, rectangle = min(candidates)
-    return hidden, rectangle
-
-
-def _overlap(one: Rectangle, other: Rectangle) -> int:
-    width = min(one[2], other[2]) - max(one[0], other[0]) + 1
-    height = min(one[3], other[3]) - max(one[1], other[1]) + 1
-    return max(width, 0) * max(height, 0)

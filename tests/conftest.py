@@ -1,13 +1,15 @@
-"""What tests of several packages share: an S3 server and drawn scenes in the Open Images layout."""
+"""What tests of several packages share: an S3 server, drawn scenes in the Open Images layout, and a browser."""
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import s3fs
 
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
+from tests.browser import chromium
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,3 +56,11 @@ def bucket(s3: S3Server) -> Iterator[str]:
     s3.make_bucket(name)
     yield name
     s3.filesystem().rm(name, recursive=True)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One Chromium for all tests of pages; each sets the size that it needs."""
+    pytest.importorskip("selenium")
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver

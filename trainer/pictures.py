@@ -24,23 +24,43 @@ SHOWN = 0.5  # detections below this score are left out
 GAP = 8  # pixels between the two halves
 
 
-def side_by_side(
-    pixels: NDArray[np.uint8], sample: Sample, found: Detections, categories: Sequence[Category], score: float
-) -> Image.Image:
-    """What is annotated on the left, the detections of `score` or more on the right; small images are enlarged.
+def annotated_and_found(
+    pixels: NDArray[np.uint8],
+    sample: Sample,
+    found: Detections,
+    categories: Sequence[Category],
+    score: float,
+    captions: Sequence[str] | None = None,
+) -> tuple[Image.Image, Image.Image]:
+    """A picture of what is annotated, and one of the detections of `score` or more; small images are enlarged.
 
     Args:
         pixels: uint8 (H, W, 3) RGB.
+        captions: one a detection of `found`, in place of name and score.
     """
     scale = legible_scale(sample.width, sample.height)
     sure = [i for i, value in enumerate(found.scores) if value >= score]
     instances, scores = found.instances(), found.scores.tolist()
     truth = draw_instances(pixels, sample.instances, categories, scale=scale)
     predicted = draw_instances(
-        pixels, [instances[i] for i in sure], categories, scores=[scores[i] for i in sure], scale=scale
+        pixels,
+        [instances[i] for i in sure],
+        categories,
+        scores=[scores[i] for i in sure],
+        captions=None if captions is None else [captions[i] for i in sure],
+        scale=scale,
     )
+    return truth, predicted
+
+
+def side_by_side(
+    pixels: NDArray[np.uint8], sample: Sample, found: Detections, categories: Sequence[Category], score: float
+) -> Image.Image:
+    """The pictures of `annotated_and_found`, left and right, under a line of text each."""
+    truth, predicted = annotated_and_found(pixels, sample, found, categories, score)
+    sure = sum(value >= score for value in found.scores.tolist())
     truth = titled_picture(truth, f"annotated: {len(sample.instances)}")
-    predicted = titled_picture(predicted, f"predicted with a score of {score:g} or more: {len(sure)}")
+    predicted = titled_picture(predicted, f"predicted with a score of {score:g} or more: {sure}")
     both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
     both.paste(truth, (0, 0))
     both.paste(predicted, (truth.width + GAP, 0))

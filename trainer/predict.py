@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from shards.dataset import open_dataset
@@ -148,8 +147,7 @@ def predict(options: argparse.Namespace) -> int:
         from trainer.predict_shards import predict_shards
         from trainer.ranks import start_accelerator
 
-        # Ranks that are done wait for the slowest, hours perhaps; the launcher ends them all if one dies.
-        accelerator = start_accelerator(timeout=timedelta(days=30))
+        accelerator = start_accelerator()
         network.to(accelerator.device).eval()
         predict_shards(options, dataset, state, network, accelerator, labels)
         return 0

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("trainer.ranks")
 
 TRACKER_FOLDER = "tensorboard"
+# How long a rank waits for the others before it takes them for lost; the launcher ends all of them if one dies. Who
+# has done its share of a split waits for the slowest, and all wait while the main one rates it and writes.
+PATIENCE = timedelta(days=30)
+PATIENCE_IN_TRAINING = timedelta(hours=2)  # an evaluation is long, but ranks that hang should not hold GPUs for days
 
 
 class TrainingError(UserError):
@@ -37,7 +41,7 @@ def start_accelerator(
     precision: str = "launcher",
     trackers: Sequence[str] = (),
     run: Location | None = None,
-    timeout: timedelta | None = None,
+    timeout: timedelta = PATIENCE,
 ) -> Accelerator:
     """Join the ranks that the launcher started.
 
@@ -45,7 +49,7 @@ def start_accelerator(
         precision: see `train.precision`.
         trackers: see `run.trackers`.
         run: the run's folder, in which trackers that write files do so; from a temporary one where it is not local.
-        timeout: how long a rank waits for the others; None for torch's own, 10 minutes (NCCL) or 30 (gloo).
+        timeout: how long a rank waits for the others; torch's own would be 10 minutes (NCCL) or 30 (gloo).
 
     Raises:
         UserError: the launcher started several processes and accelerate would let each train alone; arithmetic that
@@ -66,7 +70,7 @@ def start_accelerator(
             mixed_precision={"launcher": None, "fp32": "no"}.get(precision, precision),
             log_with=list(trackers) or None,
             project_dir=None if run is None else tracker_folder(run),
-            kwargs_handlers=[] if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except ValueError as error:  # such as bf16 on a GPU that has none
         raise UserError(f"accelerate cannot start: {error}") from error

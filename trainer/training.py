@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.dataset import Dataset, open_dataset
 from shards.storage import Location
-from trainer.ranks import checkpoint_to_resume, start_accelerator
+from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, start_accelerator
 from trainer.schedule import Stage, stage_of, stages
 from trainer.settings import Config, ConfigError
 
@@ -68,7 +68,7 @@ def set_up(config: Config) -> Training:
     from trainer.optim import averaged
     from trainer.weights import load_weights
 
-    accelerator = start_accelerator(config.train.precision, config.run.trackers, run)
+    accelerator = start_accelerator(config.train.precision, config.run.trackers, run, PATIENCE_IN_TRAINING)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate would train in float32 without a word.
         raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16")

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -207,6 +208,34 @@ def test_instances_of_a_class_differ_in_shade_and_large_images_are_made_smaller(
     assert 0 < pane[150, 200].max() < pane[25, 60].max()
     large = display_top_masks(np.zeros((1000, 2000, 3), np.uint8), np.zeros((1000, 2000, 0)), np.zeros(0, int), NAMES)
     assert large.size == (5 * 480 + 4 * 8, 240 + 26)
+
+
+def test_the_arguments_are_matterports() -> None:
+    """Names, order and defaults, as calls by position rely on them."""
+    for function, names in (
+        (
+            display_instances,
+            "image boxes masks class_ids class_names scores=None title='' figsize=(16,16) ax=None "
+            "show_mask=True show_bbox=True colors=None captions=None",
+        ),
+        (display_top_masks, "image mask class_ids class_names limit=4"),
+    ):
+        told = []
+        for one in inspect.signature(function).parameters.values():
+            assert one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            told.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}".replace(" ", ""))
+        assert " ".join(told) == names
+
+
+def test_display_instances_into_axes() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure((4, 3))
+    axes = figure.subplots(1)
+    picture = display_instances(GREY, **arrays(), class_names=NAMES, title="A street", figsize=(8, 8), ax=axes)  # type: ignore[arg-type]
+    assert picture.size == (400, 300)
+    np.testing.assert_array_equal(axes.get_images()[0].get_array(), np.asarray(picture))
+    assert (axes.get_title(), axes.axison) == ("A street", False)
 
 
 @pytest.mark.parametrize("kernel", [None, object()])

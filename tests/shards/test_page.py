@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from shards.report import main
 from shards.sample import Instance, Sample
 from shards.storage import Location
 from shards.writer import pack_shard, shard_path
-from tests.shards.browser import MISSING, chromium, console, requests, resize
+from tests.browser import console, in_browser, press, requests, resize
 from tests.support import jpeg, sample, write_dataset
 
 HOSTILE = "</script><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'`&amp;{{data}}<!--"
-in_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def page_of(root: Path | str, out: Path, *options: str) -> str:
@@ -118,13 +116,6 @@ def test_no_text_of_the_data_is_markup(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    pytest.importorskip("selenium")
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
-
-
-@pytest.fixture(scope="module")
 def drawn(scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a dataset that was built of drawn scenes."""
     from builder.cli import main as build
@@ -157,12 +148,6 @@ def choose(driver: Any, name: str, text: str) -> int:
 
 def visible(driver: Any, selector: str) -> int:
     return sum(element.is_displayed() for element in driver.find_elements("css selector", selector))
-
-
-def press(driver: Any, *keys: str) -> None:
-    from selenium.webdriver import ActionChains
-
-    ActionChains(driver).send_keys(*keys).perform()
 
 
 @in_browser

@@ -309,6 +309,36 @@ def test_from_a_bucket(s3: S3Server, bucket: str, root: Path) -> None:
     assert any(f"{FIRST}: sample {1:016x} at offset {rows[1]['offset']}: crc32 is " in line for line in found)
 
 
+def test_over_http(s3: S3Server, bucket: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sound dataset has no fault, and is told to have been looked at without a listing; a spoilt one has all its."""
+    s3.upload(root, bucket)
+    address = f"{s3.endpoint_url}/{bucket}"
+    assert main([address, "--verify"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("no fault: 19 samples in 4 shards, 28 boxes, 19 masks, ")
+    assert captured.err.startswith(f"inspect-shards: note: {address}: http tells no listing: ")
+    assert captured.err.count("\n") == 1
+
+    rows = open_dataset(str(root)).table.to_pylist()
+    place = rows[1]["offset"] + 600
+    change(root / FIRST, lambda data: data.__setitem__(place, data[place] ^ 0x10))
+    whole_length = (root / "train/000001.tar").stat().st_size
+    cut = rows[8]["offset"] + 700
+    change(root / "train/000001.tar", lambda data: data.__delitem__(slice(cut, None)))
+    s3.filesystem().rm(f"{bucket}/val/000000.tar")
+    for name in (FIRST, "train/000001.tar"):
+        s3.filesystem().pipe_file(f"{bucket}/{name}", (root / name).read_bytes())
+    assert main([address, "--verify"]) == 1
+    found = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{FIRST}: sha256 is ") for line in found)
+    assert any(f"{FIRST}: sample {1:016x} at offset {rows[1]['offset']}: crc32 is " in line for line in found)
+    told = f"at offset {cut}: it ends after {cut} bytes, dataset.json says {whole_length}: truncated"
+    assert f"train/000001.tar: {told}" in found
+    assert [row["image_id"] for row in rows[8:12] if not any(row["image_id"] in line for line in found)] == []
+    assert any(line.startswith("val/000000.tar: cannot be read: ") and "no such object" in line for line in found)
+    assert not any(str(row["image_id"]) in line for row in rows[2:8] for line in found)
+
+
 def test_what_is_no_dataset_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--verify"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -247,7 +247,7 @@ def test_the_page_shows_the_worst_and_the_best_of_all_ranks() -> None:
 
     tags = Tags(page)
     pictures = [attributes for tag, attributes in tags.tags if tag == "img"]
-    assert len(pictures) == 6
+    assert len(pictures) == 2 * 6
     assert all((attributes["src"] or "").startswith("data:image/jpeg;base64,") for attributes in pictures)
     assert not [tag for tag, _ in tags.tags if tag in ("script", "link", "iframe")]
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)

@@ -1,5 +1,6 @@
 """matterport's metrics, against pixels and loops, and where they differ from matterport's own code."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -128,3 +129,18 @@ def test_agrees_with_the_slow_version(seed: int) -> None:
     predicted = [(int(rng.integers(1, 3)), box(b), float(np.round(rng.random(), 1))) for _, b in truth * 2]
     for threshold in (0.3, 0.5, 0.75):
         assert rate(truth, predicted, iou_threshold=threshold)[0] == pytest.approx(slow_ap(truth, predicted, threshold))
+
+
+def test_the_arguments_are_matterports() -> None:
+    """Names, order and defaults, as calls by position rely on them."""
+    arrays_of = "gt_box{0} gt_class_id{1} gt_mask{1} pred_box{0} pred_class_id{1} pred_score{1} pred_mask{1}"
+    for function, names in (
+        (compute_ap, arrays_of.format("es", "s") + " iou_threshold=0.5"),
+        (compute_ap_range, arrays_of.format("", "") + " iou_thresholds=None verbose=1"),
+        (compute_recall, "pred_boxes gt_boxes iou"),
+    ):
+        told = []
+        for one in inspect.signature(function).parameters.values():
+            assert one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            told.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}")
+        assert " ".join(told) == names

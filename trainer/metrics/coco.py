@@ -27,7 +27,7 @@ from pycocotools.cocoeval import COCOeval
 from shards import rle
 from shards.dataset import Category
 from shards.sample import Instance, Sample
-from trainer.metrics import Gather, alone, each_image_once
+from trainer.metrics import Gather, alone, images_of_all_ranks
 
 if TYPE_CHECKING:
     from trainer.detect import Detections
@@ -183,10 +183,9 @@ class CocoMetric:
         Raises:
             RuntimeError: an image was processed twice.
         """
-        gathered = gather(self._images)
-        if gathered is None:
+        images = images_of_all_ranks(self._images, gather)
+        if images is None:
             return None
-        images = each_image_once(gathered)
         return CocoResult(
             bbox=_scores("bbox", images, self.categories),
             segm=_scores("segm", images, self.categories),

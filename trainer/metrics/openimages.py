@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from shards.dataset import Category
 from shards.sample import Sample
-from trainer.metrics import Gather, alone, each_image_once
+from trainer.metrics import Gather, alone, images_of_all_ranks
 from trainer.metrics.overlaps import Overlaps, compute_overlaps
 
 if TYPE_CHECKING:
@@ -158,10 +158,9 @@ class OpenImagesMetric:
         Raises:
             RuntimeError: an image was processed twice.
         """
-        gathered = gather(self._images)
-        if gathered is None:
+        images = images_of_all_ranks(self._images, gather)
+        if images is None:
             return None
-        images = each_image_once(gathered)
         labels = _joined([image.labels for image in images], np.int32)
         scores = _joined([image.scores for image in images], np.float32)
         outcomes = _joined([image.outcomes for image in images], np.uint8)

@@ -8,7 +8,8 @@ Boxes are y1, x1, y2, x2 in pixels, masks (H, W, N), as there; rows of zeros are
 
 - An object is found once. There, the one that the first prediction found could be found again (`gt_match[j] > 0`), so
   that doubles raised the AP.
-- Padding is left out wherever it stands, with its class, score and mask; there, masks were cut at the end only.
+- Padding is left out wherever it stands, with its class, score and mask; there, scores and objects' masks were cut at
+  the end, classes not at all.
 - Predictions of equal score keep their order; there, it was turned round.
 - An image without objects has no AP and no recall: NaN, to be averaged by `np.nanmean`. There, the AP was 0 or NaN, by
   whether something was predicted, and the recall an error.

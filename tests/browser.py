@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "" if CHROMIUM and DRIVER else "Chromium is not here: apt-get install chromium chromium-driver"
+in_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 @contextmanager
@@ -55,3 +58,10 @@ def requests(driver: Any) -> list[str]:
     """The addresses that the page asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def press(driver: Any, *keys: str) -> None:
+    """Type these keys, wherever the focus is."""
+    from selenium.webdriver import ActionChains
+
+    ActionChains(driver).send_keys(*keys).perform()
