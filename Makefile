@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

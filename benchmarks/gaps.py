@@ -194,7 +194,7 @@ def train(folder: Path, arm: Arm, seed: int, steps: int) -> tuple[float, float]:
     """One run of trainer/train.py, unless it is there; returns box and mask AP at 0.5 on the held-out scenes."""
     run = folder / f"run-{arm.gap}-{ARMS.index(arm)}-{seed}"
     rated = run / "evaluations.jsonl"
-    if not rated.exists():
+    if not rated.exists() or not rated.read_text():  # a run that was interrupted goes on
         run_trainer(folder, run, arm, seed, steps)
     result = json.loads(rated.read_text().splitlines()[-1])
     found = float(result["bbox"]["ap50"]), float(result["segm"]["ap50"])
