@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from shards.errors import SampleError
@@ -179,7 +179,10 @@ def decode_image(data: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    # Pillow has no error of its own: which of these a broken file ends in depends on the format.
+    except UnidentifiedImageError as error:  # its text names a buffer of ours
+        known = "it is of no format that Pillow knows"
+        raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {known}") from error
+    # Pillow has no error of its own for the rest: which of these a broken file ends in depends on the format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

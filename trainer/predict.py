@@ -181,7 +181,9 @@ def predict_images(
             try:
                 pixels = decode_image(Location(image).read())
             except UserError as error:
-                print(f"predict: {image}: {error}", file=sys.stderr, flush=True)
+                # An error of storage begins with the place already.
+                told = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
+                print(f"predict: {told}", file=sys.stderr, flush=True)
                 failures += 1
                 continue
             found = detect(network, [pixels], device)[0]

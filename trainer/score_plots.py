@@ -41,7 +41,7 @@ def draw_precision_recall(evaluation: Evaluation) -> bytes:
         if shown:
             panel.plot(RECALLS, curves[shown].mean(axis=0), color="black", linewidth=2.5)
         labels = [f"{coco.classes[k].name} {_percent(values[k])}" for k in named]
-        _plain(panel.legend(lines, labels, fontsize="small", loc="lower left").get_texts() if lines else ())
+        _plain(panel.legend(lines, labels, fontsize="small", loc="best").get_texts() if lines else ())
         panel.set(title=title, xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     left.set_ylabel("precision (black: mean of the classes)")
