@@ -2,8 +2,8 @@
 
 - A group-of box stands over objects that nobody drew one by one. What lies in such a region and matches no object is
   neither positive nor negative.
-- A class that is not verified in an image may be there without a box. Its logit is left out of the softmax of that
-  image's RoIs, so that nothing teaches its absence.
+- A class that is not verified in an image may be there without a box. Where nothing is drawn, its probability counts as
+  background's there, so that nothing teaches its absence.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def leave_out(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
 
 
 def verified_table(verified: Sequence[Sequence[int] | None], classes: int) -> Tensor | None:
-    """Which logits the RoIs of each image teach.
+    """Of which classes each image tells whether they are there.
 
     Args:
         verified: for each image the ids of the verified classes, None for all.
-        classes: number of logits; 0 is the background, which is always taught.
+        classes: number of logits; 0 is the background, which is always true.
 
     Returns:
         bool [B, classes] on the host; None when it would be all true.
@@ -72,17 +72,27 @@ def verified_table(verified: Sequence[Sequence[int] | None], classes: int) -> Te
     return None if bool(table.all()) else table
 
 
-def hide_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) -> Tensor:
-    """The logits with -inf where a RoI teaches nothing: a softmax over them gives such a class no share, no gradient.
+def join_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) -> Tensor:
+    """Logits whose cross-entropy lets background be "background, or a class that is not verified in the image".
 
-    A RoI's own class is never hidden: an object may have been pasted into an image where its class is not verified.
+    A RoI that matches no drawn object shows background, or an object of a class whose objects nobody drew there. Its
+    loss is -log of the probability of all of these together, so that nothing pulls the unverified classes down
+    (Cermelli et al., "Modeling the Background", CVPR 2020, for classes that a training set does not label). A RoI that
+    matches a drawn object is of that class and no other, verified or not: its softmax is the plain one.
 
     Args:
-        logits: float [R, C] of all images' RoIs, in their order.
+        logits: float [R, C] of all images' RoIs, in their order; column 0 is the background.
         labels: int64 [R_i] of each image.
         table: bool [B, C], see `verified_table`.
+
+    Returns:
+        float [R, C]: for background in images with unverified classes, column 0 is the log-sum-exp of its own logit and
+        theirs, which are -inf.
     """
     counts = torch.tensor([len(of_image) for of_image in labels])
-    hidden = (~table).repeat_interleave(counts, dim=0).to(logits.device, non_blocking=True)
-    hidden.scatter_(1, torch.cat(list(labels))[:, None], False)
-    return logits.masked_fill(hidden, -torch.inf)
+    unverified = (~table).repeat_interleave(counts, dim=0).to(logits.device, non_blocking=True)
+    unverified &= (torch.cat(list(labels)) == 0)[:, None]
+    either = unverified.clone()
+    either[:, 0] = True
+    background = torch.logsumexp(logits.masked_fill(~either, -torch.inf), dim=1, keepdim=True)
+    return torch.cat((background, logits.masked_fill(unverified, -torch.inf)[:, 1:]), dim=1)

@@ -19,7 +19,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from trainer.gaps import hide_unverified, leave_out, verified_table
+from trainer.gaps import join_unverified, leave_out, verified_table
 from trainer.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, sample_targets
 from trainer.settings import LossConfig
 
@@ -210,7 +210,7 @@ def box_losses(
     regression = heads.box_coder.encode([of_image[i] for of_image, i in zip(places, rois.objects)], rois.boxes)
     table = verified_table(verified, logits.shape[1])
     if table is not None:
-        logits = hide_unverified(logits, rois.labels, table)
+        logits = join_unverified(logits.float(), rois.labels, table)
     loss_classifier, loss_box_reg = fastrcnn_loss(logits.float(), deltas.float(), rois.labels, regression)
     return loss_classifier, loss_box_reg
 

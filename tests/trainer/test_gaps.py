@@ -18,7 +18,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from tests.trainer.batches import CLASSES, LOSSES, SCENES, batch_of, gradients, our_losses, small_network, without_masks
-from trainer.gaps import hide_unverified, leave_out, lie_in, verified_table
+from trainer.gaps import join_unverified, leave_out, lie_in, verified_table
 from trainer.heads import image_list, sample_rois, targets_of
 from trainer.instances import GROUP_OF, IGNORED, Batch
 from trainer.settings import LossConfig
@@ -289,7 +289,7 @@ def test_regions_all_over_every_image_teach_nothing(network):
 
 
 @given(st.data())
-def test_hidden_logits_are_a_slow_softmax(data):
+def test_joined_logits_are_a_slow_softmax(data):
     rows = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=4))
     verified = [data.draw(st.none() | st.lists(st.integers(1, 4), unique=True).map(tuple)) for _ in rows]
     labels = [
@@ -299,18 +299,20 @@ def test_hidden_logits_are_a_slow_softmax(data):
     if table is None or not sum(rows):
         return
     logits = torch.randn((sum(rows), 5), generator=torch.Generator().manual_seed(sum(rows)), requires_grad=True)
-    hidden = hide_unverified(logits, labels, table)
+    joined = join_unverified(logits, labels, table)
     boxes = torch.zeros(sum(rows), 20)
-    loss, _ = fastrcnn_loss(hidden, boxes, labels, [torch.zeros(n, 4) for n in rows])
+    loss, _ = fastrcnn_loss(joined, boxes, labels, [torch.zeros(n, 4) for n in rows])
     loss.backward()
     total, images = 0.0, [i for i, n in enumerate(rows) for _ in range(n)]
     for row, image, label in zip(range(sum(rows)), images, torch.cat(labels).tolist(), strict=True):
         known = verified[image]
-        taught = [c for c in range(5) if c == 0 or c == label or known is None or c in known]
-        exponentials = {c: math.exp(logits[row, c].item()) for c in taught}
-        total -= math.log(exponentials[label] / sum(exponentials.values()))
-        for c in range(5):
-            assert (logits.grad[row, c].item() != 0) == (c in taught and len(taught) > 1)
+        unverified = [] if known is None else [c for c in range(1, 5) if c not in known]
+        right = [0, *unverified] if label == 0 else [label]
+        exponentials = [math.exp(value) for value in logits[row].tolist()]
+        total -= math.log(sum(exponentials[c] for c in right) / sum(exponentials))
+        for c in range(5):  # what may be right is pulled up, unless anything may be; all else is pulled down
+            pull = logits.grad[row, c].item()
+            assert (pull < 1e-7) if c in right else (pull > 0)
     assert loss.item() == pytest.approx(total / sum(rows), rel=1e-5, abs=1e-6)
 
 
@@ -321,31 +323,41 @@ def class_gradient(network: MaskRCNN, batch: Batch, loss: LossConfig) -> Tensor:
     return gradient.abs().sum(dim=1)
 
 
-def test_an_unverified_class_gets_no_gradient(network):
+def rois_and_pulls(network: MaskRCNN, batch: Batch, loss: LossConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each image the labels of the RoIs that train, and d loss_classifier / d logits, [R, C]."""
+    with caught(network.roi_heads.box_predictor) as answers:
+        taught = our_losses(network, batch, loss)["loss_classifier"]
+    pulled = pulls(taught, answers[:1])[0]
+    targets = targets_of(batch, loss)
+    torch.manual_seed(7)
+    proposals, _ = network.rpn(
+        image_list(batch, network), network.backbone(image_list(batch, network).tensors), targets
+    )
+    labels = sample_rois(network.roi_heads, proposals, targets).labels
+    return labels, list(pulled.split([len(of_image) for of_image in labels]))
+
+
+def test_where_nothing_is_drawn_an_unverified_class_is_not_pulled_down(network):
     batch = without(batch_of(SCENES), batch_of(SCENES).labels == 3)
     assert set(batch.labels.tolist()) == {1, 2}
-    unknown = replace(batch, verified=((1, 2),) * len(batch))
-    assert (class_gradient(network, unknown, LossConfig()) > 0).tolist() == [True, True, True, False]
-    assert (class_gradient(network, unknown, LossConfig(unverified="absent")) > 0).all()
-    # Absent, where people looked for it, is taught.
-    assert (class_gradient(network, replace(batch, verified=((1, 2, 3),) * len(batch)), LossConfig()) > 0).all()
+    unknown, absent = (replace(batch, verified=(known,) * len(batch)) for known in ((1, 2), (1, 2, 3)))
+    labels, unverified = rois_and_pulls(network, unknown, LossConfig())
+    for taught, switched in ((absent, LossConfig()), (unknown, LossConfig(unverified="absent"))):
+        same, known = rois_and_pulls(network, taught, switched)
+        for own, others, pull, plain in zip(labels, same, unverified, known, strict=True):
+            assert torch.equal(own, others)
+            assert (plain[:, 3] > 0).all()  # absent, where people looked for it or the treatment is off
+            assert (pull[own == 0, 3] < 0).all()
+            assert torch.allclose(pull[own > 0], plain[own > 0])  # a drawn object is no other class's
 
 
 def test_verification_is_of_each_image(network):
     batch = without(batch_of(SCENES), batch_of(SCENES).labels == 3)
     unknown = replace(batch, verified=((1, 2), None, (1, 2), (1, 2, 3)))
-    with caught(network.roi_heads.box_predictor) as answers:
-        loss = our_losses(network, unknown)["loss_classifier"]
-    pulled = pulls(loss, answers[:1])[0]
-    targets = targets_of(unknown, LossConfig())
-    torch.manual_seed(7)
-    images = image_list(unknown, network)
-    proposals, _ = network.rpn(images, network.backbone(images.tensors), targets)
-    sizes = [len(labels) for labels in sample_rois(network.roi_heads, proposals, targets).labels]
-    parts = pulled.split(sizes)
-    assert [bool((part[:, 3] != 0).all()) for part in parts] == [False, True, False, True]
-    assert all(bool((part[:, 3] == 0).all()) for part in (parts[0], parts[2]))
-    assert all(bool((part[:, :3] != 0).all()) for part in parts)
+    labels, parts = rois_and_pulls(network, unknown, LossConfig())
+    down = [bool((pull[own == 0, 3] > 0).all()) for own, pull in zip(labels, parts, strict=True)]
+    assert down == [False, True, False, True]
+    assert all(bool((pull[own == 0, 3] < 0).all()) for own, pull in zip(labels[::2], parts[::2], strict=True))
 
 
 def test_a_pasted_object_teaches_its_class_where_it_is_not_verified(network):
