@@ -23,13 +23,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: one seed starts from the network of another: give at least 2")
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         arms = [arm for arm in ARMS if arm.gap in options.only]
@@ -109,7 +108,7 @@ def main() -> int:
             work = partial(train, folder, options)
             bases, others = jobs[: options.seeds], jobs[options.seeds :]
             results = dict(zip(jobs, [*pool.map(work, bases), *pool.map(work, others)]))
-    print_table(arms, results, counts, options, time.perf_counter() - start)
+    print_table(arms, results, counts, options)
     return 0
 
 
@@ -201,17 +200,38 @@ def write_dataset(root: Path, gap: str, seed: int, train: int, val: int) -> tupl
     return total - untouched, total
 
 
-def train(folder: Path, options: argparse.Namespace, job: tuple[Arm, int]) -> tuple[float, float]:
-    """One run of trainer/train.py, unless it is there; returns box and mask AP at 0.5 on the held-out scenes."""
+class Rated(NamedTuple):
+    """What a network finds on the held-out scenes, each 0 to 1.
+
+    Attributes:
+        box, mask: AP at IoU 0.5.
+        found: of the objects, by detections of a score of 0.5 or more.
+        right: of these detections.
+    """
+
+    box: float
+    mask: float
+    found: float
+    right: float
+
+
+def train(folder: Path, options: argparse.Namespace, job: tuple[Arm, int]) -> Rated:
+    """Train and rate an arm, unless it is there already."""
     arm, seed = job
     run = run_of(folder, arm, seed)
-    rated = run / "evaluations.jsonl"
-    if not rated.exists() or not rated.read_text():  # a run that was interrupted goes on
-        run_trainer(folder, run, arm, seed, options)
-    result = json.loads(rated.read_text().splitlines()[-1])
-    found = float(result["bbox"]["ap50"]), float(result["segm"]["ap50"])
-    print(f"{arm.gap}, {arm.name}, seed {seed}: box {found[0]:.3f}, mask {found[1]:.3f}", file=sys.stderr, flush=True)
-    return found
+    rating = run / "rated" / "evaluation.json"
+    if not rating.exists():
+        run_trainer(folder, run, arm, seed, options)  # goes on, if it was interrupted
+        places = ["--data.shards", folder / f"{arm.gap}-{seed}", "--data.split", "val", "--out", rating.parent]
+        run_script("evaluate.py", "--checkpoint", run, *places, "--score", 0.5, "--pictures", 0)
+    result = json.loads(rating.read_text())
+    table = np.array(result["confusion"]["counts"])
+    right = table.trace()
+    rated = Rated(
+        result["bbox"]["ap50"], result["segm"]["ap50"], right / table[:-1].sum(), right / max(table[:, :-1].sum(), 1)
+    )
+    print(f"{arm.gap}, {arm.name}, seed {seed}: {rated}", file=sys.stderr, flush=True)
+    return rated
 
 
 def run_of(folder: Path, arm: Arm, seed: int) -> Path:
@@ -239,10 +259,14 @@ def run_trainer(folder: Path, run: Path, arm: Arm, seed: int, options: argparse.
         "run.dir": run,
         "model.weights": "none" if arm is BASE else run_of(folder, BASE, (seed + 1) % options.seeds),
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    run_script("train.py", *(word for name, value in settings.items() for word in (f"--{name}", value)), *arm.options)
+
+
+def run_script(name: str, *words: object) -> None:
+    """A script of trainer/ in a process of its own, with one thread."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "trainer/train.py"), *words, *arm.options],
+        [sys.executable, str(ROOT / "trainer" / name), *map(str, words)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -250,35 +274,36 @@ def run_trainer(folder: Path, run: Path, arm: Arm, seed: int, options: argparse.
         check=False,
     )
     if done.returncode:
-        sys.exit(f"benchmark: {arm.gap}, {arm.name}, seed {seed} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"benchmark: {name} {' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
 
 
 def print_table(
     arms: Sequence[Arm],
-    results: dict[tuple[Arm, int], tuple[float, float]],
+    results: dict[tuple[Arm, int], Rated],
     counts: dict[tuple[str, int], tuple[int, int]],
     options: argparse.Namespace,
-    seconds: float,
 ) -> None:
-    """The Markdown table of the docs: means over the seeds, and how much the treatment gains over each way without it.
+    """The Markdown table of the docs: means over the seeds, and how much mask AP the treatment gains over each way
+    without it.
 
     Both are trained on the same scenes in the same order, so the gain is the mean of the differences of each seed, with
     its standard error.
     """
     print(
         f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8 "
-        f"images, {options.seeds} seeds; {machine()}, {seconds / 60:.0f} minutes\n"
+        f"images, {options.seeds} seeds; {machine()}\n"
     )
-    print("| what is missing | treatment | box AP50 | mask AP50 | the treatment's gain, box | mask |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| what is missing | treatment | box AP50 | mask AP50 | the treatment's gain | found | right |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     of_arm = {arm: np.array([results[arm, seed] for seed in range(options.seeds)]) for arm in arms}
     for arm in arms:
         touched = [counts[arm.gap, seed] for seed in range(options.seeds)]
         share = sum(t for t, _ in touched) / sum(n for _, n in touched)
         treated = next(one for one in arms if one.gap == arm.gap)
-        gains = ["", ""] if arm is treated else [shown(gain) for gain in (of_arm[treated] - of_arm[arm]).T]
-        cells = [f"{mean:.3f}" for mean in of_arm[arm].mean(axis=0)] + gains
-        print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {' | '.join(cells)} |")
+        box, mask, found, right = of_arm[arm].mean(axis=0)
+        gain = "" if arm is treated else shown((of_arm[treated] - of_arm[arm])[:, 1])
+        cells = f"{box:.3f} | {mask:.3f} | {gain} | {found:.2f} | {right:.2f}"
+        print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {cells} |")
 
 
 def shown(gains: NDArray[np.float64]) -> str:

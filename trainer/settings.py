@@ -123,7 +123,8 @@ class LossConfig:
         "a group-of box is a region where nothing is taught that matches no object, or an object, or background",
     )
     unverified: Literal["ignore", "absent"] = option(
-        "ignore", "a class that is not verified in an image is left out of its classification loss, or taught as absent"
+        "ignore",
+        "where nothing is drawn, background may be a class that is not verified, or the class is taught as absent",
     )
 
 
