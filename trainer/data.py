@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from shards.errors import SampleError
@@ -181,7 +181,9 @@ def decode_image(data: bytes) -> Tensor:
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # Pillow has no error of its own: which of these a broken file ends in depends on the format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {error}") from error
+        # Pillow names the buffer, with its address, where it knows no format.
+        reason = "not in a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {reason}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shards.dataset import open_dataset
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
 from shards.storage import Location
 from trainer import command
 from trainer.image_names import check_image_ids, find_images, picture_names, stem
@@ -181,7 +181,9 @@ def predict_images(
             try:
                 pixels = decode_image(Location(image).read())
             except UserError as error:
-                print(f"predict: {image}: {error}", file=sys.stderr, flush=True)
+                # An error of storage names the image itself.
+                told = str(error) if isinstance(error, StorageError) else f"{image}: {error}"
+                print(f"predict: {told}", file=sys.stderr, flush=True)
                 failures += 1
                 continue
             found = detect(network, [pixels], device)[0]

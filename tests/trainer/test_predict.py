@@ -88,14 +88,18 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(images[0].read_bytes()[:200])
     missing = tmp_path / "missing.jpg"
+    text = tmp_path / "text.jpg"
+    text.write_text("hello")
     out = tmp_path / "out"
-    command = ["--checkpoint", str(checkpoint), "--out", str(out), str(missing), str(broken), str(images[0])]
+    command = ["--checkpoint", str(checkpoint), "--out", str(out)]
+    command += [str(path) for path in (missing, broken, text, images[0])]
     assert predict.main(command) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0].startswith(f"predict: {missing}: ")
+    assert errors[0] == f"predict: {missing}: there is no such object"
     assert errors[1].startswith(f"predict: {broken}: ")
     assert "cannot be decoded" in errors[1]
-    assert len(errors) == 2
+    assert errors[2] == f"predict: {text}: an image of 5 bytes cannot be decoded: not in a format that Pillow knows"
+    assert len(errors) == 3
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 
 
