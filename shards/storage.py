@@ -156,7 +156,9 @@ class Location:
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path)
             except FileNotFoundError as error:  # as /proc answers; not that the object is missing
-                raise StorageError(f"{self.url}: nothing can be written there: give another place") from error
+                raise StorageError(
+                    f"{self.url}: nothing can be written there: give another place", permanent=True
+                ) from error
             except BaseException:
                 if os.path.exists(temporary):
                     os.unlink(temporary)
@@ -209,7 +211,8 @@ def storage_errors(url: str) -> Iterator[None]:
         no_bucket = is_missing_bucket(error)
         refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
         missing = isinstance(error, FileNotFoundError) and not no_bucket
-        raise StorageError(message, missing=missing, permanent=refused or no_bucket) from error
+        wrong_kind = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
+        raise StorageError(message, missing=missing, permanent=refused or no_bucket or wrong_kind) from error
 
 
 def is_missing_bucket(error: BaseException) -> bool:

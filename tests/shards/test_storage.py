@@ -91,6 +91,7 @@ def test_a_local_place_that_cannot_be_written_is_told_with_its_reason(tmp_path, 
     with pytest.raises(StorageError) as caught:
         target.write(b"x")
     assert str(caught.value) == f"{target}: {message.format(root=tmp_path)}"
+    assert caught.value.permanent
     assert not caught.value.missing
 
 
