@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -272,8 +273,12 @@ def check_places(source: Source, root: Location, *, write_to: bool = True) -> No
     folder = os.path.abspath(root.path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        raise StorageError(f"{root}: cannot be written ({folder} is not a writable folder): choose another --out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # os.access lets root pass everywhere, also in /proc
+            pass
+    except OSError as error:
+        told = f"{root}: cannot be written ({folder} is not a writable folder): choose another --out"
+        raise StorageError(told) from error
 
 
 def write_tables(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # without a byte; five attempts of `shards.ranges`, and telling of it, end within a minute
 ATTEMPTS = 3
 SLOWEST_UPLOAD = 2**18  # bytes a second below which an upload is given up
+
+# A remote URL that names no bucket or host: without this, fsspec takes `s3:` for a folder in the current one.
+_NOWHERE = re.compile(r"(s3a?|gc?s|https?):(?!//[^/])")
 
 _instances: dict[tuple[str, bool], Any] = {}
 _inherited: list[dict[tuple[str, bool], Any]] = []
@@ -63,6 +67,11 @@ class Location:
     def __post_init__(self) -> None:
         if not self.url:
             raise StorageError("a location is empty: give a local path or a URL such as s3://bucket/prefix")
+        nowhere = _NOWHERE.match(self.url)
+        if nowhere:
+            scheme = nowhere[1]
+            what = "host" if scheme.startswith("http") else "bucket"
+            raise StorageError(f"{self.url}: it names no {what}: give {scheme}://{what}/path", permanent=True)
         object.__setattr__(self, "url", self.url.rstrip("/") or "/")
 
     def __str__(self) -> str:
@@ -138,14 +147,18 @@ class Location:
                 limit = {"timeout": 2 * READ_TIMEOUT_S + len(data) / SLOWEST_UPLOAD} if self.fs.async_impl else {}
                 self.fs.pipe_file(self.path, data, **limit)
                 return
-            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             temporary = f"{self.path}.{os.getpid()}.{threading.get_ident()}.tmp"
             try:
+                os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
                 with open(temporary, "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path)
+            except FileNotFoundError as error:  # as /proc answers; not that the object is missing
+                raise StorageError(
+                    f"{self.url}: nothing can be written there: give another place", permanent=True
+                ) from error
             except BaseException:
                 if os.path.exists(temporary):
                     os.unlink(temporary)
@@ -198,7 +211,8 @@ def storage_errors(url: str) -> Iterator[None]:
         no_bucket = is_missing_bucket(error)
         refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
         missing = isinstance(error, FileNotFoundError) and not no_bucket
-        raise StorageError(message, missing=missing, permanent=refused or no_bucket) from error
+        wrong_kind = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
+        raise StorageError(message, missing=missing, permanent=refused or no_bucket or wrong_kind) from error
 
 
 def is_missing_bucket(error: BaseException) -> bool:
@@ -222,6 +236,12 @@ def explain(error: BaseException, url: str) -> str | None:
         if is_missing_bucket(error):
             return f"{url}: the bucket does not exist: create it, or correct the URL"
         return f"{url}: there is no such object"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{url}: {_file_above(url)} is a file, not a folder: correct the path"
+    if isinstance(error, IsADirectoryError):
+        return f"{url}: it is a folder, not a file: correct the path"
+    if isinstance(error, PermissionError) and "://" not in url.removeprefix("file://"):
+        return f"{url}: access was refused ({text}): check the permissions of the file and its folder"
     if isinstance(error, PermissionError):
         return f"{url}: access was refused ({text}): check the credentials and the bucket's policy"
     if isinstance(error, OSError | TimeoutError) or kind in ("ClientError", "BotoCoreError", "ClientPayloadError"):
@@ -229,3 +249,11 @@ def explain(error: BaseException, url: str) -> str | None:
     if type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "aiobotocore", "s3fs"):
         return f"{url}: {kind}: {text or 'no further reason was given'}"
     return None
+
+
+def _file_above(url: str) -> str:
+    """The file that lies where a local path needs a folder, as far as it can be told."""
+    path = url.removeprefix("file://")
+    while path and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path if os.path.isfile(path) else "a part of it"

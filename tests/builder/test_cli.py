@@ -144,6 +144,8 @@ def test_bad_places_are_one_line_each(
         (missing, annotations, out, "no-such-bucket"),
         (images, missing, out, "no-such-bucket"),
         (images, annotations, f"{missing}/x", "no-such-bucket"),
+        (images, annotations, "s3://", "it names no bucket"),
+        (images, annotations, "/proc/nowhere", "/proc/nowhere: cannot be written (/proc is not a writable folder)"),
         (str(tmp_path / "gone"), annotations, out, "no such folder"),
         (images, str(tmp_path / "gone"), out, "no such object"),
         (images, "nosuch://x", out, "nosuch"),

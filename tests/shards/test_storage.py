@@ -8,7 +8,7 @@ from shards.dataset import open_dataset
 from shards.errors import StorageError
 from shards.loader import loader
 from shards.ranges import Read, read_many
-from shards.storage import Location
+from shards.storage import Location, explain
 from shards.stream import ShardStream
 from tests.support import sample, write_dataset
 
@@ -66,6 +66,45 @@ def test_what_is_not_there_is_one_line_with_a_remedy(bucket, url, message, perma
         Location(url).read()
     assert "\n" not in str(caught.value)
     assert caught.value.permanent is permanent
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:", "s3:/bucket/key", "s3:///key", "http://", "https:/host/a"])
+def test_a_remote_url_without_a_bucket_or_host_is_no_local_folder(url):
+    with pytest.raises(StorageError, match=rf"^{url}: it names no (bucket|host): give (s3|https?)://"):
+        Location(url)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file/a", "{root}/file is a file, not a folder: correct the path"),
+        ("file/a/b", "{root}/file is a file, not a folder: correct the path"),
+        ("folder", "it is a folder, not a file: correct the path"),
+        ("/proc/nowhere", "nothing can be written there: give another place"),
+        ("/proc/nowhere/a", "nothing can be written there: give another place"),
+    ],
+)
+def test_a_local_place_that_cannot_be_written_is_told_with_its_reason(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    target = Location(str(tmp_path / place))
+    with pytest.raises(StorageError) as caught:
+        target.write(b"x")
+    assert str(caught.value) == f"{target}: {message.format(root=tmp_path)}"
+    assert caught.value.permanent
+    assert not caught.value.missing
+
+
+def test_what_lies_beneath_a_file_cannot_be_read_and_the_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=rf"{tmp_path}/file is a file, not a folder"):
+        Location(str(tmp_path / "file" / "dataset.json")).read()
+
+
+def test_a_refusal_on_a_disk_speaks_of_permissions_and_one_of_a_bucket_of_its_policy():
+    refused = PermissionError(13, "Permission denied")
+    assert "check the permissions of the file" in str(explain(refused, "/root/a"))
+    assert "the bucket's policy" in str(explain(refused, "s3://bucket/a"))
 
 
 def test_an_error_survives_the_way_between_processes():
