@@ -103,7 +103,7 @@ def test_what_lies_beneath_a_file_cannot_be_read_and_the_file_is_named(tmp_path)
 
 def test_a_refusal_on_a_disk_speaks_of_permissions_and_one_of_a_bucket_of_its_policy():
     refused = PermissionError(13, "Permission denied")
-    assert "check the permissions of the file" in str(explain(refused, "/root/a"))
+    assert "check the permissions of the file" in str(explain(refused, "/data/a"))
     assert "the bucket's policy" in str(explain(refused, "s3://bucket/a"))
 
 
