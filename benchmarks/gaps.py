@@ -95,7 +95,9 @@ def main() -> int:
     if options.seeds < 2:
         parser.error("--seeds: one seed starts from the network of another: give at least 2")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        # Runs of other sizes are other runs.
+        sizes = f"{options.train}-{options.val}-{options.steps}-{options.seeds}"
+        folder = (options.folder or Path(temporary)) / sizes
         arms = [arm for arm in ARMS if arm.gap in options.only]
         jobs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
         jobs = [(BASE, seed) for seed in range(options.seeds)] + jobs
