@@ -1,6 +1,7 @@
 """A training step beside torchvision's own: same images, same network and weights, same machine, one run.
 
     python benchmarks/training.py                                          # CPU: ResNet-18, 512 pixels
+    python benchmarks/training.py --precision float32 bfloat16             # and in mixed precision
     python benchmarks/training.py --device cuda --backbone resnet50 --max-size 1024 --batch 8 --workers 4
 
 - ours: `TrainCollate` and `Trainable`, as trainer/train.py runs them.
@@ -8,8 +9,8 @@
   resizing inside the model.
 
 Images are 1024 x 768 with 5, 20 or 50 objects, each with a mask. Every measurement is a process of its own, so that
-the peaks of memory are its own. Prints Markdown: steps with loading, then masks by themselves (from RLE to loss), then
-whether the losses agree.
+the peaks of memory are its own. Prints Markdown: steps with loading, then masks by themselves (from RLE to loss) and
+RoIAlign by itself, then whether the losses agree.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from trainer.data import TrainCollate, decode_image
 from trainer.heads import Trainable, mask_loss, targets_of
 from trainer.instances import Batch, read_instances
 from trainer.model import build_model
+from trainer.roi_pool import pool
 from trainer.settings import DataConfig, LossConfig, ModelConfig
 
 OBJECTS = (5, 20, 50)
@@ -57,7 +60,11 @@ WIDTH, HEIGHT = 1024, 768
 CLASSES = 5  # with the background
 ROIS = 128  # positive RoIs an image, where masks are measured by themselves: a quarter of torchvision's 512
 SIDES = ("torchvision", "ours")
+FLOAT32 = "float32"
+ROIS_OF_BOXES = 512
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+Key = tuple[str, str, int]  # what is measured (of steps the precision), the side, objects an image
 
 
 def main() -> int:
@@ -68,6 +75,13 @@ def main() -> int:
     parser.add_argument("--max-size", type=int, default=512, help="the network sees images of this longer side [512]")
     parser.add_argument("--batch", type=int, default=2, help="images a step [2]")
     parser.add_argument("--steps", type=int, default=6, help="measured, after one that is not [6]")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=[FLOAT32, "bfloat16"],
+        default=[FLOAT32],
+        help="of the steps; bfloat16 is autocast's, on both sides [float32]",
+    )
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu"],
@@ -84,10 +98,11 @@ def main() -> int:
         kind, side, objects = options.measure.split(",")
         print(json.dumps(MEASURES[kind](side, int(objects), options)))
         return 0
-    kinds = [("step", side, objects) for objects in OBJECTS for side in SIDES]
+    kinds: list[Key] = [(p, side, objects) for objects in OBJECTS for p in options.precision for side in SIDES]
     kinds += [("masks", side, objects) for objects in OBJECTS for side in SIDES]
+    kinds += [("pooling", side, 0) for side in SIDES]
     kinds += [("losses", "both", objects) for objects in OBJECTS]
-    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    found: dict[Key, dict[str, float]] = {}
     for _ in range(options.rounds):
         for key in kinds:
             again = in_own_process(key)
@@ -96,7 +111,7 @@ def main() -> int:
     return 0
 
 
-def in_own_process(key: tuple[str, str, int]) -> dict[str, float]:
+def in_own_process(key: Key) -> dict[str, float]:
     """One measurement, by this script in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", ",".join(map(str, key))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -209,7 +224,7 @@ class Loads(Dataset[Any]):
         return stock_load(some, flip)
 
 
-def measure_step(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
+def measure_step(precision: str, side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
     """Loading, forward, backward and update of a few steps; medians."""
     samples = [draw(objects, number) for number in range(2 * options.batch)]
     network = network_of(options)
@@ -225,10 +240,11 @@ def measure_step(side: str, objects: int, options: argparse.Namespace) -> dict[s
         start = now()
         loaded = next(batches)
         waited = now()
-        if side == "ours":
-            losses = trainable(loaded.to(options.device))
-        else:
-            losses = stock_losses(network, loaded, options.device)
+        with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=precision != FLOAT32):
+            if side == "ours":
+                losses = trainable(loaded.to(options.device))
+            else:
+                losses = stock_losses(network, loaded, options.device)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -274,6 +290,36 @@ def measure_masks(side: str, objects: int, options: argparse.Namespace) -> dict[
     return {"seconds": made + lost, "make": made, "loss": lost}
 
 
+def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
+    """RoIAlign of a batch's boxes, 512 an image, from the FPN's maps; medians."""
+    height, width = augment.scaled_size(HEIGHT, WIDTH, options.max_size * 3 // 4, options.max_size)
+    generator = torch.Generator().manual_seed(0)
+    pooler = network_of(options).roi_heads.box_roi_pool
+    features = {
+        str(level): torch.randn((options.batch, 256, height // 4 >> level, width // 4 >> level), generator=generator)
+        .to(options.device)
+        .requires_grad_()
+        for level in range(4)
+    }
+    sides = torch.exp(torch.rand((options.batch, ROIS_OF_BOXES, 2), generator=generator) * 3 + 2.5)
+    corners = torch.rand(sides.shape, generator=generator) * (torch.tensor([width, height]) - sides).clamp(min=0)
+    boxes = [of_image.to(options.device) for of_image in torch.cat((corners, corners + sides), dim=2)]
+    sizes = [(height, width)] * options.batch
+    call = pool if side == "ours" else type(pooler).__call__
+    forward, backward, now = [], [], CLOCKS[options.clock]
+    for _ in range(5):
+        start = now()
+        pooled = call(pooler, features, boxes, sizes)
+        middle = now()
+        pooled.backward(torch.ones_like(pooled))
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        forward.append(middle - start)
+        backward.append(now() - middle)
+    there, back = (statistics.median(times[1:]) / options.batch for times in (forward, backward))
+    return {"seconds": there + back, "forward": there, "backward": back}
+
+
 def measure_losses(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
     """How far the losses of one batch differ, relatively: the same pixels, boxes, weights and sampled RoIs, for
     torchvision with masks at full size, resized as it resizes them."""
@@ -297,8 +343,10 @@ def measure_losses(side: str, objects: int, options: argparse.Namespace) -> dict
 
 
 MEASURES: dict[str, Callable[[str, int, argparse.Namespace], dict[str, float]]] = {
-    "step": measure_step,
+    FLOAT32: partial(measure_step, FLOAT32),
+    "bfloat16": partial(measure_step, "bfloat16"),
     "masks": measure_masks,
+    "pooling": measure_pooling,
     "losses": measure_losses,
 }
 
@@ -308,27 +356,25 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def print_tables(found: dict[tuple[str, str, int], dict[str, float]], options: argparse.Namespace) -> None:
+def print_tables(found: dict[Key, dict[str, float]], options: argparse.Namespace) -> None:
     """The tables of the docs."""
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else machine()
-    print(
-        f"{where}; {options.backbone}-FPN, float32, images of {WIDTH} x {HEIGHT} seen at {options.max_size} pixels, ",
-        end="",
-    )
+    print(f"{where}; {options.backbone}-FPN, images of {WIDTH} x {HEIGHT} seen at {options.max_size} pixels, ", end="")
     print(f"{options.batch} a step, {options.workers} loader processes; medians of {options.steps} steps", end="")
     print(", processor time of one thread\n" if options.clock == "cpu" else "\n")
     print("| objects | | loading, ms/image | step, ms/image | images/s | | masks, MB/image | | peak, MB | |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for objects in OBJECTS:
-        stock = found["step", "torchvision", objects]
-        for side in SIDES:
-            row = found["step", side, objects]
-            faster, less, lower = (stock[name] / row[name] for name in ("seconds", "masks", "peak"))
-            print(
-                f"| {objects} | {side} | {1000 * row['wait']:.0f} | {1000 * row['step']:.0f} "
-                f"| {1 / row['seconds']:.2f} | {faster:.2f} x | {row['masks'] / 1e6:.2f} | {less:.0f} x less "
-                f"| {row['peak'] / 1e6:.0f} | {lower:.2f} x less |"
-            )
+        stock = found[options.precision[0], "torchvision", objects]
+        for precision in options.precision:
+            for side in SIDES:
+                row = found[precision, side, objects]
+                faster, less, lower = (stock[name] / row[name] for name in ("seconds", "masks", "peak"))
+                print(
+                    f"| {objects} | {side}, {precision} | {1000 * row['wait']:.0f} | {1000 * row['step']:.0f} "
+                    f"| {1 / row['seconds']:.2f} | {faster:.2f} x | {row['masks'] / 1e6:.2f} | {less:.0f} x less "
+                    f"| {row['peak'] / 1e6:.0f} | {lower:.2f} x less |"
+                )
     print("\nMasks by themselves, on the CPU: one image, 128 positive RoIs.\n")
     print("| objects | | RLE to what the model takes, ms | targets and loss, ms | together | |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
@@ -338,6 +384,12 @@ def print_tables(found: dict[tuple[str, str, int], dict[str, float]], options: a
             row = found["masks", side, objects]
             cells = " | ".join(f"{1000 * row[name]:.1f}" for name in ("make", "loss", "seconds"))
             print(f"| {objects} | {side} | {cells} | {stock['seconds'] / row['seconds']:.1f} x |")
+    print(f"\nRoIAlign of {ROIS_OF_BOXES} boxes an image, from the FPN's maps.\n")
+    print("| | forward, ms/image | backward, ms/image | together | |\n| --- | ---: | ---: | ---: | ---: |")
+    for side in SIDES:
+        row = found["pooling", side, 0]
+        cells = " | ".join(f"{1000 * row[name]:.0f}" for name in ("forward", "backward", "seconds"))
+        print(f"| {side} | {cells} | {found['pooling', SIDES[0], 0]['seconds'] / row['seconds']:.1f} x |")
     print("\nLosses of the same pixels, weights and RoIs, relative difference:\n")
     names = list(found["losses", "both", OBJECTS[0]])
     print(f"| objects | {' | '.join(names)} |\n| ---: |{' ---: |' * len(names)}")

@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 
 from trainer.gaps import join_unverified, leave_out, verified_table
 from trainer.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, sample_targets
+from trainer.roi_pool import pool
 from trainer.settings import LossConfig
 
 # One image's objects, with the keys that torchvision's RPN and RoIHeads read (boxes, labels, masks) and ours.
@@ -167,14 +168,14 @@ def roi_losses(
         verified: see `Batch`.
     """
     rois = sample_rois(heads, proposals, targets)
-    logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, rois.boxes, sizes)))
+    logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, features, rois.boxes, sizes)))
     loss_classifier, loss_box_reg = box_losses(heads, logits, deltas, rois, targets, verified)
 
     # A box without a mask has taught its class and place; the mask head never sees its RoIs.
     taught = [teaches_mask(*of_image) for of_image in zip(rois.labels, rois.objects, targets)]
     boxes = [of_image[index] for of_image, index in zip(rois.boxes, taught)]
     objects = [of_image[index] for of_image, index in zip(rois.objects, taught)]
-    mask_logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+    mask_logits = heads.mask_predictor(heads.mask_head(pool(heads.mask_roi_pool, features, boxes, sizes)))
     loss_mask = mask_loss(mask_logits, boxes, objects, targets)
     return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": loss_mask}
 
