@@ -110,7 +110,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def pack(batch: Any) -> Any:
-    """A batch as it is sent: pickled, it becomes the batch again where it is read. The batch itself is used up."""
+    """A batch as it is sent: pickled, it becomes the batch again where it is read, or a LoaderError if this process is
+    gone by then. The batch itself is used up."""
     return batch if _segments is None else _Parcel(batch, _segments)
 
 
@@ -170,15 +171,13 @@ def _write(file: int, values: Any, offset: int) -> None:
 
 
 def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any:
-    """In the process that reads it: the batch.
-
-    Raises:
-        LoaderError: the loader process, which holds the file until now, is gone.
+    """In the process that reads it: the batch; or a LoaderError, where the loader process, which holds the file until
+    now, is gone. It is not raised: torch receives in a thread of its own where memory is pinned, which that would end.
     """
     try:
         file = duplicate.detach()
-    except (OSError, EOFError) as error:
-        raise LoaderError(f"loader process (pid {sender}) ended while it handed over a batch: {WHY_KILLED}") from error
+    except (OSError, EOFError):
+        return LoaderError(f"loader process (pid {sender}) ended while it handed over a batch: {WHY_KILLED}")
     try:
         memory = mmap.mmap(file, 0)
     finally:

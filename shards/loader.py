@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, astuple, dataclass
 from operator import add, sub
@@ -173,33 +173,11 @@ class _Reporting(IterableDataset):
             _keep_quiet_about_readers()
         try:
             for batch in self.stream:
-                packed = handover.pack(batch)
-                batch = packed if packed is batch else _Sent(packed)
-                del packed
+                batch = handover.pack(batch)
                 yield _Item(batch, None, worker, self.stream.statistics.since(before))
                 del batch
         except UserError as error:
             yield _Item(None, error, worker, self.stream.statistics.since(before))
-
-
-class _Sent:
-    """A packed batch on its way. Where it is received, it is the batch; or the error, if its sender is gone.
-
-    torch receives in a thread of its own where memory is pinned, and an exception would end that.
-    """
-
-    def __init__(self, packed: Any) -> None:
-        self.packed = packed
-
-    def __reduce__(self) -> Any:
-        return _received, self.packed.__reduce__()
-
-
-def _received(opened: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    try:
-        return opened(*arguments)
-    except LoaderError as error:
-        return error
 
 
 def _keep_quiet_about_readers() -> None:

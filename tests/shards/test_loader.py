@@ -26,7 +26,7 @@ from demo.s3server import S3Server
 from shards import handover
 from shards.dataset import Dataset, open_dataset
 from shards.errors import LoaderError, SampleError
-from shards.loader import Loader, LoaderStatistics, _Item, _Sent, loader
+from shards.loader import Loader, LoaderStatistics, _Item, loader
 from shards.reader import SampleStatistics
 from shards.sample import Sample
 from shards.stream import EvalStream, ShardStream
@@ -124,7 +124,7 @@ def test_a_batch_whose_sender_is_gone_is_received_as_the_error(local: Dataset) -
     def send() -> None:
         handover.begin()
         packed = handover.pack([torch.ones(3)])
-        channel[1].send_bytes(ForkingPickler.dumps(_Item(_Sent(packed), None, 0, SampleStatistics())))
+        channel[1].send_bytes(ForkingPickler.dumps(_Item(packed, None, 0, SampleStatistics())))
         time.sleep(60)
 
     for killed in (False, True):
