@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,8 @@ from builder.traffic import PROCESS, Traffic
 from shards.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, IndexRow, Shard, finish_dataset, open_dataset
 from shards.errors import StorageError, UserError
 from shards.sample import canonical_json
-from shards.storage import Location
+from shards.storage import Location, check_writable
+from shards.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -263,22 +263,8 @@ def check_places(source: Source, root: Location, *, write_to: bool = True) -> No
         raise StorageError(f"{source.images}: there is no such folder: check --images")
     # Whether this key exists does not matter: a missing bucket, endpoint or credential raises.
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
-    if not write_to:
-        return
-    if not root.is_local:
-        probe = root / RECORDS / "probe"
-        write(probe, b"can this be written?")
-        delete(probe)
-        return
-    folder = os.path.abspath(root.path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # os.access lets root pass everywhere, also in /proc
-            pass
-    except OSError as error:
-        told = f"{root}: cannot be written ({folder} is not a writable folder): choose another --out"
-        raise StorageError(told) from error
+    if write_to:
+        retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
 
 
 def write_tables(
@@ -315,7 +301,7 @@ def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: i
         while fresh:
             finished = finished_results(job.root, job.fingerprint, fresh)
             if finished:
-                logger.info("resuming: %d of %d shards are already finished", len(finished), len(fresh))
+                logger.info("resuming: %d of %s already finished", len(finished), counted(len(fresh), "shard"))
             resumed += len(finished)
             results |= finished
             to_do = [task for task in fresh if task.name not in finished]
@@ -332,7 +318,8 @@ def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: i
             fresh = next_round(preparation, tasks, failures.__getitem__, images_per_shard)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
-                logger.info("%d images failed: trying %d others", sum(map(len, failures.values())), count)
+                lost = sum(map(len, failures.values()))
+                logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "other"))
     return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
 
 

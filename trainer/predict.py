@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING
 
 from shards.dataset import open_dataset
 from shards.errors import UserError
-from shards.storage import Location
+from shards.storage import Location, check_writable
+from shards.wording import counted
 from trainer import command
 from trainer.image_names import check_image_ids, find_images, picture_names, stem
-from trainer.predictions import PredictionFiles, image_record, submission_labels, write_picture
+from trainer.predictions import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
     from trainer.checkpoint import State
@@ -119,7 +121,7 @@ def predict(options: argparse.Namespace) -> int:
     """Do every image that can be read; 1 if one could not.
 
     Raises:
-        UserError: checkpoint, dataset or images cannot be had, or --out cannot be written.
+        UserError: checkpoint, dataset or images cannot be had or do not go together, or --out cannot be written.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
@@ -129,13 +131,19 @@ def predict(options: argparse.Namespace) -> int:
     if options.submission:
         check_image_ids(images)
 
+    accelerator = _start(options)
+
     import torch
 
     from trainer.checkpoint import open_checkpoint
+    from trainer.evaluate import check_classes
     from trainer.metrics.hierarchy import read_parents
     from trainer.model import rebuild
 
     state = open_checkpoint(options.checkpoint)
+    if dataset is not None:  # every image is done, whatever `data.classes` the training took
+        asked = dataset.select(classes=state.config.data.classes).categories
+        check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
     labels = None
     if options.submission:
         parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
@@ -143,11 +151,9 @@ def predict(options: argparse.Namespace) -> int:
     network = rebuild(state)
     # Whatever threshold the run was evaluated with: --score decides here.
     network.roi_heads.score_thresh = options.score
-    if dataset is not None:
+    if dataset is not None and accelerator is not None:
         from trainer.predict_shards import predict_shards
-        from trainer.ranks import start_accelerator
 
-        accelerator = start_accelerator()
         network.to(accelerator.device).eval()
         predict_shards(options, dataset, state, network, accelerator, labels)
         return 0
@@ -157,6 +163,22 @@ def predict(options: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
     return predict_images(options, images, state, network, device, labels)
+
+
+def _start(options: argparse.Namespace) -> Accelerator | None:
+    """Try --out before seconds of loading and hours of work; for a dataset, join the ranks first, and return how.
+
+    Raises:
+        StorageError: --out cannot be written.
+    """
+    if not options.shards:
+        check_writable(Location(options.out), "--out")
+        return None
+    from trainer.ranks import main_can_write, start_accelerator
+
+    accelerator = start_accelerator()
+    main_can_write(Location(options.out), "--out", accelerator)
+    return accelerator
 
 
 def predict_images(
@@ -193,8 +215,8 @@ def predict_images(
                 record["image"]["picture"] = name
                 write_picture(out / name, pixels, found, state.categories)
             files.add(record)
-            print(f"{out / name if options.pictures else image}: {len(found)} objects", flush=True)
-    print(f"{out / 'predictions.json'}: {files.objects} objects in {files.images} images", flush=True)
+            print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
+    print(f"{out / COCO_FILE}: {files.told()}", flush=True)
     return 1 if failures else 0
 
 

@@ -34,6 +34,7 @@ from importlib import metadata
 from typing import IO, TYPE_CHECKING, Any
 
 from shards.storage import Location
+from shards.wording import counted
 from trainer.config import save_config
 from trainer.curves import draw_curves
 from trainer.ranks import TRACKER_FOLDER, tracker_folder
@@ -135,7 +136,8 @@ class RunLog:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
 
     def add_evaluation(self, row: dict[str, Any]) -> bool:
-        """Log an evaluation; whether its mask AP is the best so far."""
+        """Log an evaluation; whether its mask AP is above all before: of equal ones the first stays the best, as in
+        most early stopping, and as `compare.py` tells it."""
         before = [mask_ap(other) for other in self.evaluations.rows]
         self.evaluations.append(row)
         scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
@@ -152,7 +154,8 @@ class RunLog:
         self.steps.flush()
         self.evaluations.flush()
         seen = len(self.steps.rows), len(self.evaluations.rows)
-        if draw and seen != self._drawn:
+        # A run that begins with another's weights (--resume) may rate them before its own first step.
+        if draw and self.steps.rows and seen != self._drawn:
             self._drawn = seen
             (self.run / "metrics.csv").write(table(self.steps.rows))
             (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows))
@@ -200,7 +203,7 @@ class Progress:
             "memory_mb": row["memory_mb"],
         }
         log.info(
-            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %% (%s)  memory %.1f GB  left %s",
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  left %s",
             row["step"],
             self.total,
             means["loss"],
@@ -217,13 +220,23 @@ class Progress:
 
 
 def _told(means: Mapping[str, Any]) -> str:
-    """What the loaders of all ranks did since the line before; what did not happen is left out."""
-    told = [f"{means['read_mb_per_s']:.1f} MB/s"]
+    """What the loaders of all ranks did since the line before, in brackets; what did not happen is left out.
+
+    A step may read nothing and still have its data: from the cache, or from what was read ahead, which can be all of a
+    small dataset.
+    """
+    told = []
+    if means["read_mb_per_s"]:
+        told.append(_rate(means["read_mb_per_s"]))
     if means["retries"]:
-        told.append(f"{means['retries']} retries")
+        told.append(counted(means["retries"], "retry", "retries"))
     if means["cache_share"]:
         told.append(f"{100 * means['cache_share']:.0f} % from the cache")
-    return ", ".join(told)
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _rate(mb_per_s: float) -> str:
+    return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
 
 
 def mask_ap(row: Mapping[str, Any]) -> float:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from shards.dataset import Dataset, open_dataset
 from shards.storage import Location
-from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, start_accelerator
+from shards.wording import counted
+from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, main_can_write, start_accelerator
 from trainer.schedule import Stage, stage_of, stages
 from trainer.settings import Config, ConfigError
 
@@ -51,7 +52,7 @@ def set_up(config: Config) -> Training:
     """Data, network and optimizer, where the run's newest checkpoint left them.
 
     Raises:
-        UserError: as `train`; before anything is written.
+        UserError: as `train`; before anything is written that stays.
     """
     dataset, run = open_dataset(config.data.shards).select(classes=config.data.classes), Location(config.run.dir)
     if config.data.val_split and config.data.val_split not in dataset.splits:
@@ -73,6 +74,7 @@ def set_up(config: Config) -> Training:
         # accelerate would train in float32 without a word.
         raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16")
     accelerator.gradient_accumulation_steps = config.train.accumulate  # what `backward` divides by
+    main_can_write(run, "--run.dir", accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
     stream = ShardStream(
         dataset.select(classes=config.data.classes, fraction=config.data.fraction),
@@ -141,7 +143,9 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     t.model = t.optimizer = None
     t.accelerator.free_memory()
     names = set_trainable(t.network, t.stage.layers)
-    log.info("stage %d of %d: %s (%d tensors train)", t.stage.number, t.stage.of, t.stage.layers, len(names))
+    log.info(
+        "stage %d of %d: %s (training: %s)", t.stage.number, t.stage.of, t.stage.layers, counted(len(names), "tensor")
+    )
     model = Trainable(t.network, t.config.loss).train()
     # Never the loader: the stream has shared itself out already, and would be split a second time.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))

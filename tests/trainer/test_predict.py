@@ -74,12 +74,16 @@ def test_pictures_and_coco_json(
     assert coco.loadRes(found).dataset["annotations"]
 
 
-def test_the_score_decides_what_counts(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+def test_the_score_decides_what_counts(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
     assert predict.main(command) == 0
     value = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert value["annotations"] == []
     assert len(value["images"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["0 objects", "0 objects in 1 image"]
 
 
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(
@@ -249,3 +253,12 @@ def test_bad_input_is_one_line(
     assert error.startswith("predict: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_place_for_the_results_that_cannot_be_written_is_told_before_anything_is_loaded(
+    dataset: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
+    for what in ([str(images[0])], ["--data.shards", str(dataset)]):
+        assert predict.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere", *what]) == 2
+        assert capsys.readouterr().err == f"predict: error: {told}\n"

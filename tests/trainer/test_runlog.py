@@ -90,7 +90,7 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
         progress.add(row(2, loss=0.8, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
         progress.add(row(3))
         progress.add(row(4, retries=2, cache_hits=4))
-        progress.add(row(5))
+        progress.add(row(5, retries=1))
     assert len(caplog.messages) == 3
     first = caplog.messages[0]
     assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
@@ -99,4 +99,29 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     assert "memory 1.5 GB" in first
     assert "data wait 25 % (1.5 MB/s, 2 retries, 25 % from the cache)" in caplog.messages[1]
     assert "left 0:00:12" in first  # 3 steps of 4 seconds
+    assert "(1.5 MB/s, 1 retry)" in caplog.messages[-1]
     assert caplog.messages[-1].endswith("left 0:00:00")
+
+
+def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A small dataset is read ahead whole; the trackers are still given numbers."""
+    progress = Progress(every=1, total=9)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        means = [progress.add(row(step, read_mb=read)) for step, read in enumerate((3.0, 0.0, 0.05), 1)]
+        progress.add(row(4, read_mb=0.0, cache_hits=8))
+    assert [one and one["read_mb_per_s"] for one in means] == [1.5, 0.0, 0.025]
+    for line, told in zip(
+        caplog.messages, ("25 % (1.5 MB/s)", "25 %", "25 % (25.0 kB/s)", "25 % (100 % from the cache)"), strict=True
+    ):
+        assert f"data wait {told}  memory" in line
+
+
+def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
+    log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
+    scores = (0.25, 0.25, 0.125, 0.5, 0.5)
+    best = [
+        log.add_evaluation({"step": step, "split": "val", "bbox": {"ap": 0.25}, "segm": {"ap": score}})
+        for step, score in enumerate(scores, 1)
+    ]
+    log.close()
+    assert best == [True, False, False, True, False]
