@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -269,6 +270,8 @@ def _check_ranges(prefix: str, section: Any) -> None:
         low, high = item.metadata["low"], item.metadata["high"]
         value = getattr(section, item.name)
         for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ConfigError(f"{prefix}.{item.name} is {value}: give a finite number")
             if (low is not None and one < low) or (high is not None and one > high):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ConfigError(f"{prefix}.{item.name} is {value}: it must be {bounds}")
