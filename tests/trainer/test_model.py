@@ -111,7 +111,14 @@ def documented_stock_model():
     return names["stock_model"]
 
 
-@pytest.mark.parametrize(("backbone", "norm", "version"), STOCK)
+ASSEMBLED = [  # which torchvision has no function for
+    ("resnet18", "group", "v1"),
+    ("resnet18", "frozen", "v2"),
+    ("mobilenet_v2", "group", "v2"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "norm", "version"), [*STOCK, *ASSEMBLED])
 def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_path, backbone, norm, version):
     """With every setting that inference looks at away from its default, through a checkpoint on disk."""
     config = Config()
@@ -126,9 +133,8 @@ def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_
         rpn_pre_nms=[20, 50],
         rpn_post_nms=[10, 25],
     )
-    if version == "v1":
-        config.model.anchor_sizes, config.model.anchor_ratios = [16, 32, 64, 96, 128], [0.4, 1.0]
-        config.model.norm_eps = 1e-2
+    config.model.anchor_sizes, config.model.anchor_ratios = [16, 32, 64, 96, 128], [0.4, 1.0]
+    config.model.norm_eps = 1e-2
     torch.manual_seed(0)
     network = with_statistics(build_model(config.model, config.data, num_classes(CATEGORIES)))
     folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), {}), keep=1)
