@@ -9,9 +9,11 @@ torchvision's with its usual 1e-5.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import pickle
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,7 +152,7 @@ def _find(model: ModelConfig) -> Source:
         weights, eps = COCO[model.version]
         return Source("coco", _download(weights, "coco"), _coco_classes(weights), eps)
     place = Location(model.weights)
-    if posixpath.splitext(place.url)[1] in FILE_SUFFIXES:
+    if posixpath.splitext(_path(place))[1] in FILE_SUFFIXES:
         return _of_file(place)
     if place.is_local and os.path.isfile(place.path):
         return _of_file(place)
@@ -221,7 +223,7 @@ def _of_file(place: Location) -> Source:
     source = Source(str(place), _read_state(data, str(place)))
     for weights, eps in COCO.values():
         # A copy of torchvision's file: its name ends in its hash.
-        if posixpath.basename(place.url) == posixpath.basename(weights.url):
+        if posixpath.basename(_path(place)) == posixpath.basename(weights.url):
             return replace(source, classes=_coco_classes(weights), eps=eps)
     description = _description(data)
     if description is None:
@@ -230,15 +232,27 @@ def _of_file(place: Location) -> Source:
     return replace(source, classes=classes, eps=float(description["model"]["norm_eps"]))
 
 
+def _path(place: Location) -> str:
+    """The URL without what a signed link has behind it (https://host/weights.pth?signature=...)."""
+    return place.url.partition("?")[0] if place.protocol in ("http", "https") else place.url
+
+
 def _read_state(data: bytes, name: str) -> dict[str, Tensor]:
     try:
         # A safetensors file is a length of eight bytes and a JSON object; a torch file is a zip, an old one a pickle.
         if data[8:9] == b"{":
             state: Any = safetensors.torch.load(data)
         elif data[:2] == b"PK" or data[:1] == b"\x80":
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            # torchvision's reference scripts save the command line's arguments along; they are no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
             raise ValueError("it begins like no such file")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.weights {name}: holds Python objects beside tensors, or is damaged: it is not read, since such "
+            "a file could run code; save its state dict alone (torch.save(model.state_dict(), path))"
+        ) from error
     except Exception as error:  # a damaged file can end the readers in any error, KeyError and IndexError among them
         raise UserError(
             f"model.weights {name}: cannot be read as a safetensors or torch file: {_reason(error)}"
