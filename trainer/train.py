@@ -36,7 +36,7 @@ from trainer.ranks import (
 )
 from trainer.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
 from trainer.settings import Config, ConfigError
-from trainer.training import Training, begin_stage, save_state, set_up, share_buffers
+from trainer.training import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
 
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
     from torchvision.models.detection import MaskRCNN
@@ -150,7 +150,8 @@ def train_step(
     for group in t.optimizer.param_groups:
         group["lr"] = rate
 
-    rows = []
+    may_skip, rows = t.skipped < config.train.skip_nonfinite, []
+    statistics = norm_statistics(t.network) if may_skip else []
     for number, batch in enumerate(batches, 1):
         # What is random in a step (which RoIs train) belongs to its batch: nothing that came before plays a part.
         torch.manual_seed(fold(config.train.seed, t.position + rank))
@@ -171,15 +172,17 @@ def train_step(
         trouble = f"the gradient is {norm}, though every loss is finite"
     if not trouble:
         t.optimizer.step()
-    elif t.skipped < config.train.skip_nonfinite:
+    elif may_skip:
         t.skipped += 1
+        for buffer, before in statistics:
+            buffer.copy_(before)
         log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, config.train.skip_nonfinite, trouble)
         if accelerator.scaler is not None:
             accelerator.scaler.update()  # it has seen these gradients, and waits to be told that the step is done
     else:
         raise TrainingError(f"step {t.step + 1}: {trouble}: lower optim.lr, or look at the samples")
     t.optimizer.zero_grad()
-    if t.ema is not None:
+    if t.ema is not None and not trouble:
         t.ema.update_parameters(t.network)
     t.step += 1
     means = mean_losses(list(losses), table)

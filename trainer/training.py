@@ -15,6 +15,7 @@ from trainer.settings import Config, ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor, nn
     from torch.optim.swa_utils import AveragedModel
     from torchvision.models.detection import MaskRCNN
 
@@ -119,7 +120,7 @@ def set_up(config: Config) -> Training:
         log.info("%s", report)
     begin_stage(t, resumed.optimizer if resumed else None)
     if config.train.ema:
-        t.ema = averaged(network, config.train.ema, t.step)
+        t.ema = averaged(network, config.train.ema, t.step - t.skipped)
         if resumed:
             t.ema.module.load_state_dict(resumed.weights)
     return t
@@ -150,7 +151,17 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     # Never the loader: the stream has shared itself out already, and would be split a second time.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))
     if optimizer is not None and t.step > t.stage.start:
-        t.optimizer.load_state_dict(optimizer)
+        # Of what was saved the state alone: momentum, decay and the like are as the settings now say.
+        groups = t.optimizer.state_dict()["param_groups"]
+        t.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+
+
+def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The running statistics that a forward pass changes, each with a copy of its values."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
 
 def share_buffers(t: Training) -> None:

@@ -198,6 +198,46 @@ def test_a_bad_step_is_skipped_up_to_a_cap(
     assert all(value.isfinite().all() for value in open_checkpoint(str(tmp_path / "run")).weights.values())
 
 
+def test_a_skipped_step_changes_nothing(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overflow inside the backbone reaches the statistics of batch norms before any loss tells of it."""
+    forward, calls = Trainable.forward, []
+
+    def overflowing(self: Trainable, batch: Any) -> Any:
+        calls.append(batch.image_ids)
+        factor = torch.inf if len(calls) == 2 else 1.0
+        handle = self.network.backbone.body.conv1.register_forward_hook(lambda module, given, made: made * factor)
+        try:
+            return forward(self, batch)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Trainable, "forward", overflowing)
+    settings: dict[str, Any] = {"data__val_split": "", "train__skip_nonfinite": 1, "train__steps_per_epoch": 3}
+    settings |= {"model__norm": "batch", "train__ema": 0.9, "train__checkpoint_steps": 1, "train__keep_checkpoints": 9}
+    assert train_script.main(tiny.arguments(dataset, tmp_path / "run", **settings)) == 0
+    assert ["skipped" in row for row in tiny.rows(tmp_path / "run/metrics.jsonl")] == [False, True, False]
+    states = [load(Location(str(tmp_path / "run")) / f"checkpoints/step-00000{step}") for step in (1, 2, 3)]
+    for before, after, later in zip(*((state.weights, state.raw or {}) for state in states), strict=True):
+        assert len(before) > 100
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert all(value.isfinite().all() for value in later.values())
+        assert not torch.equal(after["backbone.body.bn1.running_mean"], later["backbone.body.bn1.running_mean"])
+
+
+def test_the_optimizers_settings_act_from_where_a_run_goes_on(dataset: Path, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"train__steps_per_epoch": 1, "data__val_split": ""}
+    assert train_script.main(tiny.arguments(dataset, tmp_path / "run", **quick)) == 0
+    changed = {"optim__momentum": 0.5, "optim__weight_decay": 0.25}
+    assert train_script.main(tiny.arguments(dataset, tmp_path / "run", **quick, **changed, train__epochs=2)) == 0
+    found = load_newest(Location(str(tmp_path / "run")))
+    assert found is not None
+    assert found[1].step == 2
+    assert found[1].optimizer is not None
+    [group] = found[1].optimizer["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+    assert found[1].optimizer["state"]
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does_and_stay_equal_in_every_stage(dataset: Path, tmp_path: Path) -> None:
     script = tmp_path / "hashing.py"
