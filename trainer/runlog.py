@@ -136,14 +136,14 @@ class RunLog:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
 
     def add_evaluation(self, row: dict[str, Any]) -> bool:
-        """Log an evaluation; whether its mask AP is above all before: of equal ones the first stays the best, as in
+        """Log an evaluation; whether its rating is above all before: of equal ones the first stays the best, as in
         most early stopping, and as `compare.py` tells it."""
-        before = [mask_ap(other) for other in self.evaluations.rows]
+        before = [rating(other) for other in self.evaluations.rows]
         self.evaluations.append(row)
         scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
         self.accelerator.log(flattened({row["split"]: scores}), step=row["step"])
         self.flush(draw=True)
-        return all(mask_ap(row) > other for other in before)
+        return all(rating(row) > other for other in before)
 
     def flush(self, *, draw: bool) -> None:
         """Make sure that what was logged so far is stored.
@@ -239,9 +239,10 @@ def _rate(mb_per_s: float) -> str:
     return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
 
 
-def mask_ap(row: Mapping[str, Any]) -> float:
-    """The mask AP of a row of evaluations.jsonl; -1 where the split has no mask to find."""
-    value = row["segm"]["ap"]
+def rating(row: Mapping[str, Any]) -> float:
+    """What the best weights are chosen by, of a row of evaluations.jsonl: the mask AP; the box AP where the split has no
+    mask to find; -1 where it has no object at all."""
+    value = row["bbox"]["ap"] if row["segm"]["ap"] is None else row["segm"]["ap"]
     return -1.0 if value is None else float(value)
 
 

@@ -125,3 +125,13 @@ def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
     ]
     log.close()
     assert best == [True, False, False, True, False]
+
+
+def test_without_masks_in_the_split_the_best_weights_go_by_box_ap(tmp_path: Path) -> None:
+    log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
+    best = [
+        log.add_evaluation({"step": step, "split": "val", "bbox": {"ap": score}, "segm": {"ap": None}})
+        for step, score in enumerate((None, 0.25, 0.125, 0.5), 1)
+    ]
+    log.close()
+    assert best == [True, True, False, True]
