@@ -135,15 +135,17 @@ class RunLog:
         if means is not None:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
 
-    def add_evaluation(self, row: dict[str, Any]) -> bool:
-        """Log an evaluation; whether its rating is above all before: of equal ones the first stays the best, as in
-        most early stopping, and as `compare.py` tells it."""
-        before = [rating(other) for other in self.evaluations.rows]
+    def is_best(self, row: dict[str, Any]) -> bool:
+        """Whether an evaluation that is not logged yet is above all that are: of equal ones the first stays the best,
+        as in most early stopping, and as `compare.py` tells it."""
+        return all(rating(row) > rating(other) for other in self.evaluations.rows)
+
+    def add_evaluation(self, row: dict[str, Any]) -> None:
+        """Log an evaluation."""
         self.evaluations.append(row)
         scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
         self.accelerator.log(flattened({row["split"]: scores}), step=row["step"])
         self.flush(draw=True)
-        return all(rating(row) > other for other in before)
 
     def flush(self, *, draw: bool) -> None:
         """Make sure that what was logged so far is stored.
@@ -240,8 +242,8 @@ def _rate(mb_per_s: float) -> str:
 
 
 def rating(row: Mapping[str, Any]) -> float:
-    """What the best weights are chosen by, of a row of evaluations.jsonl: the mask AP; the box AP where the split has no
-    mask to find; -1 where it has no object at all."""
+    """What the best weights are chosen by, of a row of evaluations.jsonl: the mask AP; the box AP where the split has
+    no mask to find; -1 where it has no object at all."""
     value = row["bbox"]["ap"] if row["segm"]["ap"] is None else row["segm"]["ap"]
     return -1.0 if value is None else float(value)
 

@@ -215,8 +215,10 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
     if record and result:
         log.info("evaluation after step %d\n%s", t.step, summary(result))
         pictures.write(t.run, t.step)
-        if record.add_evaluation({"step": t.step, "split": split, **result.to_json()}):
+        row = {"step": t.step, "split": split, **result.to_json()}
+        if record.is_best(row):
             save_state(t, best=True)
+        record.add_evaluation(row)  # last: killed before, the run rates these weights again when it goes on
 
 
 if __name__ == "__main__":

@@ -116,22 +116,25 @@ def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptur
         assert f"data wait {told}  memory" in line
 
 
+def rated(log: RunLog, evaluations: list[dict[str, Any]]) -> list[bool]:
+    """Whether each was the best when it came."""
+    best = []
+    for step, evaluation in enumerate(evaluations, 1):
+        row = {"step": step, "split": "val", **evaluation}
+        best.append(log.is_best(row))
+        log.add_evaluation(row)
+    log.close()
+    return best
+
+
 def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
     log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
     scores = (0.25, 0.25, 0.125, 0.5, 0.5)
-    best = [
-        log.add_evaluation({"step": step, "split": "val", "bbox": {"ap": 0.25}, "segm": {"ap": score}})
-        for step, score in enumerate(scores, 1)
-    ]
-    log.close()
+    best = rated(log, [{"bbox": {"ap": 0.25}, "segm": {"ap": score}} for score in scores])
     assert best == [True, False, False, True, False]
 
 
 def test_without_masks_in_the_split_the_best_weights_go_by_box_ap(tmp_path: Path) -> None:
     log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
-    best = [
-        log.add_evaluation({"step": step, "split": "val", "bbox": {"ap": score}, "segm": {"ap": None}})
-        for step, score in enumerate((None, 0.25, 0.125, 0.5), 1)
-    ]
-    log.close()
+    best = rated(log, [{"bbox": {"ap": score}, "segm": {"ap": None}} for score in (None, 0.25, 0.125, 0.5)])
     assert best == [True, True, False, True]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from trainer import train as train_script
 from trainer.checkpoint import open_checkpoint
 from trainer.config import load_config
 from trainer.ranks import all_ranks, bad_losses, mean_losses, rank_report, tracker_folder
+from trainer.runlog import RunLog
 
 SCRIPT = tiny.ROOT / "trainer" / "train.py"
 
@@ -289,3 +291,23 @@ def test_an_error_on_all_ranks_is_told_once(dataset: Path, tmp_path: Path) -> No
     assert f"traceback : {told[0]}" in done.stderr  # the end of the launcher's own report
     assert "fewer than one batch of 13 on each of 2 ranks" in told[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_between_its_best_weights_and_their_evaluation_rates_them_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(log: RunLog, row: dict[str, Any]) -> None:
+        raise KilledError
+
+    arguments = tiny.arguments(dataset, tmp_path / "run", train__steps_per_epoch=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunLog, "add_evaluation", killed)
+        with pytest.raises(KilledError):
+            train_script.main(arguments)
+    assert not (tmp_path / "run/evaluations.jsonl").exists() or not tiny.rows(tmp_path / "run/evaluations.jsonl")
+    assert train_script.main(arguments) == 0
+    [row] = tiny.rows(tmp_path / "run/evaluations.jsonl")
+    assert row["step"] == open_checkpoint(str(tmp_path / "run/best")).step == 1
