@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from builder.traffic import PROCESS, Traffic
 from shards.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, IndexRow, Shard, finish_dataset, open_dataset
 from shards.errors import StorageError, UserError
 from shards.sample import canonical_json
-from shards.storage import Location
+from shards.storage import Location, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -263,22 +262,8 @@ def check_places(source: Source, root: Location, *, write_to: bool = True) -> No
         raise StorageError(f"{source.images}: there is no such folder: check --images")
     # Whether this key exists does not matter: a missing bucket, endpoint or credential raises.
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
-    if not write_to:
-        return
-    if not root.is_local:
-        probe = root / RECORDS / "probe"
-        write(probe, b"can this be written?")
-        delete(probe)
-        return
-    folder = os.path.abspath(root.path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # os.access lets root pass everywhere, also in /proc
-            pass
-    except OSError as error:
-        told = f"{root}: cannot be written ({folder} is not a writable folder): choose another --out"
-        raise StorageError(told) from error
+    if write_to:
+        retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
 
 
 def write_tables(

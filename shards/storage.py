@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # without a byte; five attempts of `shards.ranges`, and telling of it, end within a minute
 ATTEMPTS = 3
 SLOWEST_UPLOAD = 2**18  # bytes a second below which an upload is given up
+PROBE = ".probe"  # what `check_writable` puts and removes
 
 # A remote URL that names no bucket or host: without this, fsspec takes `s3:` for a folder in the current one.
 _NOWHERE = re.compile(r"(s3a?|gc?s|https?):(?!//[^/])")
@@ -169,6 +171,44 @@ class Location:
         with storage_errors(self.url):
             if self.fs.exists(self.path):
                 self.fs.rm(self.path, recursive=recursive)
+
+
+def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
+    """Find out before hours of work whether files can be written below a folder. Nothing stays there.
+
+    On a disk nothing is made that has a name, and no folder. Elsewhere only trying tells: an object is put and removed.
+
+    Args:
+        folder: need not exist.
+        option: by which the user chose it.
+        probe: name of that object.
+
+    Raises:
+        StorageError: nothing can be written there; elsewhere than on a disk, or nothing removed.
+    """
+    if folder.is_local:
+        _check_local(folder, option)
+        return
+    try:
+        (folder / probe).write(b"can this be written?")
+        (folder / probe).delete()
+    except StorageError as error:
+        raise StorageError(f"{option} cannot be written: {error}", permanent=error.permanent) from error
+    except Exception as error:  # each file system that can only be read has an answer of its own
+        told = f"{folder}: cannot be written ({error!r}): choose another {option}"
+        raise StorageError(told, permanent=True) from error
+
+
+def _check_local(folder: Location, option: str) -> None:
+    nearest = os.path.abspath(folder.path)
+    while not os.path.lexists(nearest):  # a link to nowhere is in the way, too
+        nearest = os.path.dirname(nearest)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # os.access lets root pass everywhere, also in /proc
+            pass
+    except OSError as error:
+        told = f"{folder}: cannot be written ({nearest} is not a writable folder): choose another {option}"
+        raise StorageError(told, permanent=True) from error
 
 
 def _new_filesystem(location: Location) -> Any:

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from shards.errors import StorageError, UserError
-from shards.storage import Location
+from shards.storage import Location, check_writable
 from trainer import command
 from trainer.config import add_arguments, load_config, save_config, update
 from trainer.schedule import total_steps
@@ -154,9 +154,10 @@ def compare(configs: dict[str, Config], folder: Location, launch: Sequence[str])
     """Train them all, one after the other, and write what came of it.
 
     Raises:
-        UserError: a training failed.
+        UserError: `folder` cannot be written, or a training failed.
     """
     command.start_logging()
+    check_writable(folder, "--run.dir")
     for name, config in configs.items():
         print(f"\n{name}: {config.run.dir}", flush=True)
         status = run_training(config, launch)

@@ -23,7 +23,7 @@ from shards.dataset import Category, Dataset, open_dataset
 from shards.errors import DatasetError, UserError
 from shards.storage import Location
 from trainer import command
-from trainer.ranks import start_accelerator
+from trainer.ranks import main_can_write, start_accelerator
 from trainer.scorecard import Evaluation, class_csv, confusion_csv
 from trainer.scorecard import summary as summary  # the training loop prints it, too
 from trainer.settings import DataConfig, ModelConfig, TrainConfig
@@ -136,7 +136,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """Rate what `--checkpoint` names; print the table and write the files.
 
     Raises:
-        UserError: checkpoint, dataset or hierarchy cannot be had, or do not go together.
+        UserError: checkpoint, dataset or hierarchy cannot be had, or do not go together; --out cannot be written.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
@@ -149,11 +149,16 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     from trainer.metrics.hierarchy import read_parents
     from trainer.model import rebuild
 
+    accelerator = start_accelerator()
+    out = Location(options.out or f"{Location(options.checkpoint)}/evaluation-{options.split}")
+    if options.out:
+        main_can_write(out, "--out", accelerator)
     state = open_checkpoint(options.checkpoint)
+    if not options.out:  # not before: of a checkpoint that is not there, it is that which should be told
+        main_can_write(out, "--out", accelerator)
     dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     parents = read_parents(Location(options.hierarchy), dataset.categories) if options.hierarchy else {}
-    accelerator = start_accelerator()
     network = rebuild(state)
     thresholds = set_thresholds(network, state.config.model, options)
     network.to(accelerator.device)
@@ -182,7 +187,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     if result is not None and matrix is not None and page is not None:
         from trainer.score_plots import draw_confusion, draw_precision_recall
 
-        out = Location(options.out or str(Location(options.checkpoint) / f"evaluation-{options.split}"))
         value = {
             "checkpoint": options.checkpoint,
             "step": state.step,

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 from shards.dataset import open_dataset
 from shards.errors import UserError
-from shards.storage import Location
+from shards.storage import Location, check_writable
 from trainer import command
 from trainer.image_names import check_image_ids, find_images, picture_names, stem
 from trainer.predictions import PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
     from trainer.checkpoint import State
@@ -129,6 +130,8 @@ def predict(options: argparse.Namespace) -> int:
     if options.submission:
         check_image_ids(images)
 
+    accelerator = _start(options)
+
     import torch
 
     from trainer.checkpoint import open_checkpoint
@@ -143,11 +146,9 @@ def predict(options: argparse.Namespace) -> int:
     network = rebuild(state)
     # Whatever threshold the run was evaluated with: --score decides here.
     network.roi_heads.score_thresh = options.score
-    if dataset is not None:
+    if dataset is not None and accelerator is not None:
         from trainer.predict_shards import predict_shards
-        from trainer.ranks import start_accelerator
 
-        accelerator = start_accelerator()
         network.to(accelerator.device).eval()
         predict_shards(options, dataset, state, network, accelerator, labels)
         return 0
@@ -157,6 +158,22 @@ def predict(options: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
     return predict_images(options, images, state, network, device, labels)
+
+
+def _start(options: argparse.Namespace) -> Accelerator | None:
+    """Try --out before seconds of loading and hours of work; for a dataset, join the ranks first, and return how.
+
+    Raises:
+        StorageError: --out cannot be written.
+    """
+    if not options.shards:
+        check_writable(Location(options.out), "--out")
+        return None
+    from trainer.ranks import main_can_write, start_accelerator
+
+    accelerator = start_accelerator()
+    main_can_write(Location(options.out), "--out", accelerator)
+    return accelerator
 
 
 def predict_images(

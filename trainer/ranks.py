@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import UserError
+from shards.errors import StorageError, UserError
+from shards.storage import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,23 @@ def from_main(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> None:
+    """Find out whether files can be written below a folder, as `check_writable`; the main rank tries, for all.
+
+    Raises:
+        StorageError: nothing can be written there; on every rank, so that none waits for the main one.
+    """
+    trouble = None
+    if accelerator.is_main_process:
+        try:
+            check_writable(folder, option)
+        except StorageError as error:
+            trouble = error
+    trouble = from_main(trouble)
+    if trouble is not None:
+        raise trouble
 
 
 def checkpoint_to_resume(run: Location, resume: str, accelerator: Accelerator) -> State | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.dataset import Dataset, open_dataset
 from shards.storage import Location
-from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, start_accelerator
+from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, main_can_write, start_accelerator
 from trainer.schedule import Stage, stage_of, stages
 from trainer.settings import Config, ConfigError
 
@@ -51,7 +51,7 @@ def set_up(config: Config) -> Training:
     """Data, network and optimizer, where the run's newest checkpoint left them.
 
     Raises:
-        UserError: as `train`; before anything is written.
+        UserError: as `train`; before anything is written that stays.
     """
     dataset, run = open_dataset(config.data.shards).select(classes=config.data.classes), Location(config.run.dir)
     if config.data.val_split and config.data.val_split not in dataset.splits:
@@ -73,6 +73,7 @@ def set_up(config: Config) -> Training:
         # accelerate would train in float32 without a word.
         raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16")
     accelerator.gradient_accumulation_steps = config.train.accumulate  # what `backward` divides by
+    main_can_write(run, "--run.dir", accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
     stream = ShardStream(
         dataset.select(classes=config.data.classes, fraction=config.data.fraction),

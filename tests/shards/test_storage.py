@@ -8,7 +8,7 @@ from shards.dataset import open_dataset
 from shards.errors import StorageError
 from shards.loader import loader
 from shards.ranges import Read, read_many
-from shards.storage import Location, explain
+from shards.storage import Location, check_writable, explain
 from shards.stream import ShardStream
 from tests.support import sample, write_dataset
 
@@ -93,6 +93,44 @@ def test_a_local_place_that_cannot_be_written_is_told_with_its_reason(tmp_path, 
     assert str(caught.value) == f"{target}: {message.format(root=tmp_path)}"
     assert caught.value.permanent
     assert not caught.value.missing
+
+
+@pytest.mark.parametrize("place", ["local", "s3", "memory"])
+def test_a_place_that_can_be_written_is_left_as_it_was(bucket, tmp_path, place):
+    roots = {"local": f"{tmp_path}", "s3": f"{bucket}/tried", "memory": "memory://tried"}
+    root = Location(roots[place])
+    (root / "kept").write(b"")
+    for folder in (root, root / "runs" / "one"):
+        check_writable(folder, "--out")
+    assert [str(name).rsplit("/", 1)[-1] for name in root.fs.find(root.path)] == ["kept"]
+    assert os.listdir(tmp_path) == (["kept"] if place == "local" else [])  # nor a folder
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "{place}: cannot be written ({root}/file is not a writable folder): choose another --out"),
+        ("file/a/b", "{place}: cannot be written ({root}/file is not a writable folder): choose another --out"),
+        ("link/a", "{place}: cannot be written ({root}/link is not a writable folder): choose another --out"),
+        ("/proc/nowhere/a", "{place}: cannot be written (/proc is not a writable folder): choose another --out"),
+        ("s3://no-such-bucket/a", "--out cannot be written: {place}/.probe: the bucket does not exist: create it, "),
+        ("refused", "--out cannot be written: {place}/.probe: access was refused (Access Denied"),
+        ("data://a", "{place}: cannot be written (ValueError('Read only filesystem')): choose another --out"),
+        ("nosuch://a", "--out cannot be written: {place}/.probe: no file system for nosuch://"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_anything_is(bucket, tmp_path, place, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    if place == "refused":
+        folder = Location(f"{bucket}/refused", anonymous=True)
+    else:
+        folder = Location(place if "://" in place else str(tmp_path / place))
+    with pytest.raises(StorageError) as caught:
+        check_writable(folder, "--out")
+    assert str(caught.value).startswith(message.format(place=folder, root=tmp_path))
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_what_lies_beneath_a_file_cannot_be_read_and_the_file_is_named(tmp_path):

@@ -70,6 +70,15 @@ def test_the_table_tells_last_and_best(tmp_path: Path) -> None:
     assert lines[2] == "| heads | 45.0 | 25.0 | 35.0 | 30.0 | 2 | 0.1 | 2.0 |"
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
+    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", "--run.dir", "/proc/nowhere"]) == 2
+    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run.dir"
+    assert capsys.readouterr().err == f"compare: error: {told}\n"
+
+
 @pytest.mark.slow
 def test_a_comparison_trains_all_and_a_failure_is_named(dataset: Path, tmp_path: Path) -> None:
     settings = {"heads first": {"train": {"stages": [{"layers": "heads"}, {"layers": "all"}]}}, "all": {}}

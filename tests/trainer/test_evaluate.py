@@ -146,6 +146,29 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_place_for_the_results_that_cannot_be_written_is_told_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
+    assert evaluate.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere"]) == 2
+    assert capsys.readouterr().err == f"evaluate: error: {told}\n"
+
+
+def test_a_checkpoint_that_takes_no_results_is_told_before_anything_is_rated(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    (run / "evaluation-val").touch()
+    assert evaluate.main(["--checkpoint", str(run)]) == 2
+    place = run / "evaluation-val"
+    told = f"{place}: cannot be written ({place} is not a writable folder): choose another --out"
+    assert capsys.readouterr().err == f"evaluate: error: {told}\n"
+    # Where there is no checkpoint, that is told, whatever could be written there.
+    assert evaluate.main(["--checkpoint", "/proc/nowhere"]) == 2
+    assert "/proc/nowhere: there is no checkpoint" in capsys.readouterr().err
+
+
 def test_the_report_says_what_coco_counts_as_errors() -> None:
     unmasked = sample("a", instance(1, A), instance(1, B, mask=False), instance(2, C, mask=False, group=True))
     found = detections((1, A, 0.6), (1, B, 0.9), (5, C, 0.8), (2, (30.0, 110.0, 20.0, 20.0), 0.7))

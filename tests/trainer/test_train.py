@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from demo.s3server import S3Server
 from shards.dataset import open_dataset
 from shards.loader import LoaderStatistics
 from shards.storage import Location
@@ -108,6 +109,19 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train: error: ")
     assert message in error
+
+
+def test_a_run_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+    s3: S3Server, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, told in (
+        ("/proc/nowhere", "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run."),
+        ("s3://no-such-bucket/run", "--run.dir cannot be written: s3://no-such-bucket/run/.probe: the bucket does not"),
+    ):
+        # The weights, which are not there either, would be the next to be told of.
+        assert train_script.main(tiny.arguments(dataset, Path(), run__dir=run, model__weights="/nowhere")) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"train: error: {told}")
 
 
 def test_a_run_continues_where_it_stopped_and_says_when_it_is_finished(
