@@ -120,7 +120,7 @@ def predict(options: argparse.Namespace) -> int:
     """Do every image that can be read; 1 if one could not.
 
     Raises:
-        UserError: checkpoint, dataset or images cannot be had, or --out cannot be written.
+        UserError: checkpoint, dataset or images cannot be had or do not go together, or --out cannot be written.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
@@ -135,10 +135,14 @@ def predict(options: argparse.Namespace) -> int:
     import torch
 
     from trainer.checkpoint import open_checkpoint
+    from trainer.evaluate import check_classes
     from trainer.metrics.hierarchy import read_parents
     from trainer.model import rebuild
 
     state = open_checkpoint(options.checkpoint)
+    if dataset is not None:  # every image is done, whatever `data.classes` the training took
+        asked = dataset.select(classes=state.config.data.classes).categories
+        check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
     labels = None
     if options.submission:
         parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}

@@ -111,7 +111,7 @@ def predict_shards(
 
     Args:
         options: `split`, `score`, `batch_size`, `part_images`, `workers`, `pictures` and `out`.
-        dataset: of any classes: only its images are looked at.
+        dataset: only its images are looked at.
         state: of the checkpoint.
         network: on the device, in evaluation mode.
         accelerator: of this rank.

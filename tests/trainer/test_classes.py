@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from shards.dataset import Category
 from tests.trainer import tiny
-from trainer import evaluate, train
+from trainer import evaluate, predict, train
 from trainer.checkpoint import open_checkpoint
 
 
@@ -28,6 +29,25 @@ def test_a_checkpoint_is_not_rated_on_other_classes(
     assert line.startswith(
         f"evaluate: error: class 2 is 'Ring' in {renamed}, and 'Disc' in the checkpoint {checkpoint}"
     )
+
+
+def test_a_checkpoint_does_not_predict_a_dataset_of_other_classes(
+    checkpoint: Path, renamed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert predict.main(["--checkpoint", str(checkpoint), "--data.shards", str(renamed), "--out", str(out)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"predict: error: class 2 is 'Ring' in {renamed}, and 'Disc' in the checkpoint {checkpoint}")
+    assert not out.exists()
+
+
+def test_a_network_of_some_classes_predicts_every_image_of_its_dataset(dataset: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = {"data__classes": "[Square]", "data__val_split": "''", "train__steps_per_epoch": 1}
+    assert train.main(tiny.arguments(dataset, run, **settings)) == 0
+    words = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
+    assert predict.main(words) == 0
+    assert len(json.loads((out / "predictions.json").read_text())["images"]) == 5  # with squares or without
 
 
 def test_a_run_does_not_go_on_with_other_classes(
