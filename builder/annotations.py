@@ -29,6 +29,7 @@ from builder.source import FLAGS, Filters
 from builder.tables import leave_out, read_table, tell_left_out
 from shards.sample import KEY
 from shards.storage import Location
+from shards.wording import counted
 
 MASK_NAME = r"[A-Za-z0-9_-]{1,120}\.png"
 FAR = 2.0  # image lengths: a corner further away than this is no corner
@@ -190,8 +191,8 @@ class OpenImagesSplit:
         cache = self.source.cache
         zips = {self.source.mask_zip(self.name, digit): paths for digit, paths in sorted(wanted.items())}
         cached = sum(directory_is_cached(location, cache) for location in zips)
-        count = sum(map(len, zips.values()))
-        logger.info("locating %d masks of %s in %d zips (directories cached: %d)", count, self.name, len(zips), cached)
+        masks, held = counted(sum(map(len, zips.values())), "mask"), counted(len(zips), "zip")
+        logger.info("locating %s of %s in %s (directories cached: %d)", masks, self.name, held, cached)
         return locate_members(zips, cache=cache, inventory=self.inventory)
 
 
@@ -291,14 +292,14 @@ def _distinct(table: pa.Table, key: list[str], location: Location) -> pa.Table:
     numbered = table.select(key).append_column("number", pa.array(np.arange(table.num_rows)))
     first = numbered.group_by(key).aggregate([("number", "min")])["number_min"]
     distinct = table.take(pa.array(np.sort(first.to_numpy())))
-    tell_left_out(location, table.num_rows - distinct.num_rows, "repeated rows of the chosen images")
+    tell_left_out(location, table.num_rows - distinct.num_rows, "repeated among those of the chosen images")
     return distinct
 
 
 def _with_safe(table: pa.Table, column: str, pattern: str, location: Location) -> pa.Table:
     """Only rows whose value can stand in a URL, key a sample, name a file."""
     safe = f"^(?:{pattern})$"
-    what = f"rows with an impossible {column}"
+    what = f"with an impossible {column}"
     return leave_out(table, lambda rows: pc.match_substring_regex(rows[column], safe), location, what)
 
 
@@ -311,4 +312,4 @@ def _usable(boxes: pa.Table, location: Location) -> pa.Table:
         good: NDArray[np.bool_] = (x2 > x1) & (y2 > y1) & (np.abs(corners) <= FAR).all(axis=1)  # false for NaN
         return good
 
-    return leave_out(boxes, good, location, "boxes that are empty, inverted or not numbers")
+    return leave_out(boxes, good, location, "whose box is empty, inverted or not of numbers")

@@ -30,6 +30,7 @@ from shards.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, IndexRo
 from shards.errors import StorageError, UserError
 from shards.sample import canonical_json
 from shards.storage import Location, check_writable
+from shards.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +301,7 @@ def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: i
         while fresh:
             finished = finished_results(job.root, job.fingerprint, fresh)
             if finished:
-                logger.info("resuming: %d of %d shards are already finished", len(finished), len(fresh))
+                logger.info("resuming: %d of %s already finished", len(finished), counted(len(fresh), "shard"))
             resumed += len(finished)
             results |= finished
             to_do = [task for task in fresh if task.name not in finished]
@@ -317,7 +318,8 @@ def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: i
             fresh = next_round(preparation, tasks, failures.__getitem__, images_per_shard)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
-                logger.info("%d images failed: trying %d others", sum(map(len, failures.values())), count)
+                lost = sum(map(len, failures.values()))
+                logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "other"))
     return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
 
 

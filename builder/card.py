@@ -11,6 +11,7 @@ import yaml
 
 from shards.dataset import SPLITS, Category, IndexRow, Shard
 from shards.sample import FLAGS
+from shards.wording import counted
 
 # Our split names, and those that Hugging Face's tools expect.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -101,7 +102,7 @@ _ABOUT = {
 _TEXT = """\
 # Images and instance masks from {title}: {classes}
 
-{samples} images in {shards} tar shards ({megabytes:.1f} MB), cut out of
+{samples} in {shards} ({megabytes:.1f} MB), cut out of
 [{title}]({link}) by `build-shards`.
 
 | split | class | images | masks | boxes | of these group-of |
@@ -211,8 +212,8 @@ def render_card(
         link=about.link,
         attribution=about.attribution,
         classes=", ".join(category.name for category in categories),
-        samples=samples,
-        shards=len(shards),
+        samples=counted(samples, "image"),
+        shards=counted(len(shards), "tar shard"),
         megabytes=sum(shard.nbytes for shard in shards) / 1e6,
         counts="\n".join(rows),
         failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",

@@ -29,6 +29,7 @@ from builder.source import Filters
 from shards.errors import UserError
 from shards.sample import KEY
 from shards.storage import Location
+from shards.wording import counted
 
 LONGEST_SIDE = 1 << 16  # pixels
 FAR = 2.0  # image lengths: a box that reaches further outside than this is none
@@ -332,9 +333,10 @@ def _assign(
         else:
             image.annotations.append((number, row))
     if homeless:
-        logger.warning("%s: %d annotations are of images that it does not list: left out", where, homeless)
+        logger.warning("%s: %s of images that it does not list: left out", where, counted(homeless, "annotation"))
     if shapeless:
-        logger.warning("%s: %d annotations have neither a mask nor a box with an extent: left out", where, shapeless)
+        told = counted(shapeless, "annotation")
+        logger.warning("%s: %s with neither a mask nor a box of any extent: left out", where, told)
 
 
 def sample_key(image_id: int | str, prefix: str = "") -> str:

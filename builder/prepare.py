@@ -15,6 +15,7 @@ from builder.selection import Candidates, partition_of, seeded_order, select_ima
 from builder.source import Filters, Source, SourceSplit
 from shards.dataset import SPLITS
 from shards.errors import UserError
+from shards.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +231,10 @@ def _unknown(
                 detail = f"{image.split} is not a split that is read"
             accounts.append(Account("image", split, image.name, "", image.name, "image-unknown", detail))
     if accounts:
-        names = ", ".join(account.image_id for account in accounts[:3])
-        logger.warning("%s: %d images are unknown to the source: %s ...", choice.images_list, len(accounts), names)
+        names = ", ".join(account.image_id for account in accounts[:3]) + (" ..." if len(accounts) > 3 else "")
+        logger.warning(
+            "%s: the source does not know %s: %s", choice.images_list, counted(len(accounts), "image"), names
+        )
     return tuple(accounts)
 
 
@@ -269,18 +272,19 @@ def _report(
 def _reason(available: Candidates, asked: int, choice: Choice) -> str:
     where = "at the source" if choice.partition is None else "in this part of the source"
     if len(available) < asked:
-        what = "images with a mask" if choice.filters.require_mask else "images"
-        return f"only {len(available)} {what} {where}" if len(available) else f"no {what} {where}"
+        what = " with a mask" if choice.filters.require_mask else ""
+        count = f"only {counted(len(available), 'image')}" if len(available) else "no images"
+        return f"{count}{what} {where}"
     if len(available.masked) < asked and not choice.images_list:
-        count = f"only {len(available.masked)}" if available.masked else "no"
-        return f"{count} images with a mask {where}, others have boxes only"
+        count = f"only {counted(len(available.masked), 'image')}" if available.masked else "no images"
+        return f"{count} with a mask {where}, others have boxes only"
     return ""
 
 
 def _nothing(classes: Classes, choice: Choice, unknown: int) -> UserError:
     if choice.images_list:
         return UserError(
-            f"{choice.images_list}: the source knows none of the {unknown} images that it lists: check the list, "
+            f"{choice.images_list}: the source knows no image that it lists ({unknown}): check the list, "
             "--splits and --annotations"
         )
     names = ", ".join(category.name for category in classes.wanted[:10])

@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from shards.wording import counted
+
 LINE_EVERY_S = 15.0
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,12 @@ class Progress:
             speed = self._done / seconds
             left = duration((self._images - self._done) / max(speed, 1e-9))
             logger.info(
-                "packed %d of %d images, %.1f images/s, %s, %s left", self._done, self._images, speed, rate, left
+                "packed %d of %s, %.1f images/s, %s, %s left",
+                self._done,
+                counted(self._images, "image"),
+                speed,
+                rate,
+                left,
             )
 
     def __enter__(self) -> Progress:

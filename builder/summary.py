@@ -16,6 +16,7 @@ from builder.prepare import ClassReport
 from builder.progress import duration
 from builder.redact import redact
 from builder.traffic import Traffic
+from shards.wording import counted
 
 
 def render_summary(summary: Summary, out: str) -> str:
@@ -29,7 +30,7 @@ def render_summary(summary: Summary, out: str) -> str:
     failures = ", ".join(f"{reason} {count}" for reason, count in summary.failures)
     lines.append(f"not packed: {failures} (see accounts.parquet)" if failures else "not packed: nothing")
     if summary.replaced:
-        lines.append(f"replaced: {summary.replaced} other images were tried for those that failed")
+        lines.append(f"replaced: {counted(summary.replaced, 'other image')} tried for those that failed")
     if summary.recovered is not None:
         lines.append(_recovered(summary))
     lines += _short(summary)
@@ -37,7 +38,7 @@ def render_summary(summary: Summary, out: str) -> str:
     lines += [
         "",
         *_cost_table(summary.tables, summary.images, summary.masks, "measured"),
-        f"{summary.samples} images in {summary.shards} shards{resumed}, {_size(summary.nbytes)}, in {out}",
+        f"{_images_in(summary.samples, summary.shards)}{resumed}, {_size(summary.nbytes)}, in {out}",
         _speed(summary),
         after,
     ]
@@ -69,7 +70,7 @@ def render_estimate(found: Estimate, out: str) -> str:
         [
             *lines,
             "",
-            f"{found.images} images in {found.shards} shards, about {_size(found.output)}, for {redact(out)}",
+            f"{_images_in(found.images, found.shards)}, about {_size(found.output)}, for {redact(out)}",
             "a dry run: nothing was written there; tables and zip directories were read to make the plan",
         ]
     )
@@ -101,7 +102,7 @@ def _class_table(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], *
     others = [entry for entry in counts if (entry.split, entry.name) not in reports]
     if others:
         boxes, masks = sum(entry.boxes for entry in others), sum(entry.masks for entry in others)
-        notes.append(f"of other classes in these images: {masks} masks, {boxes} boxes")
+        notes.append(f"of other classes in these images: {counted(masks, 'mask')}, {counted(boxes, 'box', 'boxes')}")
     done = "packed" if packed else "to be packed"
     legend = f"asked: images; found: images at the source that count for the class; images, masks, boxes: {done}"
     return [*lines, legend, *notes]
@@ -120,7 +121,7 @@ def _cost_table(tables: Traffic, images: Traffic, masks: Traffic, title: str, jp
 
 def _recovered(summary: Summary) -> str:
     if summary.recovered:
-        return f"recovered: {summary.recovered} images and masks"
+        return f"recovered: {counted(summary.recovered, 'image or mask', 'images and masks')}"
     again = any(reason != FILTERED for reason, _ in summary.failures)
     return "recovered: nothing, what had failed has failed again" if again else "nothing had failed: nothing to recover"
 
@@ -136,9 +137,13 @@ def _speed(summary: Summary) -> str:
     seconds = max(summary.packing, 1e-3)
     rate = (summary.images.nbytes + summary.masks.nbytes) / 1e6 / seconds
     return (
-        f"{summary.handled} images in {duration(summary.packing)} ({summary.handled / seconds:.1f} images/s, "
-        f"{rate:.1f} MB/s), {duration(summary.seconds)} in all"
+        f"{counted(summary.handled, 'image')} in {duration(summary.packing)} "
+        f"({summary.handled / seconds:.1f} images/s, {rate:.1f} MB/s), {duration(summary.seconds)} in all"
     )
+
+
+def _images_in(images: int, shards: int) -> str:
+    return f"{counted(images, 'image')} in {counted(shards, 'shard')}"
 
 
 def _size(nbytes: float) -> str:

@@ -32,6 +32,7 @@ from builder.cache import Cache
 from builder.fetch import Inventory, RangeFile, Request, fetch_one, length_of
 from shards.errors import UserError
 from shards.storage import Location
+from shards.wording import counted
 
 BLOCK_BYTES = 8 << 20
 HEAD_BYTES = 1 << 20  # read first; most tables are no longer
@@ -48,9 +49,10 @@ _told: set[tuple[str, str]] = set()
 
 
 def tell_left_out(location: Location, count: int, what: str) -> None:
-    """Say in the log how many rows of a table are left out; once a table and reason, for a build reads some twice."""
+    """Say in the log how many rows, such as those `without ImageID`, are left out of a table; once a table and reason,
+    for a build reads some twice."""
     if count:
-        _tell_once(location, what, f"{count} {what}: left out")
+        _tell_once(location, what, f"{counted(count, 'row')} {what}: left out")
 
 
 def _tell_once(location: Location, reason: str, text: str) -> None:
@@ -60,7 +62,7 @@ def _tell_once(location: Location, reason: str, text: str) -> None:
 
 
 def leave_out(table: pa.Table, good: Callable[[pa.Table], Any], location: Location, what: str) -> pa.Table:
-    """The rows for which `good` (a mask for some rows) holds; how many do not is told as `what` they are.
+    """The rows for which `good` (a mask for some rows) holds; how many do not is told, as rows `what`.
 
     It goes block by block and copies none that is good throughout: a table of millions of rows is not held twice.
     """
@@ -104,7 +106,7 @@ def read_table(
     entry = None if cache is None else cache.entry(location, told, json.dumps(dict(columns)))
     sieve = None if entry is None else entry.read(stored, lambda tables: _Sieve(declared, where).add_all(tables))
     if sieve is not None:
-        logger.info("%s: %d rows from the cache", location, sieve.rows)
+        logger.info("%s: %s from the cache", location, counted(sieve.rows, "row"))
     else:
         sieve = _Sieve(declared, where)
         kept: AbstractContextManager[Callable] = entry.write(stored) if entry else nullcontext(lambda _: None)
@@ -117,7 +119,7 @@ def read_table(
             file.check_unchanged()
     if not sieve.rows:
         _tell_once(location, "no rows", "holds a header and no rows")
-    tell_left_out(location, sieve.blank, f"rows without {' or '.join(sieve.keys)}")
+    tell_left_out(location, sieve.blank, f"without {' or '.join(sieve.keys)}")
     return sieve.table()
 
 

@@ -23,6 +23,7 @@ from shards.ranges import Read, read_many
 from shards.sample import canonical_json
 from shards.storage import Location, storage_errors
 from shards.subset import Selection, find_class, select_rows
+from shards.wording import counted
 
 FORMAT = "maskstream"
 VERSION = 1
@@ -345,4 +346,4 @@ def _check_rows(rows: Sequence[IndexRow], shards: Sequence[Shard]) -> None:
         seen.add(row.image_id)
     for shard in shards:
         if counts[shard.path] != shard.samples:
-            raise DatasetError(f"{shard.path} holds {shard.samples} samples, the index {counts[shard.path]}")
+            raise DatasetError(f"{shard.path} holds {counted(shard.samples, 'sample')}, the index {counts[shard.path]}")

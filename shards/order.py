@@ -41,6 +41,7 @@ from shards.errors import DatasetError
 from shards.hashing import fold, hashes
 from shards.index import Index
 from shards.repeats import rounded, units_of_repeats, visits_of_an_epoch
+from shards.wording import counted
 
 CHUNK_BYTES = 16 * 2**20
 _CHUNKS, _TURN, _WINDOWS, _ROUNDING = 1, 2, 3, 4  # what a hash is for: no two uses share a key
@@ -101,7 +102,7 @@ class Order:
         self.visits = self.samples if self._units is None else visits_of_an_epoch(self._units)
         if self.visits < settings.batch_size:
             raise DatasetError(
-                f"the split has {self.samples} samples, fewer than one batch of {settings.batch_size}: "
+                f"the split has {counted(self.samples, 'sample')}, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
         self.index = index.without_labels()  # what is left is all that a loader process needs

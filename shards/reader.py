@@ -23,6 +23,7 @@ from shards.local import expect, read_file
 from shards.plan import Plan, Span
 from shards.ranges import Bytes, Read, ReadStatistics, start_read
 from shards.storage import Location, explain
+from shards.wording import counted
 
 if TYPE_CHECKING:  # it needs Unix, which reading does not
     from shards.cache import SampleCache
@@ -185,14 +186,14 @@ class SampleReader:
             told, patience = True, 2 * patience
             trouble = f", the last because of: {part.statistics.trouble}" if part.statistics.trouble else ""
             log.warning(
-                "%s has waited %.0f s for bytes %d to %d of %s: %d have come, %d retries%s",
+                "%s has waited %.0f s for bytes %d to %d of %s: %d have come, %s%s",
                 who,
                 time.monotonic() - began,
                 part.span.start,
                 part.span.end,
                 self.root / self.index.shard_paths[part.span.shard],
                 part.statistics.nbytes,
-                part.statistics.retries,
+                counted(part.statistics.retries, "retry", "retries"),
                 trouble,
             )
         if told and future.exception() is None:

@@ -14,6 +14,7 @@ from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
 from shards.sample import FLAGS
 from shards.storage import Location
+from shards.wording import counted
 
 FLAG_NAMES = {flag: flag.removeprefix("is_").replace("_", "-") for flag in FLAGS}
 
@@ -41,7 +42,7 @@ def render(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
         objects = row.boxes - row.groups
         lines.append(f"{row.name}: {row.box_only_share:.0%} of objects have a box only ({row.box_only} of {objects})")
     if gaps:
-        more = f" {len(gaps) - 5} more classes have such objects." if len(gaps) > 5 else ""
+        more = f" Such objects are in {counted(len(gaps) - 5, 'more class', 'more classes')}." if len(gaps) > 5 else ""
         lines.append(
             f"A box only teaches class and box, but no mask; COCO's mask AP counts finding it as an error.{more}"
         )
@@ -50,8 +51,8 @@ def render(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
 
 
 def _split_lines(split: SplitCounts) -> list[str]:
-    shards = f"{split.shards} shard{'s' if split.shards != 1 else ''}"
-    lines = [f"{split.split}: {split.images} images in {shards}, {split.nbytes / 1e6:.1f} MB"]
+    where = f"{counted(split.images, 'image')} in {counted(split.shards, 'shard')}"
+    lines = [f"{split.split}: {where}, {split.nbytes / 1e6:.1f} MB"]
     if split.sizes is not None:
         (least_w, width, most_w), (least_h, height, most_h) = split.sizes.width, split.sizes.height
         lines.append(
@@ -70,12 +71,12 @@ def _split_lines(split: SplitCounts) -> list[str]:
         lines.append(line)
     empty = sum(not row.images for row in split.classes)
     if empty:
-        lines.append(f"  ({empty} more of the classes are in no image)")
+        lines.append(f"  (in no image: {counted(empty, 'more class', 'more classes')})")
     if labels is not None:
         flags = ", ".join(f"{labels.flags[flag]} {name}" for flag, name in FLAG_NAMES.items() if labels.flags[flag])
-        of = "all" if labels.images == split.images else f"a random {labels.images} of the {split.images}"
+        of = "all images" if labels.images == split.images else f"a random {labels.images} of the {split.images} images"
         lines.append(
-            f"  verified as present, as absent: share of {of} images; {labels.objects} annotations in them"
+            f"  verified as present, as absent: share of {of}; {counted(labels.objects, 'annotation')} in them"
             + (f", {flags}" if flags else "")
         )
     return lines
@@ -179,9 +180,10 @@ def _verify(root: Location, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"root": str(root), **counts, "faults": [asdict(fault) for fault in faults]}, indent=2))
         return int(bool(faults))
-    told = "no fault" if not faults else f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+    told = "no fault" if not faults else counted(len(faults), "fault")
     print(
-        f"{told}: {done.samples} samples in {done.shards} shards, {done.boxes} boxes, {done.masks} masks, "
+        f"{told}: {counted(done.samples, 'sample')} in {counted(done.shards, 'shard')}, "
+        f"{counted(done.boxes, 'box', 'boxes')}, {counted(done.masks, 'mask')}, "
         f"{done.nbytes / 1e6:.1f} MB read in {time.monotonic() - started:.1f} s"
     )
     return int(bool(faults))

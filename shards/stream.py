@@ -29,6 +29,7 @@ from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.parse import Parse, parse_sample
 from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
+from shards.wording import counted
 
 if TYPE_CHECKING:
     from shards.cache import SampleCache
@@ -130,9 +131,9 @@ class ShardStream(Stream[T]):
         samples = sum(map(len, indexes))
         if samples < batch_size * world:
             raise DatasetError(
-                f"{' + '.join(str(one.root) for one in datasets)}: split {split!r} has {samples} samples, fewer than "
-                f"one batch of {batch_size} on each of {world} rank{'s' if world > 1 else ''}: "
-                "lower the batch size or build more samples"
+                f"{' + '.join(str(one.root) for one in datasets)}: split {split!r} has "
+                f"{counted(samples, 'sample')}, fewer than one batch of {batch_size} on each of "
+                f"{counted(world, 'rank')}: lower the batch size or build more samples"
             )
         self.order: Order | MixedOrder
         if isinstance(dataset, Mix):

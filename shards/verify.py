@@ -26,6 +26,7 @@ from shards.errors import SampleError, StorageError
 from shards.sample import Sample
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
+from shards.wording import counted
 from shards.writer import index_row
 
 SHARDS_AT_ONCE = 4
@@ -286,7 +287,7 @@ def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, N
     for shard in shards:
         mine = rows[shard.path]
         if len(mine) != shard.samples:
-            told = f"{DATASET_FILE} says {shard.samples} samples, the index has {len(mine)}"
+            told = f"{DATASET_FILE} says {counted(shard.samples, 'sample')}, the index has {len(mine)}"
             yield Fault(shard.path, told)
         offsets = table["offset"].take(pa.array(mine)).to_numpy()
         if len(mine) and (mine[0] <= last or np.any(np.diff(mine) != 1) or np.any(np.diff(offsets) <= 0)):

@@ -197,7 +197,8 @@ def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) 
         except CheckpointError as error:
             log.warning("%s: passing over it for the one before", error)
     if steps:
-        raise CheckpointError(f"{run / folder}: each of the {len(steps)} checkpoints is damaged: start a new run")
+        told = f"each of the {len(steps)} checkpoints is" if len(steps) > 1 else "the only checkpoint is"
+        raise CheckpointError(f"{run / folder}: {told} damaged: start a new run")
     return None
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shards.dataset import Category, Dataset, open_dataset
 from shards.errors import DatasetError, UserError
 from shards.storage import Location
+from shards.wording import counted
 from trainer import command
 from trainer.ranks import main_can_write, start_accelerator
 from trainer.scorecard import Evaluation, class_csv, confusion_csv
@@ -229,7 +230,7 @@ def told_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
     """One line: what was rated, and where that is not what the checkpoint itself would find."""
     line = (
         f"scores from {used['score_threshold']:g} on, NMS at {used['nms_threshold']:g}, "
-        f"at most {used['detections_per_image']} detections an image"
+        f"at most {counted(used['detections_per_image'], 'detection')} an image"
     )
     changed = [f"{name} {getattr(model, name):g}" for name, value in used.items() if getattr(model, name) != value]
     return line + (f" (the checkpoint's own: {', '.join(changed)})" if changed else "")

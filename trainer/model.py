@@ -19,6 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 
 from shards.dataset import Category
+from shards.wording import counted
 from trainer.backbones import STRIDES, Norm, backbone_with_fpn, norm_layer
 from trainer.checkpoint import STATE_FILE, CheckpointError, State
 from trainer.settings import DataConfig, ModelConfig
@@ -82,7 +83,8 @@ def rebuild(state: State) -> MaskRCNN:
     wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
     if wrong:
         raise CheckpointError(
-            f"the checkpoint's weights do not fit its own settings and {len(state.categories)} classes: {wrong[0]} is "
+            f"the checkpoint's weights do not fit its own settings and "
+            f"{counted(len(state.categories), 'class', 'classes')}: {wrong[0]} is "
             f"{_shape(given, wrong[0])} and should be {_shape(needed, wrong[0])}: has {STATE_FILE} been changed?"
         )
     network.load_state_dict(state.weights)

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 from shards.dataset import open_dataset
 from shards.errors import UserError
 from shards.storage import Location, check_writable
+from shards.wording import counted
 from trainer import command
 from trainer.image_names import check_image_ids, find_images, picture_names, stem
-from trainer.predictions import PredictionFiles, image_record, submission_labels, write_picture
+from trainer.predictions import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
     import torch
@@ -214,8 +215,8 @@ def predict_images(
                 record["image"]["picture"] = name
                 write_picture(out / name, pixels, found, state.categories)
             files.add(record)
-            print(f"{out / name if options.pictures else image}: {len(found)} objects", flush=True)
-    print(f"{out / 'predictions.json'}: {files.objects} objects in {files.images} images", flush=True)
+            print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
+    print(f"{out / COCO_FILE}: {files.told()}", flush=True)
     return 1 if failures else 0
 
 

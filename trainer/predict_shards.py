@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.storage import Location, storage_errors
-from trainer.predictions import PredictionFiles, image_record, write_picture
+from shards.wording import counted
+from trainer.predictions import COCO_FILE, PredictionFiles, image_record, write_picture
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,7 +94,7 @@ class Parts:
             raise UserError(f"{place} is damaged ({error}): delete it and give the command again") from error
         if len(records) != len(self.rows(number)):
             raise UserError(
-                f"{place} is damaged ({len(records)} images instead of {len(self.rows(number))}): "
+                f"{place} is damaged ({counted(len(records), 'image')} instead of {len(self.rows(number))}): "
                 "delete it and give the command again"
             )
         return records
@@ -131,10 +132,12 @@ def predict_shards(
     missing: list[int] = from_main(parts.missing() if main else None)
     if main:
         done = len(parts) - len(missing)
-        print(f"{images} images of {options.split}: {done} of {len(parts)} parts are done already", flush=True)
+        told = f"{done} of {counted(len(parts), 'part')} done already"
+        print(f"{counted(images, 'image')} of {options.split}: {told}", flush=True)
     for number, records in _predict_parts(options, dataset, state, network, accelerator, parts, missing[rank::world]):
         parts.write(number, records)
-        print(f"{parts.place(number)}: {sum(len(r['annotations']) for r in records)} objects", flush=True)
+        objects = sum(len(record["annotations"]) for record in records)
+        print(f"{parts.place(number)}: {counted(objects, 'object')}", flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main:
@@ -142,7 +145,7 @@ def predict_shards(
             for number in range(len(parts)):
                 for record in parts.read(number):
                     files.add(record)
-        print(f"{out / 'predictions.json'}: {files.objects} objects in {files.images} images", flush=True)
+        print(f"{out / COCO_FILE}: {files.told()}", flush=True)
 
 
 def parts_key(options: argparse.Namespace, dataset: Dataset, state: State, size: int) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from shards.dataset import Category
 from shards.errors import UserError
 from shards.storage import Location, storage_errors
+from shards.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,6 +137,10 @@ class PredictionFiles:
             image = record["image"]
             string = prediction_string(record["annotations"], self._labels)
             self._rows.writerow((record["image_id"], image["width"], image["height"], string))
+
+    def told(self) -> str:
+        """What was added so far, such as `3 objects in 1 image`."""
+        return f"{counted(self.objects, 'object')} in {counted(self.images, 'image')}"
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:

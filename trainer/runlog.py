@@ -34,6 +34,7 @@ from importlib import metadata
 from typing import IO, TYPE_CHECKING, Any
 
 from shards.storage import Location
+from shards.wording import counted
 from trainer.config import save_config
 from trainer.curves import draw_curves
 from trainer.ranks import TRACKER_FOLDER, tracker_folder
@@ -220,7 +221,7 @@ def _told(means: Mapping[str, Any]) -> str:
     """What the loaders of all ranks did since the line before; what did not happen is left out."""
     told = [f"{means['read_mb_per_s']:.1f} MB/s"]
     if means["retries"]:
-        told.append(f"{means['retries']} retries")
+        told.append(counted(means["retries"], "retry", "retries"))
     if means["cache_share"]:
         told.append(f"{100 * means['cache_share']:.0f} % from the cache")
     return ", ".join(told)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.dataset import Category
+from shards.wording import counted
 from trainer.metrics.coco import SUMMARY, CocoResult
 from trainer.metrics.confusion import Confusion
 from trainer.metrics.openimages import GROUP, OUTCOMES, UNMASKED, UNVERIFIED, OpenImagesResult
@@ -32,7 +33,8 @@ class Evaluation:
 def summary(evaluation: Evaluation) -> str:
     """The evaluation as a table for people, in per cent."""
     coco = evaluation.coco
-    lines = [f"{coco.images} images, {coco.boxes} objects, {coco.masks} with a mask, {coco.detections} detections", ""]
+    rated, objects = counted(coco.images, "image"), counted(coco.boxes, "object")
+    lines = [f"{rated}, {objects}, {coco.masks} with a mask, {counted(coco.detections, 'detection')}", ""]
     lines.append(f"{'COCO':<16}" + "".join(f"{title:>7}" for title in TITLES))
     for name, scores in (("boxes", coco.bbox), ("masks", coco.segm)):
         lines.append(f"{name:<16}" + "".join(_percent(getattr(scores, column), 7) for column in SUMMARY))
@@ -62,16 +64,16 @@ def differences(evaluation: Evaluation) -> list[str]:
     lines = [f"Detections that the Open Images AP leaves out: {sum(counted.values())}"]
     if counted[UNMASKED]:
         lines.append(
-            f"  {counted[UNMASKED]} on an object that has a box and no mask: COCO's mask AP counts them as errors, "
-            "right as they are"
+            f"  {counted[UNMASKED]} on an object that has a box and no mask: COCO's mask AP counts each as an error, "
+            "right as it is"
         )
     if counted[UNVERIFIED]:
         lines.append(
-            f"  {counted[UNVERIFIED]} of a class that nobody verified in the image: COCO counts them as errors, "
+            f"  {counted[UNVERIFIED]} of a class that nobody verified in the image: COCO counts each as an error, "
             "though the object may be there"
         )
     if counted[GROUP]:
-        lines.append(f"  {counted[GROUP]} in a group-of region of their class: COCO leaves such out, too")
+        lines.append(f"  {counted[GROUP]} in a group-of region of the same class: COCO leaves such out, too")
     return lines
 
 

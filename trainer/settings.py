@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from shards.errors import UserError
+from shards.wording import counted
 from trainer.freeze import parse_layers
 
 
@@ -241,7 +242,9 @@ def validate(config: Config) -> None:
     if config.data.min_size > config.data.max_size:
         raise ConfigError(f"data.min_size {config.data.min_size} is above data.max_size {config.data.max_size}")
     if len(config.model.anchor_sizes) != 5:
-        raise ConfigError(f"model.anchor_sizes has {len(config.model.anchor_sizes)} values: the FPN has 5 levels")
+        raise ConfigError(
+            f"model.anchor_sizes has {counted(len(config.model.anchor_sizes), 'value')}: the FPN has 5 levels"
+        )
     for name, value in (
         ("model.rpn_pre_nms", config.model.rpn_pre_nms),
         ("model.rpn_post_nms", config.model.rpn_post_nms),

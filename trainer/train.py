@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from shards.wording import counted
 from trainer import command
 from trainer.config import add_arguments, from_arguments
 from trainer.ranks import (
@@ -82,7 +83,7 @@ def train(config: Config) -> MaskRCNN:
         record = RunLog(t.run, config, t.accelerator, t.step, total)
     evaluated = from_main(record.last_evaluation if record else 0)
     if t.step >= total:
-        log.info("the run in %s is finished (%d steps): raise train.epochs to go on", t.run, t.step)
+        log.info("the run in %s is finished (%s): raise train.epochs to go on", t.run, counted(t.step, "step"))
 
     pin = t.accelerator.device.type == "cuda"
     data = loader(t.stream, workers=config.data.workers, pin_memory=pin)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.dataset import Dataset, open_dataset
 from shards.storage import Location
+from shards.wording import counted
 from trainer.ranks import PATIENCE_IN_TRAINING, checkpoint_to_resume, main_can_write, start_accelerator
 from trainer.schedule import Stage, stage_of, stages
 from trainer.settings import Config, ConfigError
@@ -142,7 +143,9 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     t.model = t.optimizer = None
     t.accelerator.free_memory()
     names = set_trainable(t.network, t.stage.layers)
-    log.info("stage %d of %d: %s (%d tensors train)", t.stage.number, t.stage.of, t.stage.layers, len(names))
+    log.info(
+        "stage %d of %d: %s (training: %s)", t.stage.number, t.stage.of, t.stage.layers, counted(len(names), "tensor")
+    )
     model = Trainable(t.network, t.config.loss).train()
     # Never the loader: the stream has shared itself out already, and would be split a second time.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))

@@ -28,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from shards.dataset import Category
 from shards.errors import StorageError, UserError
 from shards.storage import Location
+from shards.wording import counted
 from trainer.checkpoint import DESCRIPTION, NoCheckpointError, open_checkpoint
 from trainer.settings import ModelConfig
 
@@ -98,7 +99,7 @@ class LoadReport:
     def __str__(self) -> str:
         """A line a part of the network."""
         total = len(self.loaded) + len(self.missing)
-        lines = [f"weights {self.source}: {len(self.loaded)} of {total} tensors loaded"]
+        lines = [f"weights {self.source}: {len(self.loaded)} of {counted(total, 'tensor')} loaded"]
         for part in PARTS:
             loaded, missing = ([n for n in names if n.startswith(f"{part}.")] for names in (self.loaded, self.missing))
             if loaded or missing:
@@ -106,7 +107,7 @@ class LoadReport:
                 lines.append(f"  {part:<25}{len(loaded):>4} of {len(loaded) + len(missing)}{kept}")
         statistics = [name for name in self.left_out if name.endswith((".running_mean", ".running_var"))]
         if statistics:
-            lines.append(f"  left out of the source: the statistics of {len(statistics) // 2} batch norms")
+            lines.append(f"  left out of the source: the statistics of {counted(len(statistics) // 2, 'batch norm')}")
         others = [name for name in self.left_out if name not in set(statistics)]
         if others:
             lines.append(f"  left out of the source: {_layers(others)}")
@@ -333,5 +334,5 @@ def _reason(error: Exception) -> str:
 def _layers(names: Iterable[str], most: int = 4) -> str:
     """Tensor names as the layers they belong to: `roi_heads.box_predictor.cls_score, ...`."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    more = f" and {len(layers) - most} more layers" if len(layers) > most else ""
+    more = f" and {counted(len(layers) - most, 'more layer')}" if len(layers) > most else ""
     return ", ".join(layers[:most]) + more

@@ -7,6 +7,7 @@
   const $ = (id) => document.getElementById(id);
   const body = (id) => $(id).querySelector("tbody");
   const number = (value) => value.toLocaleString("en");
+  const several = (count, one) => `${number(count)} ${one}${count === 1 ? "" : "s"}`;
   const percent = (part, whole) => (whole > 0 ? `${Math.round((100 * part) / whole)} %` : "–");
   const nameOf = (id) => (classes.has(id) ? classes.get(id).name : `class ${id}`);
   const colourOf = (id) => (classes.has(id) ? classes.get(id).colour : "#ffffff");
@@ -94,10 +95,10 @@
     $("more").hidden = rows.length <= FIRST_CLASSES;
     $("more").textContent = allClasses ? `Show the ${FIRST_CLASSES} most frequent` : `Show all ${rows.length} classes`;
     const missing = data.classes.length - rows.length;
-    const where = split ? `${split.split}: ${number(split.images)} images` : `all splits: ${number(sum(data.splits, (one) => one.images))} images`;
-    $("split-facts").textContent = where + (missing ? `; ${missing} more of the classes are in none of them` : "");
+    const where = split ? `${split.split}: ${several(split.images, "image")}` : `all splits: ${several(sum(data.splits, (one) => one.images), "image")}`;
+    $("split-facts").textContent = where + (missing ? `; of the classes, ${missing} more in none of them` : "");
     const looked = sum(asked, (one) => one.labels.images);
-    const of = looked === images ? `all ${number(images)} images` : `the images, by a random ${number(looked)} of ${number(images)}`;
+    const of = looked === images ? "all images" : `the images, by a random ${number(looked)} of ${number(images)}`;
     $("label-note").textContent = asked.length ? `Verified labels: share of ${of}. In the others the class is unknown, not absent.` : "Verified labels were not counted (--label-images 0).";
   }
 
@@ -302,7 +303,7 @@
   makeFilters();
   makeToggles();
   filter();
-  $("gallery-note").textContent = `${cards.length} samples, chosen by a hash (seed ${data.seed}) so that every class and split has its share: rare classes are here as often as frequent ones. Open one for its masks, flags and author.`;
+  $("gallery-note").textContent = `${several(cards.length, "sample")}, chosen by a hash (seed ${data.seed}) so that every class and split has its share: rare classes are here as often as frequent ones. Open one for its masks, flags and author.`;
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
   $("close").addEventListener("click", () => $("detail").close());

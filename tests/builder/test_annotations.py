@@ -166,7 +166,8 @@ def test_rows_that_cannot_be_used_are_left_out_with_a_word(tmp_path: Path, caplo
         ],
     )
     assert split.candidates() == {1: Candidates(("a1",)), 2: Candidates((), ("a1",))}
-    assert "6 boxes" in caplog.text
+    assert "6 rows whose box is empty" in caplog.text
+    assert "1 row with an impossible ImageID" in caplog.text
     assert "impossible ImageID" in caplog.text
     assert "impossible MaskPath" in caplog.text
     car, person = annotations(split)

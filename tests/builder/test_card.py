@@ -34,6 +34,7 @@ def test_the_card_names_source_licence_and_the_classes_that_there_are(
     assert value.get("license") == licenses
     assert value["configs"][0]["data_files"] == [{"split": "validation", "path": "val/*.tar"}]
     assert told in text
+    assert "1 image in 1 tar shard (" in text
     assert "3 mask-filtered" in text
     assert "| val | Ant | 1 | 0 | 1 | 1 |" in text
     assert "Cat" not in card

@@ -246,8 +246,8 @@ def test_useless_annotations_are_left_out_with_a_word(caplog: pytest.LogCaptureF
     split = opened(document(annotations=[good, *bad, {**good, "image_id": 77}, {**good, "bbox": [20, 1, 4, 4]}]))
     [planned] = split.describe(["000000000001"])["000000000001"].objects
     assert planned.annotation.box == (0.1, 0.5, 0.125, 0.625)
-    assert "7 annotations have neither a mask nor a box" in caplog.text
-    assert "1 annotations are of images that it does not list" in caplog.text
+    assert "7 annotations with neither a mask nor a box" in caplog.text
+    assert "1 annotation of images that it does not list" in caplog.text
 
 
 def test_filters_classes_and_what_is_known_to_be_absent() -> None:

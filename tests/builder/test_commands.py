@@ -66,6 +66,10 @@ def test_a_dry_run_foretells_the_build_and_writes_nothing(
     for text in (render_estimate(found, "x"), render_summary(summary, "x")):
         assert f"{found.images} images in {found.shards} shards" in text
         assert "train  Person" in text
+    told = render_summary(Summary(already_built=False, recovered=1, shards=1, samples=1, handled=1), "x")
+    assert "1 image in 1 shard, " in told
+    assert "recovered: 1 image or mask\n" in told
+    assert "1 image in 0 s" in told
 
 
 def test_what_is_said_of_lengths_is_marked_as_an_estimate(scenes: SceneTruth, tmp_path: Path) -> None:

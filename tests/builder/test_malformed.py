@@ -104,17 +104,43 @@ COUNTED = {
         lambda t: lines_with(t, 3, b"," * 20, b"," * 20), "2 rows without ImageID or LabelName", error=False, same=True
     ),
     "a row without a label": Case(
-        lambda t: with_values(t, "LabelName", ""), "1 rows without ImageID or LabelName", error=False, same=True
+        lambda t: with_values(t, "LabelName", ""), "1 row without ImageID or LabelName", error=False, same=True
     ),
-    "not a number": Case(lambda t: with_values(t, "XMin", "NaN"), "1 boxes that are", error=False, same=True),
-    "no number": Case(lambda t: with_values(t, "XMin", ""), "1 boxes that are", error=False, same=True),
-    "infinite": Case(lambda t: with_values(t, "XMax", "inf"), "1 boxes that are", error=False, same=True),
-    "inverted": Case(lambda t: with_values(t, "XMin,XMax", "0.9,0.1"), "1 boxes that are", error=False, same=True),
+    "not a number": Case(
+        lambda t: with_values(t, "XMin", "NaN"),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
+    ),
+    "no number": Case(
+        lambda t: with_values(t, "XMin", ""),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
+    ),
+    "infinite": Case(
+        lambda t: with_values(t, "XMax", "inf"),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
+    ),
+    "inverted": Case(
+        lambda t: with_values(t, "XMin,XMax", "0.9,0.1"),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
+    ),
     "in pixels": Case(
-        lambda t: with_values(t, "XMin,XMax,YMin,YMax", "10,90,10,90"), "1 boxes that are", error=False, same=True
+        lambda t: with_values(t, "XMin,XMax,YMin,YMax", "10,90,10,90"),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
     ),
     "beside the image": Case(
-        lambda t: with_values(t, "XMin,XMax", "1.1,1.4"), "1 boxes that are", error=False, same=True
+        lambda t: with_values(t, "XMin,XMax", "1.1,1.4"),
+        "1 row whose box is empty, inverted or not of numbers",
+        error=False,
+        same=True,
     ),
     "an impossible ImageID": Case(
         lambda t: with_values(t, "ImageID", "../../etc/passwd"), "impossible ImageID", error=False, same=True
@@ -266,7 +292,7 @@ def test_repeated_rows_count_once(
     build(mirror(scenes, tmp_path / "a", {name: doubled}), CHOICE, Location(str(tmp_path / "out")))
     assert shards_of(tmp_path / "out") == clean
     if name in (BOXES, MASKS):
-        assert any(name in message and "repeated rows" in message for message in caplog.messages)
+        assert any(name in message and "repeated among those" in message for message in caplog.messages)
 
 
 # Any damage at all, against the standard library's reader.

@@ -158,7 +158,7 @@ def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) ->
     assert preparation.replacements("train", ["b"]) == []
     assert [(r.split, r.chosen, r.reason) for r in preparation.reports] == [("train", 0, ""), ("val", 1, "")]
     (tmp_path / "ids").write_text("x\n")
-    with pytest.raises(UserError, match="knows none of the 1 images"):
+    with pytest.raises(UserError, match=r"knows no image that it lists \(1\)"):
         prepare(source, Choice(("Car",), None, None, images_list=str(tmp_path / "ids")))
 
 

@@ -97,9 +97,9 @@ def test_what_is_left_out_is_told_once_and_good_blocks_are_not_copied(
     blocks = [pa.table({"x": pa.array(numbers, pa.int64())}) for numbers in ([1, 2, 3], [4, -5, 6], [], [7])]
     where = Location("s3://bucket/t.csv")
     for _ in range(2):
-        kept = leave_out(pa.concat_tables(blocks), lambda rows: pc.greater(rows["x"], 0), where, "rows below zero")
+        kept = leave_out(pa.concat_tables(blocks), lambda rows: pc.greater(rows["x"], 0), where, "below zero")
         assert kept["x"].to_pylist() == [1, 2, 3, 4, 6, 7]
-    assert caplog.messages == ["s3://bucket/t.csv: 1 rows below zero: left out"]
+    assert caplog.messages == ["s3://bucket/t.csv: 1 row below zero: left out"]
     first = kept["x"].chunk(0).buffers()[1]
     assert first.address == blocks[0]["x"].chunk(0).buffers()[1].address
     assert leave_out(blocks[2], lambda rows: np.zeros(0, bool), where, "none").num_rows == 0

@@ -230,7 +230,7 @@ def test_a_stall_is_told_by_who_waits_and_so_is_its_end(
     lines = (tmp_path / "log").read_text().splitlines()
     who = "rank 1, loader worker [01]" if workers else "rank 1"
     place = rf"bytes \d+ to \d+ of {re.escape(root)}/train/00000\d.tar"
-    pattern = re.compile(rf"{who} has waited (\d+) s for {place}: (\d+) have come, (\d+) retries(.*)")
+    pattern = re.compile(rf"{who} has waited (\d+) s for {place}: (\d+) have come, (\d+) (?:retry|retries)(.*)")
     told = [pattern.fullmatch(line) for line in lines]
     again = [line for line in lines if re.fullmatch(rf"{who} has data again, after \d+ s", line)]
     assert any(told)

@@ -127,6 +127,15 @@ def drawn(scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "page.html"
 
 
+def test_one_sample_is_told_as_one(browser: Any, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": [sample(0)]})
+    page_of(tmp_path / "data", tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert browser.find_element("id", "split-facts").text.startswith("all splits: 1 image;")
+    assert browser.find_element("id", "label-note").text.startswith("Verified labels: share of all images.")
+    assert browser.find_element("id", "gallery-note").text.startswith("1 sample, chosen")
+
+
 @pytest.fixture
 def page(browser: Any, drawn: Path) -> Any:
     resize(browser, 1280, 900)

@@ -86,3 +86,13 @@ def test_no_part_of_the_command_imports_torch() -> None:
         "sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_of_a_thing_is_told_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path, {"train": [sample(0)]})
+    assert main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "train: 1 image in 1 shard, " in told
+    assert "; 1 annotation in them" in told
+    assert main([str(tmp_path), "--verify"]) == 0
+    assert "no fault: 1 sample in 1 shard, 1 box, 1 mask, " in capsys.readouterr().out

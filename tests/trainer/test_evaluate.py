@@ -176,10 +176,11 @@ def test_the_report_says_what_coco_counts_as_errors() -> None:
     assert evaluation.coco.segm.classes[0].ap50 == pytest.approx(0.5)
     assert evaluation.open_images.classes[0].ap == 1
     table = summary(evaluation)
+    assert table.startswith("1 image, 2 objects, 1 with a mask, 4 detections\n")
     assert "Detections that the Open Images AP leaves out: 3\n" in table
-    assert "1 on an object that has a box and no mask: COCO's mask AP counts them as errors" in table
-    assert "1 of a class that nobody verified in the image: COCO counts them as errors" in table
-    assert "1 in a group-of region of their class: COCO leaves such out, too" in table
+    assert "1 on an object that has a box and no mask: COCO's mask AP counts each as an error" in table
+    assert "1 of a class that nobody verified in the image: COCO counts each as an error" in table
+    assert "1 in a group-of region of the same class: COCO leaves such out, too" in table
     assert re.search(r"^Person +2 +1 +\S+ +\S+ +50\.0 +50\.0 +100\.0$", table, re.M)
     rows = list(csv.DictReader(io.StringIO(class_csv(evaluation, CATEGORIES))))
     assert (rows[0]["right"], rows[0]["unmasked"], rows[1]["group"], rows[2]["unverified"]) == ("1", "1", "1", "1")

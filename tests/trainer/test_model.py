@@ -139,7 +139,7 @@ def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_
 def test_a_checkpoint_of_other_classes_than_its_weights_is_one_line():
     config = Config(model=narrow())
     state = State(7, 7, {}, CATEGORIES, config, build_model(config.model, config.data, 3).state_dict(), None)
-    with pytest.raises(CheckpointError, match=r"1 classes: .*cls_score.weight is \[3, 8\]") as error:
+    with pytest.raises(CheckpointError, match=r"1 class: .*cls_score.weight is \[3, 8\]") as error:
         rebuild(replace(state, categories=CATEGORIES[:1]))
     assert "\n" not in str(error.value)
     config.model.backbone = "resnet34"

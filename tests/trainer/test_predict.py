@@ -74,12 +74,16 @@ def test_pictures_and_coco_json(
     assert coco.loadRes(found).dataset["annotations"]
 
 
-def test_the_score_decides_what_counts(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+def test_the_score_decides_what_counts(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
     assert predict.main(command) == 0
     value = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert value["annotations"] == []
     assert len(value["images"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["0 objects", "0 objects in 1 image"]
 
 
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(

@@ -84,7 +84,7 @@ def test_the_same_command_does_only_what_is_missing(
     capsys.readouterr()
     assert predict.main(command) == 0
     told = capsys.readouterr().out
-    assert "4 of 6 parts are done already" in told
+    assert "24 images of train: 4 of 6 parts done already" in told
     assert told.count(".jsonl: ") == 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for name in ("predictions.json", "submission.csv"):
@@ -92,7 +92,7 @@ def test_the_same_command_does_only_what_is_missing(
 
     # Another threshold is another result: no part of the first is taken for it.
     assert predict.main([*command, "--score", "0.5"]) == 0
-    assert "0 of 6 parts are done already" in capsys.readouterr().out
+    assert "0 of 6 parts done already" in capsys.readouterr().out
 
     parts[2].write_text(parts[2].read_text().split("\n", 1)[1])
     assert predict.main(command) == 2
@@ -170,7 +170,7 @@ def test_two_ranks_end_what_a_killed_process_began(checkpoint: Path, dataset: Pa
     left = len(parts_of(tmp_path))
     result = tiny.run(SCRIPT, command, ranks=2)
     assert result.returncode == 0, result.stderr
-    assert f"{left} of 6 parts are done already" in result.stdout
+    assert f"{left} of 6 parts done already" in result.stdout
     assert result.stdout.count(".jsonl: ") == 6 - left
     assert result.stdout.count("predictions.json") == 1
     for name in ("predictions.json", "submission.csv"):

@@ -90,7 +90,7 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
         progress.add(row(2, loss=0.8, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
         progress.add(row(3))
         progress.add(row(4, retries=2, cache_hits=4))
-        progress.add(row(5))
+        progress.add(row(5, retries=1))
     assert len(caplog.messages) == 3
     first = caplog.messages[0]
     assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
@@ -99,4 +99,5 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     assert "memory 1.5 GB" in first
     assert "data wait 25 % (1.5 MB/s, 2 retries, 25 % from the cache)" in caplog.messages[1]
     assert "left 0:00:12" in first  # 3 steps of 4 seconds
+    assert "(1.5 MB/s, 1 retry)" in caplog.messages[-1]
     assert caplog.messages[-1].endswith("left 0:00:00")

@@ -42,7 +42,7 @@ def read_parents(location: Location, categories: Sequence[Category]) -> dict[int
         raise UserError(f"{location}: not Open Images' class hierarchy ({error!r}): download it anew") from error
     if not found:
         raise UserError(
-            f"{location}: none of the dataset's {len(categories)} classes is in this hierarchy, "
+            f"{location}: none of the dataset's classes ({len(categories)}) is in this hierarchy, "
             f"such as {categories[0].mid!r}: is it the hierarchy of another dataset?"
         )
     return {child: tuple(sorted(above)) for child, above in sorted(found.items()) if above}
