@@ -201,7 +201,7 @@ class Progress:
             "memory_mb": row["memory_mb"],
         }
         log.info(
-            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %% (%s)  memory %.1f GB  left %s",
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  left %s",
             row["step"],
             self.total,
             means["loss"],
@@ -218,13 +218,23 @@ class Progress:
 
 
 def _told(means: Mapping[str, Any]) -> str:
-    """What the loaders of all ranks did since the line before; what did not happen is left out."""
-    told = [f"{means['read_mb_per_s']:.1f} MB/s"]
+    """What the loaders of all ranks did since the line before, in brackets; what did not happen is left out.
+
+    A step may read nothing and still have its data: from the cache, or from what was read ahead, which can be all of a
+    small dataset.
+    """
+    told = []
+    if means["read_mb_per_s"]:
+        told.append(_rate(means["read_mb_per_s"]))
     if means["retries"]:
         told.append(counted(means["retries"], "retry", "retries"))
     if means["cache_share"]:
         told.append(f"{100 * means['cache_share']:.0f} % from the cache")
-    return ", ".join(told)
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _rate(mb_per_s: float) -> str:
+    return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
 
 
 def mask_ap(row: Mapping[str, Any]) -> float:

@@ -101,3 +101,16 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     assert "left 0:00:12" in first  # 3 steps of 4 seconds
     assert "(1.5 MB/s, 1 retry)" in caplog.messages[-1]
     assert caplog.messages[-1].endswith("left 0:00:00")
+
+
+def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A small dataset is read ahead whole; the trackers are still given numbers."""
+    progress = Progress(every=1, total=9)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        means = [progress.add(row(step, read_mb=read)) for step, read in enumerate((3.0, 0.0, 0.05), 1)]
+        progress.add(row(4, read_mb=0.0, cache_hits=8))
+    assert [one and one["read_mb_per_s"] for one in means] == [1.5, 0.0, 0.025]
+    for line, told in zip(
+        caplog.messages, ("25 % (1.5 MB/s)", "25 %", "25 % (25.0 kB/s)", "25 % (100 % from the cache)"), strict=True
+    ):
+        assert f"data wait {told}  memory" in line
