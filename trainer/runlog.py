@@ -153,7 +153,8 @@ class RunLog:
         self.steps.flush()
         self.evaluations.flush()
         seen = len(self.steps.rows), len(self.evaluations.rows)
-        if draw and seen != self._drawn:
+        # A run that begins with another's weights (--resume) may rate them before its own first step.
+        if draw and self.steps.rows and seen != self._drawn:
             self._drawn = seen
             (self.run / "metrics.csv").write(table(self.steps.rows))
             (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows))

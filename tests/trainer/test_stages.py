@@ -150,6 +150,13 @@ def test_resume_says_where_from(dataset: Path, tmp_path: Path, capsys: pytest.Ca
     assert newest[0] is not None
     assert newest[1] is not None
     assert all(torch.equal(value, newest[1][1].weights[name]) for name, value in newest[0][1].weights.items())
+    # It rates the weights that it begins with where an evaluation is due, before it has a step of its own to draw.
+    quick["data__val_split"] = "val"
+    assert run("three", 2, "--resume", first)[0] == 0
+    assert [row["step"] for row in tiny.rows(tmp_path / "three/evaluations.jsonl")] == [1, 2]
+    assert (tmp_path / "three/curves.png").exists()
+    quick["data__val_split"] = ""
+
     status, told = run("one", 3, "--resume", first)
     assert status == 2
     assert told.endswith(f"has gone on beyond {first} to step 3: give another --run.dir to branch off there")
