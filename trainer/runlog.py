@@ -136,7 +136,8 @@ class RunLog:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
 
     def add_evaluation(self, row: dict[str, Any]) -> bool:
-        """Log an evaluation; whether its mask AP is the best so far."""
+        """Log an evaluation; whether its mask AP is above all before: of equal ones the first stays the best, as in
+        most early stopping, and as `compare.py` tells it."""
         before = [mask_ap(other) for other in self.evaluations.rows]
         self.evaluations.append(row)
         scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}

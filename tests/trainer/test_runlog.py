@@ -114,3 +114,14 @@ def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptur
         caplog.messages, ("25 % (1.5 MB/s)", "25 %", "25 % (25.0 kB/s)", "25 % (100 % from the cache)"), strict=True
     ):
         assert f"data wait {told}  memory" in line
+
+
+def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
+    log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
+    scores = (0.25, 0.25, 0.125, 0.5, 0.5)
+    best = [
+        log.add_evaluation({"step": step, "split": "val", "bbox": {"ap": 0.25}, "segm": {"ap": score}})
+        for step, score in enumerate(scores, 1)
+    ]
+    log.close()
+    assert best == [True, False, False, True, False]
