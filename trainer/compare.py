@@ -5,7 +5,7 @@
 
 A comparison is a YAML file:
 
-    base: traffic.yaml              # a recipe beside this file, or a whole path or URL; --config names another
+    base: traffic-coco.yaml         # a recipe beside this file, or a whole path or URL; --config names another
     settings:                       # what each run changes in it, by the name that the table shows
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}

@@ -24,7 +24,7 @@ def test_the_comparisons_at_hand_are_ready_to_run(path: Path) -> None:
     configs = script.read_comparison(options(path))
     assert len(configs) == 3
     assert len({json.dumps(config.to_dict()) for config in configs.values()}) == 3
-    base = load_config(str(CONFIGS / "traffic.yaml"))
+    base = load_config(str(CONFIGS / "traffic-coco.yaml"))
     assert all(config.model == base.model and config.optim == base.optim for config in configs.values())
 
 
