@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
     parser = command.Parser(prog="compare.py", description="Train with several settings and compare their AP.")
     parser.add_argument("comparison", metavar="YAML", help="what to compare, such as configs/compare-layers.yaml")
     parser.add_argument("--launch", default="", metavar="TEXT", help="arguments of accelerate launch, as one text")
-    add_arguments(parser)
+    add_arguments(parser, hidden=["run.resume"])
     options = parser.parse_args(arguments)
     configs = read_comparison(options)
     if not all(config.data.shards for config in configs.values()):
@@ -104,7 +104,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     """The settings of each run: the base, then the command line, then what is its own.
 
     Raises:
-        ConfigError: the file is wrong, or the runs would not see equally many images.
+        ConfigError: the file is wrong, the runs would not see equally many images, or one was to be resumed.
     """
     path = options.comparison
     try:
@@ -131,6 +131,11 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         update(config, changes, f"comparison {path}: {name}")
         validate(config)
         configs[str(name)] = config
+    if any(config.run.resume for config in configs.values()):
+        raise ConfigError(
+            "run.resume (--resume) has no place in a comparison: the same command goes on with the run that was "
+            "interrupted, and begins the others"
+        )
     budgets = {name: images_of(config) for name, config in configs.items()}
     if len(set(budgets.values())) != 1:
         told = ", ".join(f"{name} {images}" for name, images in budgets.items()) or "there is none"

@@ -56,6 +56,23 @@ def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str
         script.read_comparison(options(tmp_path / "c.yaml"))
 
 
+@pytest.mark.parametrize("words", [["--resume"], ["--run.resume", "last"], ["--resume", "/runs/a"]])
+def test_resume_is_refused_for_the_command_goes_on_by_itself(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
+    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
+    assert capsys.readouterr().err == (
+        "compare: error: run.resume (--resume) has no place in a comparison: "
+        "the same command goes on with the run that was interrupted, and begins the others\n"
+    )
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    told = capsys.readouterr().out
+    assert "resume" not in told
+    assert "--run.dir" in told
+
+
 def evaluation(step: int, mask: float, box: float) -> dict[str, Any]:
     return {"step": step, "segm": {"ap": mask, "ap50": mask + 0.1}, "bbox": {"ap": box, "ap50": box}}
 
