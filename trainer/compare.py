@@ -5,13 +5,14 @@
 
 A comparison is a YAML file:
 
-    base: traffic.yaml              # a recipe beside this file, or a whole path or URL; --config names another
+    base: traffic-coco.yaml         # a recipe beside this file, or a whole path or URL; --config names another
     settings:                       # what each run changes in it, by the name that the table shows
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}
 
 `--section.key value` changes all runs. Each has a folder of its own in --run.dir, and the same command again goes on
-with the run that was interrupted. At the end --run.dir holds compare.md, compare.json and compare.png.
+with the run that was interrupted. SIGTERM and SIGINT are passed on to the run under way: it saves and ends, then the
+comparison does. At the end --run.dir holds compare.md, compare.json and compare.png.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ from shards.errors import StorageError, UserError
 from shards.storage import Location, check_writable
 from trainer import command
 from trainer.config import add_arguments, load_config, save_config, update
+from trainer.launcher import launch, noted_signals
 from trainer.schedule import total_steps
 from trainer.settings import Config, ConfigError, validate
 
@@ -89,7 +90,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
     parser = command.Parser(prog="compare.py", description="Train with several settings and compare their AP.")
     parser.add_argument("comparison", metavar="YAML", help="what to compare, such as configs/compare-layers.yaml")
     parser.add_argument("--launch", default="", metavar="TEXT", help="arguments of accelerate launch, as one text")
-    add_arguments(parser)
+    add_arguments(parser, hidden=["run.resume"])
     options = parser.parse_args(arguments)
     configs = read_comparison(options)
     if not all(config.data.shards for config in configs.values()):
@@ -104,7 +105,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     """The settings of each run: the base, then the command line, then what is its own.
 
     Raises:
-        ConfigError: the file is wrong, or the runs would not see equally many images.
+        ConfigError: the file is wrong, the runs would not see equally many images, or one was to be resumed.
     """
     path = options.comparison
     try:
@@ -131,6 +132,11 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         update(config, changes, f"comparison {path}: {name}")
         validate(config)
         configs[str(name)] = config
+    if any(config.run.resume for config in configs.values()):
+        raise ConfigError(
+            "run.resume (--resume) has no place in a comparison: the same command goes on with the run that was "
+            "interrupted, and begins the others"
+        )
     budgets = {name: images_of(config) for name, config in configs.items()}
     if len(set(budgets.values())) != 1:
         told = ", ".join(f"{name} {images}" for name, images in budgets.items()) or "there is none"
@@ -150,21 +156,16 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+]+", "-", name).strip("-")
 
 
-def compare(configs: dict[str, Config], folder: Location, launch: Sequence[str]) -> int:
+def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]) -> int:
     """Train them all, one after the other, and write what came of it.
 
     Raises:
         UserError: `folder` cannot be written, or a training failed.
+        command.Stopped: as `train_all`.
     """
     command.start_logging()
     check_writable(folder, "--run.dir")
-    for name, config in configs.items():
-        print(f"\n{name}: {config.run.dir}", flush=True)
-        status = run_training(config, launch)
-        if status:
-            raise UserError(
-                f"{name}: the training ended with status {status}, its message is above; the same command goes on"
-            )
+    train_all(configs, options)
     results = [read_result(name, Location(config.run.dir)) for name, config in configs.items()]
 
     from trainer.curves import draw_comparison
@@ -177,22 +178,29 @@ def compare(configs: dict[str, Config], folder: Location, launch: Sequence[str])
     return 0
 
 
-def run_training(config: Config, launch: Sequence[str]) -> int:
-    """`accelerate launch trainer/train.py` with these settings; its exit status."""
-    with tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
-        path = Location(f"{temporary}/settings.yaml")
-        save_config(config, path)
-        words = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--quiet",
-            *launch,
-            str(TRAIN),
-            "--config",
-            path.path,
-        ]
-        return subprocess.run(words, check=False).returncode
+def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
+    """`accelerate launch trainer/train.py` with each of these settings.
+
+    Args:
+        configs: by name, each with a `run.dir` of its own.
+        options: of `accelerate launch`.
+
+    Raises:
+        UserError: a training failed.
+        command.Stopped: a signal ended the training under way.
+    """
+    with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
+        settings = Location(f"{temporary}/settings.yaml")
+        for name, config in configs.items():
+            print(f"\n{name}: {config.run.dir}", flush=True)
+            save_config(config, settings)
+            status = launch(TRAIN, ["--config", settings.path], options, noted)
+            if noted:
+                raise command.Stopped(noted[0], f"stopped by a signal at {name!r}: the same command goes on from there")
+            if status:
+                raise UserError(
+                    f"{name}: the training ended with status {status}, its message is above; the same command goes on"
+                )
 
 
 def read_result(name: str, run: Location) -> Result:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ import yaml
 from shards.errors import StorageError
 from shards.storage import Location
 from trainer.settings import Config, ConfigError, validate
+
+RESUME_HELP = "go on from run.dir's newest checkpoint, or from the given one: --run.resume"
 
 
 def sections() -> dict[str, type]:
@@ -97,8 +99,13 @@ def load_config(path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
     return config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a command `--config` and every `--section.key`, with descriptions and defaults."""
+def add_arguments(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
+    """Give a command `--config` and every `--section.key`, with descriptions and defaults.
+
+    Args:
+        parser: of the command.
+        hidden: options `section.key` that the help leaves out, for the command refuses them in words of its own.
+    """
     parser.add_argument("--config", metavar="YAML", help="settings file, such as configs/traffic.yaml: a path or a URL")
     parser.add_argument(
         "--resume",
@@ -107,19 +114,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="last",
         default=argparse.SUPPRESS,
-        help="go on from run.dir's newest checkpoint, or from the given one: --run.resume",
+        help=argparse.SUPPRESS if "run.resume" in hidden else RESUME_HELP,
     )
     for section, cls in sections().items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
         for item in fields(cls):
             default = getattr(cls(), item.name)
             shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+            text = f"{item.metadata['help']} [{shown}]".replace("%", "%%")
+            name = f"{section}.{item.name}"
             group.add_argument(
-                f"--{section}.{item.name}",
-                dest=f"{section}.{item.name}",
+                f"--{name}",
+                dest=name,
                 metavar="VALUE",
                 default=argparse.SUPPRESS,
-                help=f"{item.metadata['help']} [{shown}]".replace("%", "%%"),
+                help=argparse.SUPPRESS if name in hidden else text,
             )
 
 

@@ -24,7 +24,7 @@ def test_the_comparisons_at_hand_are_ready_to_run(path: Path) -> None:
     configs = script.read_comparison(options(path))
     assert len(configs) == 3
     assert len({json.dumps(config.to_dict()) for config in configs.values()}) == 3
-    base = load_config(str(CONFIGS / "traffic.yaml"))
+    base = load_config(str(CONFIGS / "traffic-coco.yaml"))
     assert all(config.model == base.model and config.optim == base.optim for config in configs.values())
 
 
@@ -54,6 +54,23 @@ def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(value))
     with pytest.raises(ConfigError, match=message):
         script.read_comparison(options(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--run.resume", "last"], ["--resume", "/runs/a"]])
+def test_resume_is_refused_for_the_command_goes_on_by_itself(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
+    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
+    assert capsys.readouterr().err == (
+        "compare: error: run.resume (--resume) has no place in a comparison: "
+        "the same command goes on with the run that was interrupted, and begins the others\n"
+    )
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    told = capsys.readouterr().out
+    assert "resume" not in told
+    assert "--run.dir" in told
 
 
 def evaluation(step: int, mask: float, box: float) -> dict[str, Any]:

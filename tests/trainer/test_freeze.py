@@ -13,7 +13,7 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from shards.errors import UserError
 from tests.trainer import tiny
 from trainer.config import load_config
-from trainer.freeze import check_all_learned, from_output, parse_layers, set_trainable, trainable_parameters
+from trainer.freeze import OUTPUTS, check_all_learned, from_output, parse_layers, set_trainable, trainable_parameters
 from trainer.model import build_model
 from trainer.settings import ConfigError, DataConfig, ModelConfig
 
@@ -72,7 +72,7 @@ def test_set_trainable_sets_what_the_pure_function_says():
 
 
 def test_layers_from_the_output_of_a_resnet101():
-    """The network of the comparison of 5, 10 and 15 %: 104 + 21 layers."""
+    """104 + 21 layers."""
     order = from_output(build_model(ModelConfig(backbone="resnet101"), DataConfig(), 5))
     assert len(order) == 125
     assert order[:7] == [
@@ -92,6 +92,22 @@ def test_layers_from_the_output_of_a_resnet101():
         "backbone.body.layer4.2.conv2",
     ]
     assert order[-1] == "backbone.body.conv1"
+
+
+def test_the_comparison_of_5_10_and_15_percent_is_of_a_resnet50s_heads():
+    resnet50 = build_model(ModelConfig(backbone="resnet50"), DataConfig(), 5)
+    order = from_output(resnet50)
+    assert len(order) == 53 + 21
+    heads = set(order[:13])
+    assert all(name.startswith(("rpn.", "roi_heads.")) for name in heads)
+    trains = {
+        share: {name.rpartition(".")[0] for name in trainable_parameters(resnet50, f"last {share}%")}
+        for share in (5, 10, 15)
+    }
+    assert trains[5] == set(OUTPUTS) - {"rpn.head.cls_logits"}
+    hidden = {"roi_heads.mask_predictor.conv5_mask", "roi_heads.box_head.fc7", "rpn.head.conv.0.0"}
+    assert trains[10] == hidden | set(OUTPUTS)
+    assert trains[15] == heads - {"roi_heads.mask_head.0.0"}
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

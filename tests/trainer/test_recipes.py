@@ -1,5 +1,7 @@
-"""Each recipe of configs/ trains, stops and goes on: at tiny sizes, with its other options as they are."""
+"""Each recipe of configs/ trains, stops and goes on: at tiny sizes, with its other options as they are. At full size
+none leaves random what its starting weights do not hold."""
 
+import argparse
 import os
 import signal
 from pathlib import Path
@@ -10,12 +12,20 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import get_model, resnet18
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
+from shards.dataset import Category
 from tests.trainer import tiny
 from trainer import train as train_script
 from trainer.checkpoint import open_checkpoint
+from trainer.compare import read_comparison
 from trainer.config import load_config
+from trainer.freeze import check_all_learned, trainable_parameters
+from trainer.model import build_model
+from trainer.schedule import stages
+from trainer.settings import Config
+from trainer.weights import load_weights
 
 # Two epochs of one step; a stage is one.
 SIZES = {
@@ -30,6 +40,7 @@ SIZES = {
     "train.eval_batch_size": 2,
     "run.trackers": [],
 }
+TRAFFIC = [Category(i, name, f"/m/{i}") for i, name in enumerate(("Person", "Car", "Traffic light", "Traffic sign"), 1)]
 STAGES = "[{layers: heads, epochs: 1}, {layers: 4+, epochs: 1}, {layers: all, epochs: 1, lr: 0.1}]"
 
 
@@ -53,7 +64,7 @@ def fresh_accelerator() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-heads-first"])
+@pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
 def test_a_recipe_trains_stops_and_goes_on(
     name: str, dataset: Path, weights: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,3 +103,32 @@ def test_a_recipe_trains_stops_and_goes_on(
     ran, wanted = open_checkpoint(str(tmp_path)).config.to_dict(), recipe.to_dict()
     changed = {f"{part}.{key}" for part in wanted for key in wanted[part] if wanted[part][key] != ran[part][key]}
     assert changed <= settings.keys()
+
+
+def recipes() -> dict[str, Config]:
+    """All settings of configs/: each recipe, and each setting of each comparison."""
+    found: dict[str, Config] = {}
+    for path in sorted((tiny.ROOT / "configs").glob("*.yaml")):
+        if path.stem.startswith("compare-"):
+            configs = read_comparison(argparse.Namespace(comparison=str(path), config=None))
+            found |= {f"{path.stem}: {name}": config for name, config in configs.items()}
+        else:
+            found[path.stem] = load_config(str(path))
+    return found
+
+
+def published(name: str, backbone: str) -> dict[str, torch.Tensor]:
+    """What stands for torchvision's download: its names and shapes, and no values to speak of."""
+    with torch.device("meta"):
+        coco = name == "coco"
+        network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None) if coco else get_model(backbone)
+    return {name: torch.ones(value.shape) for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in recipes().items()])
+def test_no_recipe_leaves_random_what_its_weights_do_not_hold(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.weights._download", lambda weights, name: published(name, config.model.backbone))
+    network = build_model(config.model, config.data, 1 + len(TRAFFIC))
+    report = load_weights(network, config.model, TRAFFIC)
+    trained = {name for stage in stages(config.train) for name in trainable_parameters(network, stage.layers)}
+    check_all_learned(network, report.missing, trained)

@@ -135,16 +135,22 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def start(script: Path | str, options: list[str], *, ranks: int = 1) -> subprocess.Popen[str]:
-    """Start a script under `accelerate launch` with that many CPU processes; with one, by itself."""
+def launch_options(ranks: int) -> list[str]:
+    """Arguments of `accelerate launch` for that many CPU processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    several = ["--multi_gpu", "--main_process_port", str(port)] if ranks > 1 else []
+    common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return ["--num_processes", str(ranks), *common, *several]
+
+
+def start(script: Path | str, options: list[str], *, ranks: int = 1, group: int | None = None) -> subprocess.Popen[str]:
+    """Start a script under `accelerate launch` with that many CPU processes; with one, by itself. With group 0 it leads
+    a process group of its own, as a command in a terminal does."""
     command = [sys.executable]
     if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(port)]
+        command += ["-m", "accelerate.commands.launch", *launch_options(ranks)]
     return subprocess.Popen(
         [*command, str(script), *options],
         cwd=ROOT,
@@ -152,6 +158,7 @@ def start(script: Path | str, options: list[str], *, ranks: int = 1) -> subproce
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=group,
     )
 
 
