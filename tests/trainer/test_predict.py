@@ -107,6 +107,19 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 
 
+def test_a_thin_image_is_one_like_the_others(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thin, out = tmp_path / "thin.png", tmp_path / "out"
+    Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0", str(thin), str(images[0])]
+    assert predict.main(command) == 0
+    assert capsys.readouterr().err == ""
+    sizes = [(i["width"], i["height"]) for i in json.loads((out / "predictions.json").read_text())["images"]]
+    assert sizes[0] == (600, 3)
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
+
+
 def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
     root = Location(f"memory://{tmp_path.name}")
     (root / "in.jpg").write(images[0].read_bytes())
