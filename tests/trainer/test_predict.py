@@ -254,6 +254,7 @@ def submission_of(
         (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
         ([str(Path(__file__).parent)], "the folder has no image directly in it"),
         (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
+        (["--score", "nan", "x.jpg"], "--score is nan: it must be between 0 and 1"),
         (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
         (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
     ],
