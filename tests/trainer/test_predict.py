@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.storage import Location
 from tests.trainer import tiny
 from trainer import predict
-from trainer.image_names import find_images, picture_names
+from trainer.image_names import check_image_ids, find_images, picture_names
 from trainer.predictions import submission_labels
 
 
@@ -165,6 +165,23 @@ def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
         found = find_images([asked])
         assert [name.rsplit("/", 1)[-1] for name in found] == ["a.jpg", "b.png"]
         assert [Location(name).read() for name in found] == [b"x", b"x"]
+
+
+def test_an_image_that_is_named_twice_is_one(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(str, images)
+    monkeypatch.chdir(tmp_path)
+    again = ["in", first, "in/street.jpg", "./more/../in/grey.png", f"file://{first}", "**/*.jpg"]
+    assert find_images(again) == [*sorted([first, second]), third]
+    assert find_images(["more/street.jpg", third]) == ["more/street.jpg"]
+    root = Location(f"memory://{tmp_path.name}")
+    (root / "a.jpg").write(b"")
+    assert find_images([str(root), str(root / "a.jpg")]) == find_images([str(root)])
+    assert len(find_images([first, third, "https://h/a.jpg?n=1", "https://h/a.jpg?n=2"])) == 4
+    (tmp_path / "in" / "link.jpg").symlink_to(first)  # a name of its own, and so an ImageID of its own
+    assert len(find_images(["in"])) == 3
+    check_image_ids(find_images(["in", first]))
 
 
 def test_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
