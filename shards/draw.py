@@ -73,7 +73,7 @@ def draw_instances(
     An object with no room for its name goes without where another of its class, whose colour it shares, has one.
 
     Args:
-        image: uint8 (H, W, 3) RGB, or a picture of Pillow's.
+        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
         instances: what to draw, in pixels of `image`.
         categories: the classes, for their names.
         scores: one an instance, shown beside its name.
@@ -86,7 +86,8 @@ def draw_instances(
         An RGB picture of `scale` times the image's size. `image` is left as it was.
 
     Raises:
-        ValueError: as many scores, captions, colours as instances are needed; a mask must have the image's size.
+        ValueError: as many scores, captions, colours as instances are needed; a mask must have the image's size; the
+            image is of another shape or dtype.
     """
     for name, values in (("scores", scores), ("captions", captions), ("colours", colours)):
         if values is not None and len(values) != len(instances):
@@ -138,7 +139,7 @@ def display_instances(
     https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Pillow is all it needs, no display.
 
     Args:
-        image: uint8 (H, W, 3) RGB.
+        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
         boxes: (N, 4) y1, x1, y2, x2 in pixels, y2 and x2 just outside; an instance whose box is all 0 is left out.
         masks: (H, W, N); not 0 is the object.
         class_ids: (N,) indices of `class_names`, in which 0 is the background.
@@ -156,18 +157,21 @@ def display_instances(
         is shown twice.
 
     Raises:
-        ValueError: the arrays are not of one number of instances, or a mask has another size than the image.
+        ValueError: an argument has a shape that does not go with the others', or a box is not finite.
     """
-    boxes, masks, class_ids = np.asarray(boxes), np.asarray(masks), np.asarray(class_ids)
-    if not len(boxes) == masks.shape[-1] == len(class_ids):
-        raise ValueError(f"{len(boxes)} boxes, {masks.shape[-1]} masks, {len(class_ids)} class ids: not of one number")
+    picture, boxes, class_ids = _as_picture(image), _checked_boxes(boxes), np.asarray(class_ids)
+    masks = _checked_masks("masks", masks, picture, len(boxes))
+    one_a_box = {"class_ids": class_ids, "scores": scores, "colors": colors, "captions": captions}
+    for name, values in one_a_box.items():
+        if values is not None and len(values) != len(boxes):
+            raise ValueError(f"{name} has a length of {len(values)}: it must be {len(boxes)}, one a box")
     kept = [i for i in range(len(boxes)) if np.any(boxes[i])]
     instances = []
     for i in kept:
         y1, x1, y2, x2 = map(float, boxes[i])
         instances.append(Instance(int(class_ids[i]), (x1, y1, x2 - x1, y2 - y1), rle.encode(masks[:, :, i])))
     picture = draw_instances(
-        image,
+        picture,
         instances,
         [Category(number, name, "") for number, name in enumerate(class_names)],
         scores=None if scores is None else [float(scores[i]) for i in kept],
@@ -196,7 +200,7 @@ def display_top_masks(
     As matterport's `visualize.display_top_masks`, with the same arguments.
 
     Args:
-        image: uint8 (H, W, 3) RGB.
+        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
         mask: (H, W, N); not 0 is the object.
         class_ids: (N,) indices of `class_names`.
         class_names: a name a class.
@@ -206,12 +210,12 @@ def display_top_masks(
         An RGB picture of `limit` + 1 panes; shown as `display_instances` does.
 
     Raises:
-        ValueError: as many class ids as masks are needed.
+        ValueError: `mask` must have the image's size and as many masks as there are class ids; `limit` is negative.
     """
-    mask, class_ids = np.asarray(mask) != 0, np.asarray(class_ids)
-    if mask.shape[-1] != len(class_ids):
-        raise ValueError(f"{mask.shape[-1]} masks, {len(class_ids)} class ids: not of one number")
-    picture = _enlarged(image, 1)
+    if limit < 0:
+        raise ValueError(f"limit is {limit}: it must be 0 or more")
+    picture, class_ids = _as_picture(image), np.asarray(class_ids)
+    mask = _checked_masks("mask", mask, picture, len(class_ids)) != 0
     areas = {int(number): int(mask[:, :, class_ids == number].sum()) for number in np.unique(class_ids)}
     top = sorted((number for number in areas if areas[number]), key=lambda number: -areas[number])[:limit]
     panes = [titled_picture(_pane(picture), f"H x W = {picture.height} x {picture.width}")]
@@ -225,6 +229,30 @@ def display_top_masks(
         strip.paste(pane, (left, 0))
         left += pane.width + GAP
     return _shown(strip)
+
+
+def _checked_boxes(boxes: NDArray[Any]) -> NDArray[np.float64]:
+    """(N, 4) float64; ValueError where they are of another shape, or not finite."""
+    checked = np.asarray(boxes, dtype=np.float64)
+    checked = checked if checked.size else checked.reshape(0, 4)
+    if checked.ndim != 2 or checked.shape[1] != 4:
+        raise ValueError(f"boxes has the shape {checked.shape}: it must be (N, 4)")
+    odd = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    if len(odd):
+        raise ValueError(f"boxes[{odd[0]}] is {checked[odd[0]].tolist()}: it must be finite")
+    return checked
+
+
+def _checked_masks(name: str, masks: NDArray[Any], picture: Image.Image, count: int) -> NDArray[Any]:
+    """`count` masks as an array (H, W, count); ValueError where they are of another number, or not of the picture."""
+    checked, shape = np.asarray(masks), (picture.height, picture.width, count)
+    if not checked.size and not count:
+        return np.zeros(shape, np.uint8)  # of any shape: a list without an entry, too
+    if checked.shape != shape:
+        raise ValueError(
+            f"{name} has the shape {checked.shape}: it must be {shape}: H and W of the image, N of the rest"
+        )
+    return checked
 
 
 def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
@@ -264,8 +292,21 @@ def _shown(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def _as_picture(image: NDArray[np.uint8] | Image.Image) -> Image.Image:
+    """RGB; ValueError for an array that is no image of eight bits."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError(
+            f"image has the shape {pixels.shape} and holds {pixels.dtype}: it must be (H, W, 3) or (H, W) of uint8, "
+            "0 to 255"
+        )
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
+
+
 def _enlarged(image: NDArray[np.uint8] | Image.Image, scale: int) -> Image.Image:
-    picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
+    picture = _as_picture(image)
     if scale == 1:
         return picture.copy()
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)

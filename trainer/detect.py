@@ -23,6 +23,7 @@ from torchvision.models.detection.transform import resize_boxes
 from shards import rle
 from shards.rle import Rle
 from shards.sample import Instance
+from trainer.augment import scaled_size
 
 PASTE_BYTES = 16 * 2**20  # of pasted masks (a byte a pixel of their boxes) at a time, or one mask where one is larger
 MASK_THRESHOLD = 0.5
@@ -61,7 +62,7 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
 
     Args:
         network: in evaluation mode, on `device`.
-        images: uint8 or float in 0 to 1, (3, H, W) RGB each, of any sizes.
+        images: uint8 or float in 0 to 1, (3, H, W) RGB each, of any sizes and shapes.
         device: where to compute.
 
     Returns:
@@ -69,15 +70,15 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
     """
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
-    inputs = [_as_float(image.to(device, non_blocking=True)) for image in images]
+    inputs = [_at_least_a_pixel(_as_float(image.to(device, non_blocking=True)), network) for image in images]
     batch, _ = network.transform(inputs)
     features: Any = network.backbone(batch.tensors)
     proposals, _ = network.rpn(batch, features)
     found, _ = network.roi_heads(features, proposals, batch.image_sizes)
     results = []
-    for image, scaled_size, entry in zip(images, batch.image_sizes, found, strict=True):
+    for image, seen, entry in zip(images, batch.image_sizes, found, strict=True):
         height, width = int(image.shape[-2]), int(image.shape[-1])
-        boxes = resize_boxes(entry["boxes"], list(scaled_size), [height, width])
+        boxes = resize_boxes(entry["boxes"], list(seen), [height, width])
         results.append(
             Detections(
                 boxes=boxes.float().cpu().numpy(),
@@ -150,3 +151,16 @@ def _encode(columns: NDArray[np.bool_], left: int, top: int, height: int, width:
 
 def _as_float(image: Tensor) -> Tensor:
     return image.float().div_(255) if image.dtype == torch.uint8 else image
+
+
+def _at_least_a_pixel(image: Tensor, network: MaskRCNN) -> Tensor:
+    """The image; a very thin one at the size that training gives it, one pixel thin.
+
+    torchvision rounds that side down to 0 (3000 x 3 pixels made 1024 wide) and fails. What comes here at its last size
+    it leaves as it is.
+    """
+    height, width = image.shape[-2:]
+    size = scaled_size(height, width, network.transform.min_size[-1], network.transform.max_size)
+    if 1 not in size:
+        return image
+    return interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]

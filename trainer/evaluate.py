@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("score", 0, 1),
     ):
         value = getattr(parsed, name.removeprefix("data.").replace("-", "_"))
-        if value is not None and (value < low or (high is not None and value > high)):
+        if value is not None and not low <= value <= (math.inf if high is None else high):  # NaN is not
             raise UserError(
                 f"--{name} is {value}: it must be {f'between {low} and {high}' if high else f'{low} or more'}"
             )
@@ -204,7 +205,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             "confusion.csv": confusion_csv(matrix).encode("utf-8"),
             "confusion.png": draw_confusion(matrix),
             "images.html": page.encode("utf-8"),
-            "evaluation.json": json.dumps(value, indent=1).encode("utf-8"),
+            "evaluation.json": json.dumps(value, indent=1, allow_nan=False).encode("utf-8"),
         }
         for name, data in files.items():
             (out / name).write(data)

@@ -17,12 +17,25 @@ def find_images(names: Sequence[str]) -> list[str]:
     """The images that paths, URLs, folders and globs stand for; what a folder or a glob finds is sorted.
 
     A folder stands for the images directly in it, `**` in a glob for folders of any depth. An http URL is one image.
+    An image that several of them stand for comes once, where it is first.
 
     Raises:
         UserError: a folder without images, a glob that matches nothing.
         StorageError: a place could not be asked.
     """
-    return [image for name in names for image in _expand(name)]
+    first: dict[str, str] = {}
+    for name in names:
+        for image in _expand(name):
+            first.setdefault(_place(image), image)
+    return list(first.values())
+
+
+def _place(image: str) -> str:
+    """Equal for one path however it is written; a link to a file is another path."""
+    place = Location(image)
+    if place.protocol in ("http", "https"):
+        return image
+    return os.path.abspath(place.path) if place.is_local else f"{place.protocol}://{place.path}"
 
 
 def _expand(name: str) -> list[str]:

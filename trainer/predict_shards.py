@@ -78,7 +78,7 @@ class Parts:
 
     def write(self, number: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a part, whole or not at all."""
-        lines = (json.dumps(record, separators=(",", ":")) for record in records)
+        lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) for record in records)
         self.place(number).write("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
     def read(self, number: int) -> list[dict[str, Any]]:

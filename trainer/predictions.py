@@ -192,7 +192,7 @@ def write_picture(place: Location, pixels: Tensor, found: Detections, categories
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _publish(source: str, place: Location) -> None:

@@ -184,8 +184,39 @@ def test_display_instances_leaves_out_what_matterport_does() -> None:
     assert not changed(plates)[115:].any()
     titled = display_instances(GREY, **arrays(), class_names=NAMES, title="A street")  # type: ignore[arg-type]
     assert (titled.width, titled.height > 300) == (400, True)
-    with pytest.raises(ValueError, match="2 boxes, 1 masks, 2 class ids"):
-        display_instances(GREY, a["boxes"], a["masks"][:, :, :1], a["class_ids"], NAMES)
+
+
+ODD = {
+    "masks": (None, np.zeros((300, 400), bool), np.zeros((150, 400, 2), bool), np.zeros((300, 400, 1), bool)),
+    "boxes": (np.zeros(4), np.zeros((2, 5)), np.array([[1, 2, 3, 4], [5, np.nan, 9, 9]]), np.ones((2, 2, 4))),
+    "class_ids": (np.array([1]),),
+    "scores": (np.array([0.5]), [0.5, 0.5, 0.5]),
+    "captions": (["one"],),
+    "colors": ([(1, 0, 0)],),
+    "image": (GREY / 255.0, GREY[:, :, :2], GREY.transpose(2, 0, 1), GREY[0, 0], GREY.astype(np.int64)),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD.items() for value in values])
+def test_display_instances_names_the_argument_that_does_not_fit(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}(\[1\])? (has|is) [^\n]*: it must be"):
+        display_instances(**{"image": GREY, **arrays(), "class_names": NAMES, name: value})  # type: ignore[arg-type]
+
+
+def test_display_top_masks_names_the_argument_that_does_not_fit() -> None:
+    right = {"image": GREY, "mask": arrays()["masks"], "class_ids": np.array([1, 2]), "class_names": NAMES}
+    odd = [("mask", value) for value in ODD["masks"]] + [("image", value) for value in ODD["image"]] + [("limit", -1)]
+    for name, value in odd:
+        with pytest.raises(ValueError, match=rf"^{name} (has|is) [^\n]*: it must be"):
+            display_top_masks(**{**right, name: value})  # type: ignore[arg-type]
+
+
+def test_grey_images_are_drawn_on_as_well() -> None:
+    expected = np.asarray(display_instances(GREY, **arrays(), class_names=NAMES))  # type: ignore[arg-type]
+    for image in (GREY[:, :, 0], GREY[:, :, :1]):
+        picture = display_instances(image, **arrays(), class_names=NAMES)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+        display_top_masks(image, arrays()["masks"], np.array([1, 2]), NAMES)  # type: ignore[arg-type]
 
 
 def test_display_top_masks_shows_the_largest_classes_first() -> None:
@@ -198,8 +229,6 @@ def test_display_top_masks_shows_the_largest_classes_first() -> None:
         np.testing.assert_array_equal(pane[place], class_colour(number))
         assert (pane.any(axis=2) == a["masks"][:, :, number - 1]).all()
     assert not panes[3].any()
-    with pytest.raises(ValueError, match="2 masks, 1 class ids"):
-        display_top_masks(GREY, a["masks"], a["class_ids"][:1], NAMES)
 
 
 def test_instances_of_a_class_differ_in_shade_and_large_images_are_made_smaller() -> None:

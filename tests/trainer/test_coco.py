@@ -16,6 +16,7 @@ from shards.sample import Instance, Sample
 from tests.trainer import tiny
 from trainer import detect as detect_module
 from trainer import train
+from trainer.augment import scaled_size
 from trainer.detect import Detections, detect
 from trainer.metrics.coco import SUMMARY, CocoMetric, CocoResult, Scores, ground_truth
 from trainer.model import build_model
@@ -197,6 +198,24 @@ def test_detect_finds_what_torchvision_finds(tmp_path: object, monkeypatch: pyte
             np.testing.assert_array_equal(masks, (theirs["masks"][:, 0] >= 0.5).numpy())
     with pytest.raises(RuntimeError, match="call eval"):
         detect(network.train(), images, "cpu")
+
+
+@pytest.mark.parametrize("thin", [(3, 600), (600, 1), (5, 600), (1, 1)])
+def test_a_thin_image_is_seen_at_the_size_that_training_gives_it(thin: tuple[int, int]) -> None:
+    config = train.parse(tiny.arguments(tiny.ROOT, tiny.ROOT, model__score_threshold=0.0))
+    torch.manual_seed(0)
+    network = build_model(config.model, config.data, 3).eval()
+    seen: list[tuple[int, int]] = []
+    network.rpn.register_forward_pre_hook(lambda _, given: seen.extend(given[0].image_sizes))
+    other = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, *thin), dtype=torch.uint8)
+    found = detect(network, [image, other], "cpu")
+    sizes = [scaled_size(*size, config.data.min_size, config.data.max_size) for size in (thin, (48, 64))]
+    assert seen == sizes
+    assert len(found[1]) > 0
+    assert np.isfinite(found[0].boxes).all()
+    assert all((mask.height, mask.width) == thin for mask in found[0].masks)
+    assert (found[0].boxes <= np.array([thin[1], thin[0]] * 2)).all()
 
 
 def test_an_image_without_detections() -> None:

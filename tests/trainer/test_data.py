@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -167,6 +169,35 @@ def test_grey_palette_and_cmyk_become_rgb():
         file = io.BytesIO()
         image.convert(mode).save(file, kind)
         assert decode_image(file.getvalue()).shape == (3, 40, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_keeps_its_upper_eight_bits(kind):
+    grey = pixels(40, 50)[:, :, 0]
+    rng = np.random.default_rng(0)
+    stored = grey.astype(np.uint16) * 256 + rng.integers(0, 256, grey.shape, dtype=np.uint16)
+    decoded = decode_image(encoded(stored, kind))
+    assert decoded.dtype == torch.uint8
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.stack([grey] * 3, axis=2))
+    if kind == "TIFF":  # the other order of bytes
+        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind)), decoded)
+
+
+def test_16_bit_colours_keep_their_upper_eight_bits():
+    image = pixels(40, 50)
+    rows = (image.astype(">u2") * 257).reshape(40, -1)
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), image)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bit_numbers_are_refused_in_one_line(kind):
+    data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
+    with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
+        decode_image(data)
 
 
 def test_exif_orientation_is_ignored():

@@ -132,6 +132,9 @@ def test_other_classes_are_refused(
     [
         (["--data.split", "test"], "there is no split 'test'"),
         (["--score-threshold", "1.5"], "--score-threshold is 1.5: it must be between 0 and 1"),
+        (["--score-threshold", "nan"], "--score-threshold is nan: it must be between 0 and 1"),
+        (["--nms-threshold", "nan"], "--nms-threshold is nan: it must be between 0 and 1"),
+        (["--score", "nan"], "--score is nan: it must be between 0 and 1"),
         (["--detections", "0"], "--detections is 0: it must be 1 or more"),
         (["--data.workers", "-1"], "--data.workers is -1: it must be 0 or more"),
         (["--hierarchy", "nowhere.json"], "nowhere.json"),

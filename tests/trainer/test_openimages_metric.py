@@ -18,6 +18,7 @@ from shards.storage import Location
 from trainer.detect import Detections
 from trainer.metrics.hierarchy import read_parents
 from trainer.metrics.openimages import GROUP, UNMASKED, UNVERIFIED, OpenImagesMetric, OpenImagesResult
+from trainer.metrics.overlaps import compute_overlaps
 
 PERSON, CAR, MAN = 1, 2, 3
 CATEGORIES = (Category(PERSON, "Person", "/m/p"), Category(CAR, "Car", "/m/c"), Category(MAN, "Man", "/m/m"))
@@ -68,6 +69,30 @@ def test_all_found_and_nothing_else_is_one_and_nothing_found_is_zero() -> None:
     assert ap((one, found())) == 0
     assert ap((sample(present=(PERSON,)), found((PERSON, A, 0.9)))) is None  # no object to find in any image
     assert rate((sample(), found())).ap is None
+
+
+@pytest.mark.parametrize("count", [256, 500])
+def test_more_detections_in_an_image_than_a_byte_counts(count: int) -> None:
+    rng = np.random.default_rng(count)
+    boxes: list[Box] = [(*rng.integers(0, 30, 2).tolist(), *rng.integers(1, 10, 2).tolist()) for _ in range(count)]
+    one = sample(instance(PERSON, A), instance(PERSON, B, mask=False), instance(PERSON, C, group=True))
+    detections = found(*((PERSON, box, 1 - i / count) for i, box in enumerate(boxes)))
+    empty = rle.encode(np.zeros((SIZE, SIZE), np.uint8))
+    detections = replace(detections, masks=(*detections.masks[:-1], empty))
+
+    every = compute_overlaps(one.instances, detections)
+    for i, mask in enumerate(detections.masks):  # each mask alone
+        alone = replace(
+            detections,
+            boxes=detections.boxes[i : i + 1],
+            labels=detections.labels[i : i + 1],
+            scores=detections.scores[i : i + 1],
+            masks=(mask,),
+        )
+        single = compute_overlaps(one.instances, alone)
+        assert np.array_equal(every.values[i], single.values[0])
+        assert every.empty[i] == single.empty[0] == (rle.decode(mask).sum() == 0)
+    assert sum(rate((one, detections)).classes[0].outcomes.values()) == count - 1  # without the empty one
 
 
 def test_the_area_is_that_of_voc_2010() -> None:

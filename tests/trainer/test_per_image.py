@@ -58,6 +58,36 @@ def test_padding_is_left_out_wherever_it_stands() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_padding_is_no_object_of_the_recall() -> None:
+    pad = (0, 0, 0, 0)
+    recall, positive = compute_recall([pad, A, B], [A, pad, C, pad], 0.5)
+    assert (recall, positive.tolist()) == (0.5, [1])
+    assert np.isnan(compute_recall([A], [pad], 0.5)[0])
+
+
+@pytest.mark.parametrize("threshold", [0, -0.5, 1.01, float("nan")])
+def test_an_iou_out_of_range_is_refused(threshold: float) -> None:
+    told = "is {}: it must be above 0 and up to 1".format
+    with pytest.raises(ValueError, match="iou_threshold " + told(threshold)):
+        rate([(1, A)], [(1, A, 0.9)], iou_threshold=threshold)
+    with pytest.raises(ValueError, match="iou " + told(threshold)):
+        compute_recall([A], [A], threshold)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    boxes, ids, masks = arrays((1, A), (1, B))
+    with pytest.raises(ValueError, match=r"pred_masks 30 x 40: both must have the image's size"):
+        compute_ap(boxes, ids, masks, boxes, ids, [0.9, 0.8], masks[:30])
+    with pytest.raises(ValueError, match="pred_scores holds NaN, 1 of 2"):
+        compute_ap(boxes, ids, masks, boxes, ids, [0.9, np.nan], masks)
+    with pytest.raises(ValueError, match=r"gt_masks has the shape \(40, 40\): it must be \(H, W, 1\)"):
+        compute_ap(boxes[:1], ids[:1], masks[:, :, 0], boxes, ids, [0.9, 0.8], masks)
+    # Nothing is compared where there is nothing: of no size, and a score of padding.
+    assert compute_ap(boxes, ids, masks, [], [], [], np.zeros((9, 9, 0)))[0] == 0
+    padded = np.concatenate([boxes, np.zeros((1, 4))])
+    assert compute_ap(boxes, ids, masks, padded, [1, 1, 0], [0.9, 0.8, np.nan], masks[:, :, [0, 1, 0]])[0] == 1
+
+
 def test_nothing_there_and_nothing_found() -> None:
     value, precisions, recalls, overlaps = rate([(1, A)], [])
     assert (value, precisions.tolist(), recalls.tolist(), overlaps.shape) == (0, [0, 0], [0, 1], (0, 1))

@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.storage import Location
 from tests.trainer import tiny
 from trainer import predict
-from trainer.image_names import find_images, picture_names
+from trainer.image_names import check_image_ids, find_images, picture_names
 from trainer.predictions import submission_labels
 
 
@@ -107,6 +107,19 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 
 
+def test_a_thin_image_is_one_like_the_others(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thin, out = tmp_path / "thin.png", tmp_path / "out"
+    Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0", str(thin), str(images[0])]
+    assert predict.main(command) == 0
+    assert capsys.readouterr().err == ""
+    sizes = [(i["width"], i["height"]) for i in json.loads((out / "predictions.json").read_text())["images"]]
+    assert sizes[0] == (600, 3)
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
+
+
 def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
     root = Location(f"memory://{tmp_path.name}")
     (root / "in.jpg").write(images[0].read_bytes())
@@ -152,6 +165,23 @@ def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
         found = find_images([asked])
         assert [name.rsplit("/", 1)[-1] for name in found] == ["a.jpg", "b.png"]
         assert [Location(name).read() for name in found] == [b"x", b"x"]
+
+
+def test_an_image_that_is_named_twice_is_one(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(str, images)
+    monkeypatch.chdir(tmp_path)
+    again = ["in", first, "in/street.jpg", "./more/../in/grey.png", f"file://{first}", "**/*.jpg"]
+    assert find_images(again) == [*sorted([first, second]), third]
+    assert find_images(["more/street.jpg", third]) == ["more/street.jpg"]
+    root = Location(f"memory://{tmp_path.name}")
+    (root / "a.jpg").write(b"")
+    assert find_images([str(root), str(root / "a.jpg")]) == find_images([str(root)])
+    assert len(find_images([first, third, "https://h/a.jpg?n=1", "https://h/a.jpg?n=2"])) == 4
+    (tmp_path / "in" / "link.jpg").symlink_to(first)  # a name of its own, and so an ImageID of its own
+    assert len(find_images(["in"])) == 3
+    check_image_ids(find_images(["in", first]))
 
 
 def test_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
@@ -241,6 +271,7 @@ def submission_of(
         (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
         ([str(Path(__file__).parent)], "the folder has no image directly in it"),
         (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
+        (["--score", "nan", "x.jpg"], "--score is nan: it must be between 0 and 1"),
         (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
         (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
     ],

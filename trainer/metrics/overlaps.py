@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from shards import rle
 from shards.sample import Instance
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> O
     """
     masks = [None if i.segmentation is None else i.segmentation.to_coco() for i in instances]
     found = [mask.to_coco() for mask in detections.masks]
-    areas = np.array([0 if mask is None else coco_mask.area(mask) for mask in masks])
-    masked = areas > 0
+    masked = np.array([i.segmentation is not None and rle.area(i.segmentation) > 0 for i in instances], dtype=np.bool_)
     groups = np.array([instance.is_group_of for instance in instances], dtype=np.bool_)
     values = np.zeros((len(found), len(masks)))
     if values.size:
@@ -57,7 +57,8 @@ def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> O
         labels=np.array([instance.category_id for instance in instances], dtype=np.int64),
         masked=masked,
         groups=groups,
-        empty=np.asarray(coco_mask.area(found) if found else [], dtype=np.int64) == 0,
+        # One by one: of more than 255 masks, pycocotools' own `area` is an OverflowError under NumPy 2.
+        empty=np.array([rle.area(mask) == 0 for mask in detections.masks], dtype=np.bool_),
     )
 
 

@@ -62,8 +62,9 @@ def compute_ap(
         overlaps: (N, M) mask IoU, predictions in the order of their scores.
 
     Raises:
-        ValueError: arrays of different lengths.
+        ValueError: arrays of different lengths, masks of different sizes, a score that is NaN, an IoU out of range.
     """
+    _check_iou("iou_threshold", iou_threshold)
     found, overlaps = _match(
         (gt_boxes, gt_class_ids, gt_masks), (pred_boxes, pred_class_ids, pred_masks), pred_scores, iou_threshold
     )
@@ -119,14 +120,19 @@ def compute_recall(pred_boxes: ArrayLike, gt_boxes: ArrayLike, iou: float) -> tu
     Args:
         pred_boxes: (N, 4) y1, x1, y2, x2 in pixels, the most trusted first: each takes the free object that it overlaps
             most.
-        gt_boxes: (M, 4).
+        gt_boxes: (M, 4) likewise; in both, rows of zeros are padding.
         iou: of boxes, above 0 and up to 1.
 
     Returns:
         recall: the share of the objects that a box was paired with; NaN without objects.
-        positive_ids: (P,) which predictions overlap any object by `iou` or more, free or not.
+        positive_ids: (P,) which predictions (rows of `pred_boxes`) overlap any object by `iou` or more, free or not.
+
+    Raises:
+        ValueError: `iou` is out of range.
     """
+    _check_iou("iou", iou)
     predicted, truth = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (pred_boxes, gt_boxes))
+    truth = truth[_present(truth)]  # padding among the predictions overlaps nothing
     if not len(truth):
         return float("nan"), np.empty(0, dtype=np.int64)
     overlaps = _iou(_as_xywh(predicted), _as_xywh(truth))
@@ -141,7 +147,16 @@ def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> t
     scores = np.asarray(scores, dtype=np.float64)
     if len(scores) < len(kept):
         raise ValueError(f"{len(scores)} pred_scores for {len(kept)} pred_boxes")
-    order = np.argsort(-scores[: len(kept)][kept], kind="stable")
+    scores = scores[: len(kept)][kept]
+    if np.isnan(scores).any():
+        raise ValueError(f"pred_scores holds NaN, {np.isnan(scores).sum()} of {len(scores)}: they have no order")
+    sizes = [masks.shape[:2] for masks in (gt_masks, pred_masks)]
+    if len(gt_ids) and len(pred_ids) and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"gt_masks are {sizes[0][0]} x {sizes[0][1]} (height x width), pred_masks {sizes[1][0]} x {sizes[1][1]}: "
+            "both must have the image's size"
+        )
+    order = np.argsort(-scores, kind="stable")
     overlaps = _iou(_encode(pred_masks[..., order]), _encode(gt_masks))
     same = pred_ids[order][:, None] == gt_ids[None, :]
     return pair(np.where(same, overlaps, 0.0), threshold) >= 0, overlaps
@@ -152,13 +167,25 @@ def _without_padding(
 ) -> tuple[NDArray[np.bool_], NDArray[Any], NDArray[Any]]:
     """Which boxes are not all zeros, and their classes and masks."""
     boxes, ids, masks = np.asarray(boxes).reshape(-1, 4), np.asarray(ids).reshape(-1), np.asarray(masks)
-    kept = (boxes != 0).any(axis=1)
+    kept = _present(boxes)
     count = len(kept)
     if not count and masks.ndim != 3:
         masks = np.zeros((1, 1, 0), dtype=np.uint8)
+    if masks.ndim != 3:
+        raise ValueError(f"{name}_masks has the shape {masks.shape}: it must be (H, W, {count})")
     if len(ids) < count or masks.shape[-1] < count:
         raise ValueError(f"{count} {name}_boxes, {len(ids)} {name}_class_ids, {masks.shape[-1]} {name}_masks")
     return kept, ids[:count][kept], masks[..., :count][..., kept]
+
+
+def _present(boxes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows are not padding."""
+    return np.asarray((boxes != 0).any(axis=1))
+
+
+def _check_iou(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {value}: it must be above 0 and up to 1")
 
 
 def _encode(masks: NDArray[Any]) -> list[Any]:
