@@ -105,13 +105,22 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[Rle]:
     places = expand_boxes(boxes, scale).to(torch.int64).tolist()
     encoded: list[Rle] = []
     for start, stop in _groups([_window(place, height, width) for place in places]):
-        parts = [_paste_part(padded[i, 0], places[i], height, width) for i in range(start, stop)]
-        # One copy from the device for all of them.
-        bits = torch.cat([part.flatten() for part in parts]).cpu().numpy()
-        ends = np.cumsum([part.numel() for part in parts])
-        for part, place, piece in zip(parts, places[start:stop], np.split(bits, ends[:-1]), strict=True):
-            left, top, *_ = _window(place, height, width)
-            encoded.append(_encode(piece.reshape(part.shape), left, top, height, width))
+        # By a function: what it holds is gone before the next group is resized.
+        encoded += _paste_group(padded[start:stop, 0], places[start:stop], height, width)
+    return encoded
+
+
+def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, width: int) -> list[Rle]:
+    parts = [_paste_part(mask, place, height, width) for mask, place in zip(masks, places, strict=True)]
+    shapes = [part.shape for part in parts]
+    # One copy from the device for all of them.
+    bits = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+    del parts
+    ends = np.cumsum([shape.numel() for shape in shapes])
+    encoded = []
+    for shape, place, piece in zip(shapes, places, np.split(bits, ends[:-1]), strict=True):
+        left, top, *_ = _window(place, height, width)
+        encoded.append(_encode(piece.reshape(shape), left, top, height, width))
     return encoded
 
 
