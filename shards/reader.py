@@ -157,13 +157,14 @@ class SampleReader:
         place = self.root / self.index.shard_paths[part.span.shard]
         start, nbytes = int(self.index.offset[row]), int(self.index.nbytes[row])
         try:
-            if part.future is None:
+            if part.future is not None:
+                self._wait(part.future, part, who)
+                part.take_apart(part.future.result(), self.index)
+            if part.pieces is None:
                 data = memoryview(read_file(place.path, start, start + nbytes))
                 part.statistics.nbytes += len(data)
             else:
-                self._wait(part.future, part, who)
-                pieces = part.pieces(part.future, self.index)
-                data = pieces.pop(row) if done else pieces[row]
+                data = part.pieces.pop(row) if done else part.pieces[row]
         except Exception as error:
             raise SampleError(
                 f"{self._where(row)}: cannot be read: {explain(error, str(place)) or repr(error)}"
@@ -226,32 +227,27 @@ class SampleReader:
 
 @dataclass(slots=True)
 class _Part:
-    """A range that was asked for; `future` is None for a file of this machine, which the kernel reads ahead."""
+    """A range that was asked for: `future` until it was taken apart, then `pieces`, the bytes of each row. Neither for
+    a file of this machine, which the kernel reads ahead."""
 
     span: Span
     future: Future[Bytes] | None
     statistics: ReadStatistics
-    _pieces: dict[int, memoryview] | None = None
+    pieces: dict[int, memoryview] | None = None
 
-    def pieces(self, future: Future[Bytes], index: Index) -> dict[int, memoryview]:
-        """The bytes of each row: fewer than the index says where the object ends early. Raises what the read raised."""
-        if self._pieces is None:
-            whole, rows = memoryview(future.result()), self.span.rows
-            if len(rows) == 1:
-                self._pieces = {rows[0]: whole}
-            else:  # copies, so that each can be freed by itself
-                starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
-                lengths = index.nbytes[rows.start : rows.stop].tolist()
-                cuts = zip(rows, starts, lengths, strict=True)
-                self._pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
-            self.future = _TAKEN_APART
-        return self._pieces
+    def take_apart(self, data: Bytes, index: Index) -> None:
+        """Make the pieces, shorter than the index says where the object ends early, and let the future go."""
+        whole, rows = memoryview(data), self.span.rows
+        if len(rows) == 1:
+            self.pieces = {rows[0]: whole}
+        else:  # copies, so that each can be freed by itself
+            starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
+            lengths = index.nbytes[rows.start : rows.stop].tolist()
+            cuts = zip(rows, starts, lengths, strict=True)
+            self.pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
+        self.future = None
 
     def take_statistics(self) -> ReadStatistics:
         """What has not been counted yet: a range serves many samples and is counted once."""
         taken, self.statistics = self.statistics, ReadStatistics()
         return taken
-
-
-_TAKEN_APART: Future[Bytes] = Future()  # in place of the one that holds the whole range
-_TAKEN_APART.set_result(b"")
