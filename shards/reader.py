@@ -93,11 +93,11 @@ class SampleReader:
         if self.root.is_local:
             self.cache = None
 
-    def read(self, rows: Iterable[int], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
+    def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
         """Yield (row, bytes) for every row, in the order given; `rows` may be endless.
 
         Args:
-            rows: of the index.
+            rows: of the index. None for a batch without any, so that what lies far ahead is not searched for.
             who: is told to be waiting where storage stalls, such as "rank 0".
 
         Raises:
