@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 log = logging.getLogger("shards.reader")
 
 READ_AHEAD = 128 * 2**20
-ATTEMPTS = 5  # reads of a sample whose bytes are wrong
+ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in all
 BACK_OFF_S = 0.2
 STALL_S = 30.0
 
@@ -204,14 +204,15 @@ class SampleReader:
         """The bytes, once their crc32 is the index's; wrong bytes are fetched again, alone."""
         wanted = int(self.index.crc32[row])
         for attempt in range(ATTEMPTS):
-            if zlib.crc32(data) == wanted:
+            if attempt:
+                # Jitter keeps the workers of a job from asking an overloaded server all at once again.
+                time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                self.statistics.retries += 1
+                data = self._sample(self._alone(row), row, True, who)
+            if (found := zlib.crc32(data)) == wanted:
                 return data
-            # Jitter keeps the workers of a job from asking an overloaded server all at once again.
-            time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1.5))
-            self.statistics.retries += 1
-            data = self._sample(self._alone(row), row, True, who)
         raise SampleError(
-            f"{self._where(row)}: crc32 is {zlib.crc32(data):08x}, the index says {wanted:08x}, "
+            f"{self._where(row)}: crc32 is {found:08x}, the index says {wanted:08x}, "
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
 
