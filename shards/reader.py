@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, field
 from operator import add, sub
 from typing import TYPE_CHECKING
 
-from shards.errors import SampleError
+from shards.errors import DatasetError, SampleError
 from shards.index import Index
 from shards.local import expect, read_file
 from shards.plan import Plan, Span
@@ -78,8 +78,11 @@ class SampleReader:
             is read in vain between neighbours adds less than a quarter, and the range that is being taken apart is
             there twice.
         cache: where samples are kept for the next time; not used for a dataset that is on a local disk anyway.
-        stall_s: a wait of so many seconds for one range is told in the log, and again after twice the time.
+        stall_s: a wait of so many seconds, above 0, for one range is told in the log, and again after twice the time.
         statistics: running totals; several readers may share them.
+
+    Raises:
+        DatasetError: `stall_s` is not above 0.
     """
 
     root: Location
@@ -90,6 +93,8 @@ class SampleReader:
     statistics: SampleStatistics = field(default_factory=SampleStatistics)
 
     def __post_init__(self) -> None:
+        if not 0 < self.stall_s < float("inf"):
+            raise DatasetError(f"stall_s is {self.stall_s}: it must be a number of seconds above 0")
         if self.root.is_local:
             self.cache = None
 
