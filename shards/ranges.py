@@ -5,37 +5,31 @@ the processor time of the same requests through s3fs (`benchmarks/reads.py`), wh
 can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
 broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
 
-Connections live in the event loop thread of fsspec, one set a process, and never cross a fork.
+Connections live in the event loop thread of fsspec (`shards.sessions`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import hashlib
-import os
 import random
 import re
-import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote
-from urllib.request import getproxies
 
 from fsspec.asyn import get_loop
 
 from shards import storage
 from shards.buckets import Address, address_of
+from shards.sessions import aiohttp_module, session
 from shards.storage import Location
 
 ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
 IN_FLIGHT = 32
-CONNECTIONS = 64
 HTTP = ("http", "https")
 REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
 
@@ -202,7 +196,7 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
             if body.is_right(address):
                 return body
             raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
-        except (OSError, _aiohttp().ClientError) as error:
+        except (OSError, aiohttp_module().ClientError) as error:
             if isinstance(error, FileNotFoundError | PermissionError | TooLargeError | ReplacedError):
                 raise
             failures = 0 if len(body.data) > before else failures + 1
@@ -269,11 +263,11 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
     ranged = "Range" in headers
     if address is not None:
         headers = address.signed(url, headers)
-    timeout = _aiohttp().ClientTimeout(
+    timeout = aiohttp_module().ClientTimeout(
         total=None, sock_connect=storage.CONNECT_TIMEOUT_S, sock_read=storage.READ_TIMEOUT_S
     )
-    session, place = await _session(), URL(url, encoded=True)
-    async with session.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
+    connections, place = await session(), URL(url, encoded=True)
+    async with connections.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
         if answer.status == 412:
             if body.read.etag:
                 raise ReplacedError(f"the object is no longer the one with the ETag {body.read.etag}")
@@ -327,54 +321,3 @@ async def _refuse(answer: Any, url: str, address: Address | None) -> None:
     if 400 <= answer.status < 500 and answer.status not in (408, 429):
         raise PermissionError(reason)  # ExpiredToken is a 400: credentials that can renew themselves have done so
     raise TransientError(reason)
-
-
-_sessions: dict[int, Any] = {}
-
-
-def _forget() -> None:
-    """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
-    into the parent's epoll set."""
-    _inherited.append(dict(_sessions))
-    _sessions.clear()
-
-
-_inherited: list[dict[int, Any]] = []
-os.register_at_fork(after_in_child=_forget)
-
-
-async def _session() -> Any:
-    loop = id(asyncio.get_running_loop())
-    if loop not in _sessions:
-        aiohttp = _aiohttp()
-        _sessions[loop] = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates(_authorities())),
-            auto_decompress=False,
-            read_bufsize=2**18,
-            trust_env=bool(getproxies()),  # else aiohttp looks for a proxy in a thread, for each request anew
-        )
-        atexit.register(_close, _sessions[loop], asyncio.get_running_loop())
-    return _sessions[loop]
-
-
-def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """At the end of the process, which is the one that made the session."""
-    if loop.is_running():
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(session.close(), loop).result(1)
-
-
-def _authorities() -> str | None:
-    return os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-
-
-@cache
-def _certificates(file: str | None) -> ssl.SSLContext:
-    """The system's authorities, or those of a file, which botocore would take."""
-    return ssl.create_default_context(cafile=file)
-
-
-def _aiohttp() -> Any:
-    import aiohttp  # a tenth of a second that --help can do without
-
-    return aiohttp
