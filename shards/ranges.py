@@ -26,6 +26,7 @@ from shards import storage
 from shards.buckets import Address, address_of
 from shards.sessions import aiohttp_module, session
 from shards.storage import Location
+from shards.wording import counted
 
 ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
@@ -236,6 +237,14 @@ class _Body:
         return False
 
     @property
+    def missing(self) -> int:
+        """Bytes that the object has and that have not come, as far as its length is told; not above 0 if all have."""
+        if self.length is None:
+            return 0
+        end = self.length if self.read.end is None else min(self.read.end, self.length)
+        return end - self.read.start - len(self.data)
+
+    @property
     def headers(self) -> dict[str, str]:
         start = self.read.start + len(self.data)
         headers = {"Accept-Encoding": "identity"}
@@ -289,6 +298,8 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
         async for chunk in answer.content.iter_any():
             body.data += chunk
             body.statistics.nbytes += len(chunk)
+    if body.missing > 0:  # though the answer was whole by itself
+        raise TransientError(f"the answer ended {counted(body.missing, 'byte')} before what was asked for")
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:

@@ -1,11 +1,15 @@
-"""Reads of S3 that the server of the other tests cannot show."""
+"""Reads of S3 and http that the server of the other tests cannot show."""
 
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
-from shards.ranges import Read, read_many
+from shards.ranges import Read, ReadStatistics, TransientError, read_many
 from shards.storage import Location
 
 
@@ -38,13 +42,77 @@ class Elsewhere(BaseHTTPRequestHandler):
 def test_a_bucket_in_another_region_is_found(monkeypatch: pytest.MonkeyPatch, told_in_header: bool) -> None:
     monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
     monkeypatch.setattr(Elsewhere, "told_in_header", told_in_header)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with serving(Elsewhere) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         assert read_many([Read(Location("s3://far-away/a"))] * 3) == [b"0123456789"] * 3
-        server.shutdown()
-        thread.join()
+
+
+OBJECT = bytes(range(251)) * 200
+
+
+class Poor(BaseHTTPRequestHandler):
+    """A server that gives ranges of `OBJECT`, as `ways` says for one request after the other, then `whole`."""
+
+    protocol_version = "HTTP/1.1"
+    ways: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        start, last = map(int, re.findall(r"\d+", self.headers["Range"]))
+        way = self.ways.pop(0) if self.ways else "whole"
+        asked = OBJECT[start : last + 1]
+        body = {"whole": asked, "nothing": b""}.get(way, asked[: len(asked) // 2])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(OBJECT)}")
+        if way == "without a length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def poor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
+    monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr(Poor, "ways", [])
+    with serving(Poor) as url:
+        yield Location(f"{url}/object")
+
+
+@pytest.mark.parametrize("way", ["short", "without a length"])
+def test_an_answer_that_holds_less_than_was_asked_for_is_continued(poor: Location, way: str) -> None:
+    Poor.ways, done = [way, way], ReadStatistics()
+    assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
+
+
+def test_an_object_that_ends_there_is_given_as_it_is(poor: Location) -> None:
+    done = ReadStatistics()
+    assert read_many([Read(poor, 50_000, 60_000)], statistics=done) == [OBJECT[50_000:]]
+    assert done.requests == 1
+
+
+def test_answers_without_any_of_the_bytes_are_an_error_in_the_end(poor: Location) -> None:
+    Poor.ways, done = ["nothing"] * 9, ReadStatistics()
+    [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
+    assert isinstance(error, TransientError)
+    assert str(error) == "the answer ended 8000 bytes before what was asked for"
+    assert done.requests == 5
