@@ -28,8 +28,11 @@ from shards.sessions import aiohttp_module, session
 from shards.storage import Location
 from shards.wording import counted
 
-ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
+ATTEMPTS = 5  # of a request that brings next to nothing; one that brings a packet starts the count anew
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
+# Bytes. A line that works brings whole packets (1448 bytes over Ethernet), be it ever so slow or shared; less than one
+# within the read timeout is a server or proxy in trouble, and what goes on like that would take hours for a range.
+PACKET = 1024
 IN_FLIGHT = 32
 HTTP = ("http", "https")
 REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
@@ -200,7 +203,7 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
         except (OSError, aiohttp_module().ClientError) as error:
             if isinstance(error, FileNotFoundError | PermissionError | TooLargeError | ReplacedError):
                 raise
-            failures = 0 if len(body.data) > before else failures + 1
+            failures = 0 if len(body.data) - before >= PACKET else failures + 1
             if failures >= ATTEMPTS:
                 raise
             statistics.retries += 1
@@ -295,11 +298,28 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
         body.md5 = _md5_of(answer.headers) if address is not None else ""
         if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
-        async for chunk in answer.content.iter_any():
-            body.data += chunk
-            body.statistics.nbytes += len(chunk)
+        await _receive(answer.content, body)
     if body.missing > 0:  # though the answer was whole by itself
         raise TransientError(f"the answer ended {counted(body.missing, 'byte')} before what was asked for")
+
+
+async def _receive(content: Any, body: _Body) -> None:
+    """Take a body in, as long as a packet of it comes within the read timeout, however many drops come meanwhile."""
+    loop, patience, came = asyncio.get_running_loop(), storage.READ_TIMEOUT_S, 0
+    limit = asyncio.timeout(patience)
+    try:
+        async with limit:
+            async for chunk in content.iter_any():
+                body.data += chunk
+                body.statistics.nbytes += len(chunk)
+                came += len(chunk)
+                if came >= PACKET:
+                    came = 0
+                    limit.reschedule(loop.time() + patience)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise TransientError(f"only {counted(came, 'byte')} came in {patience} s") from error
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:

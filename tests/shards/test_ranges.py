@@ -2,8 +2,9 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -53,6 +54,10 @@ def test_a_bucket_in_another_region_is_found(monkeypatch: pytest.MonkeyPatch, to
 OBJECT = bytes(range(251)) * 200
 
 
+# How much comes at once, then how much how often (bytes, bytes, seconds).
+PACES = {"trickle": (0, 1, 0.05), "half, then a trickle": (4000, 1, 0.05), "slow": (0, 1024, 0.2)}
+
+
 class Poor(BaseHTTPRequestHandler):
     """A server that gives ranges of `OBJECT`, as `ways` says for one request after the other, then `whole`."""
 
@@ -63,7 +68,7 @@ class Poor(BaseHTTPRequestHandler):
         start, last = map(int, re.findall(r"\d+", self.headers["Range"]))
         way = self.ways.pop(0) if self.ways else "whole"
         asked = OBJECT[start : last + 1]
-        body = {"whole": asked, "nothing": b""}.get(way, asked[: len(asked) // 2])
+        body = {"nothing": b"", **dict.fromkeys(["whole", *PACES], asked)}.get(way, asked[: len(asked) // 2])
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(OBJECT)}")
         if way == "without a length":
@@ -71,7 +76,17 @@ class Poor(BaseHTTPRequestHandler):
         else:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if way in PACES:
+            self.write_slowly(asked, *PACES[way])
+        else:
+            self.wfile.write(body)
+
+    def write_slowly(self, data: bytes, at_once: int, piece: int, pause: float) -> None:
+        with suppress(ConnectionError):  # the reader hangs up
+            for start in range(0, len(data), piece):
+                self.wfile.write(data[start : start + piece])
+                if start >= at_once:
+                    time.sleep(pause)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -116,3 +131,28 @@ def test_answers_without_any_of_the_bytes_are_an_error_in_the_end(poor: Location
     assert isinstance(error, TransientError)
     assert str(error) == "the answer ended 8000 bytes before what was asked for"
     assert done.requests == 5
+
+
+def test_what_trickles_is_asked_for_again_where_it_is(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.4)
+    Poor.ways, done = ["half, then a trickle", "trickle"], ReadStatistics()
+    assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
+
+
+def test_what_only_trickles_is_an_error_in_the_end(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.4)
+    Poor.ways, done = ["trickle"] * 9, ReadStatistics()
+    [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
+    assert isinstance(error, TransientError)
+    assert re.fullmatch(r"only \d+ bytes? came in 0.4 s", str(error))
+    assert done.requests == 5
+
+
+def test_a_slow_line_is_left_alone(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 1.5)
+    Poor.ways, done = ["slow"], ReadStatistics()
+    began = time.monotonic()
+    assert read_many([Read(poor, 0, 10 * 1024)], statistics=done) == [OBJECT[: 10 * 1024]]
+    assert done.requests == 1
+    assert time.monotonic() - began > 1.6
