@@ -72,7 +72,7 @@ def test_after_the_first_epoch_nothing_is_asked_for(
         rest, filled = epochs(dataset, SampleCache(str(tmp_path), ROOM), 3, 2 - workers)
         assert proxy.counters.requests.total() == requests > 0
     assert (first, rest) == (expected[:15], expected)
-    assert filling.statistics.cache_hits == 0
+    assert filling.statistics.cache_hits <= 2 * BATCH * workers  # who is ahead begins the next epoch
     assert (filled.statistics.samples, filled.statistics.cache_hits) == (3 * SAMPLES, 3 * SAMPLES)
     assert (filled.statistics.requests, filled.statistics.nbytes) == (0, 0)
     assert len(files(tmp_path)) == SAMPLES
