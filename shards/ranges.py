@@ -3,7 +3,8 @@
 S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. Small ranges cost a quarter of
 the processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast they
 can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
-broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
+broke. An ETag binds the parts of one object together. Every other file system is read through fsspec, and asked again
+for the whole of a range where that fails.
 
 Connections live in the event loop thread of fsspec (`shards.sessions`).
 """
@@ -33,6 +34,7 @@ BACK_OFF_S = 0.2  # before the second attempt, doubled each time
 # Bytes. A line that works brings whole packets (1448 bytes over Ethernet), be it ever so slow or shared; less than one
 # within the read timeout is a server or proxy in trouble, and what goes on like that would take hours for a range.
 PACKET = 1024
+SLOWEST_READ = 2**14  # bytes a second below which a range of another file system than S3 and http is given up
 IN_FLIGHT = 32
 HTTP = ("http", "https")
 REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
@@ -100,13 +102,17 @@ class TooLargeError(OSError):
     """The object is longer than the read allows."""
 
 
+# What another attempt will not mend.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, TooLargeError, ReplacedError)
+
+
 def read_many(
     reads: Sequence[Read], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
 ) -> list[bytes | Exception]:
     """Read everything asked for, concurrently, in the order asked.
 
     What may pass (timeouts, 5xx, broken connections, short answers) is tried again with back-off, and continued where
-    it broke. A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
+    it broke (S3 and http). A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
     `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
     """
     statistics = statistics or ReadStatistics()
@@ -165,10 +171,27 @@ async def _read(read: Read, statistics: ReadStatistics) -> Bytes:
         return b""
     if read.location.protocol in REMOTE:
         return (await _get(read, statistics)).data
-    fs, path = read.location.fs, read.location.path
-    data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
-    statistics.requests += 1
-    statistics.nbytes += len(data)
+    attempts = _Attempts(statistics)
+    while True:
+        try:
+            statistics.requests += 1
+            data = await _cat(read)
+            statistics.nbytes += len(data)
+            return data
+        except (OSError, aiohttp_module().ClientError) as error:
+            await attempts.failed(error, 0)
+
+
+async def _cat(read: Read) -> bytes:
+    """Read through fsspec. Only what a file system does asynchronously can be given up: a thread cannot be ended."""
+    fs, limit = read.location.fs, {}
+    if fs.async_impl and read.end is not None:
+        limit["timeout"] = storage.READ_TIMEOUT_S + (read.end - read.start) / SLOWEST_READ
+    try:
+        data = await asyncio.to_thread(fs.cat_file, read.location.path, start=read.start, end=read.end, **limit)
+    except TimeoutError as error:
+        told = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
+        raise TransientError(told) from error
     return bytes(data)
 
 
@@ -188,8 +211,7 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
     if read.location.protocol not in HTTP:
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
         address, key = await address_of(bucket, read.location.anonymous), quote(key, safe="/~")
-    body = _Body(read, statistics)
-    failures = 0
+    body, attempts = _Body(read, statistics), _Attempts(statistics)
     while True:
         before = len(body.data)
         # Anew each time: an answer may have told that the bucket lies in another region.
@@ -201,15 +223,27 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
                 return body
             raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
         except (OSError, aiohttp_module().ClientError) as error:
-            if isinstance(error, FileNotFoundError | PermissionError | TooLargeError | ReplacedError):
-                raise
-            failures = 0 if len(body.data) - before >= PACKET else failures + 1
-            if failures >= ATTEMPTS:
-                raise
-            statistics.retries += 1
-            statistics.trouble = " ".join(str(error).split()) or type(error).__name__
-            # Jitter keeps many processes from asking an overloaded server all at once again.
-            await asyncio.sleep(BACK_OFF_S * 2**failures * random.uniform(0.5, 1.5))
+            await attempts.failed(error, len(body.data) - before)
+
+
+@dataclass
+class _Attempts:
+    """How often one read is tried, and when again."""
+
+    statistics: ReadStatistics
+    failures: int = 0  # in a row
+
+    async def failed(self, error: Exception, nbytes: int) -> None:
+        """Wait for the next attempt, after one that brought so many bytes; raises `error` where there is none."""
+        if isinstance(error, FINAL):
+            raise error
+        self.failures = 0 if nbytes >= PACKET else self.failures + 1
+        if self.failures >= ATTEMPTS:
+            raise error
+        self.statistics.retries += 1
+        self.statistics.trouble = " ".join(str(error).split()) or type(error).__name__
+        # Jitter keeps many processes from asking an overloaded server all at once again.
+        await asyncio.sleep(BACK_OFF_S * 2**self.failures * random.uniform(0.5, 1.5))
 
 
 @dataclass

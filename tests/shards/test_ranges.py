@@ -1,14 +1,19 @@
-"""Reads of S3 and http that the server of the other tests cannot show."""
+"""Reads that the S3 server of the other tests cannot show."""
 
+import asyncio
 import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from shards.ranges import Read, ReadStatistics, TransientError, read_many
 from shards.storage import Location
@@ -156,3 +161,64 @@ def test_a_slow_line_is_left_alone(poor: Location, monkeypatch: pytest.MonkeyPat
     assert read_many([Read(poor, 0, 10 * 1024)], statistics=done) == [OBJECT[: 10 * 1024]]
     assert done.requests == 1
     assert time.monotonic() - began > 1.6
+
+
+class Flaky(LocalFileSystem):
+    """The local disk, as any other file system that fails now and then."""
+
+    protocol = "flaky"
+    failures: ClassVar[list[Exception]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.failures:
+            raise self.failures.pop()
+        return super().cat_file(path.removeprefix("flaky://"), start, end, **options)
+
+
+class Silent(AsyncFileSystem):
+    """One that answers its third request."""
+
+    protocol = "silent"
+    asked = 0
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        Silent.asked += 1
+        if Silent.asked < 3:
+            await asyncio.Event().wait()
+        return OBJECT[start:end]
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    for kind in (Flaky, Silent):
+        fsspec.register_implementation(kind.protocol, kind, clobber=True)
+    monkeypatch.setattr("shards.storage._instances", {})
+    monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr(Flaky, "failures", [])
+    monkeypatch.setattr(Silent, "asked", 0)
+    (tmp_path / "object").write_bytes(OBJECT)
+    return Location(f"flaky://{tmp_path}/object")
+
+
+def test_any_file_system_is_asked_again(flaky: Location) -> None:
+    Flaky.failures, done = [ConnectionResetError("by peer"), TimeoutError()], ReadStatistics()
+    assert read_many([Read(flaky, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes, done.trouble) == (3, 2, 8000, "by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "requests"),
+    [(ConnectionResetError, 5), (TimeoutError, 5), (FileNotFoundError, 1), (PermissionError, 1), (ValueError, 1)],
+)
+def test_what_never_gets_better_is_told(flaky: Location, error: type[Exception], requests: int) -> None:
+    Flaky.failures, done = [error("told")] * 9, ReadStatistics()
+    [got] = read_many([Read(flaky, 1000, 9000)], statistics=done)
+    assert isinstance(got, OSError if error is TimeoutError else error)
+    assert (str(got), done.requests) == ("told", requests)
+
+
+def test_an_asynchronous_file_system_that_is_silent_is_asked_again(flaky: Location) -> None:
+    done = ReadStatistics()
+    assert read_many([Read(Location("silent://a/b"), 100, 200)], statistics=done) == [OBJECT[100:200]]
+    assert (done.requests, done.retries, done.trouble) == (3, 2, "no answer came in 0 s")
