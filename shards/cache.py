@@ -113,9 +113,13 @@ class SampleCache:
     def has(self, key: str) -> bool:
         """Whether the sample is there now; if so the kernel begins to read it, for `get` to come."""
         try:
-            file = os.open(self._path(key), os.O_RDONLY)
+            self._expect(key)
         except OSError:
             return False
+        return True
+
+    def _expect(self, key: str) -> None:
+        file = os.open(self._path(key), os.O_RDONLY)
         try:
             if time.time() - os.fstat(file).st_mtime > TOUCH_S:
                 with contextlib.suppress(OSError):  # of another user, or a disk that became read-only
@@ -124,7 +128,6 @@ class SampleCache:
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)
-        return True
 
     def get(self, key: str) -> bytes | None:
         """The bytes as they lie there, unchecked; None if they are gone or the disk fails."""
@@ -144,10 +147,13 @@ class SampleCache:
             self._give_up("a damaged sample cannot be removed", error)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """Keep a sample if room can be made for it. A disk that fails is told once, and left alone."""
-        if self._broken or (path := self._path(key)).exists():
+        """Keep a sample if room can be made for it. A disk that fails is told once a process, and left alone."""
+        if self._broken:
             return
+        path = self._path(key)
         try:
+            if path.exists():
+                return
             with self._locked() as file:
                 if file is None:
                     return

@@ -7,6 +7,10 @@ runs of neighbours even where memory holds a part of it only. A range takes at m
 become shorter as memory fills up, instead of long ones here and single samples there.
 
 The look-ahead starts small, so that the first sample comes after one round trip, and grows with what was consumed.
+
+The horizon of a dataset that is rare in a mix would be millions of batches away: finding them would take minutes before
+the first one. So each call looks at no more than `HORIZON` batches that hold none of its samples, unless the very next
+sample is beyond; the next calls look further.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from shards.index import Index
 
@@ -22,6 +25,8 @@ HORIZON = 2048  # samples: a window of each lane, at the defaults
 FIRST_LOOK_AHEAD = 2**20
 MAX_RANGE = 4 * 2**20  # one request; several of them fill the line
 MAX_GAP = 64 * 2**10  # bytes between two wanted samples that are cheaper to read than to ask around
+
+_END = -1  # in place of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,11 @@ class Plan:
         held: bytes of the samples that were asked for and are still to be taken.
     """
 
-    def __init__(self, index: Index, rows: Iterator[int], budget: int, is_cached: Callable[[int], bool]) -> None:
+    def __init__(self, index: Index, rows: Iterator[int | None], budget: int, is_cached: Callable[[int], bool]) -> None:
         """
         Args:
-            rows: of the index, in the order in which they will be taken; may be endless.
+            rows: of the index, in the order in which they will be taken; may be endless. None for each batch that holds
+                none of them.
             budget: bytes.
             is_cached: whether a row needs no request; asked when it comes into the look-ahead.
         """
@@ -65,9 +71,7 @@ class Plan:
 
     def ask(self) -> list[Span]:
         """What to request now, what is needed first at the head."""
-        for row in islice(self._rows, HORIZON - len(self._near) - len(self._far)):
-            self._far.append(row)
-            self._wanted[row] += 1
+        self._look_out()
         look_ahead = min(self._budget // 4, FIRST_LOOK_AHEAD + 2 * self._taken_bytes)
         new = self._advance(look_ahead)
         if not new:
@@ -94,6 +98,20 @@ class Plan:
             self._asked.remove(row)
             self.held -= size
         return row, done
+
+    def _look_out(self) -> None:
+        """Know what comes within the horizon, as far as that is found at little cost."""
+        known, without = len(self._near) + len(self._far), 0
+        while known < HORIZON and (without < HORIZON or not known):
+            row = next(self._rows, _END)
+            if row == _END:
+                return
+            if row is None:
+                without += 1
+            else:
+                self._far.append(row)
+                self._wanted[row] += 1
+                known += 1
 
     def _advance(self, look_ahead: int) -> list[int]:
         """Let samples into the look-ahead; returns those that are to be requested."""

@@ -3,39 +3,39 @@
 S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. Small ranges cost a quarter of
 the processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast they
 can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
-broke. An ETag binds the parts of one object together. Every other file system is read through fsspec.
+broke. An ETag binds the parts of one object together. Every other file system is read through fsspec, and asked again
+for the whole of a range where that fails.
 
-Connections live in the event loop thread of fsspec, one set a process, and never cross a fork.
+Connections live in the event loop thread of fsspec (`shards.sessions`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import hashlib
-import os
 import random
 import re
-import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote
-from urllib.request import getproxies
 
 from fsspec.asyn import get_loop
 
 from shards import storage
 from shards.buckets import Address, address_of
+from shards.sessions import aiohttp_module, session
 from shards.storage import Location
+from shards.wording import counted
 
-ATTEMPTS = 5  # of a request that brings nothing; one that brings bytes starts the count anew
+ATTEMPTS = 5  # of a request that brings next to nothing; one that brings a packet starts the count anew
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
+# Bytes. A line that works brings whole packets (1448 bytes over Ethernet), be it ever so slow or shared; less than one
+# within the read timeout is a server or proxy in trouble, and what goes on like that would take hours for a range.
+PACKET = 1024
+SLOWEST_READ = 2**14  # bytes a second below which a range of another file system than S3 and http is given up
 IN_FLIGHT = 32
-CONNECTIONS = 64
 HTTP = ("http", "https")
 REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
 
@@ -102,13 +102,17 @@ class TooLargeError(OSError):
     """The object is longer than the read allows."""
 
 
+# What another attempt will not mend.
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, TooLargeError, ReplacedError)
+
+
 def read_many(
     reads: Sequence[Read], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
 ) -> list[bytes | Exception]:
     """Read everything asked for, concurrently, in the order asked.
 
     What may pass (timeouts, 5xx, broken connections, short answers) is tried again with back-off, and continued where
-    it broke. A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
+    it broke (S3 and http). A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
     `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
     """
     statistics = statistics or ReadStatistics()
@@ -167,10 +171,27 @@ async def _read(read: Read, statistics: ReadStatistics) -> Bytes:
         return b""
     if read.location.protocol in REMOTE:
         return (await _get(read, statistics)).data
-    fs, path = read.location.fs, read.location.path
-    data = await asyncio.to_thread(fs.cat_file, path, start=read.start, end=read.end)
-    statistics.requests += 1
-    statistics.nbytes += len(data)
+    attempts = _Attempts(statistics)
+    while True:
+        try:
+            statistics.requests += 1
+            data = await _cat(read)
+            statistics.nbytes += len(data)
+            return data
+        except (OSError, aiohttp_module().ClientError) as error:
+            await attempts.failed(error, 0)
+
+
+async def _cat(read: Read) -> bytes:
+    """Read through fsspec. Only what a file system does asynchronously can be given up: a thread cannot be ended."""
+    fs, limit = read.location.fs, {}
+    if fs.async_impl and read.end is not None:
+        limit["timeout"] = storage.READ_TIMEOUT_S + (read.end - read.start) / SLOWEST_READ
+    try:
+        data = await asyncio.to_thread(fs.cat_file, read.location.path, start=read.start, end=read.end, **limit)
+    except TimeoutError as error:
+        told = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
+        raise TransientError(told) from error
     return bytes(data)
 
 
@@ -190,8 +211,7 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
     if read.location.protocol not in HTTP:
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
         address, key = await address_of(bucket, read.location.anonymous), quote(key, safe="/~")
-    body = _Body(read, statistics)
-    failures = 0
+    body, attempts = _Body(read, statistics), _Attempts(statistics)
     while True:
         before = len(body.data)
         # Anew each time: an answer may have told that the bucket lies in another region.
@@ -202,16 +222,28 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
             if body.is_right(address):
                 return body
             raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
-        except (OSError, _aiohttp().ClientError) as error:
-            if isinstance(error, FileNotFoundError | PermissionError | TooLargeError | ReplacedError):
-                raise
-            failures = 0 if len(body.data) > before else failures + 1
-            if failures >= ATTEMPTS:
-                raise
-            statistics.retries += 1
-            statistics.trouble = " ".join(str(error).split()) or type(error).__name__
-            # Jitter keeps many processes from asking an overloaded server all at once again.
-            await asyncio.sleep(BACK_OFF_S * 2**failures * random.uniform(0.5, 1.5))
+        except (OSError, aiohttp_module().ClientError) as error:
+            await attempts.failed(error, len(body.data) - before)
+
+
+@dataclass
+class _Attempts:
+    """How often one read is tried, and when again."""
+
+    statistics: ReadStatistics
+    failures: int = 0  # in a row
+
+    async def failed(self, error: Exception, nbytes: int) -> None:
+        """Wait for the next attempt, after one that brought so many bytes; raises `error` where there is none."""
+        if isinstance(error, FINAL):
+            raise error
+        self.failures = 0 if nbytes >= PACKET else self.failures + 1
+        if self.failures >= ATTEMPTS:
+            raise error
+        self.statistics.retries += 1
+        self.statistics.trouble = " ".join(str(error).split()) or type(error).__name__
+        # Jitter keeps many processes from asking an overloaded server all at once again.
+        await asyncio.sleep(BACK_OFF_S * 2**self.failures * random.uniform(0.5, 1.5))
 
 
 @dataclass
@@ -242,6 +274,14 @@ class _Body:
         return False
 
     @property
+    def missing(self) -> int:
+        """Bytes that the object has and that have not come, as far as its length is told; not above 0 if all have."""
+        if self.length is None:
+            return 0
+        end = self.length if self.read.end is None else min(self.read.end, self.length)
+        return end - self.read.start - len(self.data)
+
+    @property
     def headers(self) -> dict[str, str]:
         start = self.read.start + len(self.data)
         headers = {"Accept-Encoding": "identity"}
@@ -269,11 +309,11 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
     ranged = "Range" in headers
     if address is not None:
         headers = address.signed(url, headers)
-    timeout = _aiohttp().ClientTimeout(
+    timeout = aiohttp_module().ClientTimeout(
         total=None, sock_connect=storage.CONNECT_TIMEOUT_S, sock_read=storage.READ_TIMEOUT_S
     )
-    session, place = await _session(), URL(url, encoded=True)
-    async with session.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
+    connections, place = await session(), URL(url, encoded=True)
+    async with connections.get(place, headers=headers, timeout=timeout, allow_redirects=address is None) as answer:
         if answer.status == 412:
             if body.read.etag:
                 raise ReplacedError(f"the object is no longer the one with the ETag {body.read.etag}")
@@ -292,9 +332,28 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
         body.md5 = _md5_of(answer.headers) if address is not None else ""
         if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
-        async for chunk in answer.content.iter_any():
-            body.data += chunk
-            body.statistics.nbytes += len(chunk)
+        await _receive(answer.content, body)
+    if body.missing > 0:  # though the answer was whole by itself
+        raise TransientError(f"the answer ended {counted(body.missing, 'byte')} before what was asked for")
+
+
+async def _receive(content: Any, body: _Body) -> None:
+    """Take a body in, as long as a packet of it comes within the read timeout, however many drops come meanwhile."""
+    loop, patience, came = asyncio.get_running_loop(), storage.READ_TIMEOUT_S, 0
+    limit = asyncio.timeout(patience)
+    try:
+        async with limit:
+            async for chunk in content.iter_any():
+                body.data += chunk
+                body.statistics.nbytes += len(chunk)
+                came += len(chunk)
+                if came >= PACKET:
+                    came = 0
+                    limit.reschedule(loop.time() + patience)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise TransientError(f"only {counted(came, 'byte')} came in {patience} s") from error
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:
@@ -327,54 +386,3 @@ async def _refuse(answer: Any, url: str, address: Address | None) -> None:
     if 400 <= answer.status < 500 and answer.status not in (408, 429):
         raise PermissionError(reason)  # ExpiredToken is a 400: credentials that can renew themselves have done so
     raise TransientError(reason)
-
-
-_sessions: dict[int, Any] = {}
-
-
-def _forget() -> None:
-    """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
-    into the parent's epoll set."""
-    _inherited.append(dict(_sessions))
-    _sessions.clear()
-
-
-_inherited: list[dict[int, Any]] = []
-os.register_at_fork(after_in_child=_forget)
-
-
-async def _session() -> Any:
-    loop = id(asyncio.get_running_loop())
-    if loop not in _sessions:
-        aiohttp = _aiohttp()
-        _sessions[loop] = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates(_authorities())),
-            auto_decompress=False,
-            read_bufsize=2**18,
-            trust_env=bool(getproxies()),  # else aiohttp looks for a proxy in a thread, for each request anew
-        )
-        atexit.register(_close, _sessions[loop], asyncio.get_running_loop())
-    return _sessions[loop]
-
-
-def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """At the end of the process, which is the one that made the session."""
-    if loop.is_running():
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(session.close(), loop).result(1)
-
-
-def _authorities() -> str | None:
-    return os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-
-
-@cache
-def _certificates(file: str | None) -> ssl.SSLContext:
-    """The system's authorities, or those of a file, which botocore would take."""
-    return ssl.create_default_context(cafile=file)
-
-
-def _aiohttp() -> Any:
-    import aiohttp  # a tenth of a second that --help can do without
-
-    return aiohttp

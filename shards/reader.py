@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, field
 from operator import add, sub
 from typing import TYPE_CHECKING
 
-from shards.errors import SampleError
+from shards.errors import DatasetError, SampleError
 from shards.index import Index
 from shards.local import expect, read_file
 from shards.plan import Plan, Span
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 log = logging.getLogger("shards.reader")
 
 READ_AHEAD = 128 * 2**20
-ATTEMPTS = 5  # reads of a sample whose bytes are wrong
+ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in all
 BACK_OFF_S = 0.2
 STALL_S = 30.0
 
@@ -78,8 +78,11 @@ class SampleReader:
             is read in vain between neighbours adds less than a quarter, and the range that is being taken apart is
             there twice.
         cache: where samples are kept for the next time; not used for a dataset that is on a local disk anyway.
-        stall_s: a wait of so many seconds for one range is told in the log, and again after twice the time.
+        stall_s: a wait of so many seconds, above 0, for one range is told in the log, and again after twice the time.
         statistics: running totals; several readers may share them.
+
+    Raises:
+        DatasetError: `stall_s` is not above 0.
     """
 
     root: Location
@@ -90,14 +93,16 @@ class SampleReader:
     statistics: SampleStatistics = field(default_factory=SampleStatistics)
 
     def __post_init__(self) -> None:
+        if not 0 < self.stall_s < float("inf"):
+            raise DatasetError(f"stall_s is {self.stall_s}: it must be a number of seconds above 0")
         if self.root.is_local:
             self.cache = None
 
-    def read(self, rows: Iterable[int], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
+    def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
         """Yield (row, bytes) for every row, in the order given; `rows` may be endless.
 
         Args:
-            rows: of the index.
+            rows: of the index. None for a batch without any, so that what lies far ahead is not searched for.
             who: is told to be waiting where storage stalls, such as "rank 0".
 
         Raises:
@@ -157,13 +162,14 @@ class SampleReader:
         place = self.root / self.index.shard_paths[part.span.shard]
         start, nbytes = int(self.index.offset[row]), int(self.index.nbytes[row])
         try:
-            if part.future is None:
+            if part.future is not None:
+                self._wait(part.future, part, who)
+                part.take_apart(part.future.result(), self.index)
+            if part.pieces is None:
                 data = memoryview(read_file(place.path, start, start + nbytes))
                 part.statistics.nbytes += len(data)
             else:
-                self._wait(part.future, part, who)
-                pieces = part.pieces(part.future, self.index)
-                data = pieces.pop(row) if done else pieces[row]
+                data = part.pieces.pop(row) if done else part.pieces[row]
         except Exception as error:
             raise SampleError(
                 f"{self._where(row)}: cannot be read: {explain(error, str(place)) or repr(error)}"
@@ -203,14 +209,15 @@ class SampleReader:
         """The bytes, once their crc32 is the index's; wrong bytes are fetched again, alone."""
         wanted = int(self.index.crc32[row])
         for attempt in range(ATTEMPTS):
-            if zlib.crc32(data) == wanted:
+            if attempt:
+                # Jitter keeps the workers of a job from asking an overloaded server all at once again.
+                time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                self.statistics.retries += 1
+                data = self._sample(self._alone(row), row, True, who)
+            if (found := zlib.crc32(data)) == wanted:
                 return data
-            # Jitter keeps the workers of a job from asking an overloaded server all at once again.
-            time.sleep(BACK_OFF_S * 2**attempt * random.uniform(0.5, 1.5))
-            self.statistics.retries += 1
-            data = self._sample(self._alone(row), row, True, who)
         raise SampleError(
-            f"{self._where(row)}: crc32 is {zlib.crc32(data):08x}, the index says {wanted:08x}, "
+            f"{self._where(row)}: crc32 is {found:08x}, the index says {wanted:08x}, "
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
 
@@ -226,32 +233,27 @@ class SampleReader:
 
 @dataclass(slots=True)
 class _Part:
-    """A range that was asked for; `future` is None for a file of this machine, which the kernel reads ahead."""
+    """A range that was asked for: `future` until it was taken apart, then `pieces`, the bytes of each row. Neither for
+    a file of this machine, which the kernel reads ahead."""
 
     span: Span
     future: Future[Bytes] | None
     statistics: ReadStatistics
-    _pieces: dict[int, memoryview] | None = None
+    pieces: dict[int, memoryview] | None = None
 
-    def pieces(self, future: Future[Bytes], index: Index) -> dict[int, memoryview]:
-        """The bytes of each row: fewer than the index says where the object ends early. Raises what the read raised."""
-        if self._pieces is None:
-            whole, rows = memoryview(future.result()), self.span.rows
-            if len(rows) == 1:
-                self._pieces = {rows[0]: whole}
-            else:  # copies, so that each can be freed by itself
-                starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
-                lengths = index.nbytes[rows.start : rows.stop].tolist()
-                cuts = zip(rows, starts, lengths, strict=True)
-                self._pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
-            self.future = _TAKEN_APART
-        return self._pieces
+    def take_apart(self, data: Bytes, index: Index) -> None:
+        """Make the pieces, shorter than the index says where the object ends early, and let the future go."""
+        whole, rows = memoryview(data), self.span.rows
+        if len(rows) == 1:
+            self.pieces = {rows[0]: whole}
+        else:  # copies, so that each can be freed by itself
+            starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
+            lengths = index.nbytes[rows.start : rows.stop].tolist()
+            cuts = zip(rows, starts, lengths, strict=True)
+            self.pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
+        self.future = None
 
     def take_statistics(self) -> ReadStatistics:
         """What has not been counted yet: a range serves many samples and is counted once."""
         taken, self.statistics = self.statistics, ReadStatistics()
         return taken
-
-
-_TAKEN_APART: Future[Bytes] = Future()  # in place of the one that holds the whole range
-_TAKEN_APART.set_result(b"")

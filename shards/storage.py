@@ -25,7 +25,7 @@ import fsspec
 from shards.errors import StorageError
 
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 8  # without a byte; five attempts of `shards.ranges`, and telling of it, end within a minute
+READ_TIMEOUT_S = 8  # for a packet; five attempts of `shards.ranges`, and telling of it, end within a minute
 ATTEMPTS = 3
 SLOWEST_UPLOAD = 2**18  # bytes a second below which an upload is given up
 PROBE = ".probe"  # what `check_writable` puts and removes

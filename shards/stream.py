@@ -64,7 +64,7 @@ class Stream(IterableDataset, Generic[T]):
         if batch_size < 1:
             raise DatasetError(f"batch_size is {batch_size}: it must be at least 1")
 
-    def _read(self, reader: SampleReader, rows: Iterable[int]) -> Iterator[Any]:
+    def _read(self, reader: SampleReader, rows: Iterable[int | None]) -> Iterator[Any]:
         """The samples of the given rows, in that order."""
         for row, data in reader.read(rows, who=_who(self.rank)):
             yield self.parse(data, reader.index, row, str(reader.root))
@@ -159,8 +159,10 @@ class ShardStream(Stream[T]):
         def mine() -> Iterator[int]:
             return positions(self.start, rank=self.rank, world=self.world, worker=worker, workers=workers)
 
-        def rows(number: int) -> Iterator[int]:
-            return chain.from_iterable(self.order.rows(position, number) for position in mine())
+        def rows(number: int) -> Iterator[int | None]:
+            for position in mine():
+                found = self.order.rows(position, number)
+                yield from found if len(found) else (None,)
 
         # Readers look ahead, so each goes through the row of positions by itself.
         samples = [self._read(reader, rows(number)) for number, reader in enumerate(self._readers)]

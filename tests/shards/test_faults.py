@@ -88,6 +88,22 @@ def test_a_broken_range_is_continued_where_it_broke(s3: S3Server, root: str, thr
         assert proxy.counters.sent < 1.1 * int(index.nbytes.sum())
 
 
+@pytest.mark.parametrize("wrong", [4, 5])
+def test_wrong_bytes_are_read_five_times(s3: S3Server, root: str, through: Callable, wrong: int) -> None:
+    """The last time counts as well, and the error tells what came."""
+    dataset = open_dataset(root)
+    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=wrong, after=0.9)]) as proxy:
+        through(proxy)
+        reader = SampleReader(dataset.root, dataset.index("train"))
+        if wrong < 5:
+            assert [row for row, _ in reader.read([0])] == [0]
+        else:
+            with pytest.raises(SampleError, match=r"crc32 is (\w+), the index says (?!\1)\w+, after 5 reads"):
+                list(reader.read([0]))
+    assert proxy.counters.requests["GET"] == 5
+    assert reader.statistics.retries == 4
+
+
 def stops(dataset: Dataset, change: Callable[[], None], workers: int) -> str:
     """The error of a stream after `change` happened behind its back; a test fails when none comes in 20 s."""
     batches = iter(loader(stream(dataset), workers=workers))

@@ -28,6 +28,25 @@ def yards(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("b"), {"train": [sample(n) for n in range(100, 111)]}, per_shard=4)
 
 
+def test_a_rare_dataset_is_read_without_delay_and_as_the_order_says(streets, yards):
+    """Its next 2048 samples lie in two and a half million batches."""
+    mix = Mix([streets, yards], [9999, 1])
+    stream = ShardStream(mix, "train", batch_size=8)
+    expected, looked_at = MixedOrder(mix.indexes("train"), mix.weights, stream.order.settings), Counter()
+
+    def rows(position, number):
+        looked_at[number] += 1
+        return expected.rows(position, number)
+
+    stream.order.rows = rows
+    ids, rare = [index.image_id for index in expected.indexes], 0
+    for position, batch in enumerate(itertools.islice(stream, 1000)):
+        assert keys(batch) == tuple(ids[n](row) for n in range(2) for row in expected.rows(position, n))
+        rare += expected.sizes(position)[1]
+        assert looked_at[1] <= rare * 2100 + position
+    assert rare > 0
+
+
 def keys(batch):
     return tuple(s.image_id for s in batch)
 

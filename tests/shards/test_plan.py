@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import islice, repeat
+from itertools import chain, cycle, islice, repeat
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards.index import Index
 from shards.order import Order, OrderSettings, positions
-from shards.plan import MAX_GAP, MAX_RANGE, Plan
+from shards.plan import HORIZON, MAX_GAP, MAX_RANGE, Plan
 
 
 def make_index(shard, nbytes, gaps):
@@ -55,8 +55,9 @@ def test_every_sample_is_asked_for_in_time_and_within_the_budget(places, data, b
     new_shard, nbytes, gaps = zip(*places, strict=True)
     index = make_index(np.cumsum(new_shard), nbytes, gaps)
     number = st.integers(0, len(index) - 1)
-    rows, cached = data.draw(st.lists(number, max_size=120)), data.draw(st.frozensets(number, max_size=10))
-    spans, taken = carry_out(index, rows, budget, cached)
+    seen, cached = data.draw(st.lists(st.none() | number, max_size=120)), data.draw(st.frozensets(number, max_size=10))
+    spans, taken = carry_out(index, seen, budget, cached)
+    rows = [row for row in seen if row is not None]
     assert taken == rows
     for span in spans:
         one, last = span.rows[0], span.rows[-1]
@@ -108,3 +109,30 @@ def test_an_endless_future_is_known_only_so_far():
         plan.ask()
         assert plan.held == 1000
         plan.take()
+
+
+def test_a_sample_in_a_million_batches_is_not_searched_far_ahead():
+    searched = 0
+
+    def rows():
+        nonlocal searched
+        for row in cycle(chain([0], repeat(None, 10**6 - 1))):
+            searched += 1
+            yield row
+
+    plan = Plan(make_index([0], [1000], [0]), rows(), 2**20, lambda row: False)
+    for taken in range(3):
+        assert [span.rows[0] for span in plan.ask()] == [0]
+        assert searched <= taken * 10**6 + 1 + HORIZON
+        assert plan.take() == (0, True)
+    assert searched > 2 * 10**6
+
+
+def test_all_of_the_horizon_is_known_soon_where_one_batch_in_nine_has_a_sample():
+    index = make_index([0] * HORIZON, [1000] * HORIZON, [0] * HORIZON)
+    rows = chain.from_iterable((row, *[None] * 8) for row in range(HORIZON))
+    plan = Plan(index, rows, 2**26, lambda row: False)
+    for taken in range(9):
+        plan.ask()
+        assert plan.take() == (taken, True)
+    assert len(list(rows)) <= 8

@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import SampleError
+from shards.errors import DatasetError, SampleError
 from shards.reader import SampleReader
 from shards.storage import Location
+from shards.stream import ShardStream
 from tests.support import sample, write_dataset
 
 
@@ -67,3 +68,9 @@ def test_a_sample_that_cannot_be_had_names_shard_key_and_offset(dataset, tmp_pat
         list(reader.read([0]))
     # What is whole can still be read.
     assert [row for row, _ in reader.read([20, 39])] == [20, 39]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
+def test_a_wait_that_is_told_is_longer_than_none(dataset, wrong):
+    with pytest.raises(DatasetError, match=f"^stall_s is {wrong}: it must be a number of seconds above 0$"):
+        ShardStream(dataset, "train", batch_size=4, stall_s=wrong)

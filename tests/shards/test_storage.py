@@ -1,6 +1,10 @@
 import multiprocessing
 import os
 import pickle
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import ExitStack
 
 import pytest
 
@@ -8,6 +12,7 @@ from shards.dataset import open_dataset
 from shards.errors import StorageError
 from shards.loader import loader
 from shards.ranges import Read, read_many
+from shards.reader import SampleReader
 from shards.storage import Location, check_writable, explain
 from shards.stream import ShardStream
 from tests.support import sample, write_dataset
@@ -177,3 +182,41 @@ def test_a_dataset_streams_from_s3_as_it_does_from_a_disk(bucket, tmp_path):
         batches = iter(loader(ShardStream(dataset, "train", batch_size=4, seed=1), workers=2))
         read.append([next(batches) for _ in range(7)])
     assert read[0] == read[1]
+
+
+def module_locks():
+    """The locks of the modules of `shards`, and those within their futures."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("shards.")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        lock = value._condition if isinstance(value, Future) else value
+        if isinstance(lock, type(threading.Lock()) | type(threading.RLock()) | threading.Condition):
+            yield lock
+
+
+def test_a_forked_child_waits_for_no_lock_that_another_thread_held(bucket):
+    """As one that streams may at that moment."""
+    dataset = write_dataset(f"{bucket}/locks", {"train": [sample(n) for n in range(4)]})
+    held, forked = threading.Event(), threading.Event()
+
+    def hold():
+        with ExitStack() as stack:
+            for lock in module_locks():
+                stack.enter_context(lock)
+            held.set()
+            forked.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    child = multiprocessing.get_context("fork").Process(target=read_all, args=(dataset,))
+    child.start()
+    forked.set()
+    other.join()
+    child.join(20)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
+
+
+def read_all(dataset):
+    assert len(list(SampleReader(dataset.root, dataset.index("train")).read(range(4)))) == 4
