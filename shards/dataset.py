@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import DatasetError, StorageError
+from shards.fields import flat, shown
 from shards.index import Index, IndexFile
 from shards.ranges import Read, read_many
 from shards.sample import canonical_json
@@ -31,6 +32,7 @@ DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
 SPLITS = ("train", "val", "test")
+LARGEST_ID = 2**31 - 1  # of a class: the index has them as int32
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -145,7 +147,7 @@ class DatasetInfo:
         """Read and check `dataset.json`'s object; `where` is named in errors.
 
         Raises:
-            DatasetError: another format, a newer version, or missing keys.
+            DatasetError: another format, a newer version, missing keys, or values that cannot be.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
@@ -155,15 +157,32 @@ class DatasetInfo:
                 f"{where}: format version {version!r}, this release reads version {VERSION}: upgrade maskstream"
             )
         try:
-            return cls(
-                categories=tuple(Category(**category) for category in value["classes"]),
-                shards=tuple(Shard(**shard) for shard in value["shards"]),
+            info = cls(
+                categories=tuple(flat(Category, category) for category in value["classes"]),
+                shards=tuple(flat(Shard, shard) for shard in value["shards"]),
                 index_sha256=str(value["index"]["sha256"]),
-                plan=str(value["plan"]),
+                plan=value["plan"],
                 source=dict(value["source"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"{where}: damaged ({error!r}): build the dataset again") from error
+            _check_values(info)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise DatasetError(f"{where}: damaged ({reason}): build the dataset again") from error
+        return info
+
+
+def _check_values(info: DatasetInfo) -> None:
+    """ValueError for a value that no dataset has."""
+    if not isinstance(info.plan, str):
+        raise ValueError(f"plan is {shown(info.plan)}, not of type str")
+    for category in info.categories:
+        if not 1 <= category.id <= LARGEST_ID:
+            raise ValueError(f"id of a category is {shown(category.id)}: ids are from 1 to {LARGEST_ID}")
+    for shard in info.shards:
+        if shard.split not in SPLITS:
+            raise ValueError(f"split of a shard is {shown(shard.split)}, not one of {', '.join(SPLITS)}")
+        if min(shard.samples, shard.nbytes) < 0:
+            raise ValueError(f"{shown(shard.path)} has {shard.samples} samples and {shard.nbytes} bytes")
 
 
 @dataclass(frozen=True)
@@ -275,7 +294,7 @@ def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
             f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
             "(run the same build-shards command again to finish it)"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
     return DatasetInfo.from_json(value, str(root / DATASET_FILE))
 

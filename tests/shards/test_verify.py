@@ -240,6 +240,8 @@ def test_an_rle_of_the_wrong_size(tmp_path: Path) -> None:
         (lambda v: v["annotations"][1].update(bbox=[4.0, 2.0, 0.0, 25.0]), "bbox [4, 2, 0, 25] is empty"),
         (lambda v: v["annotations"][1].update(bbox=[4.0, 2.0]), "is not in the shard format"),
         (lambda v: v["annotations"][1].update(category_id=3), "category_id 3 is not the id of a class"),
+        (lambda v: v["annotations"][1].update(category_id=float("inf")), "is not in the shard format (OverflowError"),
+        (lambda v: v["annotations"][1].update(bbox=[10**400, 0, 1, 1]), "is not in the shard format (OverflowError"),
         (lambda v: v["verified_present"].append(9), "verified_present has 9"),
         (lambda v: v.update(width=47), "is 48x32, "),
         (lambda v: v.update(image_id="another"), "is not the canonical JSON of the format, or of another image"),
