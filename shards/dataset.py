@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from shards.errors import DatasetError, StorageError
 from shards.fields import flat, shown
-from shards.index import Index, IndexFile
+from shards.index import LARGEST_ID, Index, IndexFile
 from shards.ranges import Read, read_many
 from shards.sample import canonical_json
+from shards.schema import INDEX_SCHEMA
 from shards.storage import Location, storage_errors
 from shards.subset import Selection, find_class, select_rows
 from shards.wording import counted
@@ -32,24 +33,6 @@ DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
 SPLITS = ("train", "val", "test")
-LARGEST_ID = 2**31 - 1  # of a class: the index has them as int32
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("split", pa.string()),
-        ("shard", pa.string()),  # the shard's path below the root, such as train/000000.tar
-        ("offset", pa.int64()),  # of the sample's first tar header in the shard, in bytes
-        ("nbytes", pa.int64()),  # of both members with headers and padding; offset + nbytes is the next sample
-        ("crc32", pa.uint32()),  # of those bytes
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("classes", pa.list_(pa.int32())),  # ids of the classes that have an instance, ascending
-        ("instances", pa.list_(pa.int32())),  # one count a class of `classes`: boxes, with masks or without
-        ("masks", pa.list_(pa.int32())),  # likewise: instances with a mask
-        ("groups", pa.list_(pa.int32())),  # likewise: instances that are group-of regions
-    ]
-)
 
 ACCOUNTS_SCHEMA = pa.schema(
     [
@@ -214,14 +197,18 @@ class Dataset:
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected."""
-        return pq.read_table(pa.BufferReader(self.columns.data), schema=INDEX_SCHEMA)
+        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected.
+
+        Raises:
+            DatasetError: it holds what no index holds.
+        """
+        return self.columns.table()
 
     def index(self, split: str) -> Index:
         """The selected rows of one split.
 
         Raises:
-            DatasetError: the dataset has no such split, or the selection leaves nothing of it.
+            DatasetError: the dataset has no such split, the selection leaves nothing of it, or the index is damaged.
         """
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
@@ -270,7 +257,7 @@ def open_dataset(root: str | Location) -> Dataset:
             f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256}: "
             "the two files are not of one build; build the dataset again"
         )
-    return Dataset(location, info, IndexFile(data))
+    return Dataset(location, info, IndexFile(data, str(location / INDEX_FILE)))
 
 
 def read_info(root: Location) -> DatasetInfo:

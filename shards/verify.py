@@ -7,7 +7,6 @@ Several shards are read at a time, each once and from the front (`shards.walk`);
 from __future__ import annotations
 
 import hashlib
-import io
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +16,14 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.contents import content_faults
-from shards.dataset import DATASET_FILE, INDEX_FILE, INDEX_SCHEMA, SPLITS, IndexRow, Shard, read_info
-from shards.errors import SampleError, StorageError
+from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, IndexRow, Shard, read_info
+from shards.errors import DatasetError, SampleError, StorageError
+from shards.index import IndexFile
 from shards.sample import Sample
+from shards.schema import INDEX_SCHEMA
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
 from shards.wording import counted
@@ -139,15 +139,11 @@ class Verification:
             found = hashlib.sha256(data).hexdigest()
             if found != self.info.index_sha256:
                 faults.append(Fault(INDEX_FILE, f"sha256 is {found}, {DATASET_FILE} says {self.info.index_sha256}"))
-            table = pq.read_table(io.BytesIO(data), schema=INDEX_SCHEMA)
-            empty = [name for name in INDEX_SCHEMA.names if table[name].null_count]
-            if not empty:
-                return table
-            faults.append(Fault(INDEX_FILE, f"column {empty[0]} has rows without a value"))
+            return IndexFile(data, INDEX_FILE).table()
         except StorageError as error:
             faults.append(Fault(INDEX_FILE, f"cannot be read: {error}"))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            faults.append(Fault(INDEX_FILE, f"is not an index in Parquet: {_line(error)}"))
+        except DatasetError as error:
+            faults.append(Fault(INDEX_FILE, str(error).partition(": ")[2]))
         return INDEX_SCHEMA.empty_table()
 
     def _extra_shards(self) -> Iterator[Fault]:
@@ -306,7 +302,3 @@ def _index_rows(table: pa.Table, rows: NDArray[np.int64]) -> dict[str, IndexRow]
 
 def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
