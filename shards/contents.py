@@ -17,12 +17,27 @@ COVERED = 0.5  # least share of the mask's tight box that lies in the object's b
 PIXEL = 1.0  # widened by as much on every side: a small object's mask is whole pixels, its box is not
 
 
-def content_faults(sample: Sample, stored: bytes, categories: Set[int]) -> Iterator[str]:
+def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
+    """What is to be drawn or written as files must not have a fault: sizes and masks of a shard are anybody's numbers.
+
+    Args:
+        sample: as it was read.
+        categories: ids of the dataset's classes.
+        where: the shard, named in the error.
+
+    Raises:
+        SampleError: the first fault of the sample.
+    """
+    for fault in content_faults(sample, None, categories):
+        raise SampleError(f"{where}: sample {sample.image_id}: {fault}")
+
+
+def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -> Iterator[str]:
     """Everything that is wrong with a sample, one line each.
 
     Args:
         sample: as it was read.
-        stored: its JSON member.
+        stored: its JSON member; None where it does not matter whether that is canonical.
         categories: ids of the dataset's classes.
     """
     yield from _picture_faults(sample)
@@ -42,7 +57,7 @@ def content_faults(sample: Sample, stored: bytes, categories: Set[int]) -> Itera
     except (SampleError, ValueError) as error:
         yield f"{sample.image_id}.json: {error}"
         return
-    if canonical != stored:
+    if stored is not None and canonical != stored:
         yield f"{sample.image_id}.json is not the canonical JSON of the format, or of another image"
 
 

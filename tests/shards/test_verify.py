@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from shards.sample import Instance
 from shards.storage import Location
 from shards.verify import Verification
 from shards.writer import pack_shard
-from tests.support import CATEGORIES, sample, write_dataset
+from tests.support import CATEGORIES, sample, write_dataset, write_spoilt
 
 FIRST = "train/000000.tar"
 
@@ -194,23 +193,7 @@ def test_an_extra_shard(root: Path) -> None:
 
 def spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> list[str]:
     """The faults of a dataset whose JSON member was changed, and everything else made to agree with that."""
-    packed = pack_shard([sample(1)], split="train", path=FIRST)
-    with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    value = json.loads(members[1][1])
-    edit(value)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        content = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        for member, data in ((members[0][0], members[0][1]), (members[1][0], content)):
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-        end = tar.offset
-    data = buffer.getvalue()
-    row = replace(packed.rows[0], nbytes=end, crc32=zlib.crc32(data[:end]))
-    shard = replace(packed.shard, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (Location(str(root)) / FIRST).write(data)
-    finish_dataset(Location(str(root)), [row], [shard], CATEGORIES)
+    write_spoilt(root, edit)
     return faults(root)
 
 
