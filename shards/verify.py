@@ -23,7 +23,6 @@ from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, IndexRow, Shard, re
 from shards.errors import DatasetError, SampleError, StorageError
 from shards.index import IndexFile
 from shards.sample import Sample
-from shards.schema import INDEX_SCHEMA
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
 from shards.wording import counted
@@ -101,8 +100,9 @@ class Verification:
         """
         faults: list[Fault] = list(self._info_faults())
         table = self._read_index(faults)
-        rows = _rows_by_shard(table, [shard.path for shard in self.info.shards])
-        faults.extend(_index_faults(table, self.info.shards, rows))
+        rows = {} if table is None else _rows_by_shard(table, [shard.path for shard in self.info.shards])
+        if table is not None:
+            faults.extend(_index_faults(table, self.info.shards, rows))
         faults.extend(self._extra_shards())
         yield Checked(faults=faults)
         lock, stopped = threading.Lock(), threading.Event()
@@ -114,7 +114,9 @@ class Verification:
                 on_bytes(nbytes)
 
         def check(shard: Shard) -> Checked:
-            return self._check_shard(shard, _index_rows(table, rows[shard.path]), count)
+            # What the index has nothing of was told above: not once more for each sample.
+            known = table is not None and len(rows[shard.path])
+            return self._check_shard(shard, _index_rows(table, rows[shard.path]) if known else None, count)
 
         pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
         try:
@@ -132,8 +134,8 @@ class Verification:
                 if times > 1:
                     yield Fault(DATASET_FILE, f"{name} {value} occurs {times} times")
 
-    def _read_index(self, faults: list[Fault]) -> pa.Table:
-        """The index, or an empty one where it cannot be read; what is wrong with it is added to `faults`."""
+    def _read_index(self, faults: list[Fault]) -> pa.Table | None:
+        """The index, or None where it cannot be read; what is wrong with it is added to `faults`."""
         try:
             data = (self.root / INDEX_FILE).read()
             found = hashlib.sha256(data).hexdigest()
@@ -144,7 +146,7 @@ class Verification:
             faults.append(Fault(INDEX_FILE, f"cannot be read: {error}"))
         except DatasetError as error:
             faults.append(Fault(INDEX_FILE, str(error).partition(": ")[2]))
-        return INDEX_SCHEMA.empty_table()
+        return None
 
     def _extra_shards(self) -> Iterator[Fault]:
         known = {shard.path for shard in self.info.shards}
@@ -169,19 +171,23 @@ class Verification:
                 if path not in known:
                     yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
 
-    def _check_shard(self, shard: Shard, rows: Mapping[str, IndexRow], on_bytes: Callable[[int], None]) -> Checked:
+    def _check_shard(
+        self, shard: Shard, rows: Mapping[str, IndexRow] | None, on_bytes: Callable[[int], None]
+    ) -> Checked:
+        """Read one shard; `rows` are the index's of it, None where it is not to be compared with them."""
         checked = Checked(shards=1)
         against_index: list[Fault] = []
         source = ShardBytes(self.root / shard.path, shard.nbytes, on_bytes)
-        missing = dict(rows)
+        missing = dict(rows or {})
         try:
-            for item in walk(source, sorted(row.offset for row in rows.values())):
+            for item in walk(source, sorted(row.offset for row in missing.values())):
                 if isinstance(item, Broken):
                     checked.faults.append(Fault(shard.path, item.what, item.key, item.offset))
                     continue
                 checked.samples += 1
                 row = missing.pop(item.key, None)
-                against_index.extend(_crc_faults(item, row, shard.path))
+                if rows is not None:
+                    against_index.extend(_crc_faults(item, row, shard.path))
                 self._check_sample(item, row, shard, checked, against_index)
         except Exception as error:
             reason = explain(error, str(self.root / shard.path))
@@ -196,6 +202,9 @@ class Verification:
             source.close()
         checked.nbytes = source.received
         whole = list(self._whole_faults(shard, source))
+        if rows is None and checked.samples != shard.samples and not whole and not checked.faults:
+            told = f"{DATASET_FILE} says {counted(shard.samples, 'sample')}, the shard has {checked.samples}"
+            whole.append(Fault(shard.path, told))
         twin = next((other.path for other in self.info.shards if other.sha256 == source.sha256 != shard.sha256), None)
         if twin is not None:
             # Every sample of it is at odds with the index: one line says why.
@@ -270,12 +279,8 @@ def _rows_by_shard(table: pa.Table, paths: Sequence[str]) -> dict[str, NDArray[n
 
 
 def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, NDArray[np.int64]]) -> Iterator[Fault]:
-    for row in rows[""]:
-        value = table.slice(int(row), 1).to_pylist()[0]
-        told = f"row {row} lies in {value['shard']}, which is not a shard of {DATASET_FILE}"
-        yield Fault(INDEX_FILE, told, str(value["image_id"]), value["offset"])
-    if not table.num_rows:
-        return
+    for path, number in sorted(Counter(table["shard"].take(pa.array(rows[""])).to_pylist()).items()):
+        yield Fault(INDEX_FILE, f"{counted(number, 'row')} of {path}, which is not a shard of {DATASET_FILE}")
     counts = table["image_id"].value_counts()
     for value in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist():
         yield Fault(INDEX_FILE, f"occurs in {value['counts']} rows", str(value["values"]))

@@ -68,6 +68,12 @@ def rewrite_index(root: Path, edit: Callable[[list[dict[str, Any]]], Any], *, ho
         (root / "dataset.json").write_text(json.dumps(info))
 
 
+def rewrite_info(root: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    info = json.loads((root / "dataset.json").read_text())
+    edit(info)
+    (root / "dataset.json").write_text(json.dumps(info))
+
+
 def test_a_whole_dataset_has_no_fault(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(whole), "--verify"]) == 0
     captured = capsys.readouterr()
@@ -170,7 +176,7 @@ def test_index_rows_as_a_whole(root: Path) -> None:
     assert any(f"{FIRST}: dataset.json says 6 samples, the index has 5" in line for line in faults(root))
     rewrite_index(root, lambda rows: rows.append(rows[0] | {"shard": "train/000009.tar"}))
     found = faults(root)
-    assert any("train/000009.tar, which is not a shard of dataset.json" in line for line in found)
+    assert "index.parquet: 1 row of train/000009.tar, which is not a shard of dataset.json" in found
     assert any(f"index.parquet: sample {0:016x}: occurs in 2 rows" in line for line in found)
     rewrite_index(root, lambda rows: rows.__setitem__(slice(0, 2), rows[1::-1]))
     assert any("not in the order of the shards and offsets" in line for line in faults(root))
@@ -181,8 +187,35 @@ def test_an_index_of_another_build_or_none_at_all(root: Path) -> None:
     found = faults(root)
     assert found[0].startswith("index.parquet: sha256 is ")
     assert "the index says height 31, the shard has 32" in found[1]
+
+
+def test_an_index_that_cannot_be_read_is_told_once_and_not_for_each_sample(root: Path) -> None:
     (root / "index.parquet").write_bytes(b"PAR1 and no more")
-    assert any("index.parquet: is not an index in Parquet" in line for line in faults(root))
+    first, second = faults(root)
+    assert first.startswith("index.parquet: sha256 is ")
+    assert second.startswith("index.parquet: is not an index in Parquet")
+    (root / "index.parquet").unlink()
+    place = (root / FIRST).stat().st_size - 1
+    change(root / FIRST, lambda data: data.__setitem__(place, 1))
+    # What can be found without it is found.
+    first, *others = faults(root)
+    assert first.startswith("index.parquet: cannot be read: ")
+    assert [line.partition(": ")[0] for line in others] == [FIRST, FIRST]
+
+
+def test_a_shard_of_which_the_index_has_nothing_is_told_once(root: Path) -> None:
+    rewrite_index(root, lambda rows: rows.__delitem__(slice(0, 6)))
+    assert faults(root) == [f"{FIRST}: dataset.json says 6 samples, the index has 0"]
+    rewrite_index(root, lambda rows: rows.clear())
+    assert [line.partition(": ")[2] for line in faults(root)] == [
+        f"dataset.json says {number} samples, the index has 0" for number in (6, 6, 4, 3)
+    ]
+
+
+def test_without_an_index_the_number_of_samples_is_that_of_dataset_json(root: Path) -> None:
+    (root / "index.parquet").unlink()
+    rewrite_info(root, lambda info: info["shards"][0].update(samples=5))
+    assert f"{FIRST}: dataset.json says 5 samples, the shard has 6" in faults(root)
 
 
 def test_an_extra_shard(root: Path) -> None:
