@@ -260,20 +260,24 @@ def open_dataset(root: str | Location) -> Dataset:
     return Dataset(location, info, IndexFile(data, str(location / INDEX_FILE)))
 
 
-def read_info(root: Location) -> DatasetInfo:
-    """Read `dataset.json` alone.
+def read_value(root: Location) -> Any:
+    """Read `dataset.json` alone, as it is: `DatasetInfo.from_json` makes something of it.
 
     Raises:
-        DatasetError: there is none, or it is of another format or version.
+        DatasetError: there is none, or it is no JSON.
         StorageError: the place cannot be reached.
     """
     [answer] = read_many([Read(root / DATASET_FILE)])
-    return _info_of(root, answer)
+    return _value_of(root, answer)
 
 
 def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
+    return DatasetInfo.from_json(_value_of(root, answer), str(root / DATASET_FILE))
+
+
+def _value_of(root: Location, answer: bytes | Exception) -> Any:
     try:
-        value = json.loads(_read(root / DATASET_FILE, answer))
+        return json.loads(_read(root / DATASET_FILE, answer))
     except StorageError as error:
         if not error.missing:
             raise
@@ -283,7 +287,6 @@ def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
         ) from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
-    return DatasetInfo.from_json(value, str(root / DATASET_FILE))
 
 
 def _read(location: Location, answer: bytes | Exception) -> bytes:

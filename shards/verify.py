@@ -7,6 +7,7 @@ Several shards are read at a time, each once and from the front (`shards.walk`);
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shards.contents import content_faults
-from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, IndexRow, Shard, read_info
+from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, IndexRow, Shard, read_value
 from shards.errors import DatasetError, SampleError, StorageError
+from shards.fields import shown
 from shards.index import IndexFile
 from shards.sample import Sample
 from shards.storage import Location, explain
@@ -29,6 +31,8 @@ from shards.wording import counted
 from shards.writer import index_row
 
 SHARDS_AT_ONCE = 4
+SHARD_NAME = r"[0-9]{6}\.tar"
+MAX_DEPTH = 5  # of folders in which stray shards are looked for: a link may lead back to the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ class Verification:
 
     def __init__(self, root: Location) -> None:
         self.root = root
-        self.info = read_info(root)
+        self._told = read_value(root)
+        self.info = DatasetInfo.from_json(self._told, str(root / DATASET_FILE))
         self.total = sum(shard.nbytes for shard in self.info.shards)
         self.note = ""
         self._categories = frozenset(category.id for category in self.info.categories)
@@ -133,6 +138,17 @@ class Verification:
             for value, times in Counter(values).items():
                 if times > 1:
                     yield Fault(DATASET_FILE, f"{name} {value} occurs {times} times")
+        for shard in self.info.shards:
+            if not re.fullmatch(f"{shard.split}/{SHARD_NAME}", shard.path):
+                yield Fault(DATASET_FILE, f"{shard.path} is not a shard's path, {shard.split}/ and six digits")
+        # What readers leave alone: it says again what the list of shards says.
+        told, is_so = self._told.get("splits"), self.info.to_json()["splits"]
+        if not isinstance(told, dict) or told.keys() != is_so.keys():
+            yield Fault(DATASET_FILE, f"splits are {shown(told)}, its shards are of {', '.join(is_so) or 'none'}")
+            return
+        for split in is_so:
+            if told[split] != is_so[split]:
+                yield Fault(DATASET_FILE, f"split {split} is {shown(told[split])}, its shards have {is_so[split]}")
 
     def _read_index(self, faults: list[Fault]) -> pa.Table | None:
         """The index, or None where it cannot be read; what is wrong with it is added to `faults`."""
@@ -158,7 +174,7 @@ class Verification:
         for split in SPLITS:
             place = self.root / split
             try:
-                paths = sorted(str(path) for path in place.fs.ls(place.path, detail=False))
+                paths = [f"{split}/{path}" for path in _tars_below(place)]
             except FileNotFoundError:
                 continue
             except Exception as error:
@@ -167,9 +183,8 @@ class Verification:
                     raise
                 self.note = f"{reason}: shards that {DATASET_FILE} does not name were not looked for"
                 return
-            for path in (f"{split}/{path.rsplit('/', 1)[-1]}" for path in paths if path.endswith(".tar")):
-                if path not in known:
-                    yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
+            for path in sorted(set(paths) - known):
+                yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
 
     def _check_shard(
         self, shard: Shard, rows: Mapping[str, IndexRow] | None, on_bytes: Callable[[int], None]
@@ -250,6 +265,15 @@ class Verification:
             told, is_so = getattr(row, name), getattr(real, name)
             if told != is_so:
                 against_index.append(fault(f"the index says {name} {_shown(told)}, the shard has {_shown(is_so)}"))
+
+
+def _tars_below(place: Location) -> Iterator[str]:
+    """The tars in a folder and in those below it, as paths from there; the file system's own errors."""
+    start = place.path.rstrip("/") + "/"
+    for folder, _, names in place.fs.walk(place.path, maxdepth=MAX_DEPTH, on_error="raise"):
+        for name in names:
+            if name.endswith(".tar"):
+                yield f"{folder}/{name}".removeprefix(start)
 
 
 def _crc_faults(found: Found, row: IndexRow | None, path: str) -> Iterator[Fault]:

@@ -84,7 +84,7 @@ def rle_of(**values: object) -> Callable[[dict[str, Any]], Any]:
         (lambda v: v["annotations"][1].update(bbox=[float("nan")] * 4), "is not of numbers"),
         (lambda v: v["annotations"][1].update(category_id=7), "category_id 7 is not the id of a class"),
         (lambda v: v.update(title="\ud800"), "surrogates not allowed"),
-        (lambda v: v["annotations"][0].update(predicted_iou=float("inf")), "not JSON compliant"),
+        (lambda v: v["annotations"][0].update(predicted_iou=float("inf")), "predicted_iou inf is not from 0 to 1"),
     ],
 )
 def test_a_sample_with_a_fault_is_neither_drawn_nor_extracted(

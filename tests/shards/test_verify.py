@@ -14,16 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from demo.s3server import S3Server
 from shards import rle, walk
-from shards.contents import instance_faults
 from shards.dataset import INDEX_SCHEMA, finish_dataset, open_dataset
 from shards.report import main
-from shards.rle import Rle
-from shards.sample import Instance
 from shards.storage import Location
 from shards.verify import Verification
 from shards.writer import pack_shard
@@ -221,7 +216,34 @@ def test_without_an_index_the_number_of_samples_is_that_of_dataset_json(root: Pa
 def test_an_extra_shard(root: Path) -> None:
     (root / "test").mkdir()
     shutil.copy(root / FIRST, root / "test" / "000000.tar")
-    assert faults(root) == ["test/000000.tar: is not in dataset.json: of another build?"]
+    (root / "train" / "old" / "kept").mkdir(parents=True)
+    shutil.copy(root / FIRST, root / "train" / "old" / "kept" / "000000.tar")
+    assert faults(root) == [
+        "train/old/kept/000000.tar: is not in dataset.json: of another build?",
+        "test/000000.tar: is not in dataset.json: of another build?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda info: info["splits"]["train"].update(samples=999), "dataset.json: split train is {"),
+        (lambda info: info["splits"].pop("val"), "its shards are of train, val"),
+        (lambda info: info.update(splits={"nonsense": 3}), "splits are {'nonsense': 3}, its shards are of train, val"),
+        (lambda info: info.pop("splits"), "dataset.json: splits are None, its shards are of train, val"),
+        (lambda info: info["shards"][0].update(path="../x.tar"), "../x.tar is not a shard's path, train/ and six"),
+    ],
+)
+def test_what_readers_leave_alone_in_dataset_json(root: Path, edit: Callable[[dict[str, Any]], Any], told: str) -> None:
+    rewrite_info(root, edit)
+    assert any(told in line for line in faults(root))
+
+
+def test_columns_of_another_type(root: Path) -> None:
+    table = pq.read_table(root / "index.parquet")
+    place = INDEX_SCHEMA.get_field_index("offset")
+    pq.write_table(table.set_column(place, "offset", table["offset"].cast(pa.float64())), root / "index.parquet")
+    assert "index.parquet: column offset is double, not int64: build the dataset again" in faults(root)
 
 
 def spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> list[str]:
@@ -259,6 +281,11 @@ def test_an_rle_of_the_wrong_size(tmp_path: Path) -> None:
         (lambda v: v["annotations"][1].update(category_id=float("inf")), "is not in the shard format (OverflowError"),
         (lambda v: v["annotations"][1].update(bbox=[10**400, 0, 1, 1]), "is not in the shard format (OverflowError"),
         (lambda v: v["verified_present"].append(9), "verified_present has 9"),
+        (lambda v: v["verified_present"].append(1), "verified_present has 1 more than once"),
+        (lambda v: v["verified_absent"].append(1), "class 1 is verified as present and as absent"),
+        (lambda v: v.update(rotation=45), "rotation is 45, not one of 0, 90, 180, 270"),
+        (lambda v: v.update(rotation=-90), "rotation is -90, not one of 0, 90, 180, 270"),
+        (lambda v: v["annotations"][0].update(predicted_iou=-3.5), "predicted_iou -3.5 is not from 0 to 1"),
         (lambda v: v.update(width=47), "is 48x32, "),
         (lambda v: v.update(image_id="another"), "is not the canonical JSON of the format, or of another image"),
         (lambda v: v.update(remark="new"), "is not the canonical JSON of the format"),
@@ -360,26 +387,3 @@ def test_over_http(s3: S3Server, bucket: str, root: Path, capsys: pytest.Capture
 def test_what_is_no_dataset_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--verify"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_runs_are_those_of_the_mask(height: int, width: int, data: st.DataObject) -> None:
-    bits = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
-    mask = np.array(bits, np.uint8).reshape(height, width)
-    runs = rle.runs(rle.encode(mask))
-    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T, mask)
-
-
-@given(st.text(max_size=30), st.integers(1, 40), st.integers(1, 40))
-def test_no_text_in_the_place_of_an_rle_is_too_strange(counts: str, height: int, width: int) -> None:
-    instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
-    if not list(instance_faults(instance, width, height, {1})):
-        assert rle.decode(Rle(height, width, counts)).sum() == rle.area(Rle(height, width, counts)) > 0
-
-
-def test_the_mask_of_a_tiny_box_is_a_whole_pixel() -> None:
-    mask = np.zeros((20, 20), np.uint8)
-    mask[5, 10] = 1
-    for x, fault in ((10.6, False), (11.4, False), (13.0, True)):
-        instance = Instance(1, (x, 5.0, 0.3, 0.4), rle.encode(mask))
-        assert bool(list(instance_faults(instance, 20, 20, {1}))) == fault
