@@ -12,6 +12,7 @@ from dataclasses import asdict
 from shards.counts import ClassCounts, SplitCounts, count, totals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
+from shards.output import print_to_reader
 from shards.sample import FLAGS
 from shards.storage import Location
 from shards.wording import counted
@@ -28,7 +29,8 @@ examples:
 The counts come from the index. Verified labels and flags are not in it: they are counted in the annotations of
 --label-images images of each split, which are chosen by a hash of --seed, and the report says of how many.
 
-exit status: 0, or 1 when --verify found a fault, or 2 with one line that says what was wrong, or 130 when interrupted
+exit status: 0, or 1 when --verify found a fault, or 2 with one line that says what was wrong, or 130 when interrupted,
+or 141 when the output is not read to its end (| head)
 """
 
 
@@ -133,6 +135,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `inspect-shards`; returns its exit status."""
+    return print_to_reader(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _run(arguments)

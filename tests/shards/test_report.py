@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shards.output import print_to_reader
 from shards.report import main
 from tests.support import sample, write_dataset
 
@@ -78,6 +80,31 @@ def test_help_answers_within_a_second() -> None:
     subprocess.run([sys.executable, "-m", "shards.report", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--help"], ["--verify"]])
+def test_who_reads_no_further_ends_the_command_quietly(root: str, more: list[str]) -> None:
+    """As `| head` does, also where all of the output still waits in a buffer."""
+    if more == ["--verify"]:
+        for shard in Path(root).rglob("*.tar"):
+            shard.unlink()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shards.report", root, *more]
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        assert done.stderr == ""
+        assert done.returncode == 141 or (more, unbuffered, done.returncode) == (["--help"], "1", 0)
+    os.close(writer)
+
+
+def test_another_broken_pipe_is_no_reader_that_has_gone() -> None:
+    def command() -> int:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        print_to_reader(command)
 
 
 def test_no_part_of_the_command_imports_torch() -> None:
