@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import DatasetError, StorageError
-from shards.fields import flat, shown
+from shards.fields import flat, is_text, shown
 from shards.index import LARGEST_ID, Index, IndexFile
 from shards.ranges import Read, read_many
 from shards.sample import canonical_json
@@ -156,8 +156,8 @@ class DatasetInfo:
 
 def _check_values(info: DatasetInfo) -> None:
     """ValueError for a value that no dataset has."""
-    if not isinstance(info.plan, str):
-        raise ValueError(f"plan is {shown(info.plan)}, not of type str")
+    if not isinstance(info.plan, str) or not is_text(info.plan):
+        raise ValueError(f"plan is {shown(info.plan)}, not a text")
     for category in info.categories:
         if not 1 <= category.id <= LARGEST_ID:
             raise ValueError(f"id of a category is {shown(category.id)}: ids are from 1 to {LARGEST_ID}")

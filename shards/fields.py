@@ -22,7 +22,18 @@ def flat(kind: type[T], value: Any) -> T:
     for key, wanted in types.items():
         if type(value[key]) is not wanted:  # true is no number here
             raise ValueError(f"{key} of a {name} is {shown(value[key])}, not of type {wanted.__name__}")
+        if wanted is str and not is_text(value[key]):
+            raise ValueError(f"{key} of a {name} is {shown(value[key])}, which is no text")
     return kind(**value)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written: JSON can hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(value: Any) -> str:

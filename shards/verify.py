@@ -27,7 +27,7 @@ from shards.index import IndexFile
 from shards.sample import Sample
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
-from shards.wording import counted
+from shards.wording import counted, printable
 from shards.writer import index_row
 
 SHARDS_AT_ONCE = 4
@@ -54,7 +54,7 @@ class Fault:
     def __str__(self) -> str:
         key = f" sample {self.key}" if self.key else ""
         offset = f" at offset {self.offset}" if self.offset is not None else ""
-        return f"{self.file}:{key}{offset}{':' if key or offset else ''} {self.what}"
+        return printable(f"{self.file}:{key}{offset}{':' if key or offset else ''} {self.what}")
 
 
 @dataclass

@@ -59,7 +59,9 @@ def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
         ({"shards": [SHARD | {"samples": None}]}, "samples of a shard is None, not of type int"),
         ({"shards": [SHARD | {"path": 5}]}, "path of a shard is 5, not of type str"),
         ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
-        ({"plan": None}, "plan is None, not of type str"),
+        ({"plan": None}, "plan is None, not a text"),
+        ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
+        ({"classes": [{"id": 1, "name": "\ud800", "mid": ""}]}, r"name of a category is '\\ud800', which is no text"),
         ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
     ],
 )

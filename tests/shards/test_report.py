@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from shards.dataset import Category, finish_dataset
 from shards.output import print_to_reader
 from shards.report import main
+from shards.storage import Location
+from shards.verify import Fault
+from shards.wording import columns_of
+from shards.writer import pack_shard
 from tests.support import sample, write_dataset
 
 
@@ -80,6 +85,22 @@ def test_help_answers_within_a_second() -> None:
     subprocess.run([sys.executable, "-m", "shards.report", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_columns_hold_whatever_the_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = pack_shard([sample(1)], split="train", path="train/000000.tar")
+    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
+    for names in (["Personal flotation device", "\x1b[2J\n\u202eCar"], ["人" * 20, "Cafe\u0301"]):
+        classes = [Category(number, name, "") for number, name in enumerate(names, 1)]
+        finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+        assert main([str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert all(line.isprintable() or "\u0301" in line for line in told.split("\n"))
+        lines = told.splitlines()
+        head = next(number for number, line in enumerate(lines) if line.startswith("  class "))
+        assert len({columns_of(line) for line in lines[head : head + 3]}) == 1
+    # A fault is one line, whatever stands in it.
+    assert str(Fault("a", "box \n\x1b[2J")) == r"a: box \n\x1b[2J"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--help"], ["--verify"]])
