@@ -21,6 +21,7 @@ from builder.config import with_config
 from builder.openimages import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES, OpenImages, source_location
 from builder.redact import redact
 from shards.errors import UserError
+from shards.output import print_to_reader
 from shards.storage import Location
 
 if TYPE_CHECKING:
@@ -220,6 +221,10 @@ def _add_what_to_take(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit codes are those of `--help`."""
+    return print_to_reader(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     try:
         args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))

@@ -12,24 +12,40 @@ from shards import rle
 from shards.errors import SampleError
 from shards.sample import Instance, Sample
 
+Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
+ROTATIONS = (0, 90, 180, 270)
 SLACK = 0.01  # pixels by which a box may leave the image: coordinates are rounded to 1/1000
 COVERED = 0.5  # least share of the mask's tight box that lies in the object's box,
 PIXEL = 1.0  # widened by as much on every side: a small object's mask is whole pixels, its box is not
 
 
-def content_faults(sample: Sample, stored: bytes, categories: Set[int]) -> Iterator[str]:
+def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
+    """What is to be drawn or written as files must not have a fault: sizes and masks of a shard are anybody's numbers.
+
+    Args:
+        sample: as it was read.
+        categories: ids of the dataset's classes.
+        where: the shard, named in the error.
+
+    Raises:
+        SampleError: the first fault of the sample.
+    """
+    for fault in content_faults(sample, None, categories):
+        raise SampleError(f"{where}: sample {sample.image_id}: {fault}")
+
+
+def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -> Iterator[str]:
     """Everything that is wrong with a sample, one line each.
 
     Args:
         sample: as it was read.
-        stored: its JSON member.
+        stored: its JSON member; None where it does not matter whether that is canonical.
         categories: ids of the dataset's classes.
     """
     yield from _picture_faults(sample)
-    for name in ("verified_present", "verified_absent"):
-        unknown = sorted(set(getattr(sample, name)) - categories)
-        if unknown:
-            yield f"{name} has {unknown[0]}, which is not the id of a class"
+    if sample.rotation not in ROTATIONS:
+        yield f"rotation is {sample.rotation}, not one of {', '.join(map(str, ROTATIONS))}"
+    yield from _label_faults(sample, categories)
     faulty = False
     for number, instance in enumerate(sample.instances):
         for fault in instance_faults(instance, sample.width, sample.height, categories):
@@ -42,8 +58,19 @@ def content_faults(sample: Sample, stored: bytes, categories: Set[int]) -> Itera
     except (SampleError, ValueError) as error:
         yield f"{sample.image_id}.json: {error}"
         return
-    if canonical != stored:
+    if stored is not None and canonical != stored:
         yield f"{sample.image_id}.json is not the canonical JSON of the format, or of another image"
+
+
+def _label_faults(sample: Sample, categories: Set[int]) -> Iterator[str]:
+    for name in ("verified_present", "verified_absent"):
+        ids = getattr(sample, name)
+        if unknown := sorted(set(ids) - categories):
+            yield f"{name} has {unknown[0]}, which is not the id of a class"
+        if len(set(ids)) != len(ids):
+            yield f"{name} has {next(number for number in ids if ids.count(number) > 1)} more than once"
+    if both := sorted(set(sample.verified_present) & set(sample.verified_absent)):
+        yield f"class {both[0]} is verified as present and as absent"
 
 
 def instance_faults(instance: Instance, width: int, height: int, categories: Set[int]) -> Iterator[str]:
@@ -51,16 +78,21 @@ def instance_faults(instance: Instance, width: int, height: int, categories: Set
     if instance.category_id not in categories:
         yield f"category_id {instance.category_id} is not the id of a class"
     x, y, w, h = instance.bbox
-    shown = f"[{x:g}, {y:g}, {w:g}, {h:g}]"
+    shown = _shown(instance.bbox)
     if not all(map(math.isfinite, instance.bbox)):
         yield f"bbox {shown} is not of numbers"
     elif w <= 0 or h <= 0:
         yield f"bbox {shown} is empty"
     elif x < -SLACK or y < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
         yield f"bbox {shown} leaves the image of {width}x{height}"
-    mask = instance.segmentation
-    if mask is None:
-        return
+    iou = instance.predicted_iou
+    if iou is not None and not 0 <= iou <= 1:
+        yield f"predicted_iou {iou:g} is not from 0 to 1"
+    if instance.segmentation is not None:
+        yield from _mask_faults(instance.segmentation, instance.bbox, width, height)
+
+
+def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Iterator[str]:
     if (mask.width, mask.height) != (width, height):
         yield f"the RLE is of {mask.width}x{mask.height}, the image {width}x{height}"
         return
@@ -73,9 +105,8 @@ def instance_faults(instance: Instance, width: int, height: int, categories: Set
         yield f"the RLE has runs of {runs.sum()} pixels, the image {width * height}"
     elif not runs[1::2].sum():
         yield "the RLE is empty: no pixel is the object's"
-    elif _covered(rle.bounds(mask), instance.bbox) < COVERED:
-        left, top, wide, high = rle.bounds(mask)
-        yield f"the mask lies at [{left:g}, {top:g}, {wide:g}, {high:g}], mostly outside of its bbox {shown}"
+    elif _covered(rle.bounds(mask), bbox) < COVERED:
+        yield f"the mask lies at {_shown(rle.bounds(mask))}, mostly outside of its bbox {_shown(bbox)}"
 
 
 def _picture_faults(sample: Sample) -> Iterator[str]:
@@ -92,7 +123,11 @@ def _picture_faults(sample: Sample) -> Iterator[str]:
         yield f"{name} cannot be decoded: {' '.join(str(error).split())}"
 
 
-def _covered(mask: tuple[float, float, float, float], box: tuple[float, float, float, float]) -> float:
+def _shown(box: Rectangle) -> str:
+    return f"[{', '.join(f'{value:g}' for value in box)}]"
+
+
+def _covered(mask: Rectangle, box: Rectangle) -> float:
     """The share of the first rectangle that lies in the second, widened; both x, y, w, h."""
     width = min(mask[0] + mask[2], box[0] + box[2] + PIXEL) - max(mask[0], box[0] - PIXEL)
     height = min(mask[1] + mask[3], box[1] + box[3] + PIXEL) - max(mask[1], box[1] - PIXEL)

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import DatasetError, StorageError
-from shards.index import Index, IndexFile
+from shards.fields import flat, is_text, shown
+from shards.index import LARGEST_ID, Index, IndexFile
 from shards.ranges import Read, read_many
 from shards.sample import canonical_json
+from shards.schema import INDEX_SCHEMA
 from shards.storage import Location, storage_errors
 from shards.subset import Selection, find_class, select_rows
 from shards.wording import counted
@@ -31,23 +33,6 @@ DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
 SPLITS = ("train", "val", "test")
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("split", pa.string()),
-        ("shard", pa.string()),  # the shard's path below the root, such as train/000000.tar
-        ("offset", pa.int64()),  # of the sample's first tar header in the shard, in bytes
-        ("nbytes", pa.int64()),  # of both members with headers and padding; offset + nbytes is the next sample
-        ("crc32", pa.uint32()),  # of those bytes
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("classes", pa.list_(pa.int32())),  # ids of the classes that have an instance, ascending
-        ("instances", pa.list_(pa.int32())),  # one count a class of `classes`: boxes, with masks or without
-        ("masks", pa.list_(pa.int32())),  # likewise: instances with a mask
-        ("groups", pa.list_(pa.int32())),  # likewise: instances that are group-of regions
-    ]
-)
 
 ACCOUNTS_SCHEMA = pa.schema(
     [
@@ -145,7 +130,7 @@ class DatasetInfo:
         """Read and check `dataset.json`'s object; `where` is named in errors.
 
         Raises:
-            DatasetError: another format, a newer version, or missing keys.
+            DatasetError: another format, a newer version, missing keys, or values that cannot be.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
@@ -155,15 +140,32 @@ class DatasetInfo:
                 f"{where}: format version {version!r}, this release reads version {VERSION}: upgrade maskstream"
             )
         try:
-            return cls(
-                categories=tuple(Category(**category) for category in value["classes"]),
-                shards=tuple(Shard(**shard) for shard in value["shards"]),
+            info = cls(
+                categories=tuple(flat(Category, category) for category in value["classes"]),
+                shards=tuple(flat(Shard, shard) for shard in value["shards"]),
                 index_sha256=str(value["index"]["sha256"]),
-                plan=str(value["plan"]),
+                plan=value["plan"],
                 source=dict(value["source"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"{where}: damaged ({error!r}): build the dataset again") from error
+            _check_values(info)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise DatasetError(f"{where}: damaged ({reason}): build the dataset again") from error
+        return info
+
+
+def _check_values(info: DatasetInfo) -> None:
+    """ValueError for a value that no dataset has."""
+    if not isinstance(info.plan, str) or not is_text(info.plan):
+        raise ValueError(f"plan is {shown(info.plan)}, not a text")
+    for category in info.categories:
+        if not 1 <= category.id <= LARGEST_ID:
+            raise ValueError(f"id of a category is {shown(category.id)}: ids are from 1 to {LARGEST_ID}")
+    for shard in info.shards:
+        if shard.split not in SPLITS:
+            raise ValueError(f"split of a shard is {shown(shard.split)}, not one of {', '.join(SPLITS)}")
+        if min(shard.samples, shard.nbytes) < 0:
+            raise ValueError(f"{shown(shard.path)} has {shard.samples} samples and {shard.nbytes} bytes")
 
 
 @dataclass(frozen=True)
@@ -195,14 +197,18 @@ class Dataset:
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected."""
-        return pq.read_table(pa.BufferReader(self.columns.data), schema=INDEX_SCHEMA)
+        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected.
+
+        Raises:
+            DatasetError: it holds what no index holds.
+        """
+        return self.columns.table()
 
     def index(self, split: str) -> Index:
         """The selected rows of one split.
 
         Raises:
-            DatasetError: the dataset has no such split, or the selection leaves nothing of it.
+            DatasetError: the dataset has no such split, the selection leaves nothing of it, or the index is damaged.
         """
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
@@ -251,23 +257,27 @@ def open_dataset(root: str | Location) -> Dataset:
             f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256}: "
             "the two files are not of one build; build the dataset again"
         )
-    return Dataset(location, info, IndexFile(data))
+    return Dataset(location, info, IndexFile(data, str(location / INDEX_FILE)))
 
 
-def read_info(root: Location) -> DatasetInfo:
-    """Read `dataset.json` alone.
+def read_value(root: Location) -> Any:
+    """Read `dataset.json` alone, as it is: `DatasetInfo.from_json` makes something of it.
 
     Raises:
-        DatasetError: there is none, or it is of another format or version.
+        DatasetError: there is none, or it is no JSON.
         StorageError: the place cannot be reached.
     """
     [answer] = read_many([Read(root / DATASET_FILE)])
-    return _info_of(root, answer)
+    return _value_of(root, answer)
 
 
 def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
+    return DatasetInfo.from_json(_value_of(root, answer), str(root / DATASET_FILE))
+
+
+def _value_of(root: Location, answer: bytes | Exception) -> Any:
     try:
-        value = json.loads(_read(root / DATASET_FILE, answer))
+        return json.loads(_read(root / DATASET_FILE, answer))
     except StorageError as error:
         if not error.missing:
             raise
@@ -275,9 +285,8 @@ def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
             f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
             "(run the same build-shards command again to finish it)"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
-    return DatasetInfo.from_json(value, str(root / DATASET_FILE))
 
 
 def _read(location: Location, answer: bytes | Exception) -> bytes:

@@ -7,7 +7,8 @@ fraction of a second. The arrays are shared with forked loader processes, which 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,8 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.errors import DatasetError
+from shards.schema import INDEX_SCHEMA, column_fault, one_line, schema_fault
 from shards.shared import SharedArrays, can_share
 
+LARGEST_ID = 1_000_000  # of a class: what is counted a class is an array up to it
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
 
 
@@ -32,13 +35,56 @@ class Columns(Protocol):
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The bytes of `index.parquet`, of which a column is decoded when it is asked for."""
+    """The bytes of `index.parquet`, of which a column is decoded when it is asked for.
+
+    Attributes:
+        data: of the file.
+        where: named in errors.
+
+    Raises:
+        DatasetError: it is not Parquet, or has other columns; when a column is read: it has rows without a value.
+    """
 
     data: bytes
+    where: str = "index"
+
+    def __post_init__(self) -> None:
+        with self._damaged():
+            fault = schema_fault(pq.read_schema(pa.BufferReader(self.data)))
+        if fault:
+            raise index_error(self.where, fault)
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
-        # Not by `pq.read_table`: see `_to_numpy`.
-        return pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"]).read([name])[name]
+        with self._damaged():
+            # Not by `pq.read_table`: see `_to_numpy`.
+            file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"])
+            return self._checked(name, file.read([name])[name])
+
+    def table(self) -> pa.Table:
+        """All columns, schema `INDEX_SCHEMA`."""
+        with self._damaged():
+            table = pq.read_table(pa.BufferReader(self.data), schema=INDEX_SCHEMA)
+            for name in INDEX_SCHEMA.names:
+                self._checked(name, table[name])
+        return table
+
+    def _checked(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        fault = column_fault(name, column)
+        if fault:
+            raise index_error(self.where, fault)
+        return column
+
+    @contextmanager
+    def _damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise index_error(self.where, f"is not an index in Parquet ({one_line(error)})") from error
+
+
+def index_error(where: str, fault: str) -> DatasetError:
+    """The error of an index that is not what the format says."""
+    return DatasetError(f"{where}: {fault}: build the dataset again")
 
 
 @dataclass(frozen=True)
@@ -48,29 +94,49 @@ class Labels:
     Attributes:
         columns: where `classes`, `instances`, `masks` and `groups` come from.
         rows: (N,) the rows of `columns` that are meant, ascending.
+        where: named in errors.
+
+    Raises:
+        DatasetError: an attribute is asked for, and its column is not what the format says.
     """
 
     columns: Columns
     rows: NDArray[np.int64]
+    where: str = "index"
 
-    @cached_property
+    @property
     def classes(self) -> NDArray[np.int32]:
         """(P,) the classes of sample 0, then those of sample 1, ...: one entry a pair of a sample and its class."""
-        return self.flat("classes")
+        return self._classes[0]
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
         """(P,) the sample of each entry of `classes`, 0 to N - 1, ascending."""
-        lengths = pc.list_value_length(self._lists("classes")).to_numpy()
-        return np.repeat(np.arange(len(self.rows), dtype=np.int64), lengths)
+        return np.repeat(np.arange(len(self.rows), dtype=np.int64), self._classes[1])
 
     def flat(self, column: str) -> NDArray[np.int32]:
         """(P,) the entries of a column, in line with `classes`."""
-        return np.asarray(pc.list_flatten(self._lists(column)).to_numpy(), dtype=np.int32)
+        values, lengths = self._flat(column)
+        if not np.array_equal(lengths, self._classes[1]):
+            raise index_error(self.where, f"a row has another number of {column} than of classes")
+        return values
 
     def take(self, rows: NDArray[np.int64]) -> Labels:
         """Those of some samples, (n,) ascending."""
-        return Labels(self.columns, self.rows[rows])
+        return Labels(self.columns, self.rows[rows], self.where)
+
+    @cached_property
+    def _classes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """`classes`, and (N,) how many each sample has."""
+        values, lengths = self._flat("classes")
+        if len(values) and not 1 <= values.min() <= values.max() <= LARGEST_ID:
+            raise index_error(self.where, f"column classes has ids from {values.min()} to {values.max()}")
+        return values, lengths
+
+    def _flat(self, column: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        lists = self._lists(column)
+        values = np.asarray(pc.list_flatten(lists).to_numpy(), dtype=np.int32)
+        return values, pc.list_value_length(lists).to_numpy()
 
     def _lists(self, column: str) -> Any:
         lists = self.columns[column]
@@ -120,28 +186,31 @@ class Index:
             where: named in errors.
 
         Raises:
-            DatasetError: the rows are not in the order of the shards.
+            DatasetError: the rows are not in the order of the shards, or lie or measure what cannot be.
         """
         codes = _shard_codes(columns["shard"], shard_paths)
         rows = np.flatnonzero(codes >= 0)
         shard = codes[rows]
         if len(rows) and (rows[-1] - rows[0] >= len(rows) or np.any(np.diff(shard) < 0)):
-            raise DatasetError(f"{where}: its rows are not in the order of the shards: build the dataset again")
+            raise index_error(where, "its rows are not in the order of the shards")
         start, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
-        def column(name: str, dtype: Any) -> NDArray[Any]:
-            return np.ascontiguousarray(_to_numpy(columns[name].slice(start, end - start)), dtype=dtype)
+        def column(name: str, dtype: Any, least: int = 1) -> NDArray[Any]:
+            values = np.ascontiguousarray(_to_numpy(columns[name].slice(start, end - start)), dtype=dtype)
+            if len(values) and values.min() < least:
+                raise index_error(where, f"column {name} has {values.min()}")
+            return values
 
         return cls(
             shard_paths=tuple(shard_paths),
             shard=shard,
-            offset=column("offset", np.int64),
+            offset=column("offset", np.int64, 0),
             nbytes=column("nbytes", np.int64),
-            crc32=column("crc32", np.uint32),
+            crc32=column("crc32", np.uint32, 0),
             width=column("width", np.int32),
             height=column("height", np.int32),
-            image_ids=_contiguous(columns["image_id"].slice(start, end - start)),
-            labels=Labels(columns, rows),
+            image_ids=_keys(columns["image_id"].slice(start, end - start), where),
+            labels=Labels(columns, rows, where),
         )
 
     def image_id(self, row: int) -> str:
@@ -220,6 +289,15 @@ def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
         positions = np.array([known.get(path, -1) for path in chunk.dictionary.to_pylist()], dtype=np.int32)
         parts.append(positions[_to_numpy(chunk.indices)])
     return np.concatenate(parts)
+
+
+def _keys(column: Any, where: str) -> pa.Array:
+    """Keys as one array; that they are short and ASCII is what hashes of them rely on."""
+    keys = _contiguous(column)
+    lengths = pc.min_max(pc.binary_length(keys)).as_py()
+    if len(keys) and not (1 <= lengths["min"] <= lengths["max"] <= 64 and pc.all(pc.string_is_ascii(keys)).as_py()):
+        raise index_error(where, "column image_id has keys that are not 1 to 64 letters, digits, '_' and '-'")
+    return keys
 
 
 def _to_numpy(column: Any) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shards.contents import check_contents
 from shards.dataset import Dataset
 from shards.errors import DatasetError, SampleError
 from shards.index import Index
@@ -88,17 +89,19 @@ def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
 
 
 def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:
-    """The samples of some rows, split after split, each as its index row says (crc32).
+    """The samples of some rows, split after split, each as its index row says (crc32), and fit to be drawn.
 
     Raises:
-        SampleError: a sample cannot be had or is not what the index says.
+        SampleError: a sample cannot be had, is not what the index says, or has a fault that `--verify` tells.
     """
+    categories = frozenset(category.id for category in dataset.info.categories)
     for split in dataset.splits:
         index = dataset.index(split)
         reader = SampleReader(dataset.root, index)
         for row, data in reader.read(item.row for item in rows if item.split == split):
             where, image_id = str(dataset.root / index.shard_paths[int(index.shard[row])]), index.image_id(row)
             sample = Sample.from_members(image_id, read_members(data, image_id, where=where), where=where)
+            check_contents(sample, categories, where)
             yield Row(split, row), with_categories(sample, index.category_ids)
 
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from shards.counts import ClassCounts, SplitCounts, count, totals
+from shards.counts import ClassCounts, ClassLabels, LabelCounts, SplitCounts, count, totals
 from shards.dataset import Dataset, open_dataset
 from shards.errors import UserError
+from shards.output import print_to_reader
 from shards.sample import FLAGS
 from shards.storage import Location
-from shards.wording import counted
+from shards.wording import columns_of, counted, padded, printable
 
+WIDEST_NAME = 60  # columns; a longer name of a class shifts its own line, and not all others
 FLAG_NAMES = {flag: flag.removeprefix("is_").replace("_", "-") for flag in FLAGS}
 
 _EPILOG = """\
@@ -28,19 +30,21 @@ examples:
 The counts come from the index. Verified labels and flags are not in it: they are counted in the annotations of
 --label-images images of each split, which are chosen by a hash of --seed, and the report says of how many.
 
-exit status: 0, or 1 when --verify found a fault, or 2 with one line that says what was wrong, or 130 when interrupted
+exit status: 0, or 1 when --verify found a fault, or 2 with one line that says what was wrong, or 130 when interrupted,
+or 141 when the output is not read to its end (| head)
 """
 
 
 def render(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
     """The counts as a text that a person reads."""
-    lines = [f"{dataset.root}", f"plan {dataset.info.plan[:16] or 'unknown'}", ""]
+    lines = [f"{dataset.root}", f"plan {printable(dataset.info.plan[:16]) or 'unknown'}", ""]
     for split in splits:
         lines += [*_split_lines(split), ""]
     gaps = sorted((row for row in totals(splits) if row.box_only), key=lambda row: -row.box_only)
     for row in gaps[:5]:
         objects = row.boxes - row.groups
-        lines.append(f"{row.name}: {row.box_only_share:.0%} of objects have a box only ({row.box_only} of {objects})")
+        name = printable(row.name)
+        lines.append(f"{name}: {row.box_only_share:.0%} of objects have a box only ({row.box_only} of {objects})")
     if gaps:
         more = f" Such objects are in {counted(len(gaps) - 5, 'more class', 'more classes')}." if len(gaps) > 5 else ""
         lines.append(
@@ -60,15 +64,7 @@ def _split_lines(split: SplitCounts) -> list[str]:
             f"{split.sizes.portrait:.0%} upright"
         )
     labels = split.labels
-    head = f"  {'class':24} {'images':>9} {'boxes':>9} {'masks':>9} {'box only':>9} {'group-of':>9}"
-    lines.append(head + (f" {'present':>9} {'absent':>9}" if labels is not None else ""))
-    for row in (row for row in split.classes if row.images):
-        line = f"  {row.name:24} {row.images:>9} {row.boxes:>9} {row.masks:>9} {_share(row):>9} {row.groups:>9}"
-        if labels is not None:
-            told = labels.classes.get(row.id)
-            counts = (told.present, told.absent) if told is not None else (0, 0)
-            line += "".join(f" {number / labels.images:>9.0%}" for number in counts)
-        lines.append(line)
+    lines += _class_lines([row for row in split.classes if row.images], labels)
     empty = sum(not row.images for row in split.classes)
     if empty:
         lines.append(f"  (in no image: {counted(empty, 'more class', 'more classes')})")
@@ -80,6 +76,20 @@ def _split_lines(split: SplitCounts) -> list[str]:
             + (f", {flags}" if flags else "")
         )
     return lines
+
+
+def _class_lines(rows: Sequence[ClassCounts], labels: LabelCounts | None) -> list[str]:
+    """A table of classes, a head and a line a class."""
+    table = [["class", "images", "boxes", "masks", "box only", "group-of"]]
+    for row in rows:
+        table.append([printable(row.name), *map(str, (row.images, row.boxes, row.masks)), _share(row), str(row.groups)])
+    if labels is not None:
+        table[0] += ["present", "absent"]
+        for row, cells in zip(rows, table[1:]):
+            told = labels.classes.get(row.id, ClassLabels(0, 0))
+            cells += [f"{number / labels.images:.0%}" for number in (told.present, told.absent)]
+    columns = min(max([24, *(columns_of(cells[0]) for cells in table)]), WIDEST_NAME)
+    return [f"  {padded(name, columns)} {' '.join(f'{cell:>9}' for cell in cells)}" for name, *cells in table]
 
 
 def _share(row: ClassCounts) -> str:
@@ -133,11 +143,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `inspect-shards`; returns its exit status."""
+    return print_to_reader(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"inspect-shards: error: {error}", file=sys.stderr)
+        print(f"inspect-shards: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("inspect-shards: interrupted", file=sys.stderr)

@@ -166,8 +166,10 @@ class Sample:
                 rotation=int(value["rotation"]),
                 **{name: str(value[name]) for name in ("license", "author", "author_url", "original_url", "title")},
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise SampleError(f"{place}: {image_id}.json is not in the shard format ({error!r})") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            # The repr of an error in UTF-8 begins with all of the bytes.
+            reason = (str(error) if isinstance(error, UnicodeError) else repr(error))[:200]
+            raise SampleError(f"{place}: {image_id}.json is not in the shard format ({reason})") from error
 
 
 def canonical_json(value: Any) -> bytes:

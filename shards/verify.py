@@ -7,7 +7,7 @@ Several shards are read at a time, each once and from the front (`shards.walk`);
 from __future__ import annotations
 
 import hashlib
-import io
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,19 +17,22 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shards.contents import content_faults
-from shards.dataset import DATASET_FILE, INDEX_FILE, INDEX_SCHEMA, SPLITS, IndexRow, Shard, read_info
-from shards.errors import SampleError, StorageError
+from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, IndexRow, Shard, read_value
+from shards.errors import DatasetError, SampleError, StorageError
+from shards.fields import shown
+from shards.index import IndexFile
 from shards.sample import Sample
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
-from shards.wording import counted
+from shards.wording import counted, printable
 from shards.writer import index_row
 
 SHARDS_AT_ONCE = 4
+SHARD_NAME = r"[0-9]{6}\.tar"
+MAX_DEPTH = 5  # of folders in which stray shards are looked for: a link may lead back to the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Fault:
     def __str__(self) -> str:
         key = f" sample {self.key}" if self.key else ""
         offset = f" at offset {self.offset}" if self.offset is not None else ""
-        return f"{self.file}:{key}{offset}{':' if key or offset else ''} {self.what}"
+        return printable(f"{self.file}:{key}{offset}{':' if key or offset else ''} {self.what}")
 
 
 @dataclass
@@ -88,7 +91,8 @@ class Verification:
 
     def __init__(self, root: Location) -> None:
         self.root = root
-        self.info = read_info(root)
+        self._told = read_value(root)
+        self.info = DatasetInfo.from_json(self._told, str(root / DATASET_FILE))
         self.total = sum(shard.nbytes for shard in self.info.shards)
         self.note = ""
         self._categories = frozenset(category.id for category in self.info.categories)
@@ -101,8 +105,9 @@ class Verification:
         """
         faults: list[Fault] = list(self._info_faults())
         table = self._read_index(faults)
-        rows = _rows_by_shard(table, [shard.path for shard in self.info.shards])
-        faults.extend(_index_faults(table, self.info.shards, rows))
+        rows = {} if table is None else _rows_by_shard(table, [shard.path for shard in self.info.shards])
+        if table is not None:
+            faults.extend(_index_faults(table, self.info.shards, rows))
         faults.extend(self._extra_shards())
         yield Checked(faults=faults)
         lock, stopped = threading.Lock(), threading.Event()
@@ -114,7 +119,9 @@ class Verification:
                 on_bytes(nbytes)
 
         def check(shard: Shard) -> Checked:
-            return self._check_shard(shard, _index_rows(table, rows[shard.path]), count)
+            # What the index has nothing of was told above: not once more for each sample.
+            known = table is not None and len(rows[shard.path])
+            return self._check_shard(shard, _index_rows(table, rows[shard.path]) if known else None, count)
 
         pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
         try:
@@ -131,24 +138,31 @@ class Verification:
             for value, times in Counter(values).items():
                 if times > 1:
                     yield Fault(DATASET_FILE, f"{name} {value} occurs {times} times")
+        for shard in self.info.shards:
+            if not re.fullmatch(f"{shard.split}/{SHARD_NAME}", shard.path):
+                yield Fault(DATASET_FILE, f"{shard.path} is not a shard's path, {shard.split}/ and six digits")
+        # What readers leave alone: it says again what the list of shards says.
+        told, is_so = self._told.get("splits"), self.info.to_json()["splits"]
+        if not isinstance(told, dict) or told.keys() != is_so.keys():
+            yield Fault(DATASET_FILE, f"splits are {shown(told)}, its shards are of {', '.join(is_so) or 'none'}")
+            return
+        for split in is_so:
+            if told[split] != is_so[split]:
+                yield Fault(DATASET_FILE, f"split {split} is {shown(told[split])}, its shards have {is_so[split]}")
 
-    def _read_index(self, faults: list[Fault]) -> pa.Table:
-        """The index, or an empty one where it cannot be read; what is wrong with it is added to `faults`."""
+    def _read_index(self, faults: list[Fault]) -> pa.Table | None:
+        """The index, or None where it cannot be read; what is wrong with it is added to `faults`."""
         try:
             data = (self.root / INDEX_FILE).read()
             found = hashlib.sha256(data).hexdigest()
             if found != self.info.index_sha256:
                 faults.append(Fault(INDEX_FILE, f"sha256 is {found}, {DATASET_FILE} says {self.info.index_sha256}"))
-            table = pq.read_table(io.BytesIO(data), schema=INDEX_SCHEMA)
-            empty = [name for name in INDEX_SCHEMA.names if table[name].null_count]
-            if not empty:
-                return table
-            faults.append(Fault(INDEX_FILE, f"column {empty[0]} has rows without a value"))
+            return IndexFile(data, INDEX_FILE).table()
         except StorageError as error:
             faults.append(Fault(INDEX_FILE, f"cannot be read: {error}"))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            faults.append(Fault(INDEX_FILE, f"is not an index in Parquet: {_line(error)}"))
-        return INDEX_SCHEMA.empty_table()
+        except DatasetError as error:
+            faults.append(Fault(INDEX_FILE, str(error).partition(": ")[2]))
+        return None
 
     def _extra_shards(self) -> Iterator[Fault]:
         known = {shard.path for shard in self.info.shards}
@@ -160,7 +174,7 @@ class Verification:
         for split in SPLITS:
             place = self.root / split
             try:
-                paths = sorted(str(path) for path in place.fs.ls(place.path, detail=False))
+                paths = [f"{split}/{path}" for path in _tars_below(place)]
             except FileNotFoundError:
                 continue
             except Exception as error:
@@ -169,23 +183,26 @@ class Verification:
                     raise
                 self.note = f"{reason}: shards that {DATASET_FILE} does not name were not looked for"
                 return
-            for path in (f"{split}/{path.rsplit('/', 1)[-1]}" for path in paths if path.endswith(".tar")):
-                if path not in known:
-                    yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
+            for path in sorted(set(paths) - known):
+                yield Fault(path, f"is not in {DATASET_FILE}: of another build?")
 
-    def _check_shard(self, shard: Shard, rows: Mapping[str, IndexRow], on_bytes: Callable[[int], None]) -> Checked:
+    def _check_shard(
+        self, shard: Shard, rows: Mapping[str, IndexRow] | None, on_bytes: Callable[[int], None]
+    ) -> Checked:
+        """Read one shard; `rows` are the index's of it, None where it is not to be compared with them."""
         checked = Checked(shards=1)
         against_index: list[Fault] = []
         source = ShardBytes(self.root / shard.path, shard.nbytes, on_bytes)
-        missing = dict(rows)
+        missing = dict(rows or {})
         try:
-            for item in walk(source, sorted(row.offset for row in rows.values())):
+            for item in walk(source, sorted(row.offset for row in missing.values())):
                 if isinstance(item, Broken):
                     checked.faults.append(Fault(shard.path, item.what, item.key, item.offset))
                     continue
                 checked.samples += 1
                 row = missing.pop(item.key, None)
-                against_index.extend(_crc_faults(item, row, shard.path))
+                if rows is not None:
+                    against_index.extend(_crc_faults(item, row, shard.path))
                 self._check_sample(item, row, shard, checked, against_index)
         except Exception as error:
             reason = explain(error, str(self.root / shard.path))
@@ -200,6 +217,9 @@ class Verification:
             source.close()
         checked.nbytes = source.received
         whole = list(self._whole_faults(shard, source))
+        if rows is None and checked.samples != shard.samples and not whole and not checked.faults:
+            told = f"{DATASET_FILE} says {counted(shard.samples, 'sample')}, the shard has {checked.samples}"
+            whole.append(Fault(shard.path, told))
         twin = next((other.path for other in self.info.shards if other.sha256 == source.sha256 != shard.sha256), None)
         if twin is not None:
             # Every sample of it is at odds with the index: one line says why.
@@ -247,6 +267,15 @@ class Verification:
                 against_index.append(fault(f"the index says {name} {_shown(told)}, the shard has {_shown(is_so)}"))
 
 
+def _tars_below(place: Location) -> Iterator[str]:
+    """The tars in a folder and in those below it, as paths from there; the file system's own errors."""
+    start = place.path.rstrip("/") + "/"
+    for folder, _, names in place.fs.walk(place.path, maxdepth=MAX_DEPTH, on_error="raise"):
+        for name in names:
+            if name.endswith(".tar"):
+                yield f"{folder}/{name}".removeprefix(start)
+
+
 def _crc_faults(found: Found, row: IndexRow | None, path: str) -> Iterator[Fault]:
     if row is None:
         yield Fault(path, "the index does not have it here", found.key, found.offset)
@@ -274,12 +303,8 @@ def _rows_by_shard(table: pa.Table, paths: Sequence[str]) -> dict[str, NDArray[n
 
 
 def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, NDArray[np.int64]]) -> Iterator[Fault]:
-    for row in rows[""]:
-        value = table.slice(int(row), 1).to_pylist()[0]
-        told = f"row {row} lies in {value['shard']}, which is not a shard of {DATASET_FILE}"
-        yield Fault(INDEX_FILE, told, str(value["image_id"]), value["offset"])
-    if not table.num_rows:
-        return
+    for path, number in sorted(Counter(table["shard"].take(pa.array(rows[""])).to_pylist()).items()):
+        yield Fault(INDEX_FILE, f"{counted(number, 'row')} of {path}, which is not a shard of {DATASET_FILE}")
     counts = table["image_id"].value_counts()
     for value in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist():
         yield Fault(INDEX_FILE, f"occurs in {value['counts']} rows", str(value["values"]))
@@ -306,7 +331,3 @@ def _index_rows(table: pa.Table, rows: NDArray[np.int64]) -> dict[str, IndexRow]
 
 def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +68,29 @@ def write_dataset(root: str | Path, splits: dict[str, Sequence[Sample]], *, per_
             shards.append(packed.shard)
     finish_dataset(location, rows, shards, CATEGORIES, plan="test")
     return open_dataset(location)
+
+
+def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
+    """A dataset of one sample whose JSON member was changed, and everything else made to agree with that; its key."""
+    packed = pack_shard([sample(1)], split="train", path=shard_path("train", 0))
+    with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
+        (jpg, picture), (member, content) = ((each, tar.extractfile(each).read()) for each in tar)
+    value = json.loads(content)
+    edit(value)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content = text.encode("utf-8", "surrogatepass")
+    member.size = len(content)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(jpg, io.BytesIO(picture))
+        tar.addfile(member, io.BytesIO(content))
+        end = tar.offset
+    data = buffer.getvalue()
+    row = replace(packed.rows[0], nbytes=end, crc32=zlib.crc32(data[:end]))
+    shard = replace(packed.shard, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (Location(str(root)) / shard.path).write(data)
+    finish_dataset(Location(str(root)), [row], [shard], CATEGORIES)
+    return row.image_id
 
 
 def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: Sequence | None = None) -> Index:

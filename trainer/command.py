@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.errors import UserError
+from shards.output import print_to_reader
 
 PATIENCE_S = 10.0
 
@@ -80,14 +81,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(name: str, action: Callable[[], Any]) -> int:
-    """Run a command: 0, or 2 after one line on stderr; 143 or 130 when SIGTERM or SIGINT ended it.
+    """Run a command: 0, or 2 after one line on stderr; 143 or 130 when SIGTERM or SIGINT ended it, 141 where its output
+    is not read to its end.
 
     What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
     alone is in trouble is not ended, and speaks up after `PATIENCE_S`.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return int(action() or 0)
+        return print_to_reader(lambda: int(action() or 0))
     except UserError as error:
         if rank > 0:
             time.sleep(PATIENCE_S)

@@ -38,6 +38,8 @@
     return make("a", { class: "data", href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", text: text || address });
   }
   const named = (id, text) => make("span", { class: "named" }, swatch(id), make("span", { class: "data", text }));
+  // A name has an element of its own: a mark in it that turns the direction of writing turns nothing else.
+  const listed = (texts) => texts.flatMap((text, place) => [...(place ? [", "] : []), make("bdi", { text })]);
   const term = (name, ...values) => [make("dt", { text: name }), make("dd", {}, ...values)];
 
   // The counts ------------------------------------------------------------------------------------------------------
@@ -154,18 +156,20 @@
     if (photo) frame.prepend(make("img", { src: sample.picture, alt: describe(sample) }));
   }
 
-  function describe(sample) {
+  function holds(sample) {
     const counts = new Map();
     for (const object of sample.objects) counts.set(object.class, (counts.get(object.class) || 0) + 1);
-    return [...counts].map(([id, count]) => (count > 1 ? `${count} × ${nameOf(id)}` : nameOf(id))).join(", ") || "nothing annotated";
+    const names = [...counts].map(([id, count]) => (count > 1 ? `${count} × ${nameOf(id)}` : nameOf(id)));
+    return names.length ? names : ["nothing annotated"];
   }
+  const describe = (sample) => holds(sample).join(", ");
 
   // The gallery -----------------------------------------------------------------------------------------------------
   const cards = data.samples.map((sample, place) => {
     const frame = make("span", { class: "frame" });
     const ratio = Math.min(Math.max(ratioOf(sample), 0.6), 2.4); // a panorama would be a line, a tower a column
     fillFrame(frame, sample, ratio, true);
-    const caption = make("span", { class: "caption" }, make("span", { class: "data", text: describe(sample) }), make("span", { class: "split", text: sample.split }));
+    const caption = make("span", { class: "caption" }, make("span", { class: "data" }, ...listed(holds(sample))), make("span", { class: "split", text: sample.split }));
     const button = make("button", { type: "button", class: "card", "aria-label": `${sample.id}, ${sample.split}: ${describe(sample)}`, "aria-haspopup": "dialog" }, frame, caption);
     button.addEventListener("click", () => open(place));
     const item = make("li", {}, button);
@@ -264,7 +268,7 @@
   }
 
   function about(sample) {
-    const names = (ids) => make("span", { class: "data", text: ids.map(nameOf).join(", ") || "none" });
+    const names = (ids) => make("span", { class: "data" }, ...(ids.length ? listed(ids.map(nameOf)) : ["none"]));
     const entries = [
       ...term("Title", make("span", { class: "data", text: sample.title || "unknown" })),
       ...term("Author", link(sample.author || (sample.author_url ? "" : "unknown"), sample.author_url)),

@@ -8,6 +8,8 @@ from shards.storage import Location
 from shards.writer import pack_shard
 from tests.support import CATEGORIES, sample, write_dataset
 
+SHARD = {"path": "train/000000.tar", "split": "train", "samples": 1, "nbytes": 10240, "sha256": "0" * 64}
+
 
 def test_a_finished_dataset_says_what_it_holds(tmp_path):
     write_dataset(tmp_path, {"train": [sample(n) for n in range(10)], "val": [sample(n) for n in range(10, 14)]})
@@ -46,6 +48,20 @@ def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
         ({"format": "coco"}, "not a maskstream dataset"),
         ({"version": 2}, "format version 2, this release reads version 1: upgrade maskstream"),
         ({"classes": [{"id": 1}]}, "damaged"),
+        ({"classes": [{"id": "1", "name": "a", "mid": ""}]}, "id of a category is '1', not of type int"),
+        ({"classes": [{"id": 1, "name": None, "mid": ""}]}, "name of a category is None, not of type str"),
+        ({"classes": [{"id": 10**12, "name": "a", "mid": ""}]}, "id of a category is 1000000000000: ids are from 1 to"),
+        ({"classes": [{"id": 0, "name": "a", "mid": ""}]}, "id of a category is 0: ids are from 1 to"),
+        ({"shards": [3]}, "a shard is 3, not an object of path, split, samples, nbytes, sha256"),
+        ({"shards": [SHARD | {"nbytes": "x"}]}, "nbytes of a shard is 'x', not of type int"),
+        ({"shards": [SHARD | {"nbytes": 1.5}]}, "nbytes of a shard is 1.5, not of type int"),
+        ({"shards": [SHARD | {"nbytes": -5}]}, "'train/000000.tar' has 1 samples and -5 bytes"),
+        ({"shards": [SHARD | {"samples": None}]}, "samples of a shard is None, not of type int"),
+        ({"shards": [SHARD | {"path": 5}]}, "path of a shard is 5, not of type str"),
+        ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
+        ({"plan": None}, "plan is None, not a text"),
+        ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
+        ({"classes": [{"id": 1, "name": "\ud800", "mid": ""}]}, r"name of a category is '\\ud800', which is no text"),
         ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
     ],
 )
@@ -57,8 +73,9 @@ def test_a_wrong_dataset_json_is_refused(tmp_path, change, message):
         open_dataset(str(tmp_path))
 
 
-def test_what_is_not_json_is_refused(tmp_path):
-    (tmp_path / "dataset.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000])
+def test_what_is_not_json_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(DatasetError, match="not JSON"):
         open_dataset(str(tmp_path))
 

@@ -1,8 +1,10 @@
 """`inspect-shards --extract`: the files of one image again."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from shards import rle
 from shards.extract import mask_names
 from shards.report import main
 from shards.sample import Sample
-from tests.support import CATEGORIES, sample, write_dataset
+from tests.support import CATEGORIES, sample, write_dataset, write_spoilt
 
 
 def test_the_jpeg_the_json_and_the_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +66,39 @@ def test_an_unknown_image_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "there is no sample '../../x'" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def rle_of(**values: object) -> Callable[[dict[str, Any]], Any]:
+    return lambda value: value["annotations"][0]["segmentation"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (rle_of(counts="PPPP1"), "the RLE has runs of "),
+        (rle_of(counts="é"), "the RLE cannot be decoded"),
+        (rle_of(size=[-1, 5]), "the RLE is of 5x-1, the image 48x32"),
+        (rle_of(size=[100_000, 100_000]), "the RLE is of 100000x100000, the image 48x32"),
+        (rle_of(size=[48, 32]), "the RLE is of 32x48, the image 48x32"),
+        (lambda v: v.update(width=0, height=0), ".jpg is 48x32, 0000000000000001.json says 0x0"),
+        (lambda v: v["annotations"][1].update(bbox=[float("nan")] * 4), "is not of numbers"),
+        (lambda v: v["annotations"][1].update(category_id=7), "category_id 7 is not the id of a class"),
+        (lambda v: v.update(title="\ud800"), "surrogates not allowed"),
+        (lambda v: v["annotations"][0].update(predicted_iou=float("inf")), "predicted_iou inf is not from 0 to 1"),
+    ],
+)
+def test_a_sample_with_a_fault_is_neither_drawn_nor_extracted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], Any], told: str
+) -> None:
+    key = write_spoilt(tmp_path / "data", edit)
+    out = tmp_path / "out"
+    for more in (["--extract", key, "--out", str(out)], ["--html", str(out)]):
+        assert main([str(tmp_path / "data"), *more]) == 2
+        error = capsys.readouterr().err
+        assert f"train/000000.tar: sample {key}: " in error
+        assert told in error
+        assert error.count("\n") == 1
+    assert not out.exists()
 
 
 def test_to_and_from_a_bucket(s3: S3Server, bucket: str, tmp_path: Path) -> None:

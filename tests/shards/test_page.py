@@ -308,6 +308,27 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
 
 
 @in_browser
+def test_a_name_that_turns_the_direction_of_writing_turns_no_other(browser: Any, tmp_path: Path) -> None:
+    turned, other = "\u202eevil", "Car"
+    packed = pack_shard([replace(sample(1), verified_present=(1, 2))], split="train", path=shard_path("train", 0))
+    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
+    classes = [Category(1, turned, "/m/1"), Category(2, other, "/m/2")]
+    finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+    page_of(tmp_path, tmp_path / "page.html")
+    resize(browser, 1280, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    browser.find_element("css selector", "#gallery .card").click()
+    present = "//dt[.='Verified present']/following-sibling::dd[1]//bdi"
+    for names in (
+        browser.find_elements("xpath", present),
+        browser.find_elements("css selector", ".caption bdi"),
+    ):
+        assert [name.get_property("textContent") for name in names] == [turned, other]
+        # What follows is written after it, and not into it from the right.
+        assert names[0].rect["x"] + names[0].rect["width"] <= names[1].rect["x"]
+
+
+@in_browser
 def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, drawn: Path) -> None:
     browser.get(drawn.as_uri())
     console(browser)

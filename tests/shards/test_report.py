@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -6,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from shards.dataset import Category, finish_dataset
+from shards.output import print_to_reader
 from shards.report import main
+from shards.storage import Location
+from shards.verify import Fault
+from shards.wording import columns_of
+from shards.writer import pack_shard
 from tests.support import sample, write_dataset
 
 
@@ -78,6 +85,47 @@ def test_help_answers_within_a_second() -> None:
     subprocess.run([sys.executable, "-m", "shards.report", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_columns_hold_whatever_the_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = pack_shard([sample(1)], split="train", path="train/000000.tar")
+    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
+    for names in (["Personal flotation device", "\x1b[2J\n\u202eCar"], ["人" * 20, "Cafe\u0301"]):
+        classes = [Category(number, name, "") for number, name in enumerate(names, 1)]
+        finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+        assert main([str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert all(line.isprintable() or "\u0301" in line for line in told.split("\n"))
+        lines = told.splitlines()
+        head = next(number for number, line in enumerate(lines) if line.startswith("  class "))
+        assert len({columns_of(line) for line in lines[head : head + 3]}) == 1
+    # A fault is one line, whatever stands in it.
+    assert str(Fault("a", "box \n\x1b[2J")) == r"a: box \n\x1b[2J"
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--help"], ["--verify"]])
+def test_who_reads_no_further_ends_the_command_quietly(root: str, more: list[str]) -> None:
+    """As `| head` does, also where all of the output still waits in a buffer."""
+    if more == ["--verify"]:
+        for shard in Path(root).rglob("*.tar"):
+            shard.unlink()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "shards.report", root, *more]
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        assert done.stderr == ""
+        assert done.returncode == 141 or (more, unbuffered, done.returncode) == (["--help"], "1", 0)
+    os.close(writer)
+
+
+def test_another_broken_pipe_is_no_reader_that_has_gone() -> None:
+    def command() -> int:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        print_to_reader(command)
 
 
 def test_no_part_of_the_command_imports_torch() -> None:

@@ -86,6 +86,23 @@ def test_a_member_of_another_format_names_the_sample(damage):
         Sample.from_members("0a", {"jpg": b"", "json": damage}, where="train/000000.tar")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"width":48', b'"width":1e999'),
+        (b'"category_id":1', b'"category_id":1e999'),
+        (b'"bbox":[6.0', b'"bbox":[' + b"9" * 400),
+        (b'"annotations":', b'"a":' + b"[" * 100_000),
+        (b'"title":"', b'"title":"\xe9'),
+    ],
+)
+def test_numbers_and_nesting_beyond_all_bounds_are_one_short_line(old, new):
+    damaged = sample(0).to_members()["json"].replace(old, new)
+    with pytest.raises(SampleError, match=r"sample 0a: 0a.json is not in the shard format") as caught:
+        Sample.from_members("0a", {"jpg": b"", "json": damaged})
+    assert len(str(caught.value)) < 300
+
+
 def test_a_missing_member_is_named():
     with pytest.raises(SampleError, match=r"there is no 0a.json"):
         Sample.from_members("0a", {"jpg": b""})

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from demo.s3server import S3Server
 from shards import rle, walk
-from shards.contents import instance_faults
 from shards.dataset import INDEX_SCHEMA, finish_dataset, open_dataset
 from shards.report import main
-from shards.rle import Rle
-from shards.sample import Instance
 from shards.storage import Location
 from shards.verify import Verification
 from shards.writer import pack_shard
-from tests.support import CATEGORIES, sample, write_dataset
+from tests.support import CATEGORIES, sample, write_dataset, write_spoilt
 
 FIRST = "train/000000.tar"
 
@@ -67,6 +61,12 @@ def rewrite_index(root: Path, edit: Callable[[list[dict[str, Any]]], Any], *, ho
         info = json.loads((root / "dataset.json").read_text())
         info["index"]["sha256"] = hashlib.sha256((root / "index.parquet").read_bytes()).hexdigest()
         (root / "dataset.json").write_text(json.dumps(info))
+
+
+def rewrite_info(root: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    info = json.loads((root / "dataset.json").read_text())
+    edit(info)
+    (root / "dataset.json").write_text(json.dumps(info))
 
 
 def test_a_whole_dataset_has_no_fault(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_index_rows_as_a_whole(root: Path) -> None:
     assert any(f"{FIRST}: dataset.json says 6 samples, the index has 5" in line for line in faults(root))
     rewrite_index(root, lambda rows: rows.append(rows[0] | {"shard": "train/000009.tar"}))
     found = faults(root)
-    assert any("train/000009.tar, which is not a shard of dataset.json" in line for line in found)
+    assert "index.parquet: 1 row of train/000009.tar, which is not a shard of dataset.json" in found
     assert any(f"index.parquet: sample {0:016x}: occurs in 2 rows" in line for line in found)
     rewrite_index(root, lambda rows: rows.__setitem__(slice(0, 2), rows[1::-1]))
     assert any("not in the order of the shards and offsets" in line for line in faults(root))
@@ -182,35 +182,73 @@ def test_an_index_of_another_build_or_none_at_all(root: Path) -> None:
     found = faults(root)
     assert found[0].startswith("index.parquet: sha256 is ")
     assert "the index says height 31, the shard has 32" in found[1]
+
+
+def test_an_index_that_cannot_be_read_is_told_once_and_not_for_each_sample(root: Path) -> None:
     (root / "index.parquet").write_bytes(b"PAR1 and no more")
-    assert any("index.parquet: is not an index in Parquet" in line for line in faults(root))
+    first, second = faults(root)
+    assert first.startswith("index.parquet: sha256 is ")
+    assert second.startswith("index.parquet: is not an index in Parquet")
+    (root / "index.parquet").unlink()
+    place = (root / FIRST).stat().st_size - 1
+    change(root / FIRST, lambda data: data.__setitem__(place, 1))
+    # What can be found without it is found.
+    first, *others = faults(root)
+    assert first.startswith("index.parquet: cannot be read: ")
+    assert [line.partition(": ")[0] for line in others] == [FIRST, FIRST]
+
+
+def test_a_shard_of_which_the_index_has_nothing_is_told_once(root: Path) -> None:
+    rewrite_index(root, lambda rows: rows.__delitem__(slice(0, 6)))
+    assert faults(root) == [f"{FIRST}: dataset.json says 6 samples, the index has 0"]
+    rewrite_index(root, lambda rows: rows.clear())
+    assert [line.partition(": ")[2] for line in faults(root)] == [
+        f"dataset.json says {number} samples, the index has 0" for number in (6, 6, 4, 3)
+    ]
+
+
+def test_without_an_index_the_number_of_samples_is_that_of_dataset_json(root: Path) -> None:
+    (root / "index.parquet").unlink()
+    rewrite_info(root, lambda info: info["shards"][0].update(samples=5))
+    assert f"{FIRST}: dataset.json says 5 samples, the shard has 6" in faults(root)
 
 
 def test_an_extra_shard(root: Path) -> None:
     (root / "test").mkdir()
     shutil.copy(root / FIRST, root / "test" / "000000.tar")
-    assert faults(root) == ["test/000000.tar: is not in dataset.json: of another build?"]
+    (root / "train" / "old" / "kept").mkdir(parents=True)
+    shutil.copy(root / FIRST, root / "train" / "old" / "kept" / "000000.tar")
+    assert faults(root) == [
+        "train/old/kept/000000.tar: is not in dataset.json: of another build?",
+        "test/000000.tar: is not in dataset.json: of another build?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda info: info["splits"]["train"].update(samples=999), "dataset.json: split train is {"),
+        (lambda info: info["splits"].pop("val"), "its shards are of train, val"),
+        (lambda info: info.update(splits={"nonsense": 3}), "splits are {'nonsense': 3}, its shards are of train, val"),
+        (lambda info: info.pop("splits"), "dataset.json: splits are None, its shards are of train, val"),
+        (lambda info: info["shards"][0].update(path="../x.tar"), "../x.tar is not a shard's path, train/ and six"),
+    ],
+)
+def test_what_readers_leave_alone_in_dataset_json(root: Path, edit: Callable[[dict[str, Any]], Any], told: str) -> None:
+    rewrite_info(root, edit)
+    assert any(told in line for line in faults(root))
+
+
+def test_columns_of_another_type(root: Path) -> None:
+    table = pq.read_table(root / "index.parquet")
+    place = INDEX_SCHEMA.get_field_index("offset")
+    pq.write_table(table.set_column(place, "offset", table["offset"].cast(pa.float64())), root / "index.parquet")
+    assert "index.parquet: column offset is double, not int64: build the dataset again" in faults(root)
 
 
 def spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> list[str]:
     """The faults of a dataset whose JSON member was changed, and everything else made to agree with that."""
-    packed = pack_shard([sample(1)], split="train", path=FIRST)
-    with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    value = json.loads(members[1][1])
-    edit(value)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        content = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        for member, data in ((members[0][0], members[0][1]), (members[1][0], content)):
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-        end = tar.offset
-    data = buffer.getvalue()
-    row = replace(packed.rows[0], nbytes=end, crc32=zlib.crc32(data[:end]))
-    shard = replace(packed.shard, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (Location(str(root)) / FIRST).write(data)
-    finish_dataset(Location(str(root)), [row], [shard], CATEGORIES)
+    write_spoilt(root, edit)
     return faults(root)
 
 
@@ -240,7 +278,14 @@ def test_an_rle_of_the_wrong_size(tmp_path: Path) -> None:
         (lambda v: v["annotations"][1].update(bbox=[4.0, 2.0, 0.0, 25.0]), "bbox [4, 2, 0, 25] is empty"),
         (lambda v: v["annotations"][1].update(bbox=[4.0, 2.0]), "is not in the shard format"),
         (lambda v: v["annotations"][1].update(category_id=3), "category_id 3 is not the id of a class"),
+        (lambda v: v["annotations"][1].update(category_id=float("inf")), "is not in the shard format (OverflowError"),
+        (lambda v: v["annotations"][1].update(bbox=[10**400, 0, 1, 1]), "is not in the shard format (OverflowError"),
         (lambda v: v["verified_present"].append(9), "verified_present has 9"),
+        (lambda v: v["verified_present"].append(1), "verified_present has 1 more than once"),
+        (lambda v: v["verified_absent"].append(1), "class 1 is verified as present and as absent"),
+        (lambda v: v.update(rotation=45), "rotation is 45, not one of 0, 90, 180, 270"),
+        (lambda v: v.update(rotation=-90), "rotation is -90, not one of 0, 90, 180, 270"),
+        (lambda v: v["annotations"][0].update(predicted_iou=-3.5), "predicted_iou -3.5 is not from 0 to 1"),
         (lambda v: v.update(width=47), "is 48x32, "),
         (lambda v: v.update(image_id="another"), "is not the canonical JSON of the format, or of another image"),
         (lambda v: v.update(remark="new"), "is not the canonical JSON of the format"),
@@ -342,26 +387,3 @@ def test_over_http(s3: S3Server, bucket: str, root: Path, capsys: pytest.Capture
 def test_what_is_no_dataset_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), "--verify"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_runs_are_those_of_the_mask(height: int, width: int, data: st.DataObject) -> None:
-    bits = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
-    mask = np.array(bits, np.uint8).reshape(height, width)
-    runs = rle.runs(rle.encode(mask))
-    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T, mask)
-
-
-@given(st.text(max_size=30), st.integers(1, 40), st.integers(1, 40))
-def test_no_text_in_the_place_of_an_rle_is_too_strange(counts: str, height: int, width: int) -> None:
-    instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
-    if not list(instance_faults(instance, width, height, {1})):
-        assert rle.decode(Rle(height, width, counts)).sum() == rle.area(Rle(height, width, counts)) > 0
-
-
-def test_the_mask_of_a_tiny_box_is_a_whole_pixel() -> None:
-    mask = np.zeros((20, 20), np.uint8)
-    mask[5, 10] = 1
-    for x, fault in ((10.6, False), (11.4, False), (13.0, True)):
-        instance = Instance(1, (x, 5.0, 0.3, 0.4), rle.encode(mask))
-        assert bool(list(instance_faults(instance, 20, 20, {1}))) == fault
