@@ -210,25 +210,34 @@ class Dataset:
         index = Index.read(self.columns, paths, str(self.root / INDEX_FILE))
         return select_rows(index, self.selection, f"{self.root}: split {split!r}")
 
-    def select(self, *, classes: Sequence[str | int] = (), fraction: float = 1.0, seed: int = 0) -> Dataset:
+    def select(self, *, classes: Sequence[str | int] | None = None, fraction: float = 1.0, seed: int = 0) -> Dataset:
         """This dataset with a part of its samples; the others are never fetched. The index alone decides.
 
         A subset of classes is what `build-shards` would have made of these classes: the samples that have one of them,
         without annotations of the other classes, whose objects are background like everything else that has no label.
-        Ids stay as they are. Give no classes to keep all samples and all annotations.
+        Ids stay as they are.
+
+        Of a selection this is a part: classes are chosen among those that it has, and what is not chosen anew stays as
+        it was. Which came first makes no difference.
 
         Args:
-            classes: names, MIDs or ids; none for all.
+            classes: names, MIDs or ids; None for all samples with all annotations.
             fraction: above 0 to 1: about this share of the (remaining) samples, chosen by a hash of seed and ImageID,
-                so that a larger fraction holds all of a smaller one, in every split and every build.
+                so that a larger fraction holds all of a smaller one, in every split and every build. Only once below 1.
             seed: of the hash; not negative.
 
         Raises:
-            DatasetError: an unknown class (the nearest names are told), or a fraction or seed out of its range.
+            DatasetError: an unknown class (the nearest names are told) or none at all, a fraction or seed out of its
+                range, or a fraction of a fraction.
         """
-        where = str(self.root)
-        ids = tuple(sorted({find_class(self.info.categories, c, where).id for c in classes})) if classes else None
-        return replace(self, selection=Selection(ids, fraction, seed))
+        where, before = str(self.root), self.selection
+        if classes is None:
+            ids = before.classes
+        elif not len(classes):
+            raise DatasetError(f"{where}: classes is empty: name at least one, or give classes=None for all")
+        else:
+            ids = tuple(sorted({find_class(self.categories, c, where).id for c in classes}))
+        return replace(self, selection=before.narrowed(ids, fraction, seed, where))
 
 
 def open_dataset(root: str | Location) -> Dataset:

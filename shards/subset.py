@@ -41,6 +41,23 @@ class Selection:
         if self.seed < 0:
             raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
 
+    def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
+        """A part of this part: of these classes, which are among its own, and of the fraction.
+
+        Raises:
+            DatasetError: it is a fraction already; `where` is named.
+        """
+        asked = Selection(classes, fraction, seed)
+        if asked.fraction == 1:
+            return replace(asked, fraction=self.fraction, seed=self.seed)
+        if self.fraction < 1:
+            # It could mean the share of the samples that are left, or of all; whoever means one is not given the other.
+            raise DatasetError(
+                f"{where}: fraction {fraction} of a selection that is fraction {self.fraction} already: "
+                "select once, with the fraction of the whole that is meant"
+            )
+        return asked
+
 
 class _Named(Protocol):
     @property
