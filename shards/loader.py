@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from shards import handover
 from shards.errors import LoaderError, UserError
 from shards.reader import SampleStatistics
-from shards.stream import EvalStream, ShardStream
+from shards.stream import Stream
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class Loader(Generic[T]):
 
 
 def loader(
-    stream: ShardStream[T] | EvalStream[T],
+    stream: Stream[T],
     *,
     workers: int = 0,
     pin_memory: bool = False,
@@ -159,7 +159,7 @@ class _Item(NamedTuple):
 class _Reporting(IterableDataset):
     """Hands errors over as values: a `DataLoader` would wrap them into the text of a traceback."""
 
-    def __init__(self, stream: ShardStream[Any] | EvalStream[Any]) -> None:
+    def __init__(self, stream: Stream[Any]) -> None:
         self.stream = stream
 
     def set_epoch(self, epoch: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,22 +29,48 @@ from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.parse import Parse, parse_sample
 from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
+from shards.sample import Sample
 from shards.wording import counted
 
 if TYPE_CHECKING:
     from shards.cache import SampleCache
 
-T = TypeVar("T")
-Collate = Callable[[Sequence[Any], int], T]  # of what `parse` gives, and the visit
+P = TypeVar("P")  # a sample, as `parse` makes it
+T = TypeVar("T")  # a batch: of `collate`, or list[P]
+Collate = Callable[[list[Any], int], T]  # of what `parse` gives, and the visit
 
 
-class Stream(IterableDataset, Generic[T]):
+class _Options(TypedDict, total=False):
+    """What both streams take and what says nothing of the type of a batch; for the type checker alone."""
+
+    rank: int
+    world: int
+    read_ahead: int
+    cache: SampleCache | None
+    stall_s: float
+
+
+class _ShardOptions(_Options, total=False):
+    seed: int
+    start: int
+    lanes: int
+    window: int
+    group_by_aspect: bool
+    repeat_threshold: float
+
+
+class _EvalOptions(_Options, total=False):
+    rows: NDArray[np.int64] | None
+
+
+class Stream(IterableDataset[T]):
     """What both streams share: who they are for, and whom they refuse."""
 
     rank: int
     world: int
     parse: Parse
     collate: Collate[T] | None
+    statistics: SampleStatistics  # of this process; `Loader.statistics` is of all loader processes
 
     def set_epoch(self, epoch: int) -> None:
         """Refuses. A stream needs no telling; `accelerate` calls this when it reads a loader that it has prepared.
@@ -100,6 +126,41 @@ class ShardStream(Stream[T]):
         DatasetError: no such split, too few samples for a batch on every rank, or a setting out of its range.
     """
 
+    @overload
+    def __init__(
+        self: ShardStream[list[Sample]],
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        collate: None = None,
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: ShardStream[list[P]],
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Callable[[memoryview, Index, int, str], P],
+        collate: None = None,
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Parse = ...,
+        collate: Collate[T],
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         dataset: Dataset | Mix,
@@ -142,7 +203,7 @@ class ShardStream(Stream[T]):
             self.order = Order(indexes[0], settings)
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
         budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
-        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
+        self.statistics = SampleStatistics()
         self._readers = [
             SampleReader(one.root, index, budget, cache, stall_s, self.statistics)
             for one, index, budget in zip(datasets, self.order.indexes, budgets)
@@ -177,6 +238,41 @@ class EvalStream(Stream[T]):
     index, ascending; None for all.
     """
 
+    @overload
+    def __init__(
+        self: EvalStream[list[Sample]],
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        collate: None = None,
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: EvalStream[list[P]],
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Callable[[memoryview, Index, int, str], P],
+        collate: None = None,
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Parse = ...,
+        collate: Collate[T],
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         dataset: Dataset,
@@ -199,7 +295,7 @@ class EvalStream(Stream[T]):
         self._rows = rows
         self.samples = len(index) if rows is None else len(rows)
         [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
-        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
+        self.statistics = SampleStatistics()
         self._reader = SampleReader(dataset.root, index.without_labels(), own, cache, stall_s, self.statistics)
 
     def __iter__(self) -> Iterator[T]:
