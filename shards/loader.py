@@ -22,7 +22,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards import handover
-from shards.errors import LoaderError, UserError
+from shards.arguments import whole
+from shards.errors import DatasetError, LoaderError, UserError
 from shards.reader import SampleStatistics
 from shards.stream import Stream
 
@@ -128,7 +129,13 @@ def loader(
         pin_memory: copy batches into page-locked memory (they need a `pin_memory` method).
         start_method: "fork", "forkserver" or "spawn". Default: the platform's. With "fork" the index is shared and
             not copied; each process opens connections of its own.
+
+    Raises:
+        DatasetError: `workers` is no whole number from 0 on.
     """
+    workers = whole("workers", workers)
+    if workers < 0:
+        raise DatasetError(f"workers is {workers}: it must be 0 or more")
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,

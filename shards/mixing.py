@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import real
 from shards.dataset import Category, Dataset
 from shards.errors import DatasetError
 from shards.hashing import fold
@@ -51,6 +52,7 @@ class Mix:
                 f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights: give one each"
             )
         for dataset, weight in zip(self.datasets, self.weights):
+            real(f"{dataset.root}: its weight in the mix", weight)
             if not weight > 0 or weight == float("inf"):
                 raise DatasetError(f"{dataset.root}: its weight in the mix is {weight}: it must be a number above 0")
             _check_classes(self.datasets[0], dataset)

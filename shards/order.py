@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import real, whole
 from shards.errors import DatasetError
 from shards.hashing import fold, hashes
 from shards.index import Index
@@ -71,6 +72,10 @@ class OrderSettings:
     repeat_threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "seed", "lanes", "window", "chunk_bytes"):
+            object.__setattr__(self, name, whole(f"order: {name}", getattr(self, name)))
+        object.__setattr__(self, "group_by_aspect", bool(self.group_by_aspect))
+        object.__setattr__(self, "repeat_threshold", real("order: repeat_threshold", self.repeat_threshold))
         for name in ("batch_size", "lanes", "window", "chunk_bytes"):
             if getattr(self, name) < 1:
                 raise DatasetError(f"order: {name} is {getattr(self, name)}: it must be at least 1")

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shards.arguments import whole
 from shards.dataset import Dataset
 from shards.errors import DatasetError
 from shards.index import Index
@@ -66,6 +67,7 @@ class _EvalOptions(_Options, total=False):
 class Stream(IterableDataset[T]):
     """What both streams share: who they are for, and whom they refuse."""
 
+    batch_size: int
     rank: int
     world: int
     parse: Parse
@@ -84,11 +86,14 @@ class Stream(IterableDataset[T]):
             "optimizer only, and read the loader as it is"
         )
 
-    def _check(self, batch_size: int) -> None:
+    def _take(self, batch_size: int, rank: int, world: int, parse: Parse, collate: Collate[T] | None) -> None:
+        self.batch_size = whole("batch_size", batch_size)
+        self.rank, self.world = whole("rank", rank), whole("world", world)
+        self.parse, self.collate = parse, collate
         if not 0 <= self.rank < self.world:
             raise DatasetError(f"rank {self.rank} of {self.world}: a rank lies between 0 and world - 1")
-        if batch_size < 1:
-            raise DatasetError(f"batch_size is {batch_size}: it must be at least 1")
+        if self.batch_size < 1:
+            raise DatasetError(f"batch_size is {self.batch_size}: it must be at least 1")
 
     def _read(self, reader: SampleReader, rows: Iterable[int]) -> Iterator[Any]:
         """The samples of the given rows, in that order."""
@@ -181,20 +186,19 @@ class ShardStream(Stream[T]):
         parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
     ) -> None:
-        self.rank, self.world, self.start = rank, world, start
-        self.parse, self.collate = parse, collate
-        self._check(batch_size)
-        if start < 0:
+        self._take(batch_size, rank, world, parse, collate)
+        self.start = whole("start", start)
+        if self.start < 0:
             raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
         settings = OrderSettings(batch_size, seed, lanes, window, group_by_aspect, repeat_threshold=repeat_threshold)
         datasets = dataset.datasets if isinstance(dataset, Mix) else (dataset,)
         indexes = dataset.indexes(split) if isinstance(dataset, Mix) else (dataset.index(split),)
         samples = sum(map(len, indexes))
-        if samples < batch_size * world:
+        if samples < self.batch_size * self.world:
             raise DatasetError(
                 f"{' + '.join(str(one.root) for one in datasets)}: split {split!r} has "
-                f"{counted(samples, 'sample')}, fewer than one batch of {batch_size} on each of "
-                f"{counted(world, 'rank')}: lower the batch size or build more samples"
+                f"{counted(samples, 'sample')}, fewer than one batch of {self.batch_size} on each of "
+                f"{counted(self.world, 'rank')}: lower the batch size or build more samples"
             )
         self.order: Order | MixedOrder
         if isinstance(dataset, Mix):
@@ -288,9 +292,7 @@ class EvalStream(Stream[T]):
         collate: Collate[T] | None = None,
         rows: NDArray[np.int64] | None = None,
     ) -> None:
-        self.rank, self.world, self.batch_size = rank, world, batch_size
-        self.parse, self.collate = parse, collate
-        self._check(batch_size)
+        self._take(batch_size, rank, world, parse, collate)
         index = dataset.index(split)
         self._rows = rows
         self.samples = len(index) if rows is None else len(rows)

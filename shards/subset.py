@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shards.arguments import real, whole
 from shards.errors import DatasetError
 from shards.hashing import fold, splitmix64
 from shards.index import Index
@@ -36,6 +37,8 @@ class Selection:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        real("fraction", self.fraction)
+        object.__setattr__(self, "seed", whole("the seed of a selection", self.seed))
         if not 0 < self.fraction <= 1:
             raise DatasetError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
         if self.seed < 0:
