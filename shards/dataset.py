@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.arguments import path_or_url
 from shards.errors import DatasetError, StorageError
 from shards.index import Index, IndexFile
 from shards.ranges import Read, read_many
@@ -233,6 +235,8 @@ class Dataset:
         where, before = str(self.root), self.selection
         if classes is None:
             ids = before.classes
+        elif isinstance(classes, str) or not isinstance(classes, Iterable):
+            raise DatasetError(f"{where}: classes is {classes!r}: give a list, classes=[{classes!r}]")
         elif not len(classes):
             raise DatasetError(f"{where}: classes is empty: name at least one, or give classes=None for all")
         else:
@@ -240,14 +244,14 @@ class Dataset:
         return replace(self, selection=before.narrowed(ids, fraction, seed, where))
 
 
-def open_dataset(root: str | Location) -> Dataset:
+def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
     """Open a finished dataset with two reads at a time: `dataset.json` and `index.parquet`.
 
     Raises:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
         StorageError: the place cannot be reached.
     """
-    location = Location(root) if isinstance(root, str) else root
+    location = root if isinstance(root, Location) else Location(path_or_url(root))
     answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
     info = _info_of(location, answers[0])
     try:

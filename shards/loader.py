@@ -8,6 +8,7 @@ for batch in batches:
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import signal
 import sys
@@ -131,11 +132,17 @@ def loader(
             not copied; each process opens connections of its own.
 
     Raises:
-        DatasetError: `workers` is no whole number from 0 on.
+        DatasetError: it is no stream, `workers` no whole number from 0 on, or there is no such `start_method`.
     """
+    if not isinstance(stream, Stream):
+        kind = type(stream).__name__
+        raise DatasetError(f"a loader reads a stream, not a {kind}: give ShardStream(...) or EvalStream(...)")
     workers = whole("workers", workers)
     if workers < 0:
         raise DatasetError(f"workers is {workers}: it must be 0 or more")
+    methods = multiprocessing.get_all_start_methods()
+    if start_method not in (None, *methods):
+        raise DatasetError(f"start_method is {start_method!r}: give one of {', '.join(methods)}")
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,

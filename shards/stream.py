@@ -14,6 +14,7 @@ it a second time. A loader that was is refused when it is first read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shards.arguments import whole
+from shards.arguments import real, row_numbers, whole
 from shards.dataset import Dataset
 from shards.errors import DatasetError
 from shards.index import Index
@@ -31,6 +32,7 @@ from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.parse import Parse, parse_sample
 from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
 from shards.sample import Sample
+from shards.storage import Location
 from shards.wording import counted
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class Stream(IterableDataset[T]):
         self.batch_size = whole("batch_size", batch_size)
         self.rank, self.world = whole("rank", rank), whole("world", world)
         self.parse, self.collate = parse, collate
+        if not callable(parse) or not (collate is None or callable(collate)):
+            raise DatasetError(f"parse is {parse!r}, collate is {collate!r}: give functions, or leave them out")
         if not 0 <= self.rank < self.world:
             raise DatasetError(f"rank {self.rank} of {self.world}: a rank lies between 0 and world - 1")
         if self.batch_size < 1:
@@ -186,6 +190,7 @@ class ShardStream(Stream[T]):
         parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
     ) -> None:
+        _check_dataset(dataset, mixes=True)
         self._take(batch_size, rank, world, parse, collate)
         self.start = whole("start", start)
         if self.start < 0:
@@ -206,6 +211,7 @@ class ShardStream(Stream[T]):
         else:
             self.order = Order(indexes[0], settings)
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
+        _check_reading(read_ahead, cache, stall_s)
         budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
         self.statistics = SampleStatistics()
         self._readers = [
@@ -292,10 +298,12 @@ class EvalStream(Stream[T]):
         collate: Collate[T] | None = None,
         rows: NDArray[np.int64] | None = None,
     ) -> None:
+        _check_dataset(dataset, mixes=False)
         self._take(batch_size, rank, world, parse, collate)
         index = dataset.index(split)
-        self._rows = rows
-        self.samples = len(index) if rows is None else len(rows)
+        self._rows = None if rows is None else row_numbers(rows, len(index))
+        self.samples = len(index) if self._rows is None else len(self._rows)
+        _check_reading(read_ahead, cache, stall_s)
         [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
         self.statistics = SampleStatistics()
         self._reader = SampleReader(dataset.root, index.without_labels(), own, cache, stall_s, self.statistics)
@@ -309,6 +317,28 @@ class EvalStream(Stream[T]):
         samples = self._read(self._reader, chain.from_iterable(batches))
         for batch in batches:
             yield self._collated([next(samples) for _ in batch], 0)
+
+
+def _check_dataset(given: Any, *, mixes: bool) -> None:
+    """Refuses what is no opened dataset (or mix, where one will do), and says how it becomes one."""
+    if isinstance(given, Dataset) or (mixes and isinstance(given, Mix)):
+        return
+    if isinstance(given, Mix):
+        told = "a Mix: evaluate each of its datasets by itself"
+    elif isinstance(given, str | os.PathLike | Location):
+        told = f"{str(given)!r}: open it first, open_dataset({str(given)!r})"
+    elif isinstance(given, list | tuple):
+        told = f"a {type(given).__name__}: " + ("give Mix(datasets, weights)" if mixes else "evaluate one at a time")
+    else:
+        told = f"a {type(given).__name__}: give what open_dataset returns"
+    raise DatasetError(f"the dataset of a stream is {told}")
+
+
+def _check_reading(read_ahead: Any, cache: Any, stall_s: Any) -> None:
+    real("read_ahead", read_ahead)
+    real("stall_s", stall_s)
+    if isinstance(cache, str | os.PathLike):
+        raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
 
 
 def share_read_ahead(
