@@ -280,7 +280,7 @@ def read_info(root: Location) -> DatasetInfo:
 
 def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
     try:
-        value = json.loads(_read(root / DATASET_FILE, answer))
+        data = _read(root / DATASET_FILE, answer)
     except StorageError as error:
         if not error.missing:
             raise
@@ -288,6 +288,8 @@ def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
             f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
             "(run the same build-shards command again to finish it)"
         ) from error
+    try:
+        value = json.loads(data)
     except ValueError as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
     return DatasetInfo.from_json(value, str(root / DATASET_FILE))

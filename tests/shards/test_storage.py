@@ -145,6 +145,19 @@ def test_a_refusal_on_a_disk_speaks_of_permissions_and_one_of_a_bucket_of_its_po
     assert "the bucket's policy" in str(explain(refused, "s3://bucket/a"))
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://", "minio:9000"])
+def test_an_endpoint_that_is_no_url_is_told_as_such(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr("shards.storage._instances", {})
+    message = rf"^s3://bucket/data/[^\n]*Invalid endpoint: {endpoint}: give http://host:port in AWS_ENDPOINT_URL$"
+    with pytest.raises(StorageError, match=message):
+        open_dataset(Location("s3://bucket/data", anonymous=True))
+    for ask in (Location.exists, Location.read, lambda place: place.write(b"1")):
+        with pytest.raises(StorageError, match=message) as caught:
+            ask(Location("s3://bucket/data/dataset.json", anonymous=True))
+        assert caught.value.permanent
+
+
 def test_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
     assert (str(error), error.permanent) == ("gone", True)
