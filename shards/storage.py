@@ -272,7 +272,8 @@ def explain(error: BaseException, url: str) -> str | None:
     if kind == "NoCredentialsError":
         return (
             f"{url}: no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
-            "(a public bucket can be read without, where the command has an option for anonymous access)"
+            "(a public bucket can be read without: --anonymous, where the command has it, or in your own loop "
+            "open_dataset(Location(url, anonymous=True)))"
         )
     if _is_wrong_endpoint(error):
         return f"{url}: {text}: give http://host:port in AWS_ENDPOINT_URL"

@@ -158,6 +158,23 @@ def test_an_endpoint_that_is_no_url_is_told_as_such(endpoint, monkeypatch):
         assert caught.value.permanent
 
 
+def test_missing_credentials_name_what_reads_a_public_bucket(bucket, monkeypatch):
+    (Location(bucket) / "told.bin").write(b"01")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setattr("shards.storage._instances", {})
+    monkeypatch.setattr("shards.buckets._addresses", {})
+    monkeypatch.setattr("shards.buckets._known", {})
+    told = r"^[^\n]*no AWS credentials were found: [^\n]*open_dataset\(Location\(url, anonymous=True\)\)\)$"
+    with pytest.raises(StorageError, match=told):
+        Location(f"{bucket}/told.bin").read()
+    with pytest.raises(StorageError, match=told):
+        open_dataset(bucket)
+    assert Location(f"{bucket}/told.bin", anonymous=True).read() == b"01"
+
+
 def test_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
     assert (str(error), error.permanent) == ("gone", True)
