@@ -15,7 +15,7 @@ it a second time. A loader that was is refused when it is first read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from shards.arguments import real, row_numbers, whole
 from shards.dataset import Dataset
 from shards.errors import DatasetError
+from shards.identity import check_identity
 from shards.index import Index
 from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
@@ -56,6 +57,7 @@ class _Options(TypedDict, total=False):
 class _ShardOptions(_Options, total=False):
     seed: int
     start: int
+    identity: Mapping[str, Any] | None
     lanes: int
     window: int
     group_by_aspect: bool
@@ -121,6 +123,7 @@ class ShardStream(Stream[T]):
         seed, lanes, window, group_by_aspect, repeat_threshold: see `shards.order`.
         rank, world: of this process.
         start: the position G to start at: batches that all ranks together have consumed.
+        identity: what `order.identity()` was when the position was saved: with another order it is refused.
         read_ahead: bytes that each loader process may hold ahead of need; at least twice the largest sample of each
             dataset.
         cache: keeps samples on a disk of this machine for the next epoch; see `shards.cache`.
@@ -132,7 +135,8 @@ class ShardStream(Stream[T]):
             is folded from it and the sample's key is another in every batch. Default: the list.
 
     Raises:
-        DatasetError: no such split, too few samples for a batch on every rank, or a setting out of its range.
+        DatasetError: no such split, too few samples for a batch on every rank, a setting out of its range, or another
+            identity (the first key that differs is named with both values).
     """
 
     @overload
@@ -180,6 +184,7 @@ class ShardStream(Stream[T]):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        identity: Mapping[str, Any] | None = None,
         lanes: int = 8,
         window: int = 128,
         group_by_aspect: bool = False,
@@ -210,6 +215,8 @@ class ShardStream(Stream[T]):
             self.order = MixedOrder(indexes, dataset.weights, settings)
         else:
             self.order = Order(indexes[0], settings)
+        if identity is not None:
+            check_identity(identity, self.order.identity())
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
         _check_reading(read_ahead, cache, stall_s)
         budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
