@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shards.arguments import real
 from shards.errors import StorageError
 from shards.index import Index
 
@@ -82,11 +83,15 @@ class SampleCache:
         StorageError: the directory cannot be made or written, or the limit is below one block of the disk.
     """
 
-    directory: str
+    directory: str | os.PathLike[str]
     limit: int
     _broken: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        real("the limit of a cache, in bytes,", self.limit)
+        if not isinstance(self.directory, str | os.PathLike) or not os.fspath(self.directory):
+            raise StorageError(f"the directory of a cache is {self.directory!r}: give a local path")
+        self.directory = os.fspath(self.directory)
         if "://" in self.directory:
             raise StorageError(f"cache {self.directory}: a cache lies on a disk of this machine: give a local path")
         if self.limit < BLOCK:

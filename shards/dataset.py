@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,15 +18,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.arguments import path_or_url
 from shards.errors import DatasetError, StorageError
-from shards.fields import flat, is_text, shown
+from shards.fields import flat, is_text
 from shards.index import LARGEST_ID, Index, IndexFile
 from shards.ranges import Read, read_many
 from shards.sample import canonical_json
 from shards.schema import INDEX_SCHEMA
 from shards.storage import Location, storage_errors
 from shards.subset import Selection, find_class, select_rows
-from shards.wording import counted
+from shards.wording import counted, shown
 
 FORMAT = "maskstream"
 VERSION = 1
@@ -216,35 +218,46 @@ class Dataset:
         index = Index.read(self.columns, paths, str(self.root / INDEX_FILE))
         return select_rows(index, self.selection, f"{self.root}: split {split!r}")
 
-    def select(self, *, classes: Sequence[str | int] = (), fraction: float = 1.0, seed: int = 0) -> Dataset:
+    def select(self, *, classes: Sequence[str | int] | None = None, fraction: float = 1.0, seed: int = 0) -> Dataset:
         """This dataset with a part of its samples; the others are never fetched. The index alone decides.
 
         A subset of classes is what `build-shards` would have made of these classes: the samples that have one of them,
         without annotations of the other classes, whose objects are background like everything else that has no label.
-        Ids stay as they are. Give no classes to keep all samples and all annotations.
+        Ids stay as they are.
+
+        Of a selection this is a part: classes are chosen among those that it has, and what is not chosen anew stays as
+        it was. Which came first makes no difference.
 
         Args:
-            classes: names, MIDs or ids; none for all.
+            classes: names, MIDs or ids; None for all samples with all annotations.
             fraction: above 0 to 1: about this share of the (remaining) samples, chosen by a hash of seed and ImageID,
-                so that a larger fraction holds all of a smaller one, in every split and every build.
+                so that a larger fraction holds all of a smaller one, in every split and every build. Only once below 1.
             seed: of the hash; not negative.
 
         Raises:
-            DatasetError: an unknown class (the nearest names are told), or a fraction or seed out of its range.
+            DatasetError: an unknown class (the nearest names are told) or none at all, a fraction or seed out of its
+                range, or a fraction of a fraction.
         """
-        where = str(self.root)
-        ids = tuple(sorted({find_class(self.info.categories, c, where).id for c in classes})) if classes else None
-        return replace(self, selection=Selection(ids, fraction, seed))
+        where, before = str(self.root), self.selection
+        if classes is None:
+            ids = before.classes
+        elif isinstance(classes, str) or not isinstance(classes, Iterable):
+            raise DatasetError(f"{where}: classes is {classes!r}: give a list, classes=[{classes!r}]")
+        elif not len(classes):
+            raise DatasetError(f"{where}: classes is empty: name at least one, or give classes=None for all")
+        else:
+            ids = tuple(sorted({find_class(self.categories, c, where).id for c in classes}))
+        return replace(self, selection=before.narrowed(ids, fraction, seed, where))
 
 
-def open_dataset(root: str | Location) -> Dataset:
+def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
     """Open a finished dataset with two reads at a time: `dataset.json` and `index.parquet`.
 
     Raises:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
         StorageError: the place cannot be reached.
     """
-    location = Location(root) if isinstance(root, str) else root
+    location = root if isinstance(root, Location) else Location(path_or_url(root))
     answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
     info = _info_of(location, answers[0])
     try:
@@ -277,7 +290,7 @@ def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
 
 def _value_of(root: Location, answer: bytes | Exception) -> Any:
     try:
-        return json.loads(_read(root / DATASET_FILE, answer))
+        data = _read(root / DATASET_FILE, answer)
     except StorageError as error:
         if not error.missing:
             raise
@@ -285,6 +298,8 @@ def _value_of(root: Location, answer: bytes | Exception) -> Any:
             f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
             "(run the same build-shards command again to finish it)"
         ) from error
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): build the dataset again") from error
 

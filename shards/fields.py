@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from shards.wording import shown
+
 T = TypeVar("T")
 _KINDS = {"int": int, "str": str}
 
@@ -34,9 +36,3 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and cut short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -27,8 +27,9 @@ from torch import Tensor
 from shards.errors import LoaderError
 
 WHY_KILLED = (
-    "mostly that is the kernel, for want of memory (dmesg tells): take fewer workers (data.workers) or less read-ahead "
-    "(data.read_ahead_mb); in a container, raise its limits of memory and shared memory"
+    "mostly that is the kernel, for want of memory (dmesg tells): take fewer workers (workers=, or --data.workers of a "
+    "command) or less read-ahead (read_ahead=, or --data.read_ahead_mb); in a container, raise its limits of memory "
+    "and shared memory"
 )
 
 # Segments that a process keeps for the next batches. Two are under way (torch asks a loader process for two batches

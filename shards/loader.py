@@ -8,6 +8,7 @@ for batch in batches:
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import signal
 import sys
@@ -22,9 +23,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards import handover
-from shards.errors import LoaderError, UserError
+from shards.arguments import whole
+from shards.errors import DatasetError, LoaderError, UserError
 from shards.reader import SampleStatistics
-from shards.stream import EvalStream, ShardStream
+from shards.stream import Stream
 
 T = TypeVar("T")
 
@@ -114,7 +116,7 @@ class Loader(Generic[T]):
 
 
 def loader(
-    stream: ShardStream[T] | EvalStream[T],
+    stream: Stream[T],
     *,
     workers: int = 0,
     pin_memory: bool = False,
@@ -128,7 +130,19 @@ def loader(
         pin_memory: copy batches into page-locked memory (they need a `pin_memory` method).
         start_method: "fork", "forkserver" or "spawn". Default: the platform's. With "fork" the index is shared and
             not copied; each process opens connections of its own.
+
+    Raises:
+        DatasetError: it is no stream, `workers` no whole number from 0 on, or there is no such `start_method`.
     """
+    if not isinstance(stream, Stream):
+        kind = type(stream).__name__
+        raise DatasetError(f"a loader reads a stream, not a {kind}: give ShardStream(...) or EvalStream(...)")
+    workers = whole("workers", workers)
+    if workers < 0:
+        raise DatasetError(f"workers is {workers}: it must be 0 or more")
+    methods = multiprocessing.get_all_start_methods()
+    if start_method not in (None, *methods):
+        raise DatasetError(f"start_method is {start_method!r}: give one of {', '.join(methods)}")
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,
@@ -159,7 +173,7 @@ class _Item(NamedTuple):
 class _Reporting(IterableDataset):
     """Hands errors over as values: a `DataLoader` would wrap them into the text of a traceback."""
 
-    def __init__(self, stream: ShardStream[Any] | EvalStream[Any]) -> None:
+    def __init__(self, stream: Stream[Any]) -> None:
         self.stream = stream
 
     def set_epoch(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ The row of batches is cut into lanes here too: batch G comes from lane G mod lan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from math import lcm
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import real
 from shards.dataset import Category, Dataset
 from shards.errors import DatasetError
 from shards.hashing import fold
 from shards.index import Index
 from shards.order import Order, OrderSettings
+from shards.wording import shown
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Mix:
     weights: tuple[float, ...]
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
+        if not isinstance(datasets, Iterable) or not isinstance(weights, Iterable):
+            raise DatasetError("a mix needs a list of datasets and one of weights: Mix([one, other], [3, 1])")
         object.__setattr__(self, "datasets", tuple(datasets))
         object.__setattr__(self, "weights", tuple(weights))
         if not self.datasets or len(self.datasets) != len(self.weights):
@@ -51,6 +55,9 @@ class Mix:
                 f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights: give one each"
             )
         for dataset, weight in zip(self.datasets, self.weights):
+            if not isinstance(dataset, Dataset):
+                raise DatasetError(f"a mix holds {shown(dataset)}: give what open_dataset returns")
+            real(f"{dataset.root}: its weight in the mix", weight)
             if not weight > 0 or weight == float("inf"):
                 raise DatasetError(f"{dataset.root}: its weight in the mix is {weight}: it must be a number above 0")
             _check_classes(self.datasets[0], dataset)

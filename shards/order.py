@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.arguments import real, whole
 from shards.errors import DatasetError
 from shards.hashing import fold, hashes
 from shards.index import Index
@@ -71,6 +72,10 @@ class OrderSettings:
     repeat_threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "seed", "lanes", "window", "chunk_bytes"):
+            object.__setattr__(self, name, whole(f"order: {name}", getattr(self, name)))
+        object.__setattr__(self, "group_by_aspect", bool(self.group_by_aspect))
+        object.__setattr__(self, "repeat_threshold", real("order: repeat_threshold", self.repeat_threshold))
         for name in ("batch_size", "lanes", "window", "chunk_bytes"):
             if getattr(self, name) < 1:
                 raise DatasetError(f"order: {name} is {getattr(self, name)}: it must be at least 1")
@@ -198,31 +203,35 @@ class Order:
         return rows[grouped(self._portrait[rows], self.settings.batch_size)]
 
     def _kept(self, key: tuple[int, int, int], make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """A piece of a lane, kept while its lane is read: a window serves many batches."""
-        if key not in self._pieces:
-            while len(self._pieces) >= 2 * self.lanes:
-                del self._pieces[next(iter(self._pieces))]
-            self._pieces[key] = make()
-        return self._pieces[key]
+        """A piece of a lane, kept while its lane is read: a window serves many batches.
+
+        Several threads may read one stream: any of them may drop a piece at any moment, but from none who has it.
+        """
+        piece = self._pieces.get(key)
+        if piece is None:
+            for old in list(self._pieces)[: 1 - 2 * self.lanes]:
+                self._pieces.pop(old, None)
+            piece = self._pieces[key] = make()
+        return piece
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            # Readers look ahead into the next epoch: two are kept, never more.
+        this = self._epochs.get(epoch)
+        if this is None:
+            # Readers look ahead into the next epoch: two are kept. Any thread may drop them, as in `_kept`.
             for old in sorted(self._epochs)[:-1]:
-                del self._epochs[old]
-            key = fold(self.settings.seed, epoch)
-            if self._units is None:
-                self._epochs[epoch] = _Epoch.of(key, self._starts, self.samples)
-            else:
-                rows = passes(rounded(self._units, fold(key, _ROUNDING)))
-                # A pass begins a chunk, as a shard does: where a row is not above the one before it.
-                ahead = (
-                    np.cumsum(np.diff(rows, prepend=-1) <= 0) * (int(self.index.shard.max()) + 1)
-                    + self.index.shard[rows]
-                )
-                starts = chunk_starts(ahead, self.index.nbytes[rows], self.settings.chunk_bytes)
-                self._epochs[epoch] = _Epoch.of(key, starts, len(rows), rows)
-        return self._epochs[epoch]
+                self._epochs.pop(old, None)
+            this = self._epochs[epoch] = self._made(epoch)
+        return this
+
+    def _made(self, epoch: int) -> _Epoch:
+        key = fold(self.settings.seed, epoch)
+        if self._units is None:
+            return _Epoch.of(key, self._starts, self.samples)
+        rows = passes(rounded(self._units, fold(key, _ROUNDING)))
+        # A pass begins a chunk, as a shard does: where a row is not above the one before it.
+        ahead = np.cumsum(np.diff(rows, prepend=-1) <= 0) * (int(self.index.shard.max()) + 1) + self.index.shard[rows]
+        starts = chunk_starts(ahead, self.index.nbytes[rows], self.settings.chunk_bytes)
+        return _Epoch.of(key, starts, len(rows), rows)
 
 
 @dataclass(frozen=True)

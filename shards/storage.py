@@ -252,12 +252,18 @@ def storage_errors(url: str) -> Iterator[None]:
         refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
         missing = isinstance(error, FileNotFoundError) and not no_bucket
         wrong_kind = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
-        raise StorageError(message, missing=missing, permanent=refused or no_bucket or wrong_kind) from error
+        permanent = refused or no_bucket or wrong_kind or _is_wrong_endpoint(error)
+        raise StorageError(message, missing=missing, permanent=permanent) from error
 
 
 def is_missing_bucket(error: BaseException) -> bool:
     """Whether S3 answered that the bucket, not only the key, is missing: s3fs tells the two apart by its sentence."""
     return isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower()
+
+
+def _is_wrong_endpoint(error: BaseException) -> bool:
+    """Whether botocore says so; it has no error of its own for that."""
+    return isinstance(error, ValueError) and str(error).startswith("Invalid endpoint")
 
 
 def explain(error: BaseException, url: str) -> str | None:
@@ -266,8 +272,11 @@ def explain(error: BaseException, url: str) -> str | None:
     if kind == "NoCredentialsError":
         return (
             f"{url}: no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "
-            "(a public bucket can be read without, where the command has an option for anonymous access)"
+            "(a public bucket can be read without: --anonymous, where the command has it, or in your own loop "
+            "open_dataset(Location(url, anonymous=True)))"
         )
+    if _is_wrong_endpoint(error):
+        return f"{url}: {text}: give http://host:port in AWS_ENDPOINT_URL"
     if kind in ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         remedy = f"; AWS_ENDPOINT_URL is {endpoint}" if endpoint and url.startswith("s3") else ""

@@ -14,37 +14,69 @@ it a second time. A loader that was is refused when it is first read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shards.arguments import real, row_numbers, whole
 from shards.dataset import Dataset
 from shards.errors import DatasetError
+from shards.identity import check_identity
 from shards.index import Index
 from shards.mixing import Mix, MixedOrder
 from shards.order import Order, OrderSettings, evaluation_batches, positions
 from shards.parse import Parse, parse_sample
 from shards.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
+from shards.sample import Sample
+from shards.storage import Location
 from shards.wording import counted
 
 if TYPE_CHECKING:
     from shards.cache import SampleCache
 
-T = TypeVar("T")
-Collate = Callable[[Sequence[Any], int], T]  # of what `parse` gives, and the visit
+P = TypeVar("P")  # a sample, as `parse` makes it
+T = TypeVar("T")  # a batch: of `collate`, or list[P]
+Collate = Callable[[list[Any], int], T]  # of what `parse` gives, and the visit
 
 
-class Stream(IterableDataset, Generic[T]):
+class _Options(TypedDict, total=False):
+    """What both streams take and what says nothing of the type of a batch; for the type checker alone."""
+
+    rank: int
+    world: int
+    read_ahead: int
+    cache: SampleCache | None
+    stall_s: float
+
+
+class _ShardOptions(_Options, total=False):
+    seed: int
+    start: int
+    identity: Mapping[str, Any] | None
+    lanes: int
+    window: int
+    group_by_aspect: bool
+    repeat_threshold: float
+
+
+class _EvalOptions(_Options, total=False):
+    rows: NDArray[np.int64] | None
+
+
+class Stream(IterableDataset[T]):
     """What both streams share: who they are for, and whom they refuse."""
 
+    batch_size: int
     rank: int
     world: int
     parse: Parse
     collate: Collate[T] | None
+    statistics: SampleStatistics  # of this process; `Loader.statistics` is of all loader processes
 
     def set_epoch(self, epoch: int) -> None:
         """Refuses. A stream needs no telling; `accelerate` calls this when it reads a loader that it has prepared.
@@ -58,11 +90,16 @@ class Stream(IterableDataset, Generic[T]):
             "optimizer only, and read the loader as it is"
         )
 
-    def _check(self, batch_size: int) -> None:
+    def _take(self, batch_size: int, rank: int, world: int, parse: Parse, collate: Collate[T] | None) -> None:
+        self.batch_size = whole("batch_size", batch_size)
+        self.rank, self.world = whole("rank", rank), whole("world", world)
+        self.parse, self.collate = parse, collate
+        if not callable(parse) or not (collate is None or callable(collate)):
+            raise DatasetError(f"parse is {parse!r}, collate is {collate!r}: give functions, or leave them out")
         if not 0 <= self.rank < self.world:
             raise DatasetError(f"rank {self.rank} of {self.world}: a rank lies between 0 and world - 1")
-        if batch_size < 1:
-            raise DatasetError(f"batch_size is {batch_size}: it must be at least 1")
+        if self.batch_size < 1:
+            raise DatasetError(f"batch_size is {self.batch_size}: it must be at least 1")
 
     def _read(self, reader: SampleReader, rows: Iterable[int | None]) -> Iterator[Any]:
         """The samples of the given rows, in that order."""
@@ -86,6 +123,7 @@ class ShardStream(Stream[T]):
         seed, lanes, window, group_by_aspect, repeat_threshold: see `shards.order`.
         rank, world: of this process.
         start: the position G to start at: batches that all ranks together have consumed.
+        identity: what `order.identity()` was when the position was saved: with another order it is refused.
         read_ahead: bytes that each loader process may hold ahead of need; at least twice the largest sample of each
             dataset.
         cache: keeps samples on a disk of this machine for the next epoch; see `shards.cache`.
@@ -97,8 +135,44 @@ class ShardStream(Stream[T]):
             is folded from it and the sample's key is another in every batch. Default: the list.
 
     Raises:
-        DatasetError: no such split, too few samples for a batch on every rank, or a setting out of its range.
+        DatasetError: no such split, too few samples for a batch on every rank, a setting out of its range, or another
+            identity (the first key that differs is named with both values).
     """
+
+    @overload
+    def __init__(
+        self: ShardStream[list[Sample]],
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        collate: None = None,
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: ShardStream[list[P]],
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Callable[[memoryview, Index, int, str], P],
+        collate: None = None,
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Dataset | Mix,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Parse = ...,
+        collate: Collate[T],
+        **options: Unpack[_ShardOptions],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -110,6 +184,7 @@ class ShardStream(Stream[T]):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        identity: Mapping[str, Any] | None = None,
         lanes: int = 8,
         window: int = 128,
         group_by_aspect: bool = False,
@@ -120,29 +195,32 @@ class ShardStream(Stream[T]):
         parse: Parse = parse_sample,
         collate: Collate[T] | None = None,
     ) -> None:
-        self.rank, self.world, self.start = rank, world, start
-        self.parse, self.collate = parse, collate
-        self._check(batch_size)
-        if start < 0:
+        _check_dataset(dataset, mixes=True)
+        self._take(batch_size, rank, world, parse, collate)
+        self.start = whole("start", start)
+        if self.start < 0:
             raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
         settings = OrderSettings(batch_size, seed, lanes, window, group_by_aspect, repeat_threshold=repeat_threshold)
         datasets = dataset.datasets if isinstance(dataset, Mix) else (dataset,)
         indexes = dataset.indexes(split) if isinstance(dataset, Mix) else (dataset.index(split),)
         samples = sum(map(len, indexes))
-        if samples < batch_size * world:
+        if samples < self.batch_size * self.world:
             raise DatasetError(
                 f"{' + '.join(str(one.root) for one in datasets)}: split {split!r} has "
-                f"{counted(samples, 'sample')}, fewer than one batch of {batch_size} on each of "
-                f"{counted(world, 'rank')}: lower the batch size or build more samples"
+                f"{counted(samples, 'sample')}, fewer than one batch of {self.batch_size} on each of "
+                f"{counted(self.world, 'rank')}: lower the batch size or build more samples"
             )
         self.order: Order | MixedOrder
         if isinstance(dataset, Mix):
             self.order = MixedOrder(indexes, dataset.weights, settings)
         else:
             self.order = Order(indexes[0], settings)
+        if identity is not None:
+            check_identity(identity, self.order.identity())
         weights = dataset.weights if isinstance(dataset, Mix) else (1,)
+        _check_reading(read_ahead, cache, stall_s)
         budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
-        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
+        self.statistics = SampleStatistics()
         self._readers = [
             SampleReader(one.root, index, budget, cache, stall_s, self.statistics)
             for one, index, budget in zip(datasets, self.order.indexes, budgets)
@@ -179,6 +257,41 @@ class EvalStream(Stream[T]):
     index, ascending; None for all.
     """
 
+    @overload
+    def __init__(
+        self: EvalStream[list[Sample]],
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        collate: None = None,
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: EvalStream[list[P]],
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Callable[[memoryview, Index, int, str], P],
+        collate: None = None,
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        batch_size: int,
+        parse: Parse = ...,
+        collate: Collate[T],
+        **options: Unpack[_EvalOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         dataset: Dataset,
@@ -194,14 +307,14 @@ class EvalStream(Stream[T]):
         collate: Collate[T] | None = None,
         rows: NDArray[np.int64] | None = None,
     ) -> None:
-        self.rank, self.world, self.batch_size = rank, world, batch_size
-        self.parse, self.collate = parse, collate
-        self._check(batch_size)
+        _check_dataset(dataset, mixes=False)
+        self._take(batch_size, rank, world, parse, collate)
         index = dataset.index(split)
-        self._rows = rows
-        self.samples = len(index) if rows is None else len(rows)
+        self._rows = None if rows is None else row_numbers(rows, len(index))
+        self.samples = len(index) if self._rows is None else len(self._rows)
+        _check_reading(read_ahead, cache, stall_s)
         [own] = share_read_ahead(read_ahead, (dataset,), (index,), (1,))
-        self.statistics = SampleStatistics()  # of this process; `Loader.statistics` is of all loader processes
+        self.statistics = SampleStatistics()
         self._reader = SampleReader(dataset.root, index.without_labels(), own, cache, stall_s, self.statistics)
 
     def __iter__(self) -> Iterator[T]:
@@ -213,6 +326,28 @@ class EvalStream(Stream[T]):
         samples = self._read(self._reader, chain.from_iterable(batches))
         for batch in batches:
             yield self._collated([next(samples) for _ in batch], 0)
+
+
+def _check_dataset(given: Any, *, mixes: bool) -> None:
+    """Refuses what is no opened dataset (or mix, where one will do), and says how it becomes one."""
+    if isinstance(given, Dataset) or (mixes and isinstance(given, Mix)):
+        return
+    if isinstance(given, Mix):
+        told = "a Mix: evaluate each of its datasets by itself"
+    elif isinstance(given, str | os.PathLike | Location):
+        told = f"{str(given)!r}: open it first, open_dataset({str(given)!r})"
+    elif isinstance(given, list | tuple):
+        told = f"a {type(given).__name__}: " + ("give Mix(datasets, weights)" if mixes else "evaluate one at a time")
+    else:
+        told = f"a {type(given).__name__}: give what open_dataset returns"
+    raise DatasetError(f"the dataset of a stream is {told}")
+
+
+def _check_reading(read_ahead: Any, cache: Any, stall_s: Any) -> None:
+    real("read_ahead", read_ahead)
+    real("stall_s", stall_s)
+    if isinstance(cache, str | os.PathLike):
+        raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
 
 
 def share_read_ahead(

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shards.arguments import real, whole
 from shards.errors import DatasetError
 from shards.hashing import fold, splitmix64
 from shards.index import Index
@@ -36,10 +37,29 @@ class Selection:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        real("fraction", self.fraction)
+        object.__setattr__(self, "seed", whole("the seed of a selection", self.seed))
         if not 0 < self.fraction <= 1:
             raise DatasetError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
         if self.seed < 0:
             raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
+
+    def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
+        """A part of this part: of these classes, which are among its own, and of the fraction.
+
+        Raises:
+            DatasetError: it is a fraction already; `where` is named.
+        """
+        asked = Selection(classes, fraction, seed)
+        if asked.fraction == 1:
+            return replace(asked, fraction=self.fraction, seed=self.seed)
+        if self.fraction < 1:
+            # It could mean the share of the samples that are left, or of all; whoever means one is not given the other.
+            raise DatasetError(
+                f"{where}: fraction {fraction} of a selection that is fraction {self.fraction} already: "
+                "select once, with the fraction of the whole that is meant"
+            )
+        return asked
 
 
 class _Named(Protocol):

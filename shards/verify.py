@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from shards.contents import content_faults
 from shards.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, IndexRow, Shard, read_value
 from shards.errors import DatasetError, SampleError, StorageError
-from shards.fields import shown
 from shards.index import IndexFile
 from shards.sample import Sample
 from shards.storage import Location, explain
 from shards.walk import Broken, Found, ShardBytes, walk
-from shards.wording import counted, printable
+from shards.wording import counted, printable, shown
 from shards.writer import index_row
 
 SHARDS_AT_ONCE = 4

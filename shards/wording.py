@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -34,3 +35,9 @@ def columns_of(text: str) -> int:
         return len(text)
     wide = sum(unicodedata.east_asian_width(one) in ("W", "F") for one in text)
     return len(text) + wide - sum(unicodedata.combining(one) > 0 for one in text)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and cut short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."

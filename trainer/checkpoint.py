@@ -31,6 +31,7 @@ from torch import Tensor
 
 from shards.dataset import Category
 from shards.errors import StorageError, UserError
+from shards.identity import first_difference
 from shards.storage import Location, storage_errors
 from trainer.config import from_dict
 from trainer.schedule import stage_of
@@ -290,24 +291,29 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
     Raises:
         CheckpointError: they differ; the first key that does is named with both values.
     """
-    before, now = asdict(state.config.model), asdict(config.model)
-    pairs = [(f"model.{key}", before.get(key), now[key]) for key in now]
-    pairs += [("classes", _class_names(state.categories), _class_names(categories))]
-    pairs += [(ORDER_OPTIONS.get(key, key), state.order.get(key), order.get(key)) for key in {**state.order, **order}]
+    before = _decides(state.config, state.order, state.categories)
+    now = _decides(config, order, categories)
     if stage_of(config.train, state.step).start < state.step:
         # Inside a stage the optimizer goes on: it must be the same, over the same parameters.
-        before_stage, stage = stage_of(state.config.train, state.step - 1), stage_of(config.train, state.step)
-        pairs += [(f"train.layers (at step {state.step})", before_stage.layers, stage.layers)]
-        pairs += [
-            (f"optim.{key}", getattr(state.config.optim, key), getattr(config.optim, key))
-            for key in ("optimizer", "decay_norms")
-        ]
-    for key, was, is_now in pairs:
-        if was != is_now:
-            raise CheckpointError(
-                f"{config.run.dir}: this run was started with {key} {was!r}, now it is {is_now!r}: "
-                "start it as before, or give another --run.dir"
-            )
+        for told, of, step in ((before, state.config, state.step - 1), (now, config, state.step)):
+            told[f"train.layers (at step {state.step})"] = stage_of(of.train, step).layers
+            told |= {f"optim.{key}": getattr(of.optim, key) for key in ("optimizer", "decay_norms")}
+    found = first_difference(before, now)
+    if found is not None:
+        key, was, is_now = found
+        raise CheckpointError(
+            f"{config.run.dir}: this run was started with {key} {was!r}, now it is {is_now!r}: "
+            "start it as before, or give another --run.dir"
+        )
+
+
+def _decides(config: Config, order: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
+    """All that must stay as it was, by the names under which a user finds it."""
+    return {
+        **{f"model.{key}": value for key, value in asdict(config.model).items()},
+        "classes": {category.id: category.name for category in categories},
+        **{ORDER_OPTIONS.get(key, key): value for key, value in order.items()},
+    }
 
 
 # Where the user finds what decides the order.
@@ -320,10 +326,6 @@ ORDER_OPTIONS = {
     "repeat_threshold": "data.repeat_threshold",
     "index": "data.shards, data.classes or data.fraction (fingerprint of the index of what is selected)",
 }
-
-
-def _class_names(categories: Sequence[Category]) -> dict[int, str]:
-    return {category.id: category.name for category in categories}
 
 
 def _folders(run: Location, folder: str) -> list[int]:

@@ -158,7 +158,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     state = open_checkpoint(options.checkpoint)
     if not options.out:  # not before: of a checkpoint that is not there, it is that which should be told
         main_can_write(out, "--out", accelerator)
-    dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes)
+    dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes or None)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     parents = read_parents(Location(options.hierarchy), dataset.categories) if options.hierarchy else {}
     network = rebuild(state)

@@ -142,7 +142,7 @@ def predict(options: argparse.Namespace) -> int:
 
     state = open_checkpoint(options.checkpoint)
     if dataset is not None:  # every image is done, whatever `data.classes` the training took
-        asked = dataset.select(classes=state.config.data.classes).categories
+        asked = dataset.select(classes=state.config.data.classes or None).categories
         check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
     labels = None
     if options.submission:

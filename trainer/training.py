@@ -55,7 +55,8 @@ def set_up(config: Config) -> Training:
     Raises:
         UserError: as `train`; before anything is written that stays.
     """
-    dataset, run = open_dataset(config.data.shards).select(classes=config.data.classes), Location(config.run.dir)
+    dataset = open_dataset(config.data.shards).select(classes=config.data.classes or None)
+    run = Location(config.run.dir)
     if config.data.val_split and config.data.val_split not in dataset.splits:
         have = ", ".join(dataset.splits)
         raise ConfigError(f"data.val_split is {config.data.val_split!r}: the dataset has {have} ('' for no evaluation)")
@@ -78,7 +79,7 @@ def set_up(config: Config) -> Training:
     main_can_write(run, "--run.dir", accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
     stream = ShardStream(
-        dataset.select(classes=config.data.classes, fraction=config.data.fraction),
+        dataset.select(fraction=config.data.fraction),
         config.data.split,
         batch_size=config.data.batch_size,
         seed=config.train.seed,

@@ -112,7 +112,8 @@ def test_a_loader_process_that_is_killed_is_one_line(local: Dataset, moment: str
     assert re.fullmatch(
         rf"(DataLoader worker \(pid {victim}\) is killed by signal: Killed"
         rf"|loader process \(pid {victim}\) ended while it handed over a batch)"
-        r": mostly that is the kernel, for want of memory \(dmesg tells\): take fewer workers [^\n]*",
+        r": mostly that is the kernel, for want of memory \(dmesg tells\): take fewer workers"
+        r" \(workers=, or --data\.workers of a command\) or less read-ahead \(read_ahead=, or [^\n]*",
         str(caught.value),
     )
 

@@ -1,3 +1,5 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -218,6 +220,25 @@ def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
             order.batch(position)
         sizes[count] = sum(piece.nbytes for piece in order._pieces.values())
     assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
+
+
+@pytest.mark.parametrize("repeat_threshold", [0.0, 0.5])
+def test_threads_that_share_an_order_read_what_one_alone_reads(repeat_threshold):
+    """As threads that read one stream do; each drops what another still needs."""
+    index = make_index(np.full(40, 10), classes=[[1, 2] if n % 8 == 0 else [1] for n in range(40)])
+    chosen = OrderSettings(4, window=4, repeat_threshold=repeat_threshold)
+    shared, alone = Order(index, chosen), Order(index, chosen)
+    expected = [alone.batch(position).tolist() for position in range(300)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: [shared.batch(position).tolist() for position in range(300)], range(12)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(one == expected for one in found)
+    assert len(shared._pieces) <= 2 * shared.lanes + 4
+    assert len(shared._epochs) <= 2 + 4
 
 
 @given(st.lists(st.integers(0, 30), max_size=60))

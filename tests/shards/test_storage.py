@@ -150,6 +150,36 @@ def test_a_refusal_on_a_disk_speaks_of_permissions_and_one_of_a_bucket_of_its_po
     assert "the bucket's policy" in str(explain(refused, "s3://bucket/a"))
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://", "minio:9000"])
+def test_an_endpoint_that_is_no_url_is_told_as_such(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr("shards.storage._instances", {})
+    message = rf"^s3://bucket/data/[^\n]*Invalid endpoint: {endpoint}: give http://host:port in AWS_ENDPOINT_URL$"
+    with pytest.raises(StorageError, match=message):
+        open_dataset(Location("s3://bucket/data", anonymous=True))
+    for ask in (Location.exists, Location.read, lambda place: place.write(b"1")):
+        with pytest.raises(StorageError, match=message) as caught:
+            ask(Location("s3://bucket/data/dataset.json", anonymous=True))
+        assert caught.value.permanent
+
+
+def test_missing_credentials_name_what_reads_a_public_bucket(bucket, monkeypatch):
+    (Location(bucket) / "told.bin").write(b"01")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setattr("shards.storage._instances", {})
+    monkeypatch.setattr("shards.buckets._addresses", {})
+    monkeypatch.setattr("shards.buckets._known", {})
+    told = r"^[^\n]*no AWS credentials were found: [^\n]*open_dataset\(Location\(url, anonymous=True\)\)\)$"
+    with pytest.raises(StorageError, match=told):
+        Location(f"{bucket}/told.bin").read()
+    with pytest.raises(StorageError, match=told):
+        open_dataset(bucket)
+    assert Location(f"{bucket}/told.bin", anonymous=True).read() == b"01"
+
+
 def test_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
     assert (str(error), error.permanent) == ("gone", True)

@@ -1,4 +1,5 @@
 import itertools
+import json
 import pickle
 
 import pytest
@@ -6,6 +7,7 @@ import webdataset as wds
 
 from shards.errors import DatasetError, SampleError
 from shards.loader import loader
+from shards.mixing import Mix
 from shards.parse import webdataset_sample
 from shards.stream import EvalStream, ShardStream
 from tests.support import sample, write_dataset
@@ -44,6 +46,36 @@ def test_samples_arrive_whole(dataset, samples):
 def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
     unbroken = [keys(batch) for batch in take(dataset, 20)]
     assert [keys(batch) for batch in take(dataset, 4, start=start, workers=2)] == unbroken[start : start + 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 5}, "begun with batch_size 4, now it is 5: its position means nothing here"),
+        ({"seed": 6}, "begun with seed 5, now it is 6"),
+        ({"lanes": 2}, "begun with lanes 3, now it is 2"),
+        ({"repeat_threshold": 0.5}, r"begun with repeat_threshold 0\.0, now it is 0\.5"),
+    ],
+)
+def test_a_position_is_refused_under_another_order(dataset, changed, message):
+    options = {"batch_size": 4, "window": 8, "lanes": 3, "seed": 5}
+    saved = json.loads(json.dumps(ShardStream(dataset, "train", **options).order.identity()))
+    ShardStream(dataset, "train", **options, rank=1, world=2, start=6, identity=saved)
+    with pytest.raises(DatasetError, match=message):
+        ShardStream(dataset, "train", **(options | changed), start=6, identity=saved)
+
+
+def test_a_position_is_refused_with_other_samples(dataset):
+    saved = ShardStream(dataset, "train", batch_size=4).order.identity()
+    cars = dataset.select(classes=["Car"])
+    with pytest.raises(
+        DatasetError, match=rf"begun with index \(the fingerprint [^\n]*\) '{saved['index']}', now it is '"
+    ):
+        ShardStream(cars, "train", batch_size=4, start=3, identity=saved)
+    with pytest.raises(DatasetError, match=r"now it is \['"):
+        ShardStream(Mix([dataset, dataset], [1, 1]), "train", batch_size=4, start=3, identity=saved)
+    with pytest.raises(DatasetError, match=r"identity is '\{\}': give what order\.identity\(\) returned"):
+        ShardStream(dataset, "train", batch_size=4, identity="{}")
 
 
 def test_the_epoch_reaches_collate(dataset):

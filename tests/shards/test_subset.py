@@ -125,11 +125,26 @@ def test_what_is_not_selected_is_never_fetched(s3: S3Server, bucket: str):
         ({"fraction": 0}, "fraction is 0: it must be above 0"),
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"seed": -1}, "seed of a selection is -1"),
+        ({"classes": []}, "classes is empty: name at least one, or give classes=None"),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused(dataset, options, message):
     with pytest.raises(DatasetError, match=message):
         dataset.select(**options)
+
+
+def test_a_selection_of_a_selection_is_a_part_of_it_whichever_came_first(dataset):
+    at_once = dataset.select(classes=["Car"], fraction=0.5, seed=3)
+    cars, half = dataset.select(classes=["Car"]), dataset.select(fraction=0.5, seed=3)
+    for chosen in (cars.select(fraction=0.5, seed=3), half.select(classes=["Car"]), at_once.select(), at_once):
+        assert chosen.selection == at_once.selection
+        assert ids(chosen.index("train")) == ids(cars.index("train")) & ids(half.index("train"))
+        assert [category.name for category in chosen.categories] == ["Car"]
+    assert dataset.select(classes=["Car", "Person"]).select(classes=[2]).selection == cars.selection
+    with pytest.raises(DatasetError, match="there is no class 'Person': it has Car"):
+        cars.select(classes=["Person"])
+    with pytest.raises(DatasetError, match=r"fraction 0.25 of a selection that is fraction 0.5 already: select once"):
+        half.select(fraction=0.25)
 
 
 def test_a_selection_that_leaves_nothing_is_refused(dataset):
