@@ -1,5 +1,6 @@
 """What tests of several packages share: an S3 server, drawn scenes in the Open Images layout, and a browser."""
 
+import signal
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,14 @@ import s3fs
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
 from tests.browser import chromium
+
+
+def pytest_configure() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that tests send it to."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,13 +108,13 @@ def test_each_signal_is_passed_on_to_each_rank_once() -> None:
 
 def test_an_ignored_signal_stays_ignored() -> None:
     """As under `nohup`."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before, other = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
         with launcher.noted_signals() as noted:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert noted == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is other
     finally:
         signal.signal(signal.SIGHUP, before)
