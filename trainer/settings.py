@@ -87,7 +87,7 @@ class ModelConfig:
     norm: Literal["frozen", "batch", "group"] = option(
         "frozen", "the backbone's norm: frozen statistics, batch or group norm (v2's heads: batch unless group)"
     )
-    norm_eps: float = option(1e-5, "what the norms add to the variance; weights made with another are converted", low=0)
+    norm_eps: float = option(1e-5, "what norms add to the variance; weights made with another are converted", low=1e-12)
     weights: str = option(
         "imagenet",
         "start: none, imagenet (backbone), coco (resnet50), a run folder, or path or URL of a state dict",
