@@ -52,22 +52,21 @@ class _Pool(torch.autograd.Function):
         *maps: Tensor,
     ) -> Tensor:
         pooled: Tensor = pooler(dict(zip(names, maps)), boxes, sizes)
-        ctx.samples = pooler.sampling_ratio
-        ctx.boxes = boxes
-        ctx.levels = _levels(pooler, boxes, len(maps))
-        ctx.scales = list(pooler.scales or ())
+        ctx.pooler, ctx.boxes = pooler, boxes
         ctx.maps = [(of_level.shape, of_level.dtype) for of_level in maps]
         return pooled
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        shapes = [shape for shape, _ in ctx.maps]
+        pooler, shapes = ctx.pooler, [shape for shape, _ in ctx.maps]
         counts = [len(of_image) for of_image in ctx.boxes]
+        sizes = [(shape[2], shape[3]) for shape in shapes]
+        levels = _levels(pooler, ctx.boxes, len(shapes)).split(counts)
         # An image at a time bounds the memory.
         of_images = [
-            _gradient(of_bins, boxes, levels, ctx.scales, [(shape[2], shape[3]) for shape in shapes], ctx.samples)
-            for of_bins, boxes, levels in zip(gradient.split(counts), ctx.boxes, ctx.levels.split(counts))
+            _gradient(of_bins, boxes, own, pooler.scales, sizes, pooler.sampling_ratio)
+            for of_bins, boxes, own in zip(gradient.split(counts), ctx.boxes, levels)
         ]
         pixels = torch.stack(of_images).split([shape[2] * shape[3] for shape in shapes], dim=1)
         of_maps = [
