@@ -60,20 +60,20 @@ def class_table(evaluation: Evaluation) -> list[str]:
 
 def differences(evaluation: Evaluation) -> list[str]:
     """Why COCO's mask AP and the Open Images AP are not the same, with the numbers of this evaluation."""
-    counted = {outcome: evaluation.open_images.count(outcome) for outcome in (UNMASKED, UNVERIFIED, GROUP)}
-    lines = [f"Detections that the Open Images AP leaves out: {sum(counted.values())}"]
-    if counted[UNMASKED]:
+    left_out = {outcome: evaluation.open_images.count(outcome) for outcome in (UNMASKED, UNVERIFIED, GROUP)}
+    lines = [f"Detections that the Open Images AP leaves out: {sum(left_out.values())}"]
+    if left_out[UNMASKED]:
         lines.append(
-            f"  {counted[UNMASKED]} on an object that has a box and no mask: COCO's mask AP counts each as an error, "
+            f"  {left_out[UNMASKED]} on an object that has a box and no mask: COCO's mask AP counts each as an error, "
             "right as it is"
         )
-    if counted[UNVERIFIED]:
+    if left_out[UNVERIFIED]:
         lines.append(
-            f"  {counted[UNVERIFIED]} of a class that nobody verified in the image: COCO counts each as an error, "
+            f"  {left_out[UNVERIFIED]} of a class that nobody verified in the image: COCO counts each as an error, "
             "though the object may be there"
         )
-    if counted[GROUP]:
-        lines.append(f"  {counted[GROUP]} in a group-of region of the same class: COCO leaves such out, too")
+    if left_out[GROUP]:
+        lines.append(f"  {left_out[GROUP]} in a group-of region of the same class: COCO leaves such out, too")
     return lines
 
 

@@ -99,6 +99,8 @@ ERRORS = {
     ),
 }
 
+BAD_BOX = "1 row whose box is empty, inverted or not of numbers"
+
 COUNTED = {
     "rows of only commas": Case(
         lambda t: lines_with(t, 3, b"," * 20, b"," * 20), "2 rows without ImageID or LabelName", error=False, same=True
@@ -106,42 +108,12 @@ COUNTED = {
     "a row without a label": Case(
         lambda t: with_values(t, "LabelName", ""), "1 row without ImageID or LabelName", error=False, same=True
     ),
-    "not a number": Case(
-        lambda t: with_values(t, "XMin", "NaN"),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
-    "no number": Case(
-        lambda t: with_values(t, "XMin", ""),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
-    "infinite": Case(
-        lambda t: with_values(t, "XMax", "inf"),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
-    "inverted": Case(
-        lambda t: with_values(t, "XMin,XMax", "0.9,0.1"),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
-    "in pixels": Case(
-        lambda t: with_values(t, "XMin,XMax,YMin,YMax", "10,90,10,90"),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
-    "beside the image": Case(
-        lambda t: with_values(t, "XMin,XMax", "1.1,1.4"),
-        "1 row whose box is empty, inverted or not of numbers",
-        error=False,
-        same=True,
-    ),
+    "not a number": Case(lambda t: with_values(t, "XMin", "NaN"), BAD_BOX, error=False, same=True),
+    "no number": Case(lambda t: with_values(t, "XMin", ""), BAD_BOX, error=False, same=True),
+    "infinite": Case(lambda t: with_values(t, "XMax", "inf"), BAD_BOX, error=False, same=True),
+    "inverted": Case(lambda t: with_values(t, "XMin,XMax", "0.9,0.1"), BAD_BOX, error=False, same=True),
+    "in pixels": Case(lambda t: with_values(t, "XMin,XMax,YMin,YMax", "10,90,10,90"), BAD_BOX, error=False, same=True),
+    "beside the image": Case(lambda t: with_values(t, "XMin,XMax", "1.1,1.4"), BAD_BOX, error=False, same=True),
     "an impossible ImageID": Case(
         lambda t: with_values(t, "ImageID", "../../etc/passwd"), "impossible ImageID", error=False, same=True
     ),
