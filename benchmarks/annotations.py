@@ -103,8 +103,8 @@ class Tables:
         return max(1, round(rows * self.scale))
 
     def write(self) -> None:
-        from builder.openimages import OpenImages
-        from shards.storage import Location
+        from builder.sources.openimages.source import OpenImages
+        from shards.storage.location import Location
 
         source = OpenImages(Location(str(self.root)), Location(str(self.root)))
         self.write_boxes_and_masks(source)
@@ -257,12 +257,12 @@ def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def measure_ours(what: str, folder: Path, options: argparse.Namespace) -> str:
-    """What `builder.prepare` does for a train split."""
-    from builder.cache import Cache
-    from builder.openimages import OpenImages
-    from builder.selection import select_images
-    from builder.source import Filters
-    from shards.storage import Location
+    """What `builder.planning.prepare` does for a train split."""
+    from builder.fetching.table_cache import Cache
+    from builder.planning.selection import select_images
+    from builder.sources.base import Filters
+    from builder.sources.openimages.source import OpenImages
+    from shards.storage.location import Location
 
     root = Location(str(folder))
     source = OpenImages(root, root, Cache(str(folder / "cache")))
@@ -279,8 +279,8 @@ def measure_peer(what: str, folder: Path, options: argparse.Namespace) -> str:
     """The same columns of the same tables, whole, by pandas."""
     import pandas as pd
 
-    from builder import openimages
-    from shards.storage import Location
+    from builder.sources.openimages import source as openimages
+    from shards.storage.location import Location
 
     source, rows = openimages.OpenImages(Location(str(folder)), Location(str(folder))), 0
     for location, columns in (

@@ -91,7 +91,7 @@ def measure_ours(bucket: Bucket, proxy: S3Proxy, environment: dict[str, str], ou
     choice = ["--per-class", str(len(bucket.image_ids)), "--eval-per-class", "0", "--workers", str(workers)]
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "builder.cli", *choice, *sources],
+        [sys.executable, "-m", "builder.commands.cli", *choice, *sources],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,

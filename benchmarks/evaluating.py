@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from shards import rle
-from shards.dataset import Category
-from shards.sample import Instance, Sample
-from trainer.detect import Detections
+from shards.format import rle
+from shards.format.dataset import Category
+from shards.format.sample import Instance, Sample
 from trainer.metrics.coco import SUMMARY, TASKS, CocoMetric, ground_truth
 from trainer.metrics.openimages import OpenImagesMetric
+from trainer.model.inference import Detections
 
 WIDTH, HEIGHT, DETECTIONS, OBJECTS, SHAPES = 1024, 768, 100, 10, 20
 CATEGORIES = tuple(Category(i, f"class {i}", f"/m/{i}") for i in range(1, 11))

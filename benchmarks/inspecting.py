@@ -28,8 +28,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from shards import rle
-from shards.dataset import (
+from shards.format import rle
+from shards.format.dataset import (
     DATASET_FILE,
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -39,10 +39,10 @@ from shards.dataset import (
     finish_dataset,
     open_dataset,
 )
-from shards.pick import choose, first_rows
-from shards.sample import Instance, Sample, canonical_json
-from shards.storage import Location
-from shards.writer import pack_shard, shard_path
+from shards.format.sample import Instance, Sample, canonical_json
+from shards.format.writer import pack_shard, shard_path
+from shards.inspect.preview_samples import choose, first_rows
+from shards.storage.location import Location
 
 PER_SHARD, SHOWN, LABEL_IMAGES = 1000, 48, 200
 CLASSES = tuple(Category(n, f"class {n}", f"/m/{n}") for n in range(1, 11))
@@ -58,7 +58,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, "large"), Path(folder, "small")
         nbytes = write_large(large, count)
-        idle, floor = run("import shards.report")
+        idle, floor = run("import shards.inspect.cli")
         print(f"| importing the command | {idle:.1f} | {floor:.0f} MB | |")
         told = f"{count} samples, {nbytes / 1e9:.1f} GB"
         seconds, memory = inspect(large)
@@ -80,7 +80,7 @@ def main() -> int:
 
 def inspect(root: Path, *options: str) -> tuple[float, float]:
     """Seconds and peak MB of one command."""
-    return run("import shards.report; shards.report.main(sys.argv[1:])", str(root), *options)
+    return run("import shards.inspect.cli; shards.inspect.cli.main(sys.argv[1:])", str(root), *options)
 
 
 def run(code: str, *arguments: str) -> tuple[float, float]:

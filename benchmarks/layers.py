@@ -59,7 +59,18 @@ def build(folder: Path, seed: int, scenes: int, more: list[str]) -> Path:
     if not (shards / "dataset.json").exists():
         write_open_images(folder / "scenes", SceneConfig(train=scenes, validation=48, test=0, seed=seed))
         places = ["--images", folder / "scenes/open-images-dataset", "--annotations", folder / "scenes/openimages"]
-        run("-m", "builder.cli", "--per-class", "1000", "--eval-per-class", "100", *more, *places, "--out", shards)
+        run(
+            "-m",
+            "builder.commands.cli",
+            "--per-class",
+            "1000",
+            "--eval-per-class",
+            "100",
+            *more,
+            *places,
+            "--out",
+            shards,
+        )
     return shards
 
 

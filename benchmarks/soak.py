@@ -30,12 +30,12 @@ import psutil
 
 from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
-from shards.dataset import Category, Dataset, IndexRow, Shard, finish_dataset, open_dataset
-from shards.loader import LoaderStatistics, loader
-from shards.sample import Instance, Sample
-from shards.storage import Location
-from shards.stream import ShardStream
-from shards.writer import pack_shard, shard_path
+from shards.format.dataset import Category, Dataset, IndexRow, Shard, finish_dataset, open_dataset
+from shards.format.sample import Instance, Sample
+from shards.format.writer import pack_shard, shard_path
+from shards.storage.location import Location
+from shards.stream.loader import LoaderStatistics, loader
+from shards.stream.streams import ShardStream
 
 FAULTS: tuple[Kind, ...] = ("reset", "slow_down", "internal_error", "truncate", "corrupt", "stall")
 BATCH = 8
@@ -95,7 +95,10 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
     dataset = open_dataset(remote)
     wrong = 0
     with S3Proxy(endpoint, faults, seed=seed) as proxy, mock.patch.dict(os.environ, proxy.environment()):
-        with mock.patch("shards.storage.READ_TIMEOUT_S", 2.0), mock.patch("shards.ranges.BACK_OFF_S", 0.02):
+        with (
+            mock.patch("shards.storage.location.READ_TIMEOUT_S", 2.0),
+            mock.patch("shards.storage.ranges.BACK_OFF_S", 0.02),
+        ):
             batches, reference = loader(stream(dataset), workers=workers), stream(local)
             count = epochs * reference.batches_per_epoch
             for number, (ours, theirs) in enumerate(zip(islice(batches, count), reference)):

@@ -151,7 +151,7 @@ def prepare(data: Path, folder: Path, options: argparse.Namespace) -> tuple[str,
         with make_bucket(options.samples, options.photographs, options.long_side) as bucket:
             sources = ["--images", str(bucket.images), "--annotations", str(bucket.annotations)]
             quotas = ["--per-class", str(options.samples), "--eval-per-class", "0", "--no-cache"]
-            command = [sys.executable, "-m", "builder.cli", *quotas, *sources, "--out", str(shards)]
+            command = [sys.executable, "-m", "builder.commands.cli", *quotas, *sources, "--out", str(shards)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             mean = bucket.image_bytes / 1e6 / options.samples
             what = f"{options.samples} samples, {bucket.what}, {mean:.3f} MB a JPEG"

@@ -159,18 +159,18 @@ def _state(job: Job) -> Any:
 
 
 def ours() -> Callable[[Job], Opened]:
-    """`shards.stream`; training batches by `trainer.data`."""
-    from shards.dataset import open_dataset
-    from shards.loader import loader
-    from shards.parse import parse_sample, webdataset_sample
-    from shards.stream import ShardStream
+    """`shards.stream.streams`; training batches by `trainer.data.collate`."""
+    from shards.format.dataset import open_dataset
+    from shards.stream.loader import loader
+    from shards.stream.sample_decoders import parse_sample, webdataset_sample
+    from shards.stream.streams import ShardStream
 
     def load(job: Job) -> Opened:
         collate: Any = None
         parse: Any = webdataset_sample
         if job.decode:
-            from trainer.data import TrainCollate
-            from trainer.settings import DataConfig
+            from trainer.config.settings import DataConfig
+            from trainer.data.collate import TrainCollate
 
             parse = parse_sample
             collate = TrainCollate(DataConfig(min_size=job.min_size, max_size=job.max_size), SEED)

@@ -74,8 +74,8 @@ def limit(job: Job) -> dict[str, float]:
     """Decoding and resizing in `workers` processes, JPEGs in memory, by the same decoder and resizing as ours."""
     import torch.multiprocessing as mp
 
-    from shards.dataset import open_dataset
-    from shards.stream import EvalStream
+    from shards.format.dataset import open_dataset
+    from shards.stream.streams import EvalStream
 
     batches = EvalStream(open_dataset(job.root), "train", batch_size=job.samples)
     images: list[bytes] = [sample.image for sample in next(iter(batches))]
@@ -95,8 +95,8 @@ def _decode_all(job: Job, images: list[bytes], barrier: Any, times: Any) -> None
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
-    from trainer.augment import scaled_size
-    from trainer.data import decode_image
+    from trainer.data.augment import scaled_size
+    from trainer.data.collate import decode_image
 
     torch.set_num_threads(1)
     decode_image(images[0])

@@ -44,16 +44,15 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
-from shards import rle
-from shards.sample import Instance, Sample
-from trainer import augment
-from trainer import instances as geometry
-from trainer.data import TrainCollate, decode_image
-from trainer.heads import Trainable, mask_loss, targets_of
-from trainer.instances import Batch, read_instances
-from trainer.model import build_model
-from trainer.roi_pool import pool
-from trainer.settings import DataConfig, LossConfig, ModelConfig
+from shards.format import rle
+from shards.format.sample import Instance, Sample
+from trainer.config.settings import DataConfig, LossConfig, ModelConfig
+from trainer.data import instances as geometry
+from trainer.data.collate import TrainCollate, augment, decode_image
+from trainer.data.instances import Batch, read_instances
+from trainer.model.build import build_model
+from trainer.model.losses import Trainable, mask_loss, targets_of
+from trainer.model.roi_align import pool
 
 OBJECTS = (5, 20, 50)
 WIDTH, HEIGHT = 1024, 768

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards import rle
-from shards.counts import count, totals
-from shards.dataset import open_dataset
-from shards.draw import display_instances, display_top_masks, draw_instances, legible_scale
-from shards.pick import choose, find, read_samples
+from shards.drawing.overlay import display_instances, display_top_masks, draw_instances, legible_scale
+from shards.format import rle
+from shards.format.dataset import open_dataset
+from shards.inspect.preview_samples import choose, find, read_samples
+from shards.inspect.statistics import count, totals
 
 ROOT = os.environ.get("SHARDS", "s3://bucket/traffic")
 OUT = Path(os.environ.get("OUT", "look"))

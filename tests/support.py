@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from shards import rle
-from shards.dataset import INDEX_SCHEMA, Category, Dataset, finish_dataset, open_dataset
-from shards.index import Index
-from shards.sample import Instance, Sample
-from shards.storage import Location
-from shards.writer import pack_shard, shard_path
+from shards.format import rle
+from shards.format.dataset import INDEX_SCHEMA, Category, Dataset, finish_dataset, open_dataset
+from shards.format.index import Index
+from shards.format.sample import Instance, Sample
+from shards.format.writer import pack_shard, shard_path
+from shards.storage.location import Location
 
+REPOSITORY = Path(__file__).parents[1]
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-import builder.cli
-import shards.report
-import trainer.compare
-import trainer.evaluate
-import trainer.predict
-import trainer.train
+import builder.commands.cli
+import shards.inspect.cli
+import trainer.commands.compare
+import trainer.commands.evaluate
+import trainer.commands.predict
+import trainer.commands.train
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
-from shards.dataset import open_dataset
-from shards.stream import ShardStream
-from trainer.config import load_config
+from shards.format.dataset import open_dataset
+from shards.stream.streams import ShardStream
+from trainer.config.yaml_config import load_config
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -30,10 +30,10 @@ PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 # Pages whose indented lines are commands, all of them.
 GUIDES = ("getting-started", "open-images-on-aws", "several-gpus", "private-bucket", "coming-from-matterport")
 TRAINER = {
-    "trainer/train.py": trainer.train.parse,
-    "trainer/evaluate.py": trainer.evaluate.parse,
-    "trainer/predict.py": trainer.predict.parse,
-    "trainer/compare.py": trainer.compare.parse,
+    "trainer/train.py": trainer.commands.train.parse,
+    "trainer/evaluate.py": trainer.commands.evaluate.parse,
+    "trainer/predict.py": trainer.commands.predict.parse,
+    "trainer/compare.py": trainer.commands.compare.parse,
 }
 OURS = ("build-shards", "inspect-shards", "accelerate", "python")
 OTHERS = ("aws", "cd", "export", "git", "make", "pip", "tensorboard")
@@ -82,9 +82,9 @@ def test_a_command_is_one_that_its_parser_takes(words: list[str], monkeypatch: p
         at = words.index("...")
         words = [*words[:at], "--data.shards", "s3://bucket/prefix", *words[at + 1 :]]
     if words[0] == "build-shards":
-        parse(builder.cli.make_parser(), words[1:])
+        parse(builder.commands.cli.make_parser(), words[1:])
     elif words[0] == "inspect-shards":
-        parse(shards.report.make_parser(), words[1:])
+        parse(shards.inspect.cli.make_parser(), words[1:])
     elif words[0] == "accelerate":
         assert words[1] in ("launch", "config")
         if words[1] == "launch":
@@ -192,7 +192,7 @@ def test_data_commands_of_the_aws_page_run(
     for words in lines_of(DOCS / "open-images-on-aws.md"):
         if words[0] not in ("build-shards", "inspect-shards") or "Dog" in words:  # the scenes have no dogs
             continue
-        command = builder.cli.main if words[0] == "build-shards" else shards.report.main
+        command = builder.commands.cli.main if words[0] == "build-shards" else shards.inspect.cli.main
         assert command(at_the_test_server(words, s3)[1:]) == 0, shlex.join(words)
         built += "--dry-run" not in words and words[0] == "build-shards"
     assert built >= 5
@@ -225,11 +225,11 @@ def test_getting_started_from_the_build_to_pictures(
     (tmp_path / "street.jpg").write_bytes(picture.read_bytes())
     monkeypatch.chdir(tmp_path)
     mains = {
-        "build-shards": builder.cli.main,
-        "inspect-shards": shards.report.main,
-        "trainer/train.py": trainer.train.main,
-        "trainer/evaluate.py": trainer.evaluate.main,
-        "trainer/predict.py": trainer.predict.main,
+        "build-shards": builder.commands.cli.main,
+        "inspect-shards": shards.inspect.cli.main,
+        "trainer/train.py": trainer.commands.train.main,
+        "trainer/evaluate.py": trainer.commands.evaluate.main,
+        "trainer/predict.py": trainer.commands.predict.main,
     }
     for words in lines_of(DOCS / "getting-started.md"):
         words = at_the_test_server(words, s3)

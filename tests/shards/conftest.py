@@ -13,9 +13,9 @@ def through(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def point(proxy: S3Proxy, patience: float = 0.5) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        monkeypatch.setattr("shards.storage._instances", {})
-        monkeypatch.setattr("shards.storage.READ_TIMEOUT_S", patience)
-        monkeypatch.setattr("shards.ranges.BACK_OFF_S", 0.01)
-        monkeypatch.setattr("shards.reader.BACK_OFF_S", 0.01)
+        monkeypatch.setattr("shards.storage.location._instances", {})
+        monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", patience)
+        monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+        monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0.01)
 
     return point

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 
-from shards import rle
-from shards.sample import Instance
-from trainer import augment
-from trainer.heads import Trainable
-from trainer.instances import HAS_MASK, Batch, read_instances
-from trainer.model import build_model
-from trainer.settings import DataConfig, LossConfig, ModelConfig
+from shards.format import rle
+from shards.format.sample import Instance
+from trainer.config.settings import DataConfig, LossConfig, ModelConfig
+from trainer.data import augment
+from trainer.data.instances import HAS_MASK, Batch, read_instances
+from trainer.model.build import build_model
+from trainer.model.losses import Trainable
 
 SMALL = ModelConfig(
     backbone="resnet18",

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from shards import rle
-from shards.dataset import Category, IndexRow, Shard, finish_dataset
-from shards.sample import Instance, Sample
-from shards.storage import Location
-from shards.writer import pack_shard, shard_path
-from trainer import train
-from trainer.checkpoint import State, save
-from trainer.model import build_model, num_classes
+from shards.format import rle
+from shards.format.dataset import Category, IndexRow, Shard, finish_dataset
+from shards.format.sample import Instance, Sample
+from shards.format.writer import pack_shard, shard_path
+from shards.storage.location import Location
+from trainer.commands import train
+from trainer.model.build import build_model, num_classes
+from trainer.model.checkpoint import State, save
 
 ROOT = Path(__file__).parents[2]
 CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))

@@ -24,13 +24,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from shards import rle
-from shards.dataset import Category
-from shards.sample import Instance, Sample
+from shards.format import rle
+from shards.format.dataset import Category
+from shards.format.sample import Instance, Sample
 from trainer.metrics import Gather, alone, images_of_all_ranks
 
 if TYPE_CHECKING:
-    from trainer.detect import Detections
+    from trainer.model.inference import Detections
 
 Task = Literal["bbox", "segm"]
 TASKS: tuple[Task, ...] = ("bbox", "segm")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.dataset import Category
-from shards.sample import Sample
+from shards.format.dataset import Category
+from shards.format.sample import Sample
 from trainer.metrics import Gather, alone
 from trainer.metrics.openimages import IOU, verified_classes
 from trainer.metrics.overlaps import Overlaps, compute_overlaps, pair
 
 if TYPE_CHECKING:
-    from trainer.detect import Detections
+    from trainer.model.inference import Detections
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from shards.dataset import Category
-from shards.errors import UserError
-from shards.storage import Location
+from shards.common.errors import UserError
+from shards.format.dataset import Category
+from shards.storage.location import Location
 
 
 def read_parents(location: Location, categories: Sequence[Category]) -> dict[int, tuple[int, ...]]:

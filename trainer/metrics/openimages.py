@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.dataset import Category
-from shards.sample import Sample
+from shards.format.dataset import Category
+from shards.format.sample import Sample
 from trainer.metrics import Gather, alone, images_of_all_ranks
 from trainer.metrics.overlaps import Overlaps, compute_overlaps
 
 if TYPE_CHECKING:
-    from trainer.detect import Detections
+    from trainer.model.inference import Detections
 
 IOU = 0.5
 # What becomes of a detection; all but the first two are left out of the precision.

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from shards import rle
-from shards.sample import Instance
+from shards.format import rle
+from shards.format.sample import Instance
 
 if TYPE_CHECKING:
-    from trainer.detect import Detections
+    from trainer.model.inference import Detections
 
 
 @dataclass(frozen=True, slots=True)

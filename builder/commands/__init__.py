@@ -1,0 +1,4 @@
+"""The command `build-shards`: build, dry run, retry of what failed, and their summaries.
+
+The other folders do the work.
+"""

@@ -1,0 +1,340 @@
+"""Runs a plan: on processes, round by round, resumable, to a finished dataset."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from builder.commands.progress import Progress
+from builder.fetching.fetch import Request, fetch
+from builder.fetching.retry import delete, retrying, write
+from builder.fetching.traffic import PROCESS, Traffic
+from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
+from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
+from builder.planning.prepare import Choice, ClassReport, Preparation, prepare
+from builder.planning.replacements import next_round
+from builder.sources.base import Source
+from builder.target.build_lock import Lock, hold, refuse_if_held
+from builder.target.build_state import README_FILE, claim, finished_results, read_rows, remove_strays
+from builder.target.dataset_card import ClassCounts, count_classes, render_card
+from builder.tasks.outcomes import Account, failed_images, read_accounts, reasons, write_accounts
+from builder.tasks.plan import ShardTask
+from shards.common.errors import StorageError, UserError
+from shards.common.redact import redact
+from shards.common.text import counted
+from shards.format.dataset import (
+    ACCOUNTS_FILE,
+    SPLITS,
+    Category,
+    DatasetInfo,
+    IndexRow,
+    Shard,
+    finish_dataset,
+    open_dataset,
+)
+from shards.format.sample import canonical_json
+from shards.storage.location import Location, check_writable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A class that got fewer images than it could have had: images failed, and nothing was left to replace them."""
+
+    split: str
+    name: str
+    packed: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a build ended.
+
+    Attributes:
+        already_built: the root held this very dataset before, and nothing was done; the rest but for `chosen` and
+            `shortfalls` is empty.
+        chosen: what selection gave each class.
+        counts: what was packed.
+        failures: reason -> images and masks that were not packed.
+        shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
+        replaced: images that were tried in the place of failed ones.
+        recovered: images and masks that `--retry-failed` had more success with; None for a build.
+        shards, samples, nbytes: of the whole dataset.
+        resumed: shards that an earlier run had finished.
+        handled: images that this run fetched, packed or not.
+        tables, images, masks: what this run read. Zip directories count as tables.
+        seconds: this run's; `packing` of them from the first image on.
+    """
+
+    already_built: bool
+    chosen: tuple[ClassReport, ...] = ()
+    counts: tuple[ClassCounts, ...] = ()
+    failures: tuple[tuple[str, int], ...] = ()
+    shortfalls: tuple[Shortfall, ...] = ()
+    replaced: int = 0
+    recovered: int | None = None
+    shards: int = 0
+    samples: int = 0
+    nbytes: int = 0
+    resumed: int = 0
+    handled: int = 0
+    tables: Traffic = Traffic()
+    images: Traffic = Traffic()
+    masks: Traffic = Traffic()
+    seconds: float = 0.0
+    packing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A build that is prepared: where it goes, what it will do, and what that took.
+
+    Attributes:
+        started, prepared: by the monotonic clock, in seconds.
+        tables: what was read.
+    """
+
+    root: Location
+    preparation: Preparation
+    started: float
+    prepared: float
+    tables: Traffic
+
+    def measured(self) -> dict[str, Any]:
+        """The fields of a `Summary` that tell of time and tables, as of now."""
+        now = time.monotonic()
+        return {"tables": self.tables, "seconds": now - self.started, "packing": now - self.prepared}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All rounds of a build: the tasks and their results, and what this run read for them."""
+
+    tasks: tuple[ShardTask, ...]
+    results: tuple[TaskResult, ...]
+    resumed: int
+    handled: int
+    images: Traffic
+    masks: Traffic
+
+
+def build(
+    source: Source,
+    choice: Choice,
+    root: Location,
+    *,
+    engine: Engine = IN_THIS_PROCESS,
+    overwrite: bool = False,
+    command: str = "",
+) -> Summary:
+    """Build a dataset, or finish a build that was interrupted.
+
+    The bytes of the result are a pure function of the sources and the choice; the engine and interruptions do not show.
+
+    Args:
+        source: where images and annotations lie.
+        choice: what to take from it.
+        root: where the dataset goes.
+        engine: where the shards are packed.
+        overwrite: discard another dataset, or another unfinished build, in `root`.
+        command: what the dataset card calls the command that made it.
+
+    Raises:
+        UserError: bad input, another dataset or another running build in `root`, or nothing that could be packed.
+        StorageError: a place cannot be reached, read or written.
+    """
+    begun = begin(source, choice, root, engine)
+    root, preparation, plan = begun.root, begun.preparation, begun.preparation.plan
+    with hold(root) as lock:
+        if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
+            return _already_built(root, preparation, choice)
+        job = Job(root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
+        done = _run(preparation, job, engine, choice.images_per_shard, lock)
+        rows = [row for result in done.results for row in result.rows]
+        shards = [result.shard for result in done.results if result.shard is not None]
+        accounts = [*preparation.unknown, *(account for result in done.results for account in result.accounts)]
+        if not rows:
+            delete(root / RECORDS, recursive=True)
+            found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
+            raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
+        lock.check()
+        remove_strays(root, {shard.path for shard in shards})
+        origin = {**source.origin(), "choice": json.loads(canonical_json(asdict(choice)))}
+        info = write_tables(root, plan.categories, plan.fingerprint, rows, shards, accounts, origin, command)
+        delete(root / RECORDS, recursive=True)
+    first = {task.name for task in plan.tasks}
+    return summarise(
+        preparation,
+        choice,
+        info,
+        rows,
+        accounts,
+        replaced=sum(len(task.images) for task in done.tasks if task.name not in first),
+        resumed=done.resumed,
+        handled=done.handled,
+        images=done.images,
+        masks=done.masks,
+        **begun.measured(),
+    )
+
+
+def begin(source: Source, choice: Choice, root: Location, engine: Engine) -> Begun:
+    """What comes before the first write: places are checked, annotations read, the plan is made.
+
+    Raises:
+        UserError, StorageError: as `build`.
+    """
+    started, before = time.monotonic(), PROCESS.total
+    root = absolute(root)
+    check_places(source, root)
+    warm_up(engine)
+    refuse_if_held(root)
+    preparation = prepare(source, choice)
+    return Begun(root, preparation, started, time.monotonic(), PROCESS.total - before)
+
+
+def _already_built(root: Location, preparation: Preparation, choice: Choice) -> Summary:
+    dataset = open_dataset(root)
+    accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
+    short = shortfalls(preparation.reports, read_rows(dataset), dataset.categories, accounts, choice)
+    return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
+
+
+def summarise(
+    preparation: Preparation,
+    choice: Choice,
+    info: DatasetInfo,
+    rows: Sequence[IndexRow],
+    accounts: Sequence[Account],
+    **measured: Any,
+) -> Summary:
+    """A `Summary` of a finished dataset; `measured` are its fields that tell of this run."""
+    counts = count_classes(rows, preparation.plan.categories)
+    return Summary(
+        already_built=False,
+        chosen=preparation.reports,
+        counts=tuple(counts),
+        failures=tuple(reasons(accounts).items()),
+        shortfalls=tuple(shortfalls(preparation.reports, rows, info.categories, accounts, choice)),
+        shards=len(info.shards),
+        samples=sum(shard.samples for shard in info.shards),
+        nbytes=sum(shard.nbytes for shard in info.shards),
+        **measured,
+    )
+
+
+def shortfalls(
+    reports: Sequence[ClassReport],
+    rows: Sequence[IndexRow],
+    categories: Sequence[Category],
+    accounts: Sequence[Account],
+    choice: Choice,
+) -> list[Shortfall]:
+    """Where failures left less than the quota, or, where the source itself has less than that, less than it has."""
+    if choice.images_list:
+        images = [account for account in accounts if account.kind == "image"]
+        failed = sum(account.failed for account in images)
+        return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
+    ids = {category.name: category.id for category in categories}
+    packed: dict[tuple[str, int], int] = {}
+    for row in rows:
+        for category, masks in zip(row.classes, row.masks, strict=True):
+            if masks or not choice.filters.require_mask:
+                packed[row.split, category] = packed.get((row.split, category), 0) + 1
+    found = []
+    for report in reports:
+        wanted, got = min(report.asked, report.available), packed.get((report.split, ids[report.name]), 0)
+        if got < wanted:
+            found.append(Shortfall(report.split, report.name, got, wanted))
+    return found
+
+
+def absolute(root: Location) -> Location:
+    """Workers may have another current folder."""
+    return Location(os.path.abspath(root.path)) if root.is_local else root
+
+
+def check_places(source: Source, root: Location, *, write_to: bool = True) -> None:
+    """Fail now, not after gigabytes of tables, where images cannot be read or shards not be written.
+
+    Raises:
+        StorageError: so it is.
+    """
+    if source.images.is_local and not os.path.isdir(source.images.path):
+        raise StorageError(f"{source.images}: there is no such folder: check --images")
+    # Whether this key exists does not matter: a missing bucket, endpoint or credential raises.
+    fetch([Request(source.images / "train" / "0000000000000000.jpg")])
+    if write_to:
+        retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
+
+
+def write_tables(
+    root: Location,
+    categories: Sequence[Category],
+    fingerprint: str,
+    rows: Sequence[IndexRow],
+    shards: Sequence[Shard],
+    accounts: Sequence[Account],
+    origin: dict,
+    command: str,
+) -> DatasetInfo:
+    """Write accounts, card, index and dataset.json, in this order; no credential of a URL is among them.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    counts = count_classes(rows, categories)
+    write(root / ACCOUNTS_FILE, write_accounts(accounts))
+    card = render_card(categories, counts, shards, redact(command), reasons(accounts), origin["name"])
+    write(root / README_FILE, card.encode())
+    safe = json.loads(redact(canonical_json(origin).decode()))
+    return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=fingerprint, source=safe))
+
+
+def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: int, lock: Lock) -> Outcome:
+    """All rounds; what an earlier run has finished is not done again."""
+    tasks: list[ShardTask] = []
+    results: dict[str, TaskResult] = {}
+    resumed = handled = 0
+    images = masks = Traffic()
+    fresh: Sequence[ShardTask] = preparation.plan.tasks
+    with Progress() as progress:
+        while fresh:
+            finished = finished_results(job.root, job.fingerprint, fresh)
+            if finished:
+                logger.info("resuming: %d of %s already finished", len(finished), counted(len(fresh), "shard"))
+            resumed += len(finished)
+            results |= finished
+            to_do = [task for task in fresh if task.name not in finished]
+            progress.expect(sum(len(task.images) for task in to_do))
+            for task, result in execute(partial(pack_task, job=job), to_do, engine):
+                lock.check()
+                results[task.name] = result
+                handled += len(task.images)
+                images, masks = images + result.images, masks + result.masks
+                failed = len(failed_images(result.accounts, task.split))
+                progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
+            tasks += fresh
+            failures = {split: _failed(tasks, results, split) for split in SPLITS}
+            fresh = next_round(preparation, tasks, failures.__getitem__, images_per_shard)
+            if fresh:
+                count = sum(len(task.images) for task in fresh)
+                lost = sum(map(len, failures.values()))
+                logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "other"))
+    return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
+
+
+def _failed(tasks: Sequence[ShardTask], results: dict[str, TaskResult], split: str) -> set[str]:
+    found: set[str] = set()
+    for task in tasks:
+        if task.split == split:
+            found |= failed_images(results[task.name].accounts, split)
+    return found

@@ -1,0 +1,292 @@
+"""`--retry-failed`: what failed in a finished dataset is fetched again, and only the shards concerned are rewritten.
+
+The new files are gathered in a place of their own, the new `dataset.json` last; then they take the place of the old
+ones (`builder.target.build_state.finish_retry`). Killed before that moment, the dataset is the old one; killed after
+it, the next
+command puts the rest in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from builder.commands.build import Summary, begin, summarise, write_tables
+from builder.commands.progress import Progress
+from builder.fetching.fetch import Request, fetch_one
+from builder.fetching.retry import delete, retrying, write
+from builder.fetching.traffic import Meter, Traffic
+from builder.fetching.zip_members import read_members
+from builder.packing.executors import IN_THIS_PROCESS, Engine, execute
+from builder.packing.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
+from builder.planning.prepare import Choice, Preparation
+from builder.planning.replacements import next_round
+from builder.sources.base import Source
+from builder.target.build_lock import Lock, hold
+from builder.target.build_state import finish_retry, read_rows, retry_stage
+from builder.tasks.outcomes import PACKED, RECOVERED, Account, failed_images, read_accounts
+from builder.tasks.plan import InlineMask, Member, PlannedImage, PlannedObject, ShardTask
+from shards.common.errors import DatasetError, UserError
+from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, IndexRow, Shard, open_dataset
+from shards.format.sample import Sample
+from shards.format.writer import pack_shard
+from shards.storage.location import Location
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A task of the build in which something failed, and what became of it: shard (None for none), rows, accounts."""
+
+    task: ShardTask
+    shard: Shard | None
+    rows: tuple[IndexRow, ...]
+    accounts: tuple[Account, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return self.task.name
+
+
+def retry_failed(
+    source: Source, choice: Choice, root: Location, *, engine: Engine = IN_THIS_PROCESS, command: str = ""
+) -> Summary:
+    """Fetch again what failed in a finished dataset; arguments and errors as for `builder.commands.build.build`.
+
+    Raises:
+        UserError: `root` holds no finished dataset of this plan, or another build is at work there.
+        StorageError: a place cannot be reached, read or written.
+    """
+    begun = begin(source, choice, root, engine)
+    root, preparation = begun.root, begun.preparation
+    with hold(root) as lock:
+        finish_retry(root)
+        dataset = open_dataset(root)
+        if dataset.info.plan != preparation.plan.fingerprint:
+            raise UserError(
+                f"{root}: holds a dataset of another plan: --retry-failed wants the very command that built it, and "
+                "annotations and zips as they were then (else build anew, with --overwrite or another --out)"
+            )
+        accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
+        rows = read_rows(dataset)
+        repairs = _repairs(preparation, dataset, rows, accounts, choice.images_per_shard)
+        stage = retry_stage(root)
+        delete(stage, recursive=True)
+        job = Job(root, dataset.info.plan, source.images.anonymous, source.annotations.anonymous)
+        results = _run(repairs, job, engine, lock)
+        recovered = sum(
+            account.status == PACKED and old.failed
+            for repair in repairs
+            for old, account in zip(repair.accounts, results[repair.name].accounts, strict=True)
+        )
+        if recovered:
+            rows, shards, accounts = _replaced(rows, dataset.info.shards, accounts, repairs, results)
+            lock.check()
+            origin = dataset.info.source
+            write_tables(stage, dataset.categories, dataset.info.plan, rows, shards, accounts, origin, command)
+            finish_retry(root)
+        else:
+            delete(root / RECORDS, recursive=True)
+        info = open_dataset(root).info
+    return summarise(
+        preparation,
+        choice,
+        info,
+        rows,
+        accounts,
+        recovered=recovered,
+        handled=sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs),
+        images=sum((result.images for result in results.values()), Traffic()),
+        masks=sum((result.masks for result in results.values()), Traffic()),
+        **begun.measured(),
+    )
+
+
+def repair_task(repair: Repair, job: Job) -> TaskResult:
+    """Fetch again what failed in a task, and write its new shard beside the old dataset if any of it succeeds.
+
+    What was packed comes from the old shard, byte for byte. Accounts are in the order of the repair's.
+
+    Raises:
+        StorageError: a source or the old shard cannot be read, or the new one not be written.
+        DatasetError: the old shard is not what the dataset says.
+    """
+    task, images, masks = repair.task, Meter(), Meter()
+    old = {account.key: account for account in repair.accounts}
+    lost = failed_images(repair.accounts, task.split)
+    outcomes = dict(zip(sorted(lost), pack_images(_by_id(task, lost), task.split, job, images, masks), strict=True))
+    samples = _old_samples(repair, job.root)
+    maskless = {a.image_id for a in repair.accounts if a.kind == "mask" and a.failed and a.image_id in samples}
+    outcomes |= _with_masks(_by_id(task, maskless), samples, old, job, masks, task.split)
+    new = {account.key: _merged(old[account.key], account) for _, found in outcomes.values() for account in found}
+    accounts = tuple(new.get(account.key, account) for account in repair.accounts)
+    if not any(a.status == PACKED and before.failed for a, before in zip(accounts, repair.accounts, strict=True)):
+        return TaskResult(repair.shard, repair.rows, accounts, images.total, masks.total)
+    for image_id, (sample, _) in outcomes.items():
+        if sample is not None:
+            samples[image_id] = sample
+    ordered = [samples[image.image_id] for image in task.images if image.image_id in samples]
+    packed = pack_shard(ordered, split=task.split, path=task.path)
+    _check_untouched(repair, packed.rows, outcomes)
+    write(retry_stage(job.root) / task.path, packed.data)
+    return TaskResult(packed.shard, packed.rows, accounts, images.total, masks.total)
+
+
+def _by_id(task: ShardTask, image_ids: set[str]) -> list[PlannedImage]:
+    return sorted((image for image in task.images if image.image_id in image_ids), key=lambda image: image.image_id)
+
+
+def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: Lock) -> dict[str, TaskResult]:
+    results: dict[str, TaskResult] = {}
+    with Progress() as progress:
+        progress.expect(len(repairs))
+        for repair, result in execute(partial(repair_task, job=job), repairs, engine):
+            lock.check()
+            results[repair.name] = result
+            failed = len(failed_images(result.accounts, repair.task.split))
+            progress.advance(1, result.images.nbytes + result.masks.nbytes, failed)
+    return results
+
+
+def _repairs(
+    preparation: Preparation,
+    dataset: Dataset,
+    rows: Sequence[IndexRow],
+    accounts: Sequence[Account],
+    images_per_shard: int,
+) -> list[Repair]:
+    """The tasks in which something failed, of all rounds of the build.
+
+    Raises:
+        UserError: the tables no longer lead to the images that were asked for then.
+    """
+    tasks = list(preparation.plan.tasks)
+    failed = {split: failed_images(accounts, split, at_first=True) for split in SPLITS}
+
+    def failed_so_far(split: str) -> set[str]:
+        return failed[split] & {image.image_id for task in tasks if task.split == split for image in task.images}
+
+    while fresh := next_round(preparation, tasks, failed_so_far, images_per_shard):
+        tasks += fresh
+    unknown = {account.key for account in preparation.unknown}
+    by_image: dict[tuple[str, str], list[Account]] = {}
+    for account in accounts:
+        if account.key not in unknown:
+            by_image.setdefault((account.split, account.image_id), []).append(account)
+    if set(by_image) != {(task.split, image.image_id) for task in tasks for image in task.images}:
+        raise UserError(
+            f"{dataset.root}: its accounts are not those of this command at this source: build anew, with --overwrite "
+            "or another --out"
+        )
+    shards = {shard.path: shard for shard in dataset.info.shards}
+    of_shard: dict[str, list[IndexRow]] = {}
+    for row in rows:
+        of_shard.setdefault(row.shard, []).append(row)
+    repairs = []
+    for task in tasks:
+        mine = tuple(account for image in task.images for account in by_image[task.split, image.image_id])
+        if any(account.failed for account in mine):
+            repairs.append(Repair(task, shards.get(task.path), tuple(of_shard.get(task.path, ())), mine))
+    return repairs
+
+
+def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
+    """ImageID -> what the old shard holds of it."""
+    if repair.shard is None:
+        return {}
+    where = root / repair.shard.path
+    data = fetch_one(Request(where))
+    if hashlib.sha256(data).hexdigest() != repair.shard.sha256:
+        raise DatasetError(f"{where}: its sha256 is not the one in dataset.json: build the dataset again")
+    samples = {}
+    for row in repair.rows:
+        with tarfile.open(fileobj=io.BytesIO(data[row.offset : row.offset + row.nbytes])) as tar:
+            files = {entry.name.rpartition(".")[2]: tar.extractfile(entry) for entry in tar}
+            members = {name: file.read() for name, file in files.items() if file is not None}
+        samples[row.image_id] = Sample.from_members(row.image_id, members, where=str(where))
+    return samples
+
+
+def _with_masks(
+    images: Sequence[PlannedImage],
+    samples: dict[str, Sample],
+    old: dict[Key, Account],
+    job: Job,
+    meter: Meter,
+    split: str,
+) -> dict[str, tuple[Sample | None, list[Account]]]:
+    """Packed images with the masks that failed fetched again; the JPEG and the other masks come from the sample."""
+    known = [_known_masks(image, samples[image.image_id], old) for image in images]
+    members = members_of(known)
+    contents = read_members(members, anonymous=job.anonymous_masks, spare=0, meter=meter)
+    found = dict(zip(members, contents, strict=True))
+    return {image.image_id: pack_image(image, samples[image.image_id].image, found, split) for image in known}
+
+
+def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -> PlannedImage:
+    """The image with the masks that the sample holds in the place of those in zips.
+
+    Instances have the order of the planned objects, and each mask that was packed made an instance.
+    """
+    held = iter([i.segmentation for i in sample.instances if i.segmentation is not None])
+    objects = []
+    for planned in image.objects:
+        note = planned.annotation
+        account = old.get(("mask", image.image_id, note.mask_path, note.box_id)) if note.mask_path else None
+        rle = next(held) if account is not None and account.status == PACKED else None
+        if rle is not None and isinstance(planned.mask, Member):
+            inline = InlineMask(rle.width, rle.height, json.dumps(rle.to_json()))
+            planned = PlannedObject(note, inline)
+        objects.append(planned)
+    return replace(image, objects=tuple(objects))
+
+
+def _merged(old: Account, new: Account) -> Account:
+    """What the accounts say after a retry: what was packed stays, and what is recovered tells what it was."""
+    if old.status == PACKED:
+        return old
+    return replace(new, detail=f"{RECOVERED}{old.status}") if new.status == PACKED else new
+
+
+def _check_untouched(repair: Repair, rows: Sequence[IndexRow], touched: dict[str, tuple]) -> None:
+    """Raises DatasetError when a sample that nothing was added to would change."""
+    before = {row.image_id: row.crc32 for row in repair.rows}
+    for row in rows:
+        if row.image_id not in touched and row.crc32 != before[row.image_id]:
+            raise DatasetError(
+                f"{repair.task.path}: sample {row.image_id} was written by another release: build the dataset again"
+            )
+
+
+def _replaced(
+    rows: Sequence[IndexRow],
+    shards: Sequence[Shard],
+    accounts: Sequence[Account],
+    repairs: Sequence[Repair],
+    results: dict[str, TaskResult],
+) -> tuple[list[IndexRow], list[Shard], list[Account]]:
+    """The dataset's rows, shards and accounts with the repaired ones in place of the old."""
+    paths = {repair.task.path for repair in repairs}
+    keys = {(account.split, account.key) for repair in repairs for account in repair.accounts}
+    fresh = [results[repair.name] for repair in repairs]
+    return (
+        [*(row for row in rows if row.shard not in paths), *(row for result in fresh for row in result.rows)],
+        [
+            *(shard for shard in shards if shard.path not in paths),
+            *(result.shard for result in fresh if result.shard is not None),
+        ],
+        [
+            *(account for account in accounts if (account.split, account.key) not in keys),
+            *(account for result in fresh for account in result.accounts),
+        ],
+    )

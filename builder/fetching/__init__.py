@@ -1,0 +1,4 @@
+"""Many reads at once, with retries: whole files, members of remote zips, cached tables.
+
+Requests and bytes are counted.
+"""

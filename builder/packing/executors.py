@@ -1,0 +1,163 @@
+"""Runs tasks somewhere: in this process, on local processes, or on a Dask cluster; one way through for all of them.
+
+Everything is a `concurrent.futures.Executor`; which one it is never shows in a result.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import connection, forkserver
+from typing import Any, TypeVar
+
+from shards.common.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+AHEAD = 2  # tasks handed out a worker: one at work, one waiting; more would only lie about in memory
+CLUSTER_TIMEOUT_S = 20
+PRELOADED = ["builder.packing.pack", "aiohttp", "botocore.auth", "botocore.session"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where tasks run.
+
+    Attributes:
+        workers: local processes; 1 works in this one.
+        cluster: address of a Dask scheduler, such as `tcp://scheduler:8786`, whose workers have this package
+            installed; "" for local processes.
+    """
+
+    workers: int = 1
+    cluster: str = ""
+
+
+IN_THIS_PROCESS = Engine()
+
+
+def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: Engine) -> Iterator[tuple[Task, Result]]:
+    """Do the tasks in any order, and yield each with its result as soon as it is done.
+
+    An error of a task ends the iteration; tasks that are not done then are given up.
+
+    Raises:
+        UserError: a worker died, or the cluster cannot be reached.
+    """
+    if not engine.cluster and min(engine.workers, len(tasks)) <= 1:
+        for task in tasks:
+            yield task, function(task)
+        return
+    try:
+        with _executor(engine, len(tasks)) as (executor, workers):
+            yield from _in_turn(executor, function, tasks, AHEAD * workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, perhaps for want of memory: run the same command again to go on from here, "
+            "with fewer --workers or a smaller --images-per-shard (the latter starts a new build)"
+        ) from error
+
+
+def _in_turn(
+    executor: Executor, function: Callable[[Task], Result], tasks: Sequence[Task], ahead: int
+) -> Iterator[tuple[Task, Result]]:
+    left = iter(tasks)
+    running: dict[Future[Result], Task] = {executor.submit(function, task): task for task in islice(left, ahead)}
+    while running:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            task = running.pop(future)
+            yield task, future.result()
+            running |= {executor.submit(function, following): following for following in islice(left, 1)}
+
+
+@contextmanager
+def _executor(engine: Engine, tasks: int) -> Iterator[tuple[Executor, int]]:
+    """An executor and its number of workers."""
+    if engine.cluster:
+        with _dask(engine.cluster) as found:
+            yield found
+    else:
+        workers = min(engine.workers, tasks)
+        with _processes(workers) as executor:
+            yield executor, workers
+
+
+@contextmanager
+def _dask(address: str) -> Iterator[tuple[Executor, int]]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError("--cluster needs Dask: pip install 'maskstream[cluster]'") from error
+    try:
+        client = Client(address, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+        reason = " ".join(str(error).split())
+        raise UserError(f"--cluster {address}: no Dask scheduler answers ({reason}): check the address") from error
+    with client:
+        workers = sum(client.nthreads().values())
+        if not workers:
+            raise UserError(f"--cluster {address}: the scheduler has no workers: start some (dask worker {address})")
+        # Not "pure": Dask must not take a task for one that it has done before.
+        executor = client.get_executor(pure=False)
+        try:
+            yield executor, workers
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+        executor.shutdown()
+
+
+def warm_up(engine: Engine) -> None:
+    """Begin what takes its time and waits for nothing; returns at once.
+
+    The process that local workers come from imports what they need, and this one imports pandas, which pyarrow does by
+    itself the first time that it makes an array of a list.
+    """
+    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
+    if not engine.cluster and engine.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
+        _context()
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[Executor]:
+    """A pool of fresh processes: file systems own threads and sockets, which must not be shared over a fork."""
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # a shard half done is done again on resuming; nobody waits for it now
+        raise
+    executor.shutdown()
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # imported once, not once a worker
+    return context
+
+
+def _start_worker() -> None:
+    """In each worker: leave Ctrl-C to the parent, and end when the parent does, even if it was killed."""
+    gc.freeze()  # modules stay: no collection need look at them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()

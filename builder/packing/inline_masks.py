@@ -1,0 +1,100 @@
+"""Masks that the annotations hold themselves: COCO's polygons and run lengths, checked and resized.
+
+Forms: https://cocodataset.org/#format-data. pycocotools draws the polygons. What it is given is checked first, since
+its C code believes every number: a run or a corner far outside would write or allocate out of bounds.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from builder.packing.images import MASK_PIXELS, Failure, same_shape
+from builder.tasks.plan import InlineMask
+from shards.format import rle
+
+POLYGON_POINTS = 1 << 20  # corners of one object: thousands are common, more than this is damage
+
+
+class _BadMaskError(Exception):
+    """A segmentation that is none; the text is the reason."""
+
+
+def encode_inline(place: InlineMask, width: int, height: int) -> rle.Rle | Failure:
+    """Encode a mask of the annotations, resized where its image was annotated at another size.
+
+    Args:
+        width, height: of the image, in pixels.
+    """
+    size = (place.width, place.height)
+    if min(size) <= 0 or size[0] * size[1] > MASK_PIXELS:
+        return Failure("mask-undecodable", f"{size[0]}x{size[1]} pixels, the limit is {MASK_PIXELS}")
+    if not same_shape(size, (width, height)):
+        return Failure("mask-shape", f"the mask is {size[0]}x{size[1]}, the image {width}x{height}")
+    try:
+        mask = _encode(json.loads(place.segmentation), *size)
+    except (_BadMaskError, ValueError, RecursionError) as error:
+        return Failure("mask-undecodable", str(error))
+    if size != (width, height) and rle.area(mask):
+        pixels = Image.fromarray(rle.decode(mask)).resize((width, height), Image.Resampling.NEAREST)
+        mask = rle.encode(np.asarray(pixels))
+    return mask if rle.area(mask) else Failure("mask-empty", "no pixel is set")
+
+
+def _encode(segmentation: Any, width: int, height: int) -> rle.Rle:
+    if isinstance(segmentation, list):
+        polygons = [_corners(polygon, width, height) for polygon in segmentation]
+        if not polygons:
+            raise _BadMaskError("no polygon")
+        merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        return rle.Rle(height, width, merged["counts"].decode("ascii"))
+    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
+        raise _BadMaskError(f"neither polygons nor an RLE of {width}x{height} pixels")
+    counts = segmentation.get("counts")
+    runs = _runs(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and 0 <= run <= MASK_PIXELS for run in runs):
+        raise _BadMaskError("its runs are not lengths")
+    if sum(runs) != width * height:
+        raise _BadMaskError(f"its runs do not add up to {width}x{height} pixels")
+    # Encoded anew also where it was a string: one mask has one encoding.
+    encoded = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return rle.Rle(height, width, encoded["counts"].decode("ascii"))
+
+
+def _corners(polygon: Any, width: int, height: int) -> list[float]:
+    """x, y, x, y, ...; at least three corners, none further outside than the image is long."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or len(polygon) > 2 * POLYGON_POINTS:
+        raise _BadMaskError("a polygon is not a list of three or more corners")
+    reach = max(width, height)
+    for value in polygon:
+        if type(value) not in (int, float) or not -reach <= value <= 2 * reach:  # so is NaN
+            raise _BadMaskError(f"a polygon has the corner {str(value)[:40]!r}, far from the image")
+    return [float(value) for value in polygon]
+
+
+def _runs(text: str) -> list[int]:
+    """The runs of a compressed RLE, as `rleFrString` of COCO's maskApi.c reads them.
+
+    Five bits a character, least first, bit 5 set where the number goes on, the last one's bit 4 its sign; from the
+    fourth number on each is the difference to the one two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode("ascii"):
+        digit = code - 48
+        if not 0 <= digit < 64 or shift > 30:
+            raise _BadMaskError("not a compressed RLE")
+        value |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            if digit & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise _BadMaskError("a compressed RLE that breaks off")
+    return runs

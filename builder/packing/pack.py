@@ -1,0 +1,276 @@
+"""One shard task: fetch, check, encode, write; every image and every mask asked for is accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from builder.fetching.fetch import Refusal, Request, fetch
+from builder.fetching.retry import write
+from builder.fetching.traffic import Meter, Traffic
+from builder.fetching.zip_members import MemberError, read_members
+from builder.packing.images import Failure, check_jpeg, encode_mask, pixel_box
+from builder.packing.inline_masks import encode_inline
+from builder.tasks.outcomes import PACKED, Account
+from builder.tasks.plan import (
+    Annotation,
+    InlineMask,
+    MaskPlace,
+    Member,
+    PlannedImage,
+    ShardTask,
+    Withheld,
+    task_fingerprint,
+)
+from shards.format import rle
+from shards.format.dataset import IndexRow, Shard
+from shards.format.sample import Instance, Sample, canonical_json
+from shards.format.writer import pack_shard
+from shards.storage.location import Location
+
+RECORDS = ".build"
+
+IMAGES_A_READ = 32  # decoded while the next ones are on their way
+SPARE_AN_IMAGE = 4 << 10  # bytes of a mask zip read for nothing: about 1 % of an image of Open Images
+
+# What becomes of an image: a sample, or None where it cannot be used; and accounts of it and of each of its masks.
+Outcome: TypeAlias = tuple[Sample | None, list[Account]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a build share: where to write, the plan's fingerprint, and which reads are not signed."""
+
+    root: Location
+    fingerprint: str
+    anonymous_images: bool = False
+    anonymous_masks: bool = False
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A finished task.
+
+    Attributes:
+        shard: None when no image could be packed.
+        rows: of the index.
+        accounts: of every image and mask of the task.
+        images, masks: what was read for it by this run.
+    """
+
+    shard: Shard | None
+    rows: tuple[IndexRow, ...]
+    accounts: tuple[Account, ...]
+    images: Traffic = Traffic()
+    masks: Traffic = Traffic()
+
+    def to_record(self, fingerprint: str) -> bytes:
+        """The object that marks the task as finished; the traffic, which tells of a run, is left out."""
+        return canonical_json(
+            {
+                "task": fingerprint,
+                "shard": self.shard,
+                "rows": self.rows,
+                "accounts": self.accounts,
+            }
+        )
+
+    @classmethod
+    def from_record(cls, data: bytes, fingerprint: str) -> TaskResult | None:
+        """The inverse of `to_record`; None when the record is damaged or belongs to another task."""
+        try:
+            value = json.loads(data)
+            if value["task"] != fingerprint:
+                return None
+            lists = ("classes", "instances", "masks", "groups")
+            return cls(
+                shard=None if value["shard"] is None else Shard(**value["shard"]),
+                rows=tuple(IndexRow(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in value["rows"]),
+                accounts=tuple(Account(**account) for account in value["accounts"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def record_location(root: Location, task: ShardTask) -> Location:
+    """Where the record of a finished task lies."""
+    return root / RECORDS / f"{task.name}.json"
+
+
+def pack_task(task: ShardTask, job: Job) -> TaskResult:
+    """Do one task: write its shard, then its record.
+
+    Raises:
+        StorageError: a source cannot be read after several attempts, or the shard cannot be written.
+    """
+    images, masks = Meter(), Meter()
+    outcomes = pack_images(task.images, task.split, job, images, masks)
+    samples = [sample for sample, _ in outcomes if sample is not None]
+    packed = pack_shard(samples, split=task.split, path=task.path) if samples else None
+    if packed is not None:
+        write(job.root / task.path, packed.data)
+    result = TaskResult(
+        shard=None if packed is None else packed.shard,
+        rows=() if packed is None else packed.rows,
+        accounts=tuple(account for _, accounts in outcomes for account in accounts),
+        images=images.total,
+        masks=masks.total,
+    )
+    write(record_location(job.root, task), result.to_record(task_fingerprint(job.fingerprint, task)))
+    return result
+
+
+def pack_images(
+    images: Sequence[PlannedImage], split: str, job: Job, image_meter: Meter, mask_meter: Meter
+) -> list[Outcome]:
+    """Fetch images and their masks, and make samples of them; while some are decoded, the next are on their way.
+
+    An image that cannot be decoded is fetched once more: its bytes may have been wrong on the way.
+
+    Raises:
+        StorageError: a source cannot be read after several attempts.
+    """
+    parts = [images[start : start + IMAGES_A_READ] for start in range(0, len(images), IMAGES_A_READ)]
+    outcomes: list[Outcome] = []
+    pool = ThreadPoolExecutor(2)  # images and masks come from different servers
+    try:
+        masks_read = pool.submit(read_masks, images, job, mask_meter)
+        reads = [pool.submit(_read_images, part, job, image_meter) for part in parts]
+        masks = masks_read.result()
+        for part, read in zip(parts, reads, strict=True):
+            outcomes += _pack_part(part, read.result(), masks, split, job, image_meter)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return outcomes
+
+
+def _pack_part(
+    images: Sequence[PlannedImage],
+    contents: Sequence[bytes | Refusal],
+    masks: Mapping[Member, bytes | MemberError],
+    split: str,
+    job: Job,
+    meter: Meter,
+) -> list[Outcome]:
+    outcomes = [pack_image(image, data, masks, split) for image, data in zip(images, contents, strict=True)]
+    doubtful = [index for index, (_, accounts) in enumerate(outcomes) if accounts[0].status == "image-undecodable"]
+    again = _read_images([images[index] for index in doubtful], job, meter)
+    for index, data in zip(doubtful, again, strict=True):
+        if data != contents[index]:
+            outcomes[index] = pack_image(images[index], data, masks, split)
+    return outcomes
+
+
+def pack_image(
+    image: PlannedImage, data: bytes | Refusal, masks: Mapping[Member, bytes | MemberError], split: str
+) -> Outcome:
+    """Make a sample of an image and its masks. Pure.
+
+    Returns:
+        The sample, or None where the image cannot be used; and an account of the image and of each mask asked for. An
+        object whose mask fails stays in the sample as a box without a mask.
+    """
+
+    def account(status: str, detail: str, annotation: Annotation | None = None) -> Account:
+        if annotation is None:
+            return Account("image", split, image.image_id, "", f"{image.image_id}.jpg", status, detail)
+        return Account("mask", split, image.image_id, annotation.box_id, annotation.mask_path, status, detail)
+
+    checked = check_jpeg(data)
+    if isinstance(checked, Failure):
+        failed = [account(checked.status, checked.detail)]
+        for planned in image.objects:
+            if planned.annotation.mask_path:
+                failed.append(account("image-failed", checked.status, planned.annotation))
+        return None, failed
+
+    width, height = checked
+    accounts = [account(PACKED, "")]
+    instances: list[Instance] = []
+    for planned in image.objects:
+        mask: rle.Rle | None = None
+        if planned.annotation.mask_path:
+            encoded = resolve_mask(planned.mask, masks, width, height)
+            if isinstance(encoded, Failure):
+                accounts.append(account(encoded.status, encoded.detail, planned.annotation))
+            else:
+                mask = encoded
+                accounts.append(account(PACKED, "", planned.annotation))
+        instance = _instance(planned.annotation, mask, width, height)
+        if instance is not None:
+            instances.append(instance)
+    metadata = image.metadata
+    assert isinstance(data, bytes)
+    sample = Sample(
+        image_id=image.image_id,
+        image=data,
+        width=width,
+        height=height,
+        instances=tuple(instances),
+        verified_present=image.verified_present,
+        verified_absent=image.verified_absent,
+        rotation=metadata.rotation,
+        license=metadata.license,
+        author=metadata.author,
+        author_url=metadata.author_url,
+        original_url=metadata.original_url,
+        title=metadata.title,
+    )
+    return sample, accounts
+
+
+def resolve_mask(
+    place: MaskPlace | None, masks: Mapping[Member, bytes | MemberError], width: int, height: int
+) -> rle.Rle | Failure:
+    """A mask at the image's size, wherever it comes from, or why there is none."""
+    if isinstance(place, Withheld):
+        return Failure(place.status, place.detail)
+    if isinstance(place, InlineMask):
+        return encode_inline(place, width, height)
+    return encode_mask(None if place is None else masks[place], width, height)
+
+
+def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: int) -> Instance | None:
+    """None where neither the box nor the mask has an extent."""
+    bbox = pixel_box(annotation.box, width, height)
+    if min(bbox[2:]) <= 0:
+        if mask is None:
+            return None
+        bbox = rle.bounds(mask)
+    return Instance(
+        category_id=annotation.category_id,
+        bbox=bbox,
+        segmentation=mask,
+        box_id=annotation.box_id,
+        label=annotation.label,
+        is_group_of=annotation.is_group_of,
+        is_occluded=annotation.is_occluded,
+        is_truncated=annotation.is_truncated,
+        is_depiction=annotation.is_depiction,
+        is_inside=annotation.is_inside,
+        predicted_iou=annotation.predicted_iou,
+    )
+
+
+def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list[bytes | Refusal]:
+    return fetch([Request(Location(image.url, job.anonymous_images)) for image in images], meter)
+
+
+def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter) -> dict[Member, bytes | MemberError]:
+    """The contents of all masks of the images that lie in zips.
+
+    Raises:
+        StorageError: a zip cannot be read after several attempts.
+    """
+    members = members_of(images)
+    spare = SPARE_AN_IMAGE * len(images)
+    contents = read_members(members, anonymous=job.anonymous_masks, spare=spare, meter=meter)
+    return dict(zip(members, contents, strict=True))
+
+
+def members_of(images: Iterable[PlannedImage]) -> list[Member]:
+    """The masks of the images that lie in zips, in order."""
+    return [planned.mask for image in images for planned in image.objects if isinstance(planned.mask, Member)]

@@ -1,0 +1,231 @@
+"""The dataset card: `README.md` with the front matter that Hugging Face reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from shards.common.text import counted
+from shards.format.dataset import SPLITS, Category, IndexRow, Shard
+from shards.format.sample import FLAGS
+
+# Our split names, and those that Hugging Face's tools expect.
+HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+
+
+def _field(name: str, kind: str) -> dict[str, Any]:
+    return {"name": name, "dtype": kind}
+
+
+def _ints(name: str) -> dict[str, Any]:
+    return {"name": name, "list": "int32"}
+
+
+# What `datasets` decodes a sample to (shards.format.sample). Without it, it infers the columns from the first five
+# samples
+# and fails on the first field that happened to be null or empty in all of them.
+# Format: `Features._to_yaml_list` of https://github.com/huggingface/datasets
+FEATURES = [
+    _field("__key__", "string"),
+    _field("__url__", "string"),
+    _field("jpg", "image"),
+    {
+        "name": "json",
+        "struct": [
+            _field("image_id", "string"),
+            *(_field(name, "int32") for name in ("width", "height", "rotation")),
+            *(_field(name, "string") for name in ("license", "author", "author_url", "original_url", "title")),
+            _ints("verified_present"),
+            _ints("verified_absent"),
+            {
+                "name": "annotations",
+                "list": [
+                    _field("category_id", "int32"),
+                    {"name": "bbox", "list": "float64"},
+                    _field("iscrowd", "int32"),
+                    {"name": "segmentation", "struct": [_ints("size"), _field("counts", "string")]},
+                    _field("box_id", "string"),
+                    _field("label", "string"),
+                    _field("predicted_iou", "float64"),
+                    *(_field(name, "bool") for name in FLAGS),
+                ],
+            },
+        ],
+    },
+]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What the card says of a source.
+
+    Attributes:
+        title, link: what the data was cut out of.
+        licenses: identifiers as Hugging Face's front matter has them; none where it depends on the image.
+        tag: for Hugging Face's search.
+        attribution: the section on licences, in Markdown.
+    """
+
+    title: str
+    link: str
+    licenses: tuple[str, ...]
+    tag: str
+    attribution: str
+
+
+_OPEN_IMAGES = """\
+The images are listed by Open Images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample carries
+its `license`, `author`, `author_url` and `original_url`, which must travel with the image. No warranty is given for
+the licence of a single image: check it at its URL. The annotations are by Google LLC under
+[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
+sense of that licence."""
+
+_COCO = """\
+Images and annotations are under the licences of their source; each sample carries the `license` and `original_url`
+that its annotations name, and in `title` the file's name. Check them before the data is passed on."""
+
+# By the name that a source gives as its origin.
+_ABOUT = {
+    "Open Images": _About(
+        "Open Images",
+        "https://storage.googleapis.com/openimages/web/index.html",
+        ("cc-by-2.0", "cc-by-4.0"),
+        "open-images",
+        _OPEN_IMAGES,
+    ),
+    "COCO": _About("a dataset in COCO's format", "https://cocodataset.org/#format-data", (), "coco", _COCO),
+}
+
+_TEXT = """\
+# Images and instance masks from {title}: {classes}
+
+{samples} in {shards} ({megabytes:.1f} MB), cut out of
+[{title}]({link}) by `build-shards`.
+
+| split | class | images | masks | boxes | of these group-of |
+| --- | --- | ---: | ---: | ---: | ---: |
+{counts}
+
+Every annotation of these classes in these images that the command does not leave out is kept, with a mask or without.
+Not packed: {failures};
+`accounts.parquet` has a row for every image and every mask that was asked for.
+
+## A sample
+
+`<ImageID>.jpg` is the source's JPEG, untouched; `<ImageID>.json` holds its size, rotation, licence and author, the
+classes that people verified as present or absent, and COCO-style `annotations`: `category_id` ({ids}),
+`bbox` (x, y, w, h in pixels), `segmentation` (COCO compressed RLE at the image's size, or null), the original `label`,
+and the source's flags. Pixels, boxes and masks agree as stored; EXIF orientation is to be ignored.
+
+```python
+from datasets import Image, load_dataset
+
+dataset = load_dataset("path/of/this/folder", split="{first_split}", streaming=True)
+dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"] is the JPEG
+```
+
+(Left to decode by itself, `datasets` turns a picture by its EXIF orientation, and boxes and masks no longer fit it.)
+
+## Licence and attribution
+
+{attribution}
+
+## How it was made
+
+```
+{command}
+```
+"""
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """What a split of the finished dataset holds of a class."""
+
+    split: str
+    name: str
+    images: int
+    masks: int
+    boxes: int
+    groups: int
+
+
+def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> list[ClassCounts]:
+    """Images, masks, boxes and group-of regions a split and class, in the order of `SPLITS` and of the ids."""
+    totals: dict[tuple[str, int], Counter[str]] = {}
+    for row in rows:
+        for number, boxes, masks, groups in zip(row.classes, row.instances, row.masks, row.groups, strict=True):
+            entry = totals.setdefault((row.split, number), Counter())
+            entry.update(images=1, boxes=boxes, masks=masks, groups=groups)
+    found = {row.split for row in rows}
+    counts = []
+    for split in (split for split in SPLITS if split in found):
+        for category in categories:
+            entry = totals.get((split, category.id), Counter())
+            counts.append(
+                ClassCounts(split, category.name, entry["images"], entry["masks"], entry["boxes"], entry["groups"])
+            )
+    return counts
+
+
+def render_card(
+    categories: Sequence[Category],
+    counts: Sequence[ClassCounts],
+    shards: Sequence[Shard],
+    command: str,
+    failures: Mapping[str, int],
+    source: str = "Open Images",
+) -> str:
+    """The text of `README.md`: front matter, counts, format, licence, and the command that made it.
+
+    Args:
+        categories: classes that nothing was packed of are not listed.
+        failures: reason -> images and masks.
+        source: the name that the source gives as its origin.
+    """
+    about = _ABOUT[source]
+    packed = {c.name for c in counts if c.boxes}
+    categories = [category for category in categories if category.name in packed]
+    counts = [c for c in counts if c.name in packed]
+    splits = [split for split in SPLITS if any(shard.split == split for shard in shards)]
+    samples = sum(shard.samples for shard in shards)
+    front = {
+        "pretty_name": f"{about.title}: {', '.join(category.name for category in categories)}",
+        **({"license": list(about.licenses)} if about.licenses else {}),
+        "task_categories": ["image-segmentation", "object-detection"],
+        "tags": ["webdataset", about.tag, "instance-segmentation"],
+        "size_categories": [_size_category(samples)],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": HUB_SPLITS[split], "path": f"{split}/*.tar"} for split in splits],
+            }
+        ],
+        "dataset_info": {"config_name": "default", "features": FEATURES},
+    }
+    rows = [f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |" for c in counts]
+    text = _TEXT.format(
+        title=about.title,
+        link=about.link,
+        attribution=about.attribution,
+        classes=", ".join(category.name for category in categories),
+        samples=counted(samples, "image"),
+        shards=counted(len(shards), "tar shard"),
+        megabytes=sum(shard.nbytes for shard in shards) / 1e6,
+        counts="\n".join(rows),
+        failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",
+        ids=", ".join(f"{category.id} {category.name}" for category in categories),
+        first_split=HUB_SPLITS[splits[0]],
+        command=command,
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text}"
+
+
+def _size_category(samples: int) -> str:
+    """Hugging Face's size classes."""
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    return next((name for bound, name in bounds if samples < bound), "1M<n<10M")

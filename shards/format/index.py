@@ -1,0 +1,323 @@
+"""The rows of one split as arrays: all that reading and ordering its samples needs.
+
+A column of `index.parquet` is decoded when it is first asked for, so that a dataset of a million samples opens in a
+fraction of a second. The arrays are shared with forked loader processes, which never write to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shards.common.errors import DatasetError
+from shards.common.shared_arrays import SharedArrays, can_share
+from shards.format.index_schema import INDEX_SCHEMA, column_fault, one_line, schema_fault
+
+LARGEST_ID = 1_000_000  # of a class: what is counted a class is an array up to it
+_ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
+
+
+class Columns(Protocol):
+    """Arrow columns by name: an `IndexFile`, or a table."""
+
+    def __getitem__(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """The bytes of `index.parquet`, of which a column is decoded when it is asked for.
+
+    Attributes:
+        data: of the file.
+        where: named in errors.
+
+    Raises:
+        DatasetError: it is not Parquet, or has other columns; when a column is read: it has rows without a value.
+    """
+
+    data: bytes
+    where: str = "index"
+
+    def __post_init__(self) -> None:
+        with self._damaged():
+            fault = schema_fault(pq.read_schema(pa.BufferReader(self.data)))
+        if fault:
+            raise index_error(self.where, fault)
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        with self._damaged():
+            # Not by `pq.read_table`: see `_to_numpy`.
+            file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"])
+            return self._checked(name, file.read([name])[name])
+
+    def table(self) -> pa.Table:
+        """All columns, schema `INDEX_SCHEMA`."""
+        with self._damaged():
+            table = pq.read_table(pa.BufferReader(self.data), schema=INDEX_SCHEMA)
+            for name in INDEX_SCHEMA.names:
+                self._checked(name, table[name])
+        return table
+
+    def _checked(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        fault = column_fault(name, column)
+        if fault:
+            raise index_error(self.where, fault)
+        return column
+
+    @contextmanager
+    def _damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise index_error(self.where, f"is not an index in Parquet ({one_line(error)})") from error
+
+
+def index_error(where: str, fault: str) -> DatasetError:
+    """The error of an index that is not what the format says."""
+    return DatasetError(f"{where}: {fault}: build the dataset again")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How many annotations of which class each sample has: list columns, one list a sample.
+
+    Attributes:
+        columns: where `classes`, `instances`, `masks` and `groups` come from.
+        rows: (N,) the rows of `columns` that are meant, ascending.
+        where: named in errors.
+
+    Raises:
+        DatasetError: an attribute is asked for, and its column is not what the format says.
+    """
+
+    columns: Columns
+    rows: NDArray[np.int64]
+    where: str = "index"
+
+    @property
+    def classes(self) -> NDArray[np.int32]:
+        """(P,) the classes of sample 0, then those of sample 1, ...: one entry a pair of a sample and its class."""
+        return self._classes[0]
+
+    @cached_property
+    def samples(self) -> NDArray[np.int64]:
+        """(P,) the sample of each entry of `classes`, 0 to N - 1, ascending."""
+        return np.repeat(np.arange(len(self.rows), dtype=np.int64), self._classes[1])
+
+    def flat(self, column: str) -> NDArray[np.int32]:
+        """(P,) the entries of a column, in line with `classes`."""
+        values, lengths = self._flat(column)
+        if not np.array_equal(lengths, self._classes[1]):
+            raise index_error(self.where, f"a row has another number of {column} than of classes")
+        return values
+
+    def take(self, rows: NDArray[np.int64]) -> Labels:
+        """Those of some samples, (n,) ascending."""
+        return Labels(self.columns, self.rows[rows], self.where)
+
+    @cached_property
+    def _classes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """`classes`, and (N,) how many each sample has."""
+        values, lengths = self._flat("classes")
+        if len(values) and not 1 <= values.min() <= values.max() <= LARGEST_ID:
+            raise index_error(self.where, f"column classes has ids from {values.min()} to {values.max()}")
+        return values, lengths
+
+    def _flat(self, column: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        lists = self._lists(column)
+        values = np.asarray(pc.list_flatten(lists).to_numpy(), dtype=np.int32)
+        return values, pc.list_value_length(lists).to_numpy()
+
+    def _lists(self, column: str) -> Any:
+        lists = self.columns[column]
+        if len(self.rows) == len(lists):
+            return lists
+        return lists.combine_chunks().take(pa.array(self.rows))
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one split, in the order in which they lie in the shards.
+
+    Attributes:
+        shard_paths: the split's shards, in order.
+        shard: (N,) position of each sample's shard in `shard_paths`.
+        offset: (N,) bytes into the shard.
+        nbytes: (N,) length of each sample in its shard.
+        crc32: (N,) of each sample's bytes.
+        width, height: (N,) pixels.
+        image_ids: (N,) Arrow strings, the keys.
+        labels: the classes of each sample; None where they are not needed (a loader process is sent none).
+        category_ids: the ids under which categories of the shards are handed out; annotations of others are dropped.
+            None: all, as they are.
+    """
+
+    shard_paths: tuple[str, ...]
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+    width: NDArray[np.int32]
+    height: NDArray[np.int32]
+    image_ids: Any
+    labels: Labels | None = None
+    category_ids: Mapping[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @classmethod
+    def read(cls, columns: Columns, shard_paths: Sequence[str], where: str = "index") -> Index:
+        """The rows of some shards.
+
+        Args:
+            columns: of the whole dataset, the shards' rows one after the other.
+            shard_paths: the shards of one split.
+            where: named in errors.
+
+        Raises:
+            DatasetError: the rows are not in the order of the shards, or lie or measure what cannot be.
+        """
+        codes = _shard_codes(columns["shard"], shard_paths)
+        rows = np.flatnonzero(codes >= 0)
+        shard = codes[rows]
+        if len(rows) and (rows[-1] - rows[0] >= len(rows) or np.any(np.diff(shard) < 0)):
+            raise index_error(where, "its rows are not in the order of the shards")
+        start, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+        def column(name: str, dtype: Any, least: int = 1) -> NDArray[Any]:
+            values = np.ascontiguousarray(_to_numpy(columns[name].slice(start, end - start)), dtype=dtype)
+            if len(values) and values.min() < least:
+                raise index_error(where, f"column {name} has {values.min()}")
+            return values
+
+        return cls(
+            shard_paths=tuple(shard_paths),
+            shard=shard,
+            offset=column("offset", np.int64, 0),
+            nbytes=column("nbytes", np.int64),
+            crc32=column("crc32", np.uint32, 0),
+            width=column("width", np.int32),
+            height=column("height", np.int32),
+            image_ids=_keys(columns["image_id"].slice(start, end - start), where),
+            labels=Labels(columns, rows, where),
+        )
+
+    def image_id(self, row: int) -> str:
+        """The key of one row."""
+        return str(self.image_ids[int(row)].as_py())
+
+    def take(self, rows: NDArray[np.int64]) -> Index:
+        """The index of some of the samples, (n,) rows ascending."""
+        arrays = {name: getattr(self, name)[rows] for name in ("shard", "offset", "nbytes", "crc32", "width", "height")}
+        return replace(
+            self,
+            **arrays,
+            image_ids=self.image_ids.take(pa.array(rows)),
+            labels=None if self.labels is None else self.labels.take(rows),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "shared"}
+        if not can_share():
+            return state
+        # To a loader process that is being started: the arrays are shared, not sent.
+        for name in (*_ARRAYS, "image_ids"):
+            del state[name]
+        return {**state, "shared": self.shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "shared" in state:
+            *arrays, ends, letters = state.pop("shared")
+            ids = pa.StringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(letters))
+            state |= {**dict(zip(_ARRAYS, arrays)), "image_ids": ids}
+        self.__dict__.update(state)
+
+    @cached_property
+    def shared(self) -> SharedArrays:
+        """A copy of the arrays in memory that processes share."""
+        _, ends, letters = _contiguous(self.image_ids).buffers()
+        ids = (np.frombuffer(ends, np.int32, len(self) + 1), np.frombuffer(letters, np.uint8))
+        return SharedArrays([*(getattr(self, name) for name in _ARRAYS), *ids])
+
+    def without_labels(self) -> Index:
+        """What a loader process needs: less to send."""
+        return replace(self, labels=None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any sample, place or length, and with the choice of samples and classes."""
+        digest = hashlib.sha256()
+        for part in (self.shard, self.offset, self.nbytes, self.crc32):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        digest.update("\0".join(self.shard_paths).encode())
+        if self.category_ids is not None:
+            digest.update(repr(sorted(self.category_ids.items())).encode())
+        return digest.hexdigest()[:16]
+
+    def counts(self, column: str, categories: Sequence[Any]) -> dict[int, int]:
+        """Totals a category id of `instances`, `masks` or `groups`; `images`: the samples that have the class.
+
+        Args:
+            column: one of these four.
+            categories: with their ids in the shards.
+        """
+        assert self.labels is not None, "an index without labels counts nothing"
+        weights = None if column == "images" else self.labels.flat(column).astype(np.int64)
+        least = max((category.id for category in categories), default=0) + 1
+        totals = np.bincount(self.labels.classes, weights=weights, minlength=least)
+        return {category.id: int(totals[category.id]) for category in categories}
+
+
+def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
+    """The position of each row's shard in `shard_paths`, -1 for another."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    known = {path: position for position, path in enumerate(shard_paths)}
+    parts = [np.zeros(0, dtype=np.int32)]
+    for chunk in column.chunks:
+        positions = np.array([known.get(path, -1) for path in chunk.dictionary.to_pylist()], dtype=np.int32)
+        parts.append(positions[_to_numpy(chunk.indices)])
+    return np.concatenate(parts)
+
+
+def _keys(column: Any, where: str) -> pa.Array:
+    """Keys as one array; that they are short and ASCII is what hashes of them rely on."""
+    keys = _contiguous(column)
+    lengths = pc.min_max(pc.binary_length(keys)).as_py()
+    if len(keys) and not (1 <= lengths["min"] <= lengths["max"] <= 64 and pc.all(pc.string_is_ascii(keys)).as_py()):
+        raise index_error(where, "column image_id has keys that are not 1 to 64 letters, digits, '_' and '-'")
+    return keys
+
+
+def _to_numpy(column: Any) -> NDArray[Any]:
+    """A column of numbers without nulls. Arrow's own `to_numpy` (like `pq.read_table`, and `pa.array` of a list)
+    imports pandas where there is one, which takes a quarter of a second: longer than all else before the first batch.
+    """
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return np.concatenate(
+        [np.zeros(0, dtype=str(column.type))]
+        + [
+            np.frombuffer(chunk.buffers()[1], dtype=str(column.type))[chunk.offset : chunk.offset + len(chunk)]
+            for chunk in chunks
+            if len(chunk)
+        ]
+    )
+
+
+def _contiguous(column: Any) -> pa.Array:
+    """One array of its own memory: a slice would be pickled with all that it was cut from."""
+    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(combined, pa.ChunkedArray):
+        combined = combined.chunk(0) if combined.num_chunks else pa.array([], column.type)
+    return pa.concat_arrays([combined, combined.slice(0, 0)])

@@ -1,0 +1,162 @@
+"""Which samples of a dataset are read, with which of their annotations: decided by the index alone.
+
+What is not selected is never fetched. The selection is part of the index's fingerprint, and so of the order's identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from shards.common.argument_checks import real, whole
+from shards.common.errors import DatasetError
+from shards.common.splitmix import fold, splitmix64
+from shards.format.index import Index
+from shards.format.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A part of a dataset.
+
+    Attributes:
+        classes: ids, ascending: samples that have one of them, without annotations of other classes. None: all.
+        fraction: above 0 to 1, of the samples that have such a class.
+        seed: of the hash that chooses them.
+    """
+
+    classes: tuple[int, ...] | None = None
+    fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        real("fraction", self.fraction)
+        object.__setattr__(self, "seed", whole("the seed of a selection", self.seed))
+        if not 0 < self.fraction <= 1:
+            raise DatasetError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
+        if self.seed < 0:
+            raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
+
+    def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
+        """A part of this part: of these classes, which are among its own, and of the fraction.
+
+        Raises:
+            DatasetError: it is a fraction already; `where` is named.
+        """
+        asked = Selection(classes, fraction, seed)
+        if asked.fraction == 1:
+            return replace(asked, fraction=self.fraction, seed=self.seed)
+        if self.fraction < 1:
+            # It could mean the share of the samples that are left, or of all; whoever means one is not given the other.
+            raise DatasetError(
+                f"{where}: fraction {fraction} of a selection that is fraction {self.fraction} already: "
+                "select once, with the fraction of the whole that is meant"
+            )
+        return asked
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def mid(self) -> str: ...
+
+
+C = TypeVar("C", bound=_Named)
+
+
+def find_class(categories: Sequence[C], wanted: str | int, where: str) -> C:
+    """The class of a name (in any case), a MID or an id.
+
+    Raises:
+        DatasetError: there is none; `where` and the nearest names are told.
+    """
+    text = str(wanted)
+    for matches in (
+        lambda c: c.name == text,
+        lambda c: c.name.casefold() == text.casefold(),
+        lambda c: c.mid == text,
+        lambda c: str(c.id) == text,
+    ):
+        for category in categories:
+            if matches(category):
+                return category
+    names = {category.name.casefold(): category.name for category in categories}
+    close = [names[name] for name in difflib.get_close_matches(text.casefold(), list(names), n=3, cutoff=0.5)]
+    known = list(names.values())
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known[:10])}"
+    more = f" and {len(known) - 10} more" if not close and len(known) > 10 else ""
+    raise DatasetError(f"{where}: there is no class {text!r}: {hint}{more}")
+
+
+def select_rows(index: Index, selection: Selection, where: str) -> Index:
+    """The index of the selected samples.
+
+    Raises:
+        DatasetError: nothing is left; `where` is named.
+    """
+    if selection.classes is not None:
+        assert index.labels is not None, "an index of a dataset has labels"
+        has = np.isin(index.labels.classes, selection.classes)
+        index = index.take(np.flatnonzero(np.bincount(index.labels.samples[has], minlength=len(index))))
+        index = replace(index, category_ids={number: number for number in selection.classes})
+    if selection.fraction < 1:
+        # In units of 2^-64; numbers this close to 1 are exact in neither direction, which nobody can tell.
+        limit = min(int(selection.fraction * 2**64), 2**64 - 1)
+        index = index.take(np.flatnonzero(hash_keys(index.image_ids, selection.seed) < np.uint64(limit)))
+    if selection != Selection() and len(index) == 0:
+        raise DatasetError(f"{where}: no sample is selected: choose other classes or a larger fraction")
+    return index
+
+
+def hash_keys(image_ids: pa.Array, seed: int) -> NDArray[np.uint64]:
+    """(N,) a hash of each key and the seed; the same in any dataset that holds the key.
+
+    Splitmix64 over the key's bytes, eight at a time (little-endian, the last padded with zeros).
+
+    Args:
+        image_ids: (N,) Arrow strings of ASCII, as keys of samples are.
+        seed: not negative.
+    """
+    hashes = np.full(len(image_ids), fold(seed), dtype=np.uint64)
+    width = -(-int(pc.max(pc.binary_length(image_ids)).as_py() or 1) // 8) * 8 if len(image_ids) else 8
+    padded = pc.utf8_rpad(image_ids, width=width, padding="\0")
+    letters = np.frombuffer(padded.buffers()[2], dtype=np.uint8, count=width * len(image_ids))
+    for word in letters.view("<u8").reshape(-1, width // 8).T:
+        # A word of zeros is padding: the hash does not depend on the longest key around.
+        hashes = np.where(word == 0, hashes, splitmix64(hashes ^ word))
+    return hashes
+
+
+def with_categories(sample: Sample, category_ids: Mapping[int, int] | None) -> Sample:
+    """The sample with its categories under other ids; whatever concerns a category without one is left out.
+
+    Args:
+        sample: as the shard holds it.
+        category_ids: see `Index.category_ids`.
+    """
+    if category_ids is None:
+        return sample
+
+    def renamed(ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted(category_ids[number] for number in ids if number in category_ids))
+
+    return replace(
+        sample,
+        instances=tuple(
+            replace(instance, category_id=category_ids[instance.category_id])
+            for instance in sample.instances
+            if instance.category_id in category_ids
+        ),
+        verified_present=renamed(sample.verified_present),
+        verified_absent=renamed(sample.verified_absent),
+    )

@@ -1,0 +1,134 @@
+"""What the format promises of the contents of a sample: its picture, its boxes and its masks."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Set
+
+from PIL import Image
+
+from shards.common.errors import SampleError
+from shards.format import rle
+from shards.format.sample import Instance, Sample
+
+Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
+ROTATIONS = (0, 90, 180, 270)
+SLACK = 0.01  # pixels by which a box may leave the image: coordinates are rounded to 1/1000
+COVERED = 0.5  # least share of the mask's tight box that lies in the object's box,
+PIXEL = 1.0  # widened by as much on every side: a small object's mask is whole pixels, its box is not
+
+
+def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
+    """What is to be drawn or written as files must not have a fault: sizes and masks of a shard are anybody's numbers.
+
+    Args:
+        sample: as it was read.
+        categories: ids of the dataset's classes.
+        where: the shard, named in the error.
+
+    Raises:
+        SampleError: the first fault of the sample.
+    """
+    for fault in content_faults(sample, None, categories):
+        raise SampleError(f"{where}: sample {sample.image_id}: {fault}")
+
+
+def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -> Iterator[str]:
+    """Everything that is wrong with a sample, one line each.
+
+    Args:
+        sample: as it was read.
+        stored: its JSON member; None where it does not matter whether that is canonical.
+        categories: ids of the dataset's classes.
+    """
+    yield from _picture_faults(sample)
+    if sample.rotation not in ROTATIONS:
+        yield f"rotation is {sample.rotation}, not one of {', '.join(map(str, ROTATIONS))}"
+    yield from _label_faults(sample, categories)
+    faulty = False
+    for number, instance in enumerate(sample.instances):
+        for fault in instance_faults(instance, sample.width, sample.height, categories):
+            faulty = True
+            yield f"annotation {number}{f' (box {instance.box_id})' if instance.box_id else ''}: {fault}"
+    if faulty:
+        return  # what follows writes the sample anew, which takes no mask of another size
+    try:
+        canonical = sample.to_members()["json"]
+    except (SampleError, ValueError) as error:
+        yield f"{sample.image_id}.json: {error}"
+        return
+    if stored is not None and canonical != stored:
+        yield f"{sample.image_id}.json is not the canonical JSON of the format, or of another image"
+
+
+def _label_faults(sample: Sample, categories: Set[int]) -> Iterator[str]:
+    for name in ("verified_present", "verified_absent"):
+        ids = getattr(sample, name)
+        if unknown := sorted(set(ids) - categories):
+            yield f"{name} has {unknown[0]}, which is not the id of a class"
+        if len(set(ids)) != len(ids):
+            yield f"{name} has {next(number for number in ids if ids.count(number) > 1)} more than once"
+    if both := sorted(set(sample.verified_present) & set(sample.verified_absent)):
+        yield f"class {both[0]} is verified as present and as absent"
+
+
+def instance_faults(instance: Instance, width: int, height: int, categories: Set[int]) -> Iterator[str]:
+    """Everything that is wrong with one annotation of an image of that size in pixels."""
+    if instance.category_id not in categories:
+        yield f"category_id {instance.category_id} is not the id of a class"
+    x, y, w, h = instance.bbox
+    shown = _shown(instance.bbox)
+    if not all(map(math.isfinite, instance.bbox)):
+        yield f"bbox {shown} is not of numbers"
+    elif w <= 0 or h <= 0:
+        yield f"bbox {shown} is empty"
+    elif x < -SLACK or y < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
+        yield f"bbox {shown} leaves the image of {width}x{height}"
+    iou = instance.predicted_iou
+    if iou is not None and not 0 <= iou <= 1:
+        yield f"predicted_iou {iou:g} is not from 0 to 1"
+    if instance.segmentation is not None:
+        yield from _mask_faults(instance.segmentation, instance.bbox, width, height)
+
+
+def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Iterator[str]:
+    if (mask.width, mask.height) != (width, height):
+        yield f"the RLE is of {mask.width}x{mask.height}, the image {width}x{height}"
+        return
+    try:
+        runs = rle.runs(mask)
+    except ValueError as error:
+        yield f"the RLE cannot be decoded: {error}"
+        return
+    if (len(runs) and runs.min() < 0) or runs.sum() != width * height:
+        yield f"the RLE has runs of {runs.sum()} pixels, the image {width * height}"
+    elif not runs[1::2].sum():
+        yield "the RLE is empty: no pixel is the object's"
+    elif _covered(rle.bounds(mask), bbox) < COVERED:
+        yield f"the mask lies at {_shown(rle.bounds(mask))}, mostly outside of its bbox {_shown(bbox)}"
+
+
+def _picture_faults(sample: Sample) -> Iterator[str]:
+    name = f"{sample.image_id}.jpg"
+    try:
+        with Image.open(io.BytesIO(sample.image), formats=("JPEG",)) as picture:
+            if picture.size != (sample.width, sample.height):
+                found = f"{picture.width}x{picture.height}"
+                yield f"{name} is {found}, {sample.image_id}.json says {sample.width}x{sample.height}"
+            # An eighth of the size: all of the file is read, and most of the arithmetic saved.
+            picture.draft("RGB", (-(-picture.width // 8), -(-picture.height // 8)))
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        yield f"{name} cannot be decoded: {' '.join(str(error).split())}"
+
+
+def _shown(box: Rectangle) -> str:
+    return f"[{', '.join(f'{value:g}' for value in box)}]"
+
+
+def _covered(mask: Rectangle, box: Rectangle) -> float:
+    """The share of the first rectangle that lies in the second, widened; both x, y, w, h."""
+    width = min(mask[0] + mask[2], box[0] + box[2] + PIXEL) - max(mask[0], box[0] - PIXEL)
+    height = min(mask[1] + mask[3], box[1] + box[3] + PIXEL) - max(mask[1], box[1] - PIXEL)
+    return max(width, 0.0) * max(height, 0.0) / (mask[2] * mask[3])

@@ -1,0 +1,67 @@
+"""One sample written back as files: the JPEG, its masks as PNGs, its JSON."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from shards.format import rle
+from shards.format.dataset import Category, Dataset
+from shards.format.sample import Instance, Sample
+from shards.inspect.preview_samples import find, read_samples
+from shards.storage.location import Location
+
+# What a file's name may take over from the data. Anything else is numbered.
+MID = re.compile(r"/[a-z]{1,3}/[A-Za-z0-9_]{1,32}")
+BOX_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
+    """Write a sample's files below `out`, over those of the same names, and tell which.
+
+    Masks are 1-bit PNGs of the image's size, white where the object is.
+
+    Raises:
+        DatasetError: there is no such sample.
+        SampleError: it cannot be had or is damaged.
+        StorageError: a file could not be written.
+    """
+    [(_, sample)] = read_samples(dataset, [find(dataset, image_id)])
+    files = {f"{sample.image_id}.{extension}": data for extension, data in sample.to_members().items()}
+    names = mask_names(sample, dataset.categories)
+    for name, instance in zip(names, sample.instances):
+        if instance.segmentation is not None:
+            files[name] = _png(instance.segmentation)
+    for name, data in files.items():
+        (out / name).write(data)
+    return [out / name for name in files]
+
+
+def mask_names(sample: Sample, categories: Sequence[Category]) -> list[str]:
+    """A file name an annotation: Open Images' MaskPath, `<ImageID>_<MID without slashes>_<BoxID>.png`.
+
+    Where the source gave no MID or BoxID (COCO), or two would be the same: `<ImageID>_<number of the annotation>.png`.
+    """
+    mids = {category.id: category.mid for category in categories}
+    names = [_mask_path(sample.image_id, instance, mids.get(instance.category_id, "")) for instance in sample.instances]
+    return [
+        f"{sample.image_id}_{number}.png" if not name or names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+def _mask_path(image_id: str, instance: Instance, category_mid: str) -> str:
+    mid = instance.label or category_mid
+    if not MID.fullmatch(mid) or not BOX_ID.fullmatch(instance.box_id):
+        return ""
+    return f"{image_id}_{mid.replace('/', '')}_{instance.box_id}.png"
+
+
+def _png(mask: rle.Rle) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rle.decode(mask).astype(np.bool_)).save(buffer, "PNG")
+    return buffer.getvalue()

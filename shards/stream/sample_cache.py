@@ -1,0 +1,247 @@
+"""A bounded cache of samples on a disk of the machine, shared by all processes that stream there. Optional.
+
+    cache = SampleCache("/scratch/cache", 200 * 10**9)
+    stream = ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8, cache=cache)
+
+It is for several epochs over storage whose egress is paid or slow; without it no local disk is used.
+
+One file a sample, under 256 folders, named by a hash of all that the index says of it: a dataset that was built again
+keeps what has not changed, and never gets what has. A file comes to be by a rename, so a kill leaves it whole or
+absent; what a crash of the machine damages is found by the reader, which compares every crc32 with the index.
+
+Who writes holds one lock (flock of `state`, gone with its process), counts the sample's bytes first, and writes it
+then: the files are within the limit at every moment, whatever is killed. A killed writer can leave one sample more, in
+`incoming`, which the next one overwrites. Readers take no lock.
+
+What stays, once the disk is full: of the samples used within a day, those whose names are lowest. Names are hashes, so
+that is a fixed random part of the dataset. A cache that holds a share f of the dataset then serves f of every epoch;
+dropping the least recently used instead would serve f + (1 - f) ln(1 - f) of an epoch that is shuffled anew each
+time: 0.15 for f = 0.5. Samples that were not used for a day, of another dataset above all, go first.
+
+Why not `diskcache`: it asks SQLite, which every hit would write to, keeps its limit only about, and pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.common.argument_checks import real
+from shards.common.errors import StorageError
+from shards.format.index import Index
+
+STALE_S = 24 * 3600.0  # a sample that no one asked for in so long is the first to go
+TOUCH_S = 3600.0  # how old the time of a sample's last use may be told
+PATIENCE_S = 0.5  # for the lock; whoever does not get it stores nothing this time
+SLACK = 0.05  # share of the limit that is freed at once, so that the disk is not searched for every sample
+BLOCK = 4096  # a file is counted as the blocks of the disk that it takes
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+_ALL = 2**64 - 1
+
+log = logging.getLogger("shards.stream.sample_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the file `state` holds: bytes counted so far, the lowest name that is refused (its first 64 bits), and when
+    the files were last counted (seconds since 1970)."""
+
+    nbytes: int
+    refused: int
+    counted: float
+
+    LAYOUT = struct.Struct("<QQd")
+
+    @classmethod
+    def read(cls, file: int) -> _State | None:
+        data = os.pread(file, cls.LAYOUT.size + 1, 0)
+        return cls(*cls.LAYOUT.unpack(data)) if len(data) == cls.LAYOUT.size else None
+
+    def write(self, file: int) -> None:
+        os.pwrite(file, self.LAYOUT.pack(self.nbytes, self.refused, self.counted), 0)
+
+
+@dataclass
+class SampleCache:
+    """Samples on a local disk.
+
+    Attributes:
+        directory: where; made if it is not there. Its folder `samples` belongs to the cache.
+        limit: bytes that all samples together may take.
+
+    Raises:
+        StorageError: the directory cannot be made or written, or the limit is below one block of the disk.
+    """
+
+    directory: str | os.PathLike[str]
+    limit: int
+    _broken: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        real("the limit of a cache, in bytes,", self.limit)
+        if not isinstance(self.directory, str | os.PathLike) or not os.fspath(self.directory):
+            raise StorageError(f"the directory of a cache is {self.directory!r}: give a local path")
+        self.directory = os.fspath(self.directory)
+        if "://" in self.directory:
+            raise StorageError(f"cache {self.directory}: a cache lies on a disk of this machine: give a local path")
+        if self.limit < BLOCK:
+            raise StorageError(f"cache {self.directory}: its limit is {self.limit} bytes: give at least {BLOCK}")
+        self._root = Path(self.directory, "samples")
+        try:
+            for number in range(256):
+                (self._root / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+            with self._locked() as file:
+                state = _State.read(file) if file is not None else None
+                if file is not None and (state is None or state.nbytes > self.limit):
+                    self._make_room(0).write(file)
+        except OSError as error:
+            raise StorageError(
+                f"cache {self.directory}: cannot be used ({error.strerror}): give another folder, or none"
+            ) from error
+
+    def key(self, index: Index, row: int) -> str:
+        """The name of a sample: 32 hex digits of all that the index says of its bytes."""
+        place = index.shard_paths[int(index.shard[row])], int(index.offset[row]), int(index.nbytes[row])
+        told = repr((index.image_id(row), *place, int(index.crc32[row])))
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+    def has(self, key: str) -> bool:
+        """Whether the sample is there now; if so the kernel begins to read it, for `get` to come."""
+        try:
+            self._expect(key)
+        except OSError:
+            return False
+        return True
+
+    def _expect(self, key: str) -> None:
+        file = os.open(self._path(key), os.O_RDONLY)
+        try:
+            if time.time() - os.fstat(file).st_mtime > TOUCH_S:
+                with contextlib.suppress(OSError):  # of another user, or a disk that became read-only
+                    os.utime(file)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes as they lie there, unchecked; None if they are gone or the disk fails."""
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._give_up("cannot be read", error)
+            return None
+
+    def drop(self, key: str) -> None:
+        """Remove a sample whose bytes are wrong."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            self._give_up("a damaged sample cannot be removed", error)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Keep a sample if room can be made for it. A disk that fails is told once a process, and left alone."""
+        if self._broken:
+            return
+        path = self._path(key)
+        try:
+            if path.exists():
+                return
+            with self._locked() as file:
+                if file is None:
+                    return
+                state, taken = _State.read(file), _taken(len(data))
+                if state is None or self._is_worth_a_count(state, key, taken):
+                    state = self._make_room(taken)
+                    state.write(file)
+                if _rank(key) >= state.refused or state.nbytes + taken > self.limit:
+                    return
+                # Counted first: a kill between the two leaves too high a count, which the next one corrects.
+                _State(state.nbytes + taken, state.refused, state.counted).write(file)
+                incoming = self._root / "incoming"
+                try:
+                    incoming.write_bytes(data)
+                    incoming.replace(path)
+                except OSError:
+                    incoming.unlink(missing_ok=True)
+                    state.write(file)
+                    raise
+        except OSError as error:
+            self._give_up("cannot be written", error)
+
+    def _is_worth_a_count(self, state: _State, key: str, taken: int) -> bool:
+        if taken > self.limit:
+            return False
+        if _rank(key) < state.refused:
+            return state.nbytes + taken > self.limit
+        return abs(time.time() - state.counted) > TOUCH_S  # something may have become stale
+
+    def _make_room(self, needed: int) -> _State:
+        """Count the files, and drop some if `needed` more bytes do not fit. Only with the lock."""
+        entries = [
+            (entry.name, _taken(status.st_size), status.st_mtime)
+            for folder in sorted(self._root.iterdir())
+            if folder.is_dir()
+            for entry in os.scandir(folder)
+            if _NAME.fullmatch(entry.name) and (status := entry.stat())
+        ]
+        now, total, refused = time.time(), sum(taken for _, taken, _ in entries), _ALL
+        if total + needed > self.limit:
+            room = int((1 - SLACK) * self.limit) - needed
+            # From the end: the stale ones, then those with the highest names.
+            entries.sort(key=lambda entry: (now - entry[2] > STALE_S, entry[0]))
+            while entries and total > room:
+                name, taken, used = entries.pop()
+                self._path(name).unlink(missing_ok=True)
+                total -= taken
+                if now - used <= STALE_S:
+                    refused = _rank(name)
+        return _State(total, refused, now)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int | None]:
+        """The open file `state`, locked; None where others keep it for longer than `PATIENCE_S`."""
+        file = os.open(self._root / "state", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        yield None
+                        return
+                    time.sleep(0.001)
+            yield file
+        finally:
+            os.close(file)
+
+    def _path(self, key: str) -> Path:
+        return self._root / key[:2] / key
+
+    def _give_up(self, what: str, error: OSError) -> None:
+        if not self._broken:
+            self._broken = True
+            log.warning("cache %s: %s (%s): going on, this process stores nothing more", self.directory, what, error)
+
+
+def _taken(nbytes: int) -> int:
+    """Bytes of the disk's blocks under so many bytes."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+def _rank(key: str) -> int:
+    return int(key[:16], 16)

@@ -1,0 +1,218 @@
+"""--retry-failed: what failed is fetched again; killed at any write, the dataset is the old one or the new one."""
+
+import shutil
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from builder.commands.build import build
+from builder.commands.retry_failed import retry_failed
+from builder.planning.prepare import Choice
+from builder.sources.openimages.source import OpenImages, source_location
+from builder.tasks.outcomes import RECOVERED
+from demo.scenes import SceneTruth
+from shards.common.errors import DatasetError, UserError
+from shards.format.dataset import open_dataset
+from shards.storage.location import Location
+
+CHOICE = Choice(("Person", "Car"), per_class=1000, eval_per_class=0, images_per_shard=8)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+class World:
+    """A mirror that tests may break and mend; `damage` breaks two images and a mask of a third."""
+
+    def __init__(self, scenes: SceneTruth, folder: Path) -> None:
+        self.good_images, self.good_annotations = scenes.images, scenes.annotations
+        shutil.copytree(scenes.images / "train", folder / "images" / "train")
+        shutil.copytree(scenes.annotations, folder / "annotations")
+        self.images, self.annotations = folder / "images", folder / "annotations"
+        self.source = OpenImages(source_location(str(self.images)), source_location(str(self.annotations)))
+
+    def damage(self, whole: Path) -> dict[str, str]:
+        """What was broken: image id, or the name of a mask -> the status it has now."""
+        accounts = pq.read_table(whole / "accounts.parquet").to_pylist()
+        ids = [row["image_id"] for row in accounts if row["kind"] == "image"]
+        (self.images / "train" / f"{ids[1]}.jpg").unlink()
+        (self.images / "train" / f"{ids[6]}.jpg").write_bytes(b"<html>")
+        mask = next(row for row in accounts if row["kind"] == "mask" and row["image_id"] not in (ids[1], ids[6]))
+        self._flip(mask["source"], mask["image_id"])
+        return {ids[1]: "image-missing", ids[6]: "image-undecodable", mask["source"]: "mask-undecodable"}
+
+    def mend(self) -> None:
+        shutil.copytree(self.good_images / "train", self.images / "train", dirs_exist_ok=True)
+        shutil.copytree(self.good_annotations, self.annotations, dirs_exist_ok=True)
+
+    def _flip(self, name: str, image_id: str) -> None:
+        """Invert a byte of a mask in its zip: the directory stays as it was."""
+        path = Path(self.source.mask_zip("train", image_id).url)
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(name)
+        data = bytearray(path.read_bytes())
+        data[info.header_offset + 30 + len(name) + info.compress_size // 2] ^= 0xFF
+        path.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def world(scenes: SceneTruth, tmp_path: Path) -> World:
+    return World(scenes, tmp_path)
+
+
+def statuses(root: Path) -> dict[str, str]:
+    rows = pq.read_table(root / "accounts.parquet").to_pylist()
+    return {row["image_id"] if row["kind"] == "image" else row["source"]: row["status"] for row in rows}
+
+
+def test_what_can_be_had_now_is_added_and_the_rest_is_the_old_bytes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(world.source, CHOICE, Location(str(tmp_path / "whole")))
+    lost = world.damage(tmp_path / "whole")
+    root = tmp_path / "out"
+    build(world.source, CHOICE, Location(str(root)))
+    assert {name: statuses(root)[name] for name in lost} == lost
+    before = tree(root)
+
+    nothing = retry_failed(world.source, CHOICE, Location(str(root)))
+    assert nothing.recovered == 0
+    assert tree(root) == before
+
+    world.mend()
+    fetched: list[str] = []
+    monkeypatch.setattr("builder.packing.pack._read_images", _spy(fetched))
+    summary = retry_failed(world.source, CHOICE, Location(str(root)))
+    assert {Path(url).stem for url in fetched} == {name for name in lost if not name.endswith(".png")}
+    assert summary.recovered is not None
+    assert summary.recovered >= 3
+    assert summary.shortfalls == summary.failures == ()
+    after, expected = tree(root), tree(tmp_path / "whole")
+    assert {name: data for name, data in after.items() if name.endswith((".tar", "index.parquet"))} == {
+        name: data for name, data in expected.items() if name.endswith((".tar", "index.parquet"))
+    }
+    assert set(statuses(root).values()) == {"packed"}
+    details = {row["detail"] for row in pq.read_table(root / "accounts.parquet").to_pylist()}
+    assert details == {"", *(f"{RECOVERED}{status}" for status in {*lost.values(), "image-failed"})}
+    same = [name for name in before if name.endswith(".tar") and before[name] == expected[name]]
+    assert same  # some shards were not concerned
+
+    again = retry_failed(world.source, CHOICE, Location(str(root)))
+    assert (again.recovered, again.handled) == (0, 0)
+    assert tree(root) == after
+
+
+def _spy(fetched: list[str]) -> object:
+    from builder.packing import pack
+
+    real = pack._read_images
+
+    def read(images, job, meter):  # type: ignore[no-untyped-def]
+        fetched.extend(image.url for image in images)
+        return real(images, job, meter)
+
+    return read
+
+
+def test_replacements_stay_when_what_they_replaced_comes_back(world: World, tmp_path: Path) -> None:
+    few = Choice(("Person", "Car"), per_class=6, eval_per_class=0, images_per_shard=4)
+    build(world.source, few, Location(str(tmp_path / "whole")))
+    lost = world.damage(tmp_path / "whole")
+    root = tmp_path / "out"
+    assert build(world.source, few, Location(str(root))).replaced
+    asked = statuses(root)
+    world.mend()
+    summary = retry_failed(world.source, few, Location(str(root)))
+    assert summary.samples == sum(not name.endswith(".png") for name in asked)
+    assert set(asked) == set(statuses(root))
+    assert set(lost) <= {name for name, status in statuses(root).items() if status == "packed"}
+    assert retry_failed(world.source, few, Location(str(root))).handled == 0
+    assert build(world.source, few, Location(str(root))).already_built
+
+
+@pytest.mark.parametrize("finish_with", [retry_failed, build])
+def test_killed_at_any_write_or_delete_it_is_the_old_dataset_or_becomes_the_new(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish_with: object
+) -> None:
+    build(world.source, CHOICE, Location(str(tmp_path / "whole")))
+    world.damage(tmp_path / "whole")
+    build(world.source, CHOICE, Location(str(tmp_path / "damaged")))
+    world.mend()
+    old = tree(tmp_path / "damaged")
+    shutil.copytree(tmp_path / "damaged", tmp_path / "mended")
+    steps = count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(tmp_path / "mended"))))
+    new = tree(tmp_path / "mended")
+    outcomes = set()
+    for step in range(1, steps + 1):
+        root = tmp_path / "out"
+        shutil.copytree(tmp_path / "damaged", root)
+        with pytest.raises(Killed):
+            count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(root))), kill_at=step)
+        assert readable(root, old, new)
+        finish_with(world.source, CHOICE, Location(str(root)))  # type: ignore[operator]
+        found = tree(root)
+        assert found in (old, new)
+        outcomes.add(found == new)
+        shutil.rmtree(root)
+    assert outcomes == ({True} if finish_with is retry_failed else {True, False})
+
+
+class Killed(BaseException):
+    pass
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 0) -> int:
+    """Do something; how many writes and deletes it took. At the `kill_at`-th it ends, before that one is done."""
+    steps = 0
+    real_write, real_delete = Location.write, Location.delete
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == kill_at:
+            raise Killed
+        if kill_at and steps > kill_at:
+            raise Killed  # the dead do not clean up either
+
+    def write(self: Location, data: bytes) -> None:
+        step()
+        real_write(self, data)
+
+    def delete(self: Location, *, recursive: bool = False) -> None:
+        step()
+        real_delete(self, recursive=recursive)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "write", write)
+        patch.setattr(Location, "delete", delete)
+        patch.setattr("builder.target.build_lock.Lock.release", lambda self: self._released.set())
+        patch.setattr("builder.target.build_lock._acquire", lambda root: None)
+        action()  # type: ignore[operator]
+    return steps
+
+
+def readable(root: Path, old: dict[str, bytes], new: dict[str, bytes]) -> bool:
+    """A reader sees the old dataset, the new one, or an unfinished one; never a mix."""
+    try:
+        dataset = open_dataset(str(root))
+    except DatasetError as error:
+        return "has not finished" in str(error)
+    files = tree(root)
+    shards = [shard.path for shard in dataset.info.shards] + ["index.parquet", "dataset.json"]
+    return any(all(files[path] == version[path] for path in shards) for version in (old, new))
+
+
+def test_other_commands_and_unfinished_roots_are_refused(world: World, tmp_path: Path) -> None:
+    root = Location(str(tmp_path / "out"))
+    with pytest.raises(UserError, match="not a shard dataset, or a build that has not finished"):
+        retry_failed(world.source, CHOICE, root)
+    build(world.source, CHOICE, root)
+    before = tree(tmp_path / "out")
+    other = Choice(("Person",), per_class=3, eval_per_class=0)
+    with pytest.raises(UserError, match="another plan"):
+        retry_failed(world.source, other, root)
+    assert tree(tmp_path / "out") == before

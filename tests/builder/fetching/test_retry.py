@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from builder.fetching import retry
+from shards.common.errors import StorageError
+from shards.storage.location import Location
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.fetching.retry.BACK_OFF_S", 0.001)
+
+
+def failing(times: int, error: StorageError) -> tuple[list[int], object]:
+    tries: list[int] = []
+
+    def action() -> str:
+        tries.append(1)
+        if len(tries) <= times:
+            raise error
+        return "done"
+
+    return tries, action
+
+
+def test_what_may_pass_is_tried_again_and_no_more_than_said() -> None:
+    tries, action = failing(retry.ATTEMPTS - 1, StorageError("busy"))
+    assert retry.retrying(action) == "done"  # type: ignore[arg-type]
+    assert len(tries) == retry.ATTEMPTS
+    tries, action = failing(99, StorageError("busy"))
+    with pytest.raises(StorageError, match="busy"):
+        retry.retrying(action)  # type: ignore[arg-type]
+    assert len(tries) == retry.ATTEMPTS
+
+
+def test_what_cannot_pass_is_not_tried_again() -> None:
+    tries, action = failing(99, StorageError("refused", permanent=True))
+    with pytest.raises(StorageError):
+        retry.retrying(action)  # type: ignore[arg-type]
+    assert len(tries) == 1
+
+
+def test_writes_and_deletes_are_those_of_the_location(tmp_path: Path) -> None:
+    place = Location(str(tmp_path / "a" / "b"))
+    retry.write(place, b"x")
+    assert place.read() == b"x"
+    retry.delete(place)
+    retry.delete(place)
+    assert not place.exists()

@@ -1,0 +1,96 @@
+"""Local processes and a real Dask cluster give what one process gives."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from builder.commands.build import build
+from builder.packing.executors import Engine, execute
+from builder.planning.prepare import Choice
+from builder.sources.openimages.source import OpenImages, source_location
+from demo.scenes import SceneTruth
+from shards.common.errors import UserError
+from shards.format.dataset import open_dataset
+from shards.storage.location import Location
+
+CHOICE = Choice(("Person", "Car"), per_class=30, eval_per_class=5, images_per_shard=8)
+
+SCHEDULER = """
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
+        print(cluster.scheduler_address, flush=True)
+        input()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Dask scheduler with two worker processes."""
+    pytest.importorskip("distributed")
+    script = tmp_path_factory.mktemp("dask") / "scheduler.py"
+    script.write_text(SCHEDULER)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate("\n", timeout=30)
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def refuse(number: int) -> int:
+    raise UserError(f"number {number} is refused")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_task_is_done_once(workers: int) -> None:
+    done = dict(execute(square, range(23), Engine(workers)))
+    assert done == {number: number * number for number in range(23)}
+
+
+def test_no_tasks_are_no_trouble() -> None:
+    assert list(execute(square, [], Engine(2))) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_a_task_arrives_as_itself(workers: int) -> None:
+    with pytest.raises(UserError, match=r"^number 0 is refused$"):
+        list(execute(refuse, [0], Engine(workers)))
+
+
+def test_a_worker_that_dies_is_one_line_with_a_remedy() -> None:
+    with pytest.raises(UserError, match=r"a worker process died.*run the same command again"):
+        list(execute(die, [1, 2, 3], Engine(2)))
+
+
+@pytest.mark.slow
+def test_dask_packs_the_same_bytes(cluster: str, scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> None:
+    source = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
+    infos = []
+    for engine in (Engine(1), Engine(2), Engine(cluster=cluster)):
+        root = tmp_path_factory.mktemp("out") / "shards"
+        build(source, CHOICE, Location(str(root)), engine=engine)
+        infos.append(open_dataset(str(root)).info)
+    assert infos[0] == infos[1] == infos[2]
+    assert len(infos[0].shards) > 3
+
+
+def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("builder.packing.executors.CLUSTER_TIMEOUT_S", 1)
+    with pytest.raises(UserError, match=r"--cluster tcp://127.0.0.1:9: no Dask scheduler answers"):
+        list(execute(square, [1], Engine(cluster="tcp://127.0.0.1:9")))

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pycocotools import mask as coco_mask
+
+from builder.packing.images import Failure
+from builder.packing.inline_masks import encode_inline
+from builder.tasks.plan import InlineMask
+from shards.format import rle
+
+pictures = arrays.arrays(np.uint8, st.tuples(st.integers(1, 30), st.integers(1, 30)), elements=st.integers(0, 1))
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """Uncompressed: column-major runs that start with one of zeros."""
+    runs, value = [0], 0
+    for pixel in mask.flatten(order="F").tolist():
+        if pixel == value:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+            value = pixel
+    return runs
+
+
+@given(pictures)
+def test_both_kinds_of_run_lengths_give_the_mask(mask: np.ndarray) -> None:
+    height, width = mask.shape
+    for counts in (rle.encode(mask).counts, runs_of(mask)):
+        found = encode_inline(
+            InlineMask(width, height, json.dumps({"size": [height, width], "counts": counts})), width, height
+        )
+        if mask.any():
+            assert found == rle.encode(mask)
+        else:
+            assert isinstance(found, Failure)
+            assert found.status == "mask-empty"
+
+
+corner = st.floats(-10, 60, allow_nan=False)
+
+
+@given(st.lists(st.lists(st.tuples(corner, corner), min_size=3, max_size=7), min_size=1, max_size=3))
+def test_polygons_are_drawn_as_coco_draws_them(polygons: list[list[tuple[float, float]]]) -> None:
+    flat = [[value for point in polygon for value in point] for polygon in polygons]
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, 40, 50)))
+    found = encode_inline(InlineMask(50, 40, json.dumps(flat)), 50, 40)
+    if expected.any():
+        assert isinstance(found, rle.Rle)
+        assert (rle.decode(found) == expected).all()
+    else:
+        assert isinstance(found, Failure)
+
+
+@given(st.text(alphabet=st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
+def test_any_string_of_counts_is_a_mask_or_a_failure(counts: str) -> None:
+    found = encode_inline(InlineMask(6, 4, json.dumps({"size": [4, 6], "counts": counts})), 6, 4)
+    assert isinstance(found, Failure) or rle.decode(found).shape == (4, 6)
+
+
+SQUARE = "[[1,1,5,1,5,5,1,5]]"
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "status"),
+    [
+        ("[]", "mask-undecodable"),
+        ("7", "mask-undecodable"),
+        ("[[1,1,5,1]]", "mask-undecodable"),
+        ("[[1,1,5,1,5,5,1]]", "mask-undecodable"),
+        ('[[1,1,5,1,5,"x"]]', "mask-undecodable"),
+        ("[[1,1,5,1,5,true]]", "mask-undecodable"),
+        ("[[1,1,5,1,5,1e9]]", "mask-undecodable"),
+        ("[[1,1,5,1,5,NaN]]", "mask-undecodable"),
+        ("[[1,1,5,1,5,1e999]]", "mask-undecodable"),
+        (f"[[1,1,5,1,5,1{'0' * 400}]]", "mask-undecodable"),
+        ('{"size":[8,10],"counts":[80]}', "mask-empty"),
+        ('{"size":[8,10],"counts":[10,10]}', "mask-undecodable"),
+        ('{"size":[8,10],"counts":[-10,90]}', "mask-undecodable"),
+        ('{"size":[8,10],"counts":[0,80.0]}', "mask-undecodable"),
+        ('{"size":[10,8],"counts":[0,80]}', "mask-undecodable"),
+        ('{"size":[8,10],"counts":"oooo"}', "mask-undecodable"),
+        ('{"size":[8,10],"counts":"\\u00e9"}', "mask-undecodable"),
+        ('{"size":[8,10]}', "mask-undecodable"),
+        ("[" * 100_000, "mask-undecodable"),
+        (SQUARE, ""),
+    ],
+)
+def test_what_is_no_mask_is_a_failure_with_a_reason(segmentation: str, status: str) -> None:
+    found = encode_inline(InlineMask(10, 8, segmentation), 10, 8)
+    assert (found.status if isinstance(found, Failure) else "") == status
+    if isinstance(found, Failure):
+        assert found.detail
+
+
+def test_a_mask_of_another_size_is_resized_and_of_another_shape_refused() -> None:
+    found = encode_inline(InlineMask(10, 8, SQUARE), 20, 16)
+    assert isinstance(found, rle.Rle)
+    assert rle.decode(found).shape == (16, 20)
+    assert rle.area(found) == 4 * rle.area(encode_inline(InlineMask(10, 8, SQUARE), 10, 8))  # type: ignore[arg-type]
+    other = encode_inline(InlineMask(100, 80, SQUARE), 80, 100)
+    assert isinstance(other, Failure)
+    assert other.status == "mask-shape"
+    huge = encode_inline(InlineMask(1 << 20, 1 << 20, SQUARE), 8, 10)
+    assert isinstance(huge, Failure)

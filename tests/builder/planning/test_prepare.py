@@ -1,0 +1,176 @@
+"""Selection and reserve on a source that is only a table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.planning.prepare import Choice, Preparation, prepare
+from builder.planning.selection import seeded_order
+from builder.sources.base import Filters
+from builder.sources.taxonomy import Classes, Taxonomy
+from builder.tasks.candidates import Candidates
+from builder.tasks.plan import Annotation, Metadata, PlannedImage, PlannedObject
+from shards.common.errors import UserError
+from shards.storage.location import Location
+
+NAMES = ("Car", "Dog", "Person")
+
+
+@dataclass(frozen=True)
+class FakeSource:
+    """Image -> class name -> whether it has a mask, a split; the image itself says the rest."""
+
+    tables: Mapping[str, Mapping[str, Mapping[str, bool]]]
+    images: Location = Location("memory://fake/images")
+    annotations: Location = Location("memory://fake/annotations")
+
+    @property
+    def splits(self) -> Mapping[str, str]:
+        return {"train": "train", "val": "validation"}
+
+    def origin(self) -> dict[str, str]:
+        return {"name": "fake"}
+
+    def taxonomy(self) -> Taxonomy:
+        return Taxonomy({name: name for name in NAMES}, {})
+
+    def open_split(self, split: str, classes: Classes, filters: Filters) -> FakeSplit:
+        return FakeSplit(self.tables.get(split, {}), classes)
+
+
+@dataclass(frozen=True)
+class FakeSplit:
+    table: Mapping[str, Mapping[str, bool]]
+    classes: Classes
+    described: list[str] = field(default_factory=list)
+
+    def candidates(self) -> Mapping[int, Candidates]:
+        def images(name: str, mask: bool) -> tuple[str, ...]:
+            return tuple(sorted(i for i, objects in self.table.items() if objects.get(name) is mask))
+
+        return {c.id: Candidates(images(c.name, True), images(c.name, False)) for c in self.classes.wanted}
+
+    def find(self, names: Collection[str]) -> Mapping[str, str]:
+        return {name: name for name in names if name in self.table}
+
+    def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
+        self.described.extend(image_ids)
+        return {image_id: self._describe(image_id) for image_id in image_ids}
+
+    def _describe(self, image_id: str) -> PlannedImage:
+        objects = tuple(
+            PlannedObject(Annotation(self.classes.owners[name], name, (0, 1, 0, 1), "mask" if mask else ""), None)
+            for name, mask in self.table[image_id].items()
+        )
+        return PlannedImage(image_id, f"memory://fake/{image_id}", objects, (), (), Metadata())
+
+
+def split_of(preparation: Preparation, split: str = "train") -> list[str]:
+    return [image.image_id for task in preparation.plan.tasks if task.split == split for image in task.images]
+
+
+objects = st.dictionaries(st.sampled_from(NAMES), st.booleans(), min_size=1)
+tables = st.dictionaries(st.integers(0, 30).map(lambda n: f"i{n}"), objects, min_size=1)
+
+
+@given(tables, st.integers(1, 8), st.integers(0, 2), st.booleans(), st.lists(st.sets(st.integers(0, 30)), max_size=4))
+def test_replacements_meet_the_quota_where_it_can_be_met(
+    table: Mapping[str, Mapping[str, bool]], quota: int, seed: int, masks_only: bool, rounds: list[set[int]]
+) -> None:
+    choice = Choice(NAMES, quota, 0, seed=seed, filters=Filters(require_mask=masks_only))
+    if masks_only and not any(any(found.values()) for found in table.values()):
+        with pytest.raises(UserError, match="has a mask of"):
+            prepare(FakeSource({"train": table}), choice)
+        return
+    first, second = (prepare(FakeSource({"train": table}), choice) for _ in range(2))
+    assert first.plan == second.plan
+    chosen, failed = split_of(first), set[str]()
+    asked = set(chosen)
+    for numbers in rounds:
+        new = {f"i{n}" for n in numbers} & asked - failed
+        failed |= new
+        fresh = [image.image_id for image in first.replacements("train", failed)]
+        # All that ever failed, or only what is new: the same.
+        assert fresh == [image.image_id for image in second.replacements("train", new)]
+        assert fresh == seeded_order(fresh, seed)
+        assert len(set(fresh)) == len(fresh)
+        assert not set(fresh) & asked
+        asked |= set(fresh)
+    assert first.replacements("train", failed) == []
+    for name in NAMES:
+        counted = {i for i, found in table.items() if name in found and (found[name] or not masks_only)}
+        assert len(counted & (asked - failed)) >= min(quota, len(counted - failed))
+        with_mask = {i for i in counted if table[i][name]}
+        assert len(with_mask & (asked - failed)) >= min(quota, len(with_mask - failed))
+
+
+def test_reports_say_what_each_class_got_and_why() -> None:
+    table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
+    preparation = prepare(FakeSource({"train": table}), Choice(("Car", "Dog", "Person"), 5, 0))
+    told = [(r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports]
+    assert told == [
+        ("Car", 5, 7, 3, 7, 3, 7, "only 3 images with a mask at the source, others have boxes only"),
+        ("Dog", 5, 4, 0, 4, 0, 4, "only 4 images at the source"),
+        ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
+    ]
+    choice = Choice(("Car",), 5, 0, filters=Filters(require_mask=True))
+    [report] = prepare(FakeSource({"train": table}), choice).reports
+    assert (report.available, report.chosen, report.reason) == (3, 3, "only 3 images with a mask at the source")
+    [report] = prepare(FakeSource({"train": table}), Choice(("Car",), 2, 0)).reports
+    assert (report.chosen, report.masks, report.reason) == (2, 2, "")
+
+
+def test_without_a_quota_all_images_that_count_are_chosen() -> None:
+    table = {"a": {"Car": False}, "b": {"Dog": True}, "c": {"Car": True}}
+    preparation = prepare(FakeSource({"train": table, "validation": table}), Choice(("Car",), None, 1))
+    assert sorted(split_of(preparation)) == ["a", "c"]
+    assert split_of(preparation, "val") == ["c"]
+    assert preparation.replacements("train", ["a"]) == []
+    assert [image.image_id for image in preparation.replacements("val", ["c"])] == ["a"]
+    assert preparation.replacements("test", ["x"]) == []
+
+
+def test_the_reserve_is_part_of_the_fingerprint() -> None:
+    # Both classes share their images, so a smaller quota chooses the same ones; but it would not replace them.
+    table = {"a": {"Car": True}, "b": {"Dog": True}, "c": {"Car": True, "Dog": True}}
+    plans = [prepare(FakeSource({"train": table}), Choice(("Car", "Dog"), quota, 0)).plan for quota in (2, 3)]
+    assert plans[0].tasks == plans[1].tasks
+    assert plans[0].fingerprint != plans[1].fingerprint
+
+
+def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) -> None:
+    source = FakeSource(
+        {"train": {"a": {"Car": True}, "b": {"Dog": True}, "c": {}}, "validation": {"d": {"Car": False}}}
+    )
+    (tmp_path / "ids").write_text("c\ntrain/b\nval/d\nval/a\nnowhere\n")
+    preparation = prepare(source, Choice(("Car",), None, None, images_list=str(tmp_path / "ids"), all_annotations=True))
+    assert sorted(split_of(preparation)) == ["b", "c"]
+    assert split_of(preparation, "val") == ["d"]
+    assert [(a.split, a.image_id, a.status, a.detail) for a in preparation.unknown] == [
+        ("val", "a", "image-unknown", "in no table of validation"),
+        ("train", "nowhere", "image-unknown", "in no table of train, validation"),
+    ]
+    assert preparation.replacements("train", ["b"]) == []
+    assert [(r.split, r.chosen, r.reason) for r in preparation.reports] == [("train", 0, ""), ("val", 1, "")]
+    (tmp_path / "ids").write_text("x\n")
+    with pytest.raises(UserError, match=r"knows no image that it lists \(1\)"):
+        prepare(source, Choice(("Car",), None, None, images_list=str(tmp_path / "ids")))
+
+
+def test_a_partition_of_a_list_leaves_each_image_in_its_part(tmp_path: Path) -> None:
+    ids = [f"i{n}" for n in range(40)]
+    source = FakeSource({"train": {image: {"Car": True} for image in ids}})
+    parts = (0.5, 0.3, 0.2)
+    by_quota = prepare(source, Choice(("Car",), 100, 100, partition=parts))
+    (tmp_path / "ids").write_text("\n".join([*ids[:25], f"val/{ids[0]}"]))
+    listed = prepare(source, Choice(("Car",), None, None, partition=parts, images_list=str(tmp_path / "ids")))
+    for split in ("train", "val", "test"):
+        assert set(split_of(listed, split)) == set(split_of(by_quota, split)) & set(ids[:25])
+    [unknown] = listed.unknown
+    assert unknown.detail == "validation is not a split that is read"

@@ -1,0 +1,134 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.planning.selection import hash_fraction, partition_of, seeded_order, select_images
+from builder.tasks.candidates import Candidates
+
+Classes = dict[int, Candidates]
+
+
+@st.composite
+def candidates(draw: st.DrawFn) -> Candidates:
+    ids = draw(st.lists(st.integers(0, 40).map(lambda n: f"{n:016x}"), max_size=30, unique=True))
+    cut = draw(st.integers(0, len(ids)))
+    return Candidates(tuple(ids[:cut]), tuple(ids[cut:]))
+
+
+by_class = st.dictionaries(st.integers(1, 5), candidates(), min_size=1)
+quotas = st.integers(0, 12)
+seeds = st.integers(0, 3)
+all_fractions = st.tuples(*[st.floats(0, 1)] * 3).filter(lambda parts: sum(parts) > 1e-6)
+
+
+def members(found: Candidates) -> set[str]:
+    return {*found.masked, *found.boxed}
+
+
+@given(by_class, quotas, seeds)
+def test_every_class_gets_its_quota_or_all_it_has_masks_first(classes: Classes, quota: int, seed: int) -> None:
+    chosen = select_images(classes, quota, seed)
+    assert len(chosen) == len(set(chosen))
+    assert set(chosen) <= set().union(*map(members, classes.values()))
+    for found in classes.values():
+        assert len(members(found) & set(chosen)) >= min(quota, len(found))
+        assert len(set(found.masked) & set(chosen)) >= min(quota, len(found.masked))
+    assert len(chosen) <= quota * len(classes)
+    assert chosen == seeded_order(chosen, seed)
+
+
+@given(by_class, quotas, seeds)
+def test_no_image_is_chosen_that_no_quota_needs(classes: Classes, quota: int, seed: int) -> None:
+    # The rarest class chooses first, so each image was needed by some class when it was taken.
+    chosen: set[str] = set()
+    for kind in ("masked", "boxed"):
+        for category in sorted(classes, key=lambda c: (len(getattr(classes[c], kind)), c)):
+            found = classes[category]
+            counted = set(found.masked) if kind == "masked" else members(found)
+            for image in seeded_order(getattr(found, kind), seed):
+                if len(counted & chosen) >= quota:
+                    break
+                chosen.add(image)
+    assert set(select_images(classes, quota, seed)) == chosen
+
+
+@given(by_class, seeds)
+def test_without_a_quota_every_image_is_chosen(classes: Classes, seed: int) -> None:
+    everything = set().union(*map(members, classes.values()))
+    assert select_images(classes, None, seed) == seeded_order(everything, seed)
+
+
+@given(by_class, st.integers(1, 12), seeds, st.lists(st.sets(st.integers(0, 40)), max_size=4))
+def test_what_fails_is_replaced_until_the_quota_is_met_or_the_reserve_is_empty(
+    classes: Classes, quota: int, seed: int, rounds: list[set[int]]
+) -> None:
+    chosen, failed = set(select_images(classes, quota, seed)), set[str]()
+    for numbers in rounds:
+        failed |= {f"{n:016x}" for n in numbers} & chosen
+        good = chosen - failed
+        fresh = select_images(classes, quota, seed, taken=good, barred=failed)
+        assert fresh == select_images(dict(reversed(classes.items())), quota, seed, taken=sorted(good), barred=failed)
+        assert not set(fresh) & (chosen | failed)  # nothing twice, and nothing that failed
+        if good == chosen:
+            assert not fresh
+        chosen |= set(fresh)
+    for found in classes.values():
+        packed = members(found) & (chosen - failed)
+        assert len(packed) >= min(quota, len(members(found) - failed))
+
+
+def test_a_shared_image_without_a_mask_counts_only_where_masks_run_out() -> None:
+    # Class 1 brings in the images b0 to b4, on which class 2 has boxes only.
+    boxed = tuple(f"b{n}" for n in range(5))
+    masked = tuple(f"m{n}" for n in range(9))
+    chosen = set(select_images({1: Candidates(boxed), 2: Candidates(masked, boxed)}, 5, seed=0))
+    assert len(chosen & set(masked)) == 5
+    few = set(select_images({1: Candidates(boxed), 2: Candidates(masked[:3], (*boxed, "x"))}, 5, seed=0))
+    assert few == {*boxed, *masked[:3]}
+
+
+def test_seed_changes_the_choice_and_the_order_of_input_does_not() -> None:
+    ids = tuple(f"{n:016x}" for n in range(200))
+    first = select_images({1: Candidates(ids)}, 20, seed=0)
+    assert first == select_images({1: Candidates(ids[::-1])}, 20, seed=0)
+    assert first != select_images({1: Candidates(ids)}, 20, seed=1)
+
+
+@given(st.text(max_size=20), seeds, all_fractions)
+def test_partition_depends_on_the_image_alone_and_avoids_empty_parts(
+    image: str, seed: int, fractions: tuple[float, float, float]
+) -> None:
+    part = partition_of(image, fractions, seed)
+    assert fractions[part] > 0
+    assert part == partition_of(image, fractions, seed)
+
+
+def test_partition_comes_near_its_fractions_and_is_not_a_stretch_of_the_order() -> None:
+    ids = [f"{n:016x}" for n in range(4000)]
+    parts = {image: partition_of(image, (0.8, 0.1, 0.1), seed=5) for image in ids}
+    shares = [sum(part == p for part in parts.values()) / len(ids) for p in range(3)]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    early = [parts[image] for image in seeded_order(ids, seed=5)[:1000]]
+    assert early.count(2) / 1000 == pytest.approx(0.1, abs=0.03)
+
+
+@given(st.sets(st.integers(0, 500), max_size=60), all_fractions, seeds, st.integers(0, 10), st.integers(0, 30))
+def test_growing_quotas_and_sources_never_move_an_image_to_another_part(
+    numbers: set[int], fractions: tuple[float, float, float], seed: int, quota: int, more: int
+) -> None:
+    ids = [f"{n:016x}" for n in sorted(numbers)]
+
+    def parts(ids: list[str], quota: int) -> list[set[str]]:
+        mine = [tuple(i for i in ids if partition_of(i, fractions, seed) == part) for part in range(3)]
+        return [set(select_images({1: Candidates(images)}, quota, seed)) for images in mine]
+
+    small, large = parts(ids, quota), parts(ids, quota + more)
+    grown = parts(sorted({*ids, *(f"{n:016x}" for n in range(500, 540))}), quota + more)
+    for part in range(3):
+        assert small[part] <= large[part]
+        assert not any(large[part] & grown[other] for other in range(3) if other != part)
+
+
+@given(st.text(max_size=30))
+def test_hash_fraction_lies_in_the_unit_interval(text: str) -> None:
+    assert 0 <= hash_fraction(text) < 1

@@ -1,0 +1,310 @@
+"""The builder on real photographs in the Open Images layout, with planted faults, where that folder is present."""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from builder.commands.build import build
+from builder.planning.prepare import Choice
+from builder.sources.base import Filters
+from builder.sources.openimages.source import OpenImages, source_location
+from demo.s3server import S3Server
+from shards.format import rle
+from shards.format.dataset import Dataset, open_dataset
+from shards.format.sample import Sample
+from shards.storage.location import Location
+from tests.support import REPOSITORY
+
+SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
+pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not here")
+
+SOURCE_SPLIT = {"train": "train", "val": "validation", "test": "test"}
+CLASSES = ("Person", "Car", "Traffic light", "Traffic sign", "Dog", "Pizza", "Taxi")
+CHOICE = Choice(CLASSES, per_class=1000, eval_per_class=1000, images_per_shard=8)
+
+
+# Category id -> the labels that count for it.
+KINDS = {
+    1: {"/m/01g317", "/m/04yx4", "/m/03bt1vf", "/m/01bl7v", "/m/05r655"},
+    2: {"/m/0k4j", "/m/01lcw4", "/m/0h2r6"},
+    3: {"/m/015qff"},
+    4: {"/m/01mqdt", "/m/02pv19"},
+    5: {"/m/0bt9lr"},
+    6: {"/m/0663v"},
+    7: {"/m/0pg52"},
+}
+
+
+def source() -> OpenImages:
+    return OpenImages(source_location(str(SAMPLE / "open-images-dataset")), source_location(str(SAMPLE / "openimages")))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    root = tmp_path_factory.mktemp("sample") / "out"
+    build(source(), CHOICE, Location(str(root)))
+    return open_dataset(str(root))
+
+
+@pytest.fixture(scope="module")
+def samples(built: Dataset) -> dict[str, dict[str, Sample]]:
+    """Split -> ImageID -> sample."""
+    found: dict[str, dict[str, Sample]] = {}
+    for shard in built.info.shards:
+        found.setdefault(shard.split, {}).update(samples_of_tar((built.root / shard.path).read()))
+    return found
+
+
+def samples_of_tar(data: bytes) -> dict[str, Sample]:
+    """ImageID -> sample, of a whole shard, by the standard library."""
+    members: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for info in tar:
+            key, extension = info.name.split(".")
+            file = tar.extractfile(info)
+            assert file is not None
+            members.setdefault(key, {})[extension] = file.read()
+    return {key: Sample.from_members(key, found) for key, found in members.items()}
+
+
+def rows(table: str) -> list[dict[str, str]]:
+    with open(SAMPLE / "openimages" / table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def source_mask(split: str, name: str) -> Image.Image:
+    """The source's PNG by the standard library, which shares no code with the range reader."""
+    with zipfile.ZipFile(SAMPLE / "openimages/v5" / f"{split}-masks" / f"{split}-masks-{name[0]}.zip") as archive:
+        return Image.open(io.BytesIO(archive.read(name)))
+
+
+def hashes(root: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+    }
+
+
+def test_every_planted_fault_is_accounted_for_and_nothing_else_fails(built: Dataset) -> None:
+    accounts = pq.read_table(built.root.path + "/accounts.parquet").to_pylist()
+    failed = {row["source"]: row["status"] for row in accounts if row["status"] != "packed"}
+    reasons = {
+        "image in the CSVs, absent from the bucket": "image-missing",
+        "JPEG truncated to half": "image-undecodable",
+        "mask in the CSV, absent from its zip": "mask-missing",
+        "mask PNG truncated to half": "mask-undecodable",
+        "mask PNG all zero": "mask-empty",
+    }
+    planted = dict(line.split("\t") for line in (SAMPLE / "FAULTS.tsv").read_text().splitlines())
+    expected = {name if name.endswith(".png") else f"{name}.jpg": reasons[fault] for name, fault in planted.items()}
+    assert {name: status for name, status in failed.items() if status != "image-failed"} == expected
+    lost = {name.split("_")[0] + ".jpg" for name, status in failed.items() if status == "image-failed"}
+    assert lost <= {name for name, status in expected.items() if status.startswith("image-")}
+
+
+def test_every_image_and_mask_asked_for_has_one_account(built: Dataset) -> None:
+    accounts = pq.read_table(built.root.path + "/accounts.parquet").to_pylist()
+    assert max(Counter((row["kind"], row["source"]) for row in accounts).values()) == 1
+    mids = {"/m/01g317", "/m/0k4j", "/m/015qff", "/m/01mqdt", "/m/0bt9lr", "/m/0663v", "/m/0pg52"}
+    mids |= {"/m/04yx4", "/m/03bt1vf", "/m/01bl7v", "/m/05r655", "/m/01lcw4", "/m/0h2r6", "/m/02pv19"}
+    for split, source_split in SOURCE_SPLIT.items():
+        table = rows(f"v5/{source_split}-annotations-object-segmentation.csv")
+        wanted = {row["MaskPath"] for row in table if row["LabelName"] in mids}
+        asked = {row["source"] for row in accounts if row["kind"] == "mask" and row["split"] == split}
+        assert asked == wanted
+    packed = sum(row["kind"] == "image" and row["status"] == "packed" for row in accounts)
+    assert packed == built.table.num_rows
+
+
+def test_packed_masks_are_their_source_pngs_resized(built: Dataset, samples: dict[str, dict[str, Sample]]) -> None:
+    compared, resized = 0, 0
+    for row in pq.read_table(built.root.path + "/accounts.parquet").to_pylist():
+        if row["kind"] != "mask" or row["status"] != "packed":
+            continue
+        sample = samples[row["split"]][row["image_id"]]
+        [instance] = [instance for instance in sample.instances if instance.box_id == row["box_id"]]
+        assert instance.segmentation is not None
+        with Image.open(io.BytesIO(sample.image)) as image:
+            size = image.size
+        png = source_mask(SOURCE_SPLIT[row["split"]], row["source"])
+        expected = np.asarray(png.resize(size, Image.Resampling.NEAREST)) != 0
+        assert (rle.decode(instance.segmentation) == expected).all()
+        compared += 1
+        resized += png.size != size
+    assert compared > 200
+    assert resized > compared / 2
+
+
+def test_every_box_is_in_its_sample_also_without_a_mask(samples: dict[str, dict[str, Sample]]) -> None:
+    without_mask = groups = 0
+    for split, source_split in SOURCE_SPLIT.items():
+        name = "v6/oidv6-train" if split == "train" else f"v5/{source_split}"
+        for row in rows(f"{name}-annotations-bbox.csv"):
+            sample = samples[split].get(row["ImageID"])
+            if sample is None or row["LabelName"] not in {i.label for i in sample.instances}:
+                continue
+            x, y = float(row["XMin"]) * sample.width, float(row["YMin"]) * sample.height
+            w, h = float(row["XMax"]) * sample.width - x, float(row["YMax"]) * sample.height - y
+            matching = [
+                i
+                for i in sample.instances
+                if i.label == row["LabelName"] and np.allclose(i.bbox, (x, y, w, h), atol=0.01)
+            ]
+            assert matching, row
+            assert any(i.is_group_of == (row["IsGroupOf"] == "1") for i in matching)
+            without_mask += any(i.segmentation is None for i in matching)
+            groups += any(i.is_group_of for i in matching)
+    assert without_mask > 100
+    assert groups > 0
+
+
+def test_children_carry_their_parents_id_and_their_own_label(samples: dict[str, dict[str, Sample]]) -> None:
+    signs = [i for split in samples.values() for s in split.values() for i in s.instances if i.category_id == 4]
+    assert {instance.label for instance in signs} == {"/m/02pv19"}
+
+
+def test_jpegs_verified_classes_and_attribution_are_the_sources(samples: dict[str, dict[str, Sample]]) -> None:
+    for split, source_split in SOURCE_SPLIT.items():
+        folder = "train-images-boxable" if split == "train" else f"{source_split}-images"
+        metadata = {row["ImageID"]: row for row in rows(f"2018_04/{source_split}/{folder}-with-rotation.csv")}
+        present = {
+            (row["ImageID"], row["LabelName"])
+            for row in rows(f"v5/{source_split}-annotations-human-imagelabels-boxable.csv")
+            if row["Confidence"] == "1"
+        }
+        assert samples[split]
+        for image_id, sample in samples[split].items():
+            assert sample.image == (SAMPLE / "open-images-dataset" / source_split / f"{image_id}.jpg").read_bytes()
+            assert sample.license == metadata[image_id]["License"]
+            assert sample.original_url == metadata[image_id]["OriginalURL"]
+            assert sample.author == metadata[image_id]["Author"]
+            assert sample.author_url == metadata[image_id]["AuthorProfileURL"]
+            assert sample.title == metadata[image_id]["Title"]
+            assert sample.rotation == int(float(metadata[image_id]["Rotation"] or 0))
+            for category, kinds in KINDS.items():
+                assert (category in sample.verified_present) == any((image_id, kind) in present for kind in kinds)
+            assert not set(sample.verified_present) & set(sample.verified_absent)
+
+
+def test_child_labels_estimates_and_flags_of_masks_are_the_sources(
+    built: Dataset, samples: dict[str, dict[str, Sample]]
+) -> None:
+    children = compared = 0
+    owner = {kind: category for category, kinds in KINDS.items() for kind in kinds}
+    for split, source_split in SOURCE_SPLIT.items():
+        name = "v6/oidv6-train" if split == "train" else f"v5/{source_split}"
+        flags = {
+            (row["ImageID"], row["LabelName"], *(f"{float(row[c]):.4f}" for c in ("XMin", "XMax", "YMin", "YMax"))): row
+            for row in rows(f"{name}-annotations-bbox.csv")
+        }
+        for row in rows(f"v5/{source_split}-annotations-object-segmentation.csv"):
+            sample = samples[split].get(row["ImageID"])
+            if sample is None or row["LabelName"] not in owner:
+                continue
+            [instance] = [i for i in sample.instances if i.box_id == row["BoxID"]]
+            assert (instance.label, instance.category_id) == (row["LabelName"], owner[row["LabelName"]])
+            assert instance.predicted_iou == float(row["PredictedIoU"])
+            children += instance.label != built.categories[instance.category_id - 1].mid
+            corners = (f"{float(row[c]):.4f}" for c in ("BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"))
+            box = flags.get((row["ImageID"], row["LabelName"], *corners))
+            if box is not None:
+                assert (instance.is_truncated, instance.is_occluded) == (
+                    box["IsTruncated"] == "1",
+                    box["IsOccluded"] == "1",
+                )
+                compared += 1
+    assert children > 0
+    assert compared > 100
+
+
+def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict, tmp_path: Path) -> None:
+    filters = Filters(min_predicted_iou=0.8, drop=("truncated", "group-of"), require_mask=True)
+    build(source(), replace(CHOICE, filters=filters), Location(str(tmp_path / "out")))
+    filtered = open_dataset(str(tmp_path / "out"))
+    found = {}
+    for shard in filtered.info.shards:
+        found.update(samples_of_tar((filtered.root / shard.path).read()))
+    everything = {key: sample for split in samples.values() for key, sample in split.items()}
+    assert set(found) <= set(everything)
+    for key, sample in everything.items():
+        kept = [i for i in sample.instances if not (i.is_truncated or i.is_group_of)]
+        has_mask = any(i.box_id and (i.predicted_iou or 0) >= 0.8 for i in kept)
+        assert (key in found) == has_mask
+        if has_mask:
+            expected = [(i.label, i.bbox, i.segmentation if (i.predicted_iou or 0) >= 0.8 else None) for i in kept]
+            assert [(i.label, i.bbox, i.segmentation) for i in found[key].instances] == expected
+    accounts = pq.read_table(filtered.root.path + "/accounts.parquet").to_pylist()
+    low = [row for row in accounts if row["status"] == "mask-filtered"]
+    assert low
+    assert all("--min-predicted-iou is 0.8" in row["detail"] for row in low)
+
+
+def test_a_list_of_images_with_all_annotations(tmp_path: Path) -> None:
+    table = rows("v6/oidv6-train-annotations-bbox.csv")
+    counts = Counter(row["ImageID"] for row in table)
+    ids = sorted(counts, key=lambda image: (-counts[image], image))[:4]
+    ids = [image for image in ids if (SAMPLE / "open-images-dataset" / "train" / f"{image}.jpg").is_file()]
+    (tmp_path / "ids.txt").write_text("\n".join([f"train/{ids[0]}", *ids[1:], "ffffffffffffffff", f"val/{ids[0]}"]))
+    choice = Choice(("Dog",), None, None, all_annotations=True, images_list=str(tmp_path / "ids.txt"))
+    build(source(), choice, Location(str(tmp_path / "out")))
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert dataset.categories[0].name == "Dog"
+    assert len(dataset.categories) > 500
+    names = [category.name for category in dataset.categories[1:]]
+    assert names == sorted(names)
+    [shard] = dataset.info.shards
+    found = samples_of_tar((dataset.root / shard.path).read())
+    assert set(found) == set(ids)
+    labels = {category.id: category.mid for category in dataset.categories}
+    for image_id, sample in found.items():
+        boxes = Counter(row["LabelName"] for row in table if row["ImageID"] == image_id)
+        assert boxes <= Counter(instance.label for instance in sample.instances)
+        assert all(labels[i.category_id] == i.label for i in sample.instances)
+    accounts = pq.read_table(dataset.root.path + "/accounts.parquet").to_pylist()
+    unknown = {(row["split"], row["image_id"]) for row in accounts if row["status"] == "image-unknown"}
+    assert unknown == {("train", "ffffffffffffffff"), ("val", ids[0])}
+
+
+def test_same_bytes_with_two_workers_and_after_sigkill(built: Dataset, tmp_path: Path) -> None:
+    expected = hashes(Path(built.root.path))  # by one worker
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "builder.commands.cli", "--classes", *CLASSES, "--per-class", "1000"]
+    command += ["--eval-per-class", "1000", "--images-per-shard", "8", "--workers", "2", "--out", str(killed)]
+    command += ["--images", str(SAMPLE / "open-images-dataset"), "--annotations", str(SAMPLE / "openimages")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(killed.glob(".build/*-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (killed / "dataset.json").exists()
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 3, again.stderr  # planted faults leave classes short, with nothing in reserve
+    assert re.search(r"in \d+ shards, [2-9] of them by an earlier run", again.stdout)
+    found = hashes(killed)
+    assert found.pop("README.md") != expected["README.md"]  # it names the command, with another --out
+    assert found == {name: digest for name, digest in expected.items() if name != "README.md"}
+
+
+def test_same_shards_from_s3_to_s3(built: Dataset, s3: S3Server, bucket: str) -> None:
+    s3.upload(SAMPLE / "open-images-dataset", f"{bucket}/images")
+    s3.upload(SAMPLE / "openimages", f"{bucket}/openimages")
+    remote = OpenImages(source_location(f"s3://{bucket}/images"), source_location(f"s3://{bucket}/openimages"))
+    build(remote, CHOICE, Location(f"s3://{bucket}/out"))
+    assert open_dataset(f"s3://{bucket}/out").info.shards == built.info.shards

@@ -1,0 +1,41 @@
+import pytest
+import yaml
+
+from builder.target.dataset_card import ClassCounts, count_classes, render_card
+from shards.format.dataset import Category, IndexRow, Shard
+
+CATEGORIES = (Category(1, "Dog", "/m/0bt9lr"), Category(2, "Cat", "/m/01yrx"), Category(3, "Ant", "/m/0_k2"))
+SHARD = Shard("val/000000.tar", "val", 1, 10240, "00")
+ROW = IndexRow("a", "val", "val/000000.tar", 0, 2048, 7, 4, 3, (1, 3), (2, 1), (1, 0), (0, 1))
+
+
+def test_counts_a_split_and_class() -> None:
+    assert count_classes([ROW, ROW], CATEGORIES) == [
+        ClassCounts("val", "Dog", 2, 2, 4, 0),
+        ClassCounts("val", "Cat", 0, 0, 0, 0),
+        ClassCounts("val", "Ant", 2, 0, 2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "licenses", "told"),
+    [
+        ("Open Images", ["cc-by-2.0", "cc-by-4.0"], "listed by Open Images as [CC BY 2.0]"),
+        ("COCO", None, "under the licences of their source"),
+    ],
+)
+def test_the_card_names_source_licence_and_the_classes_that_there_are(
+    source: str, licenses: list[str] | None, told: str
+) -> None:
+    counts = count_classes([ROW], CATEGORIES)
+    card = render_card(CATEGORIES, counts, [SHARD], "build-shards --x", {"mask-filtered": 3}, source)
+    _, front, text = card.split("---\n", 2)
+    value = yaml.safe_load(front)
+    assert value.get("license") == licenses
+    assert value["configs"][0]["data_files"] == [{"split": "validation", "path": "val/*.tar"}]
+    assert told in text
+    assert "1 image in 1 tar shard (" in text
+    assert "3 mask-filtered" in text
+    assert "| val | Ant | 1 | 0 | 1 | 1 |" in text
+    assert "Cat" not in card
+    assert "build-shards --x" in text

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from shards.common.errors import DatasetError
+from shards.format.dataset import Category, finish_dataset, open_dataset
+from shards.format.writer import pack_shard
+from shards.storage.location import Location
+from tests.support import CATEGORIES, sample, write_dataset
+
+SHARD = {"path": "train/000000.tar", "split": "train", "samples": 1, "nbytes": 10240, "sha256": "0" * 64}
+
+
+def test_a_finished_dataset_says_what_it_holds(tmp_path):
+    write_dataset(tmp_path, {"train": [sample(n) for n in range(10)], "val": [sample(n) for n in range(10, 14)]})
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.categories == CATEGORIES
+    assert dataset.splits == ("train", "val")
+    assert [shard.path for shard in dataset.info.shards] == ["train/000000.tar", "train/000001.tar", "val/000000.tar"]
+    index = dataset.index("train")
+    assert len(index) == 10
+    assert index.counts("images", CATEGORIES) == {1: 10, 2: 5}
+    assert index.counts("instances", CATEGORIES) == {1: 10, 2: 5}
+    assert index.counts("masks", CATEGORIES) == {1: 10, 2: 0}
+    value = json.loads((tmp_path / "dataset.json").read_bytes())
+    assert value["splits"]["train"] == {
+        "shards": 2,
+        "samples": 10,
+        "nbytes": sum(shard.nbytes for shard in dataset.info.shards[:2]),
+    }
+
+
+def test_the_same_dataset_has_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, {"train": [sample(n) for n in range(5)]})
+    for file in ("dataset.json", "index.parquet", "train/000000.tar"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
+    with pytest.raises(DatasetError, match=r"there is no dataset.json.*run the same build-shards command again"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "coco"}, "not a maskstream dataset"),
+        ({"version": 2}, "format version 2, this release reads version 1: upgrade maskstream"),
+        ({"classes": [{"id": 1}]}, "damaged"),
+        ({"classes": [{"id": "1", "name": "a", "mid": ""}]}, "id of a category is '1', not of type int"),
+        ({"classes": [{"id": 1, "name": None, "mid": ""}]}, "name of a category is None, not of type str"),
+        ({"classes": [{"id": 10**12, "name": "a", "mid": ""}]}, "id of a category is 1000000000000: ids are from 1 to"),
+        ({"classes": [{"id": 0, "name": "a", "mid": ""}]}, "id of a category is 0: ids are from 1 to"),
+        ({"shards": [3]}, "a shard is 3, not an object of path, split, samples, nbytes, sha256"),
+        ({"shards": [SHARD | {"nbytes": "x"}]}, "nbytes of a shard is 'x', not of type int"),
+        ({"shards": [SHARD | {"nbytes": 1.5}]}, "nbytes of a shard is 1.5, not of type int"),
+        ({"shards": [SHARD | {"nbytes": -5}]}, "'train/000000.tar' has 1 samples and -5 bytes"),
+        ({"shards": [SHARD | {"samples": None}]}, "samples of a shard is None, not of type int"),
+        ({"shards": [SHARD | {"path": 5}]}, "path of a shard is 5, not of type str"),
+        ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
+        ({"plan": None}, "plan is None, not a text"),
+        ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
+        ({"classes": [{"id": 1, "name": "\ud800", "mid": ""}]}, r"name of a category is '\\ud800', which is no text"),
+        ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
+    ],
+)
+def test_a_wrong_dataset_json_is_refused(tmp_path, change, message):
+    write_dataset(tmp_path, {"train": [sample(0)]})
+    value = json.loads((tmp_path / "dataset.json").read_bytes())
+    (tmp_path / "dataset.json").write_text(json.dumps(value | change))
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000])
+def test_what_is_not_json_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DatasetError, match="not JSON"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
+    dataset = write_dataset(tmp_path, {"train": [sample(0)]})
+    with pytest.raises(DatasetError, match="no split 'val': it has train"):
+        dataset.index("val")
+
+
+def test_rows_and_shards_that_contradict_each_other_are_refused(tmp_path):
+    packed = pack_shard([sample(0), sample(1)], split="train", path="train/000000.tar")
+    root = Location(str(tmp_path))
+    with pytest.raises(DatasetError, match="holds 2 samples, the index 1"):
+        finish_dataset(root, packed.rows[:1], [packed.shard], CATEGORIES)
+    with pytest.raises(DatasetError, match="occurs twice"):
+        finish_dataset(root, [packed.rows[0], packed.rows[0]], [packed.shard], CATEGORIES)
+    with pytest.raises(DatasetError, match="not a shard of this dataset"):
+        finish_dataset(root, packed.rows, [], CATEGORIES)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_the_fingerprint_of_an_index_changes_with_any_sample(tmp_path):
+    one = write_dataset(tmp_path / "a", {"train": [sample(n) for n in range(4)]}).index("train")
+    same = write_dataset(tmp_path / "b", {"train": [sample(n) for n in range(4)]}).index("train")
+    other = write_dataset(tmp_path / "c", {"train": [sample(n) for n in range(1, 5)]}).index("train")
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_categories_are_listed_by_id(tmp_path):
+    packed = pack_shard([sample(0)], split="train", path="train/000000.tar")
+    info = finish_dataset(
+        Location(str(tmp_path)), packed.rows, [packed.shard], [Category(2, "B", "b"), Category(1, "A", "a")]
+    )
+    assert [category.name for category in info.categories] == ["A", "B"]

@@ -1,0 +1,175 @@
+import hashlib
+import json
+import os
+import pickle
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shards.common.errors import DatasetError
+from shards.format.dataset import INDEX_SCHEMA, open_dataset
+from shards.format.index import Index, IndexFile
+from shards.inspect.cli import main
+from tests.support import make_index, sample, write_dataset
+
+COUNT = 50_000
+
+
+def same(one, other):
+    arrays = ("shard", "offset", "nbytes", "crc32", "width", "height")
+    return (
+        all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+        and one.image_ids.equals(other.image_ids)
+        and one.shard_paths == other.shard_paths
+        and one.fingerprint == other.fingerprint
+    )
+
+
+def answer(pipe, indexes):
+    """In another process: what arrived, and whether its memory is that of a file without a name."""
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:maskstream" in line]
+    pipe.send((same(*indexes), indexes[0].image_id(7), len(maps)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="shared memory of this kind is Linux'")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_that_is_not_forked_shares_the_arrays(method):
+    index = make_index(np.arange(1, COUNT + 1)).without_labels()
+    context = get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(theirs, (index, index)))
+    process.start()
+    theirs.close()
+    assert ours.recv() == (True, f"{7:016x}", 1)
+    process.join()
+    assert same(pickle.loads(pickle.dumps(index)), index)  # noqa: S301 (by value still, our own bytes)
+
+
+def test_an_index_can_be_pickled_by_value_whole_or_in_part():
+    index = make_index(np.arange(1, 101)).without_labels()
+    assert same(pickle.loads(pickle.dumps(index)), index)  # noqa: S301 (our own bytes, made here)
+    part = index.take(np.array([3, 50, 99]))
+    copy = pickle.loads(pickle.dumps(part))  # noqa: S301
+    assert same(copy, part)
+    assert [copy.image_id(row) for row in range(3)] == [f"{n:016x}" for n in (3, 50, 99)]
+
+
+def test_rows_out_of_the_order_of_the_shards_are_refused():
+    index = make_index(np.full(10, 5))
+    columns = index.labels.columns
+    with pytest.raises(DatasetError, match="not in the order of the shards: build the dataset again"):
+        Index.read(columns, index.shard_paths[::-1], "s3://bucket/index.parquet")
+
+
+def test_a_column_is_read_when_it_is_asked_for(tmp_path, monkeypatch):
+    dataset = write_dataset(
+        tmp_path, {"train": [sample(n) for n in range(9)], "val": [sample(n) for n in range(9, 12)]}
+    )
+    read = []
+    original = IndexFile.__getitem__
+    monkeypatch.setattr(IndexFile, "__getitem__", lambda file, name: read.append(name) or original(file, name))
+    index = dataset.index("val")
+    assert index.image_id(0) == f"{9:016x}"
+    assert "classes" not in read
+    assert index.counts("images", dataset.categories) == {1: 3, 2: 2}
+    assert read.count("classes") == 1
+    assert "masks" not in read
+
+
+def rewritten(root, edit):
+    """The index with its rows, or its table, changed; dataset.json agrees with that."""
+    write_dataset(root, {"train": [sample(n) for n in range(3)]})
+    rows = pq.read_table(root / "index.parquet").to_pylist()
+    table = edit(rows)
+    if not isinstance(table, pa.Table):
+        table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+    pq.write_table(table, root / "index.parquet")
+    signed(root)
+
+
+def signed(root):
+    info = json.loads((root / "dataset.json").read_text())
+    info["index"]["sha256"] = hashlib.sha256((root / "index.parquet").read_bytes()).hexdigest()
+    (root / "dataset.json").write_text(json.dumps(info))
+
+
+def row_with(**values):
+    return lambda rows: rows[1].update(values)
+
+
+def with_column(name, values):
+    def edit(rows):
+        table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+        return table.set_column(INDEX_SCHEMA.get_field_index(name), name, values)
+
+    return edit
+
+
+def bytes_as_text(*values):
+    binary = pa.array(values, pa.binary())
+    return pa.StringArray.from_buffers(len(values), *binary.buffers()[1:])
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (row_with(image_id=None), "column image_id has rows without a value"),
+        (row_with(width=None), "column width has rows without a value"),
+        (row_with(shard=None), "column shard has rows without a value"),
+        (row_with(masks=None), "column masks has rows without a value"),
+        (row_with(classes=[None, 2]), "column classes has rows without a value"),
+        (row_with(classes=[1, 2, 3]), "a row has another number of instances than of classes"),
+        (row_with(classes=[-1, 1]), "column classes has ids from -1 to "),
+        (row_with(classes=[1, 2**31 - 1]), "column classes has ids from 1 to 2147483647"),
+        (row_with(image_id="é"), "column image_id has keys that are not 1 to 64 letters"),
+        (row_with(image_id="a" * 65), "column image_id has keys that are not 1 to 64 letters"),
+        (row_with(image_id=""), "column image_id has keys that are not 1 to 64 letters"),
+        (with_column("image_id", bytes_as_text(b"0", b"\xff", b"2")), "is not an index in Parquet ("),
+        (with_column("shard", bytes_as_text(b"\xff", b"1", b"2")), "is not an index in Parquet ("),
+        (row_with(offset=-512), "column offset has -512"),
+        (row_with(nbytes=0), "column nbytes has 0"),
+        (row_with(height=0), "column height has 0"),
+        (with_column("width", pa.array([48.0, float("nan"), 48.0])), "column width is double, not int32"),
+        (with_column("groups", pa.array([1, 1, 1], pa.int32())), "column groups is int32, not list<"),
+        (lambda rows: pa.Table.from_pylist(rows, schema=INDEX_SCHEMA).drop_columns(["groups"]), "no column groups"),
+    ],
+)
+def test_an_index_of_another_form_is_one_line_whatever_its_sha256(tmp_path, capsys, edit, told):
+    rewritten(tmp_path / "data", edit)
+    for more in (["--json"], ["--html", str(tmp_path / "page.html")]):
+        assert main([str(tmp_path / "data"), *more]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert f"{tmp_path}/data/index.parquet: " in error
+        assert error.count("\n") == 1
+    assert main([str(tmp_path / "data"), "--verify"]) == 1
+
+
+def test_columns_of_the_wrong_type_are_refused_before_any_is_read(tmp_path):
+    rewritten(tmp_path, with_column("offset", pa.array([0.0, 3072.0, 6144.0])))
+    with pytest.raises(DatasetError, match="column offset is double, not int64: build the dataset again"):
+        open_dataset(str(tmp_path))
+
+
+def test_what_is_not_parquet_is_refused(tmp_path):
+    rewritten(tmp_path, lambda rows: None)
+    whole = (tmp_path / "index.parquet").read_bytes()
+    # No footer; and a footer whose pages are zeros.
+    for data in (b"garbage", whole[:4] + bytes(len(whole) // 2 - 4) + whole[len(whole) // 2 :]):
+        (tmp_path / "index.parquet").write_bytes(data)
+        signed(tmp_path)
+        with pytest.raises(DatasetError, match=r"index\.parquet: is not an index in Parquet \("):
+            open_dataset(str(tmp_path)).index("train").counts("masks", ())
+
+
+def test_the_entries_of_lists_may_have_any_name(tmp_path):
+    lists = pa.array([[1], [1, 2], [1]], pa.list_(pa.field("element", pa.int32())))
+    rewritten(tmp_path, with_column("classes", lists))
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.index("train").counts("images", dataset.categories) == {1: 3, 2: 1}
+    assert dataset.table.num_rows == 3

@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco_mask
+
+from shards.common.errors import SampleError
+from shards.format import rle
+from shards.format.sample import Instance, Sample, canonical_json
+from tests.support import sample
+
+masks = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)), elements=st.integers(0, 1))
+
+
+@given(masks, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+def test_a_part_is_encoded_as_the_whole_mask_is(part, left, top, right, bottom):
+    whole = np.pad(part, ((top, bottom), (left, right)))
+    assert rle.encode_part(part, left, top, *whole.shape) == rle.encode(whole)
+
+
+@given(masks)
+def test_rle_is_what_pycocotools_makes_and_decodes_to_the_mask(mask):
+    encoded = rle.encode(mask)
+    assert coco_mask.encode(np.asfortranarray(mask))["counts"].decode() == encoded.counts
+    assert np.array_equal(rle.decode(encoded), mask)
+    assert rle.area(encoded) == mask.sum()
+    assert rle.Rle.from_json(json.loads(json.dumps(encoded.to_json()))) == encoded
+
+
+@given(
+    st.builds(
+        Instance,
+        category_id=st.integers(1, 600),
+        bbox=st.tuples(*[st.floats(0, 2000).map(lambda v: round(v, 3))] * 4),
+        segmentation=st.none(),
+        box_id=st.text(max_size=8),
+        label=st.text(max_size=12),
+        is_group_of=st.booleans(),
+        is_occluded=st.booleans(),
+        is_truncated=st.booleans(),
+        is_depiction=st.booleans(),
+        is_inside=st.booleans(),
+        predicted_iou=st.none() | st.floats(0, 1),
+    )
+)
+def test_every_instance_survives_the_json(instance):
+    original = Sample("0a", b"\xff\xd8", 4, 3, (instance,), author='Ünï "quoted" \u2028')
+    assert Sample.from_members("0a", original.to_members()) == original
+
+
+def test_members_are_the_jpeg_untouched_and_coco_annotations():
+    original = sample(1)
+    members = original.to_members()
+    assert list(members) == ["jpg", "json"]
+    assert members["jpg"] == original.image
+    person, car = json.loads(members["json"])["annotations"]
+    assert person["segmentation"]["size"] == [32, 48]
+    assert isinstance(person["segmentation"]["counts"], str)
+    assert car["segmentation"] is None
+    assert car["iscrowd"] == 0
+
+
+def test_group_of_is_cocos_crowd():
+    value = Instance(1, (0, 0, 5, 5), None, is_group_of=True).to_json()
+    assert value["iscrowd"] == 1
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "../x", "a/b", "a b", "x" * 65, "_a"])
+def test_a_key_that_cannot_name_a_member_is_refused(key):
+    with pytest.raises(SampleError, match="can key a sample"):
+        Sample(key, b"", 1, 1).to_members()
+
+
+def test_a_mask_of_another_size_than_the_image_is_refused():
+    wrong = Instance(1, (0, 0, 2, 2), rle.encode(np.ones((4, 4))), "box7")
+    with pytest.raises(SampleError, match=r"box7: the mask is 4x4, the image 8x8"):
+        Sample("0a", b"", 8, 8, (wrong,)).to_members()
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"width":"x"}', b"\xff"])
+def test_a_member_of_another_format_names_the_sample(damage):
+    with pytest.raises(SampleError, match=r"train/000000.tar: sample 0a: 0a.json is not in the shard format"):
+        Sample.from_members("0a", {"jpg": b"", "json": damage}, where="train/000000.tar")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"width":48', b'"width":1e999'),
+        (b'"category_id":1', b'"category_id":1e999'),
+        (b'"bbox":[6.0', b'"bbox":[' + b"9" * 400),
+        (b'"annotations":', b'"a":' + b"[" * 100_000),
+        (b'"title":"', b'"title":"\xe9'),
+    ],
+)
+def test_numbers_and_nesting_beyond_all_bounds_are_one_short_line(old, new):
+    damaged = sample(0).to_members()["json"].replace(old, new)
+    with pytest.raises(SampleError, match=r"sample 0a: 0a.json is not in the shard format") as caught:
+        Sample.from_members("0a", {"jpg": b"", "json": damaged})
+    assert len(str(caught.value)) < 300
+
+
+def test_a_missing_member_is_named():
+    with pytest.raises(SampleError, match=r"there is no 0a.json"):
+        Sample.from_members("0a", {"jpg": b""})
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys():
+    assert canonical_json({"b": 1, "a": "é"}) == canonical_json({"a": "é", "b": 1}) == '{"a":"é","b":1}'.encode()

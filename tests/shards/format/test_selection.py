@@ -1,0 +1,169 @@
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from demo.s3proxy import S3Proxy
+from demo.s3server import S3Server
+from shards.common.errors import DatasetError
+from shards.format.dataset import open_dataset
+from shards.format.selection import Selection, hash_keys, select_rows
+from shards.order.epoch_order import Order, OrderSettings
+from shards.stream.streams import EvalStream, ShardStream
+from tests.shards.order.test_epoch_order import folded, mixed
+from tests.support import make_index, sample, write_dataset
+
+KEYS = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True), min_size=1, max_size=20)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """40 samples with a person each, every other one with a car as well."""
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [sample(n) for n in range(40)]})
+
+
+def ids(index):
+    return set(index.image_ids.to_pylist())
+
+
+def epoch(dataset, **options):
+    stream = ShardStream(dataset, "train", **{"batch_size": 4, "seed": 2, **options})
+    return [s for batch in itertools.islice(stream, stream.batches_per_epoch) for s in batch]
+
+
+def test_a_class_is_chosen_by_name_mid_or_id(dataset):
+    cars = {f"{n:016x}" for n in range(1, 40, 2)}
+    for car in ("Car", "car", "/m/0k4j", 2, "2"):
+        chosen = dataset.select(classes=[car])
+        assert ids(chosen.index("train")) == cars
+        assert [category.name for category in chosen.categories] == ["Car"]
+    assert len(dataset.select(classes=["Person"]).index("train")) == 40
+
+
+def test_samples_of_chosen_classes_come_without_the_annotations_of_others(dataset):
+    samples = epoch(dataset.select(classes=["Car"]))
+    assert len(samples) == 20
+    for one in samples:
+        assert [instance.category_id for instance in one.instances] == [2]
+        assert one.verified_present == ()  # of Person
+    assert [i.category_id for i in epoch(dataset)[0].instances][:1] == [1]
+
+
+def test_the_classes_decide_the_identity_even_where_the_samples_are_the_same(dataset):
+    every, persons, cars, half = (
+        Order(chosen.index("train"), OrderSettings(4)).identity()["index"]
+        for chosen in (
+            dataset,
+            dataset.select(classes=["Person"]),
+            dataset.select(classes=["Car"]),
+            dataset.select(fraction=0.5),
+        )
+    )
+    assert len({every, persons, cars, half}) == 4
+    assert every == Order(dataset.select().index("train"), OrderSettings(4)).identity()["index"]
+
+
+@settings(deadline=None)
+@given(st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 5))
+def test_a_larger_fraction_holds_a_smaller_one(one, other, seed):
+    index = make_index(np.full(300, 10))
+    small, large = (ids(select_rows(index, Selection(None, f, seed), "")) for f in sorted((one, other)))
+    assert small <= large
+
+
+def test_a_fraction_is_about_that_share_and_another_seed_another_choice():
+    index = make_index(np.full(5000, 10))
+    chosen = [ids(select_rows(index, Selection(None, 0.3, seed), "")) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    for one in chosen:
+        assert abs(len(one) - 1500) < 5 * np.sqrt(5000 * 0.3 * 0.7)
+
+
+@settings(deadline=None, max_examples=30)
+@given(KEYS, st.integers(0, 2**63))
+def test_the_hash_of_a_key_depends_on_key_and_seed_alone(keys, seed):
+    def slowly(key):
+        value = folded(seed)
+        data = key.encode("ascii")
+        for start in range(0, len(data), 8):
+            value = mixed(value ^ int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little"))
+        return value
+
+    assert hash_keys(pa.array(keys), seed).tolist() == [slowly(key) for key in keys]
+
+
+def test_the_subset_of_a_dataset_is_pinned(dataset):
+    """Runs resume by it, and learning curves compare by it: it must not change."""
+    chosen = dataset.select(classes=["Car"], fraction=0.3).index("train")
+    assert [int(key, 16) for key in chosen.image_ids.to_pylist()] == [1, 11, 17, 25, 33]
+
+
+def test_what_is_not_selected_is_never_fetched(s3: S3Server, bucket: str):
+    write_dataset(f"s3://{bucket}/data", {"train": [sample(n) for n in range(40)]})
+    with S3Proxy(s3.endpoint_url) as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in proxy.environment().items():
+            patch.setenv(name, value)
+        part = open_dataset(f"s3://{bucket}/data").select(classes=["Car"], fraction=0.5)
+        index = part.index("train")
+        stream = ShardStream(part, "train", batch_size=len(index))
+        next(iter(stream))
+    statistics = stream._readers[0].statistics
+    # Two blocks are asked for: at most the whole epoch, never a sample beside it.
+    assert statistics.nbytes <= 2 * int(index.nbytes.sum())
+    assert 4 < len(index) < 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["Persn"]}, "there is no class 'Persn': did you mean Person"),
+        ({"classes": ["Zebra"]}, "there is no class 'Zebra': it has Person, Car"),
+        ({"classes": [7]}, "there is no class '7'"),
+        ({"fraction": 0}, "fraction is 0: it must be above 0"),
+        ({"fraction": 1.5}, "fraction is 1.5"),
+        ({"seed": -1}, "seed of a selection is -1"),
+        ({"classes": []}, "classes is empty: name at least one, or give classes=None"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(dataset, options, message):
+    with pytest.raises(DatasetError, match=message):
+        dataset.select(**options)
+
+
+def test_a_selection_of_a_selection_is_a_part_of_it_whichever_came_first(dataset):
+    at_once = dataset.select(classes=["Car"], fraction=0.5, seed=3)
+    cars, half = dataset.select(classes=["Car"]), dataset.select(fraction=0.5, seed=3)
+    for chosen in (cars.select(fraction=0.5, seed=3), half.select(classes=["Car"]), at_once.select(), at_once):
+        assert chosen.selection == at_once.selection
+        assert ids(chosen.index("train")) == ids(cars.index("train")) & ids(half.index("train"))
+        assert [category.name for category in chosen.categories] == ["Car"]
+    assert dataset.select(classes=["Car", "Person"]).select(classes=[2]).selection == cars.selection
+    with pytest.raises(DatasetError, match="there is no class 'Person': it has Car"):
+        cars.select(classes=["Person"])
+    with pytest.raises(DatasetError, match=r"fraction 0.25 of a selection that is fraction 0.5 already: select once"):
+        half.select(fraction=0.25)
+
+
+def test_a_selection_that_leaves_nothing_is_refused(dataset):
+    with pytest.raises(DatasetError, match="no sample is selected: choose other classes or a larger fraction"):
+        dataset.select(fraction=1e-6).index("train")
+
+
+def test_a_subset_too_small_for_the_batch_is_refused(dataset):
+    with pytest.raises(DatasetError, match="has 20 samples, fewer than one batch of 24"):
+        ShardStream(dataset.select(classes=["Car"]), "train", batch_size=24)
+
+
+def test_evaluation_reads_the_subset(dataset):
+    seen = [s for batch in EvalStream(dataset.select(classes=["Car"]), "train", batch_size=3) for s in batch]
+    assert len(seen) == 20
+    assert all(i.category_id == 2 for s in seen for i in s.instances)
+
+
+def test_counts_are_of_the_selected_samples(dataset):
+    chosen = dataset.select(classes=["Car"])
+    assert chosen.index("train").counts("images", chosen.categories) == {2: 20}
+    assert dataset.index("train").counts("instances", dataset.categories) == {1: 40, 2: 20}

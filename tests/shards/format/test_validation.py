@@ -1,0 +1,33 @@
+"""What the format promises of one annotation, and the runs of its mask."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.format import rle
+from shards.format.rle import Rle
+from shards.format.sample import Instance
+from shards.format.validation import instance_faults
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_runs_are_those_of_the_mask(height: int, width: int, data: st.DataObject) -> None:
+    bits = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
+    mask = np.array(bits, np.uint8).reshape(height, width)
+    runs = rle.runs(rle.encode(mask))
+    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T, mask)
+
+
+@given(st.text(max_size=30), st.integers(1, 40), st.integers(1, 40))
+def test_no_text_in_the_place_of_an_rle_is_too_strange(counts: str, height: int, width: int) -> None:
+    instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
+    if not list(instance_faults(instance, width, height, {1})):
+        assert rle.decode(Rle(height, width, counts)).sum() == rle.area(Rle(height, width, counts)) > 0
+
+
+def test_the_mask_of_a_tiny_box_is_a_whole_pixel() -> None:
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5, 10] = 1
+    for x, fault in ((10.6, False), (11.4, False), (13.0, True)):
+        instance = Instance(1, (x, 5.0, 0.3, 0.4), rle.encode(mask))
+        assert bool(list(instance_faults(instance, 20, 20, {1}))) == fault

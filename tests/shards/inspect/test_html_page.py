@@ -1,0 +1,341 @@
+"""`inspect-shards --html`: the page, in a browser."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.scenes import SceneTruth
+from shards.format import rle
+from shards.format.dataset import Category, finish_dataset
+from shards.format.sample import Instance, Sample
+from shards.format.writer import pack_shard, shard_path
+from shards.inspect.cli import main
+from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_mask, small_picture
+from shards.storage.location import Location
+from tests.browser import console, in_browser, press, requests, resize
+from tests.support import jpeg, sample, write_dataset
+
+HOSTILE = "</script><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'`&amp;{{data}}<!--"
+
+
+def page_of(root: Path | str, out: Path, *options: str) -> str:
+    assert main([str(root), "--html", str(out), *options]) == 0
+    return out.read_text("utf-8")
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    value: dict[str, Any] = json.loads(found[1])
+    return value
+
+
+def hostile_dataset(root: Path) -> None:
+    """Every text that a dataset holds is markup, and every address a script."""
+    one = replace(
+        sample(1),
+        title=HOSTILE,
+        author=HOSTILE,
+        license="javascript:window.broken=1",
+        author_url="javascript:window.broken=1",
+        original_url="data:text/html,<script>window.broken=1</script>",
+        instances=tuple(replace(instance, label=HOSTILE) for instance in sample(1).instances),
+    )
+    packed = pack_shard([one, sample(2)], split="train", path=shard_path("train", 0))
+    (Location(str(root)) / packed.shard.path).write(packed.data)
+    classes = [Category(1, HOSTILE, HOSTILE), Category(2, "Car", "/m/0k4j")]
+    finish_dataset(Location(str(root)), packed.rows, [packed.shard], classes, plan=HOSTILE)
+
+
+def busy(number: int) -> Sample:
+    """Noise, which no JPEG makes small, under 60 masks with ragged edges."""
+    rng = np.random.default_rng(number)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (768, 1024, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=85)
+    instances = []
+    for _ in range(60):
+        mask = np.zeros((768, 1024), np.uint8)
+        x, y = int(rng.integers(0, 900)), int(rng.integers(0, 650))
+        mask[y : y + 80, x : x + 80] = rng.random((80, 80)) < 0.6
+        instances.append(Instance(1, rle.bounds(rle.encode(mask)), rle.encode(mask)))
+    return Sample(f"{number:016x}", buffer.getvalue(), 1024, 768, tuple(instances))
+
+
+def test_a_sample_takes_a_limited_part_of_the_page(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": [busy(0)]})
+    page = page_of(tmp_path / "data", tmp_path / "page.html")
+    [one] = data_of(page)["samples"]
+    assert len(one["picture"]) < PICTURE_BYTES * 4 / 3 + 100
+    assert max(one["size"]) <= SIDE
+    assert sum(len(item["outline"]) for item in one["objects"]) <= OUTLINE_BYTES
+    assert all(item["outline"] for item in one["objects"])
+
+
+def test_small_pictures_and_masks() -> None:
+    size, data = small_picture(replace(sample(0), image=jpeg(2000, 500, 0), width=2000, height=500))
+    assert size == (640, 160)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (picture.format, picture.size) == ("JPEG", size)
+        assert "exif" not in picture.info
+    mask = np.zeros((500, 2000), np.uint8)
+    mask[100:300, 400:1200] = 1
+    small = small_mask(rle.encode(mask), size)
+    assert small.shape == (160, 640)
+    assert small[32:96, 128:384].all()
+    assert small.sum() == 64 * 256
+    mask[:] = 0
+    mask[250, 1000] = 1
+    assert small_mask(rle.encode(mask), size).sum() == 1
+
+
+def test_options_choose_the_samples(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": [sample(n) for n in range(12)]})
+    ids = [
+        [one["id"] for one in data_of(page_of(tmp_path / "data", tmp_path / "page.html", *options))["samples"]]
+        for options in (("--samples", "4"), ("--samples", "4"), ("--samples", "4", "--seed", "1"), ())
+    ]
+    assert ids[0] == ids[1] != ids[2]
+    assert [len(own) for own in ids] == [4, 4, 4, 12]
+
+
+def test_no_text_of_the_data_is_markup(tmp_path: Path) -> None:
+    hostile_dataset(tmp_path / "data")
+    page = page_of(tmp_path / "data", tmp_path / "page.html")
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page
+    assert "<!--" not in page
+    value = data_of(page)
+    assert value["plan"] == value["classes"][0]["name"] == HOSTILE
+
+
+@pytest.fixture(scope="module")
+def drawn(scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a dataset that was built of drawn scenes."""
+    from builder.commands.cli import main as build
+
+    root = tmp_path_factory.mktemp("drawn")
+    sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
+    assert build(["--per-class", "20", "--eval-per-class", "8", *sources, "--out", str(root / "data")]) == 0
+    page_of(root / "data", root / "page.html", "--samples", "24")
+    return root / "page.html"
+
+
+def test_one_sample_is_told_as_one(browser: Any, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": [sample(0)]})
+    page_of(tmp_path / "data", tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert browser.find_element("id", "split-facts").text.startswith("all splits: 1 image;")
+    assert browser.find_element("id", "label-note").text.startswith("Verified labels: share of all images.")
+    assert browser.find_element("id", "gallery-note").text.startswith("1 sample, chosen")
+
+
+@pytest.fixture
+def page(browser: Any, drawn: Path) -> Any:
+    resize(browser, 1280, 900)
+    requests(browser)
+    browser.get(drawn.as_uri())
+    yield browser
+    assert console(browser) == []
+
+
+def choose(driver: Any, name: str, text: str) -> int:
+    """Choose in a filter; the number of samples that are left."""
+    from selenium.webdriver.support.select import Select
+
+    select = Select(driver.find_element("id", name))
+    [option] = [o.text for o in select.options if o.text == text or o.text.startswith(f"{text} (")]
+    select.select_by_visible_text(option)
+    return len(driver.find_elements("css selector", "#gallery .card"))
+
+
+def visible(driver: Any, selector: str) -> int:
+    return sum(element.is_displayed() for element in driver.find_elements("css selector", selector))
+
+
+@in_browser
+def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, drawn: Path) -> None:
+    value = data_of(drawn.read_text("utf-8"))
+    rows = page.find_elements("css selector", "#classes tbody tr")
+    assert len(rows) == sum(1 for row in value["all"] if row["images"])
+    most = max(value["all"], key=lambda row: row["boxes"])
+    assert rows[0].text.split("\n")[0].startswith(most["name"])
+    page.find_element("xpath", "//*[@id='tabs']/button[text()='val']").click()
+    val = next(split for split in value["splits"] if split["split"] == "val")
+    counted = {row["name"]: row["boxes"] for row in val["classes"] if row["images"]}
+    told = [
+        row.find_elements("css selector", "th, td") for row in page.find_elements("css selector", "#classes tbody tr")
+    ]
+    assert {cells[0].text: int(cells[3].text) for cells in told} == counted
+    cards = page.find_elements("css selector", "#gallery .card")
+    assert len(cards) == 24
+    assert page.execute_script("return [...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+    assert visible(page, ".card:first-of-type .area") > 0
+    outside = [url for url in requests(page) if not url.startswith("data:") and url != drawn.as_uri()]
+    assert outside == []
+
+
+@in_browser
+def test_filters_by_class_split_and_flag(page: Any, drawn: Path) -> None:
+    samples = data_of(drawn.read_text("utf-8"))["samples"]
+    car = next(c["id"] for c in data_of(drawn.read_text("utf-8"))["classes"] if c["name"] == "Car")
+    cars = [[item for item in one["objects"] if item["class"] == car] for one in samples]
+    assert choose(page, "by-class", "Car") == sum(map(bool, cars)) < 24
+    bare = sum(any(not item["outline"] and 0 not in item["flags"] for item in own) for own in cars)
+    assert choose(page, "by-flag", "a box only") == bare
+    assert page.find_element("id", "shown").text == f"{bare} of 24 shown"
+    choose(page, "by-class", "all")
+    assert choose(page, "by-flag", "group-of") == sum(any(0 in o["flags"] for o in one["objects"]) for one in samples)
+    choose(page, "by-flag", "any annotations")
+    assert choose(page, "by-split", "test") == sum(one["split"] == "test" for one in samples) > 0
+
+
+@in_browser
+def test_masks_and_boxes_are_toggled(page: Any) -> None:
+    masks, boxes = (page.find_element("css selector", f"#filters [data-kind={kind}]") for kind in ("masks", "boxes"))
+    assert visible(page, "#gallery .area") > 0 < visible(page, "#gallery .box")
+    masks.click()
+    assert (visible(page, "#gallery .area"), masks.get_attribute("aria-pressed")) == (0, "false")
+    assert visible(page, "#gallery .box") > 0
+    press(page, "b")
+    assert (visible(page, "#gallery .box"), boxes.get_attribute("aria-pressed")) == (0, "false")
+    # Without masks on the photograph, image and mask are side by side.
+    page.find_element("css selector", "#gallery .card").click()
+    assert visible(page, "#photo .area") == 0 < visible(page, "#mask .area")
+    photo, mask = (page.find_element("id", name).rect for name in ("photo", "mask"))
+    assert photo["y"] == mask["y"]
+    assert photo["x"] + photo["width"] <= mask["x"]
+    press(page, "mb")
+    assert visible(page, "#photo .area") > 0 < visible(page, "#photo .box")
+
+
+@in_browser
+def test_everything_by_keyboard(page: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def focused() -> str:
+        return str(page.execute_script("return document.activeElement.getAttribute('aria-label') || ''"))
+
+    labels = [card.get_attribute("aria-label") for card in page.find_elements("css selector", "#gallery .card")]
+    for _ in range(40):
+        press(page, Keys.TAB)
+        if focused() in labels:
+            break
+    assert focused() == labels[0]
+    assert page.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    press(page, Keys.ARROW_RIGHT)
+    assert focused() == labels[1]
+    press(page, Keys.ENTER)
+    title = page.find_element("id", "detail-title")
+    assert title.is_displayed()
+    assert labels[1].startswith(title.text)
+    press(page, Keys.ARROW_RIGHT)
+    assert labels[2].startswith(title.text)
+    row = page.find_element("css selector", "#objects tbody tr")
+    page.execute_script("arguments[0].focus()", row)
+    assert len(page.find_elements("css selector", ".shape.lit")) == 2  # on the photograph and on the mask
+    press(page, Keys.ESCAPE)
+    assert not title.is_displayed()
+    WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
+
+
+@in_browser
+def test_every_control_has_a_name(page: Any) -> None:
+    """In Chromium's own accessibility tree."""
+    from selenium.webdriver.common.keys import Keys
+
+    page.find_element("css selector", "#gallery .card").click()
+    for _ in range(2):
+        nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        roles = ("button", "combobox", "image", "dialog", "link", "region", "search")
+        controls = [n for n in nodes if not n["ignored"] and n["role"]["value"] in roles]
+        assert controls
+        assert [n for n in controls if not n.get("name", {}).get("value")] == []
+        press(page, Keys.ESCAPE)  # the page behind the dialog
+
+
+@in_browser
+@pytest.mark.parametrize("width", [390, 320])
+def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
+    resize(page, width, 844, phone=True)
+    assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
+    card = page.find_element("css selector", "#gallery .card")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", card)
+    card.click()
+    photo, mask = (page.find_element("id", name).rect for name in ("photo", "mask"))
+    assert photo["y"] + photo["height"] <= mask["y"]  # one below the other
+    assert photo["width"] > 0.85 * width
+    assert page.execute_script("return document.getElementById('detail').scrollWidth") <= width
+    close = page.find_element("id", "close")
+    assert close.rect["width"] >= 40 <= close.rect["height"]
+    assert close.rect["x"] + close.rect["width"] <= width
+
+
+@in_browser
+def test_dark_where_the_user_wants_it(page: Any) -> None:
+    def ground() -> list[int]:
+        colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        return [int(part) for part in re.findall(r"\d+", colour)[:3]]
+
+    assert min(ground()) > 200
+    resize(page, 1280, 900, dark=True)
+    assert max(ground()) < 60
+
+
+@in_browser
+def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
+    hostile_dataset(tmp_path / "data")
+    page_of(tmp_path / "data", tmp_path / "page.html")
+    resize(browser, 1280, 900)
+    requests(browser)
+    browser.get((tmp_path / "page.html").as_uri())
+    place = next(n for n, one in enumerate(data_of((tmp_path / "page.html").read_text())["samples"]) if one["title"])
+    browser.find_elements("css selector", "#gallery .card")[place].click()
+    assert browser.execute_script("return window.broken") is None
+    about = browser.find_element("id", "about")
+    assert about.find_element("xpath", "./dd[1]").get_property("textContent") == HOSTILE
+    assert about.find_elements("css selector", "a") == []  # none of the addresses is one of the web
+    assert len(browser.find_elements("css selector", "img, script")) == 2 + 2 + 1
+    assert [url for url in requests(browser) if not url.startswith(("data:image/jpeg", "file:"))] == []
+    assert console(browser) == []
+
+
+@in_browser
+def test_a_name_that_turns_the_direction_of_writing_turns_no_other(browser: Any, tmp_path: Path) -> None:
+    turned, other = "\u202eevil", "Car"
+    packed = pack_shard([replace(sample(1), verified_present=(1, 2))], split="train", path=shard_path("train", 0))
+    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
+    classes = [Category(1, turned, "/m/1"), Category(2, other, "/m/2")]
+    finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+    page_of(tmp_path, tmp_path / "page.html")
+    resize(browser, 1280, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    browser.find_element("css selector", "#gallery .card").click()
+    present = "//dt[.='Verified present']/following-sibling::dd[1]//bdi"
+    for names in (
+        browser.find_elements("xpath", present),
+        browser.find_elements("css selector", ".caption bdi"),
+    ):
+        assert [name.get_property("textContent") for name in names] == [turned, other]
+        # What follows is written after it, and not into it from the right.
+        assert names[0].rect["x"] + names[0].rect["width"] <= names[1].rect["x"]
+
+
+@in_browser
+def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, drawn: Path) -> None:
+    browser.get(drawn.as_uri())
+    console(browser)
+    browser.execute_script(
+        "const image = new Image(); image.src = 'https://example.org/x.png'; document.body.append(image);"
+        "const script = document.createElement('script'); script.textContent = 'window.broken = 1';"
+        "document.body.append(script);"
+    )
+    assert browser.execute_script("return window.broken") is None
+    assert all("Content Security Policy" in message for message in console(browser))

@@ -1,0 +1,252 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from shards.common.errors import DatasetError
+from shards.order.epoch_order import Order, OrderSettings, apart, chunk_starts, evaluation_batches, grouped, positions
+from tests.support import make_index
+
+
+@st.composite
+def orders(draw):
+    nbytes = np.array(draw(st.lists(st.integers(1, 50), min_size=1, max_size=100)))
+    chosen = OrderSettings(
+        batch_size=draw(st.integers(1, len(nbytes))),
+        seed=draw(st.integers(0, 2**63)),
+        lanes=draw(st.integers(1, 9)),
+        window=draw(st.integers(1, 50)),
+        group_by_aspect=draw(st.booleans()),
+        chunk_bytes=draw(st.integers(1, 500)),
+    )
+    return Order(make_index(nbytes, draw(st.integers(1, 40))), chosen)
+
+
+@settings(deadline=None)
+@given(orders(), st.integers(0, 5))
+def test_an_epoch_visits_every_sample_once_but_for_less_than_a_batch(order, epoch):
+    rows = order.epoch(epoch)
+    assert rows.shape == (order.samples // order.settings.batch_size, order.settings.batch_size)
+    assert len(np.unique(rows)) == rows.size
+    assert order.samples - rows.size < order.settings.batch_size
+    assert 0 <= rows.min() <= rows.max() < order.samples
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(0, 1000))
+def test_ranks_and_workers_share_out_the_row_of_batches(world, workers, start):
+    steps = 7
+    shares = []
+    for rank in range(world):
+        loaders = [
+            positions(start, rank=rank, world=world, worker=w, workers=max(workers, 1)) for w in range(max(workers, 1))
+        ]
+        # A DataLoader asks its workers in turn.
+        shares.append([next(loaders[step % len(loaders)]) for step in range(steps)])
+    # Step for step, the ranks together hold the next `world` batches: disjoint, none left out, the same for any world.
+    assert [shares[rank][step] for step in range(steps) for rank in range(world)] == list(
+        range(start, start + steps * world)
+    )
+
+
+@given(orders(), st.lists(st.integers(0, 400), min_size=1, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_a_batch_depends_on_its_position_alone(order, visited):
+    fresh = {position: Order.batch(order, position).copy() for position in visited}
+    order._epochs.clear()
+    order._pieces.clear()
+    for position in sorted(visited, reverse=True):
+        assert np.array_equal(order.batch(position), fresh[position])
+
+
+@pytest.mark.parametrize("group_by_aspect", [False, True])
+def test_the_same_seed_gives_the_same_order_and_another_seed_or_epoch_another(group_by_aspect):
+    index = make_index(np.full(60, 10))
+    order, same, other = (
+        Order(index, OrderSettings(4, seed, window=16, group_by_aspect=group_by_aspect)) for seed in (3, 3, 4)
+    )
+    assert np.array_equal(order.epoch(1), same.epoch(1))
+    assert not np.array_equal(order.epoch(1), order.epoch(0))
+    assert not np.array_equal(order.epoch(1), other.epoch(1))
+
+
+def test_the_order_is_pinned():
+    """Runs of other machines and years resume by this order: it must never change under one format version."""
+    order = Order(make_index(np.full(12, 10)), OrderSettings(4, seed=7, lanes=2, window=4, chunk_bytes=30))
+    assert order.epoch(0).tolist() == [[11, 1, 0, 2], [4, 8, 9, 10], [6, 7, 5, 3]]
+    assert order.identity()["index"] == order.fingerprint
+
+
+def test_leftovers_differ_from_epoch_to_epoch_even_with_one_chunk():
+    order = Order(make_index(np.full(10, 1), per_shard=10), OrderSettings(4, chunk_bytes=100))
+    left = [frozenset(range(10)) - set(order.epoch(epoch).reshape(-1).tolist()) for epoch in range(8)]
+    assert all(len(rows) == 2 for rows in left)
+    assert len(set(left)) > 3
+
+
+@settings(deadline=None)
+@given(orders())
+def test_batches_of_a_lane_come_from_one_window_after_the_other(order):
+    s = order.settings
+    assume(not s.group_by_aspect)
+    rows = order.epoch(0)
+    lanes = min(s.lanes, len(rows))
+    shuffled = np.concatenate([rows[lane::lanes].reshape(-1) for lane in range(lanes)])
+    unshuffled = Order(_index_of(order), OrderSettings(s.batch_size, s.seed, s.lanes, 1, False, s.chunk_bytes)).epoch(0)
+    plain = np.concatenate([unshuffled[lane::lanes].reshape(-1) for lane in range(lanes)])
+    start = 0
+    for lane in range(lanes):
+        length = rows[lane::lanes].size
+        for first in range(start, start + length, s.window):
+            last = min(first + s.window, start + length)
+            assert sorted(shuffled[first:last]) == sorted(plain[first:last])
+        start += length
+
+
+def _index_of(order):
+    """An index with the same chunks: one shard a chunk."""
+    lengths = np.diff(order._starts, append=order.samples)
+    index = make_index(np.full(order.samples, 1))
+    shard = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return replace(index, shard=shard, shard_paths=tuple(f"train/{n:06d}.tar" for n in range(len(lengths))))
+
+
+MASK = 2**64 - 1
+
+
+def mixed(x):
+    """Splitmix64's finaliser on Python's integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def folded(*values):
+    key = 0
+    for value in values:
+        key = mixed(key ^ (value & MASK))
+    return key
+
+
+def whole_epoch(order, epoch):
+    """The definition, step by step, on lists of the whole epoch."""
+    s, n = order.settings, order.samples
+    key, batches = folded(s.seed, epoch), n // s.batch_size
+    chunks = [list(range(a, b)) for a, b in pairwise([*order._starts.tolist(), n])]
+    of_chunks = sorted(range(len(chunks)), key=lambda c: mixed(c ^ folded(key, 1)))
+    rows = [row for c in of_chunks for row in chunks[c]]
+    turn = folded(key, 2) % n
+    rows = (rows[turn:] + rows[:turn])[: batches * s.batch_size]
+    lanes = min(s.lanes, batches)
+    cut, start = [], 0
+    for lane in range(lanes):
+        end = start + (batches // lanes + (lane < batches % lanes)) * s.batch_size
+        places = []
+        for first in range(start, end, s.window):
+            window = range(first, min(first + s.window, end))
+            places += sorted(window, key=lambda place: mixed(place ^ folded(key, 3)))
+        in_lane = np.array([rows[place] for place in places])
+        if s.group_by_aspect:
+            in_lane = in_lane[grouped(order._portrait[in_lane], s.batch_size)]
+        cut.append(in_lane.reshape(-1, s.batch_size).tolist())
+        start = end
+    return [cut[g % lanes][g // lanes] for g in range(batches)]
+
+
+@given(orders(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_batches_computed_one_by_one_are_those_of_the_definition(order, epoch):
+    assert order.epoch(epoch).tolist() == whole_epoch(order, epoch)
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 7))
+def test_grouping_keeps_kinds_apart_and_loses_nothing(kinds, size):
+    kind = np.array(kinds[: len(kinds) // size * size], dtype=bool)
+    places = grouped(kind, size)
+    assert sorted(places) == list(range(len(kind)))
+    mixed = [batch for batch in kind[places].reshape(-1, size) if len(set(batch.tolist())) > 1]
+    assert len(mixed) <= 1
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(1, 20), st.integers(1, 200))
+def test_chunks_are_runs_of_one_shard_of_about_the_wanted_length(sizes, per_shard, chunk_bytes):
+    shard = (np.arange(len(sizes)) // per_shard).astype(np.int32)
+    nbytes = np.array(sizes, dtype=np.int64)
+    starts = chunk_starts(shard, nbytes, chunk_bytes)
+    ends = np.append(starts[1:], len(sizes))
+    assert starts[0] == 0
+    assert (ends > starts).all()
+    for start, end in zip(starts, ends, strict=True):
+        assert len(set(shard[start:end])) == 1
+        # A chunk ends with the sample that starts past its share; only one sample may stand over.
+        assert nbytes[start : end - 1].sum() < chunk_bytes
+
+
+@given(st.integers(0, 100), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
+def test_evaluation_visits_every_sample_exactly_once(samples, batch_size, world, workers):
+    rows = [
+        row
+        for rank in range(world)
+        for worker in range(workers)
+        for batch in evaluation_batches(samples, batch_size, rank=rank, world=world, worker=worker, workers=workers)
+        for row in batch.tolist()
+    ]
+    assert sorted(rows) == list(range(samples))
+
+
+def test_fewer_samples_than_a_batch_is_an_error_that_says_so():
+    with pytest.raises(DatasetError, match="has 3 samples, fewer than one batch of 4: lower the batch size"):
+        Order(make_index(np.full(3, 1)), OrderSettings(4))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"lanes": 0}, {"window": 0}, {"seed": -1}, {"repeat_threshold": 1.5}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(DatasetError, match=f"{next(iter(wrong))} is"):
+        OrderSettings(**{"batch_size": 4, **wrong})
+
+
+def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
+    sizes = {}
+    for count in (2_000, 200_000):
+        order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
+        for position in range(0, 3 * order.batches_per_epoch, order.batches_per_epoch // 50):
+            order.batch(position)
+        sizes[count] = sum(piece.nbytes for piece in order._pieces.values())
+    assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
+
+
+@pytest.mark.parametrize("repeat_threshold", [0.0, 0.5])
+def test_threads_that_share_an_order_read_what_one_alone_reads(repeat_threshold):
+    """As threads that read one stream do; each drops what another still needs."""
+    index = make_index(np.full(40, 10), classes=[[1, 2] if n % 8 == 0 else [1] for n in range(40)])
+    chosen = OrderSettings(4, window=4, repeat_threshold=repeat_threshold)
+    shared, alone = Order(index, chosen), Order(index, chosen)
+    expected = [alone.batch(position).tolist() for position in range(300)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: [shared.batch(position).tolist() for position in range(300)], range(12)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(one == expected for one in found)
+    assert len(shared._pieces) <= 2 * shared.lanes + 4
+    assert len(shared._epochs) <= 2 + 4
+
+
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_what_is_put_apart_is_a_rearrangement_with_half_the_length_between(values):
+    rows = np.array(values, dtype=np.int64)
+    moved = apart(rows)
+    assert sorted(moved) == sorted(rows)
+    for value in set(values):
+        places = np.flatnonzero(moved == value)
+        if len(places) == 2:
+            assert places[1] - places[0] >= len(set(values)) // 2

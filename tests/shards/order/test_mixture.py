@@ -1,0 +1,211 @@
+import itertools
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shards.common.errors import DatasetError
+from shards.format.dataset import Category
+from shards.order.epoch_order import OrderSettings
+from shards.order.mixture import Mix, MixedOrder, apportion, whole_weights
+from shards.stream.loader import loader
+from shards.stream.streams import ShardStream
+from tests.support import make_index, sample, write_dataset
+
+weights_of = st.lists(st.integers(1, 50), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("a"), {"train": [sample(n) for n in range(30)]}, per_shard=7)
+
+
+@pytest.fixture(scope="module")
+def yards(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("b"), {"train": [sample(n) for n in range(100, 111)]}, per_shard=4)
+
+
+def test_a_rare_dataset_is_read_without_delay_and_as_the_order_says(streets, yards):
+    """Its next 2048 samples lie in two and a half million batches."""
+    mix = Mix([streets, yards], [9999, 1])
+    stream = ShardStream(mix, "train", batch_size=8)
+    expected, looked_at = MixedOrder(mix.indexes("train"), mix.weights, stream.order.settings), Counter()
+
+    def rows(position, number):
+        looked_at[number] += 1
+        return expected.rows(position, number)
+
+    stream.order.rows = rows
+    ids, rare = [index.image_id for index in expected.indexes], 0
+    for position, batch in enumerate(itertools.islice(stream, 1000)):
+        assert keys(batch) == tuple(ids[n](row) for n in range(2) for row in expected.rows(position, n))
+        rare += expected.sizes(position)[1]
+        assert looked_at[1] <= rare * 2100 + position
+    assert rare > 0
+
+
+def keys(batch):
+    return tuple(s.image_id for s in batch)
+
+
+def take(mix, count, *, workers=0, **options):
+    stream = ShardStream(mix, "train", **{"batch_size": 4, "window": 8, "lanes": 3, "seed": 5, **options})
+    return [keys(batch) for batch in itertools.islice(loader(stream, workers=workers), count)]
+
+
+@settings(deadline=None)
+@given(weights_of, st.integers(0, 10_000))
+@example([7, 39, 4, 37], 757)  # more than two off
+def test_a_total_is_shared_out_whole_in_proportion_and_never_taken_back(weights, total):
+    counts = apportion(total, weights)
+    assert sum(counts) == total
+    grown = apportion(total + 1, weights)
+    assert sorted(after - before for before, after in zip(counts, grown)) == [0] * (len(weights) - 1) + [1]
+    for count, weight in zip(counts, weights):
+        assert abs(count - total * weight / sum(weights)) < max(1, len(weights) - 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "whole"), [((0.7, 0.3), (7, 3)), ((2, 4), (1, 2)), ((0.1, 0.2, 0.7), (1, 2, 7)), ((5,), (1,))]
+)
+def test_weights_are_meant_as_they_are_written(weights, whole):
+    assert whole_weights(weights) == whole
+
+
+@st.composite
+def mixes(draw):
+    lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    weights = draw(st.lists(st.integers(1, 9), min_size=len(lengths), max_size=len(lengths)))
+    chosen = OrderSettings(
+        batch_size=draw(st.integers(1, 9)),
+        seed=draw(st.integers(0, 99)),
+        lanes=draw(st.integers(1, 5)),
+        window=draw(st.integers(1, 20)),
+        chunk_bytes=50,
+    )
+    return MixedOrder([make_index(np.full(n, 10)) for n in lengths], weights, chosen), lengths, weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixes())
+def test_each_dataset_runs_through_epochs_of_its_own_in_its_share_of_every_stretch(mix):
+    order, lengths, weights = mix
+    batches = 60
+    for number, (length, weight) in enumerate(zip(lengths, weights)):
+        rows = [order.rows(position, number) for position in range(batches)]
+        assert [len(own) for own in rows] == [order.sizes(position)[number] for position in range(batches)]
+        seen = Counter(np.concatenate(rows).tolist())
+        assert set(seen) <= set(range(length))
+        taken = sum(seen.values())
+        wanted = batches * order.settings.batch_size * weight / sum(weights)
+        assert abs(taken - wanted) <= 2 * order.lanes
+        # Every lane is as far in its epochs as the others, to within what its share was rounded by.
+        most, least = max(seen.values()), min(seen.get(row, 0) for row in range(length))
+        per_lane = length // order.lanes
+        assert most - least <= 2 + (4 + order.settings.batch_size) // per_lane
+    assert all(sum(order.sizes(position)) == order.settings.batch_size for position in range(batches))
+
+
+@settings(max_examples=30, deadline=None)
+@given(mixes(), st.lists(st.integers(0, 500), min_size=1, max_size=8))
+def test_a_batch_of_a_mix_depends_on_its_position_alone(mix, positions):
+    order, lengths, weights = mix
+    again = MixedOrder([make_index(np.full(n, 10)) for n in lengths], weights, order.settings)
+    for number in range(len(lengths)):
+        found = {p: order.rows(p, number).tolist() for p in positions}
+        assert found == {p: again.rows(p, number).tolist() for p in sorted(found, reverse=True)}
+
+
+def test_a_whole_epoch_of_each_lane_has_every_sample_of_it_once():
+    order = MixedOrder([make_index(np.full(24, 10)), make_index(np.full(12, 10))], (2, 1), OrderSettings(3, lanes=2))
+    rows = [np.concatenate([order.rows(p, number) for p in range(12)]) for number in (0, 1)]
+    assert sorted(rows[0]) == list(range(24))
+    assert sorted(rows[1]) == list(range(12))
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
+def test_any_number_of_ranks_and_workers_gives_the_same_mix(streets, yards, world, workers):
+    mix, steps = Mix((streets, yards), (3, 1)), 5
+    expected = take(mix, steps * world)
+    ranks = [take(mix, steps, workers=workers, rank=rank, world=world) for rank in range(world)]
+    assert [ranks[rank][step] for step in range(steps) for rank in range(world)] == expected
+
+
+@pytest.mark.parametrize("start", [1, 8, 23])
+def test_a_mix_resumes_at_any_position(streets, yards, start):
+    mix = Mix((streets, yards), (0.75, 0.25))
+    assert take(mix, 4, start=start, workers=2) == take(mix, start + 4)[start:]
+
+
+def test_the_identity_holds_all_datasets_and_weights(streets, yards):
+    def identity(datasets, weights):
+        return ShardStream(Mix(datasets, weights), "train", batch_size=2).order.identity()
+
+    one = identity((streets, yards), (3, 1))
+    assert one == identity((streets, yards), (0.75, 0.25))
+    assert one != identity((streets, yards), (1, 1))
+    assert one != identity((yards, streets), (3, 1))
+    assert one != identity((streets, yards.select(fraction=0.9)), (3, 1))
+
+
+def test_no_two_batches_with_the_same_sample_have_the_same_number(streets, yards):
+    stream = ShardStream(
+        Mix((streets, yards), (1, 3)), "train", batch_size=4, collate=lambda batch, visit: (set(keys(batch)), visit)
+    )
+    batches = list(itertools.islice(stream, 40))
+    assert len({visit for _, visit in batches}) == 40
+    # Only where one epoch of the small dataset ends and the next begins may a batch hold a sample twice.
+    assert sum(len(batch) < 4 for batch, _ in batches) <= 40 * 3 // 11
+
+
+def test_ids_that_differ_are_those_of_the_first_dataset(streets, yards):
+    swapped = (Category(1, "Car", "/m/0k4j"), Category(2, "Person", "/m/01g317"))
+    other = replace(yards, info=replace(yards.info, categories=swapped))
+    stream = ShardStream(Mix((streets, other), (1, 1)), "train", batch_size=8)
+    for one in next(iter(stream)):
+        # In the shards 1 is Person; the second dataset says that its 1 is a car.
+        first = 1 if int(one.image_id, 16) < 100 else 2
+        assert one.instances[0].category_id == first
+        assert one.verified_present == (first,)
+    assert stream.order.identity() != ShardStream(Mix((streets, yards), (1, 1)), "train", batch_size=8).order.identity()
+
+
+@pytest.mark.parametrize(
+    ("datasets", "weights", "message"),
+    [
+        (lambda a, b: (a, b), (1,), "2 datasets with 1 weights"),
+        (lambda a, b: (), (), "0 datasets"),
+        (lambda a, b: (a, b), (1, 0), "its weight in the mix is 0"),
+        (lambda a, b: (a, b.select(classes=["Car"])), (1, 1), "has no class Person, which is in the mix.*select"),
+        (lambda a, b: (a.select(classes=["Car"]), b), (1, 1), "has no class Person"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused(streets, yards, datasets, weights, message):
+    with pytest.raises(DatasetError, match=message):
+        Mix(datasets(streets, yards), weights)
+
+
+def test_a_split_that_one_of_them_lacks_and_grouping_are_refused(streets, yards):
+    mix = Mix((streets, yards), (1, 1))
+    with pytest.raises(DatasetError, match="no split 'val'"):
+        ShardStream(mix, "val", batch_size=2)
+    with pytest.raises(DatasetError, match="group_by_aspect needs a single dataset"):
+        ShardStream(mix, "train", batch_size=2, group_by_aspect=True)
+
+
+def test_the_order_of_a_mix_is_pinned():
+    """As the order of one dataset: runs of other machines and years resume by it."""
+    order = MixedOrder(
+        [make_index(np.full(12, 10)), make_index(np.full(6, 10))],
+        (3, 1),
+        OrderSettings(4, seed=7, lanes=2, window=4, chunk_bytes=30),
+    )
+    assert [[order.rows(position, number).tolist() for number in (0, 1)] for position in range(4)] == [
+        [[4, 10, 2], [4]],
+        [[7, 6, 5], [5]],
+        [[3, 8, 11], [2]],
+        [[9, 1, 0], [1]],
+    ]

@@ -1,0 +1,224 @@
+"""Reads that the S3 server of the other tests cannot show."""
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from shards.storage.location import Location
+from shards.storage.ranges import Read, ReadStatistics, TransientError, read_many
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A bucket in eu-west-1: a request that is signed for another region is told so, in S3's two ways."""
+
+    protocol_version = "HTTP/1.1"
+    told_in_header = True
+
+    def do_GET(self) -> None:
+        here = "/eu-west-1/s3/" in self.headers.get("Authorization", "")
+        body = (
+            b"0123456789"
+            if here
+            else b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"
+        )
+        self.send_response(200 if here else 400)
+        if not here and self.told_in_header:
+            body = b""
+            self.send_header("x-amz-bucket-region", "eu-west-1")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("told_in_header", [True, False])
+def test_a_bucket_in_another_region_is_found(monkeypatch: pytest.MonkeyPatch, told_in_header: bool) -> None:
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr(Elsewhere, "told_in_header", told_in_header)
+    with serving(Elsewhere) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        assert read_many([Read(Location("s3://far-away/a"))] * 3) == [b"0123456789"] * 3
+
+
+OBJECT = bytes(range(251)) * 200
+
+
+# How much comes at once, then how much how often (bytes, bytes, seconds).
+PACES = {"trickle": (0, 1, 0.05), "half, then a trickle": (4000, 1, 0.05), "slow": (0, 1024, 0.2)}
+
+
+class Poor(BaseHTTPRequestHandler):
+    """A server that gives ranges of `OBJECT`, as `ways` says for one request after the other, then `whole`."""
+
+    protocol_version = "HTTP/1.1"
+    ways: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        start, last = map(int, re.findall(r"\d+", self.headers["Range"]))
+        way = self.ways.pop(0) if self.ways else "whole"
+        asked = OBJECT[start : last + 1]
+        body = {"nothing": b"", **dict.fromkeys(["whole", *PACES], asked)}.get(way, asked[: len(asked) // 2])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(OBJECT)}")
+        if way == "without a length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if way in PACES:
+            self.write_slowly(asked, *PACES[way])
+        else:
+            self.wfile.write(body)
+
+    def write_slowly(self, data: bytes, at_once: int, piece: int, pause: float) -> None:
+        with suppress(ConnectionError):  # the reader hangs up
+            for start in range(0, len(data), piece):
+                self.wfile.write(data[start : start + piece])
+                if start >= at_once:
+                    time.sleep(pause)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def poor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr(Poor, "ways", [])
+    with serving(Poor) as url:
+        yield Location(f"{url}/object")
+
+
+@pytest.mark.parametrize("way", ["short", "without a length"])
+def test_an_answer_that_holds_less_than_was_asked_for_is_continued(poor: Location, way: str) -> None:
+    Poor.ways, done = [way, way], ReadStatistics()
+    assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
+
+
+def test_an_object_that_ends_there_is_given_as_it_is(poor: Location) -> None:
+    done = ReadStatistics()
+    assert read_many([Read(poor, 50_000, 60_000)], statistics=done) == [OBJECT[50_000:]]
+    assert done.requests == 1
+
+
+def test_answers_without_any_of_the_bytes_are_an_error_in_the_end(poor: Location) -> None:
+    Poor.ways, done = ["nothing"] * 9, ReadStatistics()
+    [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
+    assert isinstance(error, TransientError)
+    assert str(error) == "the answer ended 8000 bytes before what was asked for"
+    assert done.requests == 5
+
+
+def test_what_trickles_is_asked_for_again_where_it_is(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.4)
+    Poor.ways, done = ["half, then a trickle", "trickle"], ReadStatistics()
+    assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
+
+
+def test_what_only_trickles_is_an_error_in_the_end(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.4)
+    Poor.ways, done = ["trickle"] * 9, ReadStatistics()
+    [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
+    assert isinstance(error, TransientError)
+    assert re.fullmatch(r"only \d+ bytes? came in 0.4 s", str(error))
+    assert done.requests == 5
+
+
+def test_a_slow_line_is_left_alone(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 1.5)
+    Poor.ways, done = ["slow"], ReadStatistics()
+    began = time.monotonic()
+    assert read_many([Read(poor, 0, 10 * 1024)], statistics=done) == [OBJECT[: 10 * 1024]]
+    assert done.requests == 1
+    assert time.monotonic() - began > 1.6
+
+
+class Flaky(LocalFileSystem):
+    """The local disk, as any other file system that fails now and then."""
+
+    protocol = "flaky"
+    failures: ClassVar[list[Exception]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.failures:
+            raise self.failures.pop()
+        return super().cat_file(path.removeprefix("flaky://"), start, end, **options)
+
+
+class Silent(AsyncFileSystem):
+    """One that answers its third request."""
+
+    protocol = "silent"
+    asked = 0
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        Silent.asked += 1
+        if Silent.asked < 3:
+            await asyncio.Event().wait()
+        return OBJECT[start:end]
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    for kind in (Flaky, Silent):
+        fsspec.register_implementation(kind.protocol, kind, clobber=True)
+    monkeypatch.setattr("shards.storage.location._instances", {})
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr(Flaky, "failures", [])
+    monkeypatch.setattr(Silent, "asked", 0)
+    (tmp_path / "object").write_bytes(OBJECT)
+    return Location(f"flaky://{tmp_path}/object")
+
+
+def test_any_file_system_is_asked_again(flaky: Location) -> None:
+    Flaky.failures, done = [ConnectionResetError("by peer"), TimeoutError()], ReadStatistics()
+    assert read_many([Read(flaky, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
+    assert (done.requests, done.retries, done.nbytes, done.trouble) == (3, 2, 8000, "by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "requests"),
+    [(ConnectionResetError, 5), (TimeoutError, 5), (FileNotFoundError, 1), (PermissionError, 1), (ValueError, 1)],
+)
+def test_what_never_gets_better_is_told(flaky: Location, error: type[Exception], requests: int) -> None:
+    Flaky.failures, done = [error("told")] * 9, ReadStatistics()
+    [got] = read_many([Read(flaky, 1000, 9000)], statistics=done)
+    assert isinstance(got, OSError if error is TimeoutError else error)
+    assert (str(got), done.requests) == ("told", requests)
+
+
+def test_an_asynchronous_file_system_that_is_silent_is_asked_again(flaky: Location) -> None:
+    done = ReadStatistics()
+    assert read_many([Read(Location("silent://a/b"), 100, 200)], statistics=done) == [OBJECT[100:200]]
+    assert (done.requests, done.retries, done.trouble) == (3, 2, "no answer came in 0 s")

@@ -1,0 +1,194 @@
+"""Batches that cross from loader processes in memory that is used again: nothing changes under whoever holds one."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from shards.common.errors import LoaderError
+from shards.format.dataset import Dataset
+from shards.format.sample import Sample
+from shards.stream import batch_transport as handover
+from shards.stream.loader import Loader, loader
+from shards.stream.streams import ShardStream
+from tests.support import sample, write_dataset
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux alone has memfd")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [sample(n) for n in range(24)]})
+
+
+def everything(samples: Sequence[Sample], epoch: int) -> dict[str, Any]:
+    """What a batch may be made of. Its sizes differ from batch to batch."""
+    number = int(samples[0].image_id, 16)
+    rng = np.random.default_rng([number, epoch])
+    images = handover.empty((2, 5 + number, 7, 3)).permute(0, 3, 1, 2)
+    images.copy_(torch.from_numpy(rng.integers(0, 256, images.shape, dtype=np.uint8)))
+    more = handover.empty((3, 4), torch.float32).copy_(torch.from_numpy(rng.random((3, 4))))
+    floats = torch.from_numpy(rng.random((6, 8)))
+    return {
+        "images": images,
+        "one of them": images[1, :, 1:3],
+        "more": [more, handover.empty((0, 4))],
+        "strided": floats[::2, 1:],
+        "expanded": floats[:, :1].expand(6, 5),
+        "transposed": floats.t(),
+        "bfloat16": floats.bfloat16(),
+        "conjugate": torch.complex(floats, floats).conj(),
+        "bool": floats > 0.5,
+        "scalar": floats[0, 0].clone(),
+        "empty": torch.zeros((0, 4), dtype=torch.int64),
+        "parameter": torch.nn.Parameter(floats.clone()),
+        "numpy": (rng.random(5), rng.integers(0, 9, (0, 2))),
+        "values": (samples[0].image_id, epoch, None),
+        "samples": list(samples),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def batches(dataset: Dataset, workers: int, start_method: str | None = None) -> Loader[dict[str, Any]]:
+    stream = ShardStream(dataset, "train", batch_size=2, collate=everything)
+    return loader(stream, workers=workers, start_method=start_method)
+
+
+def expected(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    return list(itertools.islice(batches(dataset, 0), count))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests() -> None:
+    """An error that was caught keeps its loader, and what that holds, until the collector comes by."""
+    gc.collect()
+    assert not segments()
+    left = [one for one in psutil.Process().children() if one.is_running() and segments(one)]
+    assert psutil.wait_procs(left, timeout=10)[1] == []
+
+
+def loader_process() -> psutil.Process:
+    [process] = [one for one in psutil.Process().children() if segments(one)]
+    return process
+
+
+def segments(process: psutil.Process | None = None) -> set[str]:
+    """Those that a process has mapped."""
+    lines = Path(f"/proc/{process.pid if process else 'self'}/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:maskstream-batch" in line}
+
+
+@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (2, "forkserver"), (2, "spawn")])
+def test_a_batch_arrives_as_it_was_made(dataset: Dataset, workers: int, method: str) -> None:
+    for found, wanted in zip(batches(dataset, workers, method), expected(dataset, 15), strict=False):
+        assert same(found, wanted)
+        assert found["images"].stride() == wanted["images"].stride()
+        found["images"].zero_()  # it belongs to the reader
+
+
+def test_what_is_held_stays_as_it_is_and_the_rest_is_used_again(dataset: Dataset) -> None:
+    """The reader keeps whole batches, or a single view of one, for as long as it likes."""
+    choose = random.Random(5)
+    held: list[tuple[Any, Any]] = []
+    reader = iter(batches(dataset, 2))
+    for wanted in expected(dataset, 60):
+        whole = next(reader)
+        key = choose.choice([None, "images", "one of them", "strided", "numpy"])
+        held.append((whole, wanted) if key is None else (whole[key], wanted[key]))
+        del whole
+        assert all(same(found, wanted) for found, wanted in held)
+        while len(held) > choose.choice([0, 1, 3, 20]):
+            held.pop(choose.randrange(len(held)))
+    assert same(*held[0]) if held else True
+    reader.close()
+
+
+def test_memory_is_bounded_and_used_again(dataset: Dataset) -> None:
+    reader = iter(loader(ShardStream(dataset, "train", batch_size=2, collate=alike), workers=1))
+    held = list(itertools.islice(reader, 12))
+    worker = loader_process()
+    assert len(segments()) == 12
+    assert len(segments(worker)) <= handover.SEGMENTS + 3  # those not kept go as soon as they are sent
+    held.clear()
+    used = set[str]().union(*(segments() for _ in itertools.islice(reader, 100)))
+    assert len(used) <= handover.SEGMENTS + 2  # the two that were under way to the reader with its hands full
+    assert len(segments(worker)) <= handover.SEGMENTS + 3
+    reader.close()
+    assert not segments()
+
+
+def alike(samples: Sequence[Sample], epoch: int) -> dict[str, Any]:
+    """A batch of the same size each time."""
+    images = handover.empty((2, 3, 7, 7))
+    return {"images": images.fill_(epoch), "text": f"{samples[0].image_id} {epoch:4}"}
+
+
+def test_a_segment_that_is_too_small_makes_way() -> None:
+    segments = handover._Segments()
+
+    def used(nbytes: int) -> handover._Segment:
+        segments.take(nbytes)
+        return segments.settle()
+
+    first, second = used(100), used(100)
+    first.in_use = False
+    larger = used(5000)
+    assert segments.kept == [larger, second]
+    second.in_use = False
+    assert len(used(10).memory) == len(second.memory)
+    assert segments.kept == [larger, second]  # it is large enough for that
+    second.in_use = False
+    assert len(used(200).memory) == len(larger.memory)  # as large as any until now
+    assert len(segments.kept) == 2
+
+
+def test_a_process_forked_meanwhile_gives_nothing_back(dataset: Dataset) -> None:
+    wanted = expected(dataset, 61)[60]
+    reader = iter(batches(dataset, 1))
+    assert sum(1 for _ in itertools.islice(reader, 60)) == 60  # until each segment can take any batch
+    held = [next(reader)]
+    next(reader)  # the loop itself holds its newest batch
+    child = os.fork()
+    if child == 0:
+        held.clear()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sum(1 for _ in itertools.islice(reader, 10)) == 10
+    assert same(held[0], wanted)
+    reader.close()
+
+
+def test_a_batch_outlives_the_process_that_made_it(dataset: Dataset) -> None:
+    reader = iter(batches(dataset, 1))
+    held = next(reader)
+    worker = loader_process()
+    with pytest.raises(LoaderError):  # noqa: PT012
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in itertools.islice(reader, 10_000):
+            pass
+    reader.close()
+    assert same(held, expected(dataset, 1)[0])

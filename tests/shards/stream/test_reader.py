@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.common.errors import DatasetError, SampleError
+from shards.storage.location import Location
+from shards.stream.reader import SampleReader
+from shards.stream.streams import ShardStream
+from tests.support import sample, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(
+        tmp_path_factory.mktemp("data"), {"train": [sample(n, width=320, height=240) for n in range(40)]}, per_shard=16
+    )
+
+
+@settings(deadline=None)
+@given(order=st.lists(st.integers(0, 39), max_size=80), read_ahead=st.sampled_from([1, 10**4, 10**6]))
+def test_samples_come_in_the_order_asked_whatever_the_memory(dataset, order, read_ahead):
+    index = dataset.index("train")
+    read = list(SampleReader(dataset.root, index, read_ahead).read(order))
+    assert [row for row, _ in read] == order
+    for row, data in read:
+        path = f"{dataset.root.path}/{index.shard_paths[index.shard[row]]}"
+        with open(path, "rb") as file:
+            file.seek(index.offset[row])
+            assert file.read(index.nbytes[row]) == data
+
+
+def test_a_whole_split_takes_few_requests(dataset):
+    reader = SampleReader(dataset.root, dataset.index("train"))
+    assert len(list(reader.read(range(40)))) == 40
+    assert reader.statistics.requests == 3  # one a shard: the split is smaller than the first look-ahead
+    assert reader.statistics.nbytes == int(dataset.index("train").nbytes.sum())
+    assert reader.statistics.retries == 0
+
+
+def damaged(dataset, tmp_path, change):
+    shard = tmp_path / "train" / "000000.tar"
+    shard.parent.mkdir()
+    for path in dataset.index("train").shard_paths:
+        (tmp_path / path).write_bytes((Location(str(dataset.root)) / path).read())
+    change(shard)
+    return SampleReader(Location(str(tmp_path)), dataset.index("train"))
+
+
+def flip_a_byte(shard):
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_a_byte, "the index says"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:1000]), "ends before the sample does, 1000 of whose"),
+        (lambda shard: shard.unlink(), "there is no such object"),
+    ],
+    ids=["flipped byte", "truncated", "deleted"],
+)
+def test_a_sample_that_cannot_be_had_names_shard_key_and_offset(dataset, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0)
+    reader = damaged(dataset, tmp_path, change)
+    with pytest.raises(SampleError, match=rf"train/000000.tar: sample {0:016x} at offset 0.*{message}"):
+        list(reader.read([0]))
+    # What is whole can still be read.
+    assert [row for row, _ in reader.read([20, 39])] == [20, 39]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
+def test_a_wait_that_is_told_is_longer_than_none(dataset, wrong):
+    with pytest.raises(DatasetError, match=f"^stall_s is {wrong}: it must be a number of seconds above 0$"):
+        ShardStream(dataset, "train", batch_size=4, stall_s=wrong)

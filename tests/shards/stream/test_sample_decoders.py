@@ -1,0 +1,99 @@
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext, tar_file_iterator
+
+from shards.common.errors import SampleError
+from shards.format.sample import Sample
+from shards.format.tar_members import read_members
+from shards.stream.sample_decoders import parse_sample, webdataset_sample
+from tests.support import sample, write_dataset
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """An index of one sample, its bytes, and the sample."""
+    made = sample(0)
+    dataset = write_dataset(tmp_path_factory.mktemp("data"), {"train": [made]})
+    index = dataset.index("train")
+    with open(f"{dataset.root.path}/{index.shard_paths[0]}", "rb") as file:
+        return index, file.read(int(index.nbytes[0])), made
+
+
+def tar(files, **options):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            for key, value in options.items():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["jpg", "json", "seg.png", "txt"]), st.binary(max_size=2000), max_size=4),
+    st.booleans(),
+)
+def test_members_are_those_that_webdatasets_iterator_gives(one, values, ended):
+    _, _, made = one
+    data = tar({f"{made.image_id}.{extension}": value for extension, value in values.items()})
+    if not ended:  # as in the middle of a shard
+        data = data[: sum(512 + -(-len(value) // 512) * 512 for value in values.values())]
+    theirs = (
+        {base_plus_ext(f["fname"])[1]: bytes(f["data"]) for f in tar_file_iterator(io.BytesIO(data))} if data else {}
+    )
+    found = read_members(memoryview(data), made.image_id, where="")
+    assert {extension: bytes(value) for extension, value in found.items()} == theirs == values
+    assert all(value.obj is data for value in found.values())  # none is a copy
+
+
+def test_both_forms_of_a_sample(one):
+    index, data, made = one
+    assert parse_sample(memoryview(data), index, 0) == made
+    raw = webdataset_sample(memoryview(data), index, 0)
+    assert raw == {"__key__": made.image_id, **made.to_members()}
+    assert all(type(value) is bytes for extension, value in raw.items() if extension != "__key__")
+
+
+KEY = f"{0:016x}"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tar({f"{1:016x}.jpg": b"1"}), f"{1:016x}.jpg lies where the index has {KEY}: build"),
+        (tar({f"folder/{KEY}.jpg": b"1"}), f"folder/{KEY}.jpg lies where the index has {KEY}: build"),
+        (tar({f"{KEY}.jpg": b"1"})[:512], f"{KEY}.jpg has 1 bytes, 0 of them are in the range of the index"),
+        (tar({f"{KEY}.jpg": b"1"})[:300], f"sample {KEY}: no tar header"),
+        (tar({f"{KEY}.jpg": b"1"}, type=tarfile.DIRTYPE), "no tar header of a plain file"),
+        (tar({f"{KEY}.jpg": b"1"}).replace(b"ustar", b"other"), "no tar header of a plain file"),
+        (tar({f"{KEY}.jpg": b"1"}).replace(b"0000644", b"0000645"), "no tar header of a plain file"),
+        (b"\xff" * 5000, "no tar header of a plain file"),
+        (b"", f"there is no {KEY}.jpg"),
+    ],
+    ids=["another key", "a folder", "cut after", "cut in", "no file", "no ustar", "checksum", "no tar", "nothing"],
+)
+def test_what_is_not_the_sample_is_refused_in_one_line(one, data, message):
+    with pytest.raises(SampleError, match=rf"^[^\n]*s3://b/d/train/000000.tar[^\n]*{message}[^\n]*$"):
+        parse_sample(memoryview(data), one[0], 0, "s3://b/d")
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1023), st.binary(min_size=1, max_size=16))
+def test_a_damaged_header_gives_an_error_or_the_same_members(one, place, change):
+    """Never another exception: the checksum finds what changes a header."""
+    index, data, made = one
+    damaged = bytearray(data)
+    damaged[place : place + len(change)] = change
+    try:
+        found = parse_sample(memoryview(damaged), index, 0)
+    except SampleError:
+        return
+    assert isinstance(found, Sample)
+    assert found.image_id == made.image_id

@@ -1,0 +1,51 @@
+"""How a command ends: with a line, and the status that goes with it."""
+
+import pytest
+from torch.distributed import DistBackendError, DistNetworkError
+
+from shards.common.errors import UserError
+from trainer.commands import command_line as command
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] "
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:31415"),
+        RuntimeError(GLOO + "Read error [127.0.0.1]:31415: Connection reset by peer"),
+        RuntimeError(GLOO + "writev [127.0.0.1]:31415: Broken pipe"),
+        DistBackendError(
+            "NCCL error ... ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+            "prematurely."
+        ),
+        DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"),
+    ],
+)
+def test_a_lost_rank_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "PATIENCE_S", 0)
+    monkeypatch.setenv("RANK", "3")
+    assert command.run("train", lambda: _raise(error)) == 1
+    assert capsys.readouterr().err == (
+        "train: rank 3 ends: it lost the connection to another rank, whose own message says why\n"
+    )
+
+
+def test_other_errors_of_torch_are_bugs() -> None:
+    for error in (RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")):
+        with pytest.raises(type(error)):
+            command.run("train", lambda error=error: _raise(error))
+
+
+def test_an_error_says_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "PATIENCE_S", 0)
+    for rank, told in (("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")):
+        monkeypatch.setenv("RANK", rank)
+        assert command.run("train", lambda: _raise(UserError("full"))) == 2
+        assert capsys.readouterr().err == told
+
+
+def _raise(error: Exception) -> None:
+    raise error

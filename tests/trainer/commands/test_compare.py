@@ -1,0 +1,116 @@
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shards.storage.location import Location
+from tests.trainer import tiny
+from trainer.commands import compare as script
+from trainer.config.settings import ConfigError
+from trainer.config.yaml_config import load_config
+
+CONFIGS = tiny.ROOT / "configs"
+
+
+def options(path: Path | str, **overrides: str) -> argparse.Namespace:
+    return argparse.Namespace(comparison=str(path), config=None, **overrides)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare-*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_at_hand_are_ready_to_run(path: Path) -> None:
+    configs = script.read_comparison(options(path))
+    assert len(configs) == 3
+    assert len({json.dumps(config.to_dict()) for config in configs.values()}) == 3
+    base = load_config(str(CONFIGS / "traffic-coco.yaml"))
+    assert all(config.model == base.model and config.optim == base.optim for config in configs.values())
+
+
+def test_changes_come_over_the_command_line_over_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {epochs: 3}\noptim: {lr: 0.1, momentum: 0.5}\n")
+    (tmp_path / "c.yaml").write_text("base: base.yaml\nsettings: {low: {optim: {lr: 0.01}}, same: }\n")
+    configs = script.read_comparison(options(tmp_path / "c.yaml", **{"optim.lr": "0.5", "train.seed": "7"}))
+    assert {name: (c.optim.lr, c.optim.momentum, c.train.seed) for name, c in configs.items()} == {
+        "low": (0.01, 0.5, 7),
+        "same": (0.5, 0.5, 7),
+    }
+    (tmp_path / "elsewhere.yaml").write_text(f"base: {tmp_path}/base.yaml\nsettings: {{same: }}\n")
+    assert script.read_comparison(options(tmp_path / "elsewhere.yaml"))["same"].optim.momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"settings": {"a": {}, "b": {"train": {"epochs": 3}}}}, "as many images a GPU: a 8000, b 2400"),
+        ({"settings": {"a b": {}, "a-b": {}}}, "two names make the same folder: a b, a-b"),
+        ({"settings": {"a": {"optim": {"rate": 1}}}}, "c.yaml: a: unknown option 'optim.rate'"),
+        ({"settings": {}}, "there is none"),
+        ({"runs": {}}, "must hold 'settings:'"),
+    ],
+)
+def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(value))
+    with pytest.raises(ConfigError, match=message):
+        script.read_comparison(options(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--run.resume", "last"], ["--resume", "/runs/a"]])
+def test_resume_is_refused_for_the_command_goes_on_by_itself(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
+    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
+    assert capsys.readouterr().err == (
+        "compare: error: run.resume (--resume) has no place in a comparison: "
+        "the same command goes on with the run that was interrupted, and begins the others\n"
+    )
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    told = capsys.readouterr().out
+    assert "resume" not in told
+    assert "--run.dir" in told
+
+
+def evaluation(step: int, mask: float, box: float) -> dict[str, Any]:
+    return {"step": step, "segm": {"ap": mask, "ap50": mask + 0.1}, "bbox": {"ap": box, "ap50": box}}
+
+
+def test_the_table_tells_last_and_best(tmp_path: Path) -> None:
+    run = Location(str(tmp_path))
+    evaluations = [evaluation(2, 0.3, 0.4), evaluation(4, 0.25, 0.45)]
+    (run / "evaluations.jsonl").write("\n".join(map(json.dumps, evaluations)).encode())
+    (run / "metrics.jsonl").write(b'{"images": 8, "seconds": 30}\n{"images": 8, "seconds": 90}\n')
+    lines = script.table([script.read_result("heads", run)]).splitlines()
+    assert lines[0].startswith("| setting | box AP | mask AP |")
+    assert lines[2] == "| heads | 45.0 | 25.0 | 35.0 | 30.0 | 2 | 0.1 | 2.0 |"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
+    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", "--run.dir", "/proc/nowhere"]) == 2
+    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run.dir"
+    assert capsys.readouterr().err == f"compare: error: {told}\n"
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_all_and_a_failure_is_named(dataset: Path, tmp_path: Path) -> None:
+    settings = {"heads first": {"train": {"stages": [{"layers": "heads"}, {"layers": "all"}]}}, "all": {}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
+    words = tiny.arguments(dataset, tmp_path / "runs", train__epochs=2, train__steps_per_epoch=2)
+    done = tiny.run(tiny.ROOT / "trainer" / "compare.py", [str(tmp_path / "c.yaml"), *words])
+    assert done.returncode == 0, done.stderr
+    assert "| heads first |" in done.stdout
+    rows = json.loads((tmp_path / "runs/compare.json").read_text())
+    assert [row["setting"] for row in rows] == ["heads first", "all"]
+    assert (tmp_path / "runs/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len(tiny.rows(tmp_path / "runs/heads-first/metrics.jsonl")) == 4
+
+    done = tiny.run(
+        tiny.ROOT / "trainer" / "compare.py", [str(tmp_path / "c.yaml"), *words, "--data.shards", str(tmp_path)]
+    )
+    assert done.returncode == 2
+    assert "compare: error: heads first: the training ended with status" in done.stderr

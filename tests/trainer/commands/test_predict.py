@@ -1,0 +1,295 @@
+import base64
+import csv
+import io
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from shards.common.errors import UserError
+from shards.format.dataset import Category
+from shards.storage.location import Location
+from tests.trainer import tiny
+from trainer.commands import predict
+from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names
+from trainer.prediction.output_files import submission_labels
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """A JPEG, a grey PNG, and a JPEG of the first one's name in another folder."""
+    first, second, third = (
+        tmp_path / "in" / "street.jpg",
+        tmp_path / "in" / "grey.png",
+        tmp_path / "more" / "street.jpg",
+    )
+    for path, number in ((first, 1), (third, 2)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tiny.draw_sample(number).image)
+    Image.open(io.BytesIO(tiny.draw_sample(3).image)).convert("L").save(second)
+    return [first, second, third]
+
+
+def test_pictures_and_coco_json(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0.1", *map(str, images)]
+    assert predict.main(command) == 0
+    told = capsys.readouterr().out
+    for name in ("street.jpg", "grey.jpg", "street-2.jpg", "predictions.json"):
+        assert str(out / name) in told
+    with Image.open(out / "street.jpg") as picture, Image.open(images[0]) as source:
+        factor = picture.width // source.width
+        assert picture.size == (source.width * factor, source.height * factor)
+        assert np.asarray(picture).std() > 5
+
+    coco = COCO(str(out / "predictions.json"))
+    assert [(i["file_name"], i["picture"]) for i in coco.dataset["images"]] == [
+        (str(images[0]), "street.jpg"),
+        (str(images[1]), "grey.jpg"),
+        (str(images[2]), "street-2.jpg"),
+    ]
+    assert [(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]] == [
+        (c.id, c.name, c.mid) for c in tiny.CATEGORIES
+    ]
+    found = coco.dataset["annotations"]
+    assert {a["image_id"] for a in found} == {1, 2, 3}
+    for annotation in found:
+        info = coco.imgs[annotation["image_id"]]
+        assert annotation["segmentation"]["size"] == [info["height"], info["width"]]
+        assert coco_mask.area(annotation["segmentation"]) == annotation["area"]
+        assert annotation["category_id"] in (1, 2)
+        assert 0.1 <= annotation["score"] <= 1
+        x, y, w, h = annotation["bbox"]
+        assert -0.01 <= x <= x + w <= info["width"] + 0.01
+        assert -0.01 <= y <= y + h <= info["height"] + 0.01
+    assert coco.loadRes(found).dataset["annotations"]
+
+
+def test_the_score_decides_what_counts(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
+    assert predict.main(command) == 0
+    value = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert value["annotations"] == []
+    assert len(value["images"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["0 objects", "0 objects in 1 image"]
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(images[0].read_bytes()[:200])
+    text = tmp_path / "text.jpg"
+    text.write_text("not an image")
+    missing = tmp_path / "missing.jpg"
+    out = tmp_path / "out"
+    sources = [str(place) for place in (missing, broken, text, images[0])]
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), *sources]
+    assert predict.main(command) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == f"predict: {missing}: there is no such object"
+    assert errors[1].startswith(f"predict: {broken}: ")
+    assert "cannot be decoded" in errors[1]
+    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: it is of no format that Pillow knows"
+    assert len(errors) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
+
+
+def test_a_thin_image_is_one_like_the_others(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thin, out = tmp_path / "thin.png", tmp_path / "out"
+    Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0", str(thin), str(images[0])]
+    assert predict.main(command) == 0
+    assert capsys.readouterr().err == ""
+    sizes = [(i["width"], i["height"]) for i in json.loads((out / "predictions.json").read_text())["images"]]
+    assert sizes[0] == (600, 3)
+    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
+
+
+def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    root = Location(f"memory://{tmp_path.name}")
+    (root / "in.jpg").write(images[0].read_bytes())
+    shutil.copytree(checkpoint, tmp_path / "run")
+    out = root / "out"
+    command = ["--checkpoint", f"file://{tmp_path}/run", "--out", str(out), str(root / "in.jpg")]
+    assert predict.main(command) == 0
+    assert (out / "in.jpg").exists()
+    assert (out / "predictions.json").exists()
+
+
+def test_names_of_pictures(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    assert picture_names(["a.png", "b/a.jpg", "https://h/x/a.jpeg?size=3", "s3://b/"], out) == [
+        "a.jpg",
+        "a-2.jpg",
+        "a-3.jpg",
+        "image.jpg",
+    ]
+    assert picture_names(["A.png", "a.png"], out) == ["A.jpg", "a-2.jpg"]
+    assert picture_names(["s3://b/my%20photo.tar.jpg", "50%.jpg"], out) == ["my photo.tar.jpg", "50%.jpg"]
+    # The picture never takes the image's own place.
+    assert picture_names([f"{out}/a.jpg", f"{out}/a-2.jpg"], out) == ["a-3.jpg", "a-2-2.jpg"]
+
+
+def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    first, second, third = map(str, images)
+    folder = sorted([first, second])
+    assert find_images([str(tmp_path / "in"), third]) == [*folder, third]
+    assert find_images([f"{tmp_path}/in/"]) == folder
+    assert find_images([f"{tmp_path}/**/*.jpg"]) == [first, third]
+    assert find_images([f"{tmp_path}/in/*"]) == folder
+    odd = tmp_path / "in" / "a[1].jpg"
+    odd.write_bytes(b"")
+    assert find_images([str(odd), "nowhere.jpg"]) == [str(odd), "nowhere.jpg"]
+    http = "https://example.org/a.jpg?size=*"
+    assert find_images([http]) == [http]
+    root = Location(f"memory://{tmp_path.name}/folders")
+    for name in ("b.png", "a.jpg", "c.csv"):
+        (root / name).write(b"x")
+    for asked in (str(root), f"{root}/*"):
+        found = find_images([asked])
+        assert [name.rsplit("/", 1)[-1] for name in found] == ["a.jpg", "b.png"]
+        assert [Location(name).read() for name in found] == [b"x", b"x"]
+
+
+def test_an_image_that_is_named_twice_is_one(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = map(str, images)
+    monkeypatch.chdir(tmp_path)
+    again = ["in", first, "in/street.jpg", "./more/../in/grey.png", f"file://{first}", "**/*.jpg"]
+    assert find_images(again) == [*sorted([first, second]), third]
+    assert find_images(["more/street.jpg", third]) == ["more/street.jpg"]
+    root = Location(f"memory://{tmp_path.name}")
+    (root / "a.jpg").write(b"")
+    assert find_images([str(root), str(root / "a.jpg")]) == find_images([str(root)])
+    assert len(find_images([first, third, "https://h/a.jpg?n=1", "https://h/a.jpg?n=2"])) == 4
+    (tmp_path / "in" / "link.jpg").symlink_to(first)  # a name of its own, and so an ImageID of its own
+    assert len(find_images(["in"])) == 3
+    check_image_ids(find_images(["in", first]))
+
+
+def test_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--no-pictures", str(images[0].parent)]
+    assert predict.main(command) == 0
+    assert [path.name for path in out.iterdir()] == ["predictions.json"]
+    value = json.loads((out / "predictions.json").read_text())
+    assert [sorted(entry) for entry in value["images"]] == [["file_name", "height", "id", "width"]] * 2
+
+
+def test_images_under_a_launcher_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert predict.main(["--checkpoint", "run", "--out", "out", "a.jpg"]) == 2
+    assert "images are done by one process" in capsys.readouterr().err
+
+
+def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["--checkpoint", str(checkpoint), "--score", "0.1", "--submission", "--no-pictures", "--out", str(out)]
+    assert predict.main([*command, *map(str, images[:2])]) == 0
+    coco = json.loads((out / "predictions.json").read_text())
+    assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di"]})
+    assert list(read_submission(out / "submission.csv")) == ["street", "grey"]
+
+    tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    command += ["--hierarchy", str(tmp_path / "tree.json")]
+    assert predict.main([*command, *map(str, images[:2])]) == 0
+    assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di", "/m/sq"]})
+
+    assert predict.main([*command[:-2], "--score", "1", str(images[0])]) == 0
+    rows = (out / "submission.csv").read_text().splitlines()
+    assert rows == ["ImageID,ImageWidth,ImageHeight,PredictionString", "street,72,60,"]
+
+    capsys.readouterr()
+    assert predict.main([*command, *map(str, images)]) == 2
+    assert "would both have the ImageID street" in capsys.readouterr().err
+    with pytest.raises(UserError, match="class Kite has no MID"):
+        submission_labels([Category(3, "Kite", "")], {})
+
+
+def read_submission(path: Path) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
+    """Each image's size and objects (label, score, pixels), read as the Challenge's own evaluation does."""
+    csv.field_size_limit(2**30)
+    images = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            width, height, words = int(row["ImageWidth"]), int(row["ImageHeight"]), row["PredictionString"].split()
+            objects = []
+            for label, score, mask in zip(words[::3], words[1::3], words[2::3], strict=True):
+                counts = zlib.decompress(base64.b64decode(mask, validate=True))
+                pixels = coco_mask.decode({"size": [height, width], "counts": counts})
+                objects.append((label, float(score), pixels.tobytes()))
+            images[row["ImageID"]] = (width, height, objects)
+    return images
+
+
+def submission_of(
+    coco: dict[str, Any], labels: dict[int, list[str]]
+) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
+    """What `read_submission` must find, from predictions.json."""
+    images = {}
+    for entry in coco["images"]:
+        objects = [
+            (label, one["score"], coco_mask.decode(one["segmentation"]).tobytes())
+            for one in coco["annotations"]
+            if one["image_id"] == entry["id"]
+            for label in labels[one["category_id"]]
+        ]
+        assert objects
+        images[Path(entry["file_name"]).stem] = (entry["width"], entry["height"], objects)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either images or --data.shards"),
+        (["x.jpg", "--data.shards", "d"], "give either images or --data.shards"),
+        (["x.jpg", "--batch-size", "2"], "--batch-size is of a shard dataset: give --data.shards, too"),
+        (["--data.shards", "d", "--part-images", "0"], "--part-images is 0: it must be 1 or more"),
+        (["--data.shards", "d", "--device", "cpu"], "--device is for images"),
+        (["x.jpg", "--hierarchy", "tree.json"], "--hierarchy is of the submission"),
+        (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
+        ([str(Path(__file__).parent)], "the folder has no image directly in it"),
+        (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
+        (["--score", "nan", "x.jpg"], "--score is nan: it must be between 0 and 1"),
+        (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
+        (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("predict: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_place_for_the_results_that_cannot_be_written_is_told_before_anything_is_loaded(
+    dataset: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
+    for what in ([str(images[0])], ["--data.shards", str(dataset)]):
+        assert predict.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere", *what]) == 2
+        assert capsys.readouterr().err == f"predict: error: {told}\n"

@@ -1,0 +1,255 @@
+"""Samples to batches."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from shards.common.errors import SampleError
+from shards.format import rle
+from shards.format.sample import Instance, Sample
+from trainer.config.settings import DataConfig
+from trainer.data.collate import EvalCollate, TrainCollate, decode_image
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth picture, which JPEG keeps well, uint8 [H, W, 3]."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: np.ndarray, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def sample(name: str, height: int = 60, width: int = 80, objects: int = 2, seed: int = 0) -> Sample:
+    rng = np.random.default_rng(seed)
+    instances = []
+    for i in range(objects):
+        mask = np.zeros((height, width), np.uint8)
+        y, x = rng.integers(0, height - 20), rng.integers(0, width - 20)
+        mask[y : y + 16, x : x + 12] = 1
+        instances.append(Instance(i + 1, (x, y, 12, 16), rle.encode(mask)))
+    instances.append(Instance(1, (5, 5, 30, 30), None, is_group_of=True))
+    return Sample(name, encoded(pixels(height, width, seed)), width, height, tuple(instances))
+
+
+CONFIG = DataConfig(min_size=96, max_size=128)
+
+
+def parts(batch: Batch, i: int) -> list[torch.Tensor]:
+    """What belongs to image i of a batch."""
+    height, width = batch.sizes[i].tolist()
+    columns = (batch.boxes, batch.labels, batch.flags, batch.bitmaps, batch.frames)
+    return [batch.images[i, :, :height, :width], *(c.split(batch.counts.tolist())[i] for c in columns)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batch_keeps_its_contract():
+    batch = TrainCollate(CONFIG, 0)([sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)], 0)
+    assert batch.images.shape == (3, 3, 128, 128)
+    assert batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[96, 128], [128, 85], [96, 96]]
+    assert batch.counts.tolist() == [3, 1, 4]
+    assert batch.image_ids == ("a", "b", "c")
+    assert batch.labels.tolist() == [1, 2, 1, 1, 1, 2, 3, 1]
+    assert batch.flags.tolist() == [HAS_MASK, HAS_MASK, GROUP_OF, GROUP_OF, HAS_MASK, HAS_MASK, HAS_MASK, GROUP_OF]
+    assert batch.boxes.dtype == batch.frames.dtype == torch.float32
+    assert batch.sizes.dtype == batch.counts.dtype == batch.labels.dtype == torch.int64
+    assert len(batch.bitmaps) == len(batch.frames) == len(batch.boxes) == 8
+
+
+def test_shortest_pads_to_the_largest_of_the_batch():
+    collate = TrainCollate(DataConfig(min_size=96, max_size=200, resize="shortest"), 0)
+    assert collate([sample("a"), sample("b", 64, 64)], 0).images.shape == (2, 3, 96, 128)
+
+
+def test_a_sample_is_the_same_in_any_batch_and_process():
+    samples = [sample(name, seed=i) for i, name in enumerate("abcdefgh")]
+    collate = TrainCollate(CONFIG, 3)
+    whole = collate(samples, 5)
+    again = pickle.loads(pickle.dumps(collate))(samples[::-1], 5)  # noqa: S301
+    for i in range(8):
+        assert equal(parts(whole, i), parts(again, 7 - i))
+
+
+def test_flips_follow_seed_and_epoch():
+    one = sample("a")
+    upright = TrainCollate(DataConfig(min_size=96, max_size=128, flip=0), 0)([one], 0)
+    mirrored = TrainCollate(DataConfig(min_size=96, max_size=128, flip=1), 0)([one], 0)
+    assert torch.equal(mirrored.images[..., :96, :128], upright.images[..., :96, :128].flip(-1))
+    assert torch.allclose(mirrored.boxes[:, 0], 128 - upright.boxes[:, 2])
+    seen = {
+        (seed, epoch): torch.equal(TrainCollate(CONFIG, seed)([one], epoch).images, mirrored.images)
+        for seed in range(4)
+        for epoch in range(10)
+    }
+    for seed in range(4):
+        assert {seen[seed, epoch] for epoch in range(10)} == {True, False}
+    assert len({tuple(seen[seed, epoch] for epoch in range(10)) for seed in range(4)}) > 1
+
+
+def test_a_batch_without_objects_is_legal():
+    plain = Sample("a", encoded(pixels(60, 80)), 80, 60)
+    batch = TrainCollate(CONFIG, 0)([plain, plain], 0)
+    assert batch.counts.tolist() == [0, 0]
+    assert batch.boxes.shape == (0, 4)
+    assert len(batch.bitmaps) == 0
+
+
+def test_degenerate_boxes_are_dropped():
+    boxes = [(10, 10, 0.3, 20), (79.7, 10, 5, 5), (10, 10, 20, 20)]
+    instances = tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes))
+    batch = TrainCollate(CONFIG, 0)([Sample("a", encoded(pixels(60, 80)), 80, 60, instances)], 0)
+    assert batch.labels.tolist() == [3]
+
+
+def test_of_more_objects_than_the_cap_others_train_each_epoch():
+    capped = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=2), 0)
+    samples = [sample("a", objects=6), sample("b", objects=2)]
+    taught = set()
+    for epoch in range(8):
+        batch = capped(samples, epoch)
+        objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
+        assert [int(part.sum()) for part in objects.split(batch.counts.tolist())] == [2, 2]
+        assert batch.counts.tolist() == [7, 3]  # all are there still, as regions
+        assert (batch.flags & GROUP_OF != 0).sum() == 2
+        assert equal(parts(batch, 0), parts(capped(samples[:1], epoch), 0))
+        taught.add(tuple(batch.labels[:7][objects[:7]].tolist()))
+    assert len(taught) > 2
+    unlimited = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=0), 0)(samples, 0)
+    assert (unlimited.flags & IGNORED).sum() == 0
+
+
+def test_verified_classes_are_the_lists_and_what_has_a_box():
+    one = sample("a")  # boxes of the classes 1 and 2
+    several = [
+        replace(one, verified_present=(1,), verified_absent=(5,)),
+        replace(one, verified_absent=(4,), instances=()),
+        one,
+    ]
+    assert TrainCollate(CONFIG, 0)(several, 0).verified == ((1, 2, 5), (4,), None)
+
+
+def test_evaluation_has_the_stored_image_and_no_bytes_beside_it():
+    one = sample("a")
+    batch = EvalCollate()([one], 0)
+    assert torch.equal(batch.images[0], decode_image(one.image))
+    assert batch.samples[0].image == b""
+    assert batch.samples[0].instances == one.instances
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_decodes_to_rgb(kind):
+    image = pixels(40, 50)
+    decoded = decode_image(encoded(image, kind))
+    assert decoded.shape == (3, 40, 50)
+    assert decoded.dtype == torch.uint8
+    assert (decoded.permute(1, 2, 0).numpy().astype(int) - image).__abs__().mean() < 5
+
+
+def test_grey_palette_and_cmyk_become_rgb():
+    image = Image.fromarray(pixels(40, 50))
+    for mode, kind in (("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")):
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind)
+        assert decode_image(file.getvalue()).shape == (3, 40, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_keeps_its_upper_eight_bits(kind):
+    grey = pixels(40, 50)[:, :, 0]
+    rng = np.random.default_rng(0)
+    stored = grey.astype(np.uint16) * 256 + rng.integers(0, 256, grey.shape, dtype=np.uint16)
+    decoded = decode_image(encoded(stored, kind))
+    assert decoded.dtype == torch.uint8
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.stack([grey] * 3, axis=2))
+    if kind == "TIFF":  # the other order of bytes
+        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind)), decoded)
+
+
+def test_16_bit_colours_keep_their_upper_eight_bits():
+    image = pixels(40, 50)
+    rows = (image.astype(">u2") * 257).reshape(40, -1)
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), image)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bit_numbers_are_refused_in_one_line(kind):
+    data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
+    with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
+        decode_image(data)
+
+
+def test_exif_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees for display
+    image = pixels(40, 50)
+    assert torch.equal(decode_image(encoded(image, exif=exif)), decode_image(encoded(image)))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -40])
+def test_a_broken_image_is_a_sample_error_with_its_key(cut):
+    whole = sample("abc123", 200, 200)
+    broken = Sample("abc123", whole.image[:cut], 200, 200)
+    with pytest.raises(SampleError, match=r"abc123.*cannot be decoded"):
+        TrainCollate(CONFIG, 0)([broken], 0)
+
+
+def test_another_size_than_annotated_is_a_sample_error():
+    with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
+        EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)
+
+
+@pytest.mark.parametrize("resize", ["square", "shortest"])
+def test_a_batch_of_a_loader_process_is_the_same(resize):
+    """There its images are made in shared memory."""
+    samples = [sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)]
+    collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 0)
+    here = collate(samples, 0)
+    [there] = DataLoader(samples, batch_size=3, num_workers=1, collate_fn=lambda batch: collate(batch, 0))
+    assert there.images.is_shared()
+    assert torch.equal(there.images, here.images)
+    for i in range(3):
+        assert equal(parts(there, i), parts(here, i))
+
+
+def test_every_variation_at_once_is_the_same_again_and_keeps_the_contract():
+    config = DataConfig(
+        batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
+    )
+    samples = [sample("a", seed=1), sample("b", 90, 60, 0, seed=2), sample("c", 64, 64, 3, seed=3)]
+    batches = [TrainCollate(config, 0)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
+    assert equal(parts(batches[0], 0), parts(batches[1], 0))
+    assert not equal(parts(batches[0], 0), parts(batches[2], 0))
+    for batch in batches:
+        assert batch.images.shape == (3, 3, 128, 128)
+        assert int(batch.counts.sum()) == len(batch.boxes) == len(batch.bitmaps)
+        assert bool((batch.boxes[:, 2:] > batch.boxes[:, :2]).all())
+    # The second image has no object of its own but its group.
+    assert max(int(batch.counts[1]) for batch in batches) > 1
+
+
+def test_min_sizes_are_chosen_from():
+    config = DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest")
+    sides = {TrainCollate(config, 0)([sample("a")], epoch).sizes.min().item() for epoch in range(10)}
+    assert sides == {48, 64}

@@ -1,0 +1,74 @@
+"""The metrics on real annotations: their masks moved, doubled and mislabelled serve as detections."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.format import rle
+from shards.format.dataset import Category, open_dataset
+from shards.format.sample import Sample
+from shards.stream.streams import EvalStream
+from tests.trainer import tiny
+from tests.trainer.metrics.test_coco import by_pycocotools, numbers
+from tests.trainer.metrics.test_openimages import slow_ap
+from trainer.metrics.coco import CocoMetric
+from trainer.metrics.openimages import OpenImagesMetric
+from trainer.model.inference import Detections
+
+SAMPLE = tiny.ROOT / ".." / "shared" / "openimages-sample"
+Pairs = list[tuple[Sample, Detections]]
+
+
+def shaken(sample: Sample, categories: Sequence[Category]) -> Detections:
+    """What a fair detector might find in an image: most objects, in about their places, and some twice or as others."""
+    rng = np.random.default_rng([int(c, 16) for c in sample.image_id])
+    masks, labels = [], []
+    for instance in sample.instances:
+        if instance.segmentation is not None:
+            mask = rle.decode(instance.segmentation)
+        else:
+            mask = np.zeros((sample.height, sample.width), np.uint8)
+            x, y, w, h = (round(v) for v in instance.bbox)
+            mask[y : y + h, x : x + w] = 1
+        for _ in range(int(rng.integers(0, 3))):
+            shift = rng.normal(0, 0.07 * np.sqrt(mask.sum()), 2).round().astype(int)
+            masks.append(rle.encode(np.roll(mask, shift, axis=(0, 1))))
+            labels.append(instance.category_id if rng.random() < 0.85 else int(rng.choice([c.id for c in categories])))
+    boxes = np.array([rle.bounds(mask) for mask in masks], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    scores = np.round(rng.random(len(masks)), 2).astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    return Detections(boxes[order], np.array(labels, np.int64)[order], scores[order], tuple(masks[i] for i in order))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not here")
+def test_real_annotations(tmp_path: Path) -> None:
+    sources = ["--images", str(SAMPLE / "open-images-dataset"), "--annotations", str(SAMPLE / "openimages")]
+    built = tiny.run(
+        "-m", ["builder.commands.cli", "--per-class", "1000", *sources, "--no-cache", "--out", str(tmp_path / "s")]
+    )
+    assert built.returncode == 0, built.stderr
+    dataset = open_dataset(str(tmp_path / "s"))
+    pairs: Pairs = []
+    for split in ("train", "val", "test"):
+        for batch in EvalStream(dataset, split, batch_size=4, rank=0, world=1):
+            pairs.extend((sample, shaken(sample, dataset.categories)) for sample in batch)
+    coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories)
+    for sample, found in pairs:
+        coco.process([sample], [found])
+        open_images.process([sample], [found])
+    by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
+    assert by_coco is not None
+    assert by_open_images is not None
+    assert by_coco.boxes > 1.2 * by_coco.masks > 60
+    pairs.sort(key=lambda pair: pair[0].image_id)
+    for task, scores in (("bbox", by_coco.bbox), ("segm", by_coco.segm)):
+        assert numbers(scores) == pytest.approx(by_pycocotools(task, pairs, dataset.categories), abs=1e-9)
+        assert 0.05 < (scores.ap or 0) < 0.95
+    for ours in by_open_images.classes:
+        assert ours.ap == pytest.approx(slow_ap(pairs, ours.category_id, set()), abs=1e-12)
+    assert sum(ours.outcomes["unmasked"] for ours in by_open_images.classes) > 10
+    assert (by_open_images.ap or 0) > (by_coco.segm.ap50 or 0)

@@ -1,0 +1,242 @@
+"""Building, against the networks that torchvision builds itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from shards.format.dataset import Category
+from shards.storage.location import Location
+from tests.support import REPOSITORY
+from trainer.config.settings import Config, DataConfig, ModelConfig
+from trainer.config.yaml_config import load_config
+from trainer.model.build import build_model, num_classes, rebuild
+from trainer.model.checkpoint import CheckpointError, State, open_checkpoint, save
+
+DATA = DataConfig(min_size=96, max_size=128)
+# Few proposals and detections: the heads of full width are slow on one thread.
+FEW = {"rpn_pre_nms": [60, 60], "rpn_post_nms": [30, 30], "detections_per_image": 8, "score_threshold": 0.0}
+STOCK_FEW = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 8}
+SIZES = {"num_classes": 3, "min_size": 96, "max_size": 128, "box_score_thresh": 0.0, **STOCK_FEW}
+CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
+
+
+def narrow(**changes) -> ModelConfig:
+    values = {"backbone": "resnet18", "norm": "batch", "weights": "none", "fpn_channels": 8, "box_head_features": 8}
+    return ModelConfig(**{**values, "mask_head_channels": [8], **changes})
+
+
+def stock(backbone: str, norm: str, version: str) -> MaskRCNN:
+    """torchvision's network by torchvision's own functions."""
+    if version == "v2":
+        return maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **SIZES)
+    kind = {"weights": None, "norm_layer": FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d}
+    if backbone.startswith("resnet"):
+        body = resnet_fpn_backbone(backbone_name=backbone, **kind)
+    else:
+        body = mobilenet_backbone(backbone_name=backbone, fpn=True, returned_layers=[1, 2, 3, 5], **kind)
+    anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    return MaskRCNN(body, rpn_anchor_generator=anchors, **SIZES)
+
+
+def with_statistics(network: MaskRCNN) -> MaskRCNN:
+    """Norms that do something, and that keep what flows through them at an ordinary size."""
+    rng = torch.Generator().manual_seed(1)
+    for name, value in network.state_dict().items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=rng) + 0.5)
+        elif name.endswith("running_mean"):
+            value.copy_(torch.rand(value.shape, generator=rng) * 0.1)
+    return network
+
+
+def detections(network):
+    image = torch.from_numpy(np.random.default_rng(0).random((3, 70, 90), dtype=np.float32))
+    with torch.no_grad():
+        return network.eval()([image])[0]
+
+
+def assert_same_detections(a, b) -> None:
+    first, second = detections(a), detections(b)
+    assert len(first["boxes"]) >= 5
+    for name in ("boxes", "labels", "scores", "masks"):
+        assert torch.equal(first[name], second[name]), name
+
+
+STOCK = [
+    ("resnet50", "frozen", "v1"),
+    ("resnet50", "batch", "v2"),
+    ("mobilenet_v2", "frozen", "v1"),
+    ("mobilenet_v3_large", "batch", "v1"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "norm", "version"), STOCK)
+def test_torchvisions_weights_load_and_detect_the_same_to_the_bit(backbone, norm, version):
+    torch.manual_seed(0)
+    theirs = with_statistics(stock(backbone, norm, version))
+    settings = ModelConfig(backbone=backbone, norm=norm, version=version, weights="none", **FEW)
+    ours = build_model(settings, DATA, 3)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same_detections(ours, theirs)
+
+
+def test_frozen_norms_go_into_a_network_with_batch_norms():
+    """As torchvision's functions build it without weights: the same up to rounding."""
+    torch.manual_seed(0)
+    ours = with_statistics(build_model(ModelConfig(backbone="resnet18", **FEW), DATA, 3))
+    theirs = stock("resnet18", "batch", "v1")
+    # As a safetensors file holds them: without the version numbers of the modules.
+    theirs.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()}, strict=True)
+    first, second = detections(ours), detections(theirs)
+    assert len(first["boxes"]) > 5
+    for name in ("boxes", "labels", "scores", "masks"):
+        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-3), name
+
+
+def documented_stock_model():
+    [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "models.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    return names["stock_model"]
+
+
+ASSEMBLED = [  # which torchvision has no function for
+    ("resnet18", "group", "v1"),
+    ("resnet18", "frozen", "v2"),
+    ("mobilenet_v2", "group", "v2"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "norm", "version"), [*STOCK, *ASSEMBLED])
+def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_path, backbone, norm, version):
+    """With every setting that inference looks at away from its default, through a checkpoint on disk."""
+    config = Config()
+    config.data.min_size, config.data.max_size = 90, 140
+    config.model = ModelConfig(
+        backbone=backbone,
+        norm=norm,
+        version=version,
+        score_threshold=0.01,
+        nms_threshold=0.7,
+        detections_per_image=9,
+        rpn_pre_nms=[20, 50],
+        rpn_post_nms=[10, 25],
+    )
+    config.model.anchor_sizes, config.model.anchor_ratios = [16, 32, 64, 96, 128], [0.4, 1.0]
+    config.model.norm_eps = 1e-2
+    torch.manual_seed(0)
+    network = with_statistics(build_model(config.model, config.data, num_classes(CATEGORIES)))
+    folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), {}), keep=1)
+    assert_same_detections(documented_stock_model()(folder.path), network)
+    assert_same_detections(rebuild(open_checkpoint(str(tmp_path))), network)
+
+
+def test_a_checkpoint_of_other_classes_than_its_weights_is_one_line():
+    config = Config(model=narrow())
+    state = State(7, 7, {}, CATEGORIES, config, build_model(config.model, config.data, 3).state_dict(), None)
+    with pytest.raises(CheckpointError, match=r"1 class: .*cls_score.weight is \[3, 8\]") as error:
+        rebuild(replace(state, categories=CATEGORIES[:1]))
+    assert "\n" not in str(error.value)
+    config.model.backbone = "resnet34"
+    with pytest.raises(CheckpointError, match=r"do not fit its own settings") as error:
+        rebuild(state)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_reach_the_network():
+    settings = narrow(
+        norm_eps=1e-3,
+        anchor_sizes=[8, 16, 32, 64, 128],
+        anchor_ratios=[1.0, 2.0],
+        rpn_pre_nms=[11, 12],
+        rpn_post_nms=[13, 14],
+        rois_per_image=15,
+        positive_fraction=0.4,
+        score_threshold=0.3,
+        nms_threshold=0.6,
+        detections_per_image=7,
+    )
+    network = build_model(settings, DATA, 3)
+    heads = network.roi_heads
+    assert network.transform.min_size == (96,)
+    assert network.transform.max_size == 128
+    assert network.rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
+    assert network.rpn.head.cls_logits.out_channels == 2
+    assert network.rpn._pre_nms_top_n == {"training": 11, "testing": 12}
+    assert network.rpn._post_nms_top_n == {"training": 13, "testing": 14}
+    assert (heads.fg_bg_sampler.batch_size_per_image, heads.fg_bg_sampler.positive_fraction) == (15, 0.4)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.3, 0.6, 7)
+    assert {m.eps for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize(("norm", "kind"), [("frozen", FrozenBatchNorm2d), ("batch", nn.BatchNorm2d)])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+def test_norms_are_of_the_kind_that_is_asked_for(backbone, norm, kind, version):
+    network = build_model(narrow(backbone=backbone, norm=norm, version=version), DATA, 3)
+    kinds = FrozenBatchNorm2d | nn.BatchNorm2d | nn.GroupNorm
+    body = [m for m in network.backbone.body.modules() if isinstance(m, kinds)]
+    others = [m for m in network.modules() if isinstance(m, kinds) and all(m is not b for b in body)]
+    assert len(body) >= 20
+    assert all(isinstance(m, kind) for m in body)
+    # The heads have random weights at first, for which nobody has statistics to freeze.
+    assert all(isinstance(m, nn.BatchNorm2d) for m in others)
+    assert len(others) == (0 if version == "v1" else 8 + 4 + 1)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "mobilenet_v3_large"])
+def test_group_norm_divides_every_width_and_detects_alone_as_in_a_batch(backbone):
+    network = build_model(narrow(backbone=backbone, norm="group", version="v2"), DATA, 3).train()
+    assert not any(isinstance(m, FrozenBatchNorm2d | nn.BatchNorm2d) for m in network.modules())
+    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    assert all(m.num_channels // m.num_groups >= 2 for m in norms)
+    assert backbone != "resnet50" or {m.num_groups for m in network.backbone.body.modules() if m in set(norms)} == {32}
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        together, alone = network.backbone(images), network.backbone(images[:1])
+    for name, value in together.items():
+        torch.testing.assert_close(value[:1], alone[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+def test_every_backbone_has_maps_of_the_same_strides(backbone):
+    """So that anchors and pooling scales, which do not depend on the first batch, suit all."""
+    network = build_model(narrow(backbone=backbone), DATA, 3).eval()
+    maps = network.backbone(torch.zeros(1, 3, 128, 192))
+    assert [tuple(m.shape[-2:]) for m in maps.values()] == [(128 // s, 192 // s) for s in (4, 8, 16, 32, 64)]
+    for pool in (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool):
+        # torchvision would infer a scale of 1/2 from a landscape in a square, and keep it.
+        pool({str(i): torch.zeros(1, 8, 32 >> i, 32 >> i) for i in range(4)}, [torch.zeros(1, 4)], [(60, 128)])
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_classes_count_from_one():
+    assert num_classes(CATEGORIES) == 3
+
+
+def test_the_traffic_recipe_loads():
+    config = load_config(str(REPOSITORY / "configs" / "traffic.yaml"))
+    assert (config.data.batch_size, config.data.resize, config.data.min_size, config.data.max_size) == (
+        8,
+        "square",
+        800,
+        1024,
+    )
+    assert (config.model.backbone, config.model.rois_per_image, config.model.positive_fraction) == (
+        "resnet101",
+        200,
+        0.33,
+    )
+    assert (config.model.score_threshold, config.model.nms_threshold) == (0.7, 0.3)
+    assert (config.optim.lr, config.optim.momentum, config.optim.weight_decay) == (0.001, 0.9, 1e-4)
+    assert (config.optim.clip_norm, config.train.steps_per_epoch) == (5.0, 100)

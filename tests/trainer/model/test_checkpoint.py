@@ -1,0 +1,189 @@
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shards.common.errors import UserError
+from shards.format.dataset import Category
+from shards.storage.location import Location
+from trainer.config.settings import Config
+from trainer.model.checkpoint import (
+    CheckpointError,
+    State,
+    check_same_run,
+    load,
+    load_newest,
+    open_checkpoint,
+    save,
+    steps_of,
+)
+
+CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
+ORDER = {"seed": 0, "batch_size": 2, "index": "abc"}
+
+
+def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    network[2].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        network(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network, optimizer
+
+
+def state(step: int, **changes: Any) -> State:
+    network, optimizer = trained()
+    weights = {name: value + step for name, value in network.state_dict().items()}
+    return replace(State(step, 2 * step, ORDER, CATEGORIES, Config(), weights, optimizer.state_dict()), **changes)
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "s3":
+        return Location(f"s3://{request.getfixturevalue('bucket')}/runs/one")
+    return Location(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
+
+
+def flip_a_byte(location: Location) -> None:
+    data = bytearray(location.read())
+    data[len(data) // 2] ^= 1
+    location.write(bytes(data))
+
+
+def test_what_is_saved_is_loaded(run: Location) -> None:
+    network, optimizer = trained(3)
+    assert load_newest(run) is None
+    save(run, state(3, weights=network.state_dict(), optimizer=optimizer.state_dict()), keep=2)
+    found = load_newest(run)
+    assert found is not None
+    folder, loaded = found
+    assert folder.url == f"{run}/checkpoints/step-000003"
+    assert (loaded.step, loaded.position, loaded.order, loaded.categories) == (3, 6, ORDER, CATEGORIES)
+    assert loaded.config == Config()
+
+    # Both go on alike, to the last bit.
+    other, other_optimizer = trained(0)
+    other.load_state_dict(loaded.weights, strict=True)
+    assert loaded.optimizer is not None
+    other_optimizer.load_state_dict(loaded.optimizer)
+    batch = torch.randn(2, 3, 8, 8)
+    for net, opt in ((network, optimizer), (other, other_optimizer)):
+        net(batch).square().sum().backward()
+        opt.step()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_the_newest_are_kept(run: Location) -> None:
+    for step in (5, 10, 15, 20):
+        save(run, state(step), keep=2)
+    assert steps_of(run) == [15, 20]
+    # Folders without files may stay for a while: some object stores tidy up later.
+    files = run.fs.find((run / "checkpoints").path)
+    assert {str(name).split("/")[-2] for name in files} == {"step-000015", "step-000020"}
+
+
+def test_without_its_state_a_folder_is_no_checkpoint(run: Location) -> None:
+    save(run, state(5), keep=2)
+    save(run, state(10), keep=2)
+    (run / "checkpoints/step-000010/state.json").delete()
+    assert steps_of(run) == [5]
+    found = load_newest(run)
+    assert found is not None
+    assert found[1].step == 5
+    save(run, state(10), keep=1)
+    assert steps_of(run) == [10]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_newest_falls_back(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = Location(str(tmp_path))
+    for step in (5, 10):
+        save(run, state(step), keep=2)
+    damaged = run / f"checkpoints/step-000010/{name}"
+    if name == "state.json":
+        damaged.write(damaged.read()[:-20])
+    else:
+        flip_a_byte(damaged)
+    with caplog.at_level(logging.WARNING):
+        found = load_newest(run)
+    assert found is not None
+    assert found[1].step == 5
+    assert "step-000010" in caplog.text
+    assert "damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(run / "checkpoints/step-000010")
+    damaged.delete()
+    found = load_newest(run)
+    assert found is not None
+    assert found[1].step == 5
+    (run / "checkpoints/step-000005/model.safetensors").write(b"")
+    if name != "state.json":
+        with pytest.raises(CheckpointError, match="each of the 2 checkpoints is damaged"):
+            load_newest(run)
+
+
+def test_a_run_that_fell_back_passes_its_damaged_checkpoint(tmp_path: Path) -> None:
+    run = Location(str(tmp_path))
+    save(run, state(10), keep=1)
+    flip_a_byte(run / "checkpoints/step-000010/model.safetensors")
+    save(run, state(5), keep=1)
+    assert steps_of(run) == [5, 10]  # the one just written is never the one to go
+    save(run, state(10), keep=1)
+    assert steps_of(run) == [10]
+    assert load(run / "checkpoints/step-000010").step == 10
+
+
+def test_a_checkpoint_is_named_by_its_run_or_by_itself(tmp_path: Path) -> None:
+    run = Location(str(tmp_path / "run"))
+    for step in (5, 10):
+        save(run, state(step), keep=2)
+    assert open_checkpoint(str(tmp_path / "run")).step == 10
+    assert open_checkpoint(str(tmp_path / "run/checkpoints/step-000005")).step == 5
+    assert open_checkpoint(str(tmp_path / "run")).optimizer is None
+    with pytest.raises(CheckpointError, match="there is no checkpoint: give a run's folder"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_nothing_but_json_and_safetensors(tmp_path: Path) -> None:
+    folder = save(Location(str(tmp_path)), state(5), keep=1)
+    assert sorted(path.name for path in Path(folder.path).iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    value = json.loads((folder / "state.json").read())
+    assert value["categories"][0] == {"id": 1, "name": "Person", "mid": "/m/p"}
+    assert value["config"]["model"]["backbone"] == "resnet50"
+    assert value["order"] == ORDER
+    assert (value["step"], value["position"]) == (5, 10)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"format": "maskstream-checkpoint", "version": 99}')
+    with pytest.raises(UserError, match="not a checkpoint of this release"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_run_goes_on_only_as_what_it_was() -> None:
+    before = state(5)
+    check_same_run(before, Config(), ORDER, CATEGORIES)
+    longer = Config()
+    longer.train.epochs, longer.optim.lr, longer.run.dir = 99, 0.5, "elsewhere"
+    check_same_run(before, longer, ORDER, CATEGORIES)
+    other = Config()
+    other.model.backbone = "resnet18"
+    with pytest.raises(CheckpointError, match=r"started with model.backbone 'resnet50', now it is 'resnet18'"):
+        check_same_run(before, other, ORDER, CATEGORIES)
+    with pytest.raises(CheckpointError, match=r"data.batch_size 2, now it is 4"):
+        check_same_run(before, Config(), {**ORDER, "batch_size": 4}, CATEGORIES)
+    with pytest.raises(CheckpointError, match="classes"):
+        check_same_run(before, Config(), ORDER, CATEGORIES[:1])

@@ -1,0 +1,105 @@
+"""The losses, against torchvision's own network in training mode with full-size masks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, our_losses, scene, small_network, without_masks
+from trainer.config.settings import LossConfig
+from trainer.data.instances import Batch
+from trainer.model.losses import Trainable, image_list, targets_of
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small_network()
+
+
+def torchvision_losses(network, scenes, batch: Batch) -> dict[str, Tensor]:
+    """The same images through torchvision's forward, without its resizing, masks at full size."""
+    stock = copy.deepcopy(network)
+    stock.transform._skip_resize = True
+    targets = [
+        {"boxes": boxes, "labels": labels, "masks": torch.from_numpy(np.array(masks)).reshape(-1, *image.shape[-2:])}
+        for (image, masks, labels), boxes in zip(scenes, batch.boxes.split(batch.counts.tolist()), strict=True)
+    ]
+    torch.manual_seed(7)
+    return stock([image.float() / 255 for image, _, _ in scenes], targets)
+
+
+def test_losses_are_torchvisions(network):
+    batch = batch_of(SCENES)
+    ours, theirs = our_losses(network, batch), torchvision_losses(network, SCENES, batch)
+    for name in LOSSES - {"loss_mask"}:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert ours["loss_mask"].item() > 0.3
+    assert ours["loss_mask"].item() == pytest.approx(theirs["loss_mask"].item(), rel=5e-3)
+
+
+def test_images_are_what_torchvision_feeds_its_backbone(network):
+    stock = copy.deepcopy(network.transform)
+    stock._skip_resize = True
+    expected, _ = stock([image.float() / 255 for image, _, _ in SCENES])
+    ours = image_list(batch_of(SCENES), network)
+    assert torch.equal(ours.tensors, expected.tensors)
+    assert ours.image_sizes == [tuple(size) for size in expected.image_sizes]
+
+
+def test_a_box_without_a_mask_teaches_class_and_box_only(network):
+    batch = batch_of(SCENES)
+    keep = torch.tensor([True, False] * 6)[: len(batch.labels)]
+    full, part = our_losses(network, batch), our_losses(network, without_masks(batch, keep))
+    for name in LOSSES - {"loss_mask"}:
+        assert torch.equal(full[name], part[name]), name
+
+    # It is the mean over the RoIs that have a mask: those with and those without make up the whole, a RoI one vote.
+    rest = our_losses(network, without_masks(batch, ~keep))
+    whole, kept, others = (losses["loss_mask"].item() for losses in (full, part, rest))
+    votes, votes_kept = positive_rois(network, batch, keep)
+    assert 0 < votes_kept < votes
+    assert kept * votes_kept + others * (votes - votes_kept) == pytest.approx(whole * votes, rel=1e-4)
+
+
+def positive_rois(network, batch: Batch, keep: Tensor) -> tuple[int, int]:
+    """How many RoIs are positive under the seed of `our_losses`, and how many of them belong to the objects `keep`."""
+    torch.manual_seed(7)
+    images, targets = image_list(batch, network), targets_of(batch, LossConfig())
+    proposals, _ = network.rpn(images, network.backbone(images.tensors), targets)
+    _, matched, labels, _ = network.roi_heads.select_training_samples(proposals, targets)
+    own = [o[of_image[c > 0]] for o, of_image, c in zip(keep.split(batch.counts.tolist()), matched, labels) if len(o)]
+    return sum(len(one) for one in own), int(sum(one.sum() for one in own))
+
+
+@pytest.mark.parametrize("objects", [3, 0])
+def test_no_masks_give_a_loss_of_zero_that_reaches_every_parameter(network, objects):
+    batch = batch_of([scene(5, 128, 128, objects), scene(6, 96, 128, objects)])
+    losses = our_losses(network, without_masks(batch, torch.zeros(len(batch.labels), dtype=torch.bool)))
+    assert losses["loss_mask"].item() == 0
+    reached = gradients(network, losses)
+    assert reached
+    assert [name for name, gradient in reached.items() if gradient is None] == []
+    assert all(float(g.abs().sum()) == 0 for name, g in reached.items() if "mask" in name and g is not None)
+
+
+def test_a_step_lowers_the_loss(network):
+    copied = copy.deepcopy(network)
+    batch = batch_of(SCENES)
+    optimizer = torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.002, momentum=0.9)
+    totals = []
+    for _ in range(8):
+        loss = sum(our_losses(copied, batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(copied.parameters(), 1.0)
+        optimizer.step()
+        totals.append(loss.item())
+    assert totals[-1] < totals[0]
+
+
+def test_names_of_parameters_are_the_networks(network):
+    assert set(Trainable(network).state_dict()) == {f"network.{name}" for name in network.state_dict()}

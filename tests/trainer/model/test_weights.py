@@ -1,0 +1,313 @@
+"""Starting weights: what is taken, what is left out, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import http.server
+import re
+import threading
+import urllib.error
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights, mobilenet_v2, mobilenet_v3_large, resnet18
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection._utils import overwrite_eps
+
+from shards.common.errors import UserError
+from shards.format.dataset import Category
+from shards.storage.location import Location
+from trainer.config.settings import Config, DataConfig, ModelConfig
+from trainer.model.build import build_model
+from trainer.model.checkpoint import State, save
+from trainer.model.weights import load_weights, with_eps
+
+DATA = DataConfig(min_size=64, max_size=64)
+TWO = (Category(1, "Person", "/m/01g317"), Category(2, "Bicycle", "/m/0199g"))  # ids and names of COCO's first two
+OTHER = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
+SPECIFIC = {
+    f"roi_heads.{layer}.{kind}"
+    for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
+    for kind in ("weight", "bias")
+}
+
+
+def narrow(weights: object = "none", **changes) -> ModelConfig:
+    values = {"backbone": "resnet18", "norm": "batch", "fpn_channels": 8, "box_head_features": 8}
+    return ModelConfig(weights=str(weights), **{**values, "mask_head_channels": [8], **changes})
+
+
+def build(settings: ModelConfig, classes: int = 3):
+    return build_model(settings, DATA, classes)
+
+
+def load(settings: ModelConfig, classes=TWO):
+    network = build(settings)
+    return network, load_weights(network, settings, classes)
+
+
+def with_statistics(state: dict[str, torch.Tensor], lowest: float = 0.5) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    for name, value in state.items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=rng) + lowest)
+        elif name.endswith("running_mean"):
+            value.copy_(torch.rand(value.shape, generator=rng) * 0.1)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """torch's cache, empty; any download fails, and says so."""
+
+    def refuse(url, *args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def published(weights, state, folder: Path) -> Path:
+    """A file as torchvision publishes it, with the names of before 0.14."""
+    names = {}
+    for name, value in state.items():
+        old = re.sub(r"(fpn\.\w+_blocks\.\d)\.0\.", r"\1.", name)
+        old = old.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        old = re.sub(r"mask_head\.(\d)\.0\.", lambda m: f"mask_head.mask_fcn{int(m[1]) + 1}.", old)
+        if "num_batches" not in name:
+            names[old if weights is MaskRCNN_ResNet50_FPN_Weights.COCO_V1 else name] = value
+    path = folder / weights.url.rsplit("/", 1)[-1]
+    torch.save(names, path)
+    return path
+
+
+def test_imagenet_weights_reach_the_backbone(cache):
+    state = with_statistics(resnet18().state_dict())
+    torch.save(state, cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1])
+    network, report = load(narrow("imagenet", norm="frozen"))
+    body = network.backbone.body.state_dict()
+    assert len(report.loaded) == len(body) == 100
+    assert all(torch.equal(value, state[name]) for name, value in body.items())
+    assert set(report.loaded) | set(report.missing) == set(network.state_dict())
+    assert report.left_out == ("backbone.body.fc.weight", "backbone.body.fc.bias")
+    assert "backbone.body             100 of 100" in str(report)
+    assert "left out of the source: backbone.body.fc" in str(report)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_a_backbone_computes_what_its_classifier_does_whatever_the_epsilon(cache, norm, tmp_path):
+    """MobileNetV3 was trained with 0.001, our networks have 0.00001."""
+    torch.manual_seed(0)
+    classifier = mobilenet_v3_large().eval()
+    with_statistics(classifier.state_dict(), lowest=0.01)
+    torch.save(classifier.state_dict(), tmp_path / "large.pth")
+    network, report = load(narrow(tmp_path / "large.pth", backbone="mobilenet_v3_large", norm=norm))
+    assert {m.eps for m in network.modules() if type(m).__name__ == "BatchNorm2d"} <= {1e-5}
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            list(network.eval().backbone.body(image).values())[-1], classifier.features(image), rtol=1e-3, atol=1e-4
+        )
+    assert not any(name.startswith("backbone.body.") for name in report.missing)
+
+
+def test_epsilon_zero_with_tiny_variances_keeps_its_precision():
+    """Taking the epsilon off the variance instead would lose the variance in rounding."""
+    norm = nn.BatchNorm2d(4).eval()
+    norm.running_var.copy_(torch.tensor([1e-12, 1e-9, 1e-5, 1.0]))
+    norm.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.4]))
+    mean, variance = (value[:, None, None] for value in (norm.running_mean, norm.running_var))
+    other = nn.BatchNorm2d(4, eps=1e-5).eval()
+    state = {f"n.{name}": value for name, value in norm.state_dict().items()}
+    other.load_state_dict({name.removeprefix("n."): value for name, value in with_eps(state, 0.0, 1e-5).items()})
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(other(x), (x - mean) / variance.sqrt(), rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_takes_weights_and_leaves_statistics(tmp_path):
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "v2.pth")
+    network, report = load(narrow(tmp_path / "v2.pth", backbone="mobilenet_v2", norm="group"))
+    body = {name for name in network.state_dict() if name.startswith("backbone.body.")}
+    assert set(report.loaded) == body
+    assert "the statistics of 52 batch norms" in str(report)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_coco_weights_load_but_for_other_classes(cache, version):
+    """From torch's cache, under the published name; the first version's norms have an epsilon of 0."""
+    few = {"rpn_pre_nms": [60, 60], "rpn_post_nms": [30, 30], "detections_per_image": 8, "score_threshold": 0.0}
+    settings = ModelConfig(weights="coco", version=version, **few)
+    torch.manual_seed(0)
+    reference = build_model(settings, DATA, 91)
+    state = with_statistics(reference.state_dict())
+    if version == "v1":  # a norm for which the epsilon matters
+        state["backbone.body.bn1.running_var"].mul_(1e-6)
+        state["backbone.body.bn1.weight"].mul_(1e-3)
+    weights = {"v1": MaskRCNN_ResNet50_FPN_Weights, "v2": MaskRCNN_ResNet50_FPN_V2_Weights}[version].COCO_V1
+    path = published(weights, state, cache)
+    if version == "v1":
+        overwrite_eps(reference, 0.0)
+
+    # COCO's own classes; the file itself by its path as well.
+    for place in ("coco", str(path)):
+        settings.weights = place
+        network = build_model(settings, DATA, 91)
+        report = load_weights(network, settings, TWO)
+        assert report.missing == report.left_out == ()
+        image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            found, expected = network.eval()([image])[0], reference.eval()([image])[0]
+        assert len(expected["boxes"]) == 8
+        for name in ("boxes", "labels", "scores", "masks"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
+        settings.weights = "coco"
+
+    # Other classes of the same number, and another number of classes.
+    for classes in (91, 3):
+        report = load_weights(build_model(settings, DATA, classes), settings, OTHER)
+        assert set(report.missing) == set(report.left_out) == SPECIFIC
+    assert "the classes differ (class 2 is 'Car' here and 'bicycle' there)" in str(report)
+    assert "roi_heads.box_predictor     0 of 4" in str(report)
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "coco"])
+def test_a_failed_download_is_one_line_with_remedies(weights):
+    settings = narrow(weights) if weights == "imagenet" else ModelConfig(weights=weights)
+    with pytest.raises(UserError, match=rf"{weights}: https://.* cannot be .*no route.*--model.weights none") as error:
+        load(settings)
+    assert "\n" not in str(error.value)
+    assert "hub/checkpoints" in str(error.value)
+
+
+def test_a_damaged_file_in_the_cache_is_one_line(cache):
+    (cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).write_bytes(b"PK half a file")
+    with pytest.raises(UserError, match=r"imagenet: https://.* cannot be downloaded or read") as error:
+        load(narrow("imagenet"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("backbone", "resnet101"), ("fpn_channels", 128), ("anchor_ratios", [0.5, 1.0])]
+)
+def test_coco_weights_need_cocos_network(option, value):
+    settings = narrow("coco")
+    setattr(settings, option, value)
+    if option != "backbone":
+        settings.backbone = "resnet50"
+    if option == "anchor_ratios":
+        settings = ModelConfig(weights="coco", anchor_ratios=value)
+    with pytest.raises(UserError, match=rf"coco.*model\.{option}"):
+        load_weights(build(narrow()), settings, TWO)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "torchvision checkpoint", "of DistributedDataParallel"])
+def test_weights_from_a_file(tmp_path, kind):
+    state, path = build(narrow(), 4).state_dict(), tmp_path / "weights.bin"
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif kind == "of DistributedDataParallel":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    else:
+        arguments = argparse.Namespace(lr=0.02, data_path="coco")  # which torchvision's scripts save along
+        torch.save(state if kind == "torch" else {"model": state, "epoch": 3, "args": arguments}, path)
+    network, report = load(narrow(path))
+    assert all(torch.equal(network.state_dict()[name], state[name]) for name in report.loaded)
+    assert set(report.missing) == set(report.left_out) == SPECIFIC
+    # 120 of them: without the counters of the 20 batch norms.
+    assert len(report.loaded) == sum("num_batches" not in name for name in state) - 6
+    assert "does not name its classes" in str(report)
+
+
+def test_weights_from_a_url(tmp_path):
+    (tmp_path / "www").mkdir()
+    torch.save(resnet18().state_dict(), tmp_path / "www" / "resnet18.pth")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        _, report = load(narrow(f"{url}/resnet18.pth"))
+        assert len(report.loaded) == 100
+        _, report = load(narrow(f"{url}/resnet18.pth?download=true&signature=a%2Fb"))  # as signed links are
+        assert len(report.loaded) == 100
+        with pytest.raises(UserError, match=rf"model\.weights .*{url}/other\.pth") as error:
+            load(narrow(f"{url}/other.pth"))
+        assert "\n" not in str(error.value)
+        server.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    config = Config(model=narrow(norm_eps=1e-3))
+    torch.manual_seed(1)
+    state = with_statistics(build(config.model).state_dict())
+    save(Location(str(tmp_path / "run")), State(7, 7, {}, TWO, config, state, {}), keep=1)
+    return tmp_path / "run", state
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-000007", "checkpoints/step-000007/model.safetensors"])
+def test_weights_of_our_own_runs_know_their_classes_and_epsilon(run, place):
+    folder, state = run
+    network, report = load(narrow(f"{folder}/{place}", norm_eps=1e-3))
+    assert report.missing == report.left_out == ()
+    assert all(torch.equal(network.state_dict()[name], state[name]) for name in report.loaded)
+    # The same number of classes, but others: nothing of them is taken, and the report says so.
+    network, report = load(narrow(f"{folder}/{place}", norm_eps=1e-3), OTHER)
+    assert set(report.missing) == set(report.left_out) == SPECIFIC
+    assert "class 2 is 'Car' here and 'Bicycle' there" in str(report)
+    # Another epsilon: converted.
+    network, report = load(narrow(f"{folder}/{place}"))
+    norm = "backbone.body.bn1."
+    weight, variance = state[f"{norm}weight"], state[f"{norm}running_var"]
+    scale = network.state_dict()[f"{norm}weight"] / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(scale, weight / (variance + 1e-3).sqrt())
+
+
+def test_frozen_norms_need_statistics(tmp_path):
+    with pytest.raises(UserError, match=r"norm is frozen, and model\.weights none has no statistics for 20 of its 20"):
+        load(narrow(norm="frozen"))
+    # A smaller ResNet's weights leave some of the norms bare.
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(UserError, match=r"no statistics for \d+ of its 36 norms .*--model\.norm batch or group"):
+        load(narrow(tmp_path / "resnet18.pth", backbone="resnet34", norm="frozen"))
+    assert load(narrow())[1].loaded == ()
+
+
+def test_weights_that_share_nothing_are_an_error(tmp_path):
+    safetensors.torch.save_file({"encoder.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: none of its 1 tensors"):
+        load(narrow(tmp_path / "other.safetensors"))
+
+
+def test_an_empty_file_of_weights_is_an_error(tmp_path):
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match=r"empty\.pth: none of its 0 tensors"):
+        load(narrow(tmp_path / "empty.pth"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00.", b"12345678{not json"])
+def test_a_file_of_another_kind_is_one_line(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.weights .*x\.bin") as error:
+        load(narrow(tmp_path / "x.bin"))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"weight": Path("/")}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth: holds Python objects beside tensors.*save its state dict") as error:
+        load(narrow(tmp_path / "x.pth"))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_not_there_tells_what_could_be(tmp_path, folder):
+    with pytest.raises(UserError, match="none, imagenet, coco, a run folder, or the path or URL") as error:
+        load(narrow(tmp_path if folder else "imagnet"))
+    assert "\n" not in str(error.value)

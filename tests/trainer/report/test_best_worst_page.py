@@ -1,0 +1,191 @@
+"""The page of worst and best images that `evaluate.py` writes, in a browser."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards.format.dataset import Category
+from shards.format.sample import Sample
+from tests.browser import console, in_browser, press, requests, resize
+from tests.trainer import tiny
+from trainer.data.collate import EvalBatch
+from trainer.metrics.openimages import match
+from trainer.metrics.overlaps import compute_overlaps
+from trainer.model.inference import Detections
+from trainer.report.best_worst_page import Gallery, count_classes, told_outcomes
+
+HOSTILE = "</style></title><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'&amp;<!--"
+CATEGORIES = (Category(1, HOSTILE, HOSTILE), Category(2, "Disc", "/m/di"))
+TITLE = f"s3://bucket/{'a-very-long-name' * 8}, step 7, on val of {HOSTILE}"
+
+
+def found_in(sample: Sample, count: int) -> Detections:
+    """The first `count` objects that have a mask, as detections; the last of them as the other class."""
+    masked = [one for one in sample.instances if one.segmentation is not None][:count]
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (one.bbox for one in masked)]
+    labels = [one.category_id for one in masked[:-1]] + [3 - one.category_id for one in masked[-1:]]
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        np.linspace(0.9, 0.6, len(masked), dtype=np.float32),
+        tuple(one.segmentation for one in masked if one.segmentation),
+    )
+
+
+def write_page(path: Path, samples: list[Sample], count: int = 3) -> Path:
+    gallery = Gallery(CATEGORIES, {}, count, 0.5)
+    for number, sample in enumerate(samples):
+        pixels = np.array(Image.open(io.BytesIO(sample.image)).convert("RGB"))
+        batch = EvalBatch([torch.from_numpy(pixels).permute(2, 0, 1)], [sample])
+        gallery.add(batch, [found_in(sample, number % 4)])
+    page = gallery.page(TITLE)
+    assert page is not None
+    path.write_text(page, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of samples whose ids and classes are markup; all of them small, so that names are drawn on enlarged pictures."""
+    samples = [replace(tiny.draw_sample(n), image_id=f"{n}{HOSTILE}") for n in range(1, 13)]
+    return write_page(tmp_path_factory.mktemp("images") / "images.html", samples)
+
+
+@pytest.fixture
+def page(browser: Any, written: Path) -> Any:
+    resize(browser, 1280, 900)
+    requests(browser)
+    console(browser)
+    browser.get(written.as_uri())
+    yield browser
+    assert console(browser) == []
+
+
+def widths(driver: Any, selector: str) -> list[float]:
+    return [one.rect["width"] for one in driver.find_elements("css selector", selector)]
+
+
+@in_browser
+def test_it_renders_and_loads_nothing(page: Any, written: Path) -> None:
+    assert [one.text for one in page.find_elements("css selector", "h2")] == ["The 3 worst", "The 3 best"]
+    # Pictures are decoded when they come near the viewport.
+    page.execute_script("for (const one of document.images) one.loading = 'eager'")
+    shown = page.execute_async_script(
+        "const done = arguments[0];"
+        "Promise.all([...document.images].map((one) => one.decode().then(() => one.naturalWidth)))"
+        ".then(done, (error) => done(String(error)))"
+    )
+    assert len(shown) == 12
+    assert min(shown) > 300
+    assert [url for url in requests(page) if not url.startswith("data:image/jpeg") and url != written.as_uri()] == []
+
+
+@in_browser
+def test_text_of_the_data_is_text(page: Any) -> None:
+    assert page.execute_script("return window.broken") is None
+    assert page.execute_script("return document.querySelectorAll('script, img:not([width]), iframe, link').length") == 0
+    assert page.title.startswith("Worst and best images: s3://bucket/")
+    assert page.find_element("css selector", ".rated").get_property("textContent") == TITLE
+    names = {one.get_property("textContent") for one in page.find_elements("css selector", "figcaption b")}
+    assert len(names) >= 3
+    assert all(name.endswith(HOSTILE) for name in names)
+    told = [one.get_property("textContent") for one in page.find_elements("css selector", ".what")]
+    assert any(text.startswith("annotated: ") and HOSTILE in text for text in told)
+    alts = [one.get_attribute("alt") for one in page.find_elements("css selector", "img")]
+    assert all(alt.endswith(text) for alt, text in zip(alts, told, strict=True))
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_nothing_is_cut_off(page: Any, width: int) -> None:
+    resize(page, width, 844, phone=width < 700)
+    assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
+    one, other = (half.rect for half in page.find_elements("css selector", ".pair > span")[:2])
+    if width < 700:
+        assert one["y"] + one["height"] <= other["y"]  # one below the other, as wide as the screen
+        assert one["width"] > 0.85 * width
+    else:
+        assert one["y"] == other["y"]
+        assert one["x"] + one["width"] <= other["x"]
+
+
+@in_browser
+def test_a_pair_is_enlarged_by_keyboard_and_by_click(page: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    small = widths(page, "figure")
+    press(page, Keys.TAB)
+    assert page.switch_to.active_element.accessible_name.startswith("enlarge ")
+    ring = "return getComputedStyle(document.querySelector('.pair')).outlineStyle"
+    assert page.execute_script(ring) == "solid"
+    press(page, Keys.SPACE)
+    large = widths(page, "figure")
+    assert large[0] > 1.9 * small[0]
+    assert large[1:] == small[1:]
+    press(page, Keys.SPACE)
+    assert widths(page, "figure") == small
+    page.find_elements("css selector", ".pair img")[2].click()
+    assert widths(page, "figure")[1] == large[0]
+
+
+@in_browser
+def test_every_picture_and_control_has_a_name(page: Any) -> None:
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = [n for n in nodes if not n["ignored"] and n["role"]["value"] in ("checkbox", "image")]
+    assert len(named) == 6 + 12
+    assert [n for n in named if not n.get("name", {}).get("value")] == []
+
+
+@in_browser
+def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, written: Path) -> None:
+    browser.get(written.as_uri())
+    browser.execute_script(
+        "const script = document.createElement('script'); script.textContent = 'window.broken = 1';"
+        "document.body.append(script);"
+    )
+    assert browser.execute_script("return window.broken") is None
+    assert all("Content Security Policy" in message for message in console(browser))
+
+
+def test_where_nothing_is_right_or_nothing_wrong(tmp_path: Path) -> None:
+    sample = tiny.draw_sample(1)
+    assert "No image has a right detection." in write_page(tmp_path / "worst.html", [sample]).read_text()
+    empty = replace(sample, instances=())
+    page = write_page(tmp_path / "none.html", [empty]).read_text()
+    assert "No image has an error." in page
+    assert "<figure>" not in page
+    assert "<h2>" not in write_page(tmp_path / "unasked.html", [sample], count=0).read_text()
+
+
+def test_detections_are_told_right_wrong_or_left_out() -> None:
+    sample = replace(tiny.draw_sample(3), verified_present=(), verified_absent=())
+    masked = [one for one in sample.instances if one.segmentation is not None]
+    x, y, w, h = masked[0].bbox
+    box, other = (x, y, x + w, y + h), 3 - masked[0].category_id
+    sample = replace(sample, instances=(masked[0],))
+    assert masked[0].segmentation is not None
+    found = Detections(
+        np.array([box] * 3, np.float32),
+        np.array([masked[0].category_id, masked[0].category_id, other]),
+        np.array([0.9, 0.8, 0.7], np.float32),
+        (masked[0].segmentation,) * 3,
+    )
+    matches = match(sample, found, compute_overlaps(sample.instances, found), {})
+    names = {one.id: one.name for one in tiny.CATEGORIES}
+    own = names[masked[0].category_id]
+    assert told_outcomes(found, matches, tiny.CATEGORIES) == [
+        f"{own} 0.90",
+        f"{own} 0.80 wrong",
+        f"({names[other]} 0.70)",
+    ]
+
+
+def test_counts_in_words() -> None:
+    assert count_classes([2, 1, 2], tiny.CATEGORIES) == "Square, 2 × Disc"
+    assert count_classes([], tiny.CATEGORIES) == "nothing"

@@ -1,0 +1,140 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from shards.storage.location import Location
+from tests.trainer import tiny
+from trainer.config.settings import Config
+from trainer.config.yaml_config import load_config
+from trainer.run.runlog import Progress, Rows, RunLog
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 2.0,
+        "losses": {"loss_mask": 0.5, "loss_classifier": 1.5},
+        "lr": 0.01,
+        "images": 8,
+        "seconds": 2.0,
+        "data_wait": 0.25,
+        "data_wait_longest": 0.5,
+        "images_per_s": 4.0,
+        "memory_mb": 1500.0,
+        "read_mb": 3.0,
+        "retries": 0,
+        "samples": 8,
+        "cache_hits": 0,
+        **changes,
+    }
+
+
+def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = Rows(Location(str(path)), 0)
+    for step in (1, 2, 3):
+        rows.append({"step": step})
+        assert [r["step"] for r in tiny.rows(path)] == list(range(1, step + 1))
+    rows.close()
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_rows_beyond_the_step_and_a_torn_line_are_dropped(tmp_path: Path, scheme: str) -> None:
+    place = Location(f"{scheme}{tmp_path}/metrics.jsonl")
+    place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n{"st')
+    rows = Rows(place, 3)
+    rows.append({"step": 4, "again": True})
+    rows.close()
+    assert [json.loads(line) for line in place.read().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+        {"step": 4, "again": True},
+    ]
+
+
+def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> None:
+    place = Location(f"memory://{tmp_path}/metrics.jsonl")
+    rows = Rows(place, 0)
+    rows.append({"step": 1})
+    assert place.read() == b""
+    rows.flush()
+    rows.append({"step": 2})
+    assert place.read() == b'{"step":1}\n'
+    rows.close()
+    assert place.read() == b'{"step":1}\n{"step":2}\n'
+
+
+def test_the_folder_tells_settings_and_surroundings(tmp_path: Path) -> None:
+    config = Config()
+    config.optim.lr = 0.25
+    log = RunLog(Location(str(tmp_path)), config, Accelerator(cpu=True), 0, 10)
+    log.close()
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    told = json.loads((tmp_path / "environment.json").read_text())
+    assert told["world_size"] == 1
+    assert told["packages"]["torch"]
+    assert told["device"].startswith("cpu")
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "evaluations.jsonl").read_text() == ""
+
+
+def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    progress = Progress(every=2, total=5)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        progress.add(row(1))
+        assert not caplog.messages
+        progress.add(row(2, loss=0.8, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
+        progress.add(row(3))
+        progress.add(row(4, retries=2, cache_hits=4))
+        progress.add(row(5, retries=1))
+    assert len(caplog.messages) == 3
+    first = caplog.messages[0]
+    assert first.startswith("step 2/5  loss 1.4000 (mask 0.400  classifier 1.000)")
+    assert "2.0 images/s" in first  # 16 images in 8 seconds
+    assert "data wait 62 % (0.8 MB/s)" in first  # 0.5 + 4.5 of 8 seconds, 6 MB in 8 seconds
+    assert "memory 1.5 GB" in first
+    assert "data wait 25 % (1.5 MB/s, 2 retries, 25 % from the cache)" in caplog.messages[1]
+    assert "left 0:00:12" in first  # 3 steps of 4 seconds
+    assert "(1.5 MB/s, 1 retry)" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("left 0:00:00")
+
+
+def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A small dataset is read ahead whole; the trackers are still given numbers."""
+    progress = Progress(every=1, total=9)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        means = [progress.add(row(step, read_mb=read)) for step, read in enumerate((3.0, 0.0, 0.05), 1)]
+        progress.add(row(4, read_mb=0.0, cache_hits=8))
+    assert [one and one["read_mb_per_s"] for one in means] == [1.5, 0.0, 0.025]
+    for line, told in zip(
+        caplog.messages, ("25 % (1.5 MB/s)", "25 %", "25 % (25.0 kB/s)", "25 % (100 % from the cache)"), strict=True
+    ):
+        assert f"data wait {told}  memory" in line
+
+
+def rated(log: RunLog, evaluations: list[dict[str, Any]]) -> list[bool]:
+    """Whether each was the best when it came."""
+    best = []
+    for step, evaluation in enumerate(evaluations, 1):
+        row = {"step": step, "split": "val", **evaluation}
+        best.append(log.is_best(row))
+        log.add_evaluation(row)
+    log.close()
+    return best
+
+
+def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
+    log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
+    scores = (0.25, 0.25, 0.125, 0.5, 0.5)
+    best = rated(log, [{"bbox": {"ap": 0.25}, "segm": {"ap": score}} for score in scores])
+    assert best == [True, False, False, True, False]
+
+
+def test_without_masks_in_the_split_the_best_weights_go_by_box_ap(tmp_path: Path) -> None:
+    log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
+    best = rated(log, [{"bbox": {"ap": score}, "segm": {"ap": None}} for score in (None, 0.25, 0.125, 0.5)])
+    assert best == [True, True, False, True]

@@ -1,0 +1,224 @@
+"""Find objects in images: pictures of what was found, COCO JSON, and a submission to the Open Images Challenge.
+
+    python trainer/predict.py --checkpoint runs/traffic --out predictions street.jpg https://example.org/crossing.jpg
+    python trainer/predict.py --checkpoint runs/traffic --out predictions photos/ 's3://bucket/2024/*.jpg'
+    accelerate launch trainer/predict.py --checkpoint runs/traffic --out s3://bucket/found \
+        --data.shards s3://bucket/prefix --data.split test --submission
+
+Images are local paths, folders, globs, or any fsspec URLs of these; or a split of a shard dataset, done on all ranks in
+parts: the same command again does the parts that are missing. --out receives a picture an image, and predictions.json:
+a COCO dataset ("images", "categories", "annotations") whose annotations carry a score. Coordinates are those of the
+pixels as stored: EXIF orientation is ignored, as it is in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shards.common.errors import UserError
+from shards.common.text import counted
+from shards.format.dataset import open_dataset
+from shards.storage.location import Location, check_writable
+from trainer.commands import command_line as command
+from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, stem
+from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torchvision.models.detection import MaskRCNN
+
+    from trainer.model.checkpoint import State
+    from trainer.prediction.output_files import Labels
+
+SHARD_DEFAULTS = {"split": "val", "workers": 4, "batch_size": 4, "part_images": 256}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 1 when an image could not be read, and the others were done."""
+    return command.run("predict", lambda: predict(parse(arguments)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: a wrong argument.
+    """
+    parser = command.Parser(prog="predict.py", description="Find objects in images.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="path, folder, glob or URL of images")
+    parser.add_argument("--checkpoint", required=True, metavar="URL", help="a run's folder, or one checkpoint's")
+    parser.add_argument("--out", required=True, metavar="URL", help="folder for the pictures and predictions.json")
+    parser.add_argument("--score", type=float, default=0.5, metavar="S", help="lowest score that counts, 0 to 1 [0.5]")
+    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu, for images [a GPU if there is one]")
+    parser.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help="draw what was found [yes for images, no for --data.shards]",
+    )
+    parser.add_argument(
+        "--submission", action="store_true", help="write submission.csv, as the Open Images Challenge takes it"
+    )
+    parser.add_argument(
+        "--hierarchy",
+        metavar="URL",
+        help="Open Images' hierarchy (JSON): an object is submitted for its class's ancestors, too",
+    )
+    shards = parser.add_argument_group("a shard dataset instead of images")
+    shards.add_argument("--data.shards", dest="shards", metavar="URL", help="the dataset")
+    for name, kind, about in (
+        ("data.split", str, "split to do"),
+        ("data.workers", int, "loader processes of each rank"),
+        ("batch-size", int, "images a batch on each rank"),
+        ("part-images", int, "images a part, rounded up to whole batches: what a stop can cost each rank"),
+    ):
+        key = _key_of(name)
+        shards.add_argument(
+            f"--{name}",
+            dest=key,
+            type=kind,
+            metavar="NAME" if kind is str else "N",
+            help=f"{about} [{SHARD_DEFAULTS[key]}]",
+        )
+    parsed: argparse.Namespace = parser.parse_args(arguments)
+    _check(parsed)
+    return parsed
+
+
+def _key_of(name: str) -> str:
+    return name.removeprefix("data.").replace("-", "_")
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Whether the options go together; gives those of shards their defaults."""
+    if not 0 <= parsed.score <= 1:
+        raise UserError(f"--score is {parsed.score}: it must be between 0 and 1")
+    if bool(parsed.images) == bool(parsed.shards):
+        raise UserError("give either images or --data.shards")
+    if parsed.hierarchy and not parsed.submission:
+        raise UserError("--hierarchy is of the submission: give --submission, too")
+    for name, low in (("data.split", None), ("data.workers", 0), ("batch-size", 1), ("part-images", 1)):
+        value = getattr(parsed, _key_of(name))
+        if value is not None and not parsed.shards:
+            raise UserError(f"--{name} is of a shard dataset: give --data.shards, too")
+        if value is not None and low is not None and value < low:
+            raise UserError(f"--{name} is {value}: it must be {low} or more")
+        if value is None:
+            setattr(parsed, _key_of(name), SHARD_DEFAULTS[_key_of(name)])
+    if parsed.shards and parsed.device:
+        raise UserError("--device is for images: with --data.shards, accelerate decides (ACCELERATE_USE_CPU=true)")
+    if parsed.pictures is None:
+        parsed.pictures = not parsed.shards
+    if not parsed.shards and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("images are done by one process: start predict.py without a launcher, or give --data.shards")
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Do every image that can be read; 1 if one could not.
+
+    Raises:
+        UserError: checkpoint, dataset or images cannot be had or do not go together, or --out cannot be written.
+    """
+    command.start_logging()
+    dataset = open_dataset(options.shards) if options.shards else None
+    if dataset is not None:
+        dataset.index(options.split)  # a wrong split is told before seconds of loading
+    images = [] if dataset is not None else find_images(options.images)
+    if options.submission:
+        check_image_ids(images)
+
+    accelerator = _start(options)
+
+    import torch
+
+    from trainer.commands.evaluate import check_classes
+    from trainer.metrics.hierarchy import read_parents
+    from trainer.model.build import rebuild
+    from trainer.model.checkpoint import open_checkpoint
+
+    state = open_checkpoint(options.checkpoint)
+    if dataset is not None:  # every image is done, whatever `data.classes` the training took
+        asked = dataset.select(classes=state.config.data.classes or None).categories
+        check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
+    labels = None
+    if options.submission:
+        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
+        labels = submission_labels(state.categories, parents)
+    network = rebuild(state)
+    # Whatever threshold the run was evaluated with: --score decides here.
+    network.roi_heads.score_thresh = options.score
+    if dataset is not None and accelerator is not None:
+        from trainer.prediction.sharded_inference import predict_shards
+
+        network.to(accelerator.device).eval()
+        predict_shards(options, dataset, state, network, accelerator, labels)
+        return 0
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        network.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
+    return predict_images(options, images, state, network, device, labels)
+
+
+def _start(options: argparse.Namespace) -> Accelerator | None:
+    """Try --out before seconds of loading and hours of work; for a dataset, join the ranks first, and return how.
+
+    Raises:
+        StorageError: --out cannot be written.
+    """
+    if not options.shards:
+        check_writable(Location(options.out), "--out")
+        return None
+    from trainer.run.distributed import main_can_write, start_accelerator
+
+    accelerator = start_accelerator()
+    main_can_write(Location(options.out), "--out", accelerator)
+    return accelerator
+
+
+def predict_images(
+    options: argparse.Namespace,
+    images: Sequence[str],
+    state: State,
+    network: MaskRCNN,
+    device: torch.device | str,
+    labels: Labels | None,
+) -> int:
+    """Do images one by one; those that cannot be read are told and left out. 1 if there is one, else 0.
+
+    Raises:
+        StorageError: `options.out` cannot be written.
+    """
+    from trainer.data.collate import decode_image
+    from trainer.model.inference import detect
+
+    out, failures = Location(options.out), 0
+    with PredictionFiles(out, state.categories, labels) as files:
+        for image, name in zip(images, picture_names(images, options.out), strict=True):
+            try:
+                pixels = decode_image(Location(image).read())
+            except UserError as error:
+                # An error of storage begins with the place already.
+                told = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
+                print(f"predict: {told}", file=sys.stderr, flush=True)
+                failures += 1
+                continue
+            found = detect(network, [pixels], device)[0]
+            height, width = pixels.shape[-2:]
+            record = image_record(stem(image), image, width, height, found)
+            if options.pictures:
+                record["image"]["picture"] = name
+                write_picture(out / name, pixels, found, state.categories)
+            files.add(record)
+            print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
+    print(f"{out / COCO_FILE}: {files.told()}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The names of parts of the network that `train.layers` accepts. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from shards.common.errors import UserError
+
+KNOWN = "heads, 5+, 4+, 3+, 2+, all, or a share such as 'last 10%'"
+STEM_STAGE, LAST_STAGE = 1, 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the network: the heads, and the backbone from a stage on.
+
+    Attributes:
+        stage: the first stage that trains, 1 (all) to 6 (no layer of the backbone).
+        share: instead of a stage, the share of the layers from the output, over 0 and up to 1.
+    """
+
+    stage: int = STEM_STAGE
+    share: Fraction | None = None
+
+
+def parse_layers(layers: str) -> Part:
+    """What a setting such as `heads`, `4+` or `last 10%` means.
+
+    Raises:
+        UserError: it means nothing.
+    """
+    text = " ".join(layers.split())
+    if text in ("heads", "all"):
+        return Part(STEM_STAGE if text == "all" else LAST_STAGE + 1)
+    if match := re.fullmatch(r"([2-5])\+", text):
+        return Part(int(match[1]))
+    if match := re.fullmatch(r"last (\d+(?:\.\d+)?) ?%", text):
+        share = Fraction(match[1]) / 100
+        if 0 < share <= 1:
+            return Part(share=share)
+    raise UserError(f"train.layers is {layers!r}: it must be {KNOWN}")

@@ -1,0 +1,327 @@
+"""The run's folder, and the line of progress.
+
+    <run>/config.yaml         the resolved settings: --config of the same run
+          environment.json    versions, machine, ranks
+          metrics.jsonl       one row a step; metrics.csv the same as a table
+          evaluations.jsonl   one row an evaluation
+          curves.png          losses, AP, images/s, wait for data, learning rate
+          pictures/           see `pictures.py`
+          tensorboard/        what accelerate's trackers write; `run.trackers` chooses them
+          checkpoints/, best/ see `checkpoint.py`
+
+The table and the curves are written anew at the end of every epoch.
+
+On a local disk a row is in its file when its step is over. An object store cannot append: there the files are written
+whole at every checkpoint and evaluation (what trackers write, from a temporary folder), so after a crash they end where
+the run will continue. Either way a run that continues drops the rows beyond its checkpoint, so that every step has one
+row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from importlib import metadata
+from typing import IO, TYPE_CHECKING, Any
+
+from shards.common.text import counted
+from shards.storage.location import Location
+from trainer.config.settings import Config
+from trainer.config.yaml_config import save_config
+from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
+from trainer.run.plots import draw_curves
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("trainer")
+
+PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "fsspec", "s3fs", "numpy", "pycocotools", "safetensors")
+
+
+class Rows:
+    """A file of JSON lines, each with a "step".
+
+    Args:
+        location: the file.
+        step: rows beyond this step are dropped; so is a last line that a crash cut off.
+    """
+
+    def __init__(self, location: Location, step: int) -> None:
+        self.location = location
+        text = location.read().decode("utf-8") if location.exists() else ""
+        self.rows = [row for row in map(_parsed, text.splitlines()) if row is not None and row["step"] <= step]
+        self._file: IO[bytes] | None = None
+        self.location.write(self._whole())
+        if location.is_local:
+            self._file = open(location.path, "ab")  # noqa: SIM115 - open as long as the run
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; on a local disk it is flushed at once."""
+        self.rows.append(dict(row))
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def flush(self) -> None:
+        """On an object store, write the whole file."""
+        if self._file is None:
+            self.location.write(self._whole())
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+    def _whole(self) -> bytes:
+        return b"".join(map(_line, self.rows))
+
+
+class RunLog:
+    """What the main rank writes into the run's folder, prints and reports.
+
+    Args:
+        run: the folder.
+        config: the resolved settings.
+        accelerator: its trackers are started.
+        step: the step that the run continues from; 0 for a new run.
+        total: steps of the whole run.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, run: Location, config: Config, accelerator: Accelerator, step: int, total: int) -> None:
+        self.run, self.accelerator = run, accelerator
+        save_config(config, run / "config.yaml")
+        (run / "environment.json").write(json.dumps(environment(accelerator), indent=1).encode("utf-8"))
+        self.steps = Rows(run / "metrics.jsonl", step)
+        self.evaluations = Rows(run / "evaluations.jsonl", step)
+        self._drawn = len(self.steps.rows), len(self.evaluations.rows)
+        self.progress = Progress(config.run.log_steps, total)
+        accelerator.init_trackers("maskstream", config=flattened(config.to_dict()))
+
+    @property
+    def last_evaluation(self) -> int:
+        """The step of the last evaluation; 0 where there is none."""
+        return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
+
+    def add_step(self, row: dict[str, Any], seconds: float) -> None:
+        """Complete a step's row of metrics.jsonl with its times, and log it.
+
+        Args:
+            row: see `train.train_step`; values that are not finite become null.
+            seconds: that the step took, the wait for its data included.
+        """
+        row |= {
+            "seconds": seconds,
+            "images_per_s": row["images"] / seconds,
+            "data_wait": row["data_wait_s"] / seconds,
+            "data_wait_longest": row["data_wait_longest_s"] / seconds,
+        }
+        row = _finite(row)
+        self.steps.append(row)
+        means = self.progress.add(row)
+        if means is not None:
+            self.accelerator.log(flattened({"train": means}), step=row["step"])
+
+    def is_best(self, row: dict[str, Any]) -> bool:
+        """Whether an evaluation that is not logged yet is above all that are: of equal ones the first stays the best,
+        as in most early stopping, and as `compare.py` tells it."""
+        return all(rating(row) > rating(other) for other in self.evaluations.rows)
+
+    def add_evaluation(self, row: dict[str, Any]) -> None:
+        """Log an evaluation."""
+        self.evaluations.append(row)
+        scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
+        self.accelerator.log(flattened({row["split"]: scores}), step=row["step"])
+        self.flush(draw=True)
+
+    def flush(self, *, draw: bool) -> None:
+        """Make sure that what was logged so far is stored.
+
+        Args:
+            draw: metrics.csv and curves.png as well.
+        """
+        self.steps.flush()
+        self.evaluations.flush()
+        seen = len(self.steps.rows), len(self.evaluations.rows)
+        # A run that begins with another's weights (--resume) may rate them before its own first step.
+        if draw and self.steps.rows and seen != self._drawn:
+            self._drawn = seen
+            (self.run / "metrics.csv").write(table(self.steps.rows))
+            (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows))
+        if not self.run.is_local:
+            _upload(tracker_folder(self.run), self.run / TRACKER_FOLDER)
+
+    def close(self) -> None:
+        """Store everything; accelerate has ended its trackers."""
+        self.flush(draw=True)
+        self.steps.close()
+        self.evaluations.close()
+        if not self.run.is_local:
+            shutil.rmtree(tracker_folder(self.run), ignore_errors=True)
+
+
+class Progress:
+    """A line every `every` steps, with means since the line before."""
+
+    def __init__(self, every: int, total: int) -> None:
+        self.every, self.total = every, total
+        self._rows: list[Mapping[str, Any]] = []
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take in a step's row of metrics.jsonl; when it is time, log a line and return its means."""
+        self._rows.append(row)
+        if row["step"] % self.every and row["step"] != self.total:
+            return None
+        seconds = sum(row["seconds"] for row in self._rows)
+        learned = [row for row in self._rows if "skipped" not in row]
+        count = max(len(learned), 1)
+        read = {name: sum(row[name] for row in self._rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
+        waits = {
+            name: sum(row[name] * row["seconds"] for row in self._rows) / seconds
+            for name in ("data_wait", "data_wait_longest")
+        }
+        means = {
+            "loss": sum(row["loss"] for row in learned) / count,
+            "losses": {name: sum(r["losses"][name] for r in learned) / count for name in row["losses"]},
+            "lr": row["lr"],
+            "images_per_s": sum(row["images"] for row in self._rows) / seconds,
+            **waits,
+            "read_mb_per_s": read["read_mb"] / seconds,
+            "retries": read["retries"],
+            "cache_share": read["cache_hits"] / max(read["samples"], 1),
+            "memory_mb": row["memory_mb"],
+        }
+        log.info(
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  left %s",
+            row["step"],
+            self.total,
+            means["loss"],
+            "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means["losses"].items()),
+            means["lr"],
+            means["images_per_s"],
+            100 * means["data_wait"],
+            _told(means),
+            means["memory_mb"] / 1000,
+            timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows))),
+        )
+        self._rows.clear()
+        return means
+
+
+def _told(means: Mapping[str, Any]) -> str:
+    """What the loaders of all ranks did since the line before, in brackets; what did not happen is left out.
+
+    A step may read nothing and still have its data: from the cache, or from what was read ahead, which can be all of a
+    small dataset.
+    """
+    told = []
+    if means["read_mb_per_s"]:
+        told.append(_rate(means["read_mb_per_s"]))
+    if means["retries"]:
+        told.append(counted(means["retries"], "retry", "retries"))
+    if means["cache_share"]:
+        told.append(f"{100 * means['cache_share']:.0f} % from the cache")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _rate(mb_per_s: float) -> str:
+    return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
+
+
+def rating(row: Mapping[str, Any]) -> float:
+    """What the best weights are chosen by, of a row of evaluations.jsonl: the mask AP; the box AP where the split has
+    no mask to find; -1 where it has no object at all."""
+    value = row["bbox"]["ap"] if row["segm"]["ap"] is None else row["segm"]["ap"]
+    return -1.0 if value is None else float(value)
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, `section/key`; lists as text, for trackers take numbers, texts and booleans only."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(entry, Mapping):
+            flat |= flattened(entry, f"{name}/")
+        else:
+            flat[name] = entry if isinstance(entry, bool | int | float | str) else str(entry)
+    return flat
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows of metrics.jsonl as CSV; a loss is a column of its own."""
+    flat = [{**{k: v for k, v in row.items() if k != "losses"}, **row["losses"]} for row in rows]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return buffer.getvalue().encode("utf-8")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run ran on: versions, machine, ranks."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
+        "command": sys.argv,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A row; None for a line that a crash cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":"), allow_nan=False).encode("utf-8") + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _upload(folder: str, to: Location) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            with open(path, "rb") as file:
+                (to / os.path.relpath(path, folder)).write(file.read())
