@@ -15,6 +15,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # pip, not uv: on machines with a CPU build of torch at hand pip takes it, and no lock file has to agree.
 $(VENV)/bin/python:
