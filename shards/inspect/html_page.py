@@ -69,7 +69,7 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
 
 
 def _fill(title: str, data: dict[str, Any]) -> bytes:
-    folder = files("shards") / "page"
+    folder = files("shards.inspect") / "page"
     template, style, script = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
