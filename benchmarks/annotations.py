@@ -103,10 +103,10 @@ class Tables:
         return max(1, round(rows * self.scale))
 
     def write(self) -> None:
-        from builder.sources.openimages.source import OpenImages
+        from builder.sources.openimages.layout import Layout
         from shards.storage.location import Location
 
-        source = OpenImages(Location(str(self.root)), Location(str(self.root)))
+        source = Layout(Location(str(self.root)), Location(str(self.root)))
         self.write_boxes_and_masks(source)
         self.write_labels(source)
         self.write_metadata(source)
@@ -279,15 +279,15 @@ def measure_peer(what: str, folder: Path, options: argparse.Namespace) -> str:
     """The same columns of the same tables, whole, by pandas."""
     import pandas as pd
 
-    from builder.sources.openimages import source as openimages
+    from builder.sources.openimages import layout
     from shards.storage.location import Location
 
-    source, rows = openimages.OpenImages(Location(str(folder)), Location(str(folder))), 0
+    source, rows = layout.Layout(Location(str(folder)), Location(str(folder))), 0
     for location, columns in (
-        (source.masks("train"), openimages.MASK_COLUMNS),
-        (source.boxes("train"), openimages.BOX_COLUMNS),
-        (source.labels("train"), openimages.LABEL_COLUMNS),
-        (source.metadata("train"), openimages.METADATA_COLUMNS),
+        (source.masks("train"), layout.MASK_COLUMNS),
+        (source.boxes("train"), layout.BOX_COLUMNS),
+        (source.labels("train"), layout.LABEL_COLUMNS),
+        (source.metadata("train"), layout.METADATA_COLUMNS),
     ):
         rows += len(pd.read_csv(location.path, usecols=list(columns), nrows=options.peer_rows))
     return f"{rows} rows"

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from builder.commands.yaml_options import with_config
-from builder.fetching.table_cache import Cache, default_folder
-from builder.sources.openimages.source import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES, OpenImages, source_location
+from builder.fetching.cache_folder import default_cache_folder
+from builder.sources.openimages.layout import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES, source_location
 from shards.common.errors import UserError
 from shards.common.output import print_to_reader
 from shards.common.redact import redact
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     cache = parser.add_argument_group("cache").add_mutually_exclusive_group()
     cache.add_argument(
         "--cache",
-        default=default_folder(),
+        default=default_cache_folder(),
         metavar="DIR",
         help="keep annotation tables and zip directories there, as Parquet, and read them there while the source stays "
         "the same; about 1 GB for all of Open Images; may be deleted at any time (default: %(default)s)",
@@ -337,6 +337,9 @@ def make_source(args: argparse.Namespace) -> Source:
         places, named = parse_places(args.annotations)
         files = tuple((split, source_location(url, anonymous=args.anonymous)) for split, url in places)
         return Coco(images, files, named)
+    from builder.fetching.table_cache import Cache
+    from builder.sources.openimages.source import OpenImages
+
     return OpenImages(
         images=images,
         annotations=source_location(args.annotations[0], anonymous=args.anonymous),

@@ -15,7 +15,8 @@ from builder.fetching.zip_members import plan_reads
 from builder.packing.pack import SPARE_AN_IMAGE, members_of
 from builder.planning.prepare import Choice, ClassReport, prepare
 from builder.sources.base import Source
-from builder.sources.openimages.source import PUBLIC_IMAGES, OpenImages, source_location
+from builder.sources.openimages.layout import PUBLIC_IMAGES, source_location
+from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import refuse_if_held
 from builder.target.dataset_card import ClassCounts
 from builder.tasks.plan import InlineMask, Member, Plan, PlannedImage

@@ -13,8 +13,6 @@ source when it was read:
 Files are written under a temporary name and renamed when whole, so any number of processes may share a folder. Every
 page carries a checksum: a damaged file is told, discarded and read anew. A folder that cannot be written costs a
 warning, never the build.
-
-Only light modules are imported up here, because `builder.commands.cli` imports this one to print its help.
 """
 
 from __future__ import annotations
@@ -29,15 +27,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards.storage.location import Location
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from shards.storage.ranges import Description
+from shards.storage.ranges import Description
 
 FORMAT = 1  # in every name: what another version of this program wrote is not read
 ROWS = 1 << 18  # of a row group: the unit of writing, reading and filtering, a few tens of MB in memory
@@ -47,13 +43,6 @@ STATE_KEY = b"source"
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-
-
-def default_folder() -> str:
-    """`$XDG_CACHE_HOME/maskstream`, or `~/.cache/maskstream` (https://specifications.freedesktop.org/basedir-spec/)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification wants a relative path ignored.
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "maskstream")
 
 
 def state_of(told: Description) -> str:
@@ -111,9 +100,6 @@ class Entry:
 
         A damaged file is deleted, with a line in the log; `take` may then have seen a part of it.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 found = file.schema_arrow
@@ -162,8 +148,6 @@ class _Writer:
     parquet: pq.ParquetWriter | None = None
 
     def __post_init__(self) -> None:
-        import pyarrow.parquet as pq
-
         folder = os.path.dirname(self.entry.path)
         with self._forgiving():
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -202,8 +186,6 @@ class _Writer:
             self.temporary = ""
 
     def _write_waiting(self, count: int) -> None:
-        import pyarrow as pa
-
         if not self.waiting or self.parquet is None:
             self.waiting = []
             return

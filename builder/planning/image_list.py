@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from builder.fetching.fetch import Request, fetch_one
-from builder.sources.openimages.source import source_location
+from builder.sources.openimages.layout import source_location
 from shards.common.errors import UserError
 
 # Also names of files in COCO: anything in one line, but nothing that climbs out of a folder.

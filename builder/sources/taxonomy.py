@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from builder.fetching.fetch import Request, fetch_all
 from shards.common.errors import UserError
 from shards.format.dataset import Category
-from shards.storage.location import Location
-
-if TYPE_CHECKING:
-    from builder.sources.openimages.source import OpenImages
 
 
 @dataclass(frozen=True)
@@ -157,60 +149,6 @@ class Taxonomy:
         )
 
 
-def read_taxonomy(source: OpenImages) -> Taxonomy:
-    """Read Open Images' class names and hierarchy.
-
-    Raises:
-        UserError: a file is not what it should be.
-        StorageError: a file cannot be had.
-    """
-    places = source.class_names, source.hierarchy
-    contents = fetch_all([Request(place) for place in places])
-    names, hierarchy = (_text(content, place) for content, place in zip(contents, places, strict=True))
-    return Taxonomy(parse_class_names(names, str(places[0])), parse_hierarchy(hierarchy, str(places[1])))
-
-
-def parse_class_names(text: str, where: str) -> dict[str, str]:
-    """MID -> display name from `LabelName,DisplayName` lines, with a header (v6 and later) or without (v5).
-
-    Raises:
-        UserError: a line that is not a MID and a name.
-    """
-    names: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-        if not any(row) or (number == 1 and not row[0].startswith("/")):
-            continue
-        if len(row) < 2 or not row[0].startswith("/"):
-            raise UserError(f"{where}: line {number} is {','.join(row)[:80]!r}, not a MID and a name: download it anew")
-        names[row[0]] = row[1].strip()
-    if not names:
-        raise UserError(f"{where}: holds no class names: download it anew")
-    return names
-
-
-def parse_hierarchy(text: str, where: str) -> dict[str, frozenset[str]]:
-    """MID -> its children by Subcategory. A Part is walked through, for it may have kinds of its own, but is no child.
-
-    Raises:
-        UserError: not the JSON tree of `LabelName`, `Subcategory` and `Part`.
-    """
-    children: dict[str, set[str]] = defaultdict(set)
-
-    def walk(node: Any) -> str:
-        label = str(node["LabelName"])
-        for child in node.get("Subcategory", ()):
-            children[label].add(walk(child))
-        for part in node.get("Part", ()):
-            walk(part)
-        return label
-
-    try:
-        walk(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: not Open Images' class hierarchy ({error!r}): download it anew") from error
-    return {label: frozenset(below) for label, below in children.items()}
-
-
 def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]:
     found, to_visit = {start}, [start]
     while to_visit:
@@ -219,10 +157,3 @@ def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]
                 found.add(label)
                 to_visit.append(label)
     return frozenset(found)
-
-
-def _text(content: bytes, location: Location) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{location}: not UTF-8 text ({error}): download it anew") from error

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from builder.fetching.fetch import Inventory
+from builder.fetching.table_cache import Cache
 from builder.fetching.zip_members import directory_is_cached, locate_members
 from builder.sources.base import FLAGS, Filters
 from builder.sources.csv_tables import leave_out, read_table, tell_left_out
-from builder.sources.openimages import source as openimages
+from builder.sources.openimages import layout as openimages
 from builder.sources.openimages.box_matching import match_boxes
-from builder.sources.openimages.source import OpenImages
+from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Classes
 from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
@@ -52,10 +53,11 @@ class OpenImagesSplit:
     Which version of a table or zip there is, is asked once (`inventory`), and no other is read.
     """
 
-    source: OpenImages
+    layout: Layout
     name: str
     classes: Classes
     filters: Filters
+    cache: Cache | None = None
     inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     def candidates(self) -> dict[int, Candidates]:
@@ -96,8 +98,8 @@ class OpenImagesSplit:
             "ImageID": pa.array(sorted(image_ids), pa.string()),
         }
         tables = SplitTables(
-            _distinct(self._masks(where), ["MaskPath"], self.source.masks(self.name)),
-            _distinct(self._boxes(where), _BOX_KEY, self.source.boxes(self.name)),
+            _distinct(self._masks(where), ["MaskPath"], self.layout.masks(self.name)),
+            _distinct(self._boxes(where), _BOX_KEY, self.layout.boxes(self.name)),
         )
         annotations = annotate(tables, self.classes, image_ids)
         # Three kinds of reads that wait for the network more than they work.
@@ -115,7 +117,7 @@ class OpenImagesSplit:
             )
             planned[image_id] = PlannedImage(
                 image_id=image_id,
-                url=self.source.image(self.name, image_id).url,
+                url=self.layout.image(self.name, image_id).url,
                 objects=self.filters.apply(objects),
                 verified_present=present,
                 verified_absent=absent,
@@ -127,7 +129,7 @@ class OpenImagesSplit:
         """Image -> the labels that people verified as present, and as absent; images without any are left out."""
         labels = pa.array(self.classes.verifiable, pa.string())
         where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
-        table = self._table(self.source.labels(self.name), openimages.LABEL_COLUMNS, where)
+        table = self._table(self.layout.labels(self.name), openimages.LABEL_COLUMNS, where)
         present: dict[str, set[str]] = defaultdict(set)
         absent: dict[str, set[str]] = defaultdict(set)
         for row in table.to_pylist():
@@ -142,18 +144,18 @@ class OpenImagesSplit:
         return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of a repeated row
 
     def _metadata(self, where: Mapping[str, pa.Array]) -> pa.Table:
-        return self._table(self.source.metadata(self.name), openimages.METADATA_COLUMNS, where, newlines_in_values=True)
+        return self._table(self.layout.metadata(self.name), openimages.METADATA_COLUMNS, where, newlines_in_values=True)
 
     def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can key a sample and whose MaskPath can name a file in a zip."""
-        location = self.source.masks(self.name)
+        location = self.layout.masks(self.name)
         masks = self._table(location, openimages.MASK_COLUMNS, where)
         masks = _with_safe(masks, "ImageID", KEY.pattern, location)
         return _with_safe(masks, "MaskPath", MASK_NAME, location)
 
     def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can key a sample and whose box has an extent inside the image."""
-        location = self.source.boxes(self.name)
+        location = self.layout.boxes(self.name)
         boxes = self._table(location, openimages.BOX_COLUMNS, where)
         return _usable(_with_safe(boxes, "ImageID", KEY.pattern, location), location)
 
@@ -165,7 +167,7 @@ class OpenImagesSplit:
         *,
         newlines_in_values: bool = False,
     ) -> pa.Table:
-        cache, inventory = self.source.cache, self.inventory
+        cache, inventory = self.cache, self.inventory
         return read_table(
             location, columns, where, newlines_in_values=newlines_in_values, cache=cache, inventory=inventory
         )
@@ -188,8 +190,8 @@ class OpenImagesSplit:
                 wanted.setdefault(image_id[0].lower(), []).extend(paths)
         if not wanted:
             return {}
-        cache = self.source.cache
-        zips = {self.source.mask_zip(self.name, digit): paths for digit, paths in sorted(wanted.items())}
+        cache = self.cache
+        zips = {self.layout.mask_zip(self.name, digit): paths for digit, paths in sorted(wanted.items())}
         cached = sum(directory_is_cached(location, cache) for location in zips)
         masks, held = counted(sum(map(len, zips.values())), "mask"), counted(len(zips), "zip")
         logger.info("locating %s of %s in %s (directories cached: %d)", masks, self.name, held, cached)

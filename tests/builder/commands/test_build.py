@@ -14,7 +14,8 @@ from builder.commands.build import build
 from builder.packing.executors import Engine
 from builder.packing.images import check_jpeg
 from builder.planning.prepare import Choice
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset

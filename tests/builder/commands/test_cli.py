@@ -8,7 +8,7 @@ import pytest
 
 from builder.commands.cli import command_line, main, make_parser
 from builder.sources.base import FLAGS
-from builder.sources.openimages.source import source_location
+from builder.sources.openimages.layout import source_location
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from tests.support import REPOSITORY

@@ -18,7 +18,8 @@ from builder.commands.cli import SHORT, _Redacting, main
 from builder.commands.dry_run import SAMPLED, estimate
 from builder.commands.summary import render_estimate, render_summary
 from builder.planning.prepare import Choice
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import LOCK_FILE
 from demo.s3proxy import S3Proxy
 from demo.s3server import S3Server

@@ -14,7 +14,8 @@ import pytest
 
 from builder.commands.build import build
 from builder.planning.prepare import Choice
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import LOCK_FILE
 from demo.s3proxy import Fault, Kind, S3Proxy, Seen
 from demo.s3server import S3Server

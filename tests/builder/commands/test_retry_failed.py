@@ -11,7 +11,8 @@ import pytest
 from builder.commands.build import build
 from builder.commands.retry_failed import retry_failed
 from builder.planning.prepare import Choice
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from builder.tasks.outcomes import RECOVERED
 from demo.scenes import SceneTruth
 from shards.common.errors import DatasetError, UserError

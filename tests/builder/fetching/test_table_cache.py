@@ -18,13 +18,15 @@ from builder.commands.build import build
 from builder.commands.cli import main
 from builder.fetching import table_cache as cache_module
 from builder.fetching import zip_members as maskzip
+from builder.fetching.cache_folder import default_cache_folder
 from builder.fetching.fetch import Inventory
-from builder.fetching.table_cache import Cache, default_folder, state_of
+from builder.fetching.table_cache import Cache, state_of
 from builder.fetching.zip_members import locate_members
 from builder.planning.prepare import Choice
 from builder.sources import csv_tables as tables
 from builder.sources.csv_tables import read_table
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import StorageError
 from shards.storage.location import Location
@@ -306,7 +308,7 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ("relative", "/home/me/.cache/maskstream"),
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", base)
-        assert default_folder() == folder
+        assert default_cache_folder() == folder
 
 
 def tree(root: Path) -> Iterator[tuple[str, bytes]]:

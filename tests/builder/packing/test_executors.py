@@ -11,7 +11,8 @@ import pytest
 from builder.commands.build import build
 from builder.packing.executors import Engine, execute
 from builder.planning.prepare import Choice
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset

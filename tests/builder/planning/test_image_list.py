@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from builder.planning.image_list import ListedImage, read_list
-from builder.sources.openimages.source import SOURCE_SPLITS
+from builder.sources.openimages.layout import SOURCE_SPLITS
 from shards.common.errors import UserError
 
 

@@ -14,7 +14,8 @@ from builder.packing.executors import Engine
 from builder.planning.prepare import Choice
 from builder.planning.replacements import next_round
 from builder.planning.selection import select_images
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Metadata, PlannedImage, ShardTask, cut_tasks
 from demo.scenes import SceneTruth

@@ -21,7 +21,8 @@ from builder.fetching.table_cache import Cache
 from builder.planning.prepare import Choice
 from builder.sources import csv_tables as tables
 from builder.sources.csv_tables import read_table
-from builder.sources.openimages.source import BOX_COLUMNS, OpenImages, source_location
+from builder.sources.openimages.layout import BOX_COLUMNS, source_location
+from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.storage.location import Location

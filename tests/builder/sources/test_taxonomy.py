@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from builder.sources.taxonomy import Taxonomy, parse_class_names, parse_hierarchy
+from builder.sources.openimages.class_tables import parse_class_names, parse_hierarchy
+from builder.sources.taxonomy import Taxonomy
 from shards.common.errors import UserError
 
 NAMES = {

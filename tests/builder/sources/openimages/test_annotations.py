@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from builder.sources.base import Filters
 from builder.sources.csv_tables import read_table
-from builder.sources.openimages import source as openimages
+from builder.sources.openimages import layout as openimages
 from builder.sources.openimages.annotations import OpenImagesSplit
 from builder.sources.openimages.box_matching import JOIN_TOLERANCE, match_boxes
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Annotation, Withheld
@@ -195,7 +196,7 @@ def test_images_with_masks_come_before_those_with_boxes_only(tmp_path: Path) -> 
     split = opened(tmp_path, boxes, masks)
     assert split.candidates() == {1: Candidates(("a1",), ("a2",)), 2: Candidates((), ("a3",))}
     only_masks = replace(split, filters=Filters(require_mask=True))
-    only_masks.source.boxes("validation").delete()  # not even read
+    only_masks.layout.boxes("validation").delete()  # not even read
     assert {category: found.masked for category, found in only_masks.candidates().items()} == {1: ("a1",), 2: ()}
 
 

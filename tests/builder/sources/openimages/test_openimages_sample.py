@@ -23,7 +23,8 @@ from PIL import Image
 from builder.commands.build import build
 from builder.planning.prepare import Choice
 from builder.sources.base import Filters
-from builder.sources.openimages.source import OpenImages, source_location
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
 from demo.s3server import S3Server
 from shards.format import rle
 from shards.format.dataset import Dataset, open_dataset
