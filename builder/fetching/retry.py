@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from shards.common.back_off import attempts
 from shards.common.errors import StorageError
 from shards.storage.location import Location
 
 ATTEMPTS = 6
-BACK_OFF_S = 0.5  # before the second attempt; doubled each time up to
-LONGEST_S = 4.0  # so about 12 s in all, beside the retries of the file system itself
+FIRST_DELAY_S = 0.5  # about 12 s in all, in addition to the retries of the file system itself
 
 T = TypeVar("T")
 
@@ -26,15 +24,13 @@ def retrying(action: Callable[[], T]) -> T:
     Raises:
         StorageError: it cannot succeed (no such bucket, access refused), or still failed at the last attempt.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in attempts(ATTEMPTS, FIRST_DELAY_S):
         try:
             return action()
         except StorageError as error:
             if error.permanent or attempt == ATTEMPTS:
                 raise
             logger.debug("%s; attempt %d of %d, again soon", error, attempt, ATTEMPTS)
-        # Jitter keeps many workers from coming back at the same moment; it decides no byte of the result.
-        time.sleep(min(BACK_OFF_S * 2 ** (attempt - 1), LONGEST_S) * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
 
 

@@ -9,7 +9,6 @@ that a cache on the machine's disk has is not asked for.
 from __future__ import annotations
 
 import logging
-import random
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from dataclasses import astuple, dataclass, field
 from operator import add, sub
 from typing import TYPE_CHECKING
 
+from shards.common.back_off import attempts
 from shards.common.errors import DatasetError, SampleError
 from shards.common.text import counted
 from shards.format.index import Index
@@ -33,7 +33,6 @@ log = logging.getLogger("shards.stream.reader")
 
 READ_AHEAD = 128 * 2**20
 ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in all
-BACK_OFF_S = 0.2
 STALL_S = 30.0
 
 
@@ -209,10 +208,8 @@ class SampleReader:
     def _checked(self, row: int, data: memoryview, who: str) -> memoryview:
         """The bytes, once their crc32 is the index's; wrong bytes are fetched again, alone."""
         wanted = int(self.index.crc32[row])
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                # Jitter keeps the workers of a job from asking an overloaded server all at once again.
-                time.sleep(BACK_OFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+        for attempt in attempts(ATTEMPTS):
+            if attempt > 1:
                 self.statistics.retries += 1
                 data = self._sample(self._alone(row), row, True, who)
             if (found := zlib.crc32(data)) == wanted:

@@ -16,6 +16,6 @@ def through(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("shards.storage.location._instances", {})
         monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", patience)
         monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
-        monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0.01)
+        monkeypatch.setattr("shards.common.back_off.SCALE", 0.05)
 
     return point

@@ -41,8 +41,8 @@ def through(s3_scenes: SceneTruth, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         # The objects of Open Images carry no checksum; those of the test do.
         monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
-        for module in ("builder.fetching.retry", "shards.storage.ranges"):
-            monkeypatch.setattr(f"{module}.BACK_OFF_S", 0.01)
+        monkeypatch.setattr("shards.common.back_off.SCALE", 0.02)
+        monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
 
     return point
 

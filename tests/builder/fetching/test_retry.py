@@ -9,7 +9,7 @@ from shards.storage.location import Location
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.fetching.retry.BACK_OFF_S", 0.001)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
 
 
 def failing(times: int, error: StorageError) -> tuple[list[int], object]:

@@ -192,7 +192,7 @@ def test_other_errors_of_the_loop_stay_what_they_are(local: Dataset) -> None:
 
 def test_loader_processes_end_with_the_error_though_that_is_kept(tmp_path: Path, monkeypatch) -> None:
     """The collector would end them later, and wait 5 s for each."""
-    monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
     broken = write_dataset(tmp_path, {"train": [sample(n) for n in range(SAMPLES)]})
     (tmp_path / "train" / "000002.tar").unlink()
     before = children()

@@ -62,7 +62,7 @@ def flip_a_byte(shard):
     ids=["flipped byte", "truncated", "deleted"],
 )
 def test_a_sample_that_cannot_be_had_names_shard_key_and_offset(dataset, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
     reader = damaged(dataset, tmp_path, change)
     with pytest.raises(SampleError, match=rf"train/000000.tar: sample {0:016x} at offset 0.*{message}"):
         list(reader.read([0]))

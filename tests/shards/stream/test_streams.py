@@ -107,7 +107,7 @@ def test_spawned_loader_processes_give_the_same_batches(dataset):
 
 
 def test_an_error_in_a_loader_process_arrives_as_itself(tmp_path, samples, monkeypatch):
-    monkeypatch.setattr("shards.stream.reader.BACK_OFF_S", 0)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
     broken = write_dataset(tmp_path, {"train": samples})
     (tmp_path / "train" / "000002.tar").unlink()
     with pytest.raises(SampleError, match=r"^[^\n]*train/000002.tar: sample \w+ at offset \d+: cannot be read[^\n]*$"):

@@ -1,0 +1,37 @@
+"""Exponential back-off with jitter: the delays between attempts at something that may fail for a moment."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+SCALE = 1.0  # multiplies every delay; tests set it to 0
+
+
+def delay(failures: int, first_s: float = 0.2, longest_s: float = 4.0) -> float:
+    """Return the seconds to wait after a number of failures in a row.
+
+    Jitter keeps many processes from asking an overloaded server again at the same moment. It decides nothing but the
+    time of a request, so results do not depend on it.
+
+    Args:
+        failures: at least 1.
+        first_s: mean delay after the first failure, in seconds; doubled after each further one.
+        longest_s: upper limit of the mean delay, in seconds.
+    """
+    return SCALE * min(first_s * 2.0 ** (failures - 1), longest_s) * random.uniform(0.5, 1.5)
+
+
+def attempts(count: int, first_s: float = 0.2, longest_s: float = 4.0) -> Iterator[int]:
+    """Yield 1, 2, ..., `count`, and sleep before each attempt after the first.
+
+    Args:
+        count: attempts in all, at least 1. The caller ends the loop at the first success.
+        first_s: see `delay`.
+        longest_s: see `delay`.
+    """
+    for number in range(1, count + 1):
+        if number > 1:
+            time.sleep(delay(number - 1, first_s, longest_s))
+        yield number
