@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from shards.common.errors import UserError
+from shards.common.text import did_you_mean
 
 NOT_IN_A_FILE = ("help", "config")
 
@@ -46,9 +46,7 @@ def config_words(parser: argparse.ArgumentParser, file: str) -> list[str]:
     for key, value in found.items():
         name = str(key).replace("_", "-")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f": did you mean {' or '.join(near)}?" if near else ": see --help"
-            raise UserError(f"--config {file}: there is no option {key!r}{hint}")
+            raise UserError(f"--config {file}: there is no option {key!r}: {did_you_mean(name, known, 'see --help')}")
         words += _words(name, value, known[name], file)
     return words
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.common.errors import UserError
+from shards.common.text import did_you_mean
 from shards.format.dataset import Category
 
 
@@ -97,10 +97,7 @@ class Taxonomy:
             raise UserError(f"class {wanted!r}: several classes have this name: give a MID, one of {', '.join(found)}")
         if found:
             return found[0]
-        names = {name.casefold(): name for name in self.names.values()}
-        near = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
-        near += [name for name in names if key and key in name and name not in near][:3]
-        hint = f"did you mean {', '.join(repr(names[name]) for name in near)}?" if near else "no name is near"
+        hint = did_you_mean(key, self.names.values(), "no name is near")
         raise UserError(
             f"unknown class {wanted!r}: {hint} (quote names with spaces; the {len(self.names)} names are {self.source})"
         )

@@ -1,36 +1,38 @@
-"""Words of what commands tell."""
+"""Text of messages and terminal output."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """A number with what it counts: `1 image`, `2 images`, `0 images`.
+    """Return a number with its noun: `1 image`, `2 images`, `0 images`.
 
     Args:
         number: not negative.
-        one: a thing.
-        many: several of it, where that is not `one` and an s.
+        one: the singular.
+        many: the plural, if it is not `one` with an s.
     """
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def printable(text: str) -> str:
-    """A text of the data as a terminal may have it: what moves the cursor or turns the direction is escaped."""
+    """Return text that is safe to print: characters that move the cursor or change direction are escaped."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def padded(text: str, columns: int) -> str:
-    """A text with spaces after it, up to so many columns of a terminal."""
+    """Return text with trailing spaces up to a width in terminal columns."""
     return text + " " * (columns - columns_of(text))
 
 
 def columns_of(text: str) -> int:
-    """How wide a terminal writes a text: letters of East Asia take two columns, combining accents none."""
+    """Return the width of text in terminal columns: wide East Asian characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(one) in ("W", "F") for one in text)
@@ -38,6 +40,23 @@ def columns_of(text: str) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and cut short."""
+    """Return a value's repr for a message: on one line, at most 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, limit: int = 3) -> str:
+    """Return `did you mean A or B?` with the known names nearest to a wrong one, whatever their case.
+
+    Args:
+        name: what was given.
+        known: the right names.
+        otherwise: the answer when no name is near.
+        limit: most names in the answer. Similar names come first, then names that contain `name`.
+    """
+    wanted = name.casefold()
+    names = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(wanted, names, n=limit, cutoff=0.5)
+    if len(wanted) > 2:
+        near += [one for one in names if wanted in one and one not in near]
+    return f"did you mean {' or '.join(names[one] for one in near[:limit])}?" if near else otherwise

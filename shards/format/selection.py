@@ -5,7 +5,6 @@ What is not selected is never fetched. The selection is part of the index's fing
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from shards.common.argument_checks import real, whole
 from shards.common.errors import DatasetError
 from shards.common.splitmix import fold, splitmix64
+from shards.common.text import did_you_mean
 from shards.format.index import Index
 from shards.format.sample import Sample
 
@@ -90,12 +90,10 @@ def find_class(categories: Sequence[C], wanted: str | int, where: str) -> C:
         for category in categories:
             if matches(category):
                 return category
-    names = {category.name.casefold(): category.name for category in categories}
-    close = [names[name] for name in difflib.get_close_matches(text.casefold(), list(names), n=3, cutoff=0.5)]
-    known = list(names.values())
-    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known[:10])}"
-    more = f" and {len(known) - 10} more" if not close and len(known) > 10 else ""
-    raise DatasetError(f"{where}: there is no class {text!r}: {hint}{more}")
+    names = [category.name for category in categories]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    hint = did_you_mean(text, names, f"it has {', '.join(names[:10])}{more}")
+    raise DatasetError(f"{where}: there is no class {text!r}: {hint}")
 
 
 def select_rows(index: Index, selection: Selection, where: str) -> Index:

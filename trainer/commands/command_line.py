@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from shards.common.errors import UserError
 from shards.common.output import print_to_reader
+from shards.common.text import did_you_mean
 
 PATIENCE_S = 10.0
 
@@ -72,8 +72,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.6)
-            self.error(f"unknown argument {name}" + (f": did you mean {' or '.join(close)}?" if close else ""))
+            near = did_you_mean(name, self._option_string_actions, limit=1)
+            self.error(f"unknown argument {name}" + (f": {near}" if near else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from shards.common.errors import StorageError
+from shards.common.text import did_you_mean
 from shards.storage.location import Location
 from trainer.config.settings import Config, ConfigError, validate
 
@@ -148,8 +148,8 @@ def save_config(config: Config, location: Location) -> None:
 
 
 def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    return f": did you mean {' or '.join(close)}?" if close else f": known are {', '.join(sorted(known))}"
+    names = sorted(known)
+    return ": " + did_you_mean(name, names, f"known are {', '.join(names)}")
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

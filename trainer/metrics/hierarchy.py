@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from shards.common.errors import UserError
+from shards.format.class_hierarchy import parse_hierarchy
 from shards.format.dataset import Category
 from shards.storage.location import Location
 
@@ -25,21 +24,10 @@ def read_parents(location: Location, categories: Sequence[Category]) -> dict[int
     """
     ids = {category.mid: category.id for category in categories}
     found: dict[int, set[int]] = {}
-
-    def walk(node: Any, above: frozenset[int]) -> None:
-        own = ids.get(str(node["LabelName"]))
-        if own is not None:
+    for node in parse_hierarchy(location.read(), str(location)):
+        if (own := ids.get(node.label)) is not None:
+            above = {ids[label] for label in node.ancestors if label in ids}
             found.setdefault(own, set()).update(above - {own})
-        below = above if own is None else above | {own}
-        for child in node.get("Subcategory", ()):
-            walk(child, below)
-        for part in node.get("Part", ()):
-            walk(part, frozenset())
-
-    try:
-        walk(json.loads(location.read()), frozenset())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{location}: not Open Images' class hierarchy ({error!r}): download it anew") from error
     if not found:
         raise UserError(
             f"{location}: none of the dataset's classes ({len(categories)}) is in this hierarchy, "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
-from typing import Any
 
 from builder.fetching.fetch import Request, fetch_all
 from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Taxonomy
 from shards.common.errors import UserError
+from shards.format.class_hierarchy import parse_hierarchy
 from shards.storage.location import Location
 
 
@@ -24,7 +23,7 @@ def read_taxonomy(layout: Layout) -> Taxonomy:
     places = layout.class_names, layout.hierarchy
     contents = fetch_all([Request(place) for place in places])
     names, hierarchy = (_text(content, place) for content, place in zip(contents, places, strict=True))
-    return Taxonomy(parse_class_names(names, str(places[0])), parse_hierarchy(hierarchy, str(places[1])))
+    return Taxonomy(parse_class_names(names, str(places[0])), parse_children(hierarchy, str(places[1])))
 
 
 def parse_class_names(text: str, where: str) -> dict[str, str]:
@@ -45,26 +44,12 @@ def parse_class_names(text: str, where: str) -> dict[str, str]:
     return names
 
 
-def parse_hierarchy(text: str, where: str) -> dict[str, frozenset[str]]:
-    """MID -> its children by Subcategory. A Part is walked through, for it may have kinds of its own, but is no child.
-
-    Raises:
-        UserError: not the JSON tree of `LabelName`, `Subcategory` and `Part`.
-    """
+def parse_children(text: str, where: str) -> dict[str, frozenset[str]]:
+    """Return the children by Subcategory of each MID that has any; see `parse_hierarchy`."""
     children: dict[str, set[str]] = defaultdict(set)
-
-    def walk(node: Any) -> str:
-        label = str(node["LabelName"])
-        for child in node.get("Subcategory", ()):
-            children[label].add(walk(child))
-        for part in node.get("Part", ()):
-            walk(part)
-        return label
-
-    try:
-        walk(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: not Open Images' class hierarchy ({error!r}): download it anew") from error
+    for node in parse_hierarchy(text, where):
+        if node.ancestors:
+            children[node.ancestors[-1]].add(node.label)
     return {label: frozenset(below) for label, below in children.items()}
 
 

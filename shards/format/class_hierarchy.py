@@ -1,0 +1,54 @@
+"""Open Images' class hierarchy: a JSON tree of nodes with `LabelName`, `Subcategory` and `Part`.
+
+Source: `bbox_labels_600_hierarchy.json` and `challenge-2019-label300-segmentable-hierarchy.json` of
+https://storage.googleapis.com/openimages/web/download_v7.html
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from shards.common.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class HierarchyNode:
+    """One node of the tree. A label may occur at several nodes.
+
+    Attributes:
+        label: its MID.
+        ancestors: the MIDs above it by `Subcategory`, from the root down. A part is not a kind of its whole, so
+            neither a part nor anything under it has the whole as an ancestor.
+    """
+
+    label: str
+    ancestors: tuple[str, ...]
+
+
+def parse_hierarchy(text: str | bytes, where: str) -> list[HierarchyNode]:
+    """Return all nodes of a hierarchy, each after its ancestors.
+
+    Args:
+        text: the JSON.
+        where: the file, named in the error.
+
+    Raises:
+        UserError: `text` is not such a tree.
+    """
+    nodes: list[HierarchyNode] = []
+
+    def visit(node: Any, ancestors: tuple[str, ...]) -> None:
+        label = str(node["LabelName"])
+        nodes.append(HierarchyNode(label, ancestors))
+        for child in node.get("Subcategory", ()):
+            visit(child, (*ancestors, label))
+        for part in node.get("Part", ()):
+            visit(part, ())
+
+    try:
+        visit(json.loads(text), ())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: not Open Images' class hierarchy ({error!r}): download it again") from error
+    return nodes

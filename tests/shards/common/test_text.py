@@ -1,0 +1,21 @@
+import pytest
+
+from shards.common.text import did_you_mean
+
+NAMES = ["Person", "Car", "Land vehicle", "Vehicle registration plate"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("persn", "did you mean Person?"),
+        ("vehicle", "did you mean Land vehicle or Vehicle registration plate?"),
+        ("ca", "did you mean Car?"),
+        ("zzz", ""),
+        ("", ""),
+    ],
+)
+def test_near_names_are_suggested_whatever_their_case(name: str, hint: str) -> None:
+    assert did_you_mean(name, NAMES) == hint
+    assert did_you_mean(name, NAMES, "see --help") == (hint or "see --help")
+    assert did_you_mean(name, NAMES, limit=1) == hint.split(" or ")[0].rstrip("?") + ("?" if hint else "")
