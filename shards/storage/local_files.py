@@ -1,17 +1,50 @@
-"""Files of this machine: the kernel reads ahead into its page cache, as it is told, and a sample is read when it is
-needed. Threads that hold the bytes in memory until then cost twice the processor time: another core has them in its
-cache (`benchmarks/reads.py`)."""
+"""Reading and writing files of this machine.
+
+The kernel is asked to read ahead into its page cache, and a sample is read when it is needed. Threads that keep the
+bytes in memory until then cost twice the processor time, because another core has them in its cache
+(`benchmarks/reads.py`).
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
-ADVICE = 128 * 2**10  # bytes; Linux follows an advice up to the read-ahead of the device, which is no less than this
+ADVICE = 128 * 2**10  # bytes; Linux follows an advice up to the device's read-ahead, which is at least this much
+
+
+@contextmanager
+def atomic_write(path: str) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path` whole or not at all.
+
+    Its folder is created. The bytes go to a temporary name in that folder, which is renamed at the end of the `with`
+    block, or removed after an exception. A kill leaves the temporary file and what was at `path` before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def expect(path: str, start: int, end: int) -> None:
-    """Tell the kernel that bytes `start` to `end` of a file will be read. A file that cannot be opened is left alone:
-    reading will tell."""
+    """Announce to the kernel that bytes `start` to `end` of a file will be read.
+
+    A file that cannot be opened is ignored here: reading it raises the error.
+    """
     if not hasattr(os, "posix_fadvise"):
         return
     try:
@@ -23,14 +56,14 @@ def expect(path: str, start: int, end: int) -> None:
 
 
 def read_file(path: str, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` (exclusive) of a file, or fewer where it ends before.
+    """Return bytes `start` to `end` (exclusive) of a file, or fewer if it ends before.
 
     Raises:
-        OSError: what the system says.
+        OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         data = file.read(end - start)
         while len(data) < end - start and (more := file.read(end - start - len(data))):
-            data += more  # a signal, or a limit of the file system, had cut it short
+            data += more  # a signal or a limit of the file system cut the read short
         return data

@@ -23,6 +23,7 @@ from typing import Any
 import fsspec
 
 from shards.common.errors import StorageError
+from shards.storage.local_files import atomic_write
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # for a packet; five attempts of `shards.storage.ranges`, and telling of it, end within a minute
@@ -149,22 +150,13 @@ class Location:
                 limit = {"timeout": 2 * READ_TIMEOUT_S + len(data) / SLOWEST_UPLOAD} if self.fs.async_impl else {}
                 self.fs.pipe_file(self.path, data, **limit)
                 return
-            temporary = f"{self.path}.{os.getpid()}.{threading.get_ident()}.tmp"
             try:
-                os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-                with open(temporary, "wb") as file:
+                with atomic_write(self.path) as file:
                     file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path)
             except FileNotFoundError as error:  # as /proc answers; not that the object is missing
                 raise StorageError(
                     f"{self.url}: nothing can be written there: give another place", permanent=True
                 ) from error
-            except BaseException:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
-                raise
 
     def delete(self, *, recursive: bool = False) -> None:
         """Remove the object (or, recursively, what lies below); no error where there is none."""

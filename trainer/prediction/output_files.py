@@ -13,7 +13,6 @@ import base64
 import csv
 import io
 import json
-import os
 import shutil
 import tempfile
 import zlib
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Category
+from shards.storage.local_files import atomic_write
 from shards.storage.location import Location, storage_errors
 
 if TYPE_CHECKING:
@@ -201,11 +201,5 @@ def _publish(source: str, place: Location) -> None:
         if not place.is_local:
             place.fs.put_file(source, place.path)
             return
-        os.makedirs(os.path.dirname(place.path) or ".", exist_ok=True)
-        temporary = f"{place.path}.{os.getpid()}.tmp"
-        try:
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, place.path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        with open(source, "rb") as original, atomic_write(place.path) as file:
+            shutil.copyfileobj(original, file)
