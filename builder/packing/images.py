@@ -6,7 +6,6 @@ Pictures are taken as stored: EXIF orientation is ignored, since Open Images' bo
 from __future__ import annotations
 
 import io
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
 from builder.packing.bit_png import BitImage, read_bits
-from shards.format import rle
+from shards.format import jpeg, rle
 
 IMAGE_PIXELS = 64 << 20  # 64 Mpx: sixty times what Open Images ships, and below Pillow's own alarm
 MASK_PIXELS = 64 << 20
-
-# What Pillow raises on damaged files, depending on where the damage is.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +30,13 @@ class Failure:
 
 
 def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
-    """Decode a JPEG to its last byte; (width, height) in pixels as stored, EXIF orientation ignored.
-
-    Every coded coefficient is read, which is where damage shows; the arithmetic from coefficients to pixels, which
-    cannot fail, is done at an eighth of the size.
-    """
+    """Return (width, height) of an image in pixels as stored, EXIF orientation ignored, or why it cannot be used."""
     if isinstance(data, Refusal):
         return Failure(f"image-{data.reason}", "")
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            width, height = image.size
-            if width * height > IMAGE_PIXELS:
-                return Failure("image-too-large", f"{width}x{height} pixels, the limit is {IMAGE_PIXELS}")
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
-    except UnidentifiedImageError:
-        return Failure("image-undecodable", "not a JPEG")  # Pillow's text holds a memory address
-    except Image.DecompressionBombError as error:
-        return Failure("image-too-large", str(error))
-    except _DECODE_ERRORS as error:
-        return Failure("image-undecodable", str(error))
-    return width, height
+        return jpeg.check_jpeg(data, IMAGE_PIXELS)
+    except jpeg.JpegError as error:
+        return Failure("image-too-large" if error.too_large else "image-undecodable", str(error))
 
 
 def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rle.Rle | Failure:
@@ -94,7 +76,7 @@ def _read_picture(data: bytes) -> BitImage | Failure:
         return Failure("mask-undecodable", "not a PNG")
     except Image.DecompressionBombError as error:
         return Failure("mask-undecodable", str(error))
-    except _DECODE_ERRORS as error:
+    except jpeg.DECODE_ERRORS as error:
         return Failure("mask-undecodable", str(error))
 
 

@@ -55,12 +55,12 @@ def _encode(segmentation: Any, width: int, height: int) -> rle.Rle:
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         raise _BadMaskError(f"neither polygons nor an RLE of {width}x{height} pixels")
     counts = segmentation.get("counts")
-    runs = _runs(counts) if isinstance(counts, str) else counts
+    runs = rle.runs(rle.Rle(height, width, counts)).tolist() if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(type(run) is int and 0 <= run <= MASK_PIXELS for run in runs):
         raise _BadMaskError("its runs are not lengths")
     if sum(runs) != width * height:
         raise _BadMaskError(f"its runs do not add up to {width}x{height} pixels")
-    # Encoded anew also where it was a string: one mask has one encoding.
+    # A string is encoded again, too: one mask has one encoding.
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     return rle.Rle(height, width, encoded["counts"].decode("ascii"))
 
@@ -74,27 +74,3 @@ def _corners(polygon: Any, width: int, height: int) -> list[float]:
         if type(value) not in (int, float) or not -reach <= value <= 2 * reach:  # so is NaN
             raise _BadMaskError(f"a polygon has the corner {str(value)[:40]!r}, far from the image")
     return [float(value) for value in polygon]
-
-
-def _runs(text: str) -> list[int]:
-    """The runs of a compressed RLE, as `rleFrString` of COCO's maskApi.c reads them.
-
-    Five bits a character, least first, bit 5 set where the number goes on, the last one's bit 4 its sign; from the
-    fourth number on each is the difference to the one two before.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for code in text.encode("ascii"):
-        digit = code - 48
-        if not 0 <= digit < 64 or shift > 30:
-            raise _BadMaskError("not a compressed RLE")
-        value |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:
-            if digit & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise _BadMaskError("a compressed RLE that breaks off")
-    return runs

@@ -102,12 +102,12 @@ def runs(rle: Rle) -> NDArray[np.int64]:
         return codes
     # Six bits a letter: five of a number, the lowest first, and one that says that more follow.
     if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise ValueError("counts is not a string of COCO's code")
+        raise ValueError("not a compressed RLE")
     ends = np.flatnonzero((codes & 32) == 0)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if lengths.max() > 7:
-        raise ValueError("counts has a number of more than 32 bits")
+        raise ValueError("not a compressed RLE: a run of more than 32 bits")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
     numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # the last letter's fifth bit is the sign
