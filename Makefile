@@ -1,9 +1,9 @@
-# Two commands do everything on a fresh clone: `make demo` (the main job, end to end) and `make test`.
+# Two commands do everything on a fresh clone: `make demo` (the whole pipeline) and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-fast check docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo
@@ -11,11 +11,17 @@ demo: $(VENV)/.demo
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
 # pip, not uv: on machines with a CPU build of torch at hand pip takes it, and no lock file has to agree.
 $(VENV)/bin/python:
@@ -29,5 +35,9 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

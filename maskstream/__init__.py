@@ -1,1 +1,60 @@
-"""Mask R-CNN on a few classes of Open Images, streamed from tar shards."""
+"""Mask R-CNN on a few classes of Open Images, streamed from tar shards in cloud storage.
+
+The public names are imported on first use (PEP 562): `import maskstream` loads neither torch nor pandas.
+
+    from maskstream import ShardStream, loader, open_dataset
+
+    stream = ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8)
+    for samples in loader(stream, workers=4):
+        ...
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shards.common.version import __version__
+
+if TYPE_CHECKING:
+    from shards.common.errors import UserError
+    from shards.format.dataset import Dataset, open_dataset
+    from shards.format.sample import Instance, Sample
+    from shards.order.mixture import Mix
+    from shards.stream.loader import loader
+    from shards.stream.streams import EvalStream, ShardStream
+
+__all__ = [
+    "Dataset",
+    "EvalStream",
+    "Instance",
+    "Mix",
+    "Sample",
+    "ShardStream",
+    "UserError",
+    "__version__",
+    "loader",
+    "open_dataset",
+]
+
+_MODULES = {
+    "Dataset": "shards.format.dataset",
+    "EvalStream": "shards.stream.streams",
+    "Instance": "shards.format.sample",
+    "Mix": "shards.order.mixture",
+    "Sample": "shards.format.sample",
+    "ShardStream": "shards.stream.streams",
+    "UserError": "shards.common.errors",
+    "loader": "shards.stream.loader",
+    "open_dataset": "shards.format.dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'maskstream' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
