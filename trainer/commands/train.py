@@ -6,11 +6,10 @@
     accelerate launch --multi_gpu --num_processes 8 trainer/train.py ...
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 trainer/train.py ...
 
-The same command again continues from the newest checkpoint in --run.dir, with any number of processes. With the same
-number the losses are those of an unbroken run: a step depends on nothing but the weights, the optimizer's state, the
-seed, and the position G in the row of global batches (see `shards/order/epoch_order.py`). SIGTERM and SIGINT end the
-run after the
-step under way, with a checkpoint and exit status 143 or 130.
+The same command again resumes from the newest checkpoint in --run.dir, with any number of processes. With the same
+number the losses equal those of an uninterrupted run: a step depends only on the weights, the optimizer's state, the
+seed, and the position in the sequence of global batches (see `shards/order/epoch_order.py`). SIGTERM and SIGINT end the
+run after the current step, with a checkpoint and exit status 143 or 130.
 """
 
 from __future__ import annotations
@@ -28,18 +27,12 @@ from trainer.commands import command_line as command
 from trainer.config.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
 from trainer.config.settings import Config, ConfigError
 from trainer.config.yaml_config import add_arguments, from_arguments
-from trainer.run.distributed import (
-    TrainingError,
-    all_ranks,
-    bad_losses,
-    from_main,
-    mean_losses,
-    rank_report,
-    weighted_sum,
-)
+from trainer.run.distributed import TrainingError, from_main
 from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
+from trainer.run.step_report import exchange, loading, mean_losses, nonfinite_losses, weighted_sum
 
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
+    from torch import Tensor
     from torchvision.models.detection import MaskRCNN
 
     from shards.stream.loader import LoaderStatistics
@@ -50,12 +43,20 @@ log = logging.getLogger("trainer.commands.train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return command.run("train", lambda: train(parse(arguments)) and 0)
+    """Run the command and return its exit status."""
+
+    def action() -> None:
+        train(parse(arguments))
+
+    return command.run("train", action)
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
-    """Settings of the command line; UserError for a wrong one."""
+    """Return the settings of the command line.
+
+    Raises:
+        UserError: a wrong argument.
+    """
     parser = command.Parser(prog="train.py", description="Train Mask R-CNN on a shard dataset.")
     add_arguments(parser)
     config = from_arguments(parser.parse_args(arguments))
@@ -67,7 +68,10 @@ def parse(arguments: Sequence[str] | None) -> Config:
 def train(config: Config) -> MaskRCNN:
     """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one.
 
-    Every rank calls this, and gets the same weights back.
+    Every rank must call this.
+
+    Returns:
+        The network, with the same weights on every rank.
 
     Raises:
         UserError: settings or data are wrong, storage fails, or losses are not finite.
@@ -84,109 +88,87 @@ def train(config: Config) -> MaskRCNN:
         record = RunLog(t.run, config, t.accelerator, t.step, total)
     evaluated = from_main(record.last_evaluation if record else 0)
     if t.step >= total:
-        log.info("the run in %s is finished (%s): raise train.epochs to go on", t.run, counted(t.step, "step"))
+        log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
 
-    pin = t.accelerator.device.type == "cuda"
-    data = loader(t.stream, workers=config.data.workers, pin_memory=pin)
+    data = loader(t.stream, workers=config.data.workers, pin_memory=t.accelerator.device.type == "cuda")
     batches = iter(data)
     with command.Signals() as signals:
-        stopped = 0
+        signal = 0  # that any rank received
         while True:
-            # First in the loop: an evaluation that was cut short is made up for when the run continues.
-            if config.data.val_split and evaluated < t.step and evaluation_is_due(config.train, t.step) and not stopped:
+            # First in the loop: a resumed run repeats an evaluation that was interrupted.
+            due = config.data.val_split and evaluation_is_due(config.train, t.step)
+            if due and evaluated < t.step and not signal:
                 evaluate_now(t, record)
                 evaluated = t.step
-            if t.step >= total or stopped:
+            if t.step >= total or signal:
                 break
             if t.stage != stage_of(config.train, t.step):
                 begin_stage(t)
 
             began, before = time.perf_counter(), data.statistics
-            mine = [next(batches) for _ in range(config.train.accumulate)]
-            row, stopped = train_step(t, mine, data.statistics.since(before), signals)
+            own = [next(batches) for _ in range(config.train.accumulate)]
+            row, signal = train_step(t, own, data.statistics.since(before), signals)
             if record:
                 record.add_step(row, time.perf_counter() - began)
-            if checkpoint_is_due(config.train, t.step) or stopped:
+            if checkpoint_is_due(config.train, t.step) or signal:
                 share_buffers(t)
                 if record:
-                    record.flush(draw=t.step % config.train.steps_per_epoch == 0 or bool(stopped))
+                    record.flush(draw=t.step % config.train.steps_per_epoch == 0 or bool(signal))
                     save_state(t)
 
     t.accelerator.wait_for_everyone()
     t.accelerator.end_training()
     if record:
         record.close()
-    if stopped:
+    if signal:
         raise command.Stopped(
-            stopped,
-            f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command goes on from there",
+            signal,
+            f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command resumes from there",
         )
     return t.network
 
 
 def train_step(
-    t: Training, batches: list[Batch], done: LoaderStatistics, signals: command.Signals
+    t: Training, batches: Sequence[Batch], loaded: LoaderStatistics, signals: command.Signals
 ) -> tuple[dict[str, Any], int]:
-    """One step of all ranks.
+    """Do one step on all ranks.
 
     Args:
-        t: moved on by one step.
-        batches: of this rank, `train.accumulate` many.
-        done: what this rank's loader did for them.
-        signals: what this rank was sent.
+        t: changed in place.
+        batches: `train.accumulate` batches of this rank.
+        loaded: what this rank's loader did for them.
+        signals: received by this rank.
 
     Returns:
-        The step's row in metrics.jsonl but for its times (losses averaged over the ranks, and what all their loaders
-        did), and the signal that any rank was sent.
+        The step's row of metrics.jsonl without its times, and the number of a signal that any rank received, or 0.
 
     Raises:
         TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
     """
-    import torch
-
     config, accelerator = t.config, t.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
-    images = sum(len(batch) for batch in batches) * world
+    images = sum(len(batch) for batch in batches) * accelerator.num_processes
     rate = learning_rate(config.optim, config.train, t.step, images)
     for group in t.optimizer.param_groups:
         group["lr"] = rate
-
-    may_skip, rows = t.skipped < config.train.skip_nonfinite, []
+    may_skip = t.skipped < config.train.skip_nonfinite
     statistics = norm_statistics(t.network) if may_skip else []
-    for number, batch in enumerate(batches, 1):
-        # What is random in a step (which RoIs train) belongs to its batch: nothing that came before plays a part.
-        torch.manual_seed(fold(config.train.seed, t.position + rank))
-        with nullcontext() if number == len(batches) else accelerator.no_sync(t.model):
-            losses = t.model(batch.to(accelerator.device))
-            accelerator.backward(weighted_sum(losses, config.loss))
-        rows.append(torch.stack([loss.detach().float() for loss in losses.values()]))
-        t.position += world
 
-    # One exchange a step tells every rank all losses, so that all do the same; what the loaders did; and a signal.
-    values = torch.stack(rows)
-    more = values.new_tensor([*rank_report(done, accelerator.device), signals.number])
-    table = accelerator.gather(torch.cat((values.mean(0), more))[None]).tolist()
-    bad = [key for batch, row in zip(batches, rows) if not row.isfinite().all() for key in batch.image_ids]
-    trouble = bad_losses(list(losses), table, bad)
+    losses = forward_backward(t, batches)
+    # The one exchange per step: every rank knows all losses and signals, so that all ranks do the same.
+    reports = exchange(accelerator, losses, loaded, signals.number)
+    problem = nonfinite_losses(reports, losses, batches)
     norm = float(accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf))
-    if not trouble and not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step itself
-        trouble = f"the gradient is {norm}, though every loss is finite"
-    if not trouble:
-        t.optimizer.step()
-    elif may_skip:
-        t.skipped += 1
-        for buffer, before in statistics:
-            buffer.copy_(before)
-        log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, config.train.skip_nonfinite, trouble)
-        if accelerator.scaler is not None:
-            accelerator.scaler.update()  # it has seen these gradients, and waits to be told that the step is done
+    if not problem and not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step itself
+        problem = f"the gradient is {norm}, though every loss is finite"
+    if problem and not may_skip:
+        raise TrainingError(f"step {t.step + 1}: {problem}: lower optim.lr, or look at the samples")
+    if problem:
+        skip_step(t, statistics, problem)
     else:
-        raise TrainingError(f"step {t.step + 1}: {trouble}: lower optim.lr, or look at the samples")
-    t.optimizer.zero_grad()
-    if t.ema is not None and not trouble:
-        t.ema.update_parameters(t.network)
+        optimizer_step(t)
     t.step += 1
-    means = mean_losses(list(losses), table)
+
+    means = mean_losses(reports)
     row = {
         "step": t.step,
         "epoch": (t.step - 1) // config.train.steps_per_epoch + 1,
@@ -197,13 +179,52 @@ def train_step(
         "lr": rate,
         "grad_norm": norm,
         "images": images,
-        **all_ranks([row[len(losses) : -1] for row in table]),
+        **loading(reports),
     }
-    return row | ({"skipped": trouble} if trouble else {}), int(max(row[-1] for row in table))
+    return row | ({"skipped": problem} if problem else {}), int(max(report.signal for report in reports))
+
+
+def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Add the gradients of this rank's batches, averaged over the ranks, and advance the position.
+
+    Returns:
+        The losses of each batch by name, as scalars without a graph.
+    """
+    import torch
+
+    world, found = t.accelerator.num_processes, []
+    for number, batch in enumerate(batches, 1):
+        # The random choices of a step (which RoIs train) belong to its batch: they do not depend on earlier batches.
+        torch.manual_seed(fold(t.config.train.seed, t.position + t.accelerator.process_index))
+        with nullcontext() if number == len(batches) else t.accelerator.no_sync(t.model):
+            losses = t.model(batch.to(t.accelerator.device))
+            t.accelerator.backward(weighted_sum(losses, t.config.loss))
+        found.append({name: loss.detach() for name, loss in losses.items()})
+        t.position += world
+    return found
+
+
+def optimizer_step(t: Training) -> None:
+    """Update the weights and their average from the gradients."""
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+    if t.ema is not None:
+        t.ema.update_parameters(t.network)
+
+
+def skip_step(t: Training, statistics: Sequence[tuple[Tensor, Tensor]], problem: str) -> None:
+    """Drop the gradients, and restore the statistics of the norms to their values before the step."""
+    t.skipped += 1
+    for buffer, before in statistics:
+        buffer.copy_(before)
+    log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, t.config.train.skip_nonfinite, problem)
+    if t.accelerator.scaler is not None:
+        t.accelerator.scaler.update()  # `clip_grad_norm_` unscaled the gradients: the scaler expects an update
+    t.optimizer.zero_grad()
 
 
 def evaluate_now(t: Training, record: RunLog | None) -> None:
-    """Rate the weights of all ranks; the main one draws pictures, and keeps the best weights by mask AP."""
+    """Evaluate the current weights on all ranks; the main rank draws pictures and keeps the best weights."""
     import torch
 
     from trainer.commands.evaluate import evaluate, summary
@@ -211,7 +232,7 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
 
     split, data = t.config.data.val_split, t.config.data
     pictures = Pictures(t.dataset.categories, t.config.run.pictures if record else 0)
-    with torch.compiler.set_stance("force_eager"):  # its images have many shapes: each would be compiled anew
+    with torch.compiler.set_stance("force_eager"):  # the images have many shapes, and each would be compiled
         result = evaluate(t.evaluated, t.dataset, split, t.accelerator, data, t.config.train, watch=pictures.add)
     if record and result:
         log.info("evaluation after step %d\n%s", t.step, summary(result))
@@ -219,7 +240,7 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
         row = {"step": t.step, "split": split, **result.to_json()}
         if record.is_best(row):
             save_state(t, best=True)
-        record.add_evaluation(row)  # last: killed before, the run rates these weights again when it goes on
+        record.add_evaluation(row)  # last: a run that is killed before this evaluates these weights again
 
 
 if __name__ == "__main__":

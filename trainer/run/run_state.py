@@ -1,4 +1,4 @@
-"""A run under way: what it holds, how it begins and goes on, how a stage begins, and how it is saved."""
+"""The state of a training run: how it is set up or resumed, how a stage begins, and how it is saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shards.format.dataset import Dataset, open_dataset
 from shards.storage.location import Location
 from trainer.config.schedule import Stage, stage_of, stages
 from trainer.config.settings import Config, ConfigError
-from trainer.run.distributed import PATIENCE_IN_TRAINING, checkpoint_to_resume, main_can_write, start_accelerator
+from trainer.run.distributed import TRAINING_TIMEOUT, checkpoint_to_resume, main_can_write, start_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,33 +27,33 @@ log = logging.getLogger("trainer.run.run_state")
 
 @dataclass
 class Training:
-    """A run under way, on one rank."""
+    """The state of a training run on one rank."""
 
     config: Config
     run: Location
     dataset: Dataset
     accelerator: Accelerator
     stream: ShardStream[Batch]
-    network: MaskRCNN  # what learns
+    network: MaskRCNN
     step: int = 0  # steps done
     position: int = 0  # global batches consumed, by all ranks together
-    skipped: int = 0  # of the steps: those that changed nothing, because a loss was not finite
+    skipped: int = 0  # steps that changed nothing because a loss was not finite
     stage: Stage | None = None
-    model: Any = None  # the network as a function from a batch to its losses, wrapped by accelerate: see `begin_stage`
+    model: Any = None  # the network as a function from a batch to its losses, wrapped by accelerate in `begin_stage`
     optimizer: Any = None
     ema: AveragedModel | None = None
 
     @property
     def evaluated(self) -> MaskRCNN:
-        """What is evaluated, and what a checkpoint holds for inference: the averaged network where there is one."""
+        """The network that is evaluated and saved for inference: the averaged one if `train.ema` is on."""
         return self.ema.module if self.ema is not None else self.network
 
 
 def set_up(config: Config) -> Training:
-    """Data, network and optimizer, where the run's newest checkpoint left them.
+    """Create data, network and optimizer, in the state of the run's newest checkpoint if it has one.
 
     Raises:
-        UserError: as `train`; before anything is written that stays.
+        UserError: as `train`; nothing has been written that stays.
     """
     dataset = open_dataset(config.data.shards).select(classes=config.data.classes or None)
     run = Location(config.run.dir)
@@ -61,45 +61,70 @@ def set_up(config: Config) -> Training:
         have = ", ".join(dataset.splits)
         raise ConfigError(f"data.val_split is {config.data.val_split!r}: the dataset has {have} ('' for no evaluation)")
 
-    import torch
-
-    from shards.stream.streams import ShardStream
-    from trainer.data.collate import TrainCollate, sample_cache
-    from trainer.model.build import build_model, num_classes
     from trainer.model.checkpoint import check_same_run
-    from trainer.model.freeze import check_all_learned, trainable_parameters
-    from trainer.model.weights import load_weights
     from trainer.run.optim import averaged
 
-    accelerator = start_accelerator(config.train.precision, config.run.trackers, run, PATIENCE_IN_TRAINING)
+    accelerator = start_accelerator(config.train.precision, config.run.trackers, run, TRAINING_TIMEOUT)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        # accelerate would train in float32 without a word.
-        raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16")
-    accelerator.gradient_accumulation_steps = config.train.accumulate  # what `backward` divides by
+        # accelerate would silently train in float32.
+        raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: use fp32 or bf16")
+    accelerator.gradient_accumulation_steps = config.train.accumulate  # `backward` divides the losses by it
     main_can_write(run, "--run.dir", accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
-    stream = ShardStream(
-        dataset.select(fraction=config.data.fraction),
-        config.data.split,
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=resumed.position if resumed else 0,
-        lanes=config.data.lanes,
-        window=config.data.window,
-        group_by_aspect=config.data.group_by_aspect,
-        repeat_threshold=config.data.repeat_threshold,
-        read_ahead=config.data.read_ahead_mb * 2**20,
-        cache=sample_cache(config.data),
-        stall_s=config.data.stall_s,
-        collate=TrainCollate(config.data, config.train.seed),
-    )
+    stream = open_stream(config, dataset, accelerator, start=resumed.position if resumed else 0)
     if len(dataset.categories) < len(dataset.info.categories):
         names = ", ".join(category.name for category in dataset.categories)
         log.info("training on %s: objects of the dataset's other classes are background", names)
     if resumed:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
+
+    t = Training(config, run, dataset, accelerator, stream, build_network(config, dataset))
+    if resumed:
+        t.network.load_state_dict(resumed.raw or resumed.weights)
+        t.step, t.position, t.skipped = resumed.step, resumed.position, resumed.skipped
+        if accelerator.scaler is not None and resumed.scaler is not None:
+            accelerator.scaler.load_state_dict(resumed.scaler)
+        log.info("continuing %s from step %d", run, resumed.step)
+    else:
+        load_initial_weights(t)
+    begin_stage(t, resumed.optimizer if resumed else None)
+    if config.train.ema:
+        t.ema = averaged(t.network, config.train.ema, t.step - t.skipped)
+        if resumed:
+            t.ema.module.load_state_dict(resumed.weights)
+    return t
+
+
+def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, start: int) -> ShardStream[Batch]:
+    """Return this rank's stream of training batches, from global batch `start` on."""
+    from shards.stream.streams import ShardStream
+    from trainer.data.collate import TrainCollate, sample_cache
+
+    data = config.data
+    return ShardStream(
+        dataset.select(fraction=data.fraction),
+        data.split,
+        batch_size=data.batch_size,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start=start,
+        lanes=data.lanes,
+        window=data.window,
+        group_by_aspect=data.group_by_aspect,
+        repeat_threshold=data.repeat_threshold,
+        read_ahead=data.read_ahead_mb * 2**20,
+        cache=sample_cache(data),
+        stall_s=data.stall_s,
+        collate=TrainCollate(data, config.train.seed),
+    )
+
+
+def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
+    """Return the network with the random weights of `train.seed`."""
+    import torch
+
+    from trainer.model.build import build_model, num_classes
 
     torch.manual_seed(config.train.seed)
     network = build_model(config.model, config.data, num_classes(dataset.categories))
@@ -107,35 +132,33 @@ def set_up(config: Config) -> Training:
         network.to(memory_format=torch.channels_last)
     if config.train.compile:
         network.backbone.compile()
-    t = Training(config, run, dataset, accelerator, stream, network)
-    if resumed:
-        network.load_state_dict(resumed.raw or resumed.weights)
-        t.step, t.position, t.skipped = resumed.step, resumed.position, resumed.skipped
-        if accelerator.scaler is not None and resumed.scaler is not None:
-            accelerator.scaler.load_state_dict(resumed.scaler)
-        log.info("continuing %s from step %d", run, resumed.step)
-    else:
-        report = load_weights(network, config.model, dataset.categories)
-        trained = {name for stage in stages(config.train) for name in trainable_parameters(network, stage.layers)}
-        check_all_learned(network, report.missing, trained)
-        log.info("%s", report)
-    begin_stage(t, resumed.optimizer if resumed else None)
-    if config.train.ema:
-        t.ema = averaged(network, config.train.ema, t.step - t.skipped)
-        if resumed:
-            t.ema.module.load_state_dict(resumed.weights)
-    return t
+    return network
+
+
+def load_initial_weights(t: Training) -> None:
+    """Load the weights that `model.weights` names.
+
+    Raises:
+        UserError: they are unavailable, do not fit, or leave a layer random that no stage trains.
+    """
+    from trainer.model.freeze import check_all_learned, trainable_parameters
+    from trainer.model.weights import load_weights
+
+    report = load_weights(t.network, t.config.model, t.dataset.categories)
+    trained = {name for stage in stages(t.config.train) for name in trainable_parameters(t.network, stage.layers)}
+    check_all_learned(t.network, report.missing, trained)
+    log.info("%s", report)
 
 
 def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
-    """Let the layers of the stage at `t.step` train, with a new optimizer.
+    """Make the layers of the stage at `t.step` trainable, with a new optimizer.
 
-    The network is wrapped anew: DDP keeps to the parameters that trained when it saw them first. It also gives every
-    rank the main rank's weights.
+    The network is wrapped again: DDP reduces only the gradients of the parameters that were trainable when it was
+    created. Wrapping also gives every rank the main rank's weights.
 
     Args:
-        t: moved on into the stage.
-        optimizer: the state of the optimizer, where the run continues inside the stage.
+        t: changed in place.
+        optimizer: the optimizer's state, used if the run resumes inside the stage.
     """
     from trainer.model.freeze import set_trainable
     from trainer.model.losses import Trainable
@@ -149,16 +172,16 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
         "stage %d of %d: %s (training: %s)", t.stage.number, t.stage.of, t.stage.layers, counted(len(names), "tensor")
     )
     model = Trainable(t.network, t.config.loss).train()
-    # Never the loader: the stream has shared itself out already, and would be split a second time.
+    # Not the loader: the stream already reads this rank's share only, and accelerate would split it again.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))
     if optimizer is not None and t.step > t.stage.start:
-        # Of what was saved the state alone: momentum, decay and the like are as the settings now say.
+        # Only the state: momentum, weight decay and the like come from the current settings.
         groups = t.optimizer.state_dict()["param_groups"]
         t.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
 
 
 def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The running statistics that a forward pass changes, each with a copy of its values."""
+    """Return the running statistics that a forward pass changes, each with a copy of its values."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
@@ -166,9 +189,9 @@ def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def share_buffers(t: Training) -> None:
-    """Give every rank the main rank's buffers, in place.
+    """Copy the main rank's buffers to every rank, in place.
 
-    DDP does so before a forward pass; after it, each rank's batch norm has counted a batch of its own.
+    DDP does this before a forward pass; after it, the batch norms of each rank have seen different batches.
     """
     from accelerate.utils import broadcast
 
@@ -178,11 +201,11 @@ def share_buffers(t: Training) -> None:
 
 
 def save_state(t: Training, *, best: bool = False) -> None:
-    """Write a checkpoint; the main rank's work.
+    """Write a checkpoint; only the main rank calls this.
 
     Args:
-        t: is left as it was.
-        best: as the run's best weights, without what training needs to go on.
+        t: not changed.
+        best: save only the weights, as the run's best.
     """
     from trainer.model.checkpoint import BEST, FOLDER, State, save
 

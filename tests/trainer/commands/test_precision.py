@@ -90,6 +90,6 @@ def test_fp16_without_a_gpu_is_one_line(dataset: Path, tmp_path: Path) -> None:
     done = tiny.run(tiny.ROOT / "trainer" / "train.py", options)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "train: error: train.precision is fp16, which needs a GPU, and this process has none: take fp32 or bf16"
+        "train: error: train.precision is fp16, which needs a GPU, and this process has none: use fp32 or bf16"
     )
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import logging
-import math
 import signal
 import subprocess
 import sys
@@ -12,18 +11,16 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from shards.stream.loader import LoaderStatistics
 from tests.trainer import tiny
 from trainer.commands import evaluate as evaluate_script
 from trainer.commands import train as train_script
 from trainer.config.yaml_config import load_config
 from trainer.model.checkpoint import open_checkpoint
-from trainer.run.distributed import all_ranks, bad_losses, mean_losses, rank_report, tracker_folder
+from trainer.run.distributed import tracker_folder
 from trainer.run.runlog import RunLog
 
 SCRIPT = tiny.ROOT / "trainer" / "train.py"
@@ -47,31 +44,6 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     rows = tiny.rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return {row["step"]: row["losses"] for row in rows}
-
-
-def test_losses_are_averaged_over_ranks_and_a_bad_one_names_its_rank_and_samples() -> None:
-    table = [[1.0, 2.0, 9.0], [3.0, 4.0, 9.0]]
-    names = ["loss_a", "loss_b"]
-    assert mean_losses(names, table) == {"loss_a": 2.0, "loss_b": 3.0}
-    assert bad_losses(names, table, []) == ""
-    told = bad_losses(names, [[1.0, math.nan, 0.0]], ["img1", "img2"])
-    assert told == "loss_b is nan on rank 0 (samples img1, img2)"
-
-
-def test_what_the_loaders_of_all_ranks_did_is_one_row() -> None:
-    device = torch.device("cpu")
-    done = [LoaderStatistics(4, 1, 3, 2_500_000, 0, 9.0, 0.5), LoaderStatistics(4, 0, 5, 1_000_000, 2, 9.0, 1.5)]
-    told = all_ranks([rank_report(one, device) for one in done])
-    assert told.pop("memory_mb") > 10
-    assert told == {
-        "data_wait_s": 1.0,
-        "data_wait_longest_s": 1.5,
-        "read_mb": 3.5,
-        "requests": 8,
-        "retries": 2,
-        "samples": 8,
-        "cache_hits": 1,
-    }
 
 
 def test_a_wrong_argument_is_one_line_and_costs_no_torch() -> None:
@@ -140,7 +112,7 @@ def test_a_run_continues_where_it_stopped_and_says_when_it_is_finished(
     before = (broken / "metrics.jsonl").read_bytes()
     with caplog.at_level(logging.INFO, logger="trainer"):
         assert train_script.main(both) == 0
-    assert "is finished (4 steps): raise train.epochs" in caplog.text
+    assert "is finished (4 steps): raise train.epochs to continue it" in caplog.text
     assert (broken / "metrics.jsonl").read_bytes() == before
 
     # An evaluation that was cut short is made up for.

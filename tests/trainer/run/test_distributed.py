@@ -12,10 +12,10 @@ import torch
 from torch.distributed import distributed_c10d
 from trainer.run import distributed as ranks
 
-patience = getattr(ranks, sys.argv[1])
-accelerator = ranks.start_accelerator(timeout=patience)
+timeout = getattr(ranks, sys.argv[1])
+accelerator = ranks.start_accelerator(timeout=timeout)
 backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-assert backend.options._timeout == patience, backend.options._timeout
+assert backend.options._timeout == timeout, backend.options._timeout
 accelerator.wait_for_everyone()
 accelerator.end_training()
 """
@@ -40,11 +40,11 @@ accelerator.end_training()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patience", ["PATIENCE", "PATIENCE_IN_TRAINING"])
-def test_ranks_wait_longer_than_torch_would(tmp_path: Path, patience: str) -> None:
+@pytest.mark.parametrize("timeout", ["TIMEOUT", "TRAINING_TIMEOUT"])
+def test_ranks_wait_longer_than_torch_would(tmp_path: Path, timeout: str) -> None:
     script = tmp_path / "probe.py"
     script.write_text(PROBE)
-    done = tiny.run(script, [patience], ranks=2)
+    done = tiny.run(script, [timeout], ranks=2)
     assert done.returncode == 0, done.stderr
 
 
