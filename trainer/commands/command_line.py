@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -12,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from shards.common.command_line import Parser as Parser
 from shards.common.errors import UserError
 from shards.common.output import print_to_reader
-from shards.common.text import did_you_mean
 
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 
 
 class Stopped(Exception):
@@ -59,40 +58,19 @@ class Signals:
         self.__exit__()
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `UserError`, so that one rank tells it and not all; names the nearest right one.
-
-    Options cannot be abbreviated: a script must not change its meaning when an option is added.
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(allow_abbrev=False, **arguments)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            near = did_you_mean(name, self._option_string_actions, limit=1)
-            self.error(f"unknown argument {name}" + (f": {near}" if near else ""))
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def run(name: str, action: Callable[[], Any]) -> int:
     """Run a command: 0, or 2 after one line on stderr; 143 or 130 when SIGTERM or SIGINT ended it, 141 where its output
     is not read to its end.
 
     What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
-    alone is in trouble is not ended, and speaks up after `PATIENCE_S`.
+    alone is in trouble is not ended, and speaks up after `TIMEOUT_S`.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
         return print_to_reader(lambda: int(action() or 0))
     except UserError as error:
         if rank > 0:
-            time.sleep(PATIENCE_S)
+            time.sleep(TIMEOUT_S)
         line = f"{name}: error{f' on rank {rank}' if rank else ''}: {error}"
         print(line, file=sys.stderr, flush=True)
         _tell_launcher(line)
@@ -110,7 +88,7 @@ def run(name: str, action: Callable[[], Any]) -> int:
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(PATIENCE_S)  # the launcher is to see first who began
+        time.sleep(TIMEOUT_S)  # the launcher is to see first who began
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)

@@ -31,12 +31,13 @@ from typing import Any
 import yaml
 
 from shards.common.errors import StorageError, UserError
+from shards.common.options import update
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.commands.launcher import launch, noted_signals
 from trainer.config.schedule import total_steps
 from trainer.config.settings import Config, ConfigError, validate
-from trainer.config.yaml_config import add_arguments, load_config, save_config, update
+from trainer.config.yaml_config import add_arguments, config_path, load_config, overrides_of, save_config
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 FILES = ("metrics.jsonl", "evaluations.jsonl")
@@ -88,7 +89,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
         UserError: a wrong argument or comparison.
     """
     parser = command.Parser(prog="compare.py", description="Train with several settings and compare their AP.")
-    parser.add_argument("comparison", metavar="YAML", help="what to compare, such as configs/compare-layers.yaml")
+    parser.add_argument(
+        "comparison",
+        metavar="NAME",
+        help="comparison: a name such as compare-layers, or the path or URL of a YAML file",
+    )
     parser.add_argument("--launch", default="", metavar="TEXT", help="arguments of accelerate launch, as one text")
     add_arguments(parser, hidden=["run.resume"])
     options = parser.parse_args(arguments)
@@ -107,7 +112,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     Raises:
         ConfigError: the file is wrong, the runs would not see equally many images, or one was to be resumed.
     """
-    path = options.comparison
+    path = config_path(options.comparison)
     try:
         value = yaml.safe_load(Location(path).read())
     except (StorageError, yaml.YAMLError) as error:
@@ -125,7 +130,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         base = str(value["base"])
         if not base.startswith("/") and "://" not in base:
             base = f"{path.rpartition('/')[0] or '.'}/{base}"
-    overrides = [(name, text) for name, text in vars(options).items() if "." in name]
+    overrides = overrides_of(options)
     configs: dict[str, Config] = {}
     for name, changes in value["settings"].items():
         config = load_config(base, overrides)

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from shards.common.errors import UserError
+from shards.common.options import ConfigError as ConfigError
+from shards.common.options import check, check_range, option
 from shards.common.text import counted
 from trainer.config.layer_names import parse_layers
-
-
-class ConfigError(UserError):
-    """A setting that does not exist, has the wrong type, or contradicts another."""
-
-
-def option(default: Any, text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a default, the one-line description that `--help` shows, and its range, ends included (of
-    a list: of each of its values)."""
-    metadata = {"help": text, "low": low, "high": high}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -226,10 +213,10 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: a value out of its range, or one that contradicts another.
     """
-    for section in fields(config):
-        _check_ranges(section.name, getattr(config, section.name))
+    check(config)
     for number, stage in enumerate(config.train.stages):
-        _check_ranges(f"train.stages[{number}]", stage)
+        for item in fields(stage):
+            check_range(f"train.stages[{number}].{item.name}", getattr(stage, item.name), item)
         parse_layers(stage.layers)
     parse_layers(config.train.layers)
     if config.data.copy_paste and config.data.batch_size < 2:
@@ -263,15 +250,3 @@ def validate(config: Config) -> None:
     for key in ("mask_head_channels", "anchor_ratios"):
         if not getattr(config.model, key):
             raise ConfigError(f"model.{key} is empty: it needs at least one value")
-
-
-def _check_ranges(prefix: str, section: Any) -> None:
-    for item in fields(section):
-        low, high = item.metadata["low"], item.metadata["high"]
-        value = getattr(section, item.name)
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, float) and not math.isfinite(one):
-                raise ConfigError(f"{prefix}.{item.name} is {value}: give a finite number")
-            if (low is not None and one < low) or (high is not None and one > high):
-                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ConfigError(f"{prefix}.{item.name} is {value}: it must be {bounds}")

@@ -25,7 +25,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] "
 def test_a_lost_rank_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "PATIENCE_S", 0)
+    monkeypatch.setattr(command, "TIMEOUT_S", 0)
     monkeypatch.setenv("RANK", "3")
     assert command.run("train", lambda: _raise(error)) == 1
     assert capsys.readouterr().err == (
@@ -40,7 +40,7 @@ def test_other_errors_of_torch_are_bugs() -> None:
 
 
 def test_an_error_says_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "PATIENCE_S", 0)
+    monkeypatch.setattr(command, "TIMEOUT_S", 0)
     for rank, told in (("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")):
         monkeypatch.setenv("RANK", rank)
         assert command.run("train", lambda: _raise(UserError("full"))) == 2

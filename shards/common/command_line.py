@@ -1,0 +1,83 @@
+"""What all commands share: the parser with its one-line errors, `--version` and completion, and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from shards.common.errors import UserError
+from shards.common.output import print_to_reader
+from shards.common.text import did_you_mean
+from shards.common.version import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command: a wrong argument is a `UserError` of one line that suggests the nearest name.
+
+    Options cannot be abbreviated, because a script must not change its meaning when an option is added. Completion in
+    a shell needs the package `argcomplete`: eval "$(register-python-argcomplete build-shards)".
+    """
+
+    def __init__(self, prog: str, description: str, **arguments: Any) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            usage=arguments.pop("usage", f"{prog} [options]"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **arguments,
+        )
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments.
+
+        Raises:
+            UserError: a wrong argument.
+        """
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete  # type: ignore[import-not-found]
+
+            argcomplete.autocomplete(self)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = did_you_mean(name, self._option_string_actions, limit=1)
+            self.error(f"unknown argument {name}" + (f": {near}" if near else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` with the message."""
+        raise UserError(f"{message} (see --help)")
+
+
+def run(
+    name: str,
+    action: Callable[[], int],
+    *,
+    show: Callable[[str], str] = str,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command and return its exit status: its own, 2 for a `UserError`, 130 for Ctrl-C, 141 for a closed stdout.
+
+    Args:
+        name: command that messages begin with.
+        action: the command.
+        show: how the text of an error is made printable.
+        interrupted: message after Ctrl-C.
+    """
+
+    def guarded() -> int:
+        try:
+            return action()
+        except UserError as error:
+            print(f"{name}: error: {show(' '.join(str(error).split()))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{name}: {interrupted}", file=sys.stderr)
+            return 130
+
+    return print_to_reader(guarded)

@@ -1,0 +1,373 @@
+"""Options of the commands, declared as dataclass fields: flags, YAML keys, types, ranges and help in one place.
+
+A dataclass of options is flat: the field `per_class` is the flag `--per-class` and the YAML key `per-class`. A
+dataclass of dataclasses has sections: the field `batch_size` of the field `data` is `--data.batch_size`, in YAML
+`data: {batch_size: 8}`, and its value on the command line is YAML. `jsonargparse` was tried (4.53) and cannot carry
+these commands: it has neither `--per-class` (only `--per_class`) nor `--classes Person Car` nor `--dry-run` without a
+value, and accepts `--data.batch` for `--data.batch_size`; YAML with an unknown section is accepted; a wrong name gets
+no suggestion; and a `--config` after another option overrides it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import math
+import shlex
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from shards.common.typed_values import ConfigError as ConfigError
+from shards.common.typed_values import checked, nearest, parsed
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    flag: str = "",
+    group: str = "",
+    exclusive: str = "",
+    metavar: str | tuple[str, ...] | None = None,
+    commas: bool = False,
+    positional: bool = False,
+    required: bool = False,
+) -> Any:
+    """Return a dataclass field that is an option.
+
+    Args:
+        default: value if the option is not given; None where the help describes the default.
+        help: one line of description; range and default are appended to it.
+        low: smallest value; of a list, of each of its values.
+        high: largest value.
+        flag: the flag without `--`, if it does not follow from the field's name.
+        group: title in the help of the group of a flat dataclass that the option belongs to.
+        exclusive: name of a set of options of which at most one may be given.
+        metavar: placeholder of the value in the help.
+        commas: a list is given as one argument with commas.
+        positional: an argument without a flag.
+        required: whether the command needs it.
+    """
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One option: its place in the dataclass and its type.
+
+    Attributes:
+        section: field of the dataclass that holds the option's dataclass; empty for a flat dataclass.
+        item: the field.
+        hint: type of the value, without `| None`.
+        optional: whether the type has `| None`.
+    """
+
+    section: str
+    item: dataclasses.Field[Any]
+    hint: Any
+    optional: bool
+
+    @property
+    def name(self) -> str:
+        """The flag without `--`, and the key of a YAML file: `per-class`, `data.batch_size`."""
+        if self.section:
+            return f"{self.section}.{self.item.name}"
+        return self.item.metadata["flag"] or self.item.name.replace("_", "-")
+
+    @property
+    def default(self) -> Any:
+        """The value without the option."""
+        make = self.item.default_factory
+        return self.item.default if make is dataclasses.MISSING else make()
+
+    def owner(self, options: Any) -> Any:
+        """Return the dataclass instance that holds the value."""
+        return getattr(options, self.section) if self.section else options
+
+    def value(self, options: Any) -> Any:
+        """Return the value."""
+        return getattr(self.owner(options), self.item.name)
+
+
+def _find_entries(kind: type) -> dict[str, Entry]:
+    """Return the options of a dataclass by name."""
+    found = {}
+    hints = typing.get_type_hints(kind)
+    for outer in fields(kind):
+        inner = hints[outer.name]
+        if not dataclasses.is_dataclass(inner):
+            entry = Entry("", outer, *_optional(inner))
+            found[entry.name] = entry
+            continue
+        inner_hints = typing.get_type_hints(inner)
+        for item in fields(inner):
+            entry = Entry(outer.name, item, *_optional(inner_hints[item.name]))
+            found[entry.name] = entry
+    return found
+
+
+entries: Callable[[Any], dict[str, Entry]] = functools.cache(_find_entries)
+
+
+def sections(kind: type) -> dict[str, type]:
+    """Return the dataclasses of a dataclass's sections by name."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in fields(kind) if dataclasses.is_dataclass(hints[item.name])}
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type, hidden: Collection[str] = ()) -> None:
+    """Add the options of a dataclass to a parser.
+
+    Args:
+        parser: parser of the command.
+        kind: a dataclass whose fields are made by `option`, or a dataclass of such dataclasses.
+        hidden: names of options that the help omits.
+    """
+    groups: dict[str, Any] = {"": parser}
+    for name, cls in sections(kind).items():
+        groups[name] = parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
+    for entry in entries(kind).values():
+        title = entry.section or entry.item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        words = _words(entry)
+        if entry.name in hidden:
+            words["help"] = argparse.SUPPRESS
+        if not entry.item.metadata["positional"]:
+            words |= {"dest": entry.name, "required": entry.item.metadata["required"]}
+        flag = entry.name if entry.item.metadata["positional"] else f"--{entry.name}"
+        groups[title].add_argument(flag, default=argparse.SUPPRESS, **words)
+
+
+def from_arguments(kind: type[T], given: argparse.Namespace) -> T:
+    """Return the options of a parsed command line, each with its default if it was not given.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of range, or options that exclude each other.
+    """
+    options = kind()
+    set_from_arguments(options, given)
+    check(options)
+    return options
+
+
+def set_from_arguments(options: Any, given: argparse.Namespace) -> None:
+    """Set the options that a command line gives.
+
+    Raises:
+        ConfigError: a value of a wrong type.
+    """
+    for name in entries(type(options)):
+        if hasattr(given, name):
+            set_from_words(options, name, getattr(given, name))
+
+
+def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -> None:
+    """Set one option from its arguments on a command line.
+
+    Args:
+        options: instance of a dataclass of options.
+        name: name of the option.
+        words: the argument, several arguments, or whether a flag is set.
+
+    Raises:
+        ConfigError: no such option, or a value of a wrong type.
+    """
+    entry = _entry(options, name, "command line")
+    setattr(entry.owner(options), entry.item.name, _from_words(words, entry, f"--{name}"))
+
+
+def set_from_yaml(options: Any, data: bytes, where: str) -> None:
+    """Set the options that a YAML file holds.
+
+    Args:
+        options: instance of a dataclass of options.
+        data: content of the file.
+        where: name of the file in errors.
+
+    Raises:
+        ConfigError: not YAML, an unknown option, or a value of a wrong type.
+    """
+    try:
+        value = yaml.safe_load(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    update(options, value, where)
+
+
+def update(options: Any, value: Any, where: str) -> None:
+    """Set the options that a mapping holds, as a YAML file has it; None sets nothing.
+
+    Raises:
+        ConfigError: an unknown option, or a value of a wrong type.
+    """
+    if value is None:
+        return
+    parts = sections(type(options))
+    if not isinstance(value, dict):
+        example = f"sections of settings such as '{next(iter(parts))}:'" if parts else "a mapping of options to values"
+        raise ConfigError(f"{where}: holds {type(value).__name__}, not {example}")
+    for key, entry in value.items():
+        if not parts:
+            set_option(options, str(key).replace("_", "-"), entry, where)
+        elif key not in parts:
+            raise ConfigError(f"{where}: unknown section {key!r}: {nearest(str(key), parts)}")
+        elif not isinstance(entry, dict):
+            raise ConfigError(f"{where}: section {key!r} holds {entry!r}, not keys and values")
+        else:
+            for inner, one in entry.items():
+                set_option(options, f"{key}.{inner}", one, where)
+
+
+def set_option(options: Any, name: str, value: Any, where: str) -> None:
+    """Set one option by name.
+
+    Raises:
+        ConfigError: no such option, or a value of a wrong type.
+    """
+    entry, place = _entry(options, name, where), f"{where}: {name}"
+    if not entry.section:
+        if value is None:
+            raise ConfigError(f"{place} has no value: give one, or omit the line")
+        if entry.item.metadata["commas"] and isinstance(value, str):
+            value = _split(value)
+        elif typing.get_origin(entry.hint) is list and not isinstance(value, list):
+            value = [value]
+    setattr(entry.owner(options), entry.item.name, checked(value, entry.hint, place))
+
+
+def check(options: Any) -> None:
+    """Check ranges, and options that exclude each other.
+
+    Raises:
+        ConfigError: a value out of its range, or two options that cannot be combined.
+    """
+    given: dict[str, str] = {}
+    for name, entry in entries(type(options)).items():
+        value = entry.value(options)
+        shown = name if entry.section else f"--{name}"
+        check_range(shown, value, entry.item)
+        exclusive = entry.item.metadata["exclusive"]
+        if exclusive and value != entry.default:
+            if exclusive in given:
+                raise ConfigError(f"{given[exclusive]} and {shown} cannot be combined: leave one out")
+            given[exclusive] = shown
+
+
+def check_range(name: str, value: Any, item: dataclasses.Field[Any]) -> None:
+    """Check the range of a value, or of each value of a list.
+
+    Raises:
+        ConfigError: out of range, or not finite.
+    """
+    low, high = item.metadata["low"], item.metadata["high"]
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{name} is {value}: give a finite number")
+        if isinstance(one, int | float) and ((low is not None and one < low) or (high is not None and one > high)):
+            raise ConfigError(f"{name} is {value}: it must be {_bounds(low, high)}")
+
+
+def to_words(options: Any, names: Collection[str], always: Collection[str] = ()) -> list[str]:
+    """Return the command-line arguments that set options of a flat dataclass, in the order of its fields.
+
+    Args:
+        options: instance of the dataclass.
+        names: options to write if they differ from their defaults.
+        always: options to write in any case.
+    """
+    words: list[str] = []
+    for name, entry in entries(type(options)).items():
+        value = entry.value(options)
+        if name not in always and (name not in names or value == entry.default):
+            continue
+        words.append(f"--{name}")
+        if entry.item.metadata["commas"]:
+            words.append(",".join(value))
+        elif isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _entry(options: Any, name: str, where: str) -> Entry:
+    known = entries(type(options))
+    if name not in known:
+        raise ConfigError(f"{where}: unknown option {name!r}: {nearest(name, known)}")
+    return known[name]
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"at most {high:g}"
+    return f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+
+
+def _optional(hint: Any) -> tuple[Any, bool]:
+    """Return a type without `| None`, and whether it had it."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None)), True
+    return hint, False
+
+
+def _words(entry: Entry) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that follow from an option's type."""
+    metadata, hint, origin = entry.item.metadata, entry.hint, typing.get_origin(entry.hint)
+    words: dict[str, Any] = {"help": _help(entry)}
+    if hint is bool and not entry.section:
+        return words | {"action": argparse.BooleanOptionalAction if entry.optional else "store_true"}
+    words["metavar"] = metadata["metavar"] or ("N" if hint is int else "X" if hint is float else "VALUE")
+    if origin is Literal:
+        words |= {"choices": typing.get_args(hint), "metavar": None}
+    if origin is tuple and not entry.section:
+        words["nargs"] = len(typing.get_args(hint))
+    elif origin is list and not entry.section and not metadata["commas"]:
+        words["nargs"] = "*" if metadata["positional"] else "+"
+    return words
+
+
+def _help(entry: Entry) -> str:
+    """Return an option's description with its range and default, as argparse formats it."""
+    low, high = entry.item.metadata["low"], entry.item.metadata["high"]
+    notes = [_bounds(low, high)] if low is not None or high is not None else []
+    default = entry.default
+    if default == "":
+        pass  # the description says what an empty value means
+    elif entry.section:
+        notes.append("default: " + yaml.safe_dump(default, default_flow_style=True).splitlines()[0])
+    elif default not in (None, False, []):
+        notes.append("default: " + (shlex.join(map(str, default)) if isinstance(default, list) else str(default)))
+    text: str = entry.item.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _from_words(words: str | bool | Sequence[str], entry: Entry, where: str) -> Any:
+    """Return the value of an option from its arguments on a command line."""
+    if isinstance(words, bool):
+        return words
+    if entry.item.metadata["commas"] and isinstance(words, str):
+        return checked(_split(words), entry.hint, where)
+    if isinstance(words, str):
+        return checked(parsed(words, entry.hint), entry.hint, where)
+    inner = typing.get_args(entry.hint)[0]
+    return checked([parsed(word, inner) for word in words], entry.hint, where)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]

@@ -1,0 +1,91 @@
+"""Values of options, from YAML or from one argument of a command line, converted to the type of their field."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection
+from typing import Any, Literal
+
+import yaml
+
+from shards.common.errors import UserError
+from shards.common.text import did_you_mean
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+class ConfigError(UserError):
+    """An option that does not exist, has a wrong value, or contradicts another."""
+
+
+def parsed(text: str, hint: Any) -> Any:
+    """Return one argument of a command line as YAML reads it; for text and choices, unchanged."""
+    if hint is str or typing.get_origin(hint) is Literal:
+        return text
+    if hint is int and text.strip().lstrip("-").isdecimal():  # YAML reads 010 as 8
+        return int(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """Return a value of YAML converted to a type: a number in a field of text becomes text, for example.
+
+    Args:
+        value: as YAML reads it.
+        hint: `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
+        where: beginning of error messages.
+
+    Raises:
+        ConfigError: the value does not fit the type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (list, tuple):
+        return _checked_list(value, origin, arguments, where)
+    if dataclasses.is_dataclass(hint):
+        return _checked_mapping(value, hint, where)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4 (no dot) as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is str and value is None:
+        return ""
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        quotes = ": write it in quotes" if hint is str and isinstance(value, bool) else ""  # YAML reads No as false
+        raise ConfigError(f"{where}: {value!r} is not {_KINDS[hint]}{quotes}")
+    return value
+
+
+def _checked_list(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
+    if not isinstance(value, list):
+        example = f"[{value}]" if arguments[0] is str and isinstance(value, str) and value else "[1, 2]"
+        raise ConfigError(f"{where}: {value!r} is not a list such as {example}")
+    if origin is tuple and len(value) != len(arguments):
+        raise ConfigError(f"{where}: {value!r} has {len(value)} values: give {len(arguments)}")
+    return origin(checked(entry, arguments[0], where) for entry in value)
+
+
+def _checked_mapping(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {value!r} is not keys and values such as {{layers: heads, epochs: 2}}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown key {key!r}: {nearest(str(key), hints)}")
+    return kind(**{key: checked(entry, hints[key], f"{where}.{key}") for key, entry in value.items()})
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a suggestion for a name that is not known, or the known names."""
+    return did_you_mean(name, sorted(known), f"known are {', '.join(sorted(known))}")

@@ -1,0 +1,158 @@
+"""Options of a flat dataclass, as `build-shards` has them; sections are tested with the trainer's settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from shards.common.command_line import Parser, run
+from shards.common.errors import UserError
+from shards.common.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
+from shards.common.version import __version__
+
+Flag = Literal["inside", "occluded"]
+
+
+@dataclass
+class Options:
+    images: list[str] = option([], "images", positional=True)
+    classes: list[str] = option([], "names")
+    per_class: int | None = option(None, "images per class", low=1)
+    score: float = option(0.5, "lowest score", low=0, high=1)
+    splits: Literal["official", "partition"] = option("official", "which splits")
+    partition: tuple[float, float, float] | None = option(None, "fractions", low=0, metavar=("A", "B", "C"))
+    drop: list[Flag] = option([], "flags", commas=True)
+    exact_classes: bool = option(False, "no children")
+    pictures: bool | None = option(None, "draw")
+    shards: str = option("", "dataset", flag="data.shards", group="a dataset")
+    dry_run: bool = option(False, "plan", exclusive="action")
+    retry: bool = option(False, "retry", exclusive="action")
+
+
+def parser() -> Parser:
+    made = Parser(prog="try", description="Try.")
+    add_options(made, Options)
+    return made
+
+
+def parse(*words: str) -> Options:
+    return from_arguments(Options, parser().parse_args(words))
+
+
+def from_file(text: str) -> Options:
+    options = Options()
+    set_from_yaml(options, text.encode(), "config c.yaml")
+    return options
+
+
+def test_a_command_line_becomes_a_dataclass() -> None:
+    assert parse() == Options()
+    words = "a.jpg b.jpg --per-class 010 --score 1e-1 --splits partition --partition .5 .25 .25 --drop inside,occluded"
+    words += " --exact-classes --no-pictures --data.shards 007 --dry-run --classes Person 1"
+    assert parse(*words.split()) == Options(
+        ["a.jpg", "b.jpg"],
+        ["Person", "1"],
+        10,
+        0.1,
+        "partition",
+        (0.5, 0.25, 0.25),
+        ["inside", "occluded"],
+        True,
+        False,
+        "007",
+        True,
+    )
+
+
+def test_a_file_becomes_the_same_dataclass() -> None:
+    text = "classes: [Person, Traffic light]\nper_class: 7\nscore: 1e-1\npartition: [0.5, 0.25, 0.25]\ndrop: inside"
+    text += "\nexact-classes: true\nsplits: partition\ndata.shards: --strange"
+    assert from_file(text) == Options(
+        [], ["Person", "Traffic light"], 7, 0.1, "partition", (0.5, 0.25, 0.25), ["inside"], True, shards="--strange"
+    )
+    assert from_file("") == Options()
+    assert from_file("classes: Dog").classes == ["Dog"]
+    assert from_file("drop: [inside, occluded]").drop == ["inside", "occluded"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--per-clas 3", "unknown argument --per-clas: did you mean --per-class?"),
+        ("--per-class", "argument --per-class: expected one argument"),
+        ("--per-class many", "--per-class: 'many' is not a whole number"),
+        ("--per-class 2.5", "--per-class: 2.5 is not a whole number"),
+        ("--per-class 0", "--per-class is 0: it must be at least 1"),
+        ("--per-class -3", "--per-class is -3: it must be at least 1"),
+        ("--score 80", "--score is 80.0: it must be between 0 and 1"),
+        ("--score nan", "--score is nan: give a finite number"),
+        ("--splits all", "argument --splits: invalid choice: 'all'"),
+        ("--drop inside,blurred", "--drop: 'blurred' is not one of inside, occluded"),
+        ("--partition 0.5 0.5", "argument --partition: expected 3 arguments"),
+        ("--partition 0.5 -1 0.5", r"--partition is \(0.5, -1.0, 0.5\): it must be at least 0"),
+        ("--dry-run --retry", "--dry-run and --retry cannot be combined"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(*words.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("per_clas: 7", "unknown option 'per-clas': did you mean per-class"),
+        ("help: true", "unknown option 'help'"),
+        ("xyzzy: 1", "unknown option 'xyzzy': known are classes, data.shards"),
+        ("[1, 2]", "holds list, not a mapping of options to values"),
+        ("per-class: {a: 1}", r"per-class: {'a': 1} is not a whole number"),
+        ("per-class: [1, 2]", r"per-class: \[1, 2\] is not a whole number"),
+        ("per-class:", "per-class has no value"),
+        ("per-class: -3", "--per-class is -3: it must be at least 1"),
+        ("classes: [Person, No]", "classes: False is not text: write it in quotes"),
+        ("partition: [0.5, 0.5]", r"partition: \[0.5, 0.5\] has 2 values: give 3"),
+        ("exact-classes: 3", "exact-classes: 3 is not true or false"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object:os.system x", "not YAML"),
+        ("dry-run: true\nretry: true", "cannot be combined"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(from_file(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_words_set_the_same_options() -> None:
+    words = "--per-class 3 --drop inside --partition .5 .25 .25 --exact-classes --data.shards x"
+    options = parse(*words.split())
+    names = ("per-class", "drop", "partition", "exact-classes", "classes")
+    words = " ".join(to_words(options, names, always=["score"]))
+    assert words == "--per-class 3 --score 0.5 --partition 0.5 0.25 0.25 --drop inside --exact-classes"
+
+
+def test_help_shows_choices_ranges_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--splits {official,partition}" in text
+    assert "--score X lowest score (between 0 and 1; default: 0.5)" in text
+    assert "a dataset: --data.shards" in text
+
+
+def test_every_command_shows_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"try {__version__}\n"
+
+
+def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> int:
+        raise error
+
+    assert run("try", lambda: 3) == 3
+    assert run("try", lambda: fail(UserError("two\nlines")), show=str.upper) == 2
+    assert run("try", lambda: fail(KeyboardInterrupt()), interrupted="run it again") == 130
+    assert capsys.readouterr().err == "try: error: TWO LINES\ntry: run it again\n"
