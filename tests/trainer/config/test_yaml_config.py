@@ -10,15 +10,34 @@ from shards.common.options import entries
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 from trainer.config.settings import Config, ConfigError, StageConfig
-from trainer.config.yaml_config import add_arguments, from_arguments, load_config, save_config
-
-CONFIGS = REPOSITORY / "configs"
-RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("compare-")]
+from trainer.config.yaml_config import add_arguments, from_arguments, load_config, recipes, save_config
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads(recipe):
-    assert isinstance(load_config(str(recipe)), Config)
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_recipe_is_read_by_name_from_any_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(recipe) == load_config(str(REPOSITORY / "configs" / f"{recipe}.yaml"))
+
+
+def test_a_path_is_read_even_if_a_recipe_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traffic.yaml").write_text("data: {batch_size: 3}")
+    for name in ("./traffic.yaml", "traffic.yaml", str(tmp_path / "traffic.yaml")):
+        assert load_config(name).data.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("trafic", "did you mean traffic or traffic-coco"),
+        ("configs/fast.yaml", "did you mean fast"),
+        ("./none.yaml", "no such object"),
+    ],
+)
+def test_a_missing_file_is_named_with_the_recipes(name, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"config {name}: cannot be read: .*{hint}.*Recipes are coco, demo, fast,"):
+        load_config(name)
 
 
 def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path):
@@ -85,11 +104,6 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(tmp_path / "c.yaml"))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="there is no such object"):
-        load_config(str(tmp_path / "none.yaml"))
 
 
 def test_help_describes_every_option():
