@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from builder.fetching.retry import delete, retrying, write
 from builder.fetching.traffic import PROCESS, Traffic
 from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
-from builder.planning.prepare import Choice, ClassReport, Preparation, prepare
+from builder.planning.class_report import ClassReport
+from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
 from builder.sources.base import Source
 from builder.target.build_lock import Lock, hold, refuse_if_held
@@ -94,22 +95,24 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A build that is prepared: where it goes, what it will do, and what that took.
+class PreparedBuild:
+    """A build before its first write: where it reads and writes, its plan, and what making the plan took.
 
     Attributes:
-        started, prepared: by the monotonic clock, in seconds.
-        tables: what was read.
+        started, prepared: seconds of the monotonic clock.
+        tables: what was read to make the plan.
     """
 
+    source: Source
     root: Location
+    engine: Engine
     preparation: Preparation
     started: float
     prepared: float
     tables: Traffic
 
     def measured(self) -> dict[str, Any]:
-        """The fields of a `Summary` that tell of time and tables, as of now."""
+        """Return the fields of a `Summary` that measure time and tables, as of now."""
         now = time.monotonic()
         return {"tables": self.tables, "seconds": now - self.started, "packing": now - self.prepared}
 
@@ -126,38 +129,57 @@ class Outcome:
     masks: Traffic
 
 
-def build(
+def begin(
     source: Source,
-    choice: Choice,
     root: Location,
+    make_plan: Callable[[], Preparation],
     *,
     engine: Engine = IN_THIS_PROCESS,
-    overwrite: bool = False,
-    command: str = "",
-) -> Summary:
-    """Build a dataset, or finish a build that was interrupted.
-
-    The bytes of the result are a pure function of the sources and the choice; the engine and interruptions do not show.
+    writes: bool = True,
+) -> PreparedBuild:
+    """Check the places, then read the annotations and plan the build.
 
     Args:
-        source: where images and annotations lie.
-        choice: what to take from it.
-        root: where the dataset goes.
-        engine: where the shards are packed.
-        overwrite: discard another dataset, or another unfinished build, in `root`.
-        command: what the dataset card calls the command that made it.
+        source: images and annotations.
+        root: root of the dataset.
+        make_plan: `builder.planning.prepare.prepare` with its arguments; called once the places are known to be usable.
+        engine: where shards are going to be packed.
+        writes: whether the command writes to `root`, so that writing has to be possible.
 
     Raises:
-        UserError: bad input, another dataset or another running build in `root`, or nothing that could be packed.
+        UserError: bad input, or another build is at work in `root`.
         StorageError: a place cannot be reached, read or written.
     """
-    begun = begin(source, choice, root, engine)
-    root, preparation, plan = begun.root, begun.preparation, begun.preparation.plan
+    started, before = time.monotonic(), PROCESS.total
+    root = absolute(root)
+    check_places(source, root, write_to=writes)
+    warm_up(engine)
+    refuse_if_held(root)
+    preparation = make_plan()
+    return PreparedBuild(source, root, engine, preparation, started, time.monotonic(), PROCESS.total - before)
+
+
+def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -> Summary:
+    """Build a dataset, or finish a build that was interrupted.
+
+    The bytes of the result are a pure function of sources and plan; the engine and interruptions do not change them.
+
+    Args:
+        begun: a build as `begin` returns it.
+        overwrite: discard another dataset, or another unfinished build, in the root.
+        command: the command to record in the dataset card.
+
+    Raises:
+        UserError: another dataset or another running build in the root, or no image could be packed.
+        StorageError: a place cannot be reached, read or written.
+    """
+    source, root, preparation = begun.source, begun.root, begun.preparation
+    plan = preparation.plan
     with hold(root) as lock:
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
-            return _already_built(root, preparation, choice)
+            return _already_built(root, preparation)
         job = Job(root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
-        done = _run(preparation, job, engine, choice.images_per_shard, lock)
+        done = _run(preparation, job, begun.engine, lock)
         rows = [row for result in done.results for row in result.rows]
         shards = [result.shard for result in done.results if result.shard is not None]
         accounts = [*preparation.unknown, *(account for result in done.results for account in result.accounts)]
@@ -167,13 +189,12 @@ def build(
             raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
-        origin = {**source.origin(), "choice": json.loads(canonical_json(asdict(choice)))}
+        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.options))}
         info = write_tables(root, plan.categories, plan.fingerprint, rows, shards, accounts, origin, command)
         delete(root / RECORDS, recursive=True)
     first = {task.name for task in plan.tasks}
     return summarise(
         preparation,
-        choice,
         info,
         rows,
         accounts,
@@ -186,31 +207,15 @@ def build(
     )
 
 
-def begin(source: Source, choice: Choice, root: Location, engine: Engine) -> Begun:
-    """What comes before the first write: places are checked, annotations read, the plan is made.
-
-    Raises:
-        UserError, StorageError: as `build`.
-    """
-    started, before = time.monotonic(), PROCESS.total
-    root = absolute(root)
-    check_places(source, root)
-    warm_up(engine)
-    refuse_if_held(root)
-    preparation = prepare(source, choice)
-    return Begun(root, preparation, started, time.monotonic(), PROCESS.total - before)
-
-
-def _already_built(root: Location, preparation: Preparation, choice: Choice) -> Summary:
+def _already_built(root: Location, preparation: Preparation) -> Summary:
     dataset = open_dataset(root)
     accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
-    short = shortfalls(preparation.reports, read_rows(dataset), dataset.categories, accounts, choice)
+    short = shortfalls(preparation, read_rows(dataset), dataset.categories, accounts)
     return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
 
 
 def summarise(
     preparation: Preparation,
-    choice: Choice,
     info: DatasetInfo,
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
@@ -223,7 +228,7 @@ def summarise(
         chosen=preparation.reports,
         counts=tuple(counts),
         failures=tuple(reasons(accounts).items()),
-        shortfalls=tuple(shortfalls(preparation.reports, rows, info.categories, accounts, choice)),
+        shortfalls=tuple(shortfalls(preparation, rows, info.categories, accounts)),
         shards=len(info.shards),
         samples=sum(shard.samples for shard in info.shards),
         nbytes=sum(shard.nbytes for shard in info.shards),
@@ -232,14 +237,13 @@ def summarise(
 
 
 def shortfalls(
-    reports: Sequence[ClassReport],
+    preparation: Preparation,
     rows: Sequence[IndexRow],
     categories: Sequence[Category],
     accounts: Sequence[Account],
-    choice: Choice,
 ) -> list[Shortfall]:
     """Where failures left less than the quota, or, where the source itself has less than that, less than it has."""
-    if choice.images_list:
+    if preparation.listed:
         images = [account for account in accounts if account.kind == "image"]
         failed = sum(account.failed for account in images)
         return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
@@ -247,10 +251,10 @@ def shortfalls(
     packed: dict[tuple[str, int], int] = {}
     for row in rows:
         for category, masks in zip(row.classes, row.masks, strict=True):
-            if masks or not choice.filters.require_mask:
+            if masks or not preparation.require_mask:
                 packed[row.split, category] = packed.get((row.split, category), 0) + 1
     found = []
-    for report in reports:
+    for report in preparation.reports:
         wanted, got = min(report.asked, report.available), packed.get((report.split, ids[report.name]), 0)
         if got < wanted:
             found.append(Shortfall(report.split, report.name, got, wanted))
@@ -299,7 +303,7 @@ def write_tables(
     return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=fingerprint, source=safe))
 
 
-def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: int, lock: Lock) -> Outcome:
+def _run(preparation: Preparation, job: Job, engine: Engine, lock: Lock) -> Outcome:
     """All rounds; what an earlier run has finished is not done again."""
     tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}
@@ -324,7 +328,7 @@ def _run(preparation: Preparation, job: Job, engine: Engine, images_per_shard: i
                 progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
             tasks += fresh
             failures = {split: _failed(tasks, results, split) for split in SPLITS}
-            fresh = next_round(preparation, tasks, failures.__getitem__, images_per_shard)
+            fresh = next_round(preparation, tasks, failures.__getitem__, preparation.images_per_shard)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
                 lost = sum(map(len, failures.values()))

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from builder.commands.yaml_options import with_config
@@ -297,35 +298,39 @@ def _check_what_to_take(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 def run(args: argparse.Namespace) -> Summary | Estimate:
     """Do what the parsed arguments ask for; see `builder.commands.build.build` for errors."""
-    from builder.commands.build import build
+    from builder.commands.build import begin, build
     from builder.commands.dry_run import estimate
     from builder.commands.retry_failed import retry_failed
     from builder.packing.executors import Engine
-    from builder.planning.prepare import Choice
+    from builder.planning.image_list import ImageList
+    from builder.planning.prepare import prepare
+    from builder.planning.selection import Quotas
     from builder.sources.base import Filters
 
     eval_per_class = args.eval_per_class
     if eval_per_class is None and args.per_class:
         eval_per_class = max(1, args.per_class // 10)
-    choice = Choice(
-        classes=tuple(args.classes or (() if args.source == "coco" else DEFAULT_CLASSES)),
-        per_class=args.per_class,
-        eval_per_class=eval_per_class,
-        exact=args.exact_classes,
+    source = make_source(args)
+    make_plan = partial(
+        prepare,
+        source,
+        tuple(args.classes or (() if args.source == "coco" else DEFAULT_CLASSES)),
+        ImageList(args.images_list) if args.images_list else Quotas(args.per_class, eval_per_class),
+        exact_classes=args.exact_classes,
+        all_annotations=args.all_annotations,
+        filters=Filters(args.min_predicted_iou, args.drop, args.require_mask),
         partition=tuple(args.partition or (0.8, 0.1, 0.1)) if args.splits == "partition" else None,
         seed=args.seed,
         images_per_shard=args.images_per_shard,
-        filters=Filters(args.min_predicted_iou, args.drop, args.require_mask),
-        all_annotations=args.all_annotations,
-        images_list=args.images_list,
     )
-    source, root = make_source(args), Location(args.out)
-    engine = Engine(args.workers or os.cpu_count() or 1, args.cluster)
+    workers = 1 if args.dry_run else args.workers or os.cpu_count() or 1
+    engine = Engine(workers, args.cluster)
+    begun = begin(source, Location(args.out), make_plan, engine=engine, writes=not args.dry_run)
     if args.dry_run:
-        return estimate(source, choice, root)
+        return estimate(begun)
     if args.retry_failed:
-        return retry_failed(source, choice, root, engine=engine, command=command_line(args))
-    return build(source, choice, root, engine=engine, overwrite=args.overwrite, command=command_line(args))
+        return retry_failed(begun, command=command_line(args))
+    return build(begun, overwrite=args.overwrite, command=command_line(args))
 
 
 def make_source(args: argparse.Namespace) -> Source:

@@ -8,16 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from builder.commands.build import absolute, check_places
+from builder.commands.build import PreparedBuild
 from builder.fetching.fetch import Refusal, describe, length_of
-from builder.fetching.traffic import PROCESS, Traffic
+from builder.fetching.traffic import Traffic
 from builder.fetching.zip_members import plan_reads
 from builder.packing.pack import SPARE_AN_IMAGE, members_of
-from builder.planning.prepare import Choice, ClassReport, prepare
+from builder.planning.class_report import ClassReport
 from builder.sources.base import Source
 from builder.sources.openimages.layout import PUBLIC_IMAGES, source_location
 from builder.sources.openimages.source import OpenImages
-from builder.target.build_lock import refuse_if_held
 from builder.target.dataset_card import ClassCounts
 from builder.tasks.plan import InlineMask, Member, Plan, PlannedImage
 from shards.format.dataset import SPLITS
@@ -71,22 +70,16 @@ class Estimate:
     whole_images: int | None
 
 
-def estimate(source: Source, choice: Choice, root: Location) -> Estimate:
-    """Plan a build, and tell what it would cost. Nothing is written to `root`.
+def estimate(begun: PreparedBuild) -> Estimate:
+    """Estimate what a build would hold and cost. Nothing is written.
 
     Raises:
-        UserError: bad input, or another build at work in `root`.
         StorageError: a place cannot be reached or read.
     """
-    before = PROCESS.total
-    root = absolute(root)
-    check_places(source, root, write_to=False)
-    refuse_if_held(root)
-    preparation = prepare(source, choice)
-    tables = PROCESS.total - before
+    source, preparation = begun.source, begun.preparation
     plan = preparation.plan
     images = [image for task in plan.tasks for image in task.images]
-    lengths, unavailable = _sample(images, source.images.anonymous, choice.seed)
+    lengths, unavailable = _sample(images, source.images.anonymous, preparation.seed)
     mean = sum(lengths) / len(lengths) if lengths else 0.0
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1))
     masks, wanted = _mask_traffic(plan)
@@ -94,11 +87,11 @@ def estimate(source: Source, choice: Choice, root: Location) -> Estimate:
     rle = sum(_rle_bytes(planned.mask) for planned in objects)
     return Estimate(
         plan=plan.fingerprint,
-        chosen=tuple(preparation.reports),
+        chosen=preparation.reports,
         counts=tuple(planned_counts(plan)),
         shards=len(plan.tasks),
         images=len(images),
-        tables=tables,
+        tables=begun.tables,
         jpegs=Traffic(len(images), round(mean * len(images))),
         jpegs_error=round(spread / math.sqrt(max(1, len(lengths))) * len(images)),
         sampled=len(lengths) + unavailable,

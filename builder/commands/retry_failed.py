@@ -17,17 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from builder.commands.build import Summary, begin, summarise, write_tables
+from builder.commands.build import PreparedBuild, Summary, summarise, write_tables
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.retry import delete, retrying, write
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import read_members
-from builder.packing.executors import IN_THIS_PROCESS, Engine, execute
+from builder.packing.executors import Engine, execute
 from builder.packing.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
-from builder.planning.prepare import Choice, Preparation
+from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
-from builder.sources.base import Source
 from builder.target.build_lock import Lock, hold
 from builder.target.build_state import finish_retry, read_rows, retry_stage
 from builder.tasks.outcomes import PACKED, RECOVERED, Account, failed_images, read_accounts
@@ -58,17 +57,18 @@ class Repair:
         return self.task.name
 
 
-def retry_failed(
-    source: Source, choice: Choice, root: Location, *, engine: Engine = IN_THIS_PROCESS, command: str = ""
-) -> Summary:
-    """Fetch again what failed in a finished dataset; arguments and errors as for `builder.commands.build.build`.
+def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
+    """Fetch again what failed in a finished dataset.
+
+    Args:
+        begun: the build of the dataset, as `builder.commands.build.begin` returns it.
+        command: the command to record in the dataset card.
 
     Raises:
-        UserError: `root` holds no finished dataset of this plan, or another build is at work there.
+        UserError: the root holds no finished dataset of this plan, or another build is at work there.
         StorageError: a place cannot be reached, read or written.
     """
-    begun = begin(source, choice, root, engine)
-    root, preparation = begun.root, begun.preparation
+    source, root, preparation = begun.source, begun.root, begun.preparation
     with hold(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
@@ -79,11 +79,11 @@ def retry_failed(
             )
         accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
         rows = read_rows(dataset)
-        repairs = _repairs(preparation, dataset, rows, accounts, choice.images_per_shard)
+        repairs = _repairs(preparation, dataset, rows, accounts)
         stage = retry_stage(root)
         delete(stage, recursive=True)
         job = Job(root, dataset.info.plan, source.images.anonymous, source.annotations.anonymous)
-        results = _run(repairs, job, engine, lock)
+        results = _run(repairs, job, begun.engine, lock)
         recovered = sum(
             account.status == PACKED and old.failed
             for repair in repairs
@@ -100,7 +100,6 @@ def retry_failed(
         info = open_dataset(root).info
     return summarise(
         preparation,
-        choice,
         info,
         rows,
         accounts,
@@ -163,7 +162,6 @@ def _repairs(
     dataset: Dataset,
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
-    images_per_shard: int,
 ) -> list[Repair]:
     """The tasks in which something failed, of all rounds of the build.
 
@@ -176,7 +174,7 @@ def _repairs(
     def failed_so_far(split: str) -> set[str]:
         return failed[split] & {image.image_id for task in tasks if task.split == split for image in task.images}
 
-    while fresh := next_round(preparation, tasks, failed_so_far, images_per_shard):
+    while fresh := next_round(preparation, tasks, failed_so_far, preparation.images_per_shard):
         tasks += fresh
     unknown = {account.key for account in preparation.unknown}
     by_image: dict[tuple[str, str], list[Account]] = {}

@@ -12,7 +12,7 @@ from builder.commands.build import Summary
 from builder.commands.dry_run import Estimate
 from builder.commands.progress import duration
 from builder.fetching.traffic import Traffic
-from builder.planning.prepare import ClassReport
+from builder.planning.class_report import ClassReport
 from builder.target.dataset_card import ClassCounts
 from builder.tasks.outcomes import FILTERED
 from shards.common.redact import redact

@@ -1,4 +1,4 @@
-"""A user's list of the very images to take: `--images-list`."""
+"""An explicit list of the images to pack: `--images-list`."""
 
 from __future__ import annotations
 
@@ -10,47 +10,64 @@ from builder.fetching.fetch import Request, fetch_one
 from builder.sources.openimages.layout import source_location
 from shards.common.errors import UserError
 
-# Also names of files in COCO: anything in one line, but nothing that climbs out of a folder.
+# File names of COCO count too: any characters of one line, but no path that leaves its folder.
 _NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.\.?(?:/|$))[^\\\x00-\x1f]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """One line: an image, and the source's name of the split that the line restricts it to ("" for any)."""
+    """One line of a list.
+
+    Attributes:
+        split: the source's name of the split that the line restricts the image to; "" for any split.
+        name: the image as the list names it.
+    """
 
     split: str
     name: str
 
 
-def read_list(url: str, splits: Mapping[str, str]) -> tuple[ListedImage, ...]:
-    """Read a list: one image a line, with or without a split before it (`train/0123456789abcdef`).
+@dataclass(frozen=True, slots=True)
+class ImageList:
+    """A list of the images to pack, whatever classes they hold.
 
-    Empty lines and lines that start with `#` do not count, a repeated line counts once, and an ending `.jpg` is left
-    off: so a list of the official downloader is read as it is.
+    One image per line, optionally prefixed by a split (`train/0123456789abcdef`). Empty lines and lines that start
+    with `#` are ignored, a repeated line counts once, and a trailing `.jpg` is dropped: lists of the official
+    downloader work unchanged.
 
-    Args:
-        url: of the list, any fsspec URL or local path.
-        splits: our names of splits -> the source's; a line may use either.
-
-    Raises:
-        UserError: not such a list.
-        StorageError: it cannot be had.
+    Attributes:
+        url: any fsspec URL or local path.
     """
-    try:
-        text = fetch_one(Request(source_location(url))).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url}: not UTF-8 text ({error}): --images-list takes one image id a line") from error
-    prefixes = {**{theirs: theirs for theirs in splits.values()}, **splits}
-    found: dict[ListedImage, None] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        first, slash, rest = entry.partition("/")
-        split, name = (prefixes[first], rest) if slash and first in prefixes else ("", entry)
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{url}: line {number} is {entry[:80]!r}, not an image id: write train/ID or ID")
-        found[ListedImage(split, name.removesuffix(".jpg"))] = None
-    if not found:
-        raise UserError(f"{url}: lists no images: write one image id a line")
-    return tuple(found)
+
+    url: str
+
+    def read(self, splits: Mapping[str, str]) -> tuple[ListedImage, ...]:
+        """Read the list.
+
+        Args:
+            splits: names of the dataset's splits -> the source's names; a line may use either.
+
+        Raises:
+            UserError: the file is not such a list.
+            StorageError: the file cannot be read.
+        """
+        try:
+            text = fetch_one(Request(source_location(self.url))).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.url}: not UTF-8 text ({error}): --images-list takes one image id per line"
+            ) from error
+        prefixes = {name: name for name in splits.values()} | dict(splits)
+        found: dict[ListedImage, None] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            entry = line.strip()
+            if not entry or entry.startswith("#"):
+                continue
+            first, slash, rest = entry.partition("/")
+            split, name = (prefixes[first], rest) if slash and first in prefixes else ("", entry)
+            if not _NAME.fullmatch(name):
+                raise UserError(f"{self.url}: line {number} is {entry[:80]!r}, not an image id: write train/ID or ID")
+            found[ListedImage(split, name.removesuffix(".jpg"))] = None
+        if not found:
+            raise UserError(f"{self.url}: lists no images: write one image id per line")
+        return tuple(found)

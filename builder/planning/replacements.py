@@ -1,7 +1,7 @@
-"""Rounds: what cannot be had is replaced from the classes' reserves, until quotas are met or the reserves are empty.
+"""Rounds of a build: images that fail are replaced until the quotas are met or no candidates are left.
 
-Round 0 is the plan. Each further round holds the images that take the place of those that failed so far, as further
-shards. A round is a function of the plan and of what failed before it, so a build that was killed finds the same ones.
+Round 0 is the plan. Each further round packs replacements of the images that have failed so far into further shards. A
+round depends on nothing but the plan and the failures before it, so a resumed build repeats the same rounds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from shards.format.dataset import SPLITS
 
 
 class Reserve(Protocol):
-    """Where replacements come from; `builder.planning.prepare.Preparation` is one."""
+    """Source of replacements, such as `builder.planning.prepare.Preparation`."""
 
     def replacements(self, split: str, failed: Collection[str]) -> Sequence[PlannedImage]:
-        """Further images for a split of which `failed` (image ids, of all rounds so far) could not be had."""
+        """Return further images for a split; `failed` are the image ids that failed in all rounds so far."""
         ...
 
 
@@ -27,13 +27,13 @@ def next_round(
     failed: Callable[[str], set[str]],
     images_per_shard: int,
 ) -> list[ShardTask]:
-    """The tasks that replace what failed.
+    """Return the tasks that replace failed images.
 
     Args:
-        reserve: asked once a split and round, always with all that failed so far.
-        tasks: of all rounds so far.
-        failed: split -> image ids that failed in any of them.
-        images_per_shard: the size of the new shards.
+        reserve: queried once per split and round, always with all failures so far.
+        tasks: tasks of all rounds so far.
+        failed: split -> image ids that failed in any of these tasks.
+        images_per_shard: images per new shard.
     """
     tasks = list(tasks)
     fresh: list[ShardTask] = []
@@ -41,7 +41,7 @@ def next_round(
         of_split = [task for task in tasks if task.split == split]
         missing = failed(split) if of_split else set()
         if missing:
-            asked = {image.image_id for task in of_split for image in task.images}
-            images = [image for image in reserve.replacements(split, missing) if image.image_id not in asked]
+            requested = {image.image_id for task in of_split for image in task.images}
+            images = [image for image in reserve.replacements(split, missing) if image.image_id not in requested]
             fresh += cut_tasks(split, images, images_per_shard, first=1 + max(task.number for task in of_split))
     return fresh

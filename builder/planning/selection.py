@@ -1,21 +1,65 @@
-"""Which images: a quota a class, and which split. Pure, and stable under a seed."""
+"""Rules that select images: a quota per class and a partition into splits. Pure functions, stable under a seed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from builder.tasks.candidates import Candidates
+from shards.format.dataset import SPLITS
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Images to select per class; None selects all images that count for the class.
+
+    Attributes:
+        train: images per class in train.
+        evaluation: images per class in val, and in test.
+    """
+
+    train: int | None = None
+    evaluation: int | None = None
+
+    def of(self, split: str) -> int | None:
+        """Return the images per class of a split of the dataset."""
+        return self.train if split == "train" else self.evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A partition of the source's train split into train, val and test.
+
+    Attributes:
+        fractions: of train, val and test; each at least 0, with a positive sum.
+        seed: other seeds give other parts.
+    """
+
+    fractions: tuple[float, float, float]
+    seed: int
+
+    def split_of(self, image_id: str) -> str:
+        """Return the split of an image, which depends on nothing but the image, the fractions and the seed."""
+        # Salted, because `seeded_order` hashes the same ids: unsalted, each part would be a stretch of that order.
+        point = hash_fraction(f"{self.seed}:partition:{image_id}") * sum(self.fractions)
+        reached = 0.0
+        for split, fraction in zip(SPLITS, self.fractions, strict=True):
+            reached += fraction
+            if point < reached:
+                return split
+        # Rounding of the sum: the last split that is not empty.
+        return next(split for split, fraction in zip(reversed(SPLITS), reversed(self.fractions)) if fraction > 0)
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that looks random and depends on nothing but the text (blake2b, 52 bits)."""
+    """Return a pseudorandom number in [0, 1) that depends on nothing but the text (blake2b, 52 bits)."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 12) / (1 << 52)
 
 
 def seeded_order(image_ids: Iterable[str], seed: int) -> list[str]:
-    """The images in the order of a seeded hash: any first n of them are a random sample."""
+    """Sort images by a seeded hash: the first n of them are a random sample, for any n."""
 
     def rank(image_id: str) -> tuple[bytes, str]:
         return hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest(), image_id
@@ -31,20 +75,20 @@ def select_images(
     taken: Collection[str] = (),
     barred: Collection[str] = (),
 ) -> list[str]:
-    """Choose images until each class has its quota, or all of its images.
+    """Select images until each class has its quota, or all of its images.
 
-    Masks first: a class takes images with only boxes of it where those with masks run out. Among either kind the
-    rarest class takes first, in seeded order; an image that is already taken counts for all of its classes.
+    Masks first: a class takes images that only have boxes of it once those with masks run out. In each of the two
+    passes the rarest class selects first, in seeded order. An image counts for every class that it holds.
 
     Args:
-        candidates: category id -> images that count for it.
-        quota: images a class; None for all of them.
-        seed: of the order.
-        taken: chosen before; they count.
-        barred: not to be chosen, and not counted; none of `taken`.
+        candidates: images that count for each category id.
+        quota: images per class; None for all of them.
+        seed: seed of the order.
+        taken: images selected before, which count towards the quotas.
+        barred: images that must not be selected and do not count; disjoint from `taken`.
 
     Returns:
-        The newly chosen images in seeded order.
+        The newly selected images in seeded order.
     """
     chosen, closed = set(taken), frozenset(barred)
     eligible: dict[int, set[str]] = {category: set() for category in candidates}
@@ -57,19 +101,3 @@ def select_images(
             if missing > 0:
                 chosen.update(seeded_order(fresh, seed)[:missing])
     return seeded_order(chosen.difference(taken), seed)
-
-
-def partition_of(image_id: str, fractions: Sequence[float], seed: int) -> int:
-    """Which part an image falls in: a function of image, fractions and seed alone, whatever else is chosen.
-
-    Args:
-        fractions: of the parts, each at least 0, with a positive sum.
-    """
-    # Salted: without it, parts and the seeded order would be cut from one hash, and a part be a stretch of the order.
-    point = hash_fraction(f"{seed}:partition:{image_id}") * sum(fractions)
-    reached = 0.0
-    for part, fraction in enumerate(fractions):
-        reached += fraction
-        if point < reached:
-            return part
-    return max(part for part, fraction in enumerate(fractions) if fraction > 0)  # rounding of the sum

@@ -10,20 +10,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commands.build import build
 from builder.packing.executors import Engine
 from builder.packing.images import check_jpeg
-from builder.planning.prepare import Choice
+from builder.planning.selection import Quotas
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 from tests.support import REPOSITORY
 
 CLASSES = ("Person", "Car", "Traffic light", "Traffic sign")
-CHOICE = Choice(CLASSES, per_class=1000, eval_per_class=1000, images_per_shard=4)
+CHOICE = quotas(CLASSES, 1000, 1000, images_per_shard=4)
 
 
 def mirror(scenes: SceneTruth) -> OpenImages:
@@ -70,11 +70,11 @@ def test_accounts_add_up(unbroken: Path) -> None:
 
 def test_a_finished_root_is_left_alone_and_another_plan_refused(scenes: SceneTruth, tmp_path: Path) -> None:
     root = Location(str(tmp_path / "out"))
-    few = replace(CHOICE, per_class=3, eval_per_class=0)
+    few = CHOICE | {"images": Quotas(3, 0)}
     assert not build(mirror(scenes), few, root).already_built
     before = tree(tmp_path)
     assert build(mirror(scenes), few, root).already_built
-    other = replace(few, seed=1)
+    other = few | {"seed": 1}
     with pytest.raises(UserError, match=r"finished dataset of another plan.*--overwrite"):
         build(mirror(scenes), other, root)
     assert tree(tmp_path) == before
@@ -112,7 +112,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     killed_build(scenes, root, after_records, workers)
     assert not (root / "dataset.json").exists()
     with pytest.raises(UserError, match="unfinished dataset of another plan"):
-        build(mirror(scenes), replace(CHOICE, seed=9), Location(str(root)))
+        build(mirror(scenes), CHOICE | {"seed": 9}, Location(str(root)))
     build(mirror(scenes), CHOICE, Location(str(root)))
     assert tree(root) == tree(unbroken)
 
@@ -160,7 +160,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_no_process(scenes: SceneTruth, tmp_
 
 
 def test_partition_never_shares_an_image_and_takes_from_train_alone(scenes: SceneTruth, tmp_path: Path) -> None:
-    choice = replace(CHOICE, partition=(0.5, 0.3, 0.2))
+    choice = CHOICE | {"partition": (0.5, 0.3, 0.2)}
     build(mirror(scenes), choice, Location(str(tmp_path / "out")))
     dataset = open_dataset(str(tmp_path / "out"))
     assert dataset.splits == ("train", "val", "test")
@@ -172,7 +172,7 @@ def test_partition_never_shares_an_image_and_takes_from_train_alone(scenes: Scen
 def test_quotas_are_kept_and_no_evaluation_split_is_made_when_none_is_wanted(
     scenes: SceneTruth, tmp_path: Path
 ) -> None:
-    choice = replace(CHOICE, classes=("Person",), per_class=4, eval_per_class=0)
+    choice = quotas(("Person",), 4, 0, images_per_shard=4)
     summary = build(mirror(scenes), choice, Location(str(tmp_path / "out")))
     assert open_dataset(str(tmp_path / "out")).splits == ("train",)
     assert summary.samples == 4
@@ -189,12 +189,12 @@ def test_images_that_are_all_missing_are_an_error_and_a_corrected_command_works(
     root = Location(str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"none of the chosen images.*image-missing.*--images"):
         build(wrong, CHOICE, root)
-    build(mirror(scenes), replace(CHOICE, per_class=2, eval_per_class=0), root)
+    build(mirror(scenes), CHOICE | {"images": Quotas(2, 0)}, root)
 
 
 def test_classes_without_any_image_are_an_error(scenes: SceneTruth, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no image of the splits asked for"):
-        build(mirror(scenes), replace(CHOICE, classes=("Dog",)), Location(str(tmp_path / "out")))
+    with pytest.raises(UserError, match="no image of the requested splits"):
+        build(mirror(scenes), CHOICE | {"class_names": ("Dog",)}, Location(str(tmp_path / "out")))
 
 
 def test_hugging_face_reads_the_root_without_inferring(unbroken: Path, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.commands.build import Summary, build
+from builder.commands.build import Summary
 from builder.commands.cli import SHORT, _Redacting, main
-from builder.commands.dry_run import SAMPLED, estimate
+from builder.commands.dry_run import SAMPLED
 from builder.commands.summary import render_estimate, render_summary
-from builder.planning.prepare import Choice
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import LOCK_FILE
@@ -26,9 +25,10 @@ from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, estimate, quotas
 from tests.support import REPOSITORY
 
-CHOICE = Choice(("Person", "Car"), per_class=8, eval_per_class=3, images_per_shard=4)
+CHOICE = quotas(("Person", "Car"), 8, 3, images_per_shard=4)
 WORDS = ["--classes", "Person", "Car", "--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4"]
 
 
@@ -78,7 +78,7 @@ def test_what_is_said_of_lengths_is_marked_as_an_estimate(scenes: SceneTruth, tm
     for picture in sorted((tmp_path / "images" / "train").iterdir())[::4]:
         picture.unlink()
     source = OpenImages(source_location(str(tmp_path / "images")), source_location(str(scenes.annotations)))
-    found = estimate(source, Choice(("Person",), 1000, 0), Location(str(tmp_path / "out")))
+    found = estimate(source, quotas(("Person",), 1000, 0), Location(str(tmp_path / "out")))
     assert 0 < found.unavailable < found.sampled
     text = render_estimate(found, "out")
     assert f"from the lengths of {found.sampled}, {found.unavailable} of which cannot be had" in text

@@ -6,14 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commands.build import build
-from builder.planning.prepare import Choice
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import LOCK_FILE
@@ -23,10 +20,12 @@ from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 from tests.support import REPOSITORY
 
 IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
-CHOICE = Choice(("Person", "Car", "Traffic light", "Traffic sign"), 12, 0, images_per_shard=3)
+PER_CLASS = 12
+CHOICE = quotas(("Person", "Car", "Traffic light", "Traffic sign"), PER_CLASS, 0, images_per_shard=3)
 TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate", "stall")
 
 
@@ -214,7 +213,7 @@ def test_killed_while_another_dataset_is_overwritten(
     s3: S3Server, target: str, unbroken: Path, tmp_path: Path, at_request: int
 ) -> None:
     root = tmp_path / "out"
-    build(source(), replace(CHOICE, seed=1), Location(str(root)))
+    build(source(), CHOICE | {"seed": 1}, Location(str(root)))
     assert tree(root) != tree(unbroken)
     assert killed_build(s3, str(root), 1, "--overwrite", at_request=at_request)
     assert not killed_build(s3, str(root), 1, "--overwrite", at_request=0)
@@ -259,11 +258,11 @@ def signalled_build(
         "-m",
         "builder.commands.cli",
         "--per-class",
-        str(CHOICE.per_class),
+        str(PER_CLASS),
         "--eval-per-class",
         "0",
     ]
-    command += ["--images-per-shard", str(CHOICE.images_per_shard), "--workers", str(workers), "--out", root, *more]
+    command += ["--images-per-shard", str(CHOICE["images_per_shard"]), "--workers", str(workers), "--out", root, *more]
     command += ["--images", IMAGES, "--annotations", ANNOTATIONS]
     with S3Proxy(s3.endpoint_url, on_request=count) as proxy:
         environment = {**os.environ, **proxy.environment()}

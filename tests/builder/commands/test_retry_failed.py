@@ -8,9 +8,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commands.build import build
-from builder.commands.retry_failed import retry_failed
-from builder.planning.prepare import Choice
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from builder.tasks.outcomes import RECOVERED
@@ -18,8 +15,9 @@ from demo.scenes import SceneTruth
 from shards.common.errors import DatasetError, UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas, retry_failed
 
-CHOICE = Choice(("Person", "Car"), per_class=1000, eval_per_class=0, images_per_shard=8)
+CHOICE = quotas(("Person", "Car"), 1000, 0, images_per_shard=8)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -120,7 +118,7 @@ def _spy(fetched: list[str]) -> object:
 
 
 def test_replacements_stay_when_what_they_replaced_comes_back(world: World, tmp_path: Path) -> None:
-    few = Choice(("Person", "Car"), per_class=6, eval_per_class=0, images_per_shard=4)
+    few = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
     build(world.source, few, Location(str(tmp_path / "whole")))
     lost = world.damage(tmp_path / "whole")
     root = tmp_path / "out"
@@ -213,7 +211,7 @@ def test_other_commands_and_unfinished_roots_are_refused(world: World, tmp_path:
         retry_failed(world.source, CHOICE, root)
     build(world.source, CHOICE, root)
     before = tree(tmp_path / "out")
-    other = Choice(("Person",), per_class=3, eval_per_class=0)
+    other = quotas(("Person",), 3, 0)
     with pytest.raises(UserError, match="another plan"):
         retry_failed(world.source, other, root)
     assert tree(tmp_path / "out") == before

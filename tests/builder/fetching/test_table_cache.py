@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commands.build import build
 from builder.commands.cli import main
 from builder.fetching import table_cache as cache_module
 from builder.fetching import zip_members as maskzip
@@ -22,7 +21,6 @@ from builder.fetching.cache_folder import default_cache_folder
 from builder.fetching.fetch import Inventory
 from builder.fetching.table_cache import Cache, state_of
 from builder.fetching.zip_members import locate_members
-from builder.planning.prepare import Choice
 from builder.sources import csv_tables as tables
 from builder.sources.csv_tables import read_table
 from builder.sources.openimages.layout import source_location
@@ -31,6 +29,7 @@ from demo.scenes import SceneTruth
 from shards.common.errors import StorageError
 from shards.storage.location import Location
 from shards.storage.ranges import Description
+from tests.builder.builds import build, quotas
 from tests.support import REPOSITORY
 
 COLUMNS = {"ImageID": "string", "LabelName": "string", "XMin": "float64"}
@@ -322,13 +321,13 @@ def test_a_second_build_of_other_classes_reads_no_table_and_no_directory_again(
 ) -> None:
     plain = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
     cached = replace(plain, cache=cache)
-    choice = Choice(("Person", "Car"), per_class=100, eval_per_class=0)
+    choice = quotas(("Person", "Car"), 100, 0)
     build(cached, choice, Location(str(tmp_path / "first")))
     first = set(opened)
     assert any(url.endswith(".csv") for url in first)
     assert any(url.endswith(".zip") for url in first)
     opened.clear()
-    other = replace(choice, classes=("Car", "Traffic light"))
+    other = choice | {"class_names": ("Car", "Traffic light")}
     build(cached, other, Location(str(tmp_path / "second")))
     build(cached, choice, Location(str(tmp_path / "third")))
     assert not first & set(opened)

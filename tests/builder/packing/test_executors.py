@@ -8,17 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from builder.commands.build import build
 from builder.packing.executors import Engine, execute
-from builder.planning.prepare import Choice
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 
-CHOICE = Choice(("Person", "Car"), per_class=30, eval_per_class=5, images_per_shard=8)
+CHOICE = quotas(("Person", "Car"), 30, 5, images_per_shard=8)
 
 SCHEDULER = """
 from distributed import LocalCluster

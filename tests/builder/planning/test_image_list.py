@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from builder.planning.image_list import ListedImage, read_list
+from builder.planning.image_list import ImageList, ListedImage
 from builder.sources.openimages.layout import SOURCE_SPLITS
 from shards.common.errors import UserError
 
 
 def listed(path: Path, data: bytes) -> tuple[ListedImage, ...]:
     (path / "ids.txt").write_bytes(data)
-    return read_list(str(path / "ids.txt"), SOURCE_SPLITS)
+    return ImageList(str(path / "ids.txt")).read(SOURCE_SPLITS)
 
 
 def test_ids_with_and_without_splits_comments_and_line_ends(tmp_path: Path) -> None:

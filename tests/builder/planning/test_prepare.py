@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.planning.prepare import Choice, Preparation, prepare
-from builder.planning.selection import seeded_order
+from builder.planning.image_list import ImageList
+from builder.planning.prepare import Preparation, prepare
+from builder.planning.selection import Quotas, seeded_order
 from builder.sources.base import Filters
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.candidates import Candidates
@@ -83,12 +84,16 @@ tables = st.dictionaries(st.integers(0, 30).map(lambda n: f"i{n}"), objects, min
 def test_replacements_meet_the_quota_where_it_can_be_met(
     table: Mapping[str, Mapping[str, bool]], quota: int, seed: int, masks_only: bool, rounds: list[set[int]]
 ) -> None:
-    choice = Choice(NAMES, quota, 0, seed=seed, filters=Filters(require_mask=masks_only))
+
+    def prepared() -> Preparation:
+        filters = Filters(require_mask=masks_only)
+        return prepare(FakeSource({"train": table}), NAMES, Quotas(quota, 0), seed=seed, filters=filters)
+
     if masks_only and not any(any(found.values()) for found in table.values()):
         with pytest.raises(UserError, match="has a mask of"):
-            prepare(FakeSource({"train": table}), choice)
+            prepared()
         return
-    first, second = (prepare(FakeSource({"train": table}), choice) for _ in range(2))
+    first, second = (prepared() for _ in range(2))
     assert first.plan == second.plan
     chosen, failed = split_of(first), set[str]()
     asked = set(chosen)
@@ -112,23 +117,23 @@ def test_replacements_meet_the_quota_where_it_can_be_met(
 
 def test_reports_say_what_each_class_got_and_why() -> None:
     table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
-    preparation = prepare(FakeSource({"train": table}), Choice(("Car", "Dog", "Person"), 5, 0))
+    preparation = prepare(FakeSource({"train": table}), ("Car", "Dog", "Person"), Quotas(5, 0))
     told = [(r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports]
     assert told == [
         ("Car", 5, 7, 3, 7, 3, 7, "only 3 images with a mask at the source, others have boxes only"),
         ("Dog", 5, 4, 0, 4, 0, 4, "only 4 images at the source"),
         ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
     ]
-    choice = Choice(("Car",), 5, 0, filters=Filters(require_mask=True))
-    [report] = prepare(FakeSource({"train": table}), choice).reports
+    masks_only = Filters(require_mask=True)
+    [report] = prepare(FakeSource({"train": table}), ("Car",), Quotas(5, 0), filters=masks_only).reports
     assert (report.available, report.chosen, report.reason) == (3, 3, "only 3 images with a mask at the source")
-    [report] = prepare(FakeSource({"train": table}), Choice(("Car",), 2, 0)).reports
+    [report] = prepare(FakeSource({"train": table}), ("Car",), Quotas(2, 0)).reports
     assert (report.chosen, report.masks, report.reason) == (2, 2, "")
 
 
 def test_without_a_quota_all_images_that_count_are_chosen() -> None:
     table = {"a": {"Car": False}, "b": {"Dog": True}, "c": {"Car": True}}
-    preparation = prepare(FakeSource({"train": table, "validation": table}), Choice(("Car",), None, 1))
+    preparation = prepare(FakeSource({"train": table, "validation": table}), ("Car",), Quotas(None, 1))
     assert sorted(split_of(preparation)) == ["a", "c"]
     assert split_of(preparation, "val") == ["c"]
     assert preparation.replacements("train", ["a"]) == []
@@ -139,7 +144,7 @@ def test_without_a_quota_all_images_that_count_are_chosen() -> None:
 def test_the_reserve_is_part_of_the_fingerprint() -> None:
     # Both classes share their images, so a smaller quota chooses the same ones; but it would not replace them.
     table = {"a": {"Car": True}, "b": {"Dog": True}, "c": {"Car": True, "Dog": True}}
-    plans = [prepare(FakeSource({"train": table}), Choice(("Car", "Dog"), quota, 0)).plan for quota in (2, 3)]
+    plans = [prepare(FakeSource({"train": table}), ("Car", "Dog"), Quotas(quota, 0)).plan for quota in (2, 3)]
     assert plans[0].tasks == plans[1].tasks
     assert plans[0].fingerprint != plans[1].fingerprint
 
@@ -149,7 +154,7 @@ def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) ->
         {"train": {"a": {"Car": True}, "b": {"Dog": True}, "c": {}}, "validation": {"d": {"Car": False}}}
     )
     (tmp_path / "ids").write_text("c\ntrain/b\nval/d\nval/a\nnowhere\n")
-    preparation = prepare(source, Choice(("Car",), None, None, images_list=str(tmp_path / "ids"), all_annotations=True))
+    preparation = prepare(source, ("Car",), ImageList(str(tmp_path / "ids")), all_annotations=True)
     assert sorted(split_of(preparation)) == ["b", "c"]
     assert split_of(preparation, "val") == ["d"]
     assert [(a.split, a.image_id, a.status, a.detail) for a in preparation.unknown] == [
@@ -159,17 +164,17 @@ def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) ->
     assert preparation.replacements("train", ["b"]) == []
     assert [(r.split, r.chosen, r.reason) for r in preparation.reports] == [("train", 0, ""), ("val", 1, "")]
     (tmp_path / "ids").write_text("x\n")
-    with pytest.raises(UserError, match=r"knows no image that it lists \(1\)"):
-        prepare(source, Choice(("Car",), None, None, images_list=str(tmp_path / "ids")))
+    with pytest.raises(UserError, match=r"has none of the listed images \(1\)"):
+        prepare(source, ("Car",), ImageList(str(tmp_path / "ids")))
 
 
 def test_a_partition_of_a_list_leaves_each_image_in_its_part(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(40)]
     source = FakeSource({"train": {image: {"Car": True} for image in ids}})
     parts = (0.5, 0.3, 0.2)
-    by_quota = prepare(source, Choice(("Car",), 100, 100, partition=parts))
+    by_quota = prepare(source, ("Car",), Quotas(100, 100), partition=parts)
     (tmp_path / "ids").write_text("\n".join([*ids[:25], f"val/{ids[0]}"]))
-    listed = prepare(source, Choice(("Car",), None, None, partition=parts, images_list=str(tmp_path / "ids")))
+    listed = prepare(source, ("Car",), ImageList(str(tmp_path / "ids")), partition=parts)
     for split in ("train", "val", "test"):
         assert set(split_of(listed, split)) == set(split_of(by_quota, split)) & set(ids[:25])
     [unknown] = listed.unknown

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.commands.build import build
 from builder.packing.executors import Engine
-from builder.planning.prepare import Choice
 from builder.planning.replacements import next_round
 from builder.planning.selection import select_images
 from builder.sources.openimages.layout import source_location
@@ -22,8 +20,9 @@ from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 
-CHOICE = Choice(("Person", "Car"), per_class=6, eval_per_class=0, images_per_shard=4)
+CHOICE = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
 
 
 def planned(image_id: str) -> PlannedImage:
@@ -98,7 +97,7 @@ def test_quotas_are_met_from_the_reserve_and_every_image_asked_for_is_accounted_
     assert summary.shortfalls == ()
     assert summary.replaced > 0
     assert packed(tmp_path / "out") >= set(first) - set(lost)
-    assert all(entry.images >= CHOICE.per_class for entry in summary.counts)
+    assert all(entry.images >= 6 for entry in summary.counts)
     accounts = pq.read_table(tmp_path / "out" / "accounts.parquet").to_pylist()
     images = {row["image_id"]: row["status"] for row in accounts if row["kind"] == "image"}
     assert {image_id: images[image_id] for image_id in lost} == lost
@@ -151,7 +150,7 @@ def test_other_failures_after_a_kill_leave_no_stray_shard(broken: OpenImages, tm
 
 
 def test_an_empty_reserve_is_a_shortfall(broken: OpenImages, tmp_path: Path) -> None:
-    everything = Choice(("Person",), per_class=1000, eval_per_class=0)
+    everything = quotas(("Person",), 1000, 0)
     victim = sorted((Path(broken.images.url) / "train").iterdir())[0]
     build(broken, everything, Location(str(tmp_path / "whole")))
     assert victim.stem in packed(tmp_path / "whole")
@@ -179,7 +178,7 @@ def test_accounts_add_up_whatever_fails(
             (folder / "images" / "train" / picture.name).write_bytes(content)
     source = OpenImages(source_location(str(folder / "images")), source_location(str(scenes.annotations)))
     quota = data.draw(st.integers(1, 30))
-    choice = Choice(("Person", "Traffic sign"), quota, 0, images_per_shard=data.draw(st.integers(1, 40)))
+    choice = quotas(("Person", "Traffic sign"), quota, 0, images_per_shard=data.draw(st.integers(1, 40)))
     try:
         summary = build(source, choice, Location(str(folder / "out")))
     except UserError:  # not one of the images could be had

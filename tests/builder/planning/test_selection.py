@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.planning.selection import hash_fraction, partition_of, seeded_order, select_images
+from builder.planning.selection import Partition, hash_fraction, seeded_order, select_images
 from builder.tasks.candidates import Candidates
+from shards.format.dataset import SPLITS
 
 Classes = dict[int, Candidates]
 
@@ -98,18 +99,18 @@ def test_seed_changes_the_choice_and_the_order_of_input_does_not() -> None:
 def test_partition_depends_on_the_image_alone_and_avoids_empty_parts(
     image: str, seed: int, fractions: tuple[float, float, float]
 ) -> None:
-    part = partition_of(image, fractions, seed)
-    assert fractions[part] > 0
-    assert part == partition_of(image, fractions, seed)
+    split = Partition(fractions, seed).split_of(image)
+    assert fractions[SPLITS.index(split)] > 0
+    assert split == Partition(fractions, seed).split_of(image)
 
 
 def test_partition_comes_near_its_fractions_and_is_not_a_stretch_of_the_order() -> None:
     ids = [f"{n:016x}" for n in range(4000)]
-    parts = {image: partition_of(image, (0.8, 0.1, 0.1), seed=5) for image in ids}
-    shares = [sum(part == p for part in parts.values()) / len(ids) for p in range(3)]
+    parts = {image: Partition((0.8, 0.1, 0.1), seed=5).split_of(image) for image in ids}
+    shares = [sum(part == split for part in parts.values()) / len(ids) for split in SPLITS]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
     early = [parts[image] for image in seeded_order(ids, seed=5)[:1000]]
-    assert early.count(2) / 1000 == pytest.approx(0.1, abs=0.03)
+    assert early.count("test") / 1000 == pytest.approx(0.1, abs=0.03)
 
 
 @given(st.sets(st.integers(0, 500), max_size=60), all_fractions, seeds, st.integers(0, 10), st.integers(0, 30))
@@ -119,7 +120,7 @@ def test_growing_quotas_and_sources_never_move_an_image_to_another_part(
     ids = [f"{n:016x}" for n in sorted(numbers)]
 
     def parts(ids: list[str], quota: int) -> list[set[str]]:
-        mine = [tuple(i for i in ids if partition_of(i, fractions, seed) == part) for part in range(3)]
+        mine = [tuple(i for i in ids if Partition(fractions, seed).split_of(i) == split) for split in SPLITS]
         return [set(select_images({1: Candidates(images)}, quota, seed)) for images in mine]
 
     small, large = parts(ids, quota), parts(ids, quota + more)

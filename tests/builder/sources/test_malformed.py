@@ -16,9 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from builder.commands.build import build
 from builder.fetching.table_cache import Cache
-from builder.planning.prepare import Choice
 from builder.sources import csv_tables as tables
 from builder.sources.csv_tables import read_table
 from builder.sources.openimages.layout import BOX_COLUMNS, source_location
@@ -26,12 +24,13 @@ from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 
 BOXES = "v6/oidv6-train-annotations-bbox.csv"
 MASKS = "v5/train-annotations-object-segmentation.csv"
 LABELS = "v5/train-annotations-human-imagelabels-boxable.csv"
 METADATA = "2018_04/train/train-images-boxable-with-rotation.csv"
-CHOICE = Choice(("Person", "Car"), per_class=4, eval_per_class=0)
+CHOICE = quotas(("Person", "Car"), 4, 0)
 
 Lines = list[bytes]
 

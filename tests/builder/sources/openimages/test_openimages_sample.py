@@ -12,7 +12,6 @@ import tarfile
 import time
 import zipfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from builder.commands.build import build
-from builder.planning.prepare import Choice
+from builder.planning.image_list import ImageList
 from builder.sources.base import Filters
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
@@ -30,6 +28,7 @@ from shards.format import rle
 from shards.format.dataset import Dataset, open_dataset
 from shards.format.sample import Sample
 from shards.storage.location import Location
+from tests.builder.builds import build, quotas
 from tests.support import REPOSITORY
 
 SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
@@ -37,7 +36,7 @@ pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not he
 
 SOURCE_SPLIT = {"train": "train", "val": "validation", "test": "test"}
 CLASSES = ("Person", "Car", "Traffic light", "Traffic sign", "Dog", "Pizza", "Taxi")
-CHOICE = Choice(CLASSES, per_class=1000, eval_per_class=1000, images_per_shard=8)
+CHOICE = quotas(CLASSES, 1000, 1000, images_per_shard=8)
 
 
 # Category id -> the labels that count for it.
@@ -235,7 +234,7 @@ def test_child_labels_estimates_and_flags_of_masks_are_the_sources(
 
 def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict, tmp_path: Path) -> None:
     filters = Filters(min_predicted_iou=0.8, drop=("truncated", "group-of"), require_mask=True)
-    build(source(), replace(CHOICE, filters=filters), Location(str(tmp_path / "out")))
+    build(source(), CHOICE | {"filters": filters}, Location(str(tmp_path / "out")))
     filtered = open_dataset(str(tmp_path / "out"))
     found = {}
     for shard in filtered.info.shards:
@@ -261,7 +260,7 @@ def test_a_list_of_images_with_all_annotations(tmp_path: Path) -> None:
     ids = sorted(counts, key=lambda image: (-counts[image], image))[:4]
     ids = [image for image in ids if (SAMPLE / "open-images-dataset" / "train" / f"{image}.jpg").is_file()]
     (tmp_path / "ids.txt").write_text("\n".join([f"train/{ids[0]}", *ids[1:], "ffffffffffffffff", f"val/{ids[0]}"]))
-    choice = Choice(("Dog",), None, None, all_annotations=True, images_list=str(tmp_path / "ids.txt"))
+    choice = {"class_names": ("Dog",), "images": ImageList(str(tmp_path / "ids.txt")), "all_annotations": True}
     build(source(), choice, Location(str(tmp_path / "out")))
     dataset = open_dataset(str(tmp_path / "out"))
     assert dataset.categories[0].name == "Dog"

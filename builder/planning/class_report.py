@@ -1,0 +1,103 @@
+"""What selection gave each class, compared with its quota and with what the source offers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from builder.tasks.candidates import Candidates
+from builder.tasks.plan import PlannedImage
+from shards.common.text import counted
+from shards.format.dataset import Category
+
+
+@dataclass(frozen=True, slots=True)
+class ClassReport:
+    """Outcome of the selection for one class of one split.
+
+    Attributes:
+        asked: the quota in images; without a quota, all available images.
+        available: images at the source that count for the class.
+        masked: available images with a mask of the class.
+        chosen: available images that were selected.
+        masks, boxes: objects of the class in all selected images, including images selected for another class.
+        reason: why the class got fewer images than its quota, or images without a mask of it; "" otherwise.
+    """
+
+    split: str
+    name: str
+    asked: int
+    available: int
+    masked: int
+    chosen: int
+    masks: int
+    boxes: int
+    reason: str = ""
+
+
+def report_classes(
+    split: str,
+    categories: Iterable[Category],
+    images: Sequence[PlannedImage],
+    candidates: Mapping[int, Candidates],
+    quota: int | None,
+) -> list[ClassReport]:
+    """Return one report per class, without reasons.
+
+    Args:
+        split: split of the dataset.
+        categories: the requested classes.
+        images: the selected images.
+        candidates: category id -> images that count for the class.
+        quota: images per class; None for all that count.
+    """
+    chosen = {image.image_id for image in images}
+    objects = [planned for image in images for planned in image.objects]
+    boxes = Counter(planned.annotation.category_id for planned in objects)
+    masks = Counter(planned.annotation.category_id for planned in objects if planned.has_mask)
+    reports = []
+    for category in categories:
+        found = candidates.get(category.id, Candidates())
+        reports.append(
+            ClassReport(
+                split=split,
+                name=category.name,
+                asked=len(found) if quota is None else quota,
+                available=len(found),
+                masked=len(found.masked),
+                chosen=sum(image_id in chosen for image_id in (*found.masked, *found.boxed)),
+                masks=masks[category.id],
+                boxes=boxes[category.id],
+            )
+        )
+    return reports
+
+
+def classes_held(images: Iterable[PlannedImage]) -> dict[int, Candidates]:
+    """Return category id -> images that hold an object of the class, for images that were not selected by class."""
+    found: dict[int, set[str]] = {}
+    for image in images:
+        for planned in image.objects:
+            found.setdefault(planned.annotation.category_id, set()).add(image.image_id)
+    return {category: Candidates(boxed=tuple(sorted(ids))) for category, ids in found.items()}
+
+
+def explain_shortage(report: ClassReport, where: str, *, require_mask: bool) -> ClassReport:
+    """Return the report with its reason.
+
+    Args:
+        report: a report without a reason.
+        where: words for the place that was searched, such as "at the source".
+        require_mask: whether only images with a mask of the class count for it.
+    """
+    reason = ""
+    if report.available < report.asked:
+        reason = f"{_images(report.available)}{' with a mask' if require_mask else ''} {where}"
+    elif report.masked < report.asked:
+        reason = f"{_images(report.masked)} with a mask {where}, others have boxes only"
+    return replace(report, reason=reason)
+
+
+def _images(count: int) -> str:
+    return f"only {counted(count, 'image')}" if count else "no images"

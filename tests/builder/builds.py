@@ -1,0 +1,47 @@
+"""Builds in the process of a test: the steps that `build-shards` takes, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from builder.commands import build as build_module
+from builder.commands import dry_run
+from builder.commands import retry_failed as retry_module
+from builder.packing.executors import IN_THIS_PROCESS, Engine
+from builder.planning.prepare import prepare
+from builder.planning.selection import Quotas
+from builder.sources.base import Source
+from shards.storage.location import Location
+
+Options = Mapping[str, Any]  # arguments of `builder.planning.prepare.prepare`
+
+
+def quotas(class_names: tuple[str, ...], train: int | None, evaluation: int | None, **others: Any) -> dict[str, Any]:
+    """Return the options of a selection by quotas."""
+    return {"class_names": class_names, "images": Quotas(train, evaluation), **others}
+
+
+def build(
+    source: Source,
+    options: Options,
+    root: Location,
+    *,
+    engine: Engine = IN_THIS_PROCESS,
+    overwrite: bool = False,
+    command: str = "",
+) -> build_module.Summary:
+    """Build a dataset."""
+    begun = build_module.begin(source, root, partial(prepare, source, **options), engine=engine)
+    return build_module.build(begun, overwrite=overwrite, command=command)
+
+
+def retry_failed(source: Source, options: Options, root: Location) -> build_module.Summary:
+    """Fetch again what failed in a dataset."""
+    return retry_module.retry_failed(build_module.begin(source, root, partial(prepare, source, **options)))
+
+
+def estimate(source: Source, options: Options, root: Location) -> dry_run.Estimate:
+    """Estimate what a build would cost."""
+    return dry_run.estimate(build_module.begin(source, root, partial(prepare, source, **options), writes=False))
