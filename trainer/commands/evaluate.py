@@ -12,19 +12,19 @@ and would cut the curves short.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards.common.errors import DatasetError, UserError
+from shards.common.errors import DatasetError
+from shards.common.options import add_options, from_arguments
 from shards.common.text import counted
 from shards.format.dataset import Category, Dataset, open_dataset
 from shards.storage.location import Location
 from trainer.commands import command_line as command
+from trainer.config.command_options import LOWEST_EVALUATED_SCORE, EvaluateOptions
 from trainer.config.settings import DataConfig, ModelConfig, TrainConfig
 from trainer.report.scorecard import Evaluation, class_csv, confusion_csv
 from trainer.report.scorecard import summary as summary  # the training loop prints it, too
@@ -41,100 +41,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trainer.commands.evaluate")
 
-RATED = 0.05  # detections below this score change no AP that matters
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     return command.run("evaluate", lambda: evaluate_checkpoint(parse(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+def parse(arguments: Sequence[str] | None) -> EvaluateOptions:
+    """Return the options of a command line.
 
     Raises:
         UserError: a wrong argument.
     """
-    data, train = DataConfig(), TrainConfig()
     parser = command.Parser(
-        prog="evaluate.py", description="Rate a checkpoint: COCO's AP and Open Images' side by side."
+        prog="evaluate.py", description="Evaluate a checkpoint: COCO's AP and Open Images' side by side."
     )
-    parser.add_argument("--checkpoint", required=True, metavar="URL", help="a run's folder, or one checkpoint's")
-    parser.add_argument("--data.shards", dest="shards", metavar="URL", help="shard dataset [the one of the training]")
-    parser.add_argument("--data.split", dest="split", default="val", metavar="NAME", help="split to rate [val]")
-    parser.add_argument(
-        "--data.workers",
-        dest="workers",
-        type=int,
-        default=data.workers,
-        metavar="N",
-        help=f"loader processes of each rank [{data.workers}]",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=train.eval_batch_size,
-        metavar="N",
-        help=f"images a batch on each rank [{train.eval_batch_size}]",
-    )
-    parser.add_argument(
-        "--score-threshold",
-        type=float,
-        metavar="S",
-        help=f"lowest score that is rated [the checkpoint's, but at most {RATED:g}: a higher one cuts AP short]",
-    )
-    parser.add_argument(
-        "--nms-threshold",
-        type=float,
-        metavar="IOU",
-        help="detections of a class that overlap a better one by more are dropped [the checkpoint's]",
-    )
-    parser.add_argument(
-        "--detections",
-        type=int,
-        metavar="N",
-        help="most detections an image [the checkpoint's]; COCO rates 100 a class",
-    )
-    parser.add_argument(
-        "--hierarchy",
-        metavar="URL",
-        help="Open Images' bbox_labels_600_hierarchy.json, where the dataset has a class and its child, such as Person "
-        "and Man: the child's objects and detections then count for both in the Open Images AP",
-    )
-    parser.add_argument(
-        "--score",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="lowest score in the confusion matrix and the pictures [0.5]",
-    )
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        default=12,
-        metavar="N",
-        help="images of the worst, and of the best, in images.html [12]",
-    )
-    parser.add_argument("--out", metavar="URL", help="folder for the results [evaluation-SPLIT in --checkpoint]")
-    parsed: argparse.Namespace = parser.parse_args(arguments)
-    for name, low, high in (
-        ("data.workers", 0, None),
-        ("batch-size", 1, None),
-        ("detections", 1, None),
-        ("pictures", 0, None),
-        ("score-threshold", 0, 1),
-        ("nms-threshold", 0, 1),
-        ("score", 0, 1),
-    ):
-        value = getattr(parsed, name.removeprefix("data.").replace("-", "_"))
-        if value is not None and not low <= value <= (math.inf if high is None else high):  # NaN is not
-            raise UserError(
-                f"--{name} is {value}: it must be {f'between {low} and {high}' if high else f'{low} or more'}"
-            )
-    return parsed
+    add_options(parser, EvaluateOptions)
+    return from_arguments(EvaluateOptions, parser.parse_args(arguments))
 
 
-def evaluate_checkpoint(options: argparse.Namespace) -> None:
+def evaluate_checkpoint(options: EvaluateOptions) -> None:
     """Rate what `--checkpoint` names; print the table and write the files.
 
     Raises:
@@ -217,9 +143,13 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def set_thresholds(network: MaskRCNN, model: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
+def set_thresholds(network: MaskRCNN, model: ModelConfig, options: EvaluateOptions) -> dict[str, Any]:
     """Give the network the command's thresholds, else the checkpoint's; returns them by `ModelConfig`'s names."""
-    score = min(model.score_threshold, RATED) if options.score_threshold is None else options.score_threshold
+    score = (
+        min(model.score_threshold, LOWEST_EVALUATED_SCORE)
+        if options.score_threshold is None
+        else options.score_threshold
+    )
     nms = model.nms_threshold if options.nms_threshold is None else options.nms_threshold
     most = options.detections or model.detections_per_image
     heads = network.roi_heads

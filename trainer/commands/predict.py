@@ -13,17 +13,18 @@ pixels as stored: EXIF orientation is ignored, as it is in training.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shards.common.errors import UserError
+from shards.common.options import add_options, from_arguments
 from shards.common.text import counted
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
+from trainer.config.command_options import PredictOptions
 from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, stem
 from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from trainer.model.checkpoint import State
     from trainer.prediction.output_files import Labels
 
-SHARD_DEFAULTS = {"split": "val", "workers": 4, "batch_size": 4, "part_images": 256}
+IN_SHARDS = ("data.split", "data.workers", "batch-size", "part-images")  # options that only a dataset has
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,81 +44,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command.run("predict", lambda: predict(parse(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+def parse(arguments: Sequence[str] | None) -> PredictOptions:
+    """Return the options of a command line.
 
     Raises:
-        UserError: a wrong argument.
+        UserError: a wrong argument, or options that cannot be combined.
     """
-    parser = command.Parser(prog="predict.py", description="Find objects in images.")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="path, folder, glob or URL of images")
-    parser.add_argument("--checkpoint", required=True, metavar="URL", help="a run's folder, or one checkpoint's")
-    parser.add_argument("--out", required=True, metavar="URL", help="folder for the pictures and predictions.json")
-    parser.add_argument("--score", type=float, default=0.5, metavar="S", help="lowest score that counts, 0 to 1 [0.5]")
-    parser.add_argument("--device", metavar="NAME", help="such as cuda or cpu, for images [a GPU if there is one]")
-    parser.add_argument(
-        "--pictures",
-        action=argparse.BooleanOptionalAction,
-        help="draw what was found [yes for images, no for --data.shards]",
+    parser = command.Parser(
+        prog="predict.py", description="Find objects in images.", usage="predict.py [options] [IMAGE ...]"
     )
-    parser.add_argument(
-        "--submission", action="store_true", help="write submission.csv, as the Open Images Challenge takes it"
-    )
-    parser.add_argument(
-        "--hierarchy",
-        metavar="URL",
-        help="Open Images' hierarchy (JSON): an object is submitted for its class's ancestors, too",
-    )
-    shards = parser.add_argument_group("a shard dataset instead of images")
-    shards.add_argument("--data.shards", dest="shards", metavar="URL", help="the dataset")
-    for name, kind, about in (
-        ("data.split", str, "split to do"),
-        ("data.workers", int, "loader processes of each rank"),
-        ("batch-size", int, "images a batch on each rank"),
-        ("part-images", int, "images a part, rounded up to whole batches: what a stop can cost each rank"),
-    ):
-        key = _key_of(name)
-        shards.add_argument(
-            f"--{name}",
-            dest=key,
-            type=kind,
-            metavar="NAME" if kind is str else "N",
-            help=f"{about} [{SHARD_DEFAULTS[key]}]",
-        )
-    parsed: argparse.Namespace = parser.parse_args(arguments)
-    _check(parsed)
-    return parsed
-
-
-def _key_of(name: str) -> str:
-    return name.removeprefix("data.").replace("-", "_")
-
-
-def _check(parsed: argparse.Namespace) -> None:
-    """Whether the options go together; gives those of shards their defaults."""
-    if not 0 <= parsed.score <= 1:
-        raise UserError(f"--score is {parsed.score}: it must be between 0 and 1")
-    if bool(parsed.images) == bool(parsed.shards):
+    add_options(parser, PredictOptions)
+    given = parser.parse_args(arguments)
+    options = from_arguments(PredictOptions, given)
+    if bool(options.images) == bool(options.shards):
         raise UserError("give either images or --data.shards")
-    if parsed.hierarchy and not parsed.submission:
-        raise UserError("--hierarchy is of the submission: give --submission, too")
-    for name, low in (("data.split", None), ("data.workers", 0), ("batch-size", 1), ("part-images", 1)):
-        value = getattr(parsed, _key_of(name))
-        if value is not None and not parsed.shards:
-            raise UserError(f"--{name} is of a shard dataset: give --data.shards, too")
-        if value is not None and low is not None and value < low:
-            raise UserError(f"--{name} is {value}: it must be {low} or more")
-        if value is None:
-            setattr(parsed, _key_of(name), SHARD_DEFAULTS[_key_of(name)])
-    if parsed.shards and parsed.device:
+    for name in IN_SHARDS:
+        if hasattr(given, name) and not options.shards:
+            raise UserError(f"--{name} needs --data.shards: it has no meaning for images")
+    if options.hierarchy and not options.submission:
+        raise UserError("--hierarchy needs --submission")
+    if options.shards and options.device:
         raise UserError("--device is for images: with --data.shards, accelerate decides (ACCELERATE_USE_CPU=true)")
-    if parsed.pictures is None:
-        parsed.pictures = not parsed.shards
-    if not parsed.shards and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("images are done by one process: start predict.py without a launcher, or give --data.shards")
+    if not options.shards and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("images need a single process: start predict.py without a launcher, or give --data.shards")
+    if options.pictures is None:
+        options.pictures = not options.shards
+    return options
 
 
-def predict(options: argparse.Namespace) -> int:
+def predict(options: PredictOptions) -> int:
     """Do every image that can be read; 1 if one could not.
 
     Raises:
@@ -165,7 +120,7 @@ def predict(options: argparse.Namespace) -> int:
     return predict_images(options, images, state, network, device, labels)
 
 
-def _start(options: argparse.Namespace) -> Accelerator | None:
+def _start(options: PredictOptions) -> Accelerator | None:
     """Try --out before seconds of loading and hours of work; for a dataset, join the ranks first, and return how.
 
     Raises:
@@ -182,7 +137,7 @@ def _start(options: argparse.Namespace) -> Accelerator | None:
 
 
 def predict_images(
-    options: argparse.Namespace,
+    options: PredictOptions,
     images: Sequence[str],
     state: State,
     network: MaskRCNN,

@@ -9,7 +9,6 @@ key is a hash of everything that the parts' content comes from, so that no part 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
+    from trainer.config.command_options import PredictOptions
     from trainer.model.checkpoint import State
     from trainer.prediction.output_files import Labels
 
@@ -101,7 +101,7 @@ class Parts:
 
 
 def predict_shards(
-    options: argparse.Namespace,
+    options: PredictOptions,
     dataset: Dataset,
     state: State,
     network: MaskRCNN,
@@ -148,7 +148,7 @@ def predict_shards(
         print(f"{out / COCO_FILE}: {files.told()}", flush=True)
 
 
-def parts_key(options: argparse.Namespace, dataset: Dataset, state: State, size: int) -> str:
+def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:
     """A hash of what parts come from: weights and settings of the network, the index, and how they are put together."""
     import torch
 
@@ -165,7 +165,7 @@ def parts_key(options: argparse.Namespace, dataset: Dataset, state: State, size:
 
 
 def _predict_parts(
-    options: argparse.Namespace,
+    options: PredictOptions,
     dataset: Dataset,
     state: State,
     network: MaskRCNN,

@@ -132,11 +132,11 @@ def test_other_classes_are_refused(
     [
         (["--data.split", "test"], "there is no split 'test'"),
         (["--score-threshold", "1.5"], "--score-threshold is 1.5: it must be between 0 and 1"),
-        (["--score-threshold", "nan"], "--score-threshold is nan: it must be between 0 and 1"),
-        (["--nms-threshold", "nan"], "--nms-threshold is nan: it must be between 0 and 1"),
-        (["--score", "nan"], "--score is nan: it must be between 0 and 1"),
-        (["--detections", "0"], "--detections is 0: it must be 1 or more"),
-        (["--data.workers", "-1"], "--data.workers is -1: it must be 0 or more"),
+        (["--score-threshold", "nan"], "--score-threshold is nan: give a finite number"),
+        (["--nms-threshold", "nan"], "--nms-threshold is nan: give a finite number"),
+        (["--score", "nan"], "--score is nan: give a finite number"),
+        (["--detections", "0"], "--detections is 0: it must be at least 1"),
+        (["--data.workers", "-1"], "--data.workers is -1: it must be at least 0"),
         (["--hierarchy", "nowhere.json"], "nowhere.json"),
     ],
 )

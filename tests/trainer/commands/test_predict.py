@@ -198,7 +198,7 @@ def test_images_under_a_launcher_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert predict.main(["--checkpoint", "run", "--out", "out", "a.jpg"]) == 2
-    assert "images are done by one process" in capsys.readouterr().err
+    assert "images need a single process" in capsys.readouterr().err
 
 
 def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,14 +264,14 @@ def submission_of(
     [
         ([], "give either images or --data.shards"),
         (["x.jpg", "--data.shards", "d"], "give either images or --data.shards"),
-        (["x.jpg", "--batch-size", "2"], "--batch-size is of a shard dataset: give --data.shards, too"),
-        (["--data.shards", "d", "--part-images", "0"], "--part-images is 0: it must be 1 or more"),
+        (["x.jpg", "--batch-size", "2"], "--batch-size needs --data.shards"),
+        (["--data.shards", "d", "--part-images", "0"], "--part-images is 0: it must be at least 1"),
         (["--data.shards", "d", "--device", "cpu"], "--device is for images"),
-        (["x.jpg", "--hierarchy", "tree.json"], "--hierarchy is of the submission"),
+        (["x.jpg", "--hierarchy", "tree.json"], "--hierarchy needs --submission"),
         (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
         ([str(Path(__file__).parent)], "the folder has no image directly in it"),
         (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
-        (["--score", "nan", "x.jpg"], "--score is nan: it must be between 0 and 1"),
+        (["--score", "nan", "x.jpg"], "--score is nan: give a finite number"),
         (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
         (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
     ],

@@ -1,0 +1,75 @@
+"""Options of the commands `evaluate` and `predict`. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shards.common.options import option
+from trainer.config.settings import DataConfig, TrainConfig
+
+LOWEST_EVALUATED_SCORE = 0.05  # detections below this score change no AP that matters
+
+_A_DATASET = "a shard dataset instead of images"
+_HIERARCHY = "Open Images' class hierarchy (bbox_labels_600_hierarchy.json): "
+
+
+@dataclass
+class EvaluateOptions:
+    """Options of `evaluate`."""
+
+    checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
+    shards: str = option("", "shard dataset (default: that of the training)", flag="data.shards", metavar="URL")
+    split: str = option("val", "split to evaluate", flag="data.split", metavar="NAME")
+    workers: int = option(DataConfig().workers, "loader processes per rank", low=0, flag="data.workers")
+    batch_size: int = option(TrainConfig().eval_batch_size, "images per batch on each rank", low=1)
+    score_threshold: float | None = option(
+        None,
+        f"lowest score of a detection (default: the checkpoint's, but at most {LOWEST_EVALUATED_SCORE:g}, because a "
+        "higher threshold cuts AP short)",
+        low=0,
+        high=1,
+    )
+    nms_threshold: float | None = option(
+        None,
+        "IoU above which NMS drops the lower-scoring one of two detections of a class (default: the checkpoint's)",
+        low=0,
+        high=1,
+    )
+    detections: int | None = option(
+        None, "maximum number of detections per image (default: the checkpoint's); COCO evaluates 100 per class", low=1
+    )
+    hierarchy: str = option(
+        "",
+        _HIERARCHY + "objects and detections of a class count for its parent classes as well in the Open Images AP, "
+        "such as those of Man for Person",
+        metavar="URL",
+    )
+    score: float = option(0.5, "lowest score in the confusion matrix and in the pictures", low=0, high=1)
+    pictures: int = option(12, "how many of the worst and of the best images images.html shows", low=0)
+    out: str = option("", "folder for the results (default: evaluation-SPLIT in --checkpoint)", metavar="URL")
+
+
+@dataclass
+class PredictOptions:
+    """Options of `predict`."""
+
+    images: list[str] = option([], "paths, folders, globs or URLs of images", positional=True, metavar="IMAGE")
+    checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
+    out: str = option("", "folder for the pictures and predictions.json", required=True, metavar="URL")
+    score: float = option(0.5, "lowest score of a detection", low=0, high=1)
+    device: str = option("", "device for images, such as cuda or cpu (default: a GPU if available)", metavar="NAME")
+    pictures: bool | None = option(None, "draw the detections (default: for images, but not for --data.shards)")
+    submission: bool = option(False, "write submission.csv in the format of the Open Images Challenge")
+    hierarchy: str = option(
+        "", _HIERARCHY + "an object is submitted for the parent classes of its class as well", metavar="URL"
+    )
+    shards: str = option("", "root of the dataset", flag="data.shards", group=_A_DATASET, metavar="URL")
+    split: str = option("val", "split to predict", flag="data.split", group=_A_DATASET, metavar="NAME")
+    workers: int = option(4, "loader processes per rank", low=0, flag="data.workers", group=_A_DATASET)
+    batch_size: int = option(4, "images per batch on each rank", low=1, group=_A_DATASET)
+    part_images: int = option(
+        256,
+        "images per part, rounded up to whole batches: an interruption loses at most one part per rank",
+        low=1,
+        group=_A_DATASET,
+    )
