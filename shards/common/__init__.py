@@ -1,4 +1,4 @@
-"""What every folder uses: errors, text, argument checks, hashed random numbers.
+"""What every folder uses: errors, text and tables, argument checks, back-off, hashed random numbers.
 
 It imports nothing else of the project.
 """

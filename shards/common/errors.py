@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read: one line that says what, where, the value and the remedy."""
+"""Errors for the user: one line that says what is wrong, where, with which value, and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input, a bad place or a bad object in storage; its text is the whole message.
+    """Bad input, a bad location or a bad object in storage; its text is the whole message.
 
-    Commands print it as one line and exit with status 2; it never comes with a traceback.
+    Commands print it as one line, without a traceback, and exit with status 2.
     """
 
 
@@ -16,8 +16,8 @@ class StorageError(UserError):
     """A URL that could not be reached, read or written.
 
     Attributes:
-        missing: the place answers that there is no such object.
-        permanent: asking again cannot help (missing, refused), as far as the answer tells.
+        missing: the store answered that there is no such object.
+        permanent: another attempt cannot succeed (missing, refused), judging by the answer.
     """
 
     def __init__(self, message: str, *, missing: bool = False, permanent: bool = False) -> None:
@@ -38,8 +38,8 @@ class DatasetError(UserError):
 
 
 class SampleError(UserError):
-    """A sample that could not be had or does not hold what its format promises."""
+    """A sample that is unavailable, or that does not have the contents that the format asks for."""
 
 
 class LoaderError(UserError):
-    """A loader process that ended without having said why."""
+    """A loader process that ended without an error of its own."""

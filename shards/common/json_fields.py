@@ -1,4 +1,4 @@
-"""Objects of JSON as dataclasses, their types looked at: damage is told where a file is read, not where it is used."""
+"""JSON objects as dataclasses, with checked types: damage is found where a file is read, not where it is used."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _KINDS = {"int": int, "str": str}
 
 
 def flat(kind: type[T], value: Any) -> T:
-    """A dataclass whose fields are all `int` or `str`, from an object that has these keys and no others.
+    """Return a dataclass whose fields are all `int` or `str`, from an object with exactly these keys.
 
     Raises:
-        ValueError: it has another form; the text says which key, and what it holds.
+        ValueError: `value` has another form; the message names the key and its value.
     """
     name = kind.__name__.lower()
     types = {item.name: _KINDS[str(item.type)] for item in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(value, dict) or value.keys() != types.keys():
         raise ValueError(f"a {name} is {shown(value)}, not an object of {', '.join(types)}")
     for key, wanted in types.items():
-        if type(value[key]) is not wanted:  # true is no number here
+        if type(value[key]) is not wanted:  # bool is not accepted as int
             raise ValueError(f"{key} of a {name} is {shown(value[key])}, not of type {wanted.__name__}")
         if wanted is str and not is_text(value[key]):
-            raise ValueError(f"{key} of a {name} is {shown(value[key])}, which is no text")
+            raise ValueError(f"{key} of a {name} is {shown(value[key])}, which is not valid Unicode")
     return kind(**value)
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written: JSON can hold halves of characters."""
+    """Return whether a string can be encoded as UTF-8: JSON can contain lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:

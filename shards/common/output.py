@@ -1,4 +1,4 @@
-"""What a command prints, where nobody reads it to its end: `inspect-shards ... | head`."""
+"""Commands whose output is not read to its end, as in `inspect-shards ... | head`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import select
 import sys
 from collections.abc import Callable
 
-UNREAD = 141  # the exit status of a process that SIGPIPE (13) ended, as a shell has it
+UNREAD = 141  # a shell's exit status for a process that SIGPIPE (13) ended
 
 
 def print_to_reader(command: Callable[[], int]) -> int:
-    """Run a command and return its exit status; `UNREAD`, without a word, when its reader has gone."""
+    """Run a command and return its exit status; `UNREAD`, without a message, if the reader of its output is gone."""
     try:
         try:
             return command()
@@ -19,8 +19,8 @@ def print_to_reader(command: Callable[[], int]) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
-            raise  # of another pipe or connection
-        # What is left in the buffer would fail once more when Python ends.
+            raise  # another pipe or connection
+        # Otherwise the rest of the buffer would fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
 
@@ -30,5 +30,5 @@ def _reader_is_gone() -> bool:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no `poll` on this system, or no file behind stdout
+    except (AttributeError, OSError, ValueError):  # no `poll` on this system, or stdout is not a file
         return False

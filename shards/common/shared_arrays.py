@@ -1,7 +1,7 @@
-"""Arrays in memory that processes share when they are started by "spawn" or "forkserver", which share none themselves.
+"""Arrays in shared memory for processes that are started by "spawn" or "forkserver".
 
-The arrays lie in an anonymous file (Linux' memfd, which no limit of /dev/shm concerns) whose descriptor goes to the new
-process beside its pickled arguments. It is gone when the last process that holds it ends.
+The arrays are in an anonymous file (Linux' memfd, which limits of /dev/shm do not affect) whose descriptor is sent to
+the new process along with its pickled arguments. The memory is freed when the last process that has it open ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 
 class SharedArrays:
-    """One-dimensional arrays in shared memory; pickled only while a process is being started.
+    """One-dimensional arrays in shared memory, which can be pickled only while a process is being started.
 
     Args:
-        arrays: copied.
+        arrays: the arrays; they are copied.
     """
 
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
@@ -38,12 +38,12 @@ class SharedArrays:
 
 
 def can_share() -> bool:
-    """Whether what is pickled now goes to a process that is being started, on a system that has such memory."""
+    """Return whether a process is being started by pickling right now, on a system that has memfd."""
     return get_spawning_popen() is not None and hasattr(os, "memfd_create")
 
 
 def _opened(descriptor: Any, layout: list[tuple[str, int, int]]) -> list[NDArray[Any]]:
-    """In the new process: the arrays, read only."""
+    """Open the arrays in the new process, read only."""
     with os.fdopen(descriptor.detach(), "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if os.fstat(file.fileno()).st_size else b""
     return [np.frombuffer(memory, dtype, count, start) for dtype, count, start in layout]

@@ -1,4 +1,4 @@
-"""Random numbers as a hash of what they are for, the same on every machine and with every version of numpy."""
+"""Random numbers by hashing integers: the same on every machine and with every version of numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from numpy.typing import NDArray
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014), a bijection."""
+    """Mix the bits of each 64-bit integer; a bijection.
+
+    The finaliser of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -16,7 +19,7 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def fold(*values: int | np.uint64) -> np.uint64:
-    """One 64-bit key from several non-negative integers; the order of the values matters."""
+    """Fold several non-negative integers into one 64-bit key; their order matters."""
     key = np.uint64(0)
     for value in values:
         key = splitmix64(np.array([int(key) ^ (int(value) & 0xFFFFFFFFFFFFFFFF)], dtype=np.uint64))[0]
@@ -24,5 +27,5 @@ def fold(*values: int | np.uint64) -> np.uint64:
 
 
 def hashes(places: NDArray[np.int64], key: np.uint64) -> NDArray[np.uint64]:
-    """(n,) a hash of each non-negative integer; no two of them are equal."""
+    """Hash non-negative integers (n,) with a key; different integers have different hashes."""
     return splitmix64(places.astype(np.uint64) ^ key)

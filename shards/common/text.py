@@ -1,4 +1,4 @@
-"""Text of messages and terminal output."""
+"""Text for messages and terminal output."""
 
 from __future__ import annotations
 

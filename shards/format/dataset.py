@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.common.argument_checks import path_or_url
 from shards.common.errors import DatasetError, StorageError
 from shards.common.json_fields import flat, is_text
 from shards.common.text import counted, shown
@@ -26,7 +25,8 @@ from shards.format.index import LARGEST_ID, Index, IndexFile
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import canonical_json
 from shards.format.selection import Selection, find_class, select_rows
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 from shards.storage.ranges import Read, read_many
 
 FORMAT = "maskstream"
@@ -257,7 +257,11 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
         StorageError: the place cannot be reached.
     """
-    location = root if isinstance(root, Location) else Location(path_or_url(root))
+    if not isinstance(root, str | os.PathLike | Location):
+        raise DatasetError(
+            f"the root of a dataset is {shown(root)}: give a local path or a URL such as s3://bucket/prefix"
+        )
+    location = root if isinstance(root, Location) else Location(str(os.fspath(root)))
     answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
     info = _info_of(location, answers[0])
     try:

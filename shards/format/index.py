@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DatasetError
 from shards.common.shared_arrays import SharedArrays, can_share
+from shards.common.text import counted
 from shards.format.index_schema import INDEX_SCHEMA, column_fault, one_line, schema_fault
 
 LARGEST_ID = 1_000_000  # of a class: what is counted a class is an array up to it
@@ -277,6 +278,31 @@ class Index:
         least = max((category.id for category in categories), default=0) + 1
         totals = np.bincount(self.labels.classes, weights=weights, minlength=least)
         return {category.id: int(totals[category.id]) for category in categories}
+
+
+def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
+    """Return row numbers (n,) of an index, ascending and without duplicates, as int64.
+
+    Args:
+        rows: a sequence or an array of integers.
+        samples: the length of the index.
+
+    Raises:
+        DatasetError: `rows` is something else, out of range, or not in order.
+    """
+    found = np.asarray(rows)
+    if found.ndim != 1 or not (len(found) == 0 or np.issubdtype(found.dtype, np.integer)):
+        raise DatasetError(
+            f"rows is an array of {found.dtype} of shape {found.shape}: give row numbers, one-dimensional "
+            "(for a mask: np.flatnonzero(mask))"
+        )
+    if len(found) and not 0 <= found.min() <= found.max() < samples:
+        raise DatasetError(
+            f"rows are from {found.min()} to {found.max()}: the split has {counted(samples, 'sample')}, numbered from 0"
+        )
+    if np.any(found[1:] <= found[:-1]):
+        raise DatasetError("rows are not in ascending order without duplicates: give np.unique(rows)")
+    return found.astype(np.int64)
 
 
 def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:

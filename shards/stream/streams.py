@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shards.common.argument_checks import real, row_numbers, whole
+from shards.common.argument_checks import real, whole
 from shards.common.errors import DatasetError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
-from shards.format.index import Index
+from shards.format.index import Index, row_numbers
 from shards.format.sample import Sample
 from shards.order.epoch_order import Order, OrderSettings, evaluation_batches, positions
 from shards.order.identity import check_identity

@@ -12,7 +12,7 @@ import pytest
 
 from shards.common.errors import DatasetError
 from shards.format.dataset import INDEX_SCHEMA, open_dataset
-from shards.format.index import Index, IndexFile
+from shards.format.index import Index, IndexFile, row_numbers
 from shards.inspect.cli import main
 from tests.support import make_index, sample, write_dataset
 
@@ -41,11 +41,11 @@ def answer(pipe, indexes):
 def test_a_process_that_is_not_forked_shares_the_arrays(method):
     index = make_index(np.arange(1, COUNT + 1)).without_labels()
     context = get_context(method)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(theirs, (index, index)))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, (index, index)))
     process.start()
-    theirs.close()
-    assert ours.recv() == (True, f"{7:016x}", 1)
+    sender.close()
+    assert receiver.recv() == (True, f"{7:016x}", 1)
     process.join()
     assert same(pickle.loads(pickle.dumps(index)), index)  # noqa: S301 (by value still, our own bytes)
 
@@ -116,7 +116,7 @@ def bytes_as_text(*values):
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
         (row_with(image_id=None), "column image_id has rows without a value"),
         (row_with(width=None), "column width has rows without a value"),
@@ -139,12 +139,12 @@ def bytes_as_text(*values):
         (lambda rows: pa.Table.from_pylist(rows, schema=INDEX_SCHEMA).drop_columns(["groups"]), "no column groups"),
     ],
 )
-def test_an_index_of_another_form_is_one_line_whatever_its_sha256(tmp_path, capsys, edit, told):
+def test_an_index_of_another_form_is_one_line_whatever_its_sha256(tmp_path, capsys, edit, message):
     rewritten(tmp_path / "data", edit)
     for more in (["--json"], ["--html", str(tmp_path / "page.html")]):
         assert main([str(tmp_path / "data"), *more]) == 2
         error = capsys.readouterr().err
-        assert told in error
+        assert message in error
         assert f"{tmp_path}/data/index.parquet: " in error
         assert error.count("\n") == 1
     assert main([str(tmp_path / "data"), "--verify"]) == 1
@@ -173,3 +173,28 @@ def test_the_entries_of_lists_may_have_any_name(tmp_path):
     dataset = open_dataset(str(tmp_path))
     assert dataset.index("train").counts("images", dataset.categories) == {1: 3, 2: 1}
     assert dataset.table.num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0, 5], "rows are from 0 to 5: the split has 5 samples, numbered from 0$"),
+        ([-1, 2], "rows are from -1 to 2"),
+        ([2, 1], r"not in ascending order without duplicates: give np\.unique\(rows\)"),
+        ([1, 1], "not in ascending order"),
+        ([[0, 1], [2, 3]], r"rows is an array of int64 of shape \(2, 2\)"),
+        ([0.0, 1.0], "rows is an array of float64"),
+        ([True, False, True, False, False], r"rows is an array of bool of shape \(5,\).*np\.flatnonzero\(mask\)"),
+        (3, r"rows is an array of int64 of shape \(\)"),
+    ],
+)
+def test_row_numbers_are_ascending_integers_within_the_split(rows, message):
+    with pytest.raises(DatasetError, match=message):
+        row_numbers(rows, 5)
+
+
+@pytest.mark.parametrize("rows", [[], [1, 3, 4], np.arange(2, dtype=np.uint8)])
+def test_row_numbers_may_be_a_list_or_none_at_all(rows):
+    found = row_numbers(rows, 5)
+    assert found.dtype == np.int64
+    assert found.tolist() == list(rows)
