@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from builder.fetching.traffic import PROCESS, Meter
 from shards.common.errors import StorageError
-from shards.storage.location import Location, explain, is_missing_bucket
+from shards.storage.explain import explain, is_missing_bucket
+from shards.storage.location import Location
 from shards.storage.ranges import (
     Description,
     Read,

@@ -24,7 +24,8 @@ from builder.fetching import retry
 from builder.fetching.fetch import Refusal, Request, fetch
 from shards.common.errors import StorageError, UserError
 from shards.format.sample import canonical_json
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 
 LOCK_FILE = ".build.lock"
 BEAT_S = 60.0

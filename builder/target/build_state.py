@@ -22,7 +22,8 @@ from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import DatasetError, UserError
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo, IndexRow
 from shards.format.sample import canonical_json
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 
 README_FILE = "README.md"
 PLAN_FILE = "plan.json"

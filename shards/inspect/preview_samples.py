@@ -20,7 +20,8 @@ from shards.format.sample import Sample
 from shards.format.selection import hash_keys, with_categories
 from shards.format.tar_members import BLOCK, parse_header, read_members
 from shards.format.validation import check_contents
-from shards.storage.location import Location, explain
+from shards.storage.explain import explain
+from shards.storage.location import Location
 from shards.storage.ranges import Read, read_many
 from shards.stream.reader import SampleReader
 

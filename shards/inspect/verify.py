@@ -28,7 +28,8 @@ from shards.format.sample import Sample
 from shards.format.validation import content_faults
 from shards.format.writer import index_row
 from shards.inspect.shard_scanner import Broken, Found, ShardBytes, walk
-from shards.storage.location import Location, explain
+from shards.storage.explain import explain
+from shards.storage.location import Location
 
 SHARDS_AT_ONCE = 4
 SHARD_NAME = r"[0-9]{6}\.tar"

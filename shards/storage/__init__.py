@@ -1,1 +1,4 @@
-"""Where bytes are kept, and how they are read and written. Every place is an fsspec URL, a `Location`."""
+"""Reading and writing objects and files.
+
+Every place is an fsspec URL, a `Location`; errors of any store become one-line messages with a remedy.
+"""

@@ -113,7 +113,7 @@ def read_many(
 
     What may pass (timeouts, 5xx, broken connections, short answers) is tried again with back-off, and continued where
     it broke (S3 and http). A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
-    `shards.storage.location.explain` explains. A short answer of an object that really ends there is returned as it is.
+    `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
     """
     statistics = statistics or ReadStatistics()
     return _run(_all(lambda read: _read_bytes(read, statistics), reads, in_flight))

@@ -21,8 +21,9 @@ from shards.common.back_off import attempts
 from shards.common.errors import DatasetError, SampleError
 from shards.common.text import counted
 from shards.format.index import Index
+from shards.storage.explain import explain
 from shards.storage.local_files import expect, read_file
-from shards.storage.location import Location, explain
+from shards.storage.location import Location
 from shards.storage.ranges import Bytes, Read, ReadStatistics, start_read
 from shards.stream.read_plan import Plan, Span
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from shards.common.errors import StorageError, UserError
 from shards.format.dataset import Category
 from shards.order.identity import first_difference
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 from trainer.config.schedule import stage_of
 from trainer.config.settings import Config
 from trainer.config.yaml_config import from_dict

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit
 
 from shards.common.errors import UserError
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # what is an image in a folder
 

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Category
+from shards.storage.explain import storage_errors
 from shards.storage.local_files import atomic_write
-from shards.storage.location import Location, storage_errors
+from shards.storage.location import Location
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
-from shards.storage.location import Location, storage_errors
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location
 from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, write_picture
 
 if TYPE_CHECKING:

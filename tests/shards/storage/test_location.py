@@ -10,7 +10,8 @@ import pytest
 
 from shards.common.errors import StorageError
 from shards.format.dataset import open_dataset
-from shards.storage.location import Location, check_writable, explain
+from shards.storage.explain import explain
+from shards.storage.location import Location, check_writable
 from shards.storage.ranges import Read, read_many
 from shards.stream.loader import loader
 from shards.stream.reader import SampleReader
