@@ -47,7 +47,6 @@ from benchmarks.building import machine
 from shards.format import rle
 from shards.format.sample import Instance, Sample
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
-from trainer.data import instances as geometry
 from trainer.data.collate import TrainCollate, augment, decode_image
 from trainer.data.instances import Batch, read_instances
 from trainer.model.build import build_model
@@ -273,7 +272,7 @@ def measure_masks(side: str, objects: int, options: argparse.Namespace) -> dict[
     for _ in range(12):
         start = now()
         if side == "ours":
-            instances = geometry.scale(geometry.flip(read_instances(sample.instances), WIDTH), *factors[:2].tolist())
+            instances = read_instances(sample.instances).flip(WIDTH).scale(*factors[:2].tolist())
             made = now()
             target = {"masks": instances.bitmaps, "frames": instances.frames, "labels": labels}
             value = mask_loss(logits, [rois], [matched], [target])

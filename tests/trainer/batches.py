@@ -13,7 +13,7 @@ from shards.format import rle
 from shards.format.sample import Instance
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
 from trainer.data import augment
-from trainer.data.instances import HAS_MASK, Batch, read_instances
+from trainer.data.instances import HAS_MASK, Batch, Instances, read_instances
 from trainer.model.build import build_model
 from trainer.model.losses import Trainable
 
@@ -61,17 +61,16 @@ def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
         annotations = [Instance(int(c), rle.bounds(mask), mask) for c, mask in zip(labels, encoded, strict=True)]
         instances.append(read_instances(annotations))
     sizes = torch.tensor([image.shape[-2:] for image, _, _ in scenes])
-    images = augment.blank(len(scenes), *sizes.amax(0).tolist())
-    for (image, _, _), room in zip(scenes, images, strict=True):
-        augment.place(image, room)
-    columns = ("boxes", "labels", "flags", "bitmaps", "frames")
+    images = augment.empty_images(len(scenes), *sizes.amax(0).tolist())
+    for (image, _, _), slot in zip(scenes, images, strict=True):
+        augment.pad_into(image, slot)
     return Batch(
         images=images,
         sizes=sizes,
         counts=torch.tensor([len(one) for one in instances]),
         image_ids=tuple(str(i) for i in range(len(scenes))),
         verified=(None,) * len(scenes),
-        **{name: torch.cat([getattr(one, name) for one in instances]) for name in columns},
+        **vars(Instances.concatenate(instances)),
     )
 
 

@@ -1,13 +1,13 @@
-"""Copy-paste (Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", 2021)
-for masks that are bitmaps in frames.
+"""Copy-paste augmentation for masks that are bitmaps in frames.
 
-Objects of one image are pasted over another at the places they have. What they cover is taken out of the bitmaps of
-the objects below, whose boxes shrink to what is still seen of them.
+Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021. Objects
+of one image are pasted over another at the same pixels. The covered part of the objects below is removed from their
+bitmaps, and their boxes shrink to the visible part.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from trainer.data import instances as geometry
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, MIN_SIDE, Instances
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, is_large
 
-CHOSEN = 0.5  # probability of each object, as in torchvision's reference
-SEEN_MASK = 0.1  # an object of which less of the mask is left is neither object nor background
-SEEN_BOX = 0.5  # likewise of the box of an object without a mask, of which nobody knows where in the box it is
+OBJECT_PROBABILITY = 0.5  # that an object of the donor is pasted, as in torchvision's reference
+# An object with a smaller visible share is IGNORED: of its mask, or of its box where it has no mask (anything in the
+# box may be the object, so the limit is higher).
+MIN_VISIBLE_MASK = 0.1
+MIN_VISIBLE_BOX = 0.5
 
 
 def paste_some(
@@ -31,18 +32,20 @@ def paste_some(
     probability: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Instances]:
-    """Paste a random half of the donor's objects, with a probability; those without a mask cannot be.
+    """Paste a random half of the donor's objects with the given probability; only objects with a mask are pasted.
 
     Args:
-        image, instances: uint8 [3, H, W] and what is on it; left as they are.
-        donor, donor_instances: likewise, of any size.
-        probability: that anything is pasted.
-        rng: draws whether, and which.
+        image: uint8 [3, H, W]; not modified.
+        instances: in pixels of `image`; not modified.
+        donor: uint8 [3, h, w].
+        donor_instances: in pixels of `donor`.
+        probability: that anything is pasted, 0 to 1.
+        rng: draws whether to paste, and which objects.
     """
     if rng.random() >= probability:
         return image, instances
-    whole = (donor_instances.flags & (HAS_MASK | GROUP_OF | IGNORED)) == HAS_MASK
-    chosen = whole & torch.from_numpy(rng.random(len(whole)) < CHOSEN)
+    usable = (donor_instances.flags & (HAS_MASK | GROUP_OF | IGNORED)) == HAS_MASK
+    chosen = usable & torch.from_numpy(rng.random(len(usable)) < OBJECT_PROBABILITY)
     return paste(image, instances, donor, donor_instances.select(chosen))
 
 
@@ -50,84 +53,91 @@ def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances
     """Paste objects over an image, at the same pixels.
 
     Args:
-        image, instances: uint8 [3, H, W] and what is on it; left as they are.
-        donor: uint8 [3, h, w], the image that the objects are on.
-        objects: with a mask each.
+        image: uint8 [3, H, W]; not modified.
+        instances: in pixels of `image`; not modified.
+        donor: uint8 [3, h, w], the image of the objects.
+        objects: the objects to paste, each with a mask; clipped to where both images have pixels.
 
     Returns:
-        The image and its instances, first those that were there. A new box stands in both images.
+        The image and its instances: first those that were there, then the pasted ones.
     """
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], donor.shape[-2:]))
-    objects = geometry.crop(objects, 0, 0, width, height)
+    objects = objects.crop(0, 0, width, height)
     if len(objects) == 0:
         return image, instances
     cover = torch.zeros(image.shape[-2:])
     for bitmap, frame in zip(objects.bitmaps, objects.frames):
         _draw(cover[:height, :width], bitmap, frame)
     pasted = image.clone()
-    share = cover[:height, :width]
+    opacity = cover[:height, :width]
     below, above = image[:, :height, :width].float(), donor[:, :height, :width].float()
-    pasted[:, :height, :width] = (below + (above - below) * share).round_().to(torch.uint8)
-    left = occlude(instances, cover)
-    return pasted, Instances(
-        **{item.name: torch.cat((getattr(left, item.name), getattr(objects, item.name))) for item in fields(Instances)}
-    )
+    pasted[:, :height, :width] = (below + (above - below) * opacity).round_().to(torch.uint8)
+    return pasted, Instances.concatenate([occlude(instances, cover), objects])
 
 
 def _draw(cover: Tensor, bitmap: Tensor, frame: Tensor) -> None:
-    """Raise the pixels of `cover`, float [H, W], to how much of each the object covers; in place."""
+    """Raise the pixels of `cover`, float32 [H, W], to the share of each that the object covers, in place."""
     x0, y0, x1, y1 = frame.tolist()
     left, top = max(int(x0), 0), max(int(y0), 0)
     window = cover[top : int(y1) + 1, left : int(x1) + 1]
     if window.numel() == 0:
         return
-    # Centres of the window's pixels, from -1 to 1 in the frame.
+    # Pixel centres of the window in the frame's coordinates, -1 to 1, as `grid_sample` takes them.
     x = (torch.arange(left, left + window.shape[1]) + 0.5 - x0) / (x1 - x0) * 2 - 1
     y = (torch.arange(top, top + window.shape[0]) + 0.5 - y0) / (y1 - y0) * 2 - 1
-    grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), dim=-1)
-    values = F.grid_sample(bitmap[None, None].float() / 255, grid[None], align_corners=False)[0, 0]
+    grid = torch.stack((x.expand(len(y), -1), y[:, None].expand(-1, len(x))), dim=-1)  # [h, w, 2]
+    values = F.grid_sample(bitmap[None, None].float() / 255, grid[None], align_corners=False)[0, 0]  # [h, w]
     torch.maximum(window, values, out=window)
 
 
 def occlude(instances: Instances, cover: Tensor) -> Instances:
-    """The instances under something opaque.
+    """Remove the part of each instance that an opaque layer covers.
 
     Args:
-        instances: in pixels of `cover`; left as they are.
-        cover: float32 [H, W], 0 to 1.
+        instances: in pixels of `cover`; not modified.
+        cover: float32 [H, W], opacity of the layer, 0 to 1.
 
     Returns:
-        Those of which something is seen; of which too little to be learned from are IGNORED. Group-of regions stay.
+        The instances that are still visible. Masks lose their covered cells, and their boxes shrink to the rest. An
+        object with less than MIN_VISIBLE_MASK of its mask (MIN_VISIBLE_BOX of its box, without a mask) is IGNORED and
+        keeps its box, because something of it may be visible anywhere in there. Group-of regions stay.
     """
     if len(instances) == 0:
         return instances
     has_mask = (instances.flags & HAS_MASK) != 0
+    is_object = (instances.flags & GROUP_OF) == 0
+    bitmaps = _uncovered_bitmaps(instances, has_mask, cover)
+    area_before, area_after = (b.sum(dim=(1, 2), dtype=torch.float32) for b in (instances.bitmaps, bitmaps))
+    covered_box = roi_align(cover[None, None], [instances.boxes], bitmaps.shape[1:], sampling_ratio=1, aligned=True)
+    visible = torch.where(has_mask, area_after / area_before.clamp(min=1), 1 - covered_box.mean(dim=(1, 2, 3)))
+    hidden = is_object & (visible < torch.where(has_mask, MIN_VISIBLE_MASK, MIN_VISIBLE_BOX))
+    shrinks = has_mask & ~hidden
+    boxes = torch.where(shrinks[:, None], _shrunk_boxes(instances, bitmaps), instances.boxes)
+    flags = torch.where(hidden, instances.flags | IGNORED, instances.flags)
+    remaining = replace(instances, boxes=boxes, bitmaps=bitmaps, flags=flags)
+    return remaining.select(is_large(boxes) & ~(is_object & (visible <= 0)))
+
+
+def _uncovered_bitmaps(instances: Instances, has_mask: Tensor, cover: Tensor) -> Tensor:
+    """Multiply each cell of the bitmaps by its uncovered share; zeros without a mask: uint8 [M, m, m]."""
     side = instances.bitmaps.shape[-1]
-    # How much of each cell, and of each box without a mask, is covered.
-    hidden = roi_align(cover[None, None], [instances.frames], (side, side), sampling_ratio=2, aligned=True)[:, 0]
-    of_box = roi_align(cover[None, None], [instances.boxes], (side, side), sampling_ratio=1, aligned=True)
-    bitmaps = torch.where(has_mask[:, None, None], instances.bitmaps * (1 - hidden), 0).round_().to(torch.uint8)
-    before, after = (b.sum(dim=(1, 2), dtype=torch.float32) for b in (instances.bitmaps, bitmaps))
-    seen = torch.where(has_mask, after / before.clamp(min=1), 1 - of_box.mean(dim=(1, 2, 3)))
-    # Only the sides on which the mask has receded move, and never outwards.
-    was, now = (_extent(b, instances.frames) for b in (instances.bitmaps, bitmaps))
-    inwards = torch.cat((torch.maximum(now, instances.boxes)[:, :2], torch.minimum(now, instances.boxes)[:, 2:]), dim=1)
-    boxes = torch.where(has_mask[:, None] & (now != was), inwards, instances.boxes)
-    object_ = (instances.flags & GROUP_OF) == 0
-    faint = object_ & (seen < torch.where(has_mask, SEEN_MASK, SEEN_BOX))
-    flags = torch.where(faint, instances.flags | IGNORED, instances.flags)
-    # What is ignored keeps the box that it had: something of it may show anywhere in there.
-    boxes = torch.where(faint[:, None], instances.boxes, boxes)
-    large = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
-    return replace(instances, boxes=boxes, bitmaps=bitmaps, flags=flags).select(large & ~(object_ & (seen <= 0)))
+    covered = roi_align(cover[None, None], [instances.frames], (side, side), sampling_ratio=2, aligned=True)[:, 0]
+    return torch.where(has_mask[:, None, None], instances.bitmaps * (1 - covered), 0).round_().to(torch.uint8)
+
+
+def _shrunk_boxes(instances: Instances, bitmaps: Tensor) -> Tensor:
+    """Move the sides of boxes from which the mask has receded, never outwards: float32 [M, 4]."""
+    before, after = (_extent(b, instances.frames) for b in (instances.bitmaps, bitmaps))
+    inwards = torch.cat((torch.maximum(after, instances.boxes)[:, :2], torch.minimum(after, instances.boxes)[:, 2:]), 1)
+    return torch.where(after != before, inwards, instances.boxes)
 
 
 def _extent(bitmaps: Tensor, frames: Tensor) -> Tensor:
-    """The box, float32 [M, 4], in which a bitmap is set; empty where it is set nowhere."""
+    """Bounding boxes, float32 [M, 4], of the cells that are covered by half or more; without area where none is."""
     side = bitmaps.shape[-1]
     ends = []
     for dim in (1, 2):  # over the rows: x; over the columns: y
-        line = (bitmaps >= 128).any(dim=dim)
+        line = (bitmaps >= 128).any(dim=dim)  # [M, side]
         first = line.int().argmax(dim=1)
         last = side - line.flip(1).int().argmax(dim=1)
         ends.append((first, torch.where(line.any(dim=1), last, first)))

@@ -21,7 +21,8 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
 from trainer.config.settings import LossConfig
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, sample_targets
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.data.mask_bitmaps import sample_targets
 from trainer.model.partial_labels import join_unverified, leave_out, verified_table
 from trainer.model.roi_align import pool
 

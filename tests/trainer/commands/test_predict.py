@@ -102,7 +102,7 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     assert errors[0] == f"predict: {missing}: there is no such object"
     assert errors[1].startswith(f"predict: {broken}: ")
     assert "cannot be decoded" in errors[1]
-    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: it is of no format that Pillow knows"
+    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: it is in no format that Pillow reads"
     assert len(errors) == 3
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 

@@ -1,4 +1,4 @@
-"""Geometry of images, against torchvision's own transform."""
+"""Resizing and augmentation, against torchvision's own transform."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from shards.format import rle
 from shards.format.sample import Instance
 from trainer.data import augment
-from trainer.data.instances import Instances, read_instances
+from trainer.data.instances import read_instances
 
 
 def picture(height: int, width: int) -> torch.Tensor:
@@ -22,27 +22,25 @@ def picture(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("min_size", "max_size"), [(800, 1024), (192, 256), (160, 160)])
-def test_size_is_torchvisions_for_any_image(min_size, max_size):
+def test_scaled_size_is_torchvisions(min_size, max_size):
     rng = np.random.default_rng(0)
     transform = GeneralizedRCNNTransform(min_size, max_size, [0.0], [1.0]).eval()
-    for height, width in [(1024, 683), (683, 1024), (1024, 1024), (5, 300), *rng.integers(40, 1025, (30, 2)).tolist()]:
+    for height, width in [(1024, 683), (683, 1024), (1024, 1024), (5, 300), *rng.integers(40, 1025, (15, 2)).tolist()]:
         resized, _ = transform.resize(torch.zeros(1, height, width))
         assert augment.scaled_size(height, width, min_size, max_size) == tuple(resized.shape[-2:])
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (90, 120), (192, 256), (400, 150)])
-def test_pixels_and_boxes_are_what_the_network_sees_at_inference(shape):
+def test_resize_gives_pixels_and_boxes_as_at_inference(shape):
     image = picture(*shape)
-    box = (10.0, 20.0, 50.0, 40.0)
     transform = GeneralizedRCNNTransform(192, 256, [0.0] * 3, [1.0] * 3).eval()
     target = {"boxes": torch.tensor([[10.0, 20.0, 60.0, 60.0]])}
     expected, expected_target = transform.resize(image.float() / 255, target)
-
-    resized, instances = augment.resize(image, read_instances([Instance(1, box, None)]), 192, 256)
-
+    instances = read_instances([Instance(1, (10.0, 20.0, 50.0, 40.0), None)])
+    resized, scaled = augment.resize(image, instances, *augment.scaled_size(*shape, 192, 256))
     assert resized.dtype == torch.uint8
     assert (resized.float() - expected * 255).abs().max() <= 1.01  # the rounding to uint8
-    assert torch.allclose(instances.boxes, expected_target["boxes"], atol=1e-4)
+    assert torch.allclose(scaled.boxes, expected_target["boxes"], atol=1e-4)
 
 
 def test_flip_mirrors_image_and_boxes():
@@ -52,57 +50,46 @@ def test_flip_mirrors_image_and_boxes():
     assert instances.boxes.tolist() == [[40, 20, 70, 45]]
 
 
-def test_clip_keeps_boxes_inside():
-    boxes = [(-3, -2, 20, 20), (70, 50, 30, 30), (79.5, 10, 9, 9)]
-    clipped = augment.clip(picture(60, 80), read_instances([Instance(1, box, None) for box in boxes]))
-    assert clipped.boxes.tolist() == [[0, 0, 17, 18], [70, 50, 80, 60]]
-
-
-def test_images_are_placed_at_the_top_left_and_zeros_elsewhere():
+def test_pad_into_copies_to_the_top_left_and_zeros_the_rest():
     images = [picture(50, 70), picture(64, 33)]
-    room = augment.blank(2, 64, 70)
-    assert room.shape == (2, 3, 64, 96)
-    assert augment.blank(1, 100, 100).shape == (1, 3, 128, 128)
-    room[:] = 7  # memory is not clean
-    for image, one in zip(images, room, strict=True):
-        there = augment.place(image, one)
-        assert torch.equal(there, image)
-        there += 1
-    assert torch.equal(room[0, :, :50, :70], images[0] + 1)
-    assert room[0, :, 50:].sum() + room[0, :, :, 70:].sum() == 0
+    slots = augment.empty_images(2, 64, 70)
+    assert slots.shape == (2, 3, 64, 96)
+    assert augment.empty_images(1, 100, 100).shape == (1, 3, 128, 128)
+    slots[:] = 7  # memory is not clean
+    for image, slot in zip(images, slots, strict=True):
+        copy = augment.pad_into(image, slot)
+        assert torch.equal(copy, image)
+        copy += 1  # a view of the slot
+    assert torch.equal(slots[0, :, :50, :70], images[0] + 1)
+    assert slots[0, :, 50:].sum() + slots[0, :, :, 70:].sum() == 0
 
 
 def test_scale_jitter_fits_the_square_and_moves_boxes_with_pixels():
-    # A bright square on black: wherever it goes, its box is where the pixels are.
-    image = torch.zeros((3, 90, 120), dtype=torch.uint8)
-    image[:, 30:60, 40:80] = 255
+    # A white rectangle on black: its box must stay where the white pixels are.
+    image, mask = torch.zeros((3, 90, 120), dtype=torch.uint8), np.zeros((90, 120), dtype=np.uint8)
+    image[:, 30:60, 40:80], mask[30:60, 40:80] = 255, 1
+    instances = read_instances([Instance(1, (40.0, 30.0, 40.0, 30.0), rle.encode(mask))])
     sizes = set()
     for seed in range(30):
-        found, left = augment.scale_jitter(image, square(), 64, (0.1, 2.0), np.random.default_rng(seed))
+        found, left = augment.scale_jitter(image, instances, 64, (0.1, 2.0), np.random.default_rng(seed))
         height, width = found.shape[-2:]
         sizes.add((height, width))
         assert max(height, width) <= 64
-        bright = found[0] > 127
+        white = found[0] > 127
         if len(left) == 0:
-            assert bright.sum() <= max(height, width)
+            assert white.sum() <= max(height, width)
             continue
-        rows, columns = bright.any(1).nonzero(), bright.any(0).nonzero()
-        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert torch.allclose(left.boxes[0], torch.tensor([float(v) for v in seen]), atol=1.0)
+        rows, columns = white.any(1).nonzero(), white.any(0).nonzero()
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert torch.allclose(left.boxes[0], torch.tensor([float(v) for v in box]), atol=1.0)
     assert len(sizes) > 15
 
 
-def square() -> Instances:
-    mask = np.zeros((90, 120), dtype=np.uint8)
-    mask[30:60, 40:80] = 1
-    return read_instances([Instance(1, (40.0, 30.0, 40.0, 30.0), rle.encode(mask))])
-
-
-def test_photometric_changes_colours_by_chance_and_the_same_again():
+def test_photometric_depends_on_probability_and_generator_only():
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(augment.photometric(image, 0.0, np.random.default_rng(1)), image)
-    found = [augment.photometric(image, 1.0, np.random.default_rng(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], image)
-    assert found[0].dtype == torch.uint8
+    first, same, other = (augment.photometric(image, 1.0, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, image)

@@ -1,4 +1,4 @@
-"""Samples to batches."""
+"""`TrainCollate`, `EvalCollate` and image decoding."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIG = DataConfig(min_size=96, max_size=128)
 
 
 def parts(batch: Batch, i: int) -> list[torch.Tensor]:
-    """What belongs to image i of a batch."""
+    """The pixels and columns of image i of a batch."""
     height, width = batch.sizes[i].tolist()
     columns = (batch.boxes, batch.labels, batch.flags, batch.bitmaps, batch.frames)
     return [batch.images[i, :, :height, :width], *(c.split(batch.counts.tolist())[i] for c in columns)]
@@ -60,7 +60,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_batch_keeps_its_contract():
+def test_batch_has_the_documented_shapes_and_dtypes():
     batch = TrainCollate(CONFIG, 0)([sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)], 0)
     assert batch.images.shape == (3, 3, 128, 128)
     assert batch.images.dtype == torch.uint8
@@ -74,12 +74,14 @@ def test_batch_keeps_its_contract():
     assert len(batch.bitmaps) == len(batch.frames) == len(batch.boxes) == 8
 
 
-def test_shortest_pads_to_the_largest_of_the_batch():
+def test_shortest_pads_to_the_largest_image_and_chooses_a_min_size():
     collate = TrainCollate(DataConfig(min_size=96, max_size=200, resize="shortest"), 0)
     assert collate([sample("a"), sample("b", 64, 64)], 0).images.shape == (2, 3, 96, 128)
+    collate = TrainCollate(DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest"), 0)
+    assert {collate([sample("a")], epoch).sizes.min().item() for epoch in range(10)} == {48, 64}
 
 
-def test_a_sample_is_the_same_in_any_batch_and_process():
+def test_a_sample_is_augmented_alike_in_any_batch_and_process():
     samples = [sample(name, seed=i) for i, name in enumerate("abcdefgh")]
     collate = TrainCollate(CONFIG, 3)
     whole = collate(samples, 5)
@@ -88,141 +90,8 @@ def test_a_sample_is_the_same_in_any_batch_and_process():
         assert equal(parts(whole, i), parts(again, 7 - i))
 
 
-def test_flips_follow_seed_and_epoch():
-    one = sample("a")
-    upright = TrainCollate(DataConfig(min_size=96, max_size=128, flip=0), 0)([one], 0)
-    mirrored = TrainCollate(DataConfig(min_size=96, max_size=128, flip=1), 0)([one], 0)
-    assert torch.equal(mirrored.images[..., :96, :128], upright.images[..., :96, :128].flip(-1))
-    assert torch.allclose(mirrored.boxes[:, 0], 128 - upright.boxes[:, 2])
-    seen = {
-        (seed, epoch): torch.equal(TrainCollate(CONFIG, seed)([one], epoch).images, mirrored.images)
-        for seed in range(4)
-        for epoch in range(10)
-    }
-    for seed in range(4):
-        assert {seen[seed, epoch] for epoch in range(10)} == {True, False}
-    assert len({tuple(seen[seed, epoch] for epoch in range(10)) for seed in range(4)}) > 1
-
-
-def test_a_batch_without_objects_is_legal():
-    plain = Sample("a", encoded(pixels(60, 80)), 80, 60)
-    batch = TrainCollate(CONFIG, 0)([plain, plain], 0)
-    assert batch.counts.tolist() == [0, 0]
-    assert batch.boxes.shape == (0, 4)
-    assert len(batch.bitmaps) == 0
-
-
-def test_degenerate_boxes_are_dropped():
-    boxes = [(10, 10, 0.3, 20), (79.7, 10, 5, 5), (10, 10, 20, 20)]
-    instances = tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes))
-    batch = TrainCollate(CONFIG, 0)([Sample("a", encoded(pixels(60, 80)), 80, 60, instances)], 0)
-    assert batch.labels.tolist() == [3]
-
-
-def test_of_more_objects_than_the_cap_others_train_each_epoch():
-    capped = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=2), 0)
-    samples = [sample("a", objects=6), sample("b", objects=2)]
-    taught = set()
-    for epoch in range(8):
-        batch = capped(samples, epoch)
-        objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
-        assert [int(part.sum()) for part in objects.split(batch.counts.tolist())] == [2, 2]
-        assert batch.counts.tolist() == [7, 3]  # all are there still, as regions
-        assert (batch.flags & GROUP_OF != 0).sum() == 2
-        assert equal(parts(batch, 0), parts(capped(samples[:1], epoch), 0))
-        taught.add(tuple(batch.labels[:7][objects[:7]].tolist()))
-    assert len(taught) > 2
-    unlimited = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=0), 0)(samples, 0)
-    assert (unlimited.flags & IGNORED).sum() == 0
-
-
-def test_verified_classes_are_the_lists_and_what_has_a_box():
-    one = sample("a")  # boxes of the classes 1 and 2
-    several = [
-        replace(one, verified_present=(1,), verified_absent=(5,)),
-        replace(one, verified_absent=(4,), instances=()),
-        one,
-    ]
-    assert TrainCollate(CONFIG, 0)(several, 0).verified == ((1, 2, 5), (4,), None)
-
-
-def test_evaluation_has_the_stored_image_and_no_bytes_beside_it():
-    one = sample("a")
-    batch = EvalCollate()([one], 0)
-    assert torch.equal(batch.images[0], decode_image(one.image))
-    assert batch.samples[0].image == b""
-    assert batch.samples[0].instances == one.instances
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_decodes_to_rgb(kind):
-    image = pixels(40, 50)
-    decoded = decode_image(encoded(image, kind))
-    assert decoded.shape == (3, 40, 50)
-    assert decoded.dtype == torch.uint8
-    assert (decoded.permute(1, 2, 0).numpy().astype(int) - image).__abs__().mean() < 5
-
-
-def test_grey_palette_and_cmyk_become_rgb():
-    image = Image.fromarray(pixels(40, 50))
-    for mode, kind in (("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")):
-        file = io.BytesIO()
-        image.convert(mode).save(file, kind)
-        assert decode_image(file.getvalue()).shape == (3, 40, 50)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_keeps_its_upper_eight_bits(kind):
-    grey = pixels(40, 50)[:, :, 0]
-    rng = np.random.default_rng(0)
-    stored = grey.astype(np.uint16) * 256 + rng.integers(0, 256, grey.shape, dtype=np.uint16)
-    decoded = decode_image(encoded(stored, kind))
-    assert decoded.dtype == torch.uint8
-    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.stack([grey] * 3, axis=2))
-    if kind == "TIFF":  # the other order of bytes
-        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind)), decoded)
-
-
-def test_16_bit_colours_keep_their_upper_eight_bits():
-    image = pixels(40, 50)
-    rows = (image.astype(">u2") * 257).reshape(40, -1)
-    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, content in ((b"IHDR", struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))):
-        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), image)
-
-
-@pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_32_bit_numbers_are_refused_in_one_line(kind):
-    data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
-    with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
-        decode_image(data)
-
-
-def test_exif_orientation_is_ignored():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees for display
-    image = pixels(40, 50)
-    assert torch.equal(decode_image(encoded(image, exif=exif)), decode_image(encoded(image)))
-
-
-@pytest.mark.parametrize("cut", [0, 10, 300, -40])
-def test_a_broken_image_is_a_sample_error_with_its_key(cut):
-    whole = sample("abc123", 200, 200)
-    broken = Sample("abc123", whole.image[:cut], 200, 200)
-    with pytest.raises(SampleError, match=r"abc123.*cannot be decoded"):
-        TrainCollate(CONFIG, 0)([broken], 0)
-
-
-def test_another_size_than_annotated_is_a_sample_error():
-    with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
-        EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)
-
-
 @pytest.mark.parametrize("resize", ["square", "shortest"])
-def test_a_batch_of_a_loader_process_is_the_same(resize):
-    """There its images are made in shared memory."""
+def test_a_loader_process_makes_the_same_batch_in_shared_memory(resize):
     samples = [sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)]
     collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 0)
     here = collate(samples, 0)
@@ -233,7 +102,50 @@ def test_a_batch_of_a_loader_process_is_the_same(resize):
         assert equal(parts(there, i), parts(here, i))
 
 
-def test_every_variation_at_once_is_the_same_again_and_keeps_the_contract():
+def test_flips_follow_seed_and_epoch():
+    one = sample("a")
+    upright, mirrored = (TrainCollate(DataConfig(min_size=96, max_size=128, flip=flip), 0)([one], 0) for flip in (0, 1))
+    assert torch.equal(mirrored.images[..., :96, :128], upright.images[..., :96, :128].flip(-1))
+    assert torch.allclose(mirrored.boxes[:, 0], 128 - upright.boxes[:, 2])
+    flips = {
+        seed: tuple(
+            torch.equal(TrainCollate(CONFIG, seed)([one], epoch).images, mirrored.images) for epoch in range(10)
+        )
+        for seed in range(4)
+    }
+    assert all(set(of_seed) == {True, False} for of_seed in flips.values())
+    assert len(set(flips.values())) > 1
+
+
+def test_images_without_objects_and_degenerate_boxes():
+    plain = Sample("a", encoded(pixels(60, 80)), 80, 60)
+    batch = TrainCollate(CONFIG, 0)([plain, plain], 0)
+    assert batch.counts.tolist() == [0, 0]
+    assert batch.boxes.shape == (0, 4)
+    assert len(batch.bitmaps) == 0
+    boxes = [(10, 10, 0.3, 20), (79.7, 10, 5, 5), (10, 10, 20, 20)]
+    degenerate = replace(plain, instances=tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes)))
+    assert TrainCollate(CONFIG, 0)([degenerate], 0).labels.tolist() == [3]
+
+
+def test_max_instances_teaches_a_different_choice_each_epoch():
+    capped = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=2), 0)
+    samples = [sample("a", objects=6), sample("b", objects=2)]
+    taught = set()
+    for epoch in range(8):
+        batch = capped(samples, epoch)
+        objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
+        assert [int(part.sum()) for part in objects.split(batch.counts.tolist())] == [2, 2]
+        assert batch.counts.tolist() == [7, 3]  # the others are still there, as ignored regions
+        assert (batch.flags & GROUP_OF != 0).sum() == 2
+        assert equal(parts(batch, 0), parts(capped(samples[:1], epoch), 0))
+        taught.add(tuple(batch.labels[:7][objects[:7]].tolist()))
+    assert len(taught) > 2
+    unlimited = TrainCollate(DataConfig(min_size=96, max_size=128, max_instances=0), 0)(samples, 0)
+    assert (unlimited.flags & IGNORED).sum() == 0
+
+
+def test_all_augmentations_together_are_reproducible_and_keep_shapes():
     config = DataConfig(
         batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
     )
@@ -245,11 +157,87 @@ def test_every_variation_at_once_is_the_same_again_and_keeps_the_contract():
         assert batch.images.shape == (3, 3, 128, 128)
         assert int(batch.counts.sum()) == len(batch.boxes) == len(batch.bitmaps)
         assert bool((batch.boxes[:, 2:] > batch.boxes[:, :2]).all())
-    # The second image has no object of its own but its group.
+    # The second image has only a group-of region of its own: the rest is pasted.
     assert max(int(batch.counts[1]) for batch in batches) > 1
 
 
-def test_min_sizes_are_chosen_from():
-    config = DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest")
-    sides = {TrainCollate(config, 0)([sample("a")], epoch).sizes.min().item() for epoch in range(10)}
-    assert sides == {48, 64}
+def test_verified_classes_are_the_lists_and_the_classes_with_a_box():
+    one = sample("a")  # boxes of the classes 1 and 2
+    samples = [
+        replace(one, verified_present=(1,), verified_absent=(5,)),
+        replace(one, verified_absent=(4,), instances=()),
+        one,
+    ]
+    assert TrainCollate(CONFIG, 0)(samples, 0).verified == ((1, 2, 5), (4,), None)
+
+
+def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():
+    one = sample("a")
+    batch = EvalCollate()([one], 0)
+    assert torch.equal(batch.images[0], decode_image(one.image))
+    assert batch.samples == [replace(one, image=b"")]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_decode_image_returns_rgb(kind):
+    image = pixels(40, 50)
+    decoded = decode_image(encoded(image, kind))
+    assert decoded.shape == (3, 40, 50)
+    assert decoded.dtype == torch.uint8
+    assert (decoded.permute(1, 2, 0).numpy().astype(int) - image).__abs__().mean() < 5
+
+
+def test_decode_image_converts_other_modes_to_rgb():
+    for mode, kind in (("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")):
+        file = io.BytesIO()
+        Image.fromarray(pixels(40, 50)).convert(mode).save(file, kind)
+        assert decode_image(file.getvalue()).shape == (3, 40, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_decode_image_keeps_the_upper_eight_bits_of_16_bit_grey(kind):
+    grey = pixels(40, 50)[:, :, 0]
+    rng = np.random.default_rng(0)
+    stored = grey.astype(np.uint16) * 256 + rng.integers(0, 256, grey.shape, dtype=np.uint16)
+    decoded = decode_image(encoded(stored, kind))
+    assert decoded.dtype == torch.uint8
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.stack([grey] * 3, axis=2))
+    if kind == "TIFF":  # big-endian
+        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind)), decoded)
+
+
+def test_decode_image_keeps_the_upper_eight_bits_of_16_bit_colours():
+    image = pixels(40, 50)
+    rows = (image.astype(">u2") * 257).reshape(40, -1)
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), image)
+
+
+def test_decode_image_ignores_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees for display
+    image = pixels(40, 50)
+    assert torch.equal(decode_image(encoded(image, exif=exif)), decode_image(encoded(image)))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_decode_image_refuses_32_bit_numbers(kind):
+    data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
+    with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -40])
+def test_a_broken_image_is_a_sample_error_with_its_key(cut):
+    whole = sample("abc123", 200, 200)
+    broken = Sample("abc123", whole.image[:cut], 200, 200)
+    with pytest.raises(SampleError, match=r"abc123.*cannot be decoded"):
+        TrainCollate(CONFIG, 0)([broken], 0)
+
+
+def test_an_image_of_another_size_than_annotated_is_a_sample_error():
+    with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
+        EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)

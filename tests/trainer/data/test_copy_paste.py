@@ -1,3 +1,7 @@
+"""Copy-paste, against full-size masks."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +11,11 @@ from torchvision.ops import masks_to_boxes
 from shards.format import rle
 from shards.format.sample import Instance
 from trainer.data.copy_paste import paste, paste_some
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, read_instances, sample_targets
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, read_instances
+from trainer.data.mask_bitmaps import sample_targets
 
 HEIGHT, WIDTH = 120, 160
+IMAGE, DONOR = (torch.full((3, HEIGHT, WIDTH), value, dtype=torch.uint8) for value in (40, 200))
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
@@ -17,31 +23,21 @@ def ellipse(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
     return (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1).astype(np.uint8)
 
 
-def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (
-        float(columns[0]),
-        float(rows[0]),
-        float(columns[-1] - columns[0] + 1),
-        float(rows[-1] - rows[0] + 1),
-    )
+def masked(category: int, mask: np.ndarray) -> Instance:
+    encoded = rle.encode(mask)
+    return Instance(category, rle.bounds(encoded), encoded)
 
 
 def objects(*masks: np.ndarray, first: int = 1) -> Instances:
-    return read_instances([Instance(first + i, box_of(mask), rle.encode(mask)) for i, mask in enumerate(masks)])
+    return read_instances([masked(first + i, mask) for i, mask in enumerate(masks)])
 
 
-def images() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((3, HEIGHT, WIDTH), 40, dtype=torch.uint8), torch.full((3, HEIGHT, WIDTH), 200, dtype=torch.uint8)
-
-
-def test_masks_boxes_and_pixels_are_those_of_full_size_masks() -> None:
+def test_paste_agrees_with_full_size_masks() -> None:
     below = [ellipse(60, 60, 40, 30), ellipse(130, 30, 15, 20), ellipse(30, 100, 20, 12)]
     above = [ellipse(95, 60, 30, 40), ellipse(40, 95, 12, 12)]
-    image, donor = images()
-    pasted, left = paste(image, objects(*below), donor, objects(*above, first=11))
-    assert left.labels.tolist() == [1, 2, 3, 11, 12]
-    assert bool((image == 40).all())
+    pasted, result = paste(IMAGE, objects(*below), DONOR, objects(*above, first=11))
+    assert result.labels.tolist() == [1, 2, 3, 11, 12]
+    assert bool((IMAGE == 40).all())
 
     cover = np.maximum(*above)
     # Edges are soft; each pixel is nearer to the image that it belongs to.
@@ -50,50 +46,47 @@ def test_masks_boxes_and_pixels_are_those_of_full_size_masks() -> None:
 
     masks = torch.from_numpy(np.stack([*(mask & ~cover & 1 for mask in below), *above]))
     boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
-    # A cell is at most 82 / 84 of a pixel here, and rims are soft.
-    assert (left.boxes - boxes).abs().max() <= 1.5
-    wanted = project_masks_on_boxes(masks.float(), boxes, torch.arange(5), 28)
-    ours = sample_targets(left.bitmaps, left.frames, torch.arange(5), boxes, 28)
-    assert (ours - wanted).abs().mean() < 0.01
-    assert ((ours > 0.5) != (wanted > 0.5)).float().mean() < 0.01
-    # Nothing but a soft edge fell on this one: its box is as it was.
-    assert torch.equal(left.boxes[1], objects(*below).boxes[1])
+    # A cell is at most 82 / 84 of a pixel here, and edges are soft.
+    assert (result.boxes - boxes).abs().max() <= 1.5
+    expected = project_masks_on_boxes(masks.float(), boxes, torch.arange(5), 28)
+    found = sample_targets(result.bitmaps, result.frames, torch.arange(5), boxes, 28)
+    assert (found - expected).abs().mean() < 0.01
+    assert ((found > 0.5) != (expected > 0.5)).float().mean() < 0.01
+    # Only a soft edge covers the second object: its box stays as it was.
+    assert torch.equal(result.boxes[1], objects(*below).boxes[1])
 
 
-def test_what_is_hidden_is_no_object_and_no_background() -> None:
+def test_paste_drops_covered_objects_and_ignores_those_that_are_mostly_covered() -> None:
     annotations = [
-        Instance(1, box_of(ellipse(60, 60, 20, 20)), rle.encode(ellipse(60, 60, 20, 20))),  # wholly hidden
-        Instance(2, (30.0, 30.0, 62.0, 60.0), rle.encode(ellipse(60, 60, 31, 31))),  # a thin ring is left
-        Instance(3, (40.0, 40.0, 40.0, 40.0), None),  # no mask, under the paste
-        Instance(4, (100.0, 10.0, 40.0, 40.0), None),  # no mask, beside it
+        masked(1, ellipse(60, 60, 20, 20)),  # covered
+        masked(2, ellipse(60, 60, 31, 31)),  # covered except for a thin ring
+        Instance(3, (40.0, 40.0, 40.0, 40.0), None),  # without a mask, covered
+        Instance(4, (100.0, 10.0, 40.0, 40.0), None),  # without a mask, next to the pasted object
         Instance(5, (0.0, 0.0, 150.0, 110.0), None, is_group_of=True),
     ]
-    image, donor = images()
-    _, left = paste(image, read_instances(annotations), donor, objects(ellipse(60, 60, 30, 30), first=9))
-    assert left.labels.tolist() == [2, 3, 4, 5, 9]
-    assert left.flags.tolist() == [HAS_MASK | IGNORED, IGNORED, 0, GROUP_OF, HAS_MASK]
-    assert left.boxes[0].tolist() == [30, 30, 92, 90]
+    box = read_instances(annotations).boxes[1]
+    _, result = paste(IMAGE, read_instances(annotations), DONOR, objects(ellipse(60, 60, 30, 30), first=9))
+    assert result.labels.tolist() == [2, 3, 4, 5, 9]
+    assert result.flags.tolist() == [HAS_MASK | IGNORED, IGNORED, 0, GROUP_OF, HAS_MASK]
+    assert torch.equal(result.boxes[0], box)
 
 
-def test_objects_are_cut_where_the_other_image_ends() -> None:
-    image, donor = torch.zeros((3, 60, 70), dtype=torch.uint8), images()[1]
-    _, left = paste(image, objects().select(torch.zeros(0, dtype=torch.int64)), donor, objects(ellipse(60, 50, 30, 30)))
-    assert left.boxes.tolist() == [[30, 20, 70, 60]]
-    gone = paste(image, left, donor, objects(ellipse(130, 100, 10, 10)))[1]
-    assert torch.equal(gone.boxes, left.boxes)
+def test_paste_clips_objects_to_the_image() -> None:
+    image = torch.zeros((3, 60, 70), dtype=torch.uint8)
+    _, result = paste(image, read_instances([]), DONOR, objects(ellipse(60, 50, 30, 30)))
+    assert result.boxes.tolist() == [[30, 20, 70, 60]]
+    _, unchanged = paste(image, result, DONOR, objects(ellipse(130, 100, 10, 10)))
+    assert torch.equal(unchanged.boxes, result.boxes)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_chance_decides_whether_and_which(probability: float) -> None:
-    image, donor = images()
-    masks = [ellipse(20 + 30 * i, 60, 10, 10) for i in range(5)]
-    taken = read_instances(
-        [Instance(1 + i, box_of(mask), rle.encode(mask) if i else None) for i, mask in enumerate(masks)]
-    )
-    none = objects().select(torch.zeros(0, dtype=torch.int64))
-    found = [
-        tuple(paste_some(image, none, donor, taken, probability, np.random.default_rng(seed))[1].labels.tolist())
-        for seed in range(20)
-    ]
-    assert (len(set(found)) > 3) == (probability == 1.0)
-    assert all(1 not in labels for labels in found)  # it has no mask
+def test_paste_some_pastes_a_random_choice_of_objects_with_masks(probability: float) -> None:
+    donors = [masked(1 + i, ellipse(20 + 30 * i, 60, 10, 10)) for i in range(1, 5)]
+    donor_instances = read_instances([Instance(1, (10.0, 50.0, 20.0, 20.0), None), *donors])
+    found = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        _, result = paste_some(IMAGE, read_instances([]), DONOR, donor_instances, probability, rng)
+        found.add(tuple(result.labels.tolist()))
+    assert (len(found) > 3) == (probability == 1.0)
+    assert all(1 not in labels for labels in found)
