@@ -16,6 +16,7 @@ from typing import Any
 from shards.common.command_line import Parser as Parser
 from shards.common.errors import UserError
 from shards.common.output import print_to_reader
+from trainer.commands.launcher import register_rank
 
 TIMEOUT_S = 10.0
 
@@ -65,6 +66,7 @@ def run(name: str, action: Callable[[], Any]) -> int:
     What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
     alone is in trouble is not ended, and speaks up after `TIMEOUT_S`.
     """
+    register_rank()
     rank = int(os.environ.get("RANK", "0"))
     try:
         return print_to_reader(lambda: int(action() or 0))

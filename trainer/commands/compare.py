@@ -5,13 +5,13 @@
 
 A comparison is a YAML file:
 
-    base: traffic-coco.yaml         # a recipe beside this file, or a whole path or URL; --config names another
+    base: traffic-coco.yaml         # a recipe in the same folder, or an absolute path or URL; --config names another
     settings:                       # what each run changes in it, by the name that the table shows
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}
 
-`--section.key value` changes all runs. Each has a folder of its own in --run.dir, and the same command again goes on
-with the run that was interrupted. SIGTERM and SIGINT are passed on to the run under way: it saves and ends, then the
+`--section.key value` changes all runs. Each run has its own folder in --run.dir, and the same command again resumes the
+run that was interrupted. SIGTERM and SIGINT are passed on to the current run: it saves and ends, and then the
 comparison does. At the end --run.dir holds compare.md, compare.json and compare.png.
 """
 
@@ -38,20 +38,20 @@ from trainer.commands.launcher import launch, noted_signals
 from trainer.config.schedule import total_steps
 from trainer.config.settings import Config, ConfigError, validate
 from trainer.config.yaml_config import add_arguments, config_path, load_config, overrides_of, save_config
+from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 FILES = ("metrics.jsonl", "evaluations.jsonl")
-COLUMNS = ("setting", "box AP", "mask AP", "mask AP50", "best mask AP", "at step", "images/s", "minutes")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one setting.
+    """The result of one setting.
 
     Attributes:
         name: as in the comparison.
         evaluations: the rows of its evaluations.jsonl, at least one.
-        images_per_s: images over the seconds of all steps.
+        images_per_s: images divided by the seconds of all steps.
         minutes: of all steps together.
     """
 
@@ -61,29 +61,27 @@ class Result:
     minutes: float
 
     def row(self) -> dict[str, Any]:
-        """The values of COLUMNS; AP from 0 to 1."""
-        last = self.evaluations[-1]
-        best = max(self.evaluations, key=lambda row: row["segm"]["ap"] or 0.0)
-        values = (
-            self.name,
-            last["bbox"]["ap"],
-            last["segm"]["ap"],
-            last["segm"]["ap50"],
-            best["segm"]["ap"],
-            best["step"],
-            self.images_per_s,
-            self.minutes,
-        )
-        return dict(zip(COLUMNS, values, strict=True))
+        """Return the row of the table; AP from 0 to 1, None where the split has nothing to find."""
+        last, best = self.evaluations[-1], best_evaluation(self.evaluations)
+        return {
+            "setting": self.name,
+            "box AP": last["bbox"]["ap"],
+            "mask AP": last["segm"]["ap"],
+            "mask AP50": last["segm"]["ap50"],
+            "best mask AP": best["segm"]["ap"],
+            "at step": best["step"],
+            "images/s": self.images_per_s,
+            "minutes": self.minutes,
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     return command.run("compare", lambda: compare(*parse(arguments)))
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location, list[str]]:
-    """The settings of each run by name, the folder of all, and the arguments of `accelerate launch`.
+    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`.
 
     Raises:
         UserError: a wrong argument or comparison.
@@ -107,10 +105,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
 
 
 def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
-    """The settings of each run: the base, then the command line, then what is its own.
+    """Return the settings of each run: the base, then the command line, then its own changes.
 
     Raises:
-        ConfigError: the file is wrong, the runs would not see equally many images, or one was to be resumed.
+        ConfigError: the file is wrong, the runs would see different numbers of images, or a run was to be resumed.
     """
     path = config_path(options.comparison)
     try:
@@ -123,7 +121,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         or not isinstance(value.get("settings"), dict)
     ):
         raise ConfigError(
-            f"comparison {path}: it must hold 'settings:', a name and its changes each, and may hold 'base:'"
+            f"comparison {path}: it must hold 'settings:', with the name and changes of each run, and may hold 'base:'"
         )
     base = options.config
     if base is None and "base" in value:
@@ -137,32 +135,39 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
         update(config, changes, f"comparison {path}: {name}")
         validate(config)
         configs[str(name)] = config
-    if any(config.run.resume for config in configs.values()):
-        raise ConfigError(
-            "run.resume (--resume) has no place in a comparison: the same command goes on with the run that was "
-            "interrupted, and begins the others"
-        )
-    budgets = {name: images_of(config) for name, config in configs.items()}
-    if len(set(budgets.values())) != 1:
-        told = ", ".join(f"{name} {images}" for name, images in budgets.items()) or "there is none"
-        raise ConfigError(f"comparison {path}: all settings must train on as many images a GPU: {told}")
-    if len({folder_name(name) for name in configs}) < len(configs):
-        raise ConfigError(f"comparison {path}: two names make the same folder: {', '.join(configs)}")
+    check_comparable(configs, path)
     return configs
 
 
-def images_of(config: Config) -> int:
-    """How many images a run takes on each GPU."""
-    return config.data.batch_size * config.train.accumulate * total_steps(config.train)
+def check_comparable(configs: dict[str, Config], path: str) -> None:
+    """Check that the runs of a comparison can be compared.
+
+    Raises:
+        ConfigError: as `read_comparison`.
+    """
+    if any(config.run.resume for config in configs.values()):
+        raise ConfigError(
+            "a comparison does not take run.resume (--resume): the same command resumes the run that was interrupted, "
+            "and starts the others"
+        )
+    budgets = {
+        name: config.data.batch_size * config.train.accumulate * total_steps(config.train)
+        for name, config in configs.items()
+    }
+    if len(set(budgets.values())) != 1:
+        found = ", ".join(f"{name} {images}" for name, images in budgets.items()) or "there are no settings"
+        raise ConfigError(f"comparison {path}: all settings must train on the same number of images per GPU: {found}")
+    if len({folder_name(name) for name in configs}) < len(configs):
+        raise ConfigError(f"comparison {path}: two names make the same folder: {', '.join(configs)}")
 
 
 def folder_name(name: str) -> str:
-    """A setting's name as a folder's: `last 5%` is `last-5`."""
+    """Return a setting's name as the name of a folder: `last 5%` is `last-5`."""
     return re.sub(r"[^A-Za-z0-9.+]+", "-", name).strip("-")
 
 
-def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]) -> int:
-    """Train them all, one after the other, and write what came of it.
+def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]) -> None:
+    """Train with all settings, one after the other, and write the comparison.
 
     Raises:
         UserError: `folder` cannot be written, or a training failed.
@@ -180,19 +185,18 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
     (folder / "compare.json").write(json.dumps([result.row() for result in results], indent=1).encode("utf-8"))
     (folder / "compare.png").write(draw_comparison({result.name: result.evaluations for result in results}))
     print(f"\n{text}\nalso in {folder}: compare.md, compare.json, compare.png")
-    return 0
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """`accelerate launch trainer/train.py` with each of these settings.
+    """Run `accelerate launch trainer/train.py` with each of the settings.
 
     Args:
-        configs: by name, each with a `run.dir` of its own.
+        configs: by name, each with its own `run.dir`.
         options: of `accelerate launch`.
 
     Raises:
         UserError: a training failed.
-        command.Stopped: a signal ended the training under way.
+        command.Stopped: a signal ended the current training.
     """
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
@@ -201,15 +205,16 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
             save_config(config, settings)
             status = launch(TRAIN, ["--config", settings.path], options, noted)
             if noted:
-                raise command.Stopped(noted[0], f"stopped by a signal at {name!r}: the same command goes on from there")
+                raise command.Stopped(noted[0], f"stopped by a signal at {name!r}: the same command resumes from there")
             if status:
                 raise UserError(
-                    f"{name}: the training ended with status {status}, its message is above; the same command goes on"
+                    f"{name}: the training ended with status {status}, see its message above; to resume, run the same "
+                    "command again"
                 )
 
 
 def read_result(name: str, run: Location) -> Result:
-    """What a finished run has written.
+    """Read the result of a finished run.
 
     Raises:
         UserError: it was never evaluated.
@@ -222,20 +227,14 @@ def read_result(name: str, run: Location) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """All results in Markdown, AP in per cent."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
-    for result in results:
-        cells = [_cell(column, value) for column, value in result.row().items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """Return all results as a table in Markdown, AP in per cent."""
+    import pandas as pd
 
+    from shards.common.tables import markdown_table
 
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if "AP" in column:
-        return f"{100 * value:.1f}"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    frame = pd.DataFrame([result.row() for result in results])
+    formats = {column: lambda ap: f"{100 * ap:.1f}" for column in frame if "AP" in column}
+    return "\n".join(markdown_table(frame, formats)) + "\n"
 
 
 if __name__ == "__main__":

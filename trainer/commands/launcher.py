@@ -1,41 +1,42 @@
-"""A script under `accelerate launch`, and the signals that end it.
+"""Run a script under `accelerate launch`, and pass signals on to the ranks that it starts.
 
-The launcher starts a process for each GPU, a rank. A signal is for the ranks: each saves and ends, then the launcher
-ends by itself. Sent to the launcher it does less: one that has a single rank dies and leaves it running, one that has
-several kills them after 30 s. And Ctrl-C in a terminal reaches every process of the foreground, whose ranks would take
-a signal that is passed on as their second, which ends them at once. So the launcher is started apart from the terminal,
-and each signal is passed on to each rank once.
+A signal is meant for the ranks: each saves and ends, and then the launcher ends by itself. The launcher cannot pass it
+on: with a single rank it ends at once and leaves the rank running, with several it kills them after 30 s. And Ctrl-C in
+a terminal reaches every process in the foreground: a signal that is passed on as well would be the second one of a
+rank, which ends it at once. So the launcher runs in a session without the terminal, every rank registers itself in a
+folder that an environment variable names, and each signal is passed on to each rank once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
-# SIGHUP: of a terminal that is closed. Whoever started the launcher with `nohup` has it ignored, and it stays so.
+# SIGHUP: a terminal is closed. `nohup` ignores it, and an ignored signal stays ignored.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RANKS = "MASKSTREAM_RANKS"  # environment variable: a folder with one empty file per rank, named by its process id
 POLL_S = 0.1
 
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within it, the signals of `ENDING` end nothing: they are put into the list that it gives. For the main thread."""
+    """Collect the signals of `ENDING` in a list instead of ending the process; only for the main thread."""
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in ENDING}
-    taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in taken:
+    replaced = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, lambda number, frame: noted.append(number))
     try:
         yield noted
     finally:
-        for number, handler in taken.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)
 
 
@@ -43,39 +44,43 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
     """Run a script under `accelerate launch` to its end.
 
     Args:
-        script: what each rank runs.
+        script: what each rank runs; it must call `register_rank`.
         arguments: of the script.
         options: of `accelerate launch`.
-        noted: from `noted_signals`; for each that is or comes into it, every rank is sent SIGTERM.
+        noted: from `noted_signals`; for each of its entries, present or future, every rank receives one SIGTERM.
 
     Returns:
-        The launcher's exit status; it tells nothing of the ranks' but whether it was 0.
+        The launcher's exit status: 0 if all ranks ended with 0; otherwise not the ranks' own.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
-    process = subprocess.Popen([*accelerate, str(script), *arguments], start_new_session=True)
-    told: Counter[int] = Counter()
-    while True:
-        try:
-            return process.wait(timeout=POLL_S)
-        except subprocess.TimeoutExpired:
-            _pass_on(len(noted), _ranks(process.pid, script) if noted else [], told)
+    with tempfile.TemporaryDirectory(prefix="maskstream-") as ranks:
+        environment = {**os.environ, RANKS: ranks}
+        process = subprocess.Popen([*accelerate, str(script), *arguments], start_new_session=True, env=environment)
+        sent: Counter[int] = Counter()
+        while True:
+            try:
+                return process.wait(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                if noted:
+                    pass_on(len(noted), map(int, os.listdir(ranks)), sent)
 
 
-def _pass_on(signals: int, ranks: Sequence[psutil.Process], told: Counter[int]) -> None:
-    """Send each rank as many SIGTERM as there were signals, less what it was `told` already."""
+def register_rank() -> None:
+    """Let the `launch` that started this process, if any, pass signals on to it."""
+    if RANKS in os.environ:
+        Path(os.environ[RANKS], str(os.getpid())).touch()
+
+
+def pass_on(signals: int, ranks: Iterable[int], sent: Counter[int]) -> None:
+    """Send SIGTERM to each rank until it has received as many as there were signals.
+
+    Args:
+        signals: how many there were.
+        ranks: process ids.
+        sent: how many each rank has received; updated.
+    """
     for rank in ranks:
-        while told[rank.pid] < signals:
-            told[rank.pid] += 1
-            with suppress(psutil.NoSuchProcess):
-                rank.terminate()
-
-
-def _ranks(launcher: int, script: Path) -> list[psutil.Process]:
-    """The launcher's children that run the script: none while it starts up, perhaps with helpers of its own."""
-    ranks = []
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(launcher).children():
-            with suppress(psutil.Error):  # it has just ended
-                if str(script) in child.cmdline():
-                    ranks.append(child)
-    return ranks
+        while sent[rank] < signals:
+            sent[rank] += 1
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGTERM)

@@ -37,6 +37,7 @@ from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.settings import Config
 from trainer.config.yaml_config import save_config
+from trainer.run.best import best_evaluation
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
 from trainer.run.plots import draw_curves
 
@@ -136,9 +137,8 @@ class RunLog:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
 
     def is_best(self, row: dict[str, Any]) -> bool:
-        """Whether an evaluation that is not logged yet is above all that are: of equal ones the first stays the best,
-        as in most early stopping, and as `compare.py` tells it."""
-        return all(rating(row) > rating(other) for other in self.evaluations.rows)
+        """Return whether an evaluation that is not logged yet is better than all that are."""
+        return best_evaluation([*self.evaluations.rows, row]) is row
 
     def add_evaluation(self, row: dict[str, Any]) -> None:
         """Log an evaluation."""
@@ -239,13 +239,6 @@ def _told(means: Mapping[str, Any]) -> str:
 
 def _rate(mb_per_s: float) -> str:
     return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
-
-
-def rating(row: Mapping[str, Any]) -> float:
-    """What the best weights are chosen by, of a row of evaluations.jsonl: the mask AP; the box AP where the split has
-    no mask to find; -1 where it has no object at all."""
-    value = row["bbox"]["ap"] if row["segm"]["ap"] is None else row["segm"]["ap"]
-    return -1.0 if value is None else float(value)
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

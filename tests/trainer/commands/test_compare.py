@@ -43,10 +43,10 @@ def test_changes_come_over_the_command_line_over_the_base(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"settings": {"a": {}, "b": {"train": {"epochs": 3}}}}, "as many images a GPU: a 8000, b 2400"),
+        ({"settings": {"a": {}, "b": {"train": {"epochs": 3}}}}, "the same number of images per GPU: a 8000, b 2400"),
         ({"settings": {"a b": {}, "a-b": {}}}, "two names make the same folder: a b, a-b"),
         ({"settings": {"a": {"optim": {"rate": 1}}}}, "c.yaml: a: unknown option 'optim.rate'"),
-        ({"settings": {}}, "there is none"),
+        ({"settings": {}}, "there are no settings"),
         ({"runs": {}}, "must hold 'settings:'"),
     ],
 )
@@ -63,8 +63,8 @@ def test_resume_is_refused_for_the_command_goes_on_by_itself(
     (tmp_path / "c.yaml").write_text("settings: {same: }\n")
     assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
     assert capsys.readouterr().err == (
-        "compare: error: run.resume (--resume) has no place in a comparison: "
-        "the same command goes on with the run that was interrupted, and begins the others\n"
+        "compare: error: a comparison does not take run.resume (--resume): "
+        "the same command resumes the run that was interrupted, and starts the others\n"
     )
     with pytest.raises(SystemExit):
         script.main(["--help"])
@@ -73,18 +73,28 @@ def test_resume_is_refused_for_the_command_goes_on_by_itself(
     assert "--run.dir" in told
 
 
-def evaluation(step: int, mask: float, box: float) -> dict[str, Any]:
-    return {"step": step, "segm": {"ap": mask, "ap50": mask + 0.1}, "bbox": {"ap": box, "ap50": box}}
+def evaluation(step: int, mask: float | None, box: float) -> dict[str, Any]:
+    mask50 = None if mask is None else mask + 0.1
+    return {"step": step, "segm": {"ap": mask, "ap50": mask50}, "bbox": {"ap": box, "ap50": box}}
 
 
-def test_the_table_tells_last_and_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("evaluations", "cells"),
+    [
+        ([evaluation(2, 0.3, 0.4), evaluation(4, 0.25, 0.45)], "45.0 | 25.0 | 35.0 | 30.0 | 2"),
+        # Without masks the best evaluation is the one with the highest box AP, as for the weights in best/.
+        ([evaluation(step, None, ap) for step, ap in ((2, 0.3), (4, 0.5), (6, 0.4))], "40.0 | - | - | - | 4"),
+    ],
+)
+def test_the_table_has_the_last_and_the_best_evaluation(
+    tmp_path: Path, evaluations: list[dict[str, Any]], cells: str
+) -> None:
     run = Location(str(tmp_path))
-    evaluations = [evaluation(2, 0.3, 0.4), evaluation(4, 0.25, 0.45)]
     (run / "evaluations.jsonl").write("\n".join(map(json.dumps, evaluations)).encode())
     (run / "metrics.jsonl").write(b'{"images": 8, "seconds": 30}\n{"images": 8, "seconds": 90}\n')
     lines = script.table([script.read_result("heads", run)]).splitlines()
     assert lines[0].startswith("| setting | box AP | mask AP |")
-    assert lines[2] == "| heads | 45.0 | 25.0 | 35.0 | 30.0 | 2 | 0.1 | 2.0 |"
+    assert lines[2] == f"| heads | {cells} | 0.1 | 2.0 |"
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_training(

@@ -61,7 +61,7 @@ def test_a_signal_ends_the_training_under_way_saved_and_the_same_command_goes_on
     first = steps(run)
     assert status == 128 + signal.SIGTERM
     assert f"train: stopped by a signal after step {first}, which is saved in {run}" in err
-    told = "compare: stopped by a signal at 'one': the same command goes on from there"
+    told = "compare: stopped by a signal at 'one': the same command resumes from there"
     assert err.splitlines()[-1] == told
     assert "KeyboardInterrupt" not in err
 
@@ -79,31 +79,27 @@ def test_a_signal_ends_the_training_under_way_saved_and_the_same_command_goes_on
 @pytest.mark.slow
 def test_a_signal_before_there_is_a_rank_ends_it_when_it_comes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import time; time.sleep(100)")
+    script.write_text(
+        "import time\nfrom trainer.commands.launcher import register_rank\nregister_rank(); time.sleep(100)"
+    )
     began = time.monotonic()
     assert launcher.launch(script, [], [*tiny.launch_options(1), "--cpu"], [signal.SIGTERM]) == 1
     assert time.monotonic() - began < 90
 
 
-def test_each_signal_is_passed_on_to_each_rank_once() -> None:
-    class Rank:
-        def __init__(self, pid: int) -> None:
-            self.pid, self.sent = pid, 0
-
-        def terminate(self) -> None:
-            self.sent += 1
-
-    early, late = Rank(1), Rank(2)
-    told: Counter[int] = Counter()
-    for signals, ranks, sent in (
-        (0, [early], (0, 0)),
-        (1, [early], (1, 0)),
-        (1, [early, late], (1, 1)),
-        (2, [early, late], (2, 2)),
-        (2, [early, late], (2, 2)),
+def test_each_signal_is_passed_on_to_each_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: Counter[int] = Counter()
+    monkeypatch.setattr(os, "kill", lambda pid, number: received.update([pid]))
+    sent: Counter[int] = Counter()
+    for signals, ranks, expected in (
+        (0, [1], {}),
+        (1, [1], {1: 1}),
+        (1, [1, 2], {1: 1, 2: 1}),  # rank 2 started after the signal
+        (2, [1, 2], {1: 2, 2: 2}),
+        (2, [1, 2], {1: 2, 2: 2}),
     ):
-        launcher._pass_on(signals, ranks, told)  # type: ignore[arg-type]
-        assert (early.sent, late.sent) == sent
+        launcher.pass_on(signals, ranks, sent)
+        assert received == expected
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
