@@ -61,7 +61,7 @@ def _headers(table: pd.DataFrame) -> list[list[str]]:
     """Return the header cells of each column, one per level of the columns."""
     names = [name if isinstance(name, tuple) else (name,) for name in table.columns]
     headers = []
-    for name, following in zip(names, [*names[1:], ()], strict=True):
+    for name, following in zip(names, [*names, ()][1:], strict=True):
         upper = ["" if following[: level + 1] == name[: level + 1] else name[level] for level in range(len(name) - 1)]
         headers.append([*map(str, upper), str(name[-1])])
     return headers

@@ -1,1 +1,1 @@
-"""Pictures of annotated images: masks, boxes and names drawn onto a photograph. Pillow and numpy only."""
+"""Annotated images: masks, boxes and names on a photograph, and outlines of masks. Pillow and numpy only."""

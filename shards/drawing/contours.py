@@ -1,8 +1,8 @@
-"""The outline of a mask as polygons, and as the path of an SVG.
+"""Outlines of masks as polygons and as SVG paths.
 
-The contour runs along the edges of pixels, so it is exact; simplified (Douglas and Peucker, "Algorithms for the
-reduction of the number of points required to represent a digitized line", 1973) it stays within a tolerance and takes
-a tenth of the points.
+A contour follows the edges of pixels, so it is exact. Simplified (Douglas and Peucker, "Algorithms for the reduction of
+the number of points required to represent a digitized line", 1973) it stays within a tolerance, with about a tenth of
+the points.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.int64]
 
-# Steps by direction: right, down, left, up. The object lies to the right of each step, as y points down.
+# Steps by direction: right, down, left, up; y points down. The object is on the right of each step.
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 def contours(mask: NDArray[np.bool_]) -> list[Points]:
-    """The closed contours of a mask (H, W), holes among them.
+    """Trace the closed contours of a mask [H, W], including those of holes.
 
     Returns:
-        Per contour (n, 2) corners x, y of pixels, 0 to W and 0 to H, without points on straight lines; the last one is
-        joined to the first. The even-odd rule fills exactly the mask.
+        Per contour the corners of pixels [n, 2] x, y, from 0 to W and 0 to H, without points on straight lines; the
+        last is joined to the first. The even-odd rule fills exactly the mask.
     """
     inside = np.pad(mask, 1)
     core = inside[1:-1, 1:-1]
-    # Where an object's pixel has none at its top, right, bottom, left; and the corner at which that edge begins.
+    # Pixels of the object without a neighbour above, right, below, left; and the corner where that edge begins.
     edges = (
         (core & ~inside[:-2, 1:-1], (0, 0)),
         (core & ~inside[1:-1, 2:], (1, 0)),
@@ -47,11 +47,11 @@ def contours(mask: NDArray[np.bool_]) -> list[Points]:
 
 
 def _follow(leaving: dict[tuple[int, int], list[int]], start: tuple[int, int], direction: int) -> Points:
-    """Walk one contour and take its edges out of `leaving`."""
+    """Trace one contour from a corner and remove its edges from `leaving`, the directions of edges by their corner."""
     corner, last, points = start, -1, []
     while True:
         ways = leaving[corner]
-        # Where two pixels touch at a corner only, the right turn keeps them apart.
+        # If two pixels touch only at a corner, the right turn separates them.
         direction = direction if last < 0 else next(d for d in ((last + 1) % 4, last, (last - 1) % 4) if d in ways)
         ways.remove(direction)
         if not ways:
@@ -67,7 +67,7 @@ def _follow(leaving: dict[tuple[int, int], list[int]], start: tuple[int, int], d
 
 
 def simplify(ring: Points, tolerance: float) -> Points:
-    """Leave out points of a closed contour (n, 2) that lie within `tolerance` pixels of the line without them."""
+    """Remove points of a closed contour [n, 2] that are within `tolerance` pixels of the line without them."""
     if len(ring) < 4:
         return ring
     closed = np.vstack((ring, ring[:1]))
@@ -86,11 +86,11 @@ def simplify(ring: Points, tolerance: float) -> Points:
             middle = first + 1 + worst
             keep.add(middle)
             parts += [(first, middle), (middle, last)]
-    return ring[sorted(keep)] if len(keep) > 2 else simplify(ring, tolerance / 2)  # a line encloses nothing
+    return ring[sorted(keep)] if len(keep) > 2 else simplify(ring, tolerance / 2)  # two points enclose no area
 
 
 def svg_path(rings: Iterable[Points]) -> str:
-    """The `d` of an SVG path: each contour of three points or more, by steps from point to point."""
+    """Return the `d` attribute of an SVG path, in relative steps; contours of fewer than three points are left out."""
     parts = []
     for ring in rings:
         if len(ring) < 3:

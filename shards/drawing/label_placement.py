@@ -1,4 +1,4 @@
-"""Names on a picture, each on a plate of its class's colour where it hides the fewest of those already written."""
+"""Placement of names on a picture, each on a plate of its colour where it covers the fewest others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels, inc
 
 
 class Labels:
-    """Writes names; those written first get the best places.
+    """Draws names, the first of which get the best places.
 
     Args:
-        canvas: of the picture.
+        canvas: the canvas of the picture.
         size: width and height of the picture in pixels.
     """
 
@@ -25,15 +25,15 @@ class Labels:
         self.named: set[Colour] = set()
 
     def draw(self, text: str, colour: Colour, corners: Rectangle) -> None:
-        """Write `text` at the box, unless there is no room for it and its colour has been named."""
+        """Draw `text` at a box, unless there is no room for it and another object of its colour has a name."""
         left, _, right, _ = (round(value) for value in self.canvas.textbbox((0, 0), text, font=self.font))
-        # A plate of a full line's height, whatever the letters, so that plates in a row align.
+        # As high as a full line for any text, so that neighbouring plates align.
         line = round(self.canvas.textbbox((0, 0), "Ag", font=self.font)[3])
         margin = max(2, line // 5)
         plate = (right - left + 2 * margin, line + margin)
         tiny = corners[2] - corners[0] < plate[0] / 2 and corners[3] - corners[1] < plate[1] * 2
-        hidden, place = _place(corners, plate, self.size, self.taken)
-        if colour in self.named and (tiny or hidden > plate[0] * plate[1] / 4):
+        covered, place = _place(corners, plate, self.size, self.taken)
+        if colour in self.named and (tiny or covered > plate[0] * plate[1] / 4):
             return
         self.taken.append(place)
         self.named.add(colour)
@@ -46,7 +46,7 @@ class Labels:
 def _place(
     corners: Rectangle, plate: tuple[int, int], size: tuple[int, int], taken: Sequence[Rectangle]
 ) -> tuple[int, Rectangle]:
-    """The first free place around the box, else the one that hides the least; and how many pixels it hides."""
+    """Return the number of pixels that the plate covers of others, and its place: the first with the fewest."""
     left, top, right, bottom = corners
     width, height = plate
     places = (
@@ -64,8 +64,8 @@ def _place(
         x, y = min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0))
         rectangle = (x, y, x + width - 1, y + height - 1)
         candidates.append((sum(_overlap(rectangle, other) for other in taken), rank, rectangle))
-    hidden, _, rectangle = min(candidates)
-    return hidden, rectangle
+    covered, _, rectangle = min(candidates)
+    return covered, rectangle
 
 
 def _overlap(one: Rectangle, other: Rectangle) -> int:

@@ -1,14 +1,14 @@
-"""Pictures of annotated images: translucent masks with outlines, boxes, names and scores.
+"""Annotated images: translucent masks with outlines, boxes, names and scores, drawn with Pillow and numpy.
 
-Pillow and numpy only, no display: it serves notebooks, training runs and servers alike. `display_instances` and
-`display_top_masks` have the names and arguments of matterport's Mask_RCNN.
+`display_instances` and `display_top_masks` have the names and arguments of matterport's `visualize`:
+https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Neither needs a display.
 """
 
 from __future__ import annotations
 
 import colorsys
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance
 
-# Far apart in hue, and bright enough to be seen on photographs.
+# Distinct hues, bright enough for photographs.
 PALETTE: tuple[Colour, ...] = (
     (255, 92, 72),
     (52, 152, 255),
@@ -33,16 +33,20 @@ PALETTE: tuple[Colour, ...] = (
     (170, 215, 50),
     (140, 140, 255),
 )
-GOLDEN_ANGLE = 0.381966  # hues of further classes: each falls into the widest gap that is left
-LEGIBLE_SIDE = 640  # pixels; smaller pictures have no room for names
-FILL = 0.40  # of the class's colour in a mask
-HATCH = 0.32  # likewise on the lines through a group-of region
-PANE_SIDE = 480  # pixels, the longer side of a picture among several
-GAP = 8  # pixels between them
+GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
+LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names
+FILL_OPACITY = 0.40  # of masks
+OUTLINE_OPACITY = 0.95
+HATCH_OPACITY = 0.32  # of the stripes in group-of regions
+PANE_SIDE = 480  # pixels, the longer side of a pane of `display_top_masks`
+GAP = 8  # pixels between panes
+TITLE_HEIGHT = 26  # pixels
+
+ImageLike = NDArray[np.uint8] | Image.Image
 
 
 def class_colour(category_id: int) -> Colour:
-    """The colour (R, G, B) of a class: the same in every picture, for any set of classes."""
+    """Return the colour (R, G, B) of a class, which is the same in every picture and for any set of classes."""
     number = max(category_id, 1) - 1
     if number < len(PALETTE):
         return PALETTE[number]
@@ -51,12 +55,18 @@ def class_colour(category_id: int) -> Colour:
 
 
 def legible_scale(width: int, height: int) -> int:
-    """The whole factor by which an image is best enlarged before names are drawn on it; 1 for most photographs."""
-    return max(1, -(-LEGIBLE_SIDE // max(width, height, 1)) if max(width, height) < LEGIBLE_SIDE else 1)
+    """Return the integer factor by which an image is best enlarged to draw names on it; 1 for most photographs."""
+    return -(-LEGIBLE_SIDE // max(width, height, 1))
+
+
+def fitted_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Scale a width and height in pixels so that the longer one is `side`; neither becomes 0."""
+    scale = side / max(width, height)
+    return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
 def draw_instances(
-    image: NDArray[np.uint8] | Image.Image,
+    image: ImageLike,
     instances: Sequence[Instance],
     categories: Sequence[Category],
     *,
@@ -67,34 +77,33 @@ def draw_instances(
     show_boxes: bool = True,
     scale: int = 1,
 ) -> Image.Image:
-    """Draw annotations or detections on an image.
+    """Draw annotations or detections on a copy of an image.
 
-    A mask is filled and outlined. A box without a mask is dashed; a group-of region is hatched and its name says so.
-    An object with no room for its name goes without where another of its class, whose colour it shares, has one.
+    Masks are filled and outlined, boxes without a mask are dashed, and group-of regions are hatched. An object without
+    room for its name has none if another object of its colour is named.
 
     Args:
-        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
-        instances: what to draw, in pixels of `image`.
+        image: uint8 [H, W, 3] RGB, [H, W] or [H, W, 1] grey, or a Pillow image.
+        instances: the objects, in pixels of `image`.
         categories: the classes, for their names.
-        scores: one an instance, shown beside its name.
-        captions: one an instance, written in place of name and score.
-        colours: one an instance (default: its class's, `class_colour`).
-        show_masks, show_boxes: whether those are drawn; names always are.
-        scale: the picture is enlarged by this whole factor (see `legible_scale`).
+        scores: one per instance, shown after its name.
+        captions: one per instance, shown instead of name and score.
+        colours: one per instance; by default those of the classes.
+        show_masks: whether masks are drawn.
+        show_boxes: whether boxes and group-of regions are drawn; names always are.
+        scale: integer factor by which the image is enlarged (see `legible_scale`).
 
     Returns:
-        An RGB picture of `scale` times the image's size. `image` is left as it was.
+        An RGB image of `scale` times the size.
 
     Raises:
-        ValueError: as many scores, captions, colours as instances are needed; a mask must have the image's size; the
-            image is of another shape or dtype.
+        ValueError: `scores`, `captions` or `colours` has another length than `instances`, a mask has another size than
+            the image, or the image has another shape or dtype.
     """
-    for name, values in (("scores", scores), ("captions", captions), ("colours", colours)):
-        if values is not None and len(values) != len(instances):
-            raise ValueError(f"{len(values)} {name} for {len(instances)} instances")
-    if colours is None:
-        colours = [class_colour(instance.category_id) for instance in instances]
-    picture = _enlarged(image, scale)
+    _check_lengths(len(instances), scores=scores, captions=captions, colours=colours)
+    colours = colours or [class_colour(instance.category_id) for instance in instances]
+    picture = _as_picture(image)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
     line = max(1, round(max(picture.size) / 400))
     # Large objects first, so that small ones in front of them stay visible.
     order = sorted(range(len(instances)), key=lambda i: -instances[i].bbox[2] * instances[i].bbox[3])
@@ -109,18 +118,14 @@ def draw_instances(
     names = {category.id: category.name for category in categories}
     labels = Labels(canvas, picture.size)
     # The best detections, else the largest objects, get the best places for their names.
-    for i in sorted(order, key=lambda i: -scores[i]) if scores is not None else order:
-        instance = instances[i]
-        text = names.get(instance.category_id, f"class {instance.category_id}")
-        text += " (group)" if instance.is_group_of else ""
-        text += f" {scores[i]:.2f}" if scores is not None else ""
-        text = captions[i] if captions is not None else text
-        labels.draw(text, colours[i], _corners(instance, scale, picture.size))
+    for i in order if scores is None else sorted(order, key=lambda i: -scores[i]):
+        text = _label(instances[i], names, None if scores is None else scores[i]) if captions is None else captions[i]
+        labels.draw(text, colours[i], _corners(instances[i], scale, picture.size))
     return picture
 
 
 def display_instances(
-    image: NDArray[np.uint8] | Image.Image,
+    image: ImageLike,
     boxes: NDArray[Any],
     masks: NDArray[Any],
     class_ids: NDArray[Any],
@@ -134,45 +139,37 @@ def display_instances(
     colors: Sequence[Sequence[float]] | None = None,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draw instances as matterport's `visualize.display_instances` does, with the same arguments in the same order.
-
-    https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Pillow is all it needs, no display.
+    """Draw instances, with the arguments of matterport's `visualize.display_instances`.
 
     Args:
-        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
-        boxes: (N, 4) y1, x1, y2, x2 in pixels, y2 and x2 just outside; an instance whose box is all 0 is left out.
-        masks: (H, W, N); not 0 is the object.
-        class_ids: (N,) indices of `class_names`, in which 0 is the background.
-        class_names: a name a class.
-        scores: (N,), or None.
-        title: written above the picture.
-        figsize: taken and not used: the picture has the image's size.
-        ax: axes of matplotlib's to put the picture and its title into, or None.
-        show_mask, show_bbox: whether those are drawn.
-        colors: one an instance, R, G, B from 0 to 1.
-        captions: one an instance, in place of name and score.
+        image: as for `draw_instances`.
+        boxes: [N, 4] y1, x1, y2, x2 in pixels, y2 and x2 exclusive; instances whose box is all 0 are left out.
+        masks: [H, W, N], nonzero in the object.
+        class_ids: [N] indices of `class_names`, in which 0 is the background.
+        class_names: one name per class.
+        scores: [N], or None.
+        title: text above the picture.
+        figsize: ignored; the picture has the size of the image.
+        ax: matplotlib axes to draw the picture and its title into, or None.
+        show_mask: whether masks are drawn.
+        show_bbox: whether boxes are drawn; names always are.
+        colors: one per instance: R, G, B from 0 to 1.
+        captions: as for `draw_instances`.
 
     Returns:
-        An RGB picture. Without `ax`, a notebook shows it as well: end the last line of a cell with a semicolon, or it
-        is shown twice.
+        An RGB image. Without `ax`, a notebook displays it: end the last line of a cell with a semicolon, or it is
+        displayed twice.
 
     Raises:
-        ValueError: an argument has a shape that does not go with the others', or a box is not finite.
+        ValueError: the shape of an argument does not match the others, or a box is not finite.
     """
-    picture, boxes, class_ids = _as_picture(image), _checked_boxes(boxes), np.asarray(class_ids)
+    picture, boxes = _as_picture(image), _checked_boxes(boxes)
     masks = _checked_masks("masks", masks, picture, len(boxes))
-    one_a_box = {"class_ids": class_ids, "scores": scores, "colors": colors, "captions": captions}
-    for name, values in one_a_box.items():
-        if values is not None and len(values) != len(boxes):
-            raise ValueError(f"{name} has a length of {len(values)}: it must be {len(boxes)}, one a box")
-    kept = [i for i in range(len(boxes)) if np.any(boxes[i])]
-    instances = []
-    for i in kept:
-        y1, x1, y2, x2 = map(float, boxes[i])
-        instances.append(Instance(int(class_ids[i]), (x1, y1, x2 - x1, y2 - y1), rle.encode(masks[:, :, i])))
+    _check_lengths(len(boxes), class_ids=class_ids, scores=scores, colors=colors, captions=captions)
+    kept = np.flatnonzero(boxes.any(axis=1)).tolist()
     picture = draw_instances(
         picture,
-        instances,
+        [_instance(class_ids[i], boxes[i], masks[:, :, i]) for i in kept],
         [Category(number, name, "") for number, name in enumerate(class_names)],
         scores=None if scores is None else [float(scores[i]) for i in kept],
         captions=None if captions is None else [str(captions[i]) for i in kept],
@@ -180,37 +177,37 @@ def display_instances(
         show_masks=show_mask,
         show_boxes=show_bbox,
     )
-    if ax is not None:
-        ax.imshow(np.asarray(picture))
-        ax.set_title(title)
-        ax.axis("off")
-        return picture
-    return _shown(titled_picture(picture, title) if title else picture)
+    if ax is None:
+        return _displayed(titled_picture(picture, title) if title else picture)
+    ax.imshow(np.asarray(picture))
+    ax.set_title(title)
+    ax.axis("off")
+    return picture
 
 
 def display_top_masks(
-    image: NDArray[np.uint8] | Image.Image,
+    image: ImageLike,
     mask: NDArray[Any],
     class_ids: NDArray[Any],
     class_names: Sequence[str],
     limit: int = 4,
 ) -> Image.Image:
-    """Draw an image and, beside it, the masks of the classes that cover most of it, one pane a class, largest first.
+    """Draw an image and next to it the masks of the classes with the largest area, one pane per class.
 
-    As matterport's `visualize.display_top_masks`, with the same arguments.
+    The arguments are those of matterport's `visualize.display_top_masks`.
 
     Args:
-        image: uint8 (H, W, 3) RGB, (H, W) or (H, W, 1) grey, or a picture of Pillow's.
-        mask: (H, W, N); not 0 is the object.
-        class_ids: (N,) indices of `class_names`.
-        class_names: a name a class.
-        limit: panes beside the image; "-" stands above those that are left empty.
+        image: as for `draw_instances`.
+        mask: [H, W, N], nonzero in the object.
+        class_ids: [N] indices of `class_names`.
+        class_names: one name per class.
+        limit: number of panes next to the image; empty ones have the title "-".
 
     Returns:
-        An RGB picture of `limit` + 1 panes; shown as `display_instances` does.
+        An RGB image of `limit` + 1 panes, which a notebook displays as for `display_instances`.
 
     Raises:
-        ValueError: `mask` must have the image's size and as many masks as there are class ids; `limit` is negative.
+        ValueError: `mask` has another size than the image or another length than `class_ids`, or `limit` is negative.
     """
     if limit < 0:
         raise ValueError(f"limit is {limit}: it must be 0 or more")
@@ -218,45 +215,71 @@ def display_top_masks(
     mask = _checked_masks("mask", mask, picture, len(class_ids)) != 0
     areas = {int(number): int(mask[:, :, class_ids == number].sum()) for number in np.unique(class_ids)}
     top = sorted((number for number in areas if areas[number]), key=lambda number: -areas[number])[:limit]
-    panes = [titled_picture(_pane(picture), f"H x W = {picture.height} x {picture.width}")]
+    panes = [(f"H x W = {picture.height} x {picture.width}", picture)]
     for number in top:
         name = class_names[number] if 0 <= number < len(class_names) else f"class {number}"
-        panes.append(titled_picture(_pane(_class_masks(mask[:, :, class_ids == number], class_colour(number))), name))
-    panes += [titled_picture(Image.new("RGB", _pane(picture).size), "-") for _ in range(limit - len(top))]
-    strip = Image.new("RGB", (sum(pane.width for pane in panes) + GAP * limit, panes[0].height), "white")
-    left = 0
-    for pane in panes:
-        strip.paste(pane, (left, 0))
-        left += pane.width + GAP
-    return _shown(strip)
+        panes.append((name, _class_masks(mask[:, :, class_ids == number], class_colour(number))))
+    panes += [("-", Image.new("RGB", picture.size))] * (limit - len(top))
+    width, height = fitted_size(*picture.size, min(PANE_SIDE, max(picture.size)))
+    strip = Image.new("RGB", (width * len(panes) + GAP * limit, height + TITLE_HEIGHT), "white")
+    for number, (title, pane) in enumerate(panes):
+        strip.paste(titled_picture(pane.resize((width, height)), title), (number * (width + GAP), 0))
+    return _displayed(strip)
+
+
+def titled_picture(picture: Image.Image, title: str) -> Image.Image:
+    """Add a line of text above a picture, cut off at its width."""
+    titled = Image.new("RGB", (picture.width, picture.height + TITLE_HEIGHT), "white")
+    ImageDraw.Draw(titled).text((4, 3), title, fill="black", font=ImageFont.load_default(size=16))
+    titled.paste(picture, (0, TITLE_HEIGHT))
+    return titled
+
+
+def _check_lengths(count: int, **arguments: Sequence[Any] | NDArray[Any] | None) -> None:
+    for name, values in arguments.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name} has a length of {len(values)}: it must be {count}, one per instance")
 
 
 def _checked_boxes(boxes: NDArray[Any]) -> NDArray[np.float64]:
-    """(N, 4) float64; ValueError where they are of another shape, or not finite."""
+    """Return boxes as float64 [N, 4]; ValueError for another shape, or values that are not finite."""
     checked = np.asarray(boxes, dtype=np.float64)
     checked = checked if checked.size else checked.reshape(0, 4)
     if checked.ndim != 2 or checked.shape[1] != 4:
         raise ValueError(f"boxes has the shape {checked.shape}: it must be (N, 4)")
-    odd = np.flatnonzero(~np.isfinite(checked).all(axis=1))
-    if len(odd):
-        raise ValueError(f"boxes[{odd[0]}] is {checked[odd[0]].tolist()}: it must be finite")
+    infinite = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    if len(infinite):
+        raise ValueError(f"boxes[{infinite[0]}] is {checked[infinite[0]].tolist()}: it must be finite")
     return checked
 
 
 def _checked_masks(name: str, masks: NDArray[Any], picture: Image.Image, count: int) -> NDArray[Any]:
-    """`count` masks as an array (H, W, count); ValueError where they are of another number, or not of the picture."""
+    """Return masks as an array [H, W, count]; ValueError for another shape."""
     checked, shape = np.asarray(masks), (picture.height, picture.width, count)
     if not checked.size and not count:
-        return np.zeros(shape, np.uint8)  # of any shape: a list without an entry, too
+        return np.zeros(shape, np.uint8)  # no masks, of any shape: an empty list as well
     if checked.shape != shape:
         raise ValueError(
-            f"{name} has the shape {checked.shape}: it must be {shape}: H and W of the image, N of the rest"
+            f"{name} has the shape {checked.shape}: it must be {shape}: H and W of the image, N of the other arguments"
         )
     return checked
 
 
+def _as_picture(image: ImageLike) -> Image.Image:
+    """Convert an image to a Pillow image in RGB; ValueError for an array of another shape or dtype."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError(
+            f"image has the shape {pixels.shape} and dtype {pixels.dtype}: it must be (H, W, 3) or (H, W) of uint8, "
+            "0 to 255"
+        )
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
+
+
 def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
-    """(H, W, n) masks of one class on black, each in a shade of its colour, later ones above and brighter."""
+    """Paint the masks [H, W, n] of one class on black, later ones brighter and in front."""
     pixels = np.zeros((*masks.shape[:2], 3), np.uint8)
     for i in range(masks.shape[-1]):
         share = 0.45 + 0.55 * (i + 1) / masks.shape[-1]
@@ -264,18 +287,9 @@ def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _pane(picture: Image.Image) -> Image.Image:
-    scale = min(1.0, PANE_SIDE / max(picture.size))
-    return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
-
-
-def titled_picture(picture: Image.Image, title: str) -> Image.Image:
-    """A picture under a line of text, as much of it as there is room for."""
-    font = ImageFont.load_default(size=16)
-    titled = Image.new("RGB", (picture.width, picture.height + 26), "white")
-    ImageDraw.Draw(titled).text((4, 3), title, fill="black", font=font)
-    titled.paste(picture, (0, 26))
-    return titled
+def _instance(class_id: Any, box: NDArray[np.float64], mask: NDArray[Any]) -> Instance:
+    y1, x1, y2, x2 = box.tolist()
+    return Instance(int(class_id), (x1, y1, x2 - x1, y2 - y1), rle.encode(mask))
 
 
 def _colour_of_floats(colour: Sequence[float]) -> Colour:
@@ -283,8 +297,8 @@ def _colour_of_floats(colour: Sequence[float]) -> Colour:
     return red, green, blue
 
 
-def _shown(picture: Image.Image) -> Image.Image:
-    """The picture, once a notebook that we are in has shown it."""
+def _displayed(picture: Image.Image) -> Image.Image:
+    """Return the picture after displaying it if this is a notebook."""
     ipython: Any = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if getattr(shell, "kernel", None) is not None:
@@ -292,28 +306,14 @@ def _shown(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _as_picture(image: NDArray[np.uint8] | Image.Image) -> Image.Image:
-    """RGB; ValueError for an array that is no image of eight bits."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise ValueError(
-            f"image has the shape {pixels.shape} and holds {pixels.dtype}: it must be (H, W, 3) or (H, W) of uint8, "
-            "0 to 255"
-        )
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
-
-
-def _enlarged(image: NDArray[np.uint8] | Image.Image, scale: int) -> Image.Image:
-    picture = _as_picture(image)
-    if scale == 1:
-        return picture.copy()
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+def _label(instance: Instance, names: Mapping[int, str], score: float | None) -> str:
+    text = names.get(instance.category_id, f"class {instance.category_id}")
+    text += " (group)" if instance.is_group_of else ""
+    return text if score is None else f"{text} {score:.2f}"
 
 
 def _corners(instance: Instance, scale: int, size: tuple[int, int]) -> Rectangle:
-    """Left, top, right, bottom (inclusive) of the box in the picture, clipped to it."""
+    """Return left, top, right, bottom (inclusive) of the box in the picture, clipped to it."""
     x, y, w, h = (value * scale for value in instance.bbox)
     left, top = min(max(round(x), 0), size[0] - 1), min(max(round(y), 0), size[1] - 1)
     right, bottom = min(max(round(x + w) - 1, left), size[0] - 1), min(max(round(y + h) - 1, top), size[1] - 1)
@@ -321,9 +321,8 @@ def _corners(instance: Instance, scale: int, size: tuple[int, int]) -> Rectangle
 
 
 def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, scale: int, line: int) -> None:
-    """Fill and outline the mask, or hatch the region of a group; in place."""
+    """Fill and outline the mask, or hatch the group-of region, in place; `pixels` is [H, W, 3]."""
     height, width = pixels.shape[:2]
-    paint = np.array(colour, dtype=np.float32)
     if instance.segmentation is not None:
         mask = _enlarged_mask(rle.decode(instance.segmentation), scale)
         if mask.shape != (height, width):
@@ -331,20 +330,20 @@ def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, s
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(rows):
             return
-        # Only the object's own rectangle is touched: a hundred masks on a large photograph stay quick.
+        # Only the object's own rectangle is computed, which keeps many masks on a large photograph fast.
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         inside = mask[window]
-        _blend(pixels[window], inside, paint, FILL)
-        _blend(pixels[window], inside & ~_eroded(inside, line), paint, 0.95)
+        _blend(pixels[window], inside, colour, FILL_OPACITY)
+        _blend(pixels[window], inside & ~_eroded(inside, line), colour, OUTLINE_OPACITY)
     elif instance.is_group_of:
         left, top, right, bottom = _corners(instance, scale, (width, height))
         rows, columns = np.arange(top, bottom + 1)[:, None], np.arange(left, right + 1)[None, :]
         stripes = (rows + columns) % (8 * line) < 2 * line
-        _blend(pixels[top : bottom + 1, left : right + 1], stripes, paint, HATCH)
+        _blend(pixels[top : bottom + 1, left : right + 1], stripes, colour, HATCH_OPACITY)
 
 
 def _enlarged_mask(mask: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
-    """Booleans of `scale` times the size, with smooth edges instead of steps."""
+    """Enlarge a mask with smooth edges instead of steps; bool."""
     if scale > 1:
         picture = Image.fromarray(mask * np.uint8(255))
         size = (picture.width * scale, picture.height * scale)
@@ -352,12 +351,13 @@ def _enlarged_mask(mask: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
     return mask.astype(np.bool_)
 
 
-def _blend(pixels: NDArray[np.uint8], where: NDArray[np.bool_], colour: NDArray[np.float32], share: float) -> None:
-    pixels[where] = np.round(pixels[where] * (1 - share) + colour * share).astype(np.uint8)
+def _blend(pixels: NDArray[np.uint8], where: NDArray[np.bool_], colour: Colour, opacity: float) -> None:
+    paint = np.array(colour, np.float32) * opacity
+    pixels[where] = np.round(pixels[where] * (1 - opacity) + paint).astype(np.uint8)
 
 
 def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
-    """What is left of a mask when its rim of `steps` pixels is taken off; outside the array counts as background."""
+    """Remove a rim of `steps` pixels from a mask; outside the array is background."""
     for _ in range(steps):
         padded = np.pad(mask, 1)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -365,6 +365,7 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
 
 
 def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, colour: Colour, scale: int, line: int) -> None:
+    """Draw the outline of the box, dashed if the object has neither a mask nor is a group."""
     left, top, right, bottom = _corners(instance, scale, canvas.im.size)
     if instance.segmentation is not None or instance.is_group_of:
         canvas.rectangle((left, top, right, bottom), outline=colour, width=line)

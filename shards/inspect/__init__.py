@@ -1,4 +1,4 @@
-"""The command `inspect-shards`: statistics, verification, a page with a gallery, extraction of one sample.
+"""The command `inspect-shards`: count, verify and show a finished dataset, or extract samples from it.
 
-It reads finished datasets and changes nothing.
+Nothing in the dataset is changed. Everything runs without torch.
 """

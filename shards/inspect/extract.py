@@ -1,4 +1,4 @@
-"""One sample written back as files: the JPEG, its masks as PNGs, its JSON."""
+"""Extraction of one sample into files: the JPEG, the JSON, and each mask as a PNG."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from shards.format.sample import Instance, Sample
 from shards.inspect.preview_samples import find, read_samples
 from shards.storage.location import Location
 
-# What a file's name may take over from the data. Anything else is numbered.
+# Labels and ids of the data that may become part of a file name; other masks are numbered.
 MID = re.compile(r"/[a-z]{1,3}/[A-Za-z0-9_]{1,32}")
 BOX_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
-    """Write a sample's files below `out`, over those of the same names, and tell which.
+    """Write a sample's files to the folder `out`, replacing files of the same names, and return their locations.
 
     Masks are 1-bit PNGs of the image's size, white where the object is.
 
     Raises:
         DatasetError: there is no such sample.
-        SampleError: it cannot be had or is damaged.
-        StorageError: a file could not be written.
+        SampleError: the sample cannot be read or is damaged.
+        StorageError: a file cannot be written.
     """
     [(_, sample)] = read_samples(dataset, [find(dataset, image_id)])
     files = {f"{sample.image_id}.{extension}": data for extension, data in sample.to_members().items()}
@@ -42,9 +42,9 @@ def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
 
 
 def mask_names(sample: Sample, categories: Sequence[Category]) -> list[str]:
-    """A file name an annotation: Open Images' MaskPath, `<ImageID>_<MID without slashes>_<BoxID>.png`.
+    """Return a file name per annotation: Open Images' MaskPath, `<ImageID>_<MID without slashes>_<BoxID>.png`.
 
-    Where the source gave no MID or BoxID (COCO), or two would be the same: `<ImageID>_<number of the annotation>.png`.
+    Without a MID or BoxID (COCO), or if two names are the same: `<ImageID>_<number of the annotation>.png`.
     """
     mids = {category.id: category.mid for category in categories}
     names = [_mask_path(sample.image_id, instance, mids.get(instance.category_id, "")) for instance in sample.instances]

@@ -1,13 +1,14 @@
-"""A few samples of a dataset, chosen by a seeded hash through the index alone and read by range requests; no torch.
+"""A few samples of a dataset, chosen by a seeded hash from the index alone and fetched by range requests.
 
-Which samples are chosen depends on the seed, their keys and classes, not on where they lie: the same dataset with other
-shard sizes shows the same ones.
+The choice depends on the seed, the keys and the classes, not on positions: a dataset that is built again with another
+shard size shows the same samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 import pyarrow.compute as pc
@@ -35,10 +36,10 @@ class Row:
 
 
 def find(dataset: Dataset, image_id: str) -> Row:
-    """The row of a key.
+    """Return the row of a sample.
 
     Raises:
-        DatasetError: there is no such sample.
+        DatasetError: no split has such a sample.
     """
     for split in dataset.splits:
         row = pc.index(dataset.index(split).image_ids, image_id).as_py()
@@ -50,50 +51,45 @@ def find(dataset: Dataset, image_id: str) -> Row:
 
 
 def first_rows(index: Index, count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Up to `count` rows, ascending: a random sample of a split, in which each of its samples is as likely."""
+    """Return a uniform random sample of up to `count` rows of a split, ascending."""
     order = np.argsort(hash_keys(index.image_ids, seed), kind="stable")
     return np.sort(order[:count])
 
 
 def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
-    """Up to `count` samples of all splits in which every class has its share.
+    """Choose up to `count` samples of all splits so that rare classes occur as often as frequent ones.
 
-    The pairs of a split and a class take turns, and each gives its samples in the order of the hash. So a rare class is
-    there as often as a frequent one, which a random sample would not do. Samples without a class take their turn too.
+    Each pair of a split and a class has a queue of its samples in the order of the hash, and so have the samples of a
+    split without a class. The queues take turns; samples that were chosen before are skipped.
     """
-    starts_of = [0]  # of each split, in the numbers that samples have here
-    keys, strata, samples = [], [], []
-    wanted = np.array([category.id for category in dataset.categories], np.int64)
-    for number, split in enumerate(dataset.splits):
+    queues: list[tuple[np.uint64, list[Row]]] = []  # each with the hash of its first sample
+    for split in dataset.splits:
         index = dataset.index(split)
-        assert index.labels is not None, "an index of a dataset has labels"
-        has = np.isin(index.labels.classes, wanted)
-        classes, of = index.labels.classes[has].astype(np.int64), index.labels.samples[has]
-        bare = np.setdiff1d(np.arange(len(index)), of)  # class 0 stands for none
-        strata.append(number * (wanted.max(initial=0) + 1) + np.concatenate((classes, np.zeros(len(bare), np.int64))))
-        samples.append(starts_of[-1] + np.concatenate((of, bare)))
-        keys.append(hash_keys(index.image_ids, seed))
-        starts_of.append(starts_of[-1] + len(index))
-    if not starts_of[-1]:
-        return []
-    key, stratum, sample = np.concatenate(keys), np.concatenate(strata), np.concatenate(samples)
-    order = np.lexsort((key[sample], stratum))
-    stratum, sample = stratum[order], sample[order]
-    starts = np.flatnonzero(np.diff(stratum, prepend=-1))
-    sizes = np.diff(starts, append=len(stratum))
-    turn = np.arange(len(stratum)) - np.repeat(starts, sizes)
-    in_turn = sample[np.lexsort((np.repeat(key[sample[starts]], sizes), turn))]
-    _, first = np.unique(in_turn, return_index=True)
-    chosen = in_turn[np.sort(first)[:count]]
-    splits = np.searchsorted(starts_of, chosen, side="right") - 1
-    return [Row(dataset.splits[split], int(number - starts_of[split])) for split, number in zip(splits, chosen)]
+        keys = hash_keys(index.image_ids, seed)
+        for samples in _by_class(index, [category.id for category in dataset.categories]):
+            samples = samples[np.argsort(keys[samples], kind="stable")]
+            queues.append((keys[samples[0]], [Row(split, int(row)) for row in samples[:count]]))
+    queues.sort(key=lambda queue: queue[0])
+    turns = chain.from_iterable(zip_longest(*(rows for _, rows in queues)))
+    return list(islice(dict.fromkeys(row for row in turns if row is not None), count))
+
+
+def _by_class(index: Index, class_ids: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Return the samples of each class that has any, ascending, and at the end those without a class."""
+    assert index.labels is not None, "an index of a dataset has labels"
+    wanted = np.isin(index.labels.classes, class_ids)
+    classes, samples = index.labels.classes[wanted], index.labels.samples[wanted]
+    order = np.argsort(classes, kind="stable")
+    groups = np.split(samples[order], np.flatnonzero(np.diff(classes[order])) + 1)
+    groups.append(np.setdiff1d(np.arange(len(index)), samples))
+    return [group for group in groups if len(group)]
 
 
 def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:
-    """The samples of some rows, split after split, each as its index row says (crc32), and fit to be drawn.
+    """Read samples, split by split, and check their crc32 and contents.
 
     Raises:
-        SampleError: a sample cannot be had, is not what the index says, or has a fault that `--verify` tells.
+        SampleError: a sample cannot be read, does not match the index, or has a fault that `--verify` reports.
     """
     categories = frozenset(category.id for category in dataset.info.categories)
     for split in dataset.splits:
@@ -107,30 +103,24 @@ def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, S
 
 
 def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> list[Sample]:
-    """Samples of a split without their pictures (`image` is empty): two small requests each, and no check of a hash.
+    """Read samples of a split without their pictures: `image` is empty.
+
+    Each takes two small requests: the header of the JPEG, whose size says where the JSON begins, and the JSON. Their
+    crc32 is not checked.
 
     Args:
-        root: of the dataset.
-        index: of the split.
-        rows: in the index.
+        root: the root of the dataset.
+        index: the index of the split.
+        rows: rows of that index.
 
     Raises:
-        SampleError: a sample cannot be had or is not what the format says.
+        SampleError: a sample cannot be read or is not in the shard format.
     """
-    shards = [root / index.shard_paths[int(index.shard[row])] for row in rows]
-    starts = [int(index.offset[row]) for row in rows]
-    ends = [int(index.offset[row] + index.nbytes[row]) for row in rows]
     keys = [index.image_id(row) for row in rows]
-
-    def received(reads: list[Read]) -> Iterator[bytes]:
-        for read, key, answer in zip(reads, keys, read_many(reads)):
-            if isinstance(answer, Exception):
-                reason = explain(answer, str(read.location)) or repr(answer)
-                raise SampleError(f"{read.location}: sample {key}: cannot be read: {reason}") from answer
-            yield answer
-
+    shards = [root / index.shard_paths[shard] for shard in index.shard[rows].tolist()]
+    starts, ends = index.offset[rows].tolist(), (index.offset[rows] + index.nbytes[rows]).tolist()
     tails = []
-    headers = received([Read(shard, start, start + BLOCK) for shard, start in zip(shards, starts)])
+    headers = _received([Read(shard, start, start + BLOCK) for shard, start in zip(shards, starts)], keys)
     for shard, start, end, key, block in zip(shards, starts, ends, keys, headers):
         try:
             header = parse_header(block)
@@ -140,6 +130,15 @@ def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> l
         tails.append(Read(shard, min(start + skipped, end), end))
     samples = [
         Sample.from_members(key, {"jpg": b"", **read_members(data, key, where=str(shard))}, where=str(shard))
-        for shard, key, data in zip(shards, keys, received(tails))
+        for shard, key, data in zip(shards, keys, _received(tails, keys))
     ]
     return [with_categories(sample, index.category_ids) for sample in samples]
+
+
+def _received(reads: Sequence[Read], keys: Sequence[str]) -> Iterator[bytes]:
+    """Yield the bytes of each read; SampleError names the first that failed."""
+    for read, key, answer in zip(reads, keys, read_many(reads)):
+        if isinstance(answer, Exception):
+            reason = explain(answer, str(read.location)) or repr(answer)
+            raise SampleError(f"{read.location}: sample {key}: cannot be read: {reason}") from answer
+        yield answer

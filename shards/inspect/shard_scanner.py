@@ -1,6 +1,6 @@
-"""A shard read once from its first byte to its last, in bounded memory: its sha256 and what its members really are.
+"""A single pass over a shard in bounded memory: its sha256, and the samples that it really holds.
 
-The tar itself says where its samples lie; the index is only asked where to go on after a damaged place.
+Samples are found by their tar headers. The index only says where to continue after a damaged place.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from shards.format.tar_members import BLOCK, parse_header
 from shards.storage.location import Location
 from shards.storage.ranges import Bytes, Read, start_read
 
-CHUNK = 8 * 2**20  # bytes a request; two of them are in memory beside the sample that is looked at
-TAR_RECORD = 10240  # a tar ends with zeros up to a whole record
+CHUNK = 8 * 2**20  # bytes per request; memory holds two chunks and the sample that is being checked
+TAR_RECORD = 10240  # bytes; a tar is filled with zeros up to a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A sample as it lies in the shard: its key, place and length in bytes, and its two members."""
+    """A sample in the shard: its key, offset and length in bytes, crc32, and two members."""
 
     key: str
     offset: int
@@ -34,7 +34,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A place where the shard is not what the format promises; `key` is "" where that is not known."""
+    """A place where the shard does not follow the format; `key` is "" if it is unknown."""
 
     key: str
     offset: int
@@ -42,66 +42,67 @@ class Broken:
 
 
 class ShardBytes:
-    """Reads an object from the front, one chunk ahead, and takes its sha256.
+    """Sequential reader of an object that prefetches one chunk and computes the sha256.
 
     Args:
         location: the object.
-        size: its length as it should be; one byte more is asked for, so that a longer object shows.
-        on_bytes: told how many bytes have come.
+        size: its expected length in bytes; one more is requested, to detect an object that is longer.
+        on_bytes: receives the number of bytes of each chunk.
     """
 
-    def __init__(self, location: Location, size: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, location: Location, size: int, on_bytes: Callable[[int], None]) -> None:
         self.size = size
-        self.position = 0  # of the next byte to be taken
-        self.received = 0
+        self.position = 0  # of the next byte that `take` returns
+        self.received = 0  # bytes
         self._location, self._on_bytes = location, on_bytes
-        self._held = memoryview(b"")
+        self._buffer = memoryview(b"")
         self._digest = hashlib.sha256()
-        self._asked = 0
-        self._next: Future[Bytes] | None = self._ask()
+        self._requested = 0  # bytes
+        self._next: Future[Bytes] | None = self._request()
 
     @property
     def sha256(self) -> str:
-        """Of all bytes that have come, hex."""
+        """Hex digest of all bytes that were received."""
         return self._digest.hexdigest()
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes, or fewer where the object ends; the file system's own errors."""
+        """Return the next `count` bytes, or fewer at the end of the object; raises the file system's own errors."""
         parts = []
-        while count and (self._held or self._fill()):
-            part, self._held = self._held[:count], self._held[count:]
+        while count and (self._buffer or self._fill()):
+            part, self._buffer = self._buffer[:count], self._buffer[count:]
             parts.append(part)
             count -= len(part)
             self.position += len(part)
         return b"".join(parts)
 
     def skip_to(self, position: int) -> None:
-        """Leave out what lies before `position`."""
+        """Skip the bytes before `position`."""
         while self.position < position and self.take(min(position - self.position, CHUNK)):
             pass
 
     def close(self) -> None:
-        """Give up what was asked for."""
+        """Cancel the request in flight."""
         if self._next is not None:
             self._next.cancel()
 
-    def _ask(self) -> Future[Bytes] | None:
-        start, end = self._asked, min(self._asked + CHUNK, self.size + 1)
+    def _request(self) -> Future[Bytes] | None:
+        start, end = self._requested, min(self._requested + CHUNK, self.size + 1)
         if start >= end:
             return None
-        self._asked = end
+        self._requested = end
         return start_read(Read(self._location, start, end))
 
     def _fill(self) -> bool:
+        """Wait for the next chunk and request the one after it; False at the end of the object."""
         if self._next is None:
             return False
-        asked = self._asked
-        data, ahead = self._next.result(), self._ask()
+        requested = self._requested
+        data, ahead = self._next.result(), self._request()
         self.received += len(data)
         self._digest.update(data)
         self._on_bytes(len(data))
-        self._held = memoryview(data)
-        if self.received < min(asked, self.size) and ahead is not None:
+        self._buffer = memoryview(data)
+        if self.received < min(requested, self.size) and ahead is not None:
             ahead.cancel()  # the object has ended
             ahead = None
         self._next = ahead
@@ -109,11 +110,11 @@ class ShardBytes:
 
 
 def walk(source: ShardBytes, starts: Sequence[int]) -> Iterator[Found | Broken]:
-    """Everything in a shard, in order; `source` has been read to its end afterwards.
+    """Yield everything in a shard, in order, and read `source` to its end.
 
     Args:
-        source: the shard, of which nothing has been taken.
-        starts: where samples should begin, ascending: after a broken place the next of them is tried.
+        source: the shard, from its first byte.
+        starts: offsets where samples should begin, ascending: the scan continues there after a broken place.
     """
     while True:
         offset = source.position
@@ -127,13 +128,13 @@ def walk(source: ShardBytes, starts: Sequence[int]) -> Iterator[Found | Broken]:
                 break
             source.skip_to(starts[later])
             if source.position < starts[later]:
-                break  # the shard ends before
+                break  # the shard ends before it
     while source.take(CHUNK):
         pass
 
 
 def _read_sample(source: ShardBytes) -> Found | Broken | None:
-    """The two members at the source's position; None at the end of the tar."""
+    """Read the two members of the next sample; None at the end of the tar."""
     offset = source.position
     block = source.take(BLOCK)
     if block.count(0) == BLOCK:
@@ -151,18 +152,15 @@ def _read_sample(source: ShardBytes) -> Found | Broken | None:
             return Broken(key, offset, f"there is no tar header at byte {here} ({error})")
         if header is None or not header.key or header.extension != extension or key not in ("", header.key):
             name = "the end of the tar" if header is None else f"a member {header.name!r}"
-            return Broken(key, offset, f"{name} lies at byte {here}, where {key or '<key>'}.{extension} should be")
+            return Broken(key, offset, f"{name} is at byte {here}, where {key or '<key>'}.{extension} should be")
         key = header.key
         if not header.canonical:
             return Broken(key, offset, f"the header of {header.name} at byte {here} has another mode, time or owner")
-        here = source.position
-        # A size that cannot be is not worth the memory.
-        data = source.take(header.padded) if here + header.padded <= source.size else b""
+        end = source.position + header.padded
+        data = source.take(header.padded) if end <= source.size else b""  # an impossible size allocates no memory
         if len(data) < header.padded:
-            end = min(source.size, source.received) if data else source.size
-            return Broken(
-                key, offset, f"{header.name} should end at byte {here + header.padded}, the shard ends at {end}"
-            )
+            last = min(source.size, source.received) if data else source.size
+            return Broken(key, offset, f"{header.name} should end at byte {end}, the shard ends at {last}")
         parts.append(data)
         members.append(data[: header.size])
     whole = b"".join(parts)
@@ -170,7 +168,7 @@ def _read_sample(source: ShardBytes) -> Found | Broken | None:
 
 
 def _read_end(source: ShardBytes, offset: int) -> Broken | None:
-    """What follows the first block of zeros: more of them, up to a whole record."""
+    """Read what follows the first block of zeros, which must be zeros up to a multiple of a tar record."""
     end = -(-(offset + 2 * BLOCK) // TAR_RECORD) * TAR_RECORD
     rest = source.take(end - source.position)
     if rest.count(0) != len(rest):

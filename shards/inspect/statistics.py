@@ -1,10 +1,11 @@
-"""What a dataset holds, in numbers: from its index, and of a few samples what the index does not tell."""
+"""Counts of a dataset, from its index and, for what the index does not hold, from the annotations of a few samples."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,33 +14,16 @@ from shards.format.dataset import Dataset
 from shards.format.sample import FLAGS, Sample
 from shards.inspect.preview_samples import first_rows, read_annotations
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True, slots=True)
-class ClassCounts:
-    """One class in one split, or in all: images that have it, its boxes, those with a mask, those that are group-of."""
-
-    id: int
-    name: str
-    images: int
-    boxes: int
-    masks: int
-    groups: int
-
-    @property
-    def box_only(self) -> int:
-        """Objects (group-of regions aside) that have a box and no mask."""
-        return max(self.boxes - self.groups - self.masks, 0)
-
-    @property
-    def box_only_share(self) -> float | None:
-        """Of its objects, 0 to 1; None where there are none."""
-        objects = self.boxes - self.groups
-        return self.box_only / objects if objects > 0 else None
+FLAG_NAMES = {flag: flag.removeprefix("is_").replace("_", "-") for flag in FLAGS}
+COUNTS = {"images": "images", "boxes": "instances", "masks": "masks", "groups": "groups"}  # and their index columns
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Pixels of the images of a split: least, median and largest; and the share of those that stand upright."""
+    """Smallest, median and largest width and height in pixels, and the share of portrait images from 0 to 1."""
 
     width: tuple[int, int, int]
     height: tuple[int, int, int]
@@ -47,41 +31,46 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassLabels:
-    """In how many images a class is verified to be present, and to be absent; in the others it is unknown."""
-
-    present: int
-    absent: int
-
-
-@dataclass(frozen=True, slots=True)
 class LabelCounts:
-    """What the annotations of some images of a split say, which the index does not.
+    """Counts of the annotations of some images of a split.
 
     Attributes:
-        images: how many were looked at.
-        classes: by category id.
-        objects: annotations of these images.
-        flags: how many of them have each flag.
+        images: number of images whose annotations were read.
+        classes: by category id, the number of images in which the class is verified as `present` and as `absent`.
+        objects: number of annotations of these images.
+        flags: number of annotations that have each flag.
     """
 
     images: int
-    classes: dict[int, ClassLabels]
+    classes: dict[int, dict[str, int]]
     objects: int
     flags: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """One split: images, shards, bytes, sizes, classes by id, and verified labels where they were asked for."""
+    """Counts of one split.
+
+    Attributes:
+        split: its name.
+        images, shards, nbytes: numbers of images, of shards and of their bytes.
+        sizes: None if there are no images.
+        classes: one row per class, ids ascending: `id`, `name`, and the numbers of `images` that have it, of `boxes`,
+            of `masks`, and of `groups`, boxes that are group-of regions.
+        labels: None if no annotations were read.
+    """
 
     split: str
     images: int
     shards: int
     nbytes: int
     sizes: Sizes | None
-    classes: tuple[ClassCounts, ...]
-    labels: LabelCounts | None = None
+    classes: pd.DataFrame
+    labels: LabelCounts | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, with a list of objects for `classes`."""
+        return {**asdict(self), "classes": self.classes.to_dict("records")}
 
 
 def count(dataset: Dataset, *, label_images: int = 0, seed: int = 0) -> tuple[SplitCounts, ...]:
@@ -89,29 +78,44 @@ def count(dataset: Dataset, *, label_images: int = 0, seed: int = 0) -> tuple[Sp
 
     Args:
         dataset: the dataset.
-        label_images: of so many images a split, chosen by a hash of the seed, the annotations are read for what the
-            index does not tell: two small requests each. 0: none.
+        label_images: number of images per split, chosen by a hash, whose annotations are read for verified labels and
+            flags: two small requests per image.
         seed: of the hash.
 
     Raises:
-        SampleError: a sample cannot be read.
+        SampleError: the annotations of an image cannot be read.
     """
     return tuple(_count_split(dataset, split, label_images, seed) for split in dataset.splits)
 
 
-def totals(splits: Sequence[SplitCounts]) -> tuple[ClassCounts, ...]:
-    """The classes over all splits."""
-    columns = ("images", "boxes", "masks", "groups")
-    return tuple(
-        ClassCounts(rows[0].id, rows[0].name, *(sum(getattr(row, name) for row in rows) for name in columns))
-        for rows in zip(*(split.classes for split in splits))
-    )
+def totals(splits: Sequence[SplitCounts]) -> pd.DataFrame:
+    """Return the `classes` of all splits together, with the columns of `add_box_only`."""
+    import pandas as pd
+
+    if not splits:
+        return add_box_only(pd.DataFrame(columns=["id", "name", *COUNTS]))
+    classes = splits[0].classes.copy()
+    classes[[*COUNTS]] = sum(split.classes[[*COUNTS]] for split in splits)
+    return add_box_only(classes)
+
+
+def add_box_only(classes: pd.DataFrame) -> pd.DataFrame:
+    """Add the number of objects that have a box only, and their share from 0 to 1 in all objects.
+
+    Objects are all boxes except group-of regions. The share is missing for a class without objects.
+    """
+    objects = classes["boxes"] - classes["groups"]
+    box_only = (objects - classes["masks"]).clip(lower=0)
+    return classes.assign(objects=objects, box_only=box_only, box_only_share=box_only / objects.where(objects > 0))
 
 
 def _count_split(dataset: Dataset, split: str, label_images: int, seed: int) -> SplitCounts:
+    import pandas as pd
+
     index = dataset.index(split)
-    names = ("images", "instances", "masks", "groups")
-    columns = [index.counts(name, dataset.categories) for name in names]
+    classes = pd.DataFrame([(category.id, category.name) for category in dataset.categories], columns=["id", "name"])
+    for name, column in COUNTS.items():
+        classes[name] = classes["id"].map(index.counts(column, dataset.categories))
     shards = [shard for shard in dataset.info.shards if shard.split == split]
     labels = None
     if label_images and len(index):
@@ -122,10 +126,7 @@ def _count_split(dataset: Dataset, split: str, label_images: int, seed: int) -> 
         shards=len(shards),
         nbytes=sum(shard.nbytes for shard in shards),
         sizes=_sizes(index.width, index.height) if len(index) else None,
-        classes=tuple(
-            ClassCounts(category.id, category.name, *(column[category.id] for column in columns))
-            for category in dataset.categories
-        ),
+        classes=classes,
         labels=labels,
     )
 
@@ -143,7 +144,7 @@ def _count_labels(samples: Sequence[Sample]) -> LabelCounts:
     instances = [instance for sample in samples for instance in sample.instances]
     return LabelCounts(
         images=len(samples),
-        classes={number: ClassLabels(present[number], absent[number]) for number in sorted(present | absent)},
+        classes={number: {"present": present[number], "absent": absent[number]} for number in sorted(present | absent)},
         objects=len(instances),
         flags={flag: sum(getattr(instance, flag) for instance in instances) for flag in FLAGS},
     )

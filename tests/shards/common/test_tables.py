@@ -13,6 +13,7 @@ def test_text_table_aligns_text_left_and_numbers_right() -> None:
     ]
     assert text_table(table[["share"]])[1:] == ["  0.5", "    -"]
     assert text_table(table.head(0)) == ["class  boxes  share  note"]
+    assert text_table(pd.DataFrame()) == []
 
 
 def test_text_table_aligns_names_of_any_script_and_width() -> None:

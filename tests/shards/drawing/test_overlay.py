@@ -107,7 +107,7 @@ def test_the_image_is_left_as_it_was() -> None:
 
 
 def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="1 scores for 2 instances"):
+    with pytest.raises(ValueError, match="scores has a length of 1: it must be 2"):
         drawn(boxed(), boxed(), scores=[0.5])
     with pytest.raises(ValueError, match="a mask is 10x10, the picture 400x300"):
         drawn(Instance(1, (0.0, 0.0, 5.0, 5.0), rle.encode(np.ones((10, 10)))))
@@ -134,7 +134,7 @@ def test_what_is_drawn_can_be_chosen() -> None:
     assert not boxes[150, 200]
     own = drawn(boxed(mask=True), colours=[(10, 250, 10)], captions=[""])
     assert own[150, 150].tolist() == [10, 250, 10]
-    with pytest.raises(ValueError, match="1 captions for 2 instances"):
+    with pytest.raises(ValueError, match="captions has a length of 1: it must be 2"):
         drawn(boxed(), boxed(), captions=["one"])
 
 

@@ -322,9 +322,7 @@ def test_members_in_another_order_or_form(tmp_path: Path) -> None:
         return faults(tmp_path)
 
     key = f"{1:016x}"
-    assert any(
-        f"a member '{key}.json' lies at byte 0, where <key>.jpg should be" in f for f in dataset(["json", "jpg"])
-    )
+    assert any(f"a member '{key}.json' is at byte 0, where <key>.jpg should be" in f for f in dataset(["json", "jpg"]))
     assert any(f"where {key}.json should be" in f and "the end of the tar" in f for f in dataset(["jpg"]))
     assert any(f"a member '{key}.json'" in f for f in dataset(["jpg", "json", "json"]))
     assert any("has another mode, time or owner" in f for f in dataset(["jpg", "json"], mtime=1))
@@ -362,7 +360,7 @@ def test_over_http(s3: S3Server, bucket: str, root: Path, capsys: pytest.Capture
     assert main([address, "--verify"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("no fault: 19 samples in 4 shards, 28 boxes, 19 masks, ")
-    assert captured.err.startswith(f"inspect-shards: note: {address}: http tells no listing: ")
+    assert captured.err.startswith(f"inspect-shards: note: {address}: http has no listing: ")
     assert captured.err.count("\n") == 1
 
     rows = open_dataset(str(root)).table.to_pylist()
