@@ -40,9 +40,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.building import machine
 from demo.scenes import SceneConfig, SceneObject, image_id, scene_of
 from shards.format import rle
-from shards.format.dataset import Category, IndexRow, Shard, finish_dataset
+from shards.format.dataset import Category, Shard, finish_dataset
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard, shard_path
+from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
 
 ROOT = Path(__file__).parents[1]

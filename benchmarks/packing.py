@@ -25,7 +25,7 @@ from benchmarks.building import machine
 from builder.packing.images import check_jpeg, encode_mask
 from shards.format.rle import Rle
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 
 Picture = tuple[str, bytes, list[bytes]]  # ImageID, JPEG, mask PNGs
 

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from demo.s3server import S3Server
 from shards.format.sample import Sample
-from shards.format.tar_members import read_members
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard, read_members
 from shards.storage.local_files import expect, read_file
 from shards.storage.location import Location
 from shards.storage.ranges import Read, read_many

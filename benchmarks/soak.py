@@ -30,9 +30,10 @@ import psutil
 
 from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
-from shards.format.dataset import Category, Dataset, IndexRow, Shard, finish_dataset, open_dataset
+from shards.format.dataset import Category, Dataset, Shard, finish_dataset, open_dataset
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard, shard_path
+from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
 from shards.stream.loader import LoaderStatistics, loader
 from shards.stream.streams import ShardStream

@@ -17,10 +17,11 @@ import pyarrow as pa
 from PIL import Image
 
 from shards.format import rle
-from shards.format.dataset import INDEX_SCHEMA, Category, Dataset, finish_dataset, open_dataset
+from shards.format.dataset import Category, Dataset, finish_dataset, open_dataset
 from shards.format.index import Index
+from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard, shard_path
+from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
 
 REPOSITORY = Path(__file__).parents[1]

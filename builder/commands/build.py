@@ -13,7 +13,6 @@ from typing import Any
 
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch
-from builder.fetching.retry import delete, retrying, write
 from builder.fetching.traffic import PROCESS, Traffic
 from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
@@ -23,24 +22,17 @@ from builder.planning.replacements import next_round
 from builder.sources.base import Source
 from builder.target.build_lock import Lock, hold, refuse_if_held
 from builder.target.build_state import README_FILE, claim, finished_results, read_rows, remove_strays
-from builder.target.dataset_card import ClassCounts, count_classes, render_card
-from builder.tasks.outcomes import Account, failed_images, read_accounts, reasons, write_accounts
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
 from shards.common.text import counted
-from shards.format.dataset import (
-    ACCOUNTS_FILE,
-    SPLITS,
-    Category,
-    DatasetInfo,
-    IndexRow,
-    Shard,
-    finish_dataset,
-    open_dataset,
-)
+from shards.format.accounts import Account, failed_images, read_accounts, reasons, write_accounts
+from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, Shard, finish_dataset, open_dataset
+from shards.format.dataset_card import ClassCounts, count_classes, render_card
+from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
 from shards.storage.location import Location, check_writable
+from shards.storage.retry import delete, retrying, write
 
 logger = logging.getLogger(__name__)
 

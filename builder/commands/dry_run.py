@@ -17,9 +17,9 @@ from builder.planning.class_report import ClassReport
 from builder.sources.base import Source
 from builder.sources.openimages.layout import PUBLIC_IMAGES, source_location
 from builder.sources.openimages.source import OpenImages
-from builder.target.dataset_card import ClassCounts
 from builder.tasks.plan import InlineMask, Member, Plan, PlannedImage
 from shards.format.dataset import SPLITS
+from shards.format.dataset_card import ClassCounts
 from shards.storage.location import Location
 
 SAMPLED = 64  # images whose length is asked for; the mean of Open Images' lengths is then known to about 8 %

@@ -20,7 +20,6 @@ from functools import partial
 from builder.commands.build import PreparedBuild, Summary, summarise, write_tables
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch_one
-from builder.fetching.retry import delete, retrying, write
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import read_members
 from builder.packing.executors import Engine, execute
@@ -29,13 +28,15 @@ from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
 from builder.target.build_lock import Lock, hold
 from builder.target.build_state import finish_retry, read_rows, retry_stage
-from builder.tasks.outcomes import PACKED, RECOVERED, Account, failed_images, read_accounts
 from builder.tasks.plan import InlineMask, Member, PlannedImage, PlannedObject, ShardTask
 from shards.common.errors import DatasetError, UserError
-from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, IndexRow, Shard, open_dataset
+from shards.format.accounts import PACKED, RECOVERED, Account, failed_images, read_accounts
+from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, Shard, open_dataset
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 from shards.storage.location import Location
+from shards.storage.retry import delete, retrying, write
 
 logger = logging.getLogger(__name__)
 

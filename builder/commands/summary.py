@@ -13,10 +13,10 @@ from builder.commands.dry_run import Estimate
 from builder.commands.progress import duration
 from builder.fetching.traffic import Traffic
 from builder.planning.class_report import ClassReport
-from builder.target.dataset_card import ClassCounts
-from builder.tasks.outcomes import FILTERED
 from shards.common.redact import redact
 from shards.common.text import counted
+from shards.format.accounts import FILTERED
+from shards.format.dataset_card import ClassCounts
 
 
 def render_summary(summary: Summary, out: str) -> str:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from builder.fetching.fetch import Refusal, Request, fetch
-from builder.fetching.retry import write
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
 from builder.packing.images import Failure, check_jpeg, encode_mask, pixel_box
 from builder.packing.inline_masks import encode_inline
-from builder.tasks.outcomes import PACKED, Account
 from builder.tasks.plan import (
     Annotation,
     InlineMask,
@@ -26,10 +24,13 @@ from builder.tasks.plan import (
     task_fingerprint,
 )
 from shards.format import rle
-from shards.format.dataset import IndexRow, Shard
+from shards.format.accounts import PACKED, Account
+from shards.format.dataset import Shard
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample, canonical_json
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 from shards.storage.location import Location
+from shards.storage.retry import write
 
 RECORDS = ".build"
 

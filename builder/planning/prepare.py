@@ -9,15 +9,16 @@ from typing import Any
 
 from builder.planning.class_report import ClassReport, classes_held, explain_shortage, report_classes
 from builder.planning.image_list import ImageList, ListedImage
-from builder.planning.selection import Partition, Quotas, seeded_order, select_images
+from builder.planning.selection import Partition, Quotas, select_images
 from builder.sources.base import Filters, Source, SourceSplit
 from builder.sources.taxonomy import Classes
 from builder.tasks.candidates import Candidates
-from builder.tasks.outcomes import Account
 from builder.tasks.plan import Plan, PlannedImage, cut_tasks, make_plan
 from shards.common.errors import UserError
 from shards.common.text import counted
+from shards.format.accounts import Account
 from shards.format.dataset import SPLITS
+from shards.format.shard_tar import seeded_order
 
 EVERYTHING = Filters()
 

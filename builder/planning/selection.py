@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from builder.tasks.candidates import Candidates
 from shards.format.dataset import SPLITS
+from shards.format.shard_tar import seeded_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +57,6 @@ def hash_fraction(text: str) -> float:
     """Return a pseudorandom number in [0, 1) that depends on nothing but the text (blake2b, 52 bits)."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 12) / (1 << 52)
-
-
-def seeded_order(image_ids: Iterable[str], seed: int) -> list[str]:
-    """Sort images by a seeded hash: the first n of them are a random sample, for any n."""
-
-    def rank(image_id: str) -> tuple[bytes, str]:
-        return hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest(), image_id
-
-    return sorted(image_ids, key=rank)
 
 
 def select_images(

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
-from builder.fetching import retry
 from builder.fetching.fetch import Refusal, Request, fetch
 from shards.common.errors import StorageError, UserError
 from shards.format.sample import canonical_json
+from shards.storage import retry
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 

@@ -1,4 +1,4 @@
-"""The records that pass between the steps of a build: candidates, plans and outcomes.
+"""The records that pass between the steps of a build: candidates and plans.
 
 They hold no behaviour beyond their own consistency.
 """

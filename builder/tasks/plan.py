@@ -9,7 +9,7 @@ from typing import Any
 
 from shards.format.dataset import VERSION, Category
 from shards.format.sample import canonical_json
-from shards.format.writer import shard_path
+from shards.format.shard_tar import shard_path
 
 
 @dataclass(frozen=True, slots=True)

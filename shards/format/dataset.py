@@ -22,7 +22,7 @@ from shards.common.errors import DatasetError, StorageError
 from shards.common.json_fields import flat, is_text
 from shards.common.text import counted, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
-from shards.format.index_schema import INDEX_SCHEMA
+from shards.format.index_schema import INDEX_SCHEMA, IndexRow, one_line
 from shards.format.sample import canonical_json
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
@@ -67,24 +67,6 @@ class Shard:
     samples: int
     nbytes: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class IndexRow:
-    """One row of the index; the columns of `INDEX_SCHEMA`."""
-
-    image_id: str
-    split: str
-    shard: str
-    offset: int
-    nbytes: int
-    crc32: int
-    width: int
-    height: int
-    classes: tuple[int, ...]
-    instances: tuple[int, ...]
-    masks: tuple[int, ...]
-    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -318,6 +300,18 @@ def _read(location: Location, answer: bytes | Exception) -> bytes:
         return answer
     with storage_errors(location.url):
         raise answer
+
+
+def accounts_table(data: bytes, where: str) -> pa.Table:
+    """Parse the bytes of `accounts.parquet`; `where` is named in errors.
+
+    Raises:
+        DatasetError: the data is not such a table.
+    """
+    try:
+        return pq.read_table(pa.BufferReader(data), schema=ACCOUNTS_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{where}: damaged ({one_line(error)}): build the dataset again") from error
 
 
 def finish_dataset(

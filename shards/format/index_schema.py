@@ -1,7 +1,8 @@
-"""The columns of `index.parquet`, and what is wrong with a file that has others."""
+"""The columns of `index.parquet`: their types, a row, and the faults of a file that has others."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -10,22 +11,40 @@ INDEX_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
         ("split", pa.string()),
-        ("shard", pa.string()),  # the shard's path below the root, such as train/000000.tar
-        ("offset", pa.int64()),  # of the sample's first tar header in the shard, in bytes
-        ("nbytes", pa.int64()),  # of both members with headers and padding; offset + nbytes is the next sample
+        ("shard", pa.string()),  # the shard's path under the root, such as train/000000.tar
+        ("offset", pa.int64()),  # of the sample's first tar header in its shard, in bytes
+        ("nbytes", pa.int64()),  # of both members with headers and padding; the next sample starts at offset + nbytes
         ("crc32", pa.uint32()),  # of those bytes
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("classes", pa.list_(pa.int32())),  # ids of the classes that have an instance, ascending
-        ("instances", pa.list_(pa.int32())),  # one count a class of `classes`: boxes, with masks or without
-        ("masks", pa.list_(pa.int32())),  # likewise: instances with a mask
-        ("groups", pa.list_(pa.int32())),  # likewise: instances that are group-of regions
+        ("instances", pa.list_(pa.int32())),  # for each of `classes`: boxes, with masks or without
+        ("masks", pa.list_(pa.int32())),  # for each of `classes`: instances with a mask
+        ("groups", pa.list_(pa.int32())),  # for each of `classes`: group-of regions
     ]
 )
 
 
+@dataclass(frozen=True, slots=True)
+class IndexRow:
+    """One row of the index; the columns of `INDEX_SCHEMA`."""
+
+    image_id: str
+    split: str
+    shard: str
+    offset: int
+    nbytes: int
+    crc32: int
+    width: int
+    height: int
+    classes: tuple[int, ...]
+    instances: tuple[int, ...]
+    masks: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
 def schema_fault(found: pa.Schema) -> str:
-    """What the schema of a file lacks of `INDEX_SCHEMA`; "" for nothing. Columns that it has beside are left alone."""
+    """Return how a file's schema differs from `INDEX_SCHEMA`; "" if it does not. Additional columns are ignored."""
     for item in INDEX_SCHEMA:
         if (times := found.names.count(item.name)) != 1:
             return f"there is no column {item.name}" if not times else f"column {item.name} occurs {times} times"
@@ -36,10 +55,10 @@ def schema_fault(found: pa.Schema) -> str:
 
 
 def column_fault(name: str, column: pa.ChunkedArray) -> str:
-    """What a column, whole as it was read, has that it must not have: rows without a value; "" for nothing.
+    """Return the fault of a whole column, rows without a value; "" if it has none.
 
     Raises:
-        pyarrow.ArrowInvalid: texts that are not UTF-8.
+        pyarrow.ArrowInvalid: strings are not UTF-8.
     """
     if not pa.types.is_list(column.type):
         column.validate(full=True)
@@ -50,12 +69,12 @@ def column_fault(name: str, column: pa.ChunkedArray) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What Arrow says, which may be many lines."""
+    """Return an error's message on one line: Arrow's may have many."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _same(one: Any, other: Any) -> bool:
-    # Whoever wrote the file may call the entries of lists by another name, which is part of Arrow's type.
+    # Writers name the entries of lists differently, and that name is part of Arrow's type.
     if pa.types.is_list(one) and pa.types.is_list(other):
         return bool(one.value_type == other.value_type)
     return bool(one == other)

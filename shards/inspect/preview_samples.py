@@ -19,7 +19,7 @@ from shards.format.dataset import Dataset
 from shards.format.index import Index
 from shards.format.sample import Sample
 from shards.format.selection import hash_keys, with_categories
-from shards.format.tar_members import BLOCK, parse_header, read_members
+from shards.format.shard_tar import BLOCK, parse_header, read_members
 from shards.format.validation import check_contents
 from shards.storage.explain import explain
 from shards.storage.location import Location

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 
 from shards.common.errors import SampleError
 from shards.common.text import counted, printable
-from shards.format.dataset import DATASET_FILE, IndexRow, Shard
+from shards.format.dataset import DATASET_FILE, Shard
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
+from shards.format.shard_tar import index_row
 from shards.format.validation import content_faults
-from shards.format.writer import index_row
 from shards.inspect.shard_scanner import Broken, Found, ShardBytes, walk
 from shards.storage.explain import explain
 from shards.storage.location import Location

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from shards.format.tar_members import BLOCK, parse_header
+from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location
 from shards.storage.ranges import Bytes, Read, start_read
 

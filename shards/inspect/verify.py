@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DatasetError, StorageError
 from shards.common.text import counted, shown
-from shards.format.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, IndexRow, Shard, read_value
+from shards.format.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, Shard, read_value
 from shards.format.index import IndexFile
+from shards.format.index_schema import IndexRow
 from shards.inspect.shard_check import Checked, Fault, ShardCheck
 from shards.storage.explain import explain
 from shards.storage.location import Location

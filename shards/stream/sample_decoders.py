@@ -1,7 +1,7 @@
 """What a stream makes of the bytes of a sample, a small tar of its own: a `Sample`, webdataset's dict, or your own.
 
 A `Parse` is called in the loader process with the bytes, the index, the row, and where the dataset lies. It starts from
-`shards.format.tar_members.read_members`.
+`shards.format.shard_tar.read_members`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from shards.format.index import Index
 from shards.format.sample import Sample
 from shards.format.selection import with_categories
-from shards.format.tar_members import read_members
+from shards.format.shard_tar import read_members
 
 Parse = Callable[[memoryview, Index, int, str], Any]
 

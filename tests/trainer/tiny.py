@@ -16,9 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from shards.format import rle
-from shards.format.dataset import Category, IndexRow, Shard, finish_dataset
+from shards.format.dataset import Category, Shard, finish_dataset
+from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard, shard_path
+from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
 from trainer.commands import train
 from trainer.model.build import build_model, num_classes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shards.common.class_hierarchy import parse_hierarchy
 from shards.common.errors import UserError
-from shards.format.class_hierarchy import parse_hierarchy
 from shards.format.dataset import Category
 from shards.storage.location import Location
 

@@ -8,8 +8,8 @@ from collections import defaultdict
 from builder.fetching.fetch import Request, fetch_all
 from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Taxonomy
+from shards.common.class_hierarchy import parse_hierarchy
 from shards.common.errors import UserError
-from shards.format.class_hierarchy import parse_hierarchy
 from shards.storage.location import Location
 
 

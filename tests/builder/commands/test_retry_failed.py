@@ -10,9 +10,9 @@ import pytest
 
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
-from builder.tasks.outcomes import RECOVERED
 from demo.scenes import SceneTruth
 from shards.common.errors import DatasetError, UserError
+from shards.format.accounts import RECOVERED
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import build, quotas, retry_failed

@@ -6,10 +6,11 @@ from PIL import Image
 from builder.fetching.fetch import Refusal
 from builder.fetching.traffic import Traffic
 from builder.packing.pack import TaskResult, pack_image
-from builder.tasks.outcomes import Account
 from builder.tasks.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
 from shards.format import rle
-from shards.format.dataset import IndexRow, Shard
+from shards.format.accounts import Account
+from shards.format.dataset import Shard
+from shards.format.index_schema import IndexRow
 from tests.support import jpeg
 
 

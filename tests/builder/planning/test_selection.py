@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.planning.selection import Partition, hash_fraction, seeded_order, select_images
+from builder.planning.selection import Partition, hash_fraction, select_images
 from builder.tasks.candidates import Candidates
 from shards.format.dataset import SPLITS
+from shards.format.shard_tar import seeded_order
 
 Classes = dict[int, Candidates]
 

@@ -4,7 +4,7 @@ import pytest
 
 from shards.common.errors import DatasetError
 from shards.format.dataset import Category, finish_dataset, open_dataset
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 from shards.storage.location import Location
 from tests.support import CATEGORIES, sample, write_dataset
 
@@ -61,7 +61,10 @@ def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
         ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
         ({"plan": None}, "plan is None, not a text"),
         ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
-        ({"classes": [{"id": 1, "name": "\ud800", "mid": ""}]}, r"name of a category is '\\ud800', which is no text"),
+        (
+            {"classes": [{"id": 1, "name": "\ud800", "mid": ""}]},
+            r"name of a category is '\\ud800', which is not valid Unicode",
+        ),
         ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
     ],
 )

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.common.errors import DatasetError
-from shards.format.dataset import INDEX_SCHEMA, open_dataset
+from shards.format.dataset import open_dataset
 from shards.format.index import Index, IndexFile, row_numbers
+from shards.format.index_schema import INDEX_SCHEMA
 from shards.inspect.cli import main
 from tests.support import make_index, sample, write_dataset
 

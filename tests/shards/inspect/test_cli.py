@@ -10,7 +10,7 @@ import pytest
 from shards.common.output import print_to_reader
 from shards.common.text import columns_of
 from shards.format.dataset import Category, finish_dataset
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 from shards.inspect.cli import main
 from shards.inspect.shard_check import Fault
 from shards.storage.location import Location

@@ -15,7 +15,7 @@ from demo.scenes import SceneTruth
 from shards.format import rle
 from shards.format.dataset import Category, finish_dataset
 from shards.format.sample import Instance, Sample
-from shards.format.writer import pack_shard, shard_path
+from shards.format.shard_tar import pack_shard, shard_path
 from shards.inspect.cli import main
 from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_mask, small_picture
 from shards.storage.location import Location

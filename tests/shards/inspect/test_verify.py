@@ -17,8 +17,9 @@ import pytest
 
 from demo.s3server import S3Server
 from shards.format import rle
-from shards.format.dataset import INDEX_SCHEMA, finish_dataset, open_dataset
-from shards.format.writer import pack_shard
+from shards.format.dataset import finish_dataset, open_dataset
+from shards.format.index_schema import INDEX_SCHEMA
+from shards.format.shard_tar import pack_shard
 from shards.inspect import shard_scanner as walk
 from shards.inspect.cli import main
 from shards.inspect.verify import Verification

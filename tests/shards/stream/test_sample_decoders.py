@@ -8,7 +8,7 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from shards.common.errors import SampleError
 from shards.format.sample import Sample
-from shards.format.tar_members import read_members
+from shards.format.shard_tar import read_members
 from shards.stream.sample_decoders import parse_sample, webdataset_sample
 from tests.support import sample, write_dataset
 
@@ -67,8 +67,8 @@ KEY = f"{0:016x}"
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (tar({f"{1:016x}.jpg": b"1"}), f"{1:016x}.jpg lies where the index has {KEY}: build"),
-        (tar({f"folder/{KEY}.jpg": b"1"}), f"folder/{KEY}.jpg lies where the index has {KEY}: build"),
+        (tar({f"{1:016x}.jpg": b"1"}), f"found {1:016x}.jpg where the index has {KEY}: build"),
+        (tar({f"folder/{KEY}.jpg": b"1"}), f"found folder/{KEY}.jpg where the index has {KEY}: build"),
         (tar({f"{KEY}.jpg": b"1"})[:512], f"{KEY}.jpg has 1 bytes, 0 of them are in the range of the index"),
         (tar({f"{KEY}.jpg": b"1"})[:300], f"sample {KEY}: no tar header"),
         (tar({f"{KEY}.jpg": b"1"}, type=tarfile.DIRTYPE), "no tar header of a plain file"),

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.fetching import retry
 from shards.common.errors import StorageError
+from shards.storage import retry
 from shards.storage.location import Location
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from shards.common.class_hierarchy import HierarchyNode, parse_hierarchy
 from shards.common.errors import UserError
-from shards.format.class_hierarchy import HierarchyNode, parse_hierarchy
 
 
 def test_nodes_come_with_the_labels_above_them_and_a_part_is_not_a_kind() -> None:

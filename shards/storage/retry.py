@@ -1,4 +1,4 @@
-"""Work at the target that is tried again: a store that is busy for a moment must not end a build."""
+"""Writes and deletions that are retried: a store that is busy for a moment must not end hours of work."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def retrying(action: Callable[[], T]) -> T:
-    """Do something idempotent at a store until it succeeds, `ATTEMPTS` times at most, with back-off and jitter.
+    """Do something idempotent at a store until it succeeds, at most `ATTEMPTS` times, and return its result.
 
     Raises:
-        StorageError: it cannot succeed (no such bucket, access refused), or still failed at the last attempt.
+        StorageError: it cannot succeed (no such bucket, access refused), or the last attempt failed.
     """
     for attempt in attempts(ATTEMPTS, FIRST_DELAY_S):
         try:
@@ -30,12 +30,12 @@ def retrying(action: Callable[[], T]) -> T:
         except StorageError as error:
             if error.permanent or attempt == ATTEMPTS:
                 raise
-            logger.debug("%s; attempt %d of %d, again soon", error, attempt, ATTEMPTS)
+            logger.debug("%s; attempt %d of %d failed", error, attempt, ATTEMPTS)
     raise AssertionError("unreachable")
 
 
 def write(location: Location, data: bytes) -> None:
-    """`Location.write`, tried again.
+    """Call `Location.write` with retries.
 
     Raises:
         StorageError: see `retrying`.
@@ -44,7 +44,7 @@ def write(location: Location, data: bytes) -> None:
 
 
 def delete(location: Location, *, recursive: bool = False) -> None:
-    """`Location.delete`, tried again.
+    """Call `Location.delete` with retries.
 
     Raises:
         StorageError: see `retrying`.

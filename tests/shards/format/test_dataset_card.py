@@ -1,8 +1,9 @@
 import pytest
 import yaml
 
-from builder.target.dataset_card import ClassCounts, count_classes, render_card
-from shards.format.dataset import Category, IndexRow, Shard
+from shards.format.dataset import Category, Shard
+from shards.format.dataset_card import ClassCounts, count_classes, render_card
+from shards.format.index_schema import IndexRow
 
 CATEGORIES = (Category(1, "Dog", "/m/0bt9lr"), Category(2, "Cat", "/m/01yrx"), Category(3, "Ant", "/m/0_k2"))
 SHARD = Shard("val/000000.tar", "val", 1, 10240, "00")

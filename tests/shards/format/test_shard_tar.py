@@ -9,7 +9,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from shards.format.writer import pack_shard
+from shards.format.shard_tar import pack_shard
 from tests.support import sample, write_dataset
 
 

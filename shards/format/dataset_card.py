@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from shards.common.text import counted
-from shards.format.dataset import SPLITS, Category, IndexRow, Shard
+from shards.format.dataset import SPLITS, Category, Shard
+from shards.format.index_schema import IndexRow
 from shards.format.sample import FLAGS
 
 # Our split names, and those that Hugging Face's tools expect.
