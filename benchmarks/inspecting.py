@@ -1,10 +1,9 @@
-"""What `inspect-shards` costs: the page of a million samples, and `--verify` beside `sha256sum` of the same bytes.
+"""Time and peak memory of `inspect-shards`: the page of a million samples, and `--verify` compared with `sha256sum`.
 
     python benchmarks/inspecting.py [--samples 1000000]
 
-The million samples lie in sparse files: only those that will be read are really written, where the index has them (the
-others are holes). Each command runs in a process of its own, and its peak memory is that process's. Prints a Markdown
-table. Needs Linux and 400 MB of disk, on a file system that knows sparse files.
+The million samples are sparse files in which only the samples that will be read are written. Each command runs in its
+own process. Prints a Markdown table. Needs Linux and 400 MB of disk on a file system with sparse files.
 """
 
 from __future__ import annotations
@@ -42,9 +41,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--samples", type=int, default=1_000_000, help="of the large dataset [1000000]")
+    parser.add_argument(
+        "--samples", type=int, default=1_000_000, help="number of samples of the large dataset (default: %(default)s)"
+    )
     count = parser.parse_args().samples
     print(f"{os.cpu_count()} cores\n\n| | seconds | peak memory | |\n| --- | ---: | ---: | --- |")
     with tempfile.TemporaryDirectory() as folder:
@@ -52,15 +53,15 @@ def main() -> int:
         nbytes = write_large(large, count)
         idle, floor = run("import shards.inspect.cli")
         print(f"| importing the command | {idle:.1f} | {floor:.0f} MB | |")
-        told = f"{count} samples, {nbytes / 1e9:.1f} GB"
+        described = f"{count} samples, {nbytes / 1e9:.1f} GB"
         seconds, memory = inspect(large)
-        print(f"| counts | {seconds:.1f} | {memory:.0f} MB | {told} |")
+        print(f"| counts | {seconds:.1f} | {memory:.0f} MB | {described} |")
         seconds, memory = inspect(large, "--html", str(Path(folder, "page.html")))
         size = Path(folder, "page.html").stat().st_size / 1e6
-        print(f"| page | {seconds:.1f} | {memory:.0f} MB | {told}; the page has {size:.1f} MB |")
+        print(f"| page | {seconds:.1f} | {memory:.0f} MB | {described}; the page has {size:.1f} MB |")
         nbytes = write_small(small)
         paths = sorted(map(str, small.rglob("*.tar")))
-        subprocess.run(["cat", *paths], check=True, stdout=subprocess.DEVNULL)  # from the page cache, for both
+        subprocess.run(["cat", *paths], check=True, stdout=subprocess.DEVNULL)  # both read from the page cache
         start = time.monotonic()
         subprocess.run(["sha256sum", *paths], check=True, stdout=subprocess.DEVNULL)
         hashed = time.monotonic() - start
@@ -71,13 +72,13 @@ def main() -> int:
 
 
 def inspect(root: Path, *options: str) -> tuple[float, float]:
-    """Seconds and peak MB of one command."""
+    """Return the seconds and peak MB of one command."""
     return run("import shards.inspect.cli; shards.inspect.cli.main(sys.argv[1:])", str(root), *options)
 
 
 def run(code: str, *arguments: str) -> tuple[float, float]:
-    """Seconds and peak MB of some Python in a process of its own."""
-    # Not getrusage, whose peak begins with this process's, of which that one is a fork.
+    """Run Python code in its own process and return its seconds and peak MB."""
+    # getrusage would count the memory of this process, of which the other is a fork.
     measure = "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
     command = [sys.executable, "-c", f"import sys; {code}{measure}", *arguments]
     start = time.monotonic()
@@ -88,7 +89,7 @@ def run(code: str, *arguments: str) -> tuple[float, float]:
 
 
 def make_sample(number: int, picture: bytes) -> Sample:
-    """A sample of 1024x768 pixels with two masks and a box; its length in bytes is that of all others."""
+    """Make a sample of 1024x768 pixels with two masks and a box; all samples have the same number of bytes."""
     mask = np.zeros((768, 1024), np.uint8)
     mask[200:500, 300:700] = 1
     segmentation = rle.encode(mask)
@@ -104,7 +105,7 @@ def make_sample(number: int, picture: bytes) -> Sample:
 
 
 def make_picture(seed: int) -> bytes:
-    """A JPEG of about 300 kB, as Open Images has them."""
+    """Make a JPEG of about 300 kB, a typical size in Open Images."""
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
     small = Image.fromarray(rng.integers(0, 255, (288, 384, 3), dtype=np.uint8))
@@ -113,7 +114,7 @@ def make_picture(seed: int) -> bytes:
 
 
 def write_small(root: Path) -> int:
-    """500 samples, every byte of them; returns their bytes."""
+    """Write a dataset of 500 samples and return the bytes of its shards."""
     location, rows, shards = Location(str(root)), [], []
     pictures = [make_picture(seed) for seed in range(10)]
     for number in range(5):
@@ -127,7 +128,7 @@ def write_small(root: Path) -> int:
 
 
 def write_large(root: Path, count: int) -> int:
-    """A dataset of which only the samples that will be read are there; returns the bytes that it seems to have."""
+    """Write a dataset that has only the samples that will be read, and return its apparent size in bytes."""
     picture = make_picture(0)
     length = pack_shard([make_sample(0, picture)], split="train", path="").rows[0].nbytes
     numbers = np.arange(count)
@@ -151,7 +152,7 @@ def write_large(root: Path, count: int) -> int:
     ]
     write_index(root, columns, shards)
     dataset = open_dataset(str(root))
-    # Which ones are read depends on keys and classes alone, not on what is now filled in.
+    # The choice of samples depends on keys and classes only, not on the crc32 that are filled in below.
     shown = {row.row for row in choose(dataset, SHOWN)} | set(first_rows(dataset.index("train"), LABEL_IMAGES).tolist())
     for n in sorted(shown):
         data = pack_shard([make_sample(n, picture)], split="train", path="").data[:length]
@@ -166,7 +167,7 @@ def write_large(root: Path, count: int) -> int:
 
 
 def write_index(root: Path, columns: dict[str, object], shards: list[Shard]) -> None:
-    """As `finish_dataset` writes it, without a Python object a row."""
+    """Write index and `dataset.json` as `finish_dataset` does, without a Python object per row."""
     root.mkdir(exist_ok=True)
     arrays = {name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names}
     pq.write_table(pa.table(arrays, schema=INDEX_SCHEMA), root / INDEX_FILE, compression="zstd")

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Look into shards
 #
-# From a dataset on any storage to pictures. Each `# %%` begins a cell in VS Code, PyCharm, Spyder and Jupytext. It runs
-# as a script as well, without a display, and leaves its pictures in a folder:
+# From a dataset on any storage to pictures. Each `# %%` starts a cell in VS Code, PyCharm, Spyder and Jupytext. The file
+# also runs as a script, without a display, and writes its pictures to a folder:
 #
 #     SHARDS=s3://bucket/traffic OUT=look python examples/look_into_shards.py
 
@@ -25,17 +25,16 @@ OUT = Path(os.environ.get("OUT", "look"))
 OUT.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
-# Opening reads two small files, `dataset.json` and `index.parquet`. Counting needs no more than them.
+# Opening a dataset reads two small files, `dataset.json` and `index.parquet`, from which the classes are counted.
 
 # %%
 dataset = open_dataset(ROOT)
-for row in totals(count(dataset)):
-    if row.images:
-        print(f"{row.name}: {row.images} images, {row.boxes} boxes, {row.masks} masks, {row.box_only} with a box only")
+classes = totals(count(dataset))
+print(classes[classes["images"] > 0].to_string(index=False))
 
 # %% [markdown]
-# Eight samples, some of every class and split, are fetched by range: nothing else of the shards is read. Masks are
-# filled, boxes without a mask are dashed, group-of regions are hatched.
+# Range requests fetch eight samples of different classes and splits, and no other part of the shards. Masks are filled,
+# boxes without a mask are dashed, group-of regions are hatched.
 
 # %%
 samples = [sample for _, sample in read_samples(dataset, choose(dataset, 8))]
@@ -49,8 +48,8 @@ for sample in samples:
     picture.save(OUT / f"{sample.image_id}.png")
 
 # %% [markdown]
-# One image by its id, as the arrays that matterport's Mask_RCNN works with: masks `[H, W, N]`, boxes `y1, x1, y2, x2`,
-# class ids that index the names, of which the first is the background.
+# One image by its id, as the arrays of matterport's Mask_RCNN: masks `[H, W, N]`, boxes `[N, 4]` y1, x1, y2, x2, and
+# class ids, which index the class names, the first of which is the background.
 
 # %%
 most = max(samples, key=lambda one: sum(instance.segmentation is not None for instance in one.instances))

@@ -1,5 +1,5 @@
 "use strict";
-// Text of the data becomes text of the page by textContent alone: no markup of it is ever parsed.
+// Text of the dataset is shown by textContent only, so that no markup in it is ever parsed.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const classes = new Map(data.classes.map((one) => [one.id, one]));
@@ -33,12 +33,12 @@
   }
   function link(text, address) {
     let url = null;
-    try { url = new URL(address); } catch { /* not an address: text alone */ }
+    try { url = new URL(address); } catch { /* not a URL: shown as text */ }
     if (!url || !["http:", "https:"].includes(url.protocol)) return make("span", { class: "data", text: text || address });
     return make("a", { class: "data", href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", text: text || address });
   }
   const named = (id, text) => make("span", { class: "named" }, swatch(id), make("span", { class: "data", text }));
-  // A name has an element of its own: a mark in it that turns the direction of writing turns nothing else.
+  // Each name has its own element, so that a direction mark in it does not affect the text around it.
   const listed = (texts) => texts.flatMap((text, place) => [...(place ? [", "] : []), make("bdi", { text })]);
   const term = (name, ...values) => [make("dt", { text: name }), make("dd", {}, ...values)];
 
@@ -74,10 +74,10 @@
 
   function showClasses() {
     const split = data.splits.find((one) => one.split === counted);
-    const asked = (split ? [split] : data.splits).filter((one) => one.labels);
-    const images = sum(asked, (one) => one.images);
-    // Of each split some images were looked at: they stand for all of it.
-    const verified = (id, kind) => sum(asked, (one) => ((one.labels.classes[id] || {})[kind] || 0) * (one.images / one.labels.images));
+    const counts = (split ? [split] : data.splits).filter((one) => one.labels);
+    const images = sum(counts, (one) => one.images);
+    // The images whose annotations were read represent all images of their split.
+    const verified = (id, kind) => sum(counts, (one) => ((one.labels.classes[id] || {})[kind] || 0) * (one.images / one.labels.images));
     const rows = (split ? split.classes : data.all).filter((row) => row.images).sort((a, b) => b.boxes - a.boxes || a.id - b.id);
     const most = Math.max(1, ...rows.map((row) => row.boxes));
     const shown = allClasses ? rows : rows.slice(0, FIRST_CLASSES);
@@ -89,8 +89,8 @@
         part.style.width = `${(100 * value) / most}%`;
         bars.append(part);
       }
-      const told = ["present", "absent"].map((kind) => percent(verified(row.id, kind), images));
-      const cells = [number(row.images), number(row.boxes), number(row.masks), percent(boxOnly(row), row.boxes - row.groups), number(row.groups), ...told];
+      const shares = ["present", "absent"].map((kind) => percent(verified(row.id, kind), images));
+      const cells = [number(row.images), number(row.boxes), number(row.masks), percent(boxOnly(row), row.boxes - row.groups), number(row.groups), ...shares];
       const name = make("th", { scope: "row" }, named(row.id, row.name));
       return make("tr", {}, name, make("td", {}, bars), ...cells.map((text) => make("td", { text })));
     }));
@@ -98,10 +98,10 @@
     $("more").textContent = allClasses ? `Show the ${FIRST_CLASSES} most frequent` : `Show all ${rows.length} classes`;
     const missing = data.classes.length - rows.length;
     const where = split ? `${split.split}: ${several(split.images, "image")}` : `all splits: ${several(sum(data.splits, (one) => one.images), "image")}`;
-    $("split-facts").textContent = where + (missing ? `; of the classes, ${missing} more in none of them` : "");
-    const looked = sum(asked, (one) => one.labels.images);
-    const of = looked === images ? "all images" : `the images, by a random ${number(looked)} of ${number(images)}`;
-    $("label-note").textContent = asked.length ? `Verified labels: share of ${of}. In the others the class is unknown, not absent.` : "Verified labels were not counted (--label-images 0).";
+    $("split-facts").textContent = where + (missing ? `; ${missing} more of the classes in none of them` : "");
+    const read = sum(counts, (one) => one.labels.images);
+    const of = read === images ? "all images" : `the images, estimated from a random ${number(read)} of ${number(images)}`;
+    $("label-note").textContent = counts.length ? `Verified labels: share of ${of}. In all others the class is unknown, not absent.` : "Verified labels were not counted (--label-images 0).";
   }
 
   function showTabs() {
@@ -160,14 +160,14 @@
     const counts = new Map();
     for (const object of sample.objects) counts.set(object.class, (counts.get(object.class) || 0) + 1);
     const names = [...counts].map(([id, count]) => (count > 1 ? `${count} × ${nameOf(id)}` : nameOf(id)));
-    return names.length ? names : ["nothing annotated"];
+    return names.length ? names : ["no annotations"];
   }
   const describe = (sample) => holds(sample).join(", ");
 
   // The gallery -----------------------------------------------------------------------------------------------------
   const cards = data.samples.map((sample, place) => {
     const frame = make("span", { class: "frame" });
-    const ratio = Math.min(Math.max(ratioOf(sample), 0.6), 2.4); // a panorama would be a line, a tower a column
+    const ratio = Math.min(Math.max(ratioOf(sample), 0.6), 2.4); // limits the height and width of extreme formats
     fillFrame(frame, sample, ratio, true);
     const caption = make("span", { class: "caption" }, make("span", { class: "data" }, ...listed(holds(sample))), make("span", { class: "split", text: sample.split }));
     const button = make("button", { type: "button", class: "card", "aria-label": `${sample.id}, ${sample.split}: ${describe(sample)}`, "aria-haspopup": "dialog" }, frame, caption);
@@ -183,8 +183,8 @@
     ["a mask", (sample, own) => own.some((object) => object.outline)],
     ["a box only", (sample, own) => own.some((object) => !object.outline && !object.flags.includes(groupFlag))],
     ...data.flags.map((name, place) => [name, (sample, own) => own.some((object) => object.flags.includes(place))]),
-    ["nothing annotated", (sample) => !sample.objects.length],
-    ["a class ruled out", (sample, own, id) => (id ? sample.absent.includes(id) : sample.absent.length > 0)],
+    ["no annotations", (sample) => !sample.objects.length],
+    ["a class verified absent", (sample, own, id) => (id ? sample.absent.includes(id) : sample.absent.length > 0)],
     ["a rotation", (sample) => sample.rotation !== 0],
   ];
 
@@ -206,7 +206,7 @@
     const [name, test] = FLAGS[Number($("by-flag").value)];
     visible = data.samples.flatMap((sample, place) => {
       const own = id ? sample.objects.filter((object) => object.class === id) : sample.objects;
-      const hasClass = !id || own.length > 0 || name === "a class ruled out";
+      const hasClass = !id || own.length > 0 || name === "a class verified absent";
       return (!split || sample.split === split) && hasClass && test(sample, own, id) ? [place] : [];
     });
     $("gallery").replaceChildren(...visible.map((place) => cards[place].item));
@@ -255,12 +255,12 @@
     if (object.iou !== null) flags.push(`predicted IoU ${object.iou}`);
     const share = object.share === null ? "no mask" : `${(100 * object.share).toFixed(object.share < 0.1 ? 1 : 0)} %`;
     const row = make("tr", { tabindex: "0" }, name, make("td", { text: flags.join(", ") }), make("td", { text: share }));
-    for (const [event, lit] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]]) {
+    for (const [event, active] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]]) {
       row.addEventListener(event, () => {
         for (const shape of $("detail").querySelectorAll(".shape")) {
           const own = Number(shape.dataset.place) === place;
-          shape.classList.toggle("lit", lit && own);
-          shape.classList.toggle("dim", lit && !own);
+          shape.classList.toggle("highlighted", active && own);
+          shape.classList.toggle("dim", active && !own);
         }
       });
     }
@@ -276,7 +276,7 @@
     ];
     if (sample.original_url) entries.push(...term("Source", link("", sample.original_url)));
     entries.push(...term("Size", `${sample.width} × ${sample.height} pixels, ${sample.split}`));
-    if (sample.rotation) entries.push(...term("Rotation", `stands upright when turned ${sample.rotation}° counter-clockwise`));
+    if (sample.rotation) entries.push(...term("Rotation", `upright after a rotation of ${sample.rotation}° counter-clockwise`));
     entries.push(...term("Verified present", names(sample.present)), ...term("Verified absent", names(sample.absent)));
     return entries;
   }
@@ -307,7 +307,7 @@
   makeFilters();
   makeToggles();
   filter();
-  $("gallery-note").textContent = `${several(cards.length, "sample")}, chosen by a hash (seed ${data.seed}) so that every class and split has its share: rare classes are here as often as frequent ones. Open one for its masks, flags and author.`;
+  $("gallery-note").textContent = `${several(cards.length, "sample")}, chosen by a hash (seed ${data.seed}) so that rare classes occur as often as frequent ones. Open one to see its masks, flags and author.`;
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
   $("close").addEventListener("click", () => $("detail").close());

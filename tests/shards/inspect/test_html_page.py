@@ -240,7 +240,7 @@ def test_everything_by_keyboard(page: Any) -> None:
     assert labels[2].startswith(title.text)
     row = page.find_element("css selector", "#objects tbody tr")
     page.execute_script("arguments[0].focus()", row)
-    assert len(page.find_elements("css selector", ".shape.lit")) == 2  # on the photograph and on the mask
+    assert len(page.find_elements("css selector", ".shape.highlighted")) == 2  # on the photograph and on the mask
     press(page, Keys.ESCAPE)
     assert not title.is_displayed()
     WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
