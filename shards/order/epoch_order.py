@@ -1,39 +1,39 @@
-"""In which order an epoch visits the samples, as batches: arithmetic on arrays, no I/O, no state.
+"""The order of an epoch's samples, as batches.
 
-Training reads an endless row of global batches G = 0, 1, 2, ...; rank r of W takes G = r, r + W, r + 2W, ... So every
-rank has the same number of batches at all times, and the position of a run is the one integer G, whatever the number of
-ranks and workers that read before or will read after it.
+Training reads an endless sequence of global batches G = 0, 1, 2, ...; rank r of W takes G = r, r + W, r + 2W, ... Every
+rank therefore has the same number of batches at all times, and the position of a run is the single integer G, whatever
+the number of ranks and workers before and after it.
 
 An epoch
-  1. permutes the chunks of the split (runs of neighbours of about `chunk_bytes` in one shard) and turns the result by a
-     random amount, so that the leftovers (fewer than one batch) differ each epoch even where there is one chunk;
-  2. cuts it into `lanes`, whole batches each; batch g of the epoch comes from lane g mod lanes, so a worker reads few
-     shards at a time when lanes is a multiple of ranks x workers, and smaller ranges when it is not;
-  3. shuffles each lane inside windows of `window` samples;
-  4. if asked, forms batches of portrait or landscape images only (but for at most one mixed batch a lane).
+  1. permutes the chunks of the split (runs of neighbours of about `chunk_bytes` in one shard) and rotates the result by
+     a random amount, so that the leftovers (fewer than one batch) differ in each epoch even if there is only one chunk;
+  2. cuts the result into `lanes` of whole batches; batch g of the epoch comes from lane g mod lanes. A worker reads few
+     shards at a time if lanes is a multiple of ranks x workers, and smaller ranges otherwise;
+  3. shuffles each lane within windows of `window` samples;
+  4. optionally forms batches of portrait or landscape images only (except for at most one mixed batch per lane).
 
-A batch is computed from its position alone: the chunks' permutation and the windows that it touches, not the epoch, so
-that a loader process holds a few kilobytes of it whatever the dataset's size (whole lanes where images are grouped, and
-the epoch's visits where samples are repeated).
+A batch is computed from its position alone, from the permutation of the chunks and the windows that it touches. A
+loader process therefore holds a few kilobytes whatever the dataset's size (but whole lanes if images are grouped, and
+the visits of an epoch if samples are repeated).
 
-With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample several times, as often on average as
-its factor, and
-always as many samples in all: the number of batches of an epoch is constant, and `epoch_of` remains a division. The
-visits form passes, each with a sample at most once: every sample, then those that come twice or more, and so on. The
-chunks of all passes are permuted together, so the visits of a sample are spread over the epoch while neighbours are
-still read together; where two of them come into one window, they are put half a window apart. So a batch holds a sample
-twice only at the border of two windows, or where the window is shorter than two batches.
+With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample as often, on average, as its factor, and
+always the same number of samples in total: the number of batches per epoch is constant, and `epoch_of` is a division.
+The visits form passes, each with a sample at most once: every sample, then those that occur twice or more, and so on.
+The chunks of all passes are permuted together, so that the visits of a sample are spread over the epoch while
+neighbours are still read together. Two visits in one window are moved half a window apart. A batch therefore holds a
+sample twice only at the border of two windows, or if a window is shorter than two batches.
 
-Randomness is a hash (splitmix64) of seed, epoch and place, sorted: it is the same with every version of numpy, which
-does not promise that for its generators.
+Random numbers are a hash (splitmix64) of seed, epoch and place: they are the same with every version of numpy, which
+does not guarantee that for its generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,25 +43,32 @@ from shards.common.errors import DatasetError
 from shards.common.splitmix import fold, hashes
 from shards.common.text import counted
 from shards.format.index import Index
+from shards.order.epoch_permutation import EpochPermutation, apart, chunk_starts, grouped, passes
 from shards.order.repeat_factors import rounded, units_of_repeats, visits_of_an_epoch
 
 CHUNK_BYTES = 16 * 2**20
-_CHUNKS, _TURN, _WINDOWS, _ROUNDING = 1, 2, 3, 4  # what a hash is for: no two uses share a key
+# The purpose of a hash: no two uses of an epoch's key are equal (`EpochPermutation` has 1 and 2).
+_WINDOWS, _ROUNDING = 3, 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class OrderSettings:
-    """What decides the order, beside the index.
+    """Everything that determines the order, apart from the index.
 
     Attributes:
+        batch_size: samples per global batch, which is one step of one rank.
         seed: any non-negative integer.
-        batch_size: samples of a global batch, that is, of one rank's step.
-        lanes: independent readings of an epoch.
+        lanes: independent sequences of an epoch.
         window: samples of a lane that are shuffled together.
-        group_by_aspect: keep portrait and landscape images in batches of their own.
-        chunk_bytes: the length of the runs that are permuted.
-        repeat_threshold: t of the repeat factors (`shards.order.repeat_factors`): samples with a class that is in fewer
-            than this share of all samples come more often; 0 for none.
+        group_by_aspect: keep portrait and landscape images in separate batches.
+        chunk_bytes: approximate length of the runs that are permuted.
+        repeat_threshold: t of the repeat factors (`shards.order.repeat_factors`), 0 to 1: samples with a class that is
+            in a smaller share of all samples are repeated. 0 repeats none.
+
+    Raises:
+        DatasetError: a value is not a number, or out of its range.
     """
 
     batch_size: int
@@ -74,27 +81,28 @@ class OrderSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seed", "lanes", "window", "chunk_bytes"):
-            object.__setattr__(self, name, whole(f"order: {name}", getattr(self, name)))
+            value = whole(f"order: {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
+            if name != "seed" and value < 1:
+                raise DatasetError(f"order: {name} is {value}: it must be at least 1")
         object.__setattr__(self, "group_by_aspect", bool(self.group_by_aspect))
         object.__setattr__(self, "repeat_threshold", real("order: repeat_threshold", self.repeat_threshold))
-        for name in ("batch_size", "lanes", "window", "chunk_bytes"):
-            if getattr(self, name) < 1:
-                raise DatasetError(f"order: {name} is {getattr(self, name)}: it must be at least 1")
         if self.seed < 0:
             raise DatasetError(f"order: seed is {self.seed}: it must not be negative")
         if not 0 <= self.repeat_threshold <= 1:
-            raise DatasetError(f"order: repeat_threshold is {self.repeat_threshold}: it must lie between 0 and 1")
+            raise DatasetError(f"order: repeat_threshold is {self.repeat_threshold}: it must be between 0 and 1")
 
 
 class Order:
-    """The endless row of global batches over one split.
+    """The endless sequence of global batches over one split.
 
     Attributes:
-        settings: what decides the order, beside the index.
-        samples: N, of the split.
+        settings: what determines the order, apart from the index.
+        samples: N, the number of samples of the split.
         visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
         fingerprint: of the index.
-        index: without labels.
+        index: the index without labels.
+        lanes: `settings.lanes`, or the number of batches of an epoch if that is smaller.
 
     Raises:
         DatasetError: an epoch has fewer samples than one batch.
@@ -111,16 +119,17 @@ class Order:
                 f"the split has {counted(self.samples, 'sample')}, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
-        self.index = index.without_labels()  # what is left is all that a loader process needs
+        self.index = index.without_labels()
         self._starts = chunk_starts(index.shard, index.nbytes, settings.chunk_bytes)
         self._portrait = index.height > index.width if settings.group_by_aspect else None
         self.lanes = min(settings.lanes, self.batches_per_epoch)
-        self._epochs: dict[int, _Epoch] = {}
-        self._pieces: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+        # A reader looks ahead into the next epoch, and into the next window of each lane, which serves many batches.
+        self._epochs = _Recent[EpochPermutation](2)
+        self._pieces = _Recent[NDArray[np.int64]](2 * self.lanes)
 
     @property
     def indexes(self) -> tuple[Index, ...]:
-        """The index, as the only one."""
+        """The index of each dataset, here a single one."""
         return (self.index,)
 
     @property
@@ -129,38 +138,41 @@ class Order:
         return self.visits // self.settings.batch_size
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the order. A position G means the same only under an equal identity."""
+        """Return everything that determines the order, JSON-serialisable.
+
+        A position G means the same batch only under an equal identity.
+        """
         return {**asdict(self.settings), "index": self.fingerprint}
 
     def epoch_of(self, position: int) -> int:
-        """The epoch in which global batch `position` lies."""
+        """Return the epoch of global batch `position`."""
         return position // self.batches_per_epoch
 
     def visit(self, position: int) -> int:
-        """A number that no two batches with the same sample share: the epoch's, or with repeats the position."""
+        """Return a number that no two batches with the same sample share: the epoch, or with repeats the position."""
         return self.epoch_of(position) if self._units is None else position
 
     def sizes(self, position: int) -> tuple[int, ...]:
-        """How many samples of each dataset are in global batch `position`: all of the only one."""
+        """Return the number of samples of each dataset in global batch `position`."""
         return (self.settings.batch_size,)
 
     def rows(self, position: int, number: int = 0) -> NDArray[np.int64]:
-        """The rows of the index of dataset `number`, the only one, that are in global batch `position`."""
+        """Return the rows, int64 [B], of the index of dataset `number` (0) in global batch `position`."""
         return self.batch(position)
 
     def batch(self, position: int) -> NDArray[np.int64]:
-        """The rows (batch_size,) of the index that make global batch `position`."""
+        """Return the rows of the index, int64 [B], of global batch `position`."""
         epoch, number = divmod(position, self.batches_per_epoch)
         size, (turn, lane) = self.settings.batch_size, divmod(number, self.lanes)
         return self._lane_rows(epoch, lane, turn * size, (turn + 1) * size)
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The rows (batches_per_epoch, batch_size) of one epoch."""
+        """Return the rows of all batches of one epoch, int64 [batches_per_epoch, B]."""
         first = epoch * self.batches_per_epoch
         return np.stack([self.batch(first + number) for number in range(self.batches_per_epoch)])
 
     def endless_lane(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Samples `start` to `stop` of one lane, of which epoch follows upon epoch."""
+        """Return samples `start` to `stop` of one lane, int64 [stop - start], in which epoch follows epoch."""
         parts = [np.zeros(0, dtype=np.int64)]
         first, last = self._lane(lane)
         while start < stop:
@@ -171,194 +183,133 @@ class Order:
         return np.concatenate(parts)
 
     def _lane(self, lane: int) -> tuple[int, int]:
-        """The places of an epoch, from and to, that make a lane: whole batches, the first lanes one more."""
+        """Return the first and last place (exclusive) of a lane in an epoch.
+
+        Lanes hold whole batches; the first ones hold one more.
+        """
         batches, more = divmod(self.batches_per_epoch, self.lanes)
         first = lane * batches + min(lane, more)
         size = self.settings.batch_size
         return first * size, (first + batches + (lane < more)) * size
 
     def _lane_rows(self, epoch: int, lane: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Samples `start` to `stop` of a lane of one epoch."""
+        """Return samples `start` to `stop` of a lane of one epoch."""
         if self._portrait is not None:
-            return self._kept((epoch, lane, -1), partial(self._grouped_lane, epoch, lane))[start:stop]
+            return self._pieces.get((epoch, lane), partial(self._grouped_lane, epoch, lane))[start:stop]
         window = self.settings.window
         first = start // window
-        windows = range(first, (stop - 1) // window + 1)
-        rows = np.concatenate([self._kept((epoch, lane, n), partial(self._window, epoch, lane, n)) for n in windows])
-        return rows[start - first * window : stop - first * window]
+        numbers = range(first, (stop - 1) // window + 1)
+        windows = [self._pieces.get((epoch, lane, n), partial(self._window, epoch, lane, n)) for n in numbers]
+        return np.concatenate(windows)[start - first * window : stop - first * window]
 
     def _window(self, epoch: int, lane: int, number: int) -> NDArray[np.int64]:
-        """The shuffled rows of a window of a lane."""
+        """Return the shuffled rows of one window of a lane."""
         first, last = self._lane(lane)
         start = first + number * self.settings.window
         places = np.arange(start, min(start + self.settings.window, last), dtype=np.int64)
-        this = self._epoch(epoch)
+        this = self._epochs.get(epoch, partial(self._permuted, epoch))
         rows = this.at(places[np.argsort(hashes(places, fold(this.key, _WINDOWS)))])
         return rows if self._units is None else apart(rows)
 
     def _grouped_lane(self, epoch: int, lane: int) -> NDArray[np.int64]:
+        """Return the rows of a whole lane, in batches of one aspect."""
+        assert self._portrait is not None, "only called if images are grouped"
         first, last = self._lane(lane)
         windows = -(-(last - first) // self.settings.window)
         rows = np.concatenate([self._window(epoch, lane, number) for number in range(windows)])
-        assert self._portrait is not None, "only images that are to be grouped are"
         return rows[grouped(self._portrait[rows], self.settings.batch_size)]
 
-    def _kept(self, key: tuple[int, int, int], make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """A piece of a lane, kept while its lane is read: a window serves many batches.
-
-        Several threads may read one stream: any of them may drop a piece at any moment, but from none who has it.
-        """
-        piece = self._pieces.get(key)
-        if piece is None:
-            for old in list(self._pieces)[: 1 - 2 * self.lanes]:
-                self._pieces.pop(old, None)
-            piece = self._pieces[key] = make()
-        return piece
-
-    def _epoch(self, epoch: int) -> _Epoch:
-        this = self._epochs.get(epoch)
-        if this is None:
-            # Readers look ahead into the next epoch: two are kept. Any thread may drop them, as in `_kept`.
-            for old in sorted(self._epochs)[:-1]:
-                self._epochs.pop(old, None)
-            this = self._epochs[epoch] = self._made(epoch)
-        return this
-
-    def _made(self, epoch: int) -> _Epoch:
+    def _permuted(self, epoch: int) -> EpochPermutation:
         key = fold(self.settings.seed, epoch)
         if self._units is None:
-            return _Epoch.of(key, self._starts, self.samples)
+            return EpochPermutation.of(key, self._starts, self.samples)
         rows = passes(rounded(self._units, fold(key, _ROUNDING)))
-        # A pass begins a chunk, as a shard does: where a row is not above the one before it.
-        ahead = np.cumsum(np.diff(rows, prepend=-1) <= 0) * (int(self.index.shard.max()) + 1) + self.index.shard[rows]
-        starts = chunk_starts(ahead, self.index.nbytes[rows], self.settings.chunk_bytes)
-        return _Epoch.of(key, starts, len(rows), rows)
+        # A new pass begins a chunk, as a new shard does: wherever a row is not above the previous one.
+        number_of_pass = np.cumsum(np.diff(rows, prepend=-1) <= 0)
+        shard = number_of_pass * (int(self.index.shard.max()) + 1) + self.index.shard[rows]
+        starts = chunk_starts(shard, self.index.nbytes[rows], self.settings.chunk_bytes)
+        return EpochPermutation.of(key, starts, len(rows), rows)
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The permuted chunks of an epoch.
+class EvaluationOrder:
+    """A finite sequence of batches that visits every sample exactly once, in the order of the index.
+
+    Batches are runs of neighbours; the last one may be smaller.
 
     Attributes:
-        key: of all its random numbers.
-        first: (C,) where each chunk begins in the unpermuted row of visits, in the permuted order.
-        ends: (C,) where each ends in the permuted row.
-        turn: by how many places the permuted row is turned.
-        visits: its length.
-        rows: (visits,) the unpermuted row; None where it is 0, 1, 2, ...
-    """
-
-    key: np.uint64
-    first: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    turn: int
-    visits: int
-    rows: NDArray[np.int64] | None
-
-    @classmethod
-    def of(
-        cls, key: np.uint64, starts: NDArray[np.int64], visits: int, rows: NDArray[np.int64] | None = None
-    ) -> _Epoch:
-        chunks = np.argsort(hashes(np.arange(len(starts)), fold(key, _CHUNKS)), kind="stable")
-        lengths = np.diff(starts, append=visits)[chunks]
-        return cls(key, starts[chunks], np.cumsum(lengths), int(fold(key, _TURN) % np.uint64(visits)), visits, rows)
-
-    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of the index at some places, (n,), of the permuted and turned row."""
-        places = (places + self.turn) % self.visits
-        chunk = np.searchsorted(self.ends, places, side="right")
-        before = np.concatenate([[0], self.ends])[chunk]
-        found: NDArray[np.int64] = self.first[chunk] + places - before
-        return found if self.rows is None else self.rows[found]
-
-
-def positions(start: int, *, rank: int, world: int, worker: int = 0, workers: int = 1) -> Iterator[int]:
-    """The global batches, endlessly, that one loader process of one rank reads, from position `start` on.
-
-    A rank's batches go round its workers, which is the order in which a torch `DataLoader` asks them.
-    """
-    position = start + rank + world * worker
-    while True:
-        yield position
-        position += world * workers
-
-
-def evaluation_batches(
-    samples: int, batch_size: int, *, rank: int, world: int, worker: int = 0, workers: int = 1
-) -> Iterator[NDArray[np.int64]]:
-    """The rows of one loader process in an evaluation: every sample exactly once over all ranks and workers.
-
-    Batches are runs of neighbours, the last may be smaller, and ranks may differ by one batch.
-    """
-    for number in range(rank + world * worker, -(-samples // batch_size), world * workers):
-        yield np.arange(number * batch_size, min((number + 1) * batch_size, samples), dtype=np.int64)
-
-
-def chunk_starts(shard: NDArray[np.integer], nbytes: NDArray[np.int64], chunk_bytes: int) -> NDArray[np.int64]:
-    """First row of each chunk, ascending; a chunk is a run of about `chunk_bytes` in one shard.
+        index: the index without labels.
+        samples: the number of samples.
 
     Args:
-        shard: (N,) the shard of each row; equal values are neighbours.
-        nbytes: (N,) the length of each row in its shard.
-        chunk_bytes: at least 1.
-    """
-    if len(shard) == 0:
-        return np.zeros(0, dtype=np.int64)
-    before = np.cumsum(nbytes) - nbytes
-    new_shard = np.flatnonzero(np.diff(shard, prepend=shard[0] - 1))
-    lengths = np.diff(new_shard, append=len(shard))
-    in_shard = before - np.repeat(before[new_shard], lengths)
-    chunk = in_shard // chunk_bytes
-    starts = np.diff(chunk, prepend=-1) != 0
-    starts[new_shard] = True
-    return np.flatnonzero(starts).astype(np.int64)
-
-
-def grouped(kind: NDArray[np.bool_], batch_size: int) -> NDArray[np.int64]:
-    """Positions (n,) rearranged so that each batch holds one kind, but for at most one mixed batch at the end.
-
-    Batches stand in the order in which their last member came, so that reading stays near the given order.
-
-    Args:
-        kind: (n,) n a multiple of batch_size.
+        index: of the split.
         batch_size: at least 1.
+        rows: the rows of the index to visit, int64 [samples], ascending; None for all.
     """
-    full, left = [], []
-    for value in (False, True):
-        members = np.flatnonzero(kind == value)
-        whole = len(members) // batch_size * batch_size
-        full.append(members[:whole].reshape(-1, batch_size))
-        left.append(members[whole:])
-    batches = np.concatenate(full)
-    return np.concatenate([batches[np.argsort(batches[:, -1])].reshape(-1), np.sort(np.concatenate(left))])
+
+    def __init__(self, index: Index, batch_size: int, rows: NDArray[np.int64] | None = None) -> None:
+        self.index = index.without_labels()
+        self.samples = len(index) if rows is None else len(rows)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self.samples // self._batch_size)
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The index of each dataset, here a single one."""
+        return (self.index,)
+
+    def visit(self, position: int) -> int:
+        """Return 0: each sample is visited once."""
+        return 0
+
+    def sizes(self, position: int) -> tuple[int, ...]:
+        """Return the number of samples of each dataset in batch `position`."""
+        start = position * self._batch_size
+        return (min(self._batch_size, self.samples - start),)
+
+    def rows(self, position: int, number: int = 0) -> NDArray[np.int64]:
+        """Return the rows, int64 [B], of the index of dataset `number` (0) in batch `position`."""
+        start = position * self._batch_size
+        stop = min(start + self._batch_size, self.samples)
+        return np.arange(start, stop, dtype=np.int64) if self._rows is None else self._rows[start:stop]
 
 
-def passes(visits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows of an epoch in which row i comes visits[i] times: all rows that come at all, ascending, then those that
-    come twice or more, and so on.
+def positions(
+    start: int, *, rank: int, world: int, worker: int = 0, workers: int = 1, stop: int | None = None
+) -> Iterator[int]:
+    """Return the positions that one loader process of one rank reads, from `start` on.
+
+    The batches of a rank are dealt to its workers in turn, which is the order in which a torch `DataLoader` asks them.
 
     Args:
-        visits: (N,) from 0.
+        start: the first position of all ranks.
+        rank, world: of the process, and their number.
+        worker, workers: of the loader process, and their number.
+        stop: the end of all positions, exclusive; None for an endless sequence.
     """
-    parts = []
-    rows = np.flatnonzero(visits > 0)
-    while len(rows):
-        parts.append(rows)
-        rows = rows[visits[rows] > len(parts)]
-    return np.concatenate(parts) if parts else rows
+    first, step = start + rank + world * worker, world * workers
+    return count(first, step) if stop is None else iter(range(first, stop, step))
 
 
-def apart(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same rows with equal ones far from each other.
+@dataclass
+class _Recent(Generic[T]):
+    """The values that were computed last.
 
-    The first of each stay in their order. The others move behind them all, or before them all where the first one
-    stands in the second half: half the length lies between the two.
+    Several threads may read one stream. Each returns what it has found or computed, so that another thread may drop a
+    value at any time.
     """
-    _, first = np.unique(rows, return_index=True)
-    if len(first) == len(rows):
-        return rows
-    is_first = np.zeros(len(rows), dtype=bool)
-    is_first[first] = True
-    once, more = rows[is_first], rows[~is_first]
-    behind = np.isin(more, once[: len(once) // 2])
-    return np.concatenate([more[~behind], once, more[behind]])
+
+    limit: int
+    values: dict[Hashable, T] = field(default_factory=dict)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value of a key, computed if it is not kept."""
+        value = self.values.get(key)
+        if value is None:
+            value = self.values[key] = make()
+            oldest_first = list(self.values)
+            for old in oldest_first[: max(0, len(oldest_first) - self.limit)]:
+                self.values.pop(old, None)
+        return value

@@ -1,4 +1,4 @@
-"""Whether the position of a run still means what it meant when it was saved."""
+"""Whether a saved position still means the same batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from shards.common.text import shown
 
 
 def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first key that has two values, with the saved one and that of now (None where it has none); None if all are
-    equal."""
+    """Return the first key with two different values, the saved value and the current one.
+
+    A missing value is None. The result is None if all values are equal.
+    """
     for key in {**saved, **now}:
         if saved.get(key) != now.get(key):
             return key, saved.get(key), now.get(key)
@@ -19,22 +21,22 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with another order.
+    """Refuse to resume with another order.
 
     Args:
-        saved: what `order.identity()` of a stream was when the position was saved; from JSON or as it was.
-        now: of the stream that is to go on.
+        saved: `order.identity()` of the stream when the position was saved, as it was or from JSON.
+        now: `order.identity()` of the stream that resumes.
 
     Raises:
-        DatasetError: they differ; the first key that does is named with both values.
+        DatasetError: they differ; the message has the first key that differs and both values.
     """
     if not isinstance(saved, Mapping):
         raise DatasetError(f"identity is {shown(saved)}: give what order.identity() returned")
     found = first_difference(saved, now)
     if found is not None:
-        key, was, is_now = found
+        key, before, current = found
         what = "index (the fingerprint of dataset, split and selection)" if key == "index" else key
         raise DatasetError(
-            f"order: the run was begun with {what} {was!r}, now it is {is_now!r}: "
-            "its position means nothing here; go on as it was begun, or begin anew with start=0 and no identity"
+            f"order: the run was started with {what} {before!r}, now it is {current!r}: its position means another "
+            "batch here; resume with the settings of the run, or start again with start=0 and no identity"
         )

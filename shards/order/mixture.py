@@ -1,12 +1,11 @@
 """Several datasets in given proportions, exact and resumable at one position.
 
-Every global batch takes its share of each dataset by arithmetic on its position: no drawing, so the proportions hold
-in any stretch of the run to within a few samples a lane (`apportion`), and any position can be computed at once. Each
-dataset runs through epochs of its own, in the order of `shards.order.epoch_order`, and begins the next when one ends
-(a batch may
-then hold a sample of both).
+The share of each dataset in a global batch is computed from its position and not drawn at random. The proportions
+therefore hold in any stretch of the run to within a few samples per lane (`apportion`), and any position is computed
+directly. Each dataset runs through its own epochs, in the order of `shards.order.epoch_order`, and starts the next
+epoch when one ends (a batch may then hold samples of both).
 
-The row of batches is cut into lanes here too: batch G comes from lane G mod lanes of every dataset.
+Batches are cut into lanes here as well: batch G comes from lane G mod lanes of every dataset.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from shards.order.epoch_order import Order, OrderSettings
 class Mix:
     """Datasets and their weights: a `ShardStream` takes one in place of a dataset.
 
-    The classes must be the same, by name. Where their ids differ, samples come with the ids of the first dataset.
+    All datasets must have the same classes, by name. If the ids differ, samples have the ids of the first dataset.
 
     Attributes:
-        datasets: at least one, opened, with a subset selected or not.
-        weights: of the samples of each, in any unit, above 0: (3, 1) or (0.75, 0.25) alike.
+        datasets: at least one opened dataset, whole or a subset.
+        weights: the relative number of samples of each dataset, above 0: (3, 1) is the same as (0.75, 0.25).
 
     Raises:
-        DatasetError: as many weights as datasets are needed, all above 0, and the same classes.
+        DatasetError: the numbers of weights and datasets differ, a weight is not above 0, or the classes differ.
     """
 
     datasets: tuple[Dataset, ...]
@@ -53,7 +52,7 @@ class Mix:
         object.__setattr__(self, "weights", tuple(weights))
         if not self.datasets or len(self.datasets) != len(self.weights):
             raise DatasetError(
-                f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights: give one each"
+                f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights: give one weight per dataset"
             )
         for dataset, weight in zip(self.datasets, self.weights):
             if not isinstance(dataset, Dataset):
@@ -65,14 +64,14 @@ class Mix:
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes, under the ids with which samples come."""
+        """The classes, with the ids that samples have."""
         return self.datasets[0].categories
 
     def indexes(self, split: str) -> tuple[Index, ...]:
-        """The split's index of each dataset.
+        """Return the split's index of each dataset.
 
         Raises:
-            DatasetError: one of them has no such split, or no sample in it.
+            DatasetError: a dataset has no such split, or no sample in it.
         """
         ids = {category.name: category.id for category in self.categories}
         found = []
@@ -88,14 +87,15 @@ class Mix:
 
 
 class MixedOrder:
-    """The endless row of global batches over several splits; see `Order`.
+    """The endless sequence of global batches over several splits; see `Order`.
 
     Attributes:
-        settings: what decides the order, beside the indexes and the weights.
-        lanes: as asked for, but so few that a lane of every split holds its share of two batches.
+        settings: what determines the order, apart from the indexes and the weights.
+        weights: the smallest whole numbers in the same proportion.
+        lanes: `settings.lanes`, or fewer, so that a lane of every split holds its share of at least two batches.
 
     Raises:
-        DatasetError: images are to be grouped, which needs batches of one dataset.
+        DatasetError: `group_by_aspect` is set, which needs batches of one dataset.
     """
 
     def __init__(self, indexes: Sequence[Index], weights: Sequence[float], settings: OrderSettings) -> None:
@@ -117,34 +117,34 @@ class MixedOrder:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches that hold as many samples as an epoch of every dataset together: a measure, not a boundary."""
+        """Batches that hold as many samples as one epoch of every dataset together: a measure, not a boundary."""
         return max(1, sum(order.visits for order in self._orders) // self.settings.batch_size)
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the order. A position G means the same only under an equal identity."""
+        """Return everything that determines the order, JSON-serialisable; see `Order.identity`."""
         fingerprints = [order.fingerprint for order in self._orders]
         return {**asdict(self.settings), "index": fingerprints, "weights": list(self.weights)}
 
     def epoch_of(self, position: int) -> int:
-        """How often as many samples were read, before this batch, as the datasets have together."""
+        """Return how many times the total number of samples was read before this batch."""
         return position // self.batches_per_epoch
 
     def visit(self, position: int) -> int:
-        """A number that no two batches with the same sample share: the position."""
+        """Return a number that no two batches with the same sample share: the position."""
         return position
 
     def sizes(self, position: int) -> tuple[int, ...]:
-        """How many samples of each dataset are in global batch `position`."""
+        """Return the number of samples of each dataset in global batch `position`."""
         return tuple(stop - start for start, stop in self._spans(position))
 
     def rows(self, position: int, number: int) -> NDArray[np.int64]:
-        """The rows of the index of dataset `number` that are in global batch `position`."""
+        """Return the rows, int64 [n], of the index of dataset `number` in global batch `position`."""
         return self._orders[number].endless_lane(position % self.lanes, *self._spans(position)[number])
 
     def _spans(self, position: int) -> list[tuple[int, int]]:
-        """From which to which sample of its lane each dataset gives to a batch."""
+        """Return, for each dataset, the first and last sample (exclusive) of its lane that are in a batch."""
         turn, lane = divmod(position, self.lanes)
-        # Lanes begin at different places of the pattern: else all of them would take a rare dataset at the same time.
+        # Lanes start at different places of the pattern, or all of them would take a rare dataset at the same time.
         phase = lane * sum(self.weights) // self.lanes
         size = self.settings.batch_size
         begin, start, stop = (apportion(phase + taken, self.weights) for taken in (0, turn * size, (turn + 1) * size))
@@ -152,21 +152,27 @@ class MixedOrder:
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """The smallest whole numbers in the same proportion; a weight is meant as it is written: 0.1 is a tenth."""
+    """Return the smallest whole numbers in the same proportion; a weight of 0.1 is exactly one tenth.
+
+    Raises:
+        DatasetError: a weight is less than a millionth of the others.
+    """
     exact = [Fraction(str(weight)).limit_denominator(10**6) for weight in weights]
     whole = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
     common = int(np.gcd.reduce(whole))
     if min(whole) < 1:
-        raise DatasetError(f"weights of a mix {tuple(weights)}: the smallest is below a millionth: leave it out")
+        raise DatasetError(
+            f"weights of a mix {tuple(weights)}: the smallest is below a millionth: leave that dataset out"
+        )
     return tuple(number // common for number in whole)
 
 
 def apportion(total: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """How many of the first `total` samples come from each dataset.
+    """Return how many of the first `total` samples come from each dataset.
 
-    Each takes its share, rounded down, of what those before it have left. So the numbers add up to `total`, and none
-    of them ever falls when `total` grows: sample number `total` belongs to the one that grows next. What rounding left
-    over adds up on the way, so that the last of n numbers may be up to n - 1 off its share, and none more.
+    Each dataset takes its share, rounded down, of what the datasets before it have left. The counts therefore add up to
+    `total`, and no count decreases when `total` grows: sample number `total` belongs to the count that grows next. The
+    rounding errors accumulate, so that the last of n counts may differ from its share by up to n - 1, and none by more.
 
     Args:
         total: not negative.
@@ -181,10 +187,10 @@ def apportion(total: int, weights: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_classes(first: Dataset, other: Dataset) -> None:
-    ours, theirs = ({category.name for category in dataset.categories} for dataset in (first, other))
-    for names, without in ((ours - theirs, other), (theirs - ours, first)):
-        if names:
+    first_names, other_names = ({category.name for category in dataset.categories} for dataset in (first, other))
+    for missing, dataset in ((first_names - other_names, other), (other_names - first_names, first)):
+        if missing:
             raise DatasetError(
-                f"{without.root}: it has no class {', '.join(sorted(names))}, which is in the mix: objects without a "
-                "label would be taught as background; choose the classes that all have, dataset.select(classes=...)"
+                f"{dataset.root}: it has no class {', '.join(sorted(missing))}, which is in the mix: objects without a "
+                "label would be taught as background; use the classes that all have, dataset.select(classes=...)"
             )

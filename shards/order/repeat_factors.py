@@ -1,15 +1,16 @@
-"""Repeat factors: samples with rare classes come more often.
+"""Repeat factors: samples with rare classes are visited more often.
 
-As LVIS has it (Gupta, Dollar, Girshick: "LVIS: A Dataset for Large Vocabulary Instance Segmentation", 2019, appendix
-B.2): with f(c) the share of samples that have class c, and a threshold t, a class has the factor
-r(c) = max(1, sqrt(t / f(c))), and a sample the largest factor of its classes.
+The factors are those of LVIS (Gupta, Dollar, Girshick: "LVIS: A Dataset for Large Vocabulary Instance Segmentation",
+2019, appendix B.2): if f(c) is the share of samples that have class c, and t a threshold, class c has the factor
+r(c) = max(1, sqrt(t / f(c))), and a sample has the largest factor of its classes.
 
-Factors have fractions, and an epoch visits a sample a whole number of times: the factor rounded down or up, up with the
-fraction as the probability. The roundings of one epoch are drawn together (Madow: "On the theory of systematic
-sampling", 1949): the samples are put into a random order, their factors added up, and the sums, all moved by one random
-amount, rounded down; a sample comes as often as its sum has grown. So the probabilities are exact, and the total is the
-same in every epoch but for one, which independent roundings would not give: the length of an epoch, and with it the
-meaning of a position, needs no sums over the epochs before. Factors are whole multiples of 2^-20, and all sums exact.
+A factor is fractional, but an epoch visits a sample a whole number of times: the factor is rounded up with its fraction
+as the probability, and down otherwise. All roundings of an epoch are drawn together by systematic sampling (Madow: "On
+the theory of systematic sampling", 1949): the samples are put into a random order, the cumulative sums of their factors
+are shifted by one random amount and rounded down, and a sample is visited as often as the sum grows at it. The
+probabilities are exact, and the total differs by at most one between epochs, unlike with independent roundings: the
+length of an epoch, and thus the meaning of a position, does not depend on the epochs before. Factors are whole
+multiples of 2^-20, so all sums are exact.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from shards.common.errors import DatasetError
 from shards.common.splitmix import fold, hashes
 from shards.format.index import Index
 
-UNIT = 2**20  # a visit, in units of factors
+UNIT = 2**20  # one visit, in the units in which factors are summed
 
 
 def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
-    """(N,) how often each sample comes on average, at least 1.
+    """Return how often each sample is visited on average, float64 [N], at least 1.
 
     Args:
-        index: with labels; where classes are selected, only these count.
-        threshold: t, above 0 to 1. A class in fewer than this share of the samples is repeated.
+        index: with labels; if classes are selected, only these count.
+        threshold: t, above 0 and at most 1. A class that is in a smaller share of the samples is repeated.
+
+    Raises:
+        DatasetError: `threshold` is out of its range, or the index has no labels.
     """
     if not 0 < threshold <= 1:
         raise DatasetError(f"repeat_threshold is {threshold}: it must be above 0 and at most 1")
     if index.labels is None:
-        raise DatasetError("repeat factors need the labels of an index, which this one was left without")
+        raise DatasetError("repeat factors need an index with labels, which this one does not have")
     classes, samples = index.labels.classes, index.labels.samples
     if index.category_ids is not None:
         chosen = np.isin(classes, list(index.category_ids))
@@ -49,20 +53,20 @@ def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
 
 
 def units_of_repeats(index: Index, threshold: float) -> NDArray[np.int64]:
-    """(N,) the repeat factors in whole units."""
+    """Return the repeat factors, int64 [N], in units of 1 / `UNIT`."""
     return np.rint(repeat_factors(index, threshold) * UNIT).astype(np.int64)
 
 
 def visits_of_an_epoch(units: NDArray[np.int64]) -> int:
-    """How many samples every epoch visits at least; it may be one more."""
+    """Return the number of samples that every epoch visits at least; an epoch may visit one more."""
     return int(units.sum()) // UNIT
 
 
 def rounded(units: NDArray[np.int64], key: np.uint64) -> NDArray[np.int64]:
-    """(N,) how often each sample comes in one epoch: its factor rounded down or up.
+    """Return how often each sample is visited in one epoch, int64 [N]: its factor rounded down or up.
 
     Args:
-        units: (N,) factors in units.
+        units: int64 [N], the factors in units of 1 / `UNIT`.
         key: of the epoch's random numbers.
     """
     order = np.argsort(hashes(np.arange(len(units)), fold(key, 1)))

@@ -1,1 +1,4 @@
-"""Samples from storage to batches, in that order. Planned range reads, loader processes, an optional cache."""
+"""Reads samples from storage and makes batches of them, in loader processes.
+
+Range reads are planned from the order; an optional cache keeps samples on a local disk.
+"""

@@ -1,12 +1,12 @@
-"""From a loader process to the process that reads it: a batch in shared memory that is used again and again.
+"""Sends batches from a loader process to the process that reads them, in shared memory that is reused.
 
-The kernel clears each page of new memory when it is first touched, which takes longer than to resize an image into it.
-So a loader process keeps a few segments of shared memory. A batch is written into one, tensors and all, and crosses as
-a file descriptor and the places of its parts. The reader's tensors are views of it. When the last of them is gone, a
-byte in the segment says so to the loader process, which may then write the next batch there.
+The kernel clears each page of new memory when it is first touched, which takes longer than resizing an image into it. A
+loader process therefore keeps a few segments of shared memory. A batch is written into one of them, and crosses as a
+file descriptor and the places of its parts; the tensors of the reader are views of the segment. When the last of them
+is freed, a byte in the segment lets the loader process write another batch there.
 
-Segments are anonymous files (Linux' memfd): no limit of /dev/shm concerns them, and they are gone with the processes.
-Elsewhere batches cross as torch hands them over.
+Segments are anonymous files (memfd of Linux): they do not count towards the limit of /dev/shm, and disappear with the
+processes. On other systems batches cross as torch sends them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,12 @@ import torch
 from torch import Tensor
 
 from shards.common.errors import LoaderError
+from shards.stream.torch_internals import WHY_KILLED, reduce_tensor
 
-WHY_KILLED = (
-    "mostly that is the kernel, for want of memory (dmesg tells): take fewer workers (workers=, or --data.workers of a "
-    "command) or less read-ahead (read_ahead=, or --data.read_ahead_mb); in a container, raise its limits of memory "
-    "and shared memory"
-)
-
-# Segments that a process keeps for the next batches. Two are under way (torch asks a loader process for two batches
-# ahead) and two with the reader, who holds one while it takes the next. What is held beyond is given fresh memory.
+# Segments that a process keeps. Two are being sent (torch asks a loader process for two batches ahead) and two are held
+# by the reader, which has one while it takes the next. If it holds more batches, these are in new memory.
 SEGMENTS = 4
-ALIGN = 64  # bytes; tensors start at multiples of it, the first behind the byte that says whether the segment is in use
+ALIGN = 64  # bytes; tensors start at multiples of it, the first one after the byte that says that a segment is in use
 
 
 class _Segment:
@@ -58,7 +53,7 @@ class _Segment:
 
 
 class _Segments:
-    """Those of this process."""
+    """The segments of this process."""
 
     def __init__(self) -> None:
         self.kept: list[_Segment] = []
@@ -66,7 +61,7 @@ class _Segments:
         self.largest = 0
 
     def take(self, nbytes: int) -> _Segment:
-        """One with room for `nbytes`, now in use."""
+        """Return a segment with room for `nbytes`, now in use."""
         nbytes = ALIGN + max(nbytes, 1)
         self.largest = max(self.largest, nbytes)
         free = [segment for segment in self.kept if not segment.in_use]
@@ -82,7 +77,7 @@ class _Segments:
         return segment
 
     def settle(self) -> _Segment:
-        """The one for the batch that was made."""
+        """Return the segment for the batch that was made."""
         segment = self.taken[0] if self.taken else self.take(0)
         for other in self.taken[1:]:
             other.in_use = False
@@ -94,14 +89,17 @@ _segments: _Segments | None = None
 
 
 def begin() -> None:
-    """What this process makes from now on is packed by `pack`."""
+    """From now on, `pack` sends the batches of this process in shared memory."""
     global _segments
     _segments = _Segments() if hasattr(os, "memfd_create") else None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
-    """A tensor, not initialised, for a part of a batch (its largest): in a loader process it is where the batch is
-    handed over, and not copied once more. It belongs to that batch alone."""
+    """Return an uninitialised tensor for the largest part of a batch.
+
+    In a loader process it is in the memory in which the batch is sent, which saves a copy. It belongs to that batch
+    alone.
+    """
     tensor = torch.empty(0, dtype=dtype)
     count = int(np.prod(shape, dtype=np.int64))
     if _segments is None or count == 0:
@@ -111,12 +109,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def pack(batch: Any) -> Any:
-    """A batch as it is sent: pickled, it becomes the batch again where it is read, or a LoaderError if this process is
-    gone by then. The batch itself is used up."""
+    """Return what to send in place of a batch, which must not be used afterwards.
+
+    Unpickled by the reader it is the batch again, or a LoaderError if this process has ended by then.
+    """
     return batch if _segments is None else _Parcel(batch, _segments)
 
 
 class _Parcel:
+    """A batch in a segment: pickled, it is the file descriptor and the places of the parts."""
+
     def __init__(self, batch: Any, segments: _Segments) -> None:
         arrays: list[Any] = []
         text = io.BytesIO()
@@ -124,12 +126,12 @@ class _Parcel:
         arrays.append(text.getbuffer())
         segment = segments.settle()
         self.segment = segment
-        self.places: list[tuple[int, int]] = []
+        self.places: list[tuple[int, int]] = []  # offset and length of each part
         mapped = len(segment.memory)
         end = mapped
         for array in (np.frombuffer(one, np.uint8) for one in arrays):
             offset = array.__array_interface__["data"][0] - segment.address
-            if not 0 < offset < mapped:
+            if not 0 < offset < mapped:  # a part that was not made by `empty` is appended to the file
                 offset = -(-end // ALIGN) * ALIGN
                 _write(segment.file, array, offset)
                 end = offset + len(array)
@@ -140,7 +142,7 @@ class _Parcel:
 
 
 class _Packer(ForkingPickler):
-    """Leaves the bytes of tensors out, as pickle's protocol 5 does for those of arrays."""
+    """Leaves the bytes of tensors out of band, as pickle's protocol 5 does for those of arrays."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -149,7 +151,7 @@ class _Packer(ForkingPickler):
 
 def _reduced(tensor: Tensor) -> Any:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.requires_grad:
-        return ForkingPickler._extra_reducers[Tensor](tensor)  # type: ignore[attr-defined]
+        return reduce_tensor(tensor)
     tensor = tensor.resolve_conj().resolve_neg()
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     if span != tensor.numel():  # there are gaps, or values that occur twice
@@ -172,18 +174,20 @@ def _write(file: int, values: Any, offset: int) -> None:
 
 
 def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any:
-    """In the process that reads it: the batch; or a LoaderError, where the loader process, which holds the file until
-    now, is gone. It is not raised: torch receives in a thread of its own where memory is pinned, which that would end.
+    """Return the batch in the process that reads it, or a LoaderError if the loader process has ended.
+
+    The loader process holds the file until now. The error is returned and not raised: if memory is pinned, torch
+    receives in a thread, which an exception would end.
     """
     try:
         file = duplicate.detach()
     except (OSError, EOFError):
-        return LoaderError(f"loader process (pid {sender}) ended while it handed over a batch: {WHY_KILLED}")
+        return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
     try:
         memory = mmap.mmap(file, 0)
     finally:
         os.close(file)
-    # Every part holds on to this array, and with it the segment.
+    # Every part of the batch holds a reference to this array, and with it to the segment.
     whole = np.frombuffer(memory, np.uint8)
     weakref.finalize(whole, _give_back, memory, os.getpid()).atexit = False
     view = memoryview(whole)  # type: ignore[arg-type]
@@ -192,5 +196,5 @@ def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any
 
 
 def _give_back(memory: mmap.mmap, process: int) -> None:
-    if os.getpid() == process:  # not in a process that was forked from this one meanwhile
+    if os.getpid() == process:  # not in a process that was forked from the reader since
         memory[0] = 0

@@ -1,4 +1,4 @@
-"""Loader processes for a stream: a torch `DataLoader` whose errors arrive as themselves, and that counts what it does.
+"""Loader processes for a stream: a torch `DataLoader` that raises errors unchanged and counts what it does.
 
 batches = loader(ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8), workers=4)
 for batch in batches:
@@ -9,10 +9,6 @@ for batch in batches:
 from __future__ import annotations
 
 import multiprocessing
-import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from copy import copy
@@ -24,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.common.argument_checks import whole
 from shards.common.errors import DatasetError, LoaderError, UserError
-from shards.stream import batch_transport as handover
+from shards.stream import batch_transport, torch_internals
 from shards.stream.reader import SampleStatistics
 from shards.stream.streams import Stream
 
@@ -33,14 +29,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoaderStatistics:
-    """What a loader did so far, all its processes together, as they told with the newest batch of each.
+    """Running totals of all processes of a loader, as of the newest batch of each.
 
     Attributes:
-        samples: in the batches handed over.
+        samples: samples in the batches that were yielded.
         cache_hits: those of them that came from the cache.
-        requests, nbytes, retries: of storage: requests sent, bytes received, requests that had to be repeated or
-            continued.
-        seconds: spent in its loops, up to the newest batch.
+        requests: requests sent to storage.
+        nbytes: bytes received from storage.
+        retries: requests that were repeated or continued.
+        seconds: time spent in the loops over the loader, up to the newest batch.
         waited_s: seconds of these in which the loop waited for a batch.
     """
 
@@ -54,12 +51,12 @@ class LoaderStatistics:
 
     @property
     def mb_per_s(self) -> float:
-        """Million bytes a second that came from storage."""
+        """Megabytes (10^6 bytes) per second received from storage."""
         return self.nbytes / 1e6 / self.seconds if self.seconds else 0.0
 
     @property
     def samples_per_s(self) -> float:
-        """Samples a second."""
+        """Samples per second."""
         return self.samples / self.seconds if self.seconds else 0.0
 
     @property
@@ -71,27 +68,38 @@ class LoaderStatistics:
         return LoaderStatistics(*map(add, astuple(self), astuple(other)))
 
     def since(self, before: LoaderStatistics) -> LoaderStatistics:
-        """What was done after `before` was taken."""
+        """Return the totals since `before` was taken."""
         return LoaderStatistics(*map(sub, astuple(self), astuple(before)))
 
 
 class Loader(Generic[T]):
-    """The batches of a stream, read by loader processes.
+    """The batches of a stream, read by loader processes; `len()` is that of an `EvalStream`.
+
+    Attributes:
+        inner: torch's `DataLoader`.
+        statistics: running totals, over all loops.
 
     Raises:
-        LoaderError: a loader process was killed; where the loop asks for its next batch, within 5 s.
-        UserError: what the stream raises, as itself.
+        LoaderError: a loader process was killed; raised when the loop asks for its next batch, within 5 s.
+        UserError: what the stream raises, unchanged.
     """
 
-    def __init__(self, inner: DataLoader) -> None:
+    def __init__(self, stream: Stream[T], inner: DataLoader) -> None:
         self.inner = inner
         self.statistics = LoaderStatistics()
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return len(self._stream)  # type: ignore[arg-type]  # a TypeError for an endless stream
+
+    def __repr__(self) -> str:
+        return f"Loader({self._stream}, workers={self.inner.num_workers})"
 
     def __iter__(self) -> Iterator[T]:
         before, newest = self.statistics, dict[int, SampleStatistics]()
         waited, began = 0.0, time.perf_counter()
         iterator = iter(self.inner)
-        _note_deaths()
+        torch_internals.ignore_sigchld_errors()
         try:
             while True:
                 asked = time.perf_counter()
@@ -106,13 +114,9 @@ class Loader(Generic[T]):
                 if item.error is not None:
                     raise item.error
                 yield item.batch
-                del item
+                del item  # the batch is the loop's own
         finally:
-            # Here and now. An exception may keep the iterator alive until the collector finds it, which closes the
-            # workers' queues before they are told to end: each is then waited for 5 s.
-            if hasattr(iterator, "_shutdown_workers"):
-                iterator._shutdown_workers()
-            _noted(iterator)
+            torch_internals.stop_workers(iterator)
 
 
 def loader(
@@ -126,13 +130,14 @@ def loader(
 
     Args:
         stream: a `ShardStream` or an `EvalStream`.
-        workers: loader processes; 0 reads in this one.
+        workers: number of loader processes; 0 reads in this process.
         pin_memory: copy batches into page-locked memory (they need a `pin_memory` method).
-        start_method: "fork", "forkserver" or "spawn". Default: the platform's. With "fork" the index is shared and
-            not copied; each process opens connections of its own.
+        start_method: "fork", "forkserver" or "spawn"; None for the default of the platform. With "fork" the index is
+            shared and not copied; each process opens its own connections.
 
     Raises:
-        DatasetError: it is no stream, `workers` no whole number from 0 on, or there is no such `start_method`.
+        DatasetError: `stream` is not a stream, `workers` is not a whole number from 0, or there is no such
+            `start_method`.
     """
     if not isinstance(stream, Stream):
         kind = type(stream).__name__
@@ -146,22 +151,22 @@ def loader(
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,
-        collate_fn=_as_it_is,  # torch's own would turn the arrays in a batch into tensors
+        collate_fn=_unchanged,  # torch's default would turn the arrays in a batch into tensors
         num_workers=workers,
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
     )
-    return Loader(inner)
+    return Loader(stream, inner)
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
 class _Item(NamedTuple):
-    """What a loader process sends: a batch, or the error that ends the stream; and what it has done until now.
+    """What a loader process sends: a batch, or the error that ends the stream, and its running totals.
 
-    A named tuple: torch pins the memory of what is in it.
+    A named tuple, because torch pins the memory of its elements.
     """
 
     batch: Any
@@ -171,7 +176,7 @@ class _Item(NamedTuple):
 
 
 class _Reporting(IterableDataset):
-    """Hands errors over as values: a `DataLoader` would wrap them into the text of a traceback."""
+    """A stream whose errors are values: a `DataLoader` would convert them to the text of a traceback."""
 
     def __init__(self, stream: Stream[Any]) -> None:
         self.stream = stream
@@ -183,83 +188,29 @@ class _Reporting(IterableDataset):
         info = get_worker_info()
         worker, before = 0 if info is None else info.id, copy(self.stream.statistics)
         if info is not None:
-            handover.begin()
-            _keep_quiet_about_readers()
+            batch_transport.begin()
+            torch_internals.ignore_lost_readers()
         try:
             for batch in self.stream:
-                batch = handover.pack(batch)
+                batch = batch_transport.pack(batch)
                 yield _Item(batch, None, worker, self.stream.statistics.since(before))
                 del batch
         except UserError as error:
             yield _Item(None, error, worker, self.stream.statistics.since(before))
 
 
-def _keep_quiet_about_readers() -> None:
-    """In a loader process: the thread that hands over batches prints a traceback when the reader is gone. The reader's
-    own message says why."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not issubclass(kind, ConnectionError | EOFError):
-            before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-# Loader processes that were killed, by their ids, as the handler of SIGCHLD has noted them.
-_killed: dict[int, LoaderError] = {}
-
-
 def _next(iterator: Iterator[_Item]) -> _Item | None:
-    """The next item, None at the end; the death of a worker, now or since the last item, as our error."""
-    item, error = None, _noted(iterator)
-    if error is None:
-        try:
-            item = next(iterator, None)
-        except RuntimeError as caught:
-            death = _death(caught)
-            raise (_noted(iterator) or death) if death else caught from None
-        if item is not None and isinstance(item.batch, LoaderError):
-            error = _noted(iterator) or item.batch
-    if error is not None:
-        raise error
+    """Return the next item, None at the end.
+
+    Raises:
+        LoaderError: a worker has died.
+    """
+    try:
+        item = next(iterator, None)
+    except RuntimeError as error:
+        if not torch_internals.is_worker_death(error):
+            raise
+        raise torch_internals.dead_worker(iterator) or LoaderError(str(error)) from None
+    if item is not None and isinstance(item.batch, LoaderError):  # its sender died while it was received
+        raise torch_internals.dead_worker(iterator) or item.batch
     return item
-
-
-def _noted(iterator: Iterator[_Item]) -> LoaderError | None:
-    """What was noted of the processes that work for this iterator; it is noted no longer."""
-    found = [_killed.pop(worker.pid, None) for worker in getattr(iterator, "_workers", ())]
-    return next((error for error in found if error is not None), None)
-
-
-def _death(error: RuntimeError) -> LoaderError | None:
-    """Our error for torch's "DataLoader worker (pid 1) is killed by signal: Killed."; None if it is another."""
-    if isinstance(error.__cause__, LoaderError):
-        return error.__cause__
-    if not re.match(r"DataLoader worker \(pid", str(error)):
-        return None
-    return LoaderError(f"{' '.join(str(error).split()).rstrip('.')}: {handover.WHY_KILLED}")
-
-
-def _note_deaths() -> None:
-    """torch raises a worker's death from a handler of SIGCHLD, wherever the main thread is. In a finalizer it would be
-    lost, and out of a library's work it may come as anything: so it is noted, for the loop that asks for a batch."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return
-    theirs = signal.getsignal(signal.SIGCHLD)
-    if callable(theirs) and not isinstance(theirs, _DeathHandler):
-        signal.signal(signal.SIGCHLD, _DeathHandler(theirs))
-
-
-class _DeathHandler:
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
-
-    def __call__(self, number: int, frame: Any) -> None:
-        try:
-            self.theirs(number, frame)
-        except RuntimeError as error:
-            death, who = _death(error), re.search(r"\(pid (\d+)\)", str(error))
-            if death is None or who is None:
-                raise
-            _killed[int(who[1])] = death

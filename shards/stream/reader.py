@@ -1,9 +1,8 @@
-"""Planned reads: it knows the samples to come and fetches them as few ranges, in bounded memory, without a local disk.
+"""Planned reads: the samples to come are fetched as few ranges, in bounded memory, without a local disk.
 
-What to ask for is decided by `shards.stream.read_plan`; here it is asked for, waited for, checked against the
-index's crc32 and
-handed over. Each sample of a range is freed as soon as it was handed over, whatever else the range brought. A sample
-that a cache on the machine's disk has is not asked for.
+`shards.stream.read_plan` decides what to request. The reader sends the requests, waits for them, compares each sample
+with the index's crc32, and frees it as soon as it was handed out, whatever else its range holds. A sample that is in
+the cache on a local disk is not requested.
 """
 
 from __future__ import annotations
@@ -33,19 +32,20 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 log = logging.getLogger("shards.stream.reader")
 
 READ_AHEAD = 128 * 2**20
-ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in all
+ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in total
 STALL_S = 30.0
 
 
 @dataclass
 class SampleStatistics:
-    """What a reader did so far.
+    """Running totals of a reader.
 
     Attributes:
-        samples: handed over.
+        samples: samples that were handed out.
         cache_hits: those of them that came from the cache.
-        requests, nbytes, retries: of storage: requests sent, bytes received, requests that had to be repeated or
-            continued.
+        requests: requests sent to storage.
+        nbytes: bytes received from storage.
+        retries: requests that were repeated or continued.
     """
 
     samples: int = 0
@@ -55,7 +55,7 @@ class SampleStatistics:
     retries: int = 0
 
     def add(self, read: ReadStatistics) -> None:
-        """Count a range that has come, or failed."""
+        """Count a range that has arrived, or failed."""
         self.requests += read.requests
         self.nbytes += read.nbytes
         self.retries += read.retries
@@ -64,7 +64,7 @@ class SampleStatistics:
         return SampleStatistics(*map(add, astuple(self), astuple(other)))
 
     def since(self, before: SampleStatistics) -> SampleStatistics:
-        """What was done after `before` was copied."""
+        """Return the totals since `before` was copied."""
         return SampleStatistics(*map(sub, astuple(self), astuple(before)))
 
 
@@ -75,11 +75,10 @@ class SampleReader:
     Attributes:
         root: the dataset's root.
         index: the split's index.
-        read_ahead: bytes of samples that may be in memory ahead of need. A sample larger than that is still read; what
-            is read in vain between neighbours adds less than a quarter, and the range that is being taken apart is
-            there twice.
-        cache: where samples are kept for the next time; not used for a dataset that is on a local disk anyway.
-        stall_s: a wait of so many seconds, above 0, for one range is told in the log, and again after twice the time.
+        read_ahead: bytes of samples that may be in memory ahead of need. A larger sample is still read; the gaps
+            between neighbours add less than a quarter, and the range that is being split is in memory twice.
+        cache: keeps samples for the next time; not used for a dataset on a local disk.
+        stall_s: a wait for one range of more than this many seconds is logged, and again after twice the time.
         statistics: running totals; several readers may share them.
 
     Raises:
@@ -100,57 +99,51 @@ class SampleReader:
             self.cache = None
 
     def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
-        """Yield (row, bytes) for every row, in the order given; `rows` may be endless.
+        """Yield (row, bytes) for every row, in the given order; `rows` may be endless.
 
         Args:
-            rows: of the index. None for a batch without any, so that what lies far ahead is not searched for.
-            who: is told to be waiting where storage stalls, such as "rank 0".
+            rows: of the index. None for a batch without a sample of this index, which bounds the search for more.
+            who: named in the log if storage stalls, such as "rank 0".
 
         Raises:
-            SampleError: a sample cannot be had, or its bytes do not have the index's crc32 after repeated reads.
+            SampleError: a sample cannot be read, or its bytes do not have the index's crc32 after repeated reads.
         """
         plan = Plan(self.index, iter(rows), self.read_ahead, self._is_cached)
-        parts: dict[int, _Part] = {}
+        ranges: dict[int, _Range] = {}  # by row; rows that are in the cache have none
         try:
             while True:
                 for span in plan.ask():
-                    parts.update(dict.fromkeys(span.rows, self._request(span)))
+                    ranges.update(dict.fromkeys(span.rows, self._request(span)))
                 if (taken := plan.take()) is None:
                     return
                 row, done = taken
-                yield row, self._next(row, parts.pop(row, None) if done else parts.get(row), done, who)
+                yield row, self._sample(row, ranges.pop(row, None) if done else ranges.get(row), done, who)
         finally:
-            for part in parts.values():
-                if part.future is not None:
-                    part.future.cancel()
+            for one in ranges.values():
+                one.cancel()
 
     def _is_cached(self, row: int) -> bool:
         return self.cache is not None and self.cache.has(self.cache.key(self.index, row))
 
-    def _request(self, span: Span) -> _Part:
-        location = self.root / self.index.shard_paths[span.shard]
-        if self.root.is_local:
-            expect(location.path, span.start, span.end)
-            return _Part(span, None, ReadStatistics(requests=1))
-        statistics = ReadStatistics()
-        return _Part(span, start_read(Read(location, span.start, span.end), statistics=statistics), statistics)
+    def _request(self, span: Span) -> _Range:
+        place = self.root / self.index.shard_paths[span.shard]
+        return _LocalRange(place, span) if self.root.is_local else _RemoteRange(place, span, self.stall_s)
 
-    def _next(self, row: int, part: _Part | None, done: bool, who: str) -> memoryview:
-        """One sample; `part` is the range that it was asked for with, None if the cache had it; `done`: free it."""
-        data = self._from_cache(row) if part is None else None
+    def _sample(self, row: int, requested: _Range | None, done: bool, who: str) -> memoryview:
+        """Return one sample, from the cache if it was not `requested`; `done`: its bytes are not needed again."""
+        data = self._from_cache(row) if requested is None else None
         if data is not None:
             self.statistics.cache_hits += 1
         else:
-            part = part or self._alone(row)
-            data = self._checked(row, self._sample(part, row, done, who), who)
+            data = self._checked(row, self._from_range(requested or self._alone(row), row, done, who), who)
             if self.cache is not None:
                 self.cache.put(self.cache.key(self.index, row), data)
         self.statistics.samples += 1
         return data
 
     def _from_cache(self, row: int) -> memoryview | None:
-        """A sample that the cache had when it was planned; None if it is gone or its bytes are wrong."""
-        assert self.cache is not None, "every row that is taken was asked for or is in the cache"
+        """Return a sample that was in the cache when it was planned; None if it is gone or its bytes are wrong."""
+        assert self.cache is not None, "every row that is taken was requested or is in the cache"
         key = self.cache.key(self.index, row)
         data = self.cache.get(key)
         if data is not None and zlib.crc32(data) != int(self.index.crc32[row]):
@@ -158,61 +151,31 @@ class SampleReader:
             data = None
         return None if data is None else memoryview(data)
 
-    def _sample(self, part: _Part, row: int, done: bool, who: str) -> memoryview:
-        """The bytes of one sample in its range, as soon as that has come."""
-        place = self.root / self.index.shard_paths[part.span.shard]
-        start, nbytes = int(self.index.offset[row]), int(self.index.nbytes[row])
+    def _from_range(self, requested: _Range, row: int, done: bool, who: str) -> memoryview:
+        """Return the bytes of one sample, as soon as its range has arrived."""
         try:
-            if part.future is not None:
-                self._wait(part.future, part, who)
-                part.take_apart(part.future.result(), self.index)
-            if part.pieces is None:
-                data = memoryview(read_file(place.path, start, start + nbytes))
-                part.statistics.nbytes += len(data)
-            else:
-                data = part.pieces.pop(row) if done else part.pieces[row]
+            data = requested.sample(self.index, row, done, who)
         except Exception as error:
-            raise SampleError(
-                f"{self._where(row)}: cannot be read: {explain(error, str(place)) or repr(error)}"
-            ) from error
+            reason = explain(error, str(requested.place)) or repr(error)
+            raise SampleError(f"{self._where(row)}: cannot be read: {reason}") from error
         finally:
-            self.statistics.add(part.take_statistics())
+            self.statistics.add(requested.statistics)
+            requested.statistics = ReadStatistics()  # a range serves many samples and is counted once
+        nbytes = int(self.index.nbytes[row])
         if len(data) != nbytes:
             raise SampleError(
-                f"{self._where(row)}: cannot be read: the object ends before the sample does, {len(data)} of whose "
-                f"{nbytes} bytes are there: the shard is truncated; build the dataset again"
+                f"{self._where(row)}: cannot be read: the object ends before the sample does, with {len(data)} of its "
+                f"{nbytes} bytes: the shard is truncated; build the dataset again"
             )
         return data
 
-    def _wait(self, future: Future[Bytes], part: _Part, who: str) -> None:
-        """Until the range is there, or has failed; a long wait is told, and its end."""
-        if future.done():
-            return
-        began, patience, told = time.monotonic(), self.stall_s, False
-        while not wait([future], timeout=patience).done:
-            told, patience = True, 2 * patience
-            trouble = f", the last because of: {part.statistics.trouble}" if part.statistics.trouble else ""
-            log.warning(
-                "%s has waited %.0f s for bytes %d to %d of %s: %d have come, %s%s",
-                who,
-                time.monotonic() - began,
-                part.span.start,
-                part.span.end,
-                self.root / self.index.shard_paths[part.span.shard],
-                part.statistics.nbytes,
-                counted(part.statistics.retries, "retry", "retries"),
-                trouble,
-            )
-        if told and future.exception() is None:
-            log.warning("%s has data again, after %.0f s", who, time.monotonic() - began)
-
     def _checked(self, row: int, data: memoryview, who: str) -> memoryview:
-        """The bytes, once their crc32 is the index's; wrong bytes are fetched again, alone."""
+        """Return the bytes once their crc32 is that of the index; wrong bytes are fetched again, on their own."""
         wanted = int(self.index.crc32[row])
         for attempt in attempts(ATTEMPTS):
             if attempt > 1:
                 self.statistics.retries += 1
-                data = self._sample(self._alone(row), row, True, who)
+                data = self._from_range(self._alone(row), row, True, who)
             if (found := zlib.crc32(data)) == wanted:
                 return data
         raise SampleError(
@@ -220,7 +183,8 @@ class SampleReader:
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
 
-    def _alone(self, row: int) -> _Part:
+    def _alone(self, row: int) -> _Range:
+        """Request one sample in a range of its own."""
         start = int(self.index.offset[row])
         end = start + int(self.index.nbytes[row])
         return self._request(Span(int(self.index.shard[row]), start, end, range(row, row + 1)))
@@ -230,29 +194,84 @@ class SampleReader:
         return f"{shard}: sample {self.index.image_id(row)} at offset {int(self.index.offset[row])}"
 
 
-@dataclass(slots=True)
-class _Part:
-    """A range that was asked for: `future` until it was taken apart, then `pieces`, the bytes of each row. Neither for
-    a file of this machine, which the kernel reads ahead."""
+class _LocalRange:
+    """A range of a local file: the kernel reads ahead, and each sample is read when it is needed."""
 
-    span: Span
-    future: Future[Bytes] | None
-    statistics: ReadStatistics
-    pieces: dict[int, memoryview] | None = None
+    def __init__(self, place: Location, span: Span) -> None:
+        self.place = place
+        self.statistics = ReadStatistics(requests=1)
+        expect(place.path, span.start, span.end)
 
-    def take_apart(self, data: Bytes, index: Index) -> None:
-        """Make the pieces, shorter than the index says where the object ends early, and let the future go."""
-        whole, rows = memoryview(data), self.span.rows
+    def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
+        """Return the bytes of one sample, fewer if the file ends early."""
+        start = int(index.offset[row])
+        data = read_file(self.place.path, start, start + int(index.nbytes[row]))
+        self.statistics.nbytes += len(data)
+        return memoryview(data)
+
+    def cancel(self) -> None:
+        """Do nothing: the kernel reads ahead at its own discretion."""
+
+
+class _RemoteRange:
+    """A range that was requested from storage, and is split into its samples when the first of them is needed."""
+
+    def __init__(self, place: Location, span: Span, stall_s: float) -> None:
+        self.place, self.span, self.stall_s = place, span, stall_s
+        self.statistics = ReadStatistics()
+        self._samples: dict[int, memoryview] = {}  # by row, empty until the range is split
+        self._future: Future[Bytes] | None = start_read(Read(place, span.start, span.end), statistics=self.statistics)
+
+    def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
+        """Return the bytes of one sample, fewer if the object ends early; `done`: free them.
+
+        Raises:
+            Exception: the read has failed; see `shards.storage.ranges.read_many`.
+        """
+        if self._future is not None:
+            self._wait(self._future, who)
+            self._samples = self._split(memoryview(self._future.result()), index)
+            self._future = None
+        return self._samples.pop(row) if done else self._samples[row]
+
+    def cancel(self) -> None:
+        """Give up a read that is under way."""
+        if self._future is not None:
+            self._future.cancel()
+
+    def _split(self, data: memoryview, index: Index) -> dict[int, memoryview]:
+        rows = self.span.rows
         if len(rows) == 1:
-            self.pieces = {rows[0]: whole}
-        else:  # copies, so that each can be freed by itself
-            starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
-            lengths = index.nbytes[rows.start : rows.stop].tolist()
-            cuts = zip(rows, starts, lengths, strict=True)
-            self.pieces = {row: memoryview(bytes(whole[start : start + size])) for row, start, size in cuts}
-        self.future = None
+            return {rows[0]: data}
+        starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
+        lengths = index.nbytes[rows.start : rows.stop].tolist()
+        # Copies, so that each sample can be freed on its own.
+        return {
+            row: memoryview(bytes(data[start : start + size]))
+            for row, start, size in zip(rows, starts, lengths, strict=True)
+        }
 
-    def take_statistics(self) -> ReadStatistics:
-        """What has not been counted yet: a range serves many samples and is counted once."""
-        taken, self.statistics = self.statistics, ReadStatistics()
-        return taken
+    def _wait(self, future: Future[Bytes], who: str) -> None:
+        """Wait until the range has arrived or failed; log a long wait, and its end."""
+        if future.done():
+            return
+        began, timeout, stalled = time.monotonic(), self.stall_s, False
+        while not wait([future], timeout=timeout).done:
+            stalled, timeout = True, 2 * timeout
+            trouble = f", the last because of: {self.statistics.trouble}" if self.statistics.trouble else ""
+            log.warning(
+                "%s has waited %.0f s for bytes %d to %d of %s: %d received, %s%s",
+                who,
+                time.monotonic() - began,
+                self.span.start,
+                self.span.end,
+                self.place,
+                self.statistics.nbytes,
+                counted(self.statistics.retries, "retry", "retries"),
+                trouble,
+            )
+        if stalled and future.exception() is None:
+            log.warning("%s has data again, after %.0f s", who, time.monotonic() - began)
+
+
+_Range = _LocalRange | _RemoteRange

@@ -1,24 +1,26 @@
-"""A bounded cache of samples on a disk of the machine, shared by all processes that stream there. Optional.
+"""A bounded cache of samples on a local disk, shared by all processes of the machine. Optional.
 
     cache = SampleCache("/scratch/cache", 200 * 10**9)
     stream = ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8, cache=cache)
 
-It is for several epochs over storage whose egress is paid or slow; without it no local disk is used.
+It serves several epochs over storage whose egress is paid or slow; without it no local disk is used.
 
-One file a sample, under 256 folders, named by a hash of all that the index says of it: a dataset that was built again
-keeps what has not changed, and never gets what has. A file comes to be by a rename, so a kill leaves it whole or
-absent; what a crash of the machine damages is found by the reader, which compares every crc32 with the index.
+There is one file per sample, in 256 folders, named by a hash of everything that the index says of the sample: after a
+dataset was built again, unchanged samples are still found and changed ones never are. A file appears by a rename, so a
+kill leaves it whole or absent; the reader detects what a crash of the machine damages, because it compares every crc32
+with the index.
 
-Who writes holds one lock (flock of `state`, gone with its process), counts the sample's bytes first, and writes it
-then: the files are within the limit at every moment, whatever is killed. A killed writer can leave one sample more, in
+A writer holds one lock (flock of `state`, released with its process), and counts the bytes of a sample before it writes
+them: the files are within the limit at every moment, whatever is killed. A killed writer can leave one more sample, in
 `incoming`, which the next one overwrites. Readers take no lock.
 
-What stays, once the disk is full: of the samples used within a day, those whose names are lowest. Names are hashes, so
-that is a fixed random part of the dataset. A cache that holds a share f of the dataset then serves f of every epoch;
-dropping the least recently used instead would serve f + (1 - f) ln(1 - f) of an epoch that is shuffled anew each
-time: 0.15 for f = 0.5. Samples that were not used for a day, of another dataset above all, go first.
+When the disk is full, the samples with the lowest names are kept, among those used within a day. Names are hashes, so
+this is a fixed random part of the dataset. A cache that holds a share f of the dataset then serves f of every epoch;
+dropping the least recently used instead would serve f + (1 - f) ln(1 - f) of a shuffled epoch: 0.15 for f = 0.5.
+Samples that were not used for a day, mostly of other datasets, are dropped first.
 
-Why not `diskcache`: it asks SQLite, which every hit would write to, keeps its limit only about, and pickles.
+`diskcache` is not used because it queries SQLite, which every hit would write to, keeps its limit only approximately,
+and pickles.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ from shards.common.argument_checks import real
 from shards.common.errors import StorageError
 from shards.format.index import Index
 
-STALE_S = 24 * 3600.0  # a sample that no one asked for in so long is the first to go
-TOUCH_S = 3600.0  # how old the time of a sample's last use may be told
-PATIENCE_S = 0.5  # for the lock; whoever does not get it stores nothing this time
+STALE_S = 24 * 3600.0  # samples that were not used for longer are dropped first
+TOUCH_S = 3600.0  # by how much the recorded time of last use may be out of date
+LOCK_TIMEOUT_S = 0.5  # a process that does not get the lock in time does not store the sample
 SLACK = 0.05  # share of the limit that is freed at once, so that the disk is not searched for every sample
-BLOCK = 4096  # a file is counted as the blocks of the disk that it takes
+BLOCK = 4096  # bytes; a file is counted in whole blocks of the disk
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _ALL = 2**64 - 1
@@ -53,8 +55,13 @@ log = logging.getLogger("shards.stream.sample_cache")
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the file `state` holds: bytes counted so far, the lowest name that is refused (its first 64 bits), and when
-    the files were last counted (seconds since 1970)."""
+    """The content of the file `state`.
+
+    Attributes:
+        nbytes: bytes counted so far.
+        refused: the lowest name that is refused, as its first 64 bits.
+        counted: when the files were last counted, in seconds since 1970.
+    """
 
     nbytes: int
     refused: int
@@ -76,11 +83,11 @@ class SampleCache:
     """Samples on a local disk.
 
     Attributes:
-        directory: where; made if it is not there. Its folder `samples` belongs to the cache.
+        directory: a local path; created if it does not exist. Its folder `samples` belongs to the cache.
         limit: bytes that all samples together may take.
 
     Raises:
-        StorageError: the directory cannot be made or written, or the limit is below one block of the disk.
+        StorageError: the directory cannot be created or written, or the limit is below one block of the disk.
     """
 
     directory: str | os.PathLike[str]
@@ -93,7 +100,7 @@ class SampleCache:
             raise StorageError(f"the directory of a cache is {self.directory!r}: give a local path")
         self.directory = os.fspath(self.directory)
         if "://" in self.directory:
-            raise StorageError(f"cache {self.directory}: a cache lies on a disk of this machine: give a local path")
+            raise StorageError(f"cache {self.directory}: a cache is on a disk of this machine: give a local path")
         if self.limit < BLOCK:
             raise StorageError(f"cache {self.directory}: its limit is {self.limit} bytes: give at least {BLOCK}")
         self._root = Path(self.directory, "samples")
@@ -110,32 +117,29 @@ class SampleCache:
             ) from error
 
     def key(self, index: Index, row: int) -> str:
-        """The name of a sample: 32 hex digits of all that the index says of its bytes."""
+        """Return the name of a sample: 32 hex digits, a hash of everything that the index says of its bytes."""
         place = index.shard_paths[int(index.shard[row])], int(index.offset[row]), int(index.nbytes[row])
-        told = repr((index.image_id(row), *place, int(index.crc32[row])))
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        identity = repr((index.image_id(row), *place, int(index.crc32[row])))
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     def has(self, key: str) -> bool:
-        """Whether the sample is there now; if so the kernel begins to read it, for `get` to come."""
+        """Return whether the sample is in the cache; if so, the kernel starts to read it for `get`."""
         try:
-            self._expect(key)
+            file = os.open(self._path(key), os.O_RDONLY)
+            try:
+                if time.time() - os.fstat(file).st_mtime > TOUCH_S:
+                    with contextlib.suppress(OSError):  # another user's file, or a disk that became read-only
+                        os.utime(file)
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
         except OSError:
             return False
         return True
 
-    def _expect(self, key: str) -> None:
-        file = os.open(self._path(key), os.O_RDONLY)
-        try:
-            if time.time() - os.fstat(file).st_mtime > TOUCH_S:
-                with contextlib.suppress(OSError):  # of another user, or a disk that became read-only
-                    os.utime(file)
-            if hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
-
     def get(self, key: str) -> bytes | None:
-        """The bytes as they lie there, unchecked; None if they are gone or the disk fails."""
+        """Return the bytes of a sample, unchecked; None if they are gone or the disk fails."""
         try:
             return self._path(key).read_bytes()
         except FileNotFoundError:
@@ -152,7 +156,7 @@ class SampleCache:
             self._give_up("a damaged sample cannot be removed", error)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """Keep a sample if room can be made for it. A disk that fails is told once a process, and left alone."""
+        """Keep a sample if there is room, or room can be made. A disk that fails is logged once and not used again."""
         if self._broken:
             return
         path = self._path(key)
@@ -168,7 +172,7 @@ class SampleCache:
                     state.write(file)
                 if _rank(key) >= state.refused or state.nbytes + taken > self.limit:
                     return
-                # Counted first: a kill between the two leaves too high a count, which the next one corrects.
+                # Counted first: a kill before the rename leaves a count that is too high, until the next count.
                 _State(state.nbytes + taken, state.refused, state.counted).write(file)
                 incoming = self._root / "incoming"
                 try:
@@ -182,6 +186,7 @@ class SampleCache:
             self._give_up("cannot be written", error)
 
     def _is_worth_a_count(self, state: _State, key: str, taken: int) -> bool:
+        """Return whether counting the files may make room for a sample."""
         if taken > self.limit:
             return False
         if _rank(key) < state.refused:
@@ -189,7 +194,7 @@ class SampleCache:
         return abs(time.time() - state.counted) > TOUCH_S  # something may have become stale
 
     def _make_room(self, needed: int) -> _State:
-        """Count the files, and drop some if `needed` more bytes do not fit. Only with the lock."""
+        """Count the files, and drop some if `needed` more bytes do not fit. Needs the lock."""
         entries = [
             (entry.name, _taken(status.st_size), status.st_mtime)
             for folder in sorted(self._root.iterdir())
@@ -200,7 +205,7 @@ class SampleCache:
         now, total, refused = time.time(), sum(taken for _, taken, _ in entries), _ALL
         if total + needed > self.limit:
             room = int((1 - SLACK) * self.limit) - needed
-            # From the end: the stale ones, then those with the highest names.
+            # Dropped from the end: first the stale samples, then those with the highest names.
             entries.sort(key=lambda entry: (now - entry[2] > STALE_S, entry[0]))
             while entries and total > room:
                 name, taken, used = entries.pop()
@@ -212,10 +217,10 @@ class SampleCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int | None]:
-        """The open file `state`, locked; None where others keep it for longer than `PATIENCE_S`."""
+        """Yield the open file `state`, locked; None if others hold the lock for longer than `LOCK_TIMEOUT_S`."""
         file = os.open(self._root / "state", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + LOCK_TIMEOUT_S
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,11 +240,13 @@ class SampleCache:
     def _give_up(self, what: str, error: OSError) -> None:
         if not self._broken:
             self._broken = True
-            log.warning("cache %s: %s (%s): going on, this process stores nothing more", self.directory, what, error)
+            log.warning(
+                "cache %s: %s (%s): the run continues, this process stores nothing more", self.directory, what, error
+            )
 
 
 def _taken(nbytes: int) -> int:
-    """Bytes of the disk's blocks under so many bytes."""
+    """Return the bytes of the disk's blocks that a file takes."""
     return -(-nbytes // BLOCK) * BLOCK
 
 

@@ -1,7 +1,7 @@
-"""What a stream makes of the bytes of a sample, a small tar of its own: a `Sample`, webdataset's dict, or your own.
+"""Samples in webdataset's form, and functions that make other forms of them: the `parse` of a stream.
 
-A `Parse` is called in the loader process with the bytes, the index, the row, and where the dataset lies. It starts from
-`shards.format.shard_tar.read_members`.
+webdataset represents a sample as a dict: `__key__`, `__url__` of the shard, and the bytes of each member by its
+extension, here `jpg` and `json`.
 """
 
 from __future__ import annotations
@@ -14,36 +14,49 @@ from shards.format.sample import Sample
 from shards.format.selection import with_categories
 from shards.format.shard_tar import read_members
 
-Parse = Callable[[memoryview, Index, int, str], Any]
+Parse = Callable[[dict[str, Any]], Any]
+
+# The ids that categories get (`Index.category_ids`), until they are applied to the annotations.
+CATEGORY_IDS = "__category_ids__"
 
 
-def parse_sample(data: memoryview, index: Index, row: int, where: str = "") -> Sample:
-    """The sample as its type.
+def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str, Any]:
+    """Return a sample as webdataset's dict, with the annotations as they are in the shard.
 
-    Raises:
-        SampleError: the range holds another key than the index says, or members in another format.
-    """
-    image_id, shard = index.image_id(row), _shard(index, row, where)
-    sample = Sample.from_members(image_id, read_members(data, image_id, where=shard), where=shard)
-    return with_categories(sample, index.category_ids)
-
-
-def webdataset_sample(data: memoryview, index: Index, row: int, where: str = "") -> dict[str, Any]:
-    """The sample as webdataset's dict: `__key__`, and the bytes of each member by its extension.
-
-    The bytes are not looked at. Only where a subset of classes or a mix changes annotations, the JSON is written anew.
+    Args:
+        data: the bytes of the sample in its shard, a small tar.
+        index: of the split.
+        row: of the sample.
+        root: URL of the dataset.
 
     Raises:
-        SampleError: the range holds another key than the index says, or is not a tar.
+        SampleError: the bytes have another key than the index, or are not a tar.
     """
-    found: dict[str, Any]
-    if index.category_ids is None:
-        members = read_members(data, index.image_id(row), where=_shard(index, row, where))
-        found = {extension: bytes(value) for extension, value in members.items()}
-    else:
-        found = dict(parse_sample(data, index, row, where).to_members())
-    return {"__key__": index.image_id(row), **found}
+    key, url = index.image_id(row), f"{root}/{index.shard_paths[int(index.shard[row])]}"
+    members = {name: bytes(value) for name, value in read_members(data, key, where=url).items()}
+    sample = {"__key__": key, "__url__": url, **members}
+    return sample if index.category_ids is None else {**sample, CATEGORY_IDS: index.category_ids}
 
 
-def _shard(index: Index, row: int, where: str) -> str:
-    return f"{where}/{index.shard_paths[int(index.shard[row])]}"
+def parse_sample(sample: dict[str, Any]) -> Sample:
+    """Return a sample of webdataset's form as a `Sample`.
+
+    Raises:
+        SampleError: a member is missing, or is not in the shard format.
+    """
+    parsed = Sample.from_members(sample["__key__"], sample, where=sample.get("__url__", ""))
+    return with_categories(parsed, sample.get(CATEGORY_IDS))
+
+
+def webdataset_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample in webdataset's form: `__key__`, `__url__`, and the bytes of each member by its extension.
+
+    The bytes are those of the shard, except for the JSON of a subset of classes, or of a mix whose class ids differ.
+
+    Raises:
+        SampleError: annotations must be changed, and are not in the shard format.
+    """
+    if CATEGORY_IDS not in sample:
+        return sample
+    members = parse_sample(sample).to_members()
+    return {name: members.get(name, value) for name, value in sample.items() if name != CATEGORY_IDS}

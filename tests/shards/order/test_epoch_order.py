@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shards.common.errors import DatasetError
-from shards.order.epoch_order import Order, OrderSettings, apart, chunk_starts, evaluation_batches, grouped, positions
+from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
+from shards.order.epoch_permutation import apart, chunk_starts, grouped
 from tests.support import make_index
 
 
@@ -57,8 +58,8 @@ def test_ranks_and_workers_share_out_the_row_of_batches(world, workers, start):
 @settings(max_examples=50, deadline=None)
 def test_a_batch_depends_on_its_position_alone(order, visited):
     fresh = {position: Order.batch(order, position).copy() for position in visited}
-    order._epochs.clear()
-    order._pieces.clear()
+    order._epochs.values.clear()
+    order._pieces.values.clear()
     for position in sorted(visited, reverse=True):
         assert np.array_equal(order.batch(position), fresh[position])
 
@@ -189,13 +190,16 @@ def test_chunks_are_runs_of_one_shard_of_about_the_wanted_length(sizes, per_shar
 
 @given(st.integers(0, 100), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
 def test_evaluation_visits_every_sample_exactly_once(samples, batch_size, world, workers):
-    rows = [
-        row
+    order = EvaluationOrder(make_index(np.full(samples, 1)), batch_size)
+    share = {"world": world, "workers": workers, "stop": len(order)}
+    batches = [
+        (order.sizes(position), order.rows(position))
         for rank in range(world)
         for worker in range(workers)
-        for batch in evaluation_batches(samples, batch_size, rank=rank, world=world, worker=worker, workers=workers)
-        for row in batch.tolist()
+        for position in positions(0, rank=rank, worker=worker, **share)
     ]
+    rows = [row for _, batch in batches for row in batch.tolist()]
+    assert all(sizes == (len(batch),) for sizes, batch in batches)
     assert sorted(rows) == list(range(samples))
 
 
@@ -218,7 +222,7 @@ def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
         order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
         for position in range(0, 3 * order.batches_per_epoch, order.batches_per_epoch // 50):
             order.batch(position)
-        sizes[count] = sum(piece.nbytes for piece in order._pieces.values())
+        sizes[count] = sum(piece.nbytes for piece in order._pieces.values.values())
     assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
 
 
@@ -237,8 +241,8 @@ def test_threads_that_share_an_order_read_what_one_alone_reads(repeat_threshold)
     finally:
         sys.setswitchinterval(before)
     assert all(one == expected for one in found)
-    assert len(shared._pieces) <= 2 * shared.lanes + 4
-    assert len(shared._epochs) <= 2 + 4
+    assert len(shared._pieces.values) <= 2 * shared.lanes + 4
+    assert len(shared._epochs.values) <= 2 + 4
 
 
 @given(st.lists(st.integers(0, 30), max_size=60))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from shards.common.errors import DatasetError
 from shards.common.splitmix import fold
-from shards.order.epoch_order import Order, OrderSettings, passes
+from shards.order.epoch_order import Order, OrderSettings
+from shards.order.epoch_permutation import passes
 from shards.order.repeat_factors import UNIT, repeat_factors, rounded, units_of_repeats, visits_of_an_epoch
 from tests.support import make_index
 
@@ -118,7 +119,7 @@ def test_only_selected_classes_count():
 
 
 def test_factors_without_labels_are_refused():
-    with pytest.raises(DatasetError, match="need the labels"):
+    with pytest.raises(DatasetError, match="need an index with labels"):
         repeat_factors(rare_ones().without_labels(), 0.5)
 
 

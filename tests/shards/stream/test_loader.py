@@ -110,9 +110,8 @@ def test_a_loader_process_that_is_killed_is_one_line(local: Dataset, moment: str
     batches.close()
     assert children() <= before
     assert re.fullmatch(
-        rf"(DataLoader worker \(pid {victim}\) is killed by signal: Killed"
-        rf"|loader process \(pid {victim}\) ended while it handed over a batch)"
-        r": mostly that is the kernel, for want of memory \(dmesg tells\): take fewer workers"
+        rf"loader process \(pid {victim}\) (was killed by signal: Killed|ended while it sent a batch)"
+        r": usually the kernel kills it because memory runs out \(see dmesg\): use fewer workers"
         r" \(workers=, or --data\.workers of a command\) or less read-ahead \(read_ahead=, or [^\n]*",
         str(caught.value),
     )
@@ -138,7 +137,7 @@ def test_a_batch_whose_sender_is_gone_is_received_as_the_error(local: Dataset) -
         item = pickle.loads(data)  # noqa: S301 (our own bytes, made here)
         if killed:
             assert isinstance(item.batch, LoaderError)
-            assert str(item.batch).startswith(f"loader process (pid {sender.pid}) ended while it handed over a batch: ")
+            assert str(item.batch).startswith(f"loader process (pid {sender.pid}) ended while it sent a batch: ")
         else:
             assert item.batch[0].tolist() == [1, 1, 1]
         sender.kill()
@@ -231,7 +230,7 @@ def test_a_stall_is_told_by_who_waits_and_so_is_its_end(
     lines = (tmp_path / "log").read_text().splitlines()
     who = "rank 1, loader worker [01]" if workers else "rank 1"
     place = rf"bytes \d+ to \d+ of {re.escape(root)}/train/00000\d.tar"
-    pattern = re.compile(rf"{who} has waited (\d+) s for {place}: (\d+) have come, (\d+) (?:retry|retries)(.*)")
+    pattern = re.compile(rf"{who} has waited (\d+) s for {place}: (\d+) received, (\d+) (?:retry|retries)(.*)")
     told = [pattern.fullmatch(line) for line in lines]
     again = [line for line in lines if re.fullmatch(rf"{who} has data again, after \d+ s", line)]
     assert any(told)
@@ -249,9 +248,9 @@ def test_a_reader_that_is_gone_is_no_traceback_of_a_loader_process() -> None:
     """Such as a rank that is killed while it takes a batch over; other errors of that thread are told."""
     code = """
 import sys
-from shards.stream.loader import _keep_quiet_about_readers
+from shards.stream.torch_internals import ignore_lost_readers
 
-_keep_quiet_about_readers()
+ignore_lost_readers()
 for error in (ConnectionResetError("reader"), BrokenPipeError("reader"), EOFError("reader"), ValueError("bug")):
     sys.excepthook(type(error), error, None)
 """

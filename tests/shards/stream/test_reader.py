@@ -56,7 +56,7 @@ def flip_a_byte(shard):
     ("change", "message"),
     [
         (flip_a_byte, "the index says"),
-        (lambda shard: shard.write_bytes(shard.read_bytes()[:1000]), "ends before the sample does, 1000 of whose"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:1000]), "ends before the sample does, with 1000 of its"),
         (lambda shard: shard.unlink(), "there is no such object"),
     ],
     ids=["flipped byte", "truncated", "deleted"],

@@ -125,7 +125,7 @@ def test_a_stream_goes_on_when_its_cache_is_lost(root: str, tmp_path: Path, capl
     got += itertools.islice(batches, 15)
     assert got == expected
     (told,) = caplog.records
-    assert "going on, this process stores nothing more" in told.message
+    assert "the run continues, this process stores nothing more" in told.message
 
 
 def test_a_full_disk_is_told_once(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,7 +179,7 @@ def test_samples_on_a_local_disk_are_not_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("directory", "limit", "message"),
     [
-        ("s3://bucket/cache", ROOM, "a cache lies on a disk of this machine: give a local path"),
+        ("s3://bucket/cache", ROOM, "a cache is on a disk of this machine: give a local path"),
         ("{tmp}/file/below", ROOM, "cannot be used .Not a directory.: give another folder, or none"),
         ("{tmp}", 0, "its limit is 0 bytes"),
     ],

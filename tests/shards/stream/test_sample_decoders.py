@@ -1,5 +1,6 @@
 import io
 import tarfile
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +9,9 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from shards.common.errors import SampleError
 from shards.format.sample import Sample
+from shards.format.selection import with_categories
 from shards.format.shard_tar import read_members
-from shards.stream.sample_decoders import parse_sample, webdataset_sample
+from shards.stream.sample_decoders import parse_sample, read_sample, webdataset_sample
 from tests.support import sample, write_dataset
 
 
@@ -55,10 +57,19 @@ def test_members_are_those_that_webdatasets_iterator_gives(one, values, ended):
 
 def test_both_forms_of_a_sample(one):
     index, data, made = one
-    assert parse_sample(memoryview(data), index, 0) == made
-    raw = webdataset_sample(memoryview(data), index, 0)
-    assert raw == {"__key__": made.image_id, **made.to_members()}
-    assert all(type(value) is bytes for extension, value in raw.items() if extension != "__key__")
+    raw = read_sample(memoryview(data), index, 0, "s3://b/d")
+    assert raw == {"__key__": made.image_id, "__url__": "s3://b/d/train/000000.tar", **made.to_members()}
+    assert all(type(value) in (bytes, str) for value in raw.values())
+    assert webdataset_sample(raw) == raw
+    assert parse_sample(raw) == made
+
+
+def test_both_forms_of_a_sample_have_the_chosen_classes_alone(one):
+    index, data, made = one
+    raw = read_sample(memoryview(data), replace(index, category_ids={1: 7}), 0, "s3://b/d")
+    assert parse_sample(raw) == with_categories(made, {1: 7}) != made
+    assert set(webdataset_sample(raw)) == {"__key__", "__url__", "jpg", "json"}
+    assert parse_sample(webdataset_sample(raw)) == parse_sample(raw)
 
 
 KEY = f"{0:016x}"
@@ -81,7 +92,7 @@ KEY = f"{0:016x}"
 )
 def test_what_is_not_the_sample_is_refused_in_one_line(one, data, message):
     with pytest.raises(SampleError, match=rf"^[^\n]*s3://b/d/train/000000.tar[^\n]*{message}[^\n]*$"):
-        parse_sample(memoryview(data), one[0], 0, "s3://b/d")
+        parse_sample(read_sample(memoryview(data), one[0], 0, "s3://b/d"))
 
 
 @settings(deadline=None)
@@ -92,7 +103,7 @@ def test_a_damaged_header_gives_an_error_or_the_same_members(one, place, change)
     damaged = bytearray(data)
     damaged[place : place + len(change)] = change
     try:
-        found = parse_sample(memoryview(damaged), index, 0)
+        found = parse_sample(read_sample(memoryview(damaged), index, 0, "s3://b/d"))
     except SampleError:
         return
     assert isinstance(found, Sample)

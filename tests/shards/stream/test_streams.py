@@ -51,10 +51,10 @@ def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 5}, "begun with batch_size 4, now it is 5: its position means nothing here"),
-        ({"seed": 6}, "begun with seed 5, now it is 6"),
-        ({"lanes": 2}, "begun with lanes 3, now it is 2"),
-        ({"repeat_threshold": 0.5}, r"begun with repeat_threshold 0\.0, now it is 0\.5"),
+        ({"batch_size": 5}, "started with batch_size 4, now it is 5: its position means another batch here"),
+        ({"seed": 6}, "started with seed 5, now it is 6"),
+        ({"lanes": 2}, "started with lanes 3, now it is 2"),
+        ({"repeat_threshold": 0.5}, r"started with repeat_threshold 0\.0, now it is 0\.5"),
     ],
 )
 def test_a_position_is_refused_under_another_order(dataset, changed, message):
@@ -69,7 +69,7 @@ def test_a_position_is_refused_with_other_samples(dataset):
     saved = ShardStream(dataset, "train", batch_size=4).order.identity()
     cars = dataset.select(classes=["Car"])
     with pytest.raises(
-        DatasetError, match=rf"begun with index \(the fingerprint [^\n]*\) '{saved['index']}', now it is '"
+        DatasetError, match=rf"started with index \(the fingerprint [^\n]*\) '{saved['index']}', now it is '"
     ):
         ShardStream(cars, "train", batch_size=4, start=3, identity=saved)
     with pytest.raises(DatasetError, match=r"now it is \['"):

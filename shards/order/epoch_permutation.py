@@ -1,0 +1,123 @@
+"""The permutation of an epoch's chunks, and rearrangements of rows that keep what is read together close."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.common.splitmix import fold, hashes
+
+_CHUNKS, _TURN = 1, 2  # the purpose of a hash: no two uses of an epoch's key are equal
+
+
+@dataclass(frozen=True)
+class EpochPermutation:
+    """The permuted chunks of an epoch.
+
+    Attributes:
+        key: of all its random numbers.
+        first: int64 [C], where each chunk begins in the unpermuted sequence of visits, in permuted order.
+        ends: int64 [C], where each chunk ends in the permuted sequence.
+        turn: by how many places the permuted sequence is rotated.
+        visits: the length of the sequence.
+        rows: int64 [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
+    """
+
+    key: np.uint64
+    first: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    turn: int
+    visits: int
+    rows: NDArray[np.int64] | None
+
+    @classmethod
+    def of(
+        cls, key: np.uint64, starts: NDArray[np.int64], visits: int, rows: NDArray[np.int64] | None = None
+    ) -> EpochPermutation:
+        """Permute the chunks that begin at `starts`, int64 [C]."""
+        chunks = np.argsort(hashes(np.arange(len(starts)), fold(key, _CHUNKS)), kind="stable")
+        lengths = np.diff(starts, append=visits)[chunks]
+        return cls(key, starts[chunks], np.cumsum(lengths), int(fold(key, _TURN) % np.uint64(visits)), visits, rows)
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of the index, int64 [n], at some places of the permuted and rotated sequence."""
+        places = (places + self.turn) % self.visits
+        chunk = np.searchsorted(self.ends, places, side="right")
+        before = np.concatenate([[0], self.ends])[chunk]
+        found: NDArray[np.int64] = self.first[chunk] + places - before
+        return found if self.rows is None else self.rows[found]
+
+
+def chunk_starts(shard: NDArray[np.integer], nbytes: NDArray[np.int64], chunk_bytes: int) -> NDArray[np.int64]:
+    """Return the first row of each chunk, int64 [C], ascending; a chunk is a run of about `chunk_bytes` in one shard.
+
+    Args:
+        shard: [N], the shard of each row; equal values are neighbours.
+        nbytes: [N], the length of each row in its shard.
+        chunk_bytes: at least 1.
+    """
+    if len(shard) == 0:
+        return np.zeros(0, dtype=np.int64)
+    before = np.cumsum(nbytes) - nbytes
+    new_shard = np.flatnonzero(np.diff(shard, prepend=shard[0] - 1))
+    lengths = np.diff(new_shard, append=len(shard))
+    in_shard = before - np.repeat(before[new_shard], lengths)  # [N], bytes of the shard before each row
+    starts = np.diff(in_shard // chunk_bytes, prepend=-1) != 0
+    starts[new_shard] = True
+    return np.flatnonzero(starts).astype(np.int64)
+
+
+def grouped(kind: NDArray[np.bool_], batch_size: int) -> NDArray[np.int64]:
+    """Rearrange positions so that each batch holds one kind, except for at most one mixed batch at the end.
+
+    Batches are sorted by the position of their last member, which keeps reading close to the given order.
+
+    Args:
+        kind: bool [n], n a multiple of `batch_size`.
+        batch_size: at least 1.
+
+    Returns:
+        int64 [n], a permutation of 0 to n - 1.
+    """
+    full, left = [], []
+    for value in (False, True):
+        members = np.flatnonzero(kind == value)
+        whole_batches = len(members) // batch_size * batch_size
+        full.append(members[:whole_batches].reshape(-1, batch_size))
+        left.append(members[whole_batches:])
+    batches = np.concatenate(full)  # [n / B or less, B]
+    return np.concatenate([batches[np.argsort(batches[:, -1])].reshape(-1), np.sort(np.concatenate(left))])
+
+
+def passes(visits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows of an epoch in which row i occurs `visits[i]` times.
+
+    First all rows that occur at all, ascending, then those that occur twice or more, and so on.
+
+    Args:
+        visits: int64 [N], not negative.
+    """
+    parts = []
+    rows = np.flatnonzero(visits > 0)
+    while len(rows):
+        parts.append(rows)
+        rows = rows[visits[rows] > len(parts)]
+    return np.concatenate(parts) if parts else rows
+
+
+def apart(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rearrange rows, int64 [n], so that equal ones are far from each other.
+
+    The first occurrence of each stays in order. A repeated row moves behind all of these, or before all of these if its
+    first occurrence is in the second half, so that half the length is between the two.
+    """
+    _, first = np.unique(rows, return_index=True)
+    if len(first) == len(rows):
+        return rows
+    is_first = np.zeros(len(rows), dtype=bool)
+    is_first[first] = True
+    once, more = rows[is_first], rows[~is_first]
+    behind = np.isin(more, once[: len(once) // 2])
+    return np.concatenate([more[~behind], once, more[behind]])

@@ -1,0 +1,118 @@
+"""The data path of a loader process: a `webdataset.DataPipeline` from ordered samples to batches.
+
+    samples in the exact order -> the user's stages -> parse -> batches of the order's sizes
+
+A stage is what webdataset calls one: a function from an iterator of samples to an iterator of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+
+from shards.common.errors import DatasetError
+from shards.common.text import counted, shown
+from shards.format.index import Index
+from shards.stream.reader import SampleReader
+from shards.stream.sample_decoders import Parse, parse_sample, read_sample, webdataset_sample
+
+T = TypeVar("T")
+Collate = Callable[[list[Any], int], T]  # of what `parse` returns, and the visit
+Stage = Callable[[Iterator[Any]], Iterable[Any]]
+
+
+class BatchOrder(Protocol):
+    """What a pipeline needs of an order; see `shards.order.epoch_order`."""
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The index of each dataset."""
+
+    def sizes(self, position: int) -> tuple[int, ...]:
+        """Return the number of samples of each dataset in a batch."""
+
+    def rows(self, position: int, number: int) -> NDArray[np.int64]:
+        """Return the rows of the index of dataset `number` in a batch."""
+
+    def visit(self, position: int) -> int:
+        """Return the number that `collate` gets."""
+
+
+class BatchReader(Generic[T]):
+    """One pass over the batches at some positions: the first and the last stage of a pipeline.
+
+    Args:
+        order: what is in each batch.
+        positions: returns the positions of the batches, from the start at each call.
+        readers: one per dataset.
+        collate: makes a batch of a list of samples.
+        who: named in the log if storage stalls.
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        positions: Callable[[], Iterator[int]],
+        readers: Sequence[SampleReader],
+        collate: Collate[T],
+        who: str,
+    ) -> None:
+        self.order, self.positions, self.readers, self.collate, self.who = order, positions, readers, collate, who
+        self._read = 0  # samples that the first stage has yielded
+        self._taken = 0  # samples that the last stage has received
+
+    def pipeline(self, stages: Sequence[Stage], parse: Parse) -> Any:
+        """Return the `webdataset.DataPipeline` of this pass; it can be read once."""
+        # Only `parse_sample` applies a choice of classes itself, which saves writing the JSON only to parse it again.
+        choose = [] if parse is parse_sample and not stages else [wds.map(webdataset_sample)]
+        return wds.DataPipeline(self.samples, *choose, *stages, wds.map(parse), self.batches)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Yield the samples of all batches, each as webdataset's dict."""
+        # Readers look ahead, so each iterates over the positions on its own.
+        sources = [reader.read(self._rows(number), who=self.who) for number, reader in enumerate(self.readers)]
+        roots = [str(reader.root) for reader in self.readers]
+        for position in self.positions():
+            for number, size in enumerate(self.order.sizes(position)):
+                for row, data in islice(sources[number], size):
+                    self._read += 1
+                    yield read_sample(data, self.readers[number].index, row, roots[number])
+
+    def _rows(self, number: int) -> Iterator[int | None]:
+        for position in self.positions():
+            rows = self.order.rows(position, number)
+            yield from rows if len(rows) else (None,)
+
+    def batches(self, samples: Iterator[Any]) -> Iterator[T]:
+        """Yield batches of the order's sizes, as webdataset's `batched` does for a fixed size.
+
+        Raises:
+            DatasetError: a stage did not yield exactly one sample for each that it received.
+        """
+        for position in self.positions():
+            size = sum(self.order.sizes(position))
+            batch = list(islice(samples, size))
+            self._taken += len(batch)
+            if self._read != self._taken or len(batch) < size:
+                raise DatasetError(
+                    f"a stage (or parse) received {counted(self._read, 'sample')} and yielded {self._taken}: stages "
+                    "must yield one sample for each, in order, so that positions keep their meaning; leave samples out "
+                    "with dataset.select(), or with a webdataset pipeline behind the stream"
+                )
+            yield self.collate(batch, self.order.visit(position))
+
+
+def check_stages(stages: Any) -> tuple[Stage, ...]:
+    """Return stages as a tuple.
+
+    Raises:
+        DatasetError: `stages` is not a sequence of functions.
+    """
+    if not isinstance(stages, Iterable) or not all(map(callable, stages := list(stages))):
+        raise DatasetError(f"stages is {shown(stages)}: give a list of functions from samples to samples, [wds.map(f)]")
+    return tuple(stages)

@@ -1,0 +1,99 @@
+"""Everything here that depends on internals of torch's `DataLoader` and of `multiprocessing`.
+
+Tested with torch 2.11 to 2.14. torch promises none of it: `_workers` and `_shutdown_workers` of the iterator of a
+`DataLoader`, the handler of SIGCHLD that it installs, and the exception that it raises if a worker has died.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from shards.common.errors import LoaderError
+
+WHY_KILLED = (
+    "usually the kernel kills it because memory runs out (see dmesg): use fewer workers (workers=, or --data.workers "
+    "of a command) or less read-ahead (read_ahead=, or --data.read_ahead_mb); in a container, raise its limits of "
+    "memory and shared memory"
+)
+
+# The texts of torch's RuntimeError: from the handler of SIGCHLD, and from a wait for a batch (within 5 s).
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? ")
+
+
+def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:
+    """Return the error for a worker of a `DataLoader`'s iterator that was killed or crashed; None if there is none."""
+    for worker in getattr(iterator, "_workers", ()):  # an iterator without workers has no such attribute
+        if worker.exitcode:
+            code = worker.exitcode
+            how = f"was killed by signal: {signal.strsignal(-code)}" if code < 0 else f"ended with exit status {code}"
+            return LoaderError(f"loader process (pid {worker.pid}) {how}: {WHY_KILLED}")
+    return None
+
+
+def is_worker_death(error: RuntimeError) -> bool:
+    """Return whether torch reports with this error that a worker has died."""
+    return _WORKER_DIED.match(str(error)) is not None
+
+
+def stop_workers(iterator: Iterator[Any]) -> None:
+    """End the workers of a `DataLoader`'s iterator now.
+
+    The garbage collector would do that too. But an exception may keep the iterator alive until it runs, and it closes
+    the queues of the workers before it asks them to end: each is then waited for 5 s.
+    """
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def ignore_sigchld_errors() -> None:
+    """Keep torch from raising the death of a worker wherever the main thread happens to be.
+
+    torch raises it from a handler of SIGCHLD. Inside a finalizer it would be lost, and inside a library it may surface
+    as any other error. Without it torch notices the death within 5 s, when the loop waits for a batch. Call this after
+    a `DataLoader` has started its workers; handlers of others stay in place.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and not isinstance(handler, _WithoutWorkerDeaths):
+        signal.signal(signal.SIGCHLD, _WithoutWorkerDeaths(handler))
+
+
+class _WithoutWorkerDeaths:
+    """A handler of SIGCHLD that drops torch's errors about dead workers."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+
+
+def ignore_lost_readers() -> None:
+    """In a loader process: print no traceback if the process that reads its batches is gone.
+
+    `multiprocessing` sends file descriptors in a thread, and reports an error there through `sys.excepthook`. The
+    message of the reading process says why it ended.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def reduce_tensor(tensor: Any) -> Any:
+    """Return what torch registers with `multiprocessing` to send a tensor."""
+    return ForkingPickler._extra_reducers[type(tensor)](tensor)  # type: ignore[attr-defined]
