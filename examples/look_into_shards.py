@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Look into shards
 #
-# From a dataset on any storage to pictures. Each `# %%` starts a cell in VS Code, PyCharm, Spyder and Jupytext. The file
-# also runs as a script, without a display, and writes its pictures to a folder:
+# From a dataset on any storage to pictures. Each `# %%` starts a cell in VS Code, PyCharm, Spyder and Jupytext. It also
+# runs as a script, without a display, and writes its pictures to a folder:
 #
 #     SHARDS=s3://bucket/traffic OUT=look python examples/look_into_shards.py
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import builder.commands.cli
+import builder.commands.options
 import shards.inspect.cli
 import trainer.commands.compare
 import trainer.commands.evaluate
@@ -82,7 +83,7 @@ def test_a_command_is_one_that_its_parser_takes(words: list[str], monkeypatch: p
         at = words.index("...")
         words = [*words[:at], "--data.shards", "s3://bucket/prefix", *words[at + 1 :]]
     if words[0] == "build-shards":
-        parse(builder.commands.cli.make_parser(), words[1:])
+        parse(builder.commands.options.make_parser(), words[1:])
     elif words[0] == "inspect-shards":
         parse(shards.inspect.cli.make_parser(), words[1:])
     elif words[0] == "accelerate":

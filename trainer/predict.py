@@ -3,8 +3,13 @@
 import sys
 from pathlib import Path
 
-# Run the checkout that this script is in, also where another copy is installed.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# Import the packages next to this script's folder, even if another copy is installed. The folder itself, which python
+# puts first (not with -P), must not be importable: `import data` would find trainer/data.
+folder = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == folder:
+    del sys.path[0]
+if sys.path[:1] != [str(folder.parent)]:
+    sys.path.insert(0, str(folder.parent))
 
 from trainer.commands.predict import main  # noqa: E402
 

@@ -42,11 +42,12 @@ def option(
     commas: bool = False,
     positional: bool = False,
     required: bool = False,
+    default_help: str = "",
 ) -> Any:
     """Return a dataclass field that is an option.
 
     Args:
-        default: value if the option is not given; None where the help describes the default.
+        default: value without the option, or a function that returns it.
         help: one line of description; range and default are appended to it.
         low: smallest value; of a list, of each of its values.
         high: largest value.
@@ -57,8 +58,11 @@ def option(
         commas: a list is given as one argument with commas.
         positional: an argument without a flag.
         required: whether the command needs it.
+        default_help: what the help shows as the default, if not `default`.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -347,11 +351,13 @@ def _help(entry: Entry) -> str:
     low, high = entry.item.metadata["low"], entry.item.metadata["high"]
     notes = [_bounds(low, high)] if low is not None or high is not None else []
     default = entry.default
-    if default == "":
-        pass  # the description says what an empty value means
+    if entry.item.metadata["default_help"]:
+        notes.append(f"default: {entry.item.metadata['default_help']}")
+    elif default in ("", None) or (default is False and not entry.section):
+        pass  # the description says what no value means
     elif entry.section:
         notes.append("default: " + yaml.safe_dump(default, default_flow_style=True).splitlines()[0])
-    elif default not in (None, False, []):
+    elif default != []:
         notes.append("default: " + (shlex.join(map(str, default)) if isinstance(default, list) else str(default)))
     text: str = entry.item.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")

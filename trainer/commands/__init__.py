@@ -1,1 +1,4 @@
-"""The commands train, evaluate, predict and compare. Each reads from top to bottom and calls the folders below."""
+"""The commands train, evaluate, predict and compare, and what they share.
+
+Each command reads from top to bottom and uses the other folders of the package.
+"""

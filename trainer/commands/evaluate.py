@@ -1,13 +1,13 @@
-"""Rate a checkpoint on a split of a shard dataset: COCO's AP and Open Images' side by side.
+"""Evaluate a checkpoint on a split of a shard dataset: COCO's AP and Open Images' side by side.
 
     accelerate launch trainer/evaluate.py --checkpoint runs/traffic --data.shards s3://bucket/prefix --data.split val
 
-Every image is rated once, whatever the number of processes. A table is printed. --out is a folder that receives
-evaluation.json, classes.csv, curves.png (precision over recall), confusion.csv, confusion.png, and images.html: the
-images that went worst and best.
+Every image is evaluated once, on any number of processes. The command prints a table and writes to the folder --out:
+evaluation.json, classes.csv, curves.png (precision over recall), confusion.csv, confusion.png, and images.html, a page
+of the images with the worst and the best results.
 
-AP asks for detections of any score: they are rated from 0.05 on, even where the checkpoint's own threshold is higher
-and would cut the curves short.
+AP needs detections of any score: those of 0.05 or more are evaluated even if the checkpoint's own threshold is higher,
+because that would truncate the curves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from trainer.commands import command_line as command
 from trainer.config.command_options import LOWEST_EVALUATED_SCORE, EvaluateOptions
 from trainer.config.settings import DataConfig, ModelConfig, TrainConfig
 from trainer.report.scorecard import Evaluation, class_csv, confusion_csv
-from trainer.report.scorecard import summary as summary  # the training loop prints it, too
+from trainer.report.scorecard import summary as summary  # the training loop prints it as well
 from trainer.run.distributed import main_can_write, start_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
+    from shards.stream.streams import EvalStream
     from trainer.data.collate import EvalBatch
     from trainer.metrics import Gather
+    from trainer.metrics.confusion import Confusion
     from trainer.metrics.openimages import Parents
     from trainer.model.inference import Detections
 
@@ -43,7 +45,7 @@ log = logging.getLogger("trainer.commands.evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     return command.run("evaluate", lambda: evaluate_checkpoint(parse(arguments)))
 
 
@@ -61,15 +63,15 @@ def parse(arguments: Sequence[str] | None) -> EvaluateOptions:
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> None:
-    """Rate what `--checkpoint` names; print the table and write the files.
+    """Evaluate the checkpoint, print the table and write the files.
 
     Raises:
-        UserError: checkpoint, dataset or hierarchy cannot be had, or do not go together; --out cannot be written.
+        UserError: checkpoint, dataset or hierarchy are unavailable or do not fit together, or --out cannot be written.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
     if dataset is not None:
-        dataset.index(options.split)  # a wrong split is told before seconds of loading
+        dataset.index(options.split)  # reports a wrong split before seconds of loading
 
     from trainer.metrics.confusion import ConfusionMetric
     from trainer.metrics.hierarchy import read_parents
@@ -82,16 +84,17 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     if options.out:
         main_can_write(out, "--out", accelerator)
     state = open_checkpoint(options.checkpoint)
-    if not options.out:  # not before: of a checkpoint that is not there, it is that which should be told
+    if not options.out:  # not earlier: a missing checkpoint should be reported as such
         main_can_write(out, "--out", accelerator)
-    dataset = (dataset or open_dataset(state.config.data.shards)).select(classes=state.config.data.classes or None)
+    config = state.config
+    dataset = (dataset or open_dataset(config.data.shards)).select(classes=config.data.classes or None)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     parents = read_parents(Location(options.hierarchy), dataset.categories) if options.hierarchy else {}
     network = rebuild(state)
-    thresholds = set_thresholds(network, state.config.model, options)
+    thresholds = set_thresholds(network, config.model, options)
     network.to(accelerator.device)
-    state.config.data.cache_dir = ""  # of the machine that trained
-    state.config.data.workers, state.config.train.eval_batch_size = options.workers, options.batch_size
+    config.data.cache_dir = ""  # it belongs to the machine that trained
+    config.data.workers, config.train.eval_batch_size = options.workers, options.batch_size
     confusion = ConfusionMetric(dataset.categories, options.score)
     gallery = Gallery(dataset.categories, parents, options.pictures, options.score)
 
@@ -100,56 +103,73 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
         gallery.add(batch, found)
 
     result = evaluate(
-        network,
-        dataset,
-        options.split,
-        accelerator,
-        state.config.data,
-        state.config.train,
-        parents=parents,
-        watch=watch,
+        network, dataset, options.split, accelerator, config.data, config.train, parents=parents, watch=watch
     )
     gather = gather_to_main(accelerator)
     title = f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}"
     matrix, page = confusion.evaluate(gather), gallery.page(title, gather)
     if result is not None and matrix is not None and page is not None:
-        from trainer.report.score_plots import draw_confusion, draw_precision_recall
-
-        value = {
+        context = {
             "checkpoint": options.checkpoint,
             "step": state.step,
             "shards": str(dataset.root),
             "split": options.split,
             **thresholds,
             "parents": {str(child): list(above) for child, above in parents.items()},
-            **result.to_json(),
-            "confusion": matrix.to_json(),
         }
-        files = {
-            "classes.csv": class_csv(result, dataset.categories).encode("utf-8"),
-            "curves.png": draw_precision_recall(result),
-            "confusion.csv": confusion_csv(matrix).encode("utf-8"),
-            "confusion.png": draw_confusion(matrix),
-            "images.html": page.encode("utf-8"),
-            "evaluation.json": json.dumps(value, indent=1, allow_nan=False).encode("utf-8"),
-        }
-        for name, data in files.items():
-            (out / name).write(data)
-        print(title)
-        print(told_thresholds(thresholds, state.config.model))
-        print(summary(result))
-        print(f"\nall numbers: {out / 'evaluation.json'}; beside it {', '.join(n for n in files if '.json' not in n)}")
+        names = write_results(out, context, dataset.categories, result, matrix, page)
+        print(f"{title}\n{describe_thresholds(thresholds, config.model)}\n{summary(result)}\n")
+        print(f"all numbers: {out / 'evaluation.json'}; in the same folder: {', '.join(names)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
+def write_results(
+    out: Location,
+    context: dict[str, Any],
+    categories: Sequence[Category],
+    result: Evaluation,
+    matrix: Confusion,
+    page: str,
+) -> list[str]:
+    """Write the files of an evaluation, evaluation.json last.
+
+    Args:
+        out: folder.
+        context: what was evaluated, for evaluation.json.
+        categories: the dataset's classes.
+        result: the metrics.
+        matrix: the confusion matrix.
+        page: images.html.
+
+    Returns:
+        The names of the files other than evaluation.json.
+    """
+    from trainer.report.score_plots import draw_confusion, draw_precision_recall
+
+    files = {
+        "classes.csv": class_csv(result, categories).encode("utf-8"),
+        "curves.png": draw_precision_recall(result),
+        "confusion.csv": confusion_csv(matrix).encode("utf-8"),
+        "confusion.png": draw_confusion(matrix),
+        "images.html": page.encode("utf-8"),
+    }
+    for name, data in files.items():
+        (out / name).write(data)
+    value = {**context, **result.to_json(), "confusion": matrix.to_json()}
+    (out / "evaluation.json").write(json.dumps(value, indent=1, allow_nan=False).encode("utf-8"))
+    return list(files)
+
+
 def set_thresholds(network: MaskRCNN, model: ModelConfig, options: EvaluateOptions) -> dict[str, Any]:
-    """Give the network the command's thresholds, else the checkpoint's; returns them by `ModelConfig`'s names."""
-    score = (
-        min(model.score_threshold, LOWEST_EVALUATED_SCORE)
-        if options.score_threshold is None
-        else options.score_threshold
-    )
+    """Set the network's thresholds to the command's, or else the checkpoint's.
+
+    Returns:
+        The thresholds, by the names of `ModelConfig`.
+    """
+    score = options.score_threshold
+    if score is None:
+        score = min(model.score_threshold, LOWEST_EVALUATED_SCORE)
     nms = model.nms_threshold if options.nms_threshold is None else options.nms_threshold
     most = options.detections or model.detections_per_image
     heads = network.roi_heads
@@ -157,28 +177,35 @@ def set_thresholds(network: MaskRCNN, model: ModelConfig, options: EvaluateOptio
     return {"score_threshold": score, "nms_threshold": nms, "detections_per_image": most}
 
 
-def told_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
-    """One line: what was rated, and where that is not what the checkpoint itself would find."""
+def describe_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
+    """Return a line with the thresholds in use, and the checkpoint's own where they differ."""
     line = (
-        f"scores from {used['score_threshold']:g} on, NMS at {used['nms_threshold']:g}, "
-        f"at most {counted(used['detections_per_image'], 'detection')} an image"
+        f"scores of {used['score_threshold']:g} or more, NMS at {used['nms_threshold']:g}, "
+        f"at most {counted(used['detections_per_image'], 'detection')} per image"
     )
     changed = [f"{name} {getattr(model, name):g}" for name, value in used.items() if getattr(model, name) != value]
     return line + (f" (the checkpoint's own: {', '.join(changed)})" if changed else "")
 
 
 def check_classes(known: Sequence[Category], asked: Sequence[Category], checkpoint: str, dataset: str) -> None:
-    """Whether a network's classes are the dataset's.
+    """Check that a network's classes are the dataset's.
+
+    Args:
+        known: the network's classes.
+        asked: the dataset's classes.
+        checkpoint: name of the checkpoint in errors.
+        dataset: name of the dataset in errors.
 
     Raises:
-        DatasetError: an id stands for different classes, or one side has a class that the other has not.
+        DatasetError: an id has different names, or only one side has it.
     """
-    ours, theirs = ({category.id: category.name for category in side} for side in (known, asked))
-    for number in sorted(ours.keys() | theirs.keys()):
-        if ours.get(number) != theirs.get(number):
+    network_names, dataset_names = ({category.id: category.name for category in side} for side in (known, asked))
+    for number in sorted(network_names.keys() | dataset_names.keys()):
+        if network_names.get(number) != dataset_names.get(number):
             raise DatasetError(
-                f"class {number} is {theirs.get(number, 'missing')!r} in {dataset}, and "
-                f"{ours.get(number, 'missing')!r} in the checkpoint {checkpoint}: they must have the same classes"
+                f"class {number} is {dataset_names.get(number, 'missing')!r} in {dataset}, and "
+                f"{network_names.get(number, 'missing')!r} in the checkpoint {checkpoint}: "
+                "they must have the same classes"
             )
 
 
@@ -193,41 +220,32 @@ def evaluate(
     parents: Parents | None = None,
     watch: Callable[[EvalBatch, list[Detections]], None] | None = None,
 ) -> Evaluation | None:
-    """Rate the network on every image of a split, shared over the ranks; each of them must call this.
+    """Evaluate a network on every image of a split, shared over the ranks; every rank must call this.
 
     Args:
-        network: on the accelerator's device; its mode is left as it was.
-        data, train: `workers`, `read_ahead_mb`, `stall_s`, the cache's options and `eval_batch_size` are read.
-        parents: of classes that are kinds of others, for the Open Images AP.
-        watch: is shown each batch of this rank with what was found in it.
+        network: on the accelerator's device; its mode (training or not) is restored.
+        dataset: with the classes of the network.
+        split: what to evaluate.
+        accelerator: of the ranks.
+        data: `workers`, `read_ahead_mb`, `stall_s` and the cache's options are used.
+        train: `eval_batch_size` is used.
+        parents: for the Open Images AP, of classes that are kinds of others.
+        watch: called with each batch of this rank and its detections.
 
     Returns:
         The result on the main rank, None on the others.
     """
     from shards.stream.loader import loader
-    from shards.stream.streams import EvalStream
-    from trainer.data.collate import EvalCollate, sample_cache
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.model.inference import detect
 
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    stream = EvalStream(
-        dataset,
-        split,
-        batch_size=train.eval_batch_size,
-        rank=rank,
-        world=world,
-        read_ahead=data.read_ahead_mb * 2**20,
-        cache=sample_cache(data),
-        stall_s=data.stall_s,
-        collate=EvalCollate(),
-    )
+    stream = open_eval_stream(dataset, split, accelerator, data, train)
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
     was_training = network.training
     network.eval()
     for batch in loader(stream, workers=data.workers):
-        found = detect(network, batch.images, device)
+        found = detect(network, batch.images, accelerator.device)
         coco.process(batch.samples, found)
         open_images.process(batch.samples, found)
         if watch is not None:
@@ -239,12 +257,32 @@ def evaluate(
     if by_coco is None or by_open_images is None:
         return None
     if by_coco.images != len(dataset.index(split)):
-        raise RuntimeError(f"{by_coco.images} images were rated, split {split!r} has {len(dataset.index(split))}")
+        raise RuntimeError(f"{by_coco.images} images were evaluated, split {split!r} has {len(dataset.index(split))}")
     return Evaluation(by_coco, by_open_images)
 
 
+def open_eval_stream(
+    dataset: Dataset, split: str, accelerator: Accelerator, data: DataConfig, train: TrainConfig
+) -> EvalStream[EvalBatch]:
+    """Return the stream of this rank's share of a split."""
+    from shards.stream.streams import EvalStream
+    from trainer.data.collate import EvalCollate, sample_cache
+
+    return EvalStream(
+        dataset,
+        split,
+        batch_size=train.eval_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        read_ahead=data.read_ahead_mb * 2**20,
+        cache=sample_cache(data),
+        stall_s=data.stall_s,
+        collate=EvalCollate(),
+    )
+
+
 def gather_to_main(accelerator: Accelerator) -> Gather:
-    """Joins all ranks' lists on the main one."""
+    """Return a function that joins the lists of all ranks on the main rank, and returns None on the others."""
     from accelerate.utils import gather_object
 
     def gather(items: list[Any]) -> list[Any] | None:

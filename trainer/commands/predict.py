@@ -1,14 +1,14 @@
-"""Find objects in images: pictures of what was found, COCO JSON, and a submission to the Open Images Challenge.
+"""Find objects in images: pictures with detections, COCO JSON, and a submission to the Open Images Challenge.
 
     python trainer/predict.py --checkpoint runs/traffic --out predictions street.jpg https://example.org/crossing.jpg
     python trainer/predict.py --checkpoint runs/traffic --out predictions photos/ 's3://bucket/2024/*.jpg'
     accelerate launch trainer/predict.py --checkpoint runs/traffic --out s3://bucket/found \
         --data.shards s3://bucket/prefix --data.split test --submission
 
-Images are local paths, folders, globs, or any fsspec URLs of these; or a split of a shard dataset, done on all ranks in
-parts: the same command again does the parts that are missing. --out receives a picture an image, and predictions.json:
-a COCO dataset ("images", "categories", "annotations") whose annotations carry a score. Coordinates are those of the
-pixels as stored: EXIF orientation is ignored, as it is in training.
+Images are local paths, folders, globs, or any fsspec URLs of these; or a split of a shard dataset, which all ranks
+process in parts: the same command again processes the missing parts. --out receives one picture per image, and
+predictions.json: a COCO dataset ("images", "categories", "annotations") whose annotations have a score. Coordinates
+refer to the pixels as stored: EXIF orientation is ignored, as in training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IN_SHARDS = ("data.split", "data.workers", "batch-size", "part-images")  # optio
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 1 when an image could not be read, and the others were done."""
+    """Run the command and return its exit status: 1 if an image could not be read and the others were processed."""
     return command.run("predict", lambda: predict(parse(arguments)))
 
 
@@ -73,15 +73,18 @@ def parse(arguments: Sequence[str] | None) -> PredictOptions:
 
 
 def predict(options: PredictOptions) -> int:
-    """Do every image that can be read; 1 if one could not.
+    """Process every image that can be read.
+
+    Returns:
+        The exit status: 1 if an image could not be read, else 0.
 
     Raises:
-        UserError: checkpoint, dataset or images cannot be had or do not go together, or --out cannot be written.
+        UserError: checkpoint, dataset or images are unavailable or do not fit together, or --out cannot be written.
     """
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
     if dataset is not None:
-        dataset.index(options.split)  # a wrong split is told before seconds of loading
+        dataset.index(options.split)  # reports a wrong split before seconds of loading
     images = [] if dataset is not None else find_images(options.images)
     if options.submission:
         check_image_ids(images)
@@ -96,7 +99,7 @@ def predict(options: PredictOptions) -> int:
     from trainer.model.checkpoint import open_checkpoint
 
     state = open_checkpoint(options.checkpoint)
-    if dataset is not None:  # every image is done, whatever `data.classes` the training took
+    if dataset is not None:  # `data.classes` selects classes, not images: all images are processed
         asked = dataset.select(classes=state.config.data.classes or None).categories
         check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
     labels = None
@@ -104,7 +107,7 @@ def predict(options: PredictOptions) -> int:
         parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
         labels = submission_labels(state.categories, parents)
     network = rebuild(state)
-    # Whatever threshold the run was evaluated with: --score decides here.
+    # --score replaces the threshold of the run's evaluations.
     network.roi_heads.score_thresh = options.score
     if dataset is not None and accelerator is not None:
         from trainer.prediction.sharded_inference import predict_shards
@@ -121,7 +124,10 @@ def predict(options: PredictOptions) -> int:
 
 
 def _start(options: PredictOptions) -> Accelerator | None:
-    """Try --out before seconds of loading and hours of work; for a dataset, join the ranks first, and return how.
+    """Check that --out can be written, before any slow work.
+
+    Returns:
+        For a dataset, the accelerator that joined the ranks; None for images.
 
     Raises:
         StorageError: --out cannot be written.
@@ -144,7 +150,18 @@ def predict_images(
     device: torch.device | str,
     labels: Labels | None,
 ) -> int:
-    """Do images one by one; those that cannot be read are told and left out. 1 if there is one, else 0.
+    """Process images one by one; those that cannot be read are reported and skipped.
+
+    Args:
+        options: of the command.
+        images: paths or URLs.
+        state: the checkpoint.
+        network: on `device`, in evaluation mode.
+        device: where to run.
+        labels: for the submission, if one is written.
+
+    Returns:
+        1 if an image could not be read, else 0.
 
     Raises:
         StorageError: `options.out` cannot be written.
@@ -158,9 +175,9 @@ def predict_images(
             try:
                 pixels = decode_image(Location(image).read())
             except UserError as error:
-                # An error of storage begins with the place already.
-                told = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
-                print(f"predict: {told}", file=sys.stderr, flush=True)
+                # A storage error already starts with the image's path.
+                message = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
+                print(f"predict: {message}", file=sys.stderr, flush=True)
                 failures += 1
                 continue
             found = detect(network, [pixels], device)[0]

@@ -66,9 +66,7 @@ def parse(arguments: Sequence[str] | None) -> Config:
 
 
 def train(config: Config) -> MaskRCNN:
-    """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one.
-
-    Every rank must call this.
+    """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one, on all ranks.
 
     Returns:
         The network, with the same weights on every rank.

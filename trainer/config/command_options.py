@@ -18,25 +18,29 @@ class EvaluateOptions:
     """Options of `evaluate`."""
 
     checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
-    shards: str = option("", "shard dataset (default: that of the training)", flag="data.shards", metavar="URL")
+    shards: str = option("", "shard dataset", default_help="that of the training", flag="data.shards", metavar="URL")
     split: str = option("val", "split to evaluate", flag="data.split", metavar="NAME")
     workers: int = option(DataConfig().workers, "loader processes per rank", low=0, flag="data.workers")
     batch_size: int = option(TrainConfig().eval_batch_size, "images per batch on each rank", low=1)
     score_threshold: float | None = option(
         None,
-        f"lowest score of a detection (default: the checkpoint's, but at most {LOWEST_EVALUATED_SCORE:g}, because a "
-        "higher threshold cuts AP short)",
+        "lowest score of a detection",
+        default_help=f"the checkpoint's, but at most {LOWEST_EVALUATED_SCORE:g}, because a higher one cuts AP short",
         low=0,
         high=1,
     )
     nms_threshold: float | None = option(
         None,
-        "IoU above which NMS drops the lower-scoring one of two detections of a class (default: the checkpoint's)",
+        "IoU above which NMS drops the lower-scoring one of two detections of a class",
+        default_help="the checkpoint's",
         low=0,
         high=1,
     )
     detections: int | None = option(
-        None, "maximum number of detections per image (default: the checkpoint's); COCO evaluates 100 per class", low=1
+        None,
+        "maximum number of detections per image; COCO evaluates 100 per class",
+        low=1,
+        default_help="the checkpoint's",
     )
     hierarchy: str = option(
         "",
@@ -46,7 +50,7 @@ class EvaluateOptions:
     )
     score: float = option(0.5, "lowest score in the confusion matrix and in the pictures", low=0, high=1)
     pictures: int = option(12, "how many of the worst and of the best images images.html shows", low=0)
-    out: str = option("", "folder for the results (default: evaluation-SPLIT in --checkpoint)", metavar="URL")
+    out: str = option("", "folder for the results", default_help="evaluation-SPLIT in --checkpoint", metavar="URL")
 
 
 @dataclass
@@ -57,8 +61,10 @@ class PredictOptions:
     checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
     out: str = option("", "folder for the pictures and predictions.json", required=True, metavar="URL")
     score: float = option(0.5, "lowest score of a detection", low=0, high=1)
-    device: str = option("", "device for images, such as cuda or cpu (default: a GPU if available)", metavar="NAME")
-    pictures: bool | None = option(None, "draw the detections (default: for images, but not for --data.shards)")
+    device: str = option(
+        "", "device for images, such as cuda or cpu", default_help="a GPU if available", metavar="NAME"
+    )
+    pictures: bool | None = option(None, "draw the detections", default_help="yes for images, no for --data.shards")
     submission: bool = option(False, "write submission.csv in the format of the Open Images Challenge")
     hierarchy: str = option(
         "", _HIERARCHY + "an object is submitted for the parent classes of its class as well", metavar="URL"

@@ -13,17 +13,17 @@ from trainer.config.settings import OptimConfig
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters of `model` that train.
+    """Return SGD or AdamW over the trainable parameters of `model`.
 
-    Without `decay_norms`, those of one dimension (biases, and scale and shift of normalisation) are in a group of
-    their own that does not decay.
+    Without `decay_norms`, parameters of one dimension (biases, and scale and shift of normalisation) are in a separate
+    group without weight decay.
     """
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": training}]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trainable}]
     if not optim.decay_norms:
         groups = [
-            {"params": [parameter for parameter in training if parameter.ndim > 1]},
-            {"params": [parameter for parameter in training if parameter.ndim <= 1], "weight_decay": 0.0},
+            {"params": [parameter for parameter in trainable if parameter.ndim > 1]},
+            {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
         ]
     if optim.optimizer == "adamw":
         b1, b2 = optim.betas
@@ -32,25 +32,25 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
 
 
 def averaged(network: nn.Module, decay: float, steps: int) -> AveragedModel:
-    """An exponential moving average of a network's weights and buffers; `update_parameters(network)` after each step.
+    """Return the exponential moving average of a network's weights and buffers.
 
-    The decay of step n is at most (1 + n) / (10 + n), so that the initial weights are soon forgotten (as in
-    TensorFlow's `ExponentialMovingAverage`).
+    Call `update_parameters(network)` after each step. The decay of step n is at most (1 + n) / (10 + n), so that the
+    initial weights lose their influence quickly (as in TensorFlow's `ExponentialMovingAverage`).
 
     Args:
-        network: copied; a run that continues then loads what it had saved into `module`.
+        network: is copied; a resumed run then loads its saved average into `module`.
         decay: above 0, at most 1.
         steps: steps done.
     """
 
-    def update(own: Sequence[Tensor], theirs: Sequence[Tensor], number: Tensor | int) -> None:
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], number: Tensor | int) -> None:
         n = int(number)
         share = 1 - min(decay, (1 + n) / (10 + n))
-        for mine, other in zip(own, theirs):
-            if mine.is_floating_point():
-                mine.lerp_(other.to(mine), share)
-            else:  # batch norm's counter
-                mine.copy_(other)
+        for average, value in zip(averages, values):
+            if average.is_floating_point():
+                average.lerp_(value.to(average), share)
+            else:  # the counter of a batch norm
+                average.copy_(value)
 
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
     average.n_averaged.fill_(steps)

@@ -1,4 +1,4 @@
-"""The run in one picture: losses, AP, images/s, the wait for data, and learning rate over the steps."""
+"""Plots of a run: losses, AP, images/s, the wait for data, and the learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-POINTS = 400  # of a curve at most: each is the mean of the steps about it
+POINTS = 400  # most points per curve; each is the mean of several steps
 
 
 def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG of four panels.
+    """Return a PNG of four panels.
 
     Args:
         steps: rows of metrics.jsonl, at least one.
@@ -23,27 +23,27 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappin
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     losses, scores, speed, rate = figure.subplots(2, 2).ravel()
     x = np.array([row["step"] for row in steps], dtype=float)
-    losses.plot(*thinned(x, _column(steps, "loss")), color="black", label="sum")
+    losses.plot(*downsampled(x, _column(steps, "loss")), color="black", label="sum")
     for name in steps[0]["losses"]:
         values = np.array([_number(row["losses"][name]) for row in steps])
-        losses.plot(*thinned(x, values), linewidth=1, label=name.removeprefix("loss_"))
+        losses.plot(*downsampled(x, values), linewidth=1, label=name.removeprefix("loss_"))
     losses.set(title="losses", ylim=(0, None))
     losses.legend(fontsize="small")
     at, top = [row["step"] for row in evaluations], 0.0
     for name, style, score in _scores(evaluations):
         scores.plot(at, score, style, label=name)
         top = max(top, *(value for value in score if np.isfinite(value)))
-    # Not up to 1: the first evaluations of a run would be a line along the bottom.
+    # Not up to 1: the curve of the first evaluations would be flat.
     scores.set(title="average precision", ylim=(0, max(1.1 * top, 0.02)), xlim=(0, 1.02 * x[-1]))
     if scores.lines:
         scores.legend(fontsize="small")
-    speed.plot(*thinned(x, _column(steps, "images_per_s")))
-    speed.set(title="images/s, and the share of a step that waits for data", ylim=(0, None))
+    speed.plot(*downsampled(x, _column(steps, "images_per_s")))
+    speed.set(title="images/s, and the share of a step spent waiting for data", ylim=(0, None))
     waits = speed.twinx()
-    waits.plot(*thinned(x, 100 * _column(steps, "data_wait")), color="tab:red", linewidth=1)
+    waits.plot(*downsampled(x, 100 * _column(steps, "data_wait")), color="tab:red", linewidth=1)
     waits.set(ylim=(0, 100))
     waits.set_ylabel("data wait, %", color="tab:red")
-    rate.plot(*thinned(x, _column(steps, "lr")))
+    rate.plot(*downsampled(x, _column(steps, "lr")))
     rate.set(title="learning rate", ylim=(0, None), xlabel="step")
     speed.set_xlabel("step")
     for panel in (losses, scores, speed, rate):
@@ -52,7 +52,7 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappin
 
 
 def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """A PNG of the mask AP and box AP of several runs.
+    """Return a PNG of the mask AP and box AP of several runs.
 
     Args:
         runs: rows of evaluations.jsonl by the run's name.
@@ -68,14 +68,16 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a file; the same bytes for the same figure."""
+    """Return a figure as a PNG file; the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def thinned(x: NDArray[np.float64], y: NDArray[np.float64], points: int = POINTS) -> tuple[NDArray[np.float64], ...]:
-    """At most `points` means of neighbours; NaN (a step that was skipped) counts for nothing."""
+def downsampled(
+    x: NDArray[np.float64], y: NDArray[np.float64], points: int = POINTS
+) -> tuple[NDArray[np.float64], ...]:
+    """Return at most `points` means of neighbouring points; NaN (a skipped step) is left out of the means."""
     width = -(-len(x) // points)
     starts = np.arange(0, len(x), width)
     valid = np.isfinite(y)
@@ -87,7 +89,7 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64], points: int = POINTS
 
 
 def _scores(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[float]]]:
-    """Name, style and values of the curves of an AP; those without a number are left out."""
+    """Return name, style and values of each AP's curve, without the curves that have no values."""
     found = [
         (f"{label} {key.upper()}", style, [_number(row[kind][key]) for row in evaluations])
         for kind, label in (("bbox", "box"), ("segm", "mask"))

@@ -1,20 +1,19 @@
-"""The run's folder, and the line of progress.
+"""The run's folder and the progress log.
 
     <run>/config.yaml         the resolved settings: --config of the same run
           environment.json    versions, machine, ranks
-          metrics.jsonl       one row a step; metrics.csv the same as a table
-          evaluations.jsonl   one row an evaluation
+          metrics.jsonl       one row per step; metrics.csv is the same as a table
+          evaluations.jsonl   one row per evaluation
           curves.png          losses, AP, images/s, wait for data, learning rate
-          pictures/           see `pictures.py`
-          tensorboard/        what accelerate's trackers write; `run.trackers` chooses them
-          checkpoints/, best/ see `checkpoint.py`
+          pictures/           see `report/pictures.py`
+          tensorboard/        files of accelerate's trackers; `run.trackers` chooses them
+          checkpoints/, best/ see `model/checkpoint.py`
 
-The table and the curves are written anew at the end of every epoch.
+The table and the curves are written again at the end of every epoch.
 
-On a local disk a row is in its file when its step is over. An object store cannot append: there the files are written
-whole at every checkpoint and evaluation (what trackers write, from a temporary folder), so after a crash they end where
-the run will continue. Either way a run that continues drops the rows beyond its checkpoint, so that every step has one
-row.
+On a local disk a row is in its file as soon as its step is done. An object store cannot append: there the files are
+written whole at every checkpoint and evaluation (the trackers' files from a temporary folder), so that after a crash
+they end at the checkpoint. In both cases a resumed run drops the rows beyond its checkpoint: every step has one row.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Rows:
 
     Args:
         location: the file.
-        step: rows beyond this step are dropped; so is a last line that a crash cut off.
+        step: rows beyond this step are dropped, and so is a last line that a crash truncated.
     """
 
     def __init__(self, location: Location, step: int) -> None:
@@ -67,19 +66,19 @@ class Rows:
             self._file = open(location.path, "ab")  # noqa: SIM115 - open as long as the run
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; on a local disk it is flushed at once."""
+        """Add a row; on a local disk it is flushed immediately."""
         self.rows.append(dict(row))
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
 
     def flush(self) -> None:
-        """On an object store, write the whole file."""
+        """Write the whole file to an object store; a local file is already complete."""
         if self._file is None:
             self.location.write(self._whole())
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         self.flush()
         if self._file is not None:
             self._file.close()
@@ -89,13 +88,13 @@ class Rows:
 
 
 class RunLog:
-    """What the main rank writes into the run's folder, prints and reports.
+    """Everything that the main rank logs: to the run's folder, to the terminal and to trackers.
 
     Args:
         run: the folder.
         config: the resolved settings.
         accelerator: its trackers are started.
-        step: the step that the run continues from; 0 for a new run.
+        step: the step to resume from; 0 for a new run.
         total: steps of the whole run.
 
     Raises:
@@ -114,15 +113,15 @@ class RunLog:
 
     @property
     def last_evaluation(self) -> int:
-        """The step of the last evaluation; 0 where there is none."""
+        """The step of the last evaluation, or 0."""
         return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
 
     def add_step(self, row: dict[str, Any], seconds: float) -> None:
-        """Complete a step's row of metrics.jsonl with its times, and log it.
+        """Add the times to a step's row of metrics.jsonl, and log it.
 
         Args:
-            row: see `train.train_step`; values that are not finite become null.
-            seconds: that the step took, the wait for its data included.
+            row: from `train.train_step`; values that are not finite become null.
+            seconds: duration of the step, including the wait for its data.
         """
         row |= {
             "seconds": seconds,
@@ -148,15 +147,15 @@ class RunLog:
         self.flush(draw=True)
 
     def flush(self, *, draw: bool) -> None:
-        """Make sure that what was logged so far is stored.
+        """Store everything that was logged so far.
 
         Args:
-            draw: metrics.csv and curves.png as well.
+            draw: also write metrics.csv and curves.png.
         """
         self.steps.flush()
         self.evaluations.flush()
         seen = len(self.steps.rows), len(self.evaluations.rows)
-        # A run that begins with another's weights (--resume) may rate them before its own first step.
+        # A run that starts from another run's checkpoint (--resume) may evaluate it before its own first step.
         if draw and self.steps.rows and seen != self._drawn:
             self._drawn = seen
             (self.run / "metrics.csv").write(table(self.steps.rows))
@@ -165,7 +164,7 @@ class RunLog:
             _upload(tracker_folder(self.run), self.run / TRACKER_FOLDER)
 
     def close(self) -> None:
-        """Store everything; accelerate has ended its trackers."""
+        """Store everything, after accelerate has ended its trackers."""
         self.flush(draw=True)
         self.steps.close()
         self.evaluations.close()
@@ -174,36 +173,19 @@ class RunLog:
 
 
 class Progress:
-    """A line every `every` steps, with means since the line before."""
+    """The progress log: a line every `every` steps, with means since the previous line."""
 
     def __init__(self, every: int, total: int) -> None:
         self.every, self.total = every, total
         self._rows: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Take in a step's row of metrics.jsonl; when it is time, log a line and return its means."""
+        """Add a step's row of metrics.jsonl; if a line is due, log it and return its means."""
         self._rows.append(row)
         if row["step"] % self.every and row["step"] != self.total:
             return None
-        seconds = sum(row["seconds"] for row in self._rows)
-        learned = [row for row in self._rows if "skipped" not in row]
-        count = max(len(learned), 1)
-        read = {name: sum(row[name] for row in self._rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
-        waits = {
-            name: sum(row[name] * row["seconds"] for row in self._rows) / seconds
-            for name in ("data_wait", "data_wait_longest")
-        }
-        means = {
-            "loss": sum(row["loss"] for row in learned) / count,
-            "losses": {name: sum(r["losses"][name] for r in learned) / count for name in row["losses"]},
-            "lr": row["lr"],
-            "images_per_s": sum(row["images"] for row in self._rows) / seconds,
-            **waits,
-            "read_mb_per_s": read["read_mb"] / seconds,
-            "retries": read["retries"],
-            "cache_share": read["cache_hits"] / max(read["samples"], 1),
-            "memory_mb": row["memory_mb"],
-        }
+        means = _means(self._rows)
+        seconds_per_step = sum(row["seconds"] for row in self._rows) / len(self._rows)
         log.info(
             "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  left %s",
             row["step"],
@@ -213,36 +195,55 @@ class Progress:
             means["lr"],
             means["images_per_s"],
             100 * means["data_wait"],
-            _told(means),
+            _reading(means),
             means["memory_mb"] / 1000,
-            timedelta(seconds=round((self.total - row["step"]) * seconds / len(self._rows))),
+            timedelta(seconds=round((self.total - row["step"]) * seconds_per_step)),
         )
         self._rows.clear()
         return means
 
 
-def _told(means: Mapping[str, Any]) -> str:
-    """What the loaders of all ranks did since the line before, in brackets; what did not happen is left out.
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means of rows of metrics.jsonl; steps that were skipped do not count in the losses."""
+    last = rows[-1]
+    seconds = sum(row["seconds"] for row in rows)
+    done = [row for row in rows if "skipped" not in row]
+    count = max(len(done), 1)
+    totals = {name: sum(row[name] for row in rows) for name in ("read_mb", "retries", "samples", "cache_hits")}
+    waits = {
+        name: sum(row[name] * row["seconds"] for row in rows) / seconds for name in ("data_wait", "data_wait_longest")
+    }
+    return {
+        "loss": sum(row["loss"] for row in done) / count,
+        "losses": {name: sum(row["losses"][name] for row in done) / count for name in last["losses"]},
+        "lr": last["lr"],
+        "images_per_s": sum(row["images"] for row in rows) / seconds,
+        **waits,
+        "read_mb_per_s": totals["read_mb"] / seconds,
+        "retries": totals["retries"],
+        "cache_share": totals["cache_hits"] / max(totals["samples"], 1),
+        "memory_mb": last["memory_mb"],
+    }
+
+
+def _reading(means: Mapping[str, Any]) -> str:
+    """Return in brackets what the loaders of all ranks did since the previous line; zeros are omitted.
 
     A step may read nothing and still have its data: from the cache, or from what was read ahead, which can be all of a
     small dataset.
     """
-    told = []
-    if means["read_mb_per_s"]:
-        told.append(_rate(means["read_mb_per_s"]))
+    parts = []
+    if rate := means["read_mb_per_s"]:
+        parts.append(f"{rate:.1f} MB/s" if rate >= 0.1 else f"{1000 * rate:.1f} kB/s")
     if means["retries"]:
-        told.append(counted(means["retries"], "retry", "retries"))
+        parts.append(counted(means["retries"], "retry", "retries"))
     if means["cache_share"]:
-        told.append(f"{100 * means['cache_share']:.0f} % from the cache")
-    return f" ({', '.join(told)})" if told else ""
-
-
-def _rate(mb_per_s: float) -> str:
-    return f"{mb_per_s:.1f} MB/s" if mb_per_s >= 0.1 else f"{1000 * mb_per_s:.1f} kB/s"
+        parts.append(f"{100 * means['cache_share']:.0f} % from the cache")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, `section/key`; lists as text, for trackers take numbers, texts and booleans only."""
+    """Flatten nested mappings to `section/key`; lists become text: trackers take only numbers, texts and booleans."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
         name = f"{prefix}{key}"
@@ -254,7 +255,7 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows of metrics.jsonl as CSV; a loss is a column of its own."""
+    """Return rows of metrics.jsonl as CSV, with one column per loss."""
     flat = [{**{k: v for k, v in row.items() if k != "losses"}, **row["losses"]} for row in rows]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
@@ -264,7 +265,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What the run ran on: versions, machine, ranks."""
+    """Return the versions, machine and ranks of a run."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -293,7 +294,7 @@ def _cpu_name() -> str:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A row; None for a line that a crash cut off."""
+    """Return a row, or None for a line that a crash truncated."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -306,7 +307,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has not."""
+    """Replace numbers that are not finite, which JSON cannot represent, by None."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

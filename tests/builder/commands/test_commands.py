@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from builder.commands.build import Summary
-from builder.commands.cli import SHORT, _Redacting, main
+from builder.commands.cli import SHORTFALL, _RedactingFormatter, main
 from builder.commands.dry_run import SAMPLED
 from builder.commands.summary import render_estimate, render_summary
 from builder.sources.openimages.layout import source_location
@@ -110,10 +110,10 @@ def test_exit_codes_tell_whether_something_is_short(
     assert "only " in capsys.readouterr().out  # less than 1000 at the source: told, and no failure
     victim = images / "train" / f"{open_dataset(str(tmp_path / 'whole')).index('train').image_id(0)}.jpg"
     hidden = victim.rename(tmp_path / victim.name)
-    assert main(command) == SHORT == 3
+    assert main(command) == SHORTFALL == 3
     assert "(try --retry-failed)" in capsys.readouterr().out
-    assert main(command) == SHORT  # already built, and short as before
-    assert main([*command, "--retry-failed"]) == SHORT
+    assert main(command) == SHORTFALL  # already built, and short as before
+    assert main([*command, "--retry-failed"]) == SHORTFALL
     assert "recovered: nothing" in capsys.readouterr().out
     hidden.rename(victim)
     assert main([*command, "--retry-failed"]) == 0
@@ -201,7 +201,7 @@ def test_no_credential_is_printed_or_stored(
         assert main([*WORDS, "--images", good, "--annotations", bad, "--out", str(out)]) == 2
         server.shutdown()
     said = capsys.readouterr()
-    log = "\n".join(map(_Redacting("%(message)s").format, caplog.records))
+    log = "\n".join(map(_RedactingFormatter("%(message)s").format, caplog.records))
     stored = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     for text in (said.out, said.err, log, stored.decode("latin-1")):
         assert "hunter2" not in text

@@ -235,7 +235,7 @@ def test_a_signal_gives_the_lock_back_and_the_same_command_goes_on(
     status, errors = signalled_build(s3, str(root), 2, at_request=14, sent=sent)
     assert status == 130, errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].endswith("give the same command to go on")
+    assert errors.splitlines()[-1].endswith("run the same command again to resume")
     assert not (root / LOCK_FILE).exists()
     assert build(source(), CHOICE, Location(str(root))).resumed > 0
     assert tree(root) == tree(unbroken)

@@ -84,7 +84,7 @@ def test_thresholds_and_hierarchy(
     assert evaluate.main(command) == 0
     low = json.loads((run / "evaluation-val" / "evaluation.json").read_text())
     told = capsys.readouterr().out
-    assert "scores from 0.05 on, NMS at 0.5, at most 20 detections an image" in told
+    assert "scores of 0.05 or more, NMS at 0.5, at most 20 detections per image" in told
     assert "the checkpoint's own: score_threshold 0.7" in told
     assert [entry["objects"] for entry in low["open_images"]["classes"]] == [
         m["objects"] for m in low["segm"]["classes"]

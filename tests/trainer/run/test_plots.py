@@ -2,15 +2,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.run.plots import draw_curves, thinned
+from trainer.run.plots import downsampled, draw_curves
 
 
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 5))
-def test_a_thinned_curve_is_short_and_has_the_same_mean(steps: int, points: int, skipped: int) -> None:
+def test_a_downsampled_curve_is_short_and_has_the_same_mean(steps: int, points: int, skipped: int) -> None:
     x = np.arange(1.0, steps + 1)
     y = np.sin(x) + 2
     y[:skipped] = np.nan
-    middle, mean = thinned(x, y, points)
+    middle, mean = downsampled(x, y, points)
     assert len(middle) == len(mean) <= points
     width = -(-steps // points)
     for i, (at, value) in enumerate(zip(middle, mean)):

@@ -1,0 +1,285 @@
+"""The options of `build-shards`. Only light modules are imported, because `--help` must be quick."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from builder.fetching.cache_folder import default_cache_folder
+from builder.sources.openimages.layout import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES
+from shards.common.command_line import Parser
+from shards.common.errors import StorageError
+from shards.common.options import ConfigError, add_options, check, option, set_from_arguments, set_from_yaml, to_words
+from shards.storage.location import Location
+
+DEFAULT_CLASSES = ["Person", "Car", "Traffic light", "Traffic sign"]  # of Open Images
+DEFAULT_PARTITION = (0.8, 0.1, 0.1)
+
+_SELECTION = "what to pack"
+_PLACES = "sources and target (any fsspec URL or local path)"
+_CACHE = "cache"
+_EXECUTION = "execution"
+_ACTION = "instead of a plain build"
+
+_EPILOG = """\
+examples:
+  build-shards --per-class 1000
+      1000 images each of people, cars, traffic lights and traffic signs, to ./shards-data
+  build-shards --classes Dog Cat "Guinea pig" --per-class 500 --out s3://bucket/pets
+  build-shards --per-class 1000 --splits partition --partition 0.8 0.1 0.1 --out s3://bucket/traffic
+  build-shards --classes Dog --per-class 200 --require-mask --min-predicted-iou 0.8 --drop depiction,inside
+  build-shards --images-list ids.txt --all-annotations
+  build-shards --source coco --images s3://bucket/train2017 --annotations instances_train2017.json --classes person car
+  build-shards --per-class 20 --images s3://mirror/images --annotations s3://mirror/openimages --out /data/try
+  build-shards --per-class 1000 --dry-run
+      print what would be packed and fetched, before any image is fetched
+  build-shards --config traffic.yaml --retry-failed
+      read options from a file, and fetch the images and masks that failed again
+
+exit codes:
+  0    the dataset is finished, and every image that failed was replaced by another image of its class (a failed mask
+       leaves its object with a box, and does not change the exit code)
+  2    bad input, or a location that cannot be reached, read or written
+  3    the dataset is finished and usable, but images failed and no replacements were left: a class has fewer images
+       than requested and than the source has, or listed images are missing. --retry-failed may help. (If the source
+       itself has fewer images of a class than requested, the table says so and the exit code is 0)
+  130  interrupted by Ctrl-C
+
+To resume an interrupted or killed build, run the same command again. Only one build can run in a location at a time: a
+lock next to the shards marks a running build. The lock of a build that died on this machine is ignored, that of a build
+on another machine expires after ten minutes. S3 endpoints and credentials come from the usual AWS variables and files
+(AWS_ENDPOINT_URL, AWS_PROFILE, ...) and are never printed or stored.
+"""
+
+
+@dataclass
+class BuildOptions:
+    """Options of `build-shards`. Those that determine the dataset come first, in the order of the recorded command."""
+
+    source: Literal["open-images", "coco"] = option(
+        "open-images", "format of --images and --annotations", group=_SELECTION
+    )
+    classes: list[str] = option(
+        [],
+        "names (case-insensitive; quote names with spaces) or MIDs such as /m/01g317; class ids follow this order",
+        metavar="CLASS",
+        default_help=f"{shlex.join(DEFAULT_CLASSES)}; with coco, all categories",
+        group=_SELECTION,
+    )
+    per_class: int | None = option(
+        None,
+        "train images per class: images with masks of the class first, then images with boxes only",
+        low=1,
+        default_help="with coco, all images",
+        group=_SELECTION,
+    )
+    images_list: str = option(
+        "",
+        "pack the images of this file instead of --per-class: one ImageID or train/ImageID per line",
+        metavar="URL",
+        group=_SELECTION,
+    )
+    eval_per_class: int | None = option(
+        None,
+        "val images per class, and test images per class; 0 for no val and test splits",
+        low=0,
+        default_help="a tenth of --per-class",
+        group=_SELECTION,
+    )
+    exact_classes: bool = option(
+        False,
+        "ignore the children of a class in the class hierarchy (by default, a Man counts as a Person)",
+        group=_SELECTION,
+    )
+    all_annotations: bool = option(
+        False,
+        "keep the annotations of all other classes as well; their class ids follow in alphabetical order",
+        group=_SELECTION,
+    )
+    require_mask: bool = option(
+        False, "count only images with a mask of the class, not images with boxes only", group=_SELECTION
+    )
+    min_predicted_iou: float = option(
+        0.0,
+        "omit masks whose quality the source estimates to be lower; their objects keep their boxes",
+        low=0,
+        high=1,
+        group=_SELECTION,
+    )
+    drop: list[Literal["depiction", "inside", "truncated", "occluded", "group-of"]] = option(
+        [],
+        "omit annotations with any of these flags: depiction, inside, truncated, occluded, group-of",
+        metavar="FLAG,...",
+        commas=True,
+        group=_SELECTION,
+    )
+    splits: Literal["official", "partition"] = option(
+        "official", "use the source's own val and test splits, or cut all three from its train split", group=_SELECTION
+    )
+    partition: tuple[float, float, float] | None = option(
+        None,
+        "shares of train, val and test with --splits partition",
+        default_help=" ".join(map(str, DEFAULT_PARTITION)),
+        low=0,
+        high=1,
+        metavar=("TRAIN", "VAL", "TEST"),
+        group=_SELECTION,
+    )
+    seed: int = option(0, "seed of the selection and of the order of the images", low=0, group=_SELECTION)
+    images_per_shard: int = option(256, "images per shard", low=1, group=_SELECTION)
+    images: str = option(
+        PUBLIC_IMAGES, "root of <split>/<ImageID>.jpg; with coco, of its file names", metavar="URL", group=_PLACES
+    )
+    annotations: list[str] = option(
+        [PUBLIC_ANNOTATIONS],
+        "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
+        metavar="URL",
+        group=_PLACES,
+    )
+    out: str = option("./shards-data", "root of the dataset", metavar="URL", group=_PLACES)
+    anonymous: bool = option(
+        False,
+        "do not sign S3 requests for images and annotations (requests to the public bucket are never signed)",
+        group=_PLACES,
+    )
+    cache: str = option(
+        default_cache_folder,
+        "folder that keeps annotation tables (as Parquet) and zip directories for later builds from the same source: "
+        "about 1 GB for all of Open Images; may be deleted at any time",
+        metavar="DIR",
+        exclusive=_CACHE,
+        group=_CACHE,
+    )
+    no_cache: bool = option(
+        False, "read everything from the source, and keep nothing after the run", exclusive=_CACHE, group=_CACHE
+    )
+    workers: int | None = option(
+        None,
+        "processes; their number does not change the dataset",
+        default_help="one per CPU",
+        low=1,
+        group=_EXECUTION,
+    )
+    cluster: str = option(
+        "",
+        "pack on the workers of this Dask scheduler instead of local processes (pip install 'maskstream[cluster]')",
+        metavar="tcp://HOST:PORT",
+        group=_EXECUTION,
+    )
+    json: bool = option(False, "print the result as one JSON object", group=_EXECUTION)
+    dry_run: bool = option(
+        False,
+        "read tables and zip directories, print what would be packed and fetched, and write nothing to --out",
+        exclusive=_ACTION,
+        group=_ACTION,
+    )
+    retry_failed: bool = option(
+        False,
+        "for the finished dataset of this command: fetch what failed again, and rewrite only the affected shards",
+        exclusive=_ACTION,
+        group=_ACTION,
+    )
+    overwrite: bool = option(
+        False, "discard another dataset or unfinished build in --out", exclusive=_ACTION, group=_ACTION
+    )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names or MIDs of the classes; empty for all classes of the source."""
+        return tuple(self.classes or ([] if self.source == "coco" else DEFAULT_CLASSES))
+
+    @property
+    def fractions(self) -> tuple[float, float, float] | None:
+        """Shares of train, val and test; None for the source's own splits."""
+        return (self.partition or DEFAULT_PARTITION) if self.splits == "partition" else None
+
+
+# Options that determine the dataset, and so are recorded in it. The last five are recorded even as defaults.
+_RECORDED = (
+    "source",
+    "classes",
+    "per-class",
+    "images-list",
+    "eval-per-class",
+    "exact-classes",
+    "all-annotations",
+    "require-mask",
+    "min-predicted-iou",
+    "drop",
+    "splits",
+    "partition",
+)
+_ALWAYS_RECORDED = ("seed", "images-per-shard", "images", "annotations", "out")
+
+
+def make_parser() -> Parser:
+    """Return the parser of `build-shards`."""
+    parser = Parser(
+        prog="build-shards",
+        description="Select images and instance masks of Open Images or COCO, and pack them into tar shards.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of options by their names, such as `per-class: 1000`; the command line overrides it",
+    )
+    add_options(parser, BuildOptions)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
+    """Return the options of a command line: defaults, then `--config`, then the arguments.
+
+    Raises:
+        UserError: a wrong argument, an unreadable file, or options that cannot be combined.
+    """
+    given = make_parser().parse_args(arguments)
+    options = BuildOptions()
+    if given.config is not None:
+        where = f"--config {given.config}"
+        try:
+            data = Location(given.config).read()
+        except StorageError as error:
+            raise ConfigError(f"{where}: cannot be read: {error}") from error
+        set_from_yaml(options, data, where)
+    set_from_arguments(options, given)
+    check(options)
+    _check_combinations(options)
+    options.drop = sorted(set(options.drop))
+    return options
+
+
+def command_line(options: BuildOptions) -> str:
+    """Return the command that builds the same dataset, without options of a single run such as `--workers`."""
+    full = replace(options, classes=list(options.class_names), partition=options.fractions)
+    return shlex.join(["build-shards", *to_words(full, _RECORDED, always=_ALWAYS_RECORDED)])
+
+
+def _check_combinations(options: BuildOptions) -> None:
+    """Check options that need or exclude each other.
+
+    Raises:
+        ConfigError: such a combination.
+    """
+    coco, several = options.source == "coco", len(options.annotations) > 1
+    public = options.images == PUBLIC_IMAGES or options.annotations == [PUBLIC_ANNOTATIONS]
+    faults = {
+        "--partition needs --splits partition": options.partition is not None and options.splits != "partition",
+        "--partition: at least one part must be greater than 0": options.partition is not None
+        and sum(options.partition) <= 0,
+        "--source coco needs --images (the root of its files) and --annotations (its instances JSON)": coco and public,
+        "--annotations takes one root; several files are for --source coco": several and not coco,
+        "--splits partition cuts a single instances file: give one file in --annotations": several
+        and options.splits == "partition",
+        "--images-list determines the images: omit --per-class and --eval-per-class": options.images_list
+        and (options.per_class is not None or options.eval_per_class is not None),
+        "--per-class N is required: how many train images per class (or --images-list)": not (
+            coco or options.images_list or options.per_class
+        ),
+    }
+    for message, found in faults.items():
+        if found:
+            raise ConfigError(f"{message} (see --help)")
