@@ -20,7 +20,7 @@ from builder.planning.class_report import ClassReport
 from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
 from builder.sources.base import Source
-from builder.target.build_lock import Lock, hold, refuse_if_held
+from builder.target.build_lock import BuildLock, refuse_if_held
 from builder.target.build_state import README_FILE, claim, finished_results, read_rows, remove_strays
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
@@ -167,7 +167,7 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
     """
     source, root, preparation = begun.source, begun.root, begun.preparation
     plan = preparation.plan
-    with hold(root) as lock:
+    with BuildLock(root) as lock:
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
             return _already_built(root, preparation)
         job = Job(root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
@@ -295,7 +295,7 @@ def write_tables(
     return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=fingerprint, source=safe))
 
 
-def _run(preparation: Preparation, job: Job, engine: Engine, lock: Lock) -> Outcome:
+def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) -> Outcome:
     """All rounds; what an earlier run has finished is not done again."""
     tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}

@@ -26,7 +26,7 @@ from builder.packing.executors import Engine, execute
 from builder.packing.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
 from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
-from builder.target.build_lock import Lock, hold
+from builder.target.build_lock import BuildLock
 from builder.target.build_state import finish_retry, read_rows, retry_stage
 from builder.tasks.plan import InlineMask, Member, PlannedImage, PlannedObject, ShardTask
 from shards.common.errors import DatasetError, UserError
@@ -70,7 +70,7 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         StorageError: a place cannot be reached, read or written.
     """
     source, root, preparation = begun.source, begun.root, begun.preparation
-    with hold(root) as lock:
+    with BuildLock(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
         if dataset.info.plan != preparation.plan.fingerprint:
@@ -146,7 +146,7 @@ def _by_id(task: ShardTask, image_ids: set[str]) -> list[PlannedImage]:
     return sorted((image for image in task.images if image.image_id in image_ids), key=lambda image: image.image_id)
 
 
-def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: Lock) -> dict[str, TaskResult]:
+def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: BuildLock) -> dict[str, TaskResult]:
     results: dict[str, TaskResult] = {}
     with Progress() as progress:
         progress.expect(len(repairs))

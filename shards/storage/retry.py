@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 from shards.common.back_off import attempts
 from shards.common.errors import StorageError
+from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 
 ATTEMPTS = 6
 FIRST_DELAY_S = 0.5  # about 12 s in all, in addition to the retries of the file system itself
+
+# S3's error codes of a conditional put whose condition fails, or which the store does not know.
+NOT_CREATED = ("PreconditionFailed", "ConditionalRequestConflict", "NotImplemented")
 
 T = TypeVar("T")
 
@@ -41,6 +46,37 @@ def write(location: Location, data: bytes) -> None:
         StorageError: see `retrying`.
     """
     retrying(lambda: location.write(data))
+
+
+def create(location: Location, data: bytes) -> bool:
+    """Write an object unless there is one: a conditional put, or on a disk an exclusive create; with retries.
+
+    Returns:
+        Whether the object was written. False also if the store has no conditional puts, or if an earlier attempt
+        succeeded and its answer was lost.
+
+    Raises:
+        StorageError: see `retrying`.
+    """
+
+    def put() -> bool:
+        with storage_errors(location.url):
+            try:
+                if location.is_local:
+                    os.makedirs(os.path.dirname(location.path) or ".", exist_ok=True)
+                    with open(location.path, "xb") as file:
+                        file.write(data)
+                else:
+                    location.fs.pipe_file(location.path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in NOT_CREATED:
+                    raise
+                return False
+        return True
+
+    return retrying(put)
 
 
 def delete(location: Location, *, recursive: bool = False) -> None:

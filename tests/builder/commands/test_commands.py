@@ -154,7 +154,7 @@ def test_a_second_build_is_refused_while_the_first_works_and_a_killed_one_is_no_
     first.kill()
     first.communicate()
     assert main(words(scenes, out, "--images-per-shard", "1")) == 0
-    assert "is taken over" in caplog.text
+    assert "taking over the lock" in caplog.text
     assert not (out / LOCK_FILE).exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
+from builder.target.build_lock import BuildLock
 from demo.scenes import SceneTruth
 from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import RECOVERED
@@ -188,8 +189,8 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 
     with monkeypatch.context() as patch:
         patch.setattr(Location, "write", write)
         patch.setattr(Location, "delete", delete)
-        patch.setattr("builder.target.build_lock.Lock.release", lambda self: self._released.set())
-        patch.setattr("builder.target.build_lock._acquire", lambda root: None)
+        patch.setattr(BuildLock, "__enter__", lambda self: self)
+        patch.setattr(BuildLock, "__exit__", lambda *_: None)
         action()  # type: ignore[operator]
     return steps
 

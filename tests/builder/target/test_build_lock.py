@@ -4,83 +4,106 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from builder.target import build_lock as lock
-from builder.target.build_lock import LOCK_FILE, Holder, hold, read_lock, refuse_if_held
-from demo.s3server import S3Server
+from builder.target.build_lock import LOCK_FILE, SETTLE_S, STALE_S, BuildLock, read_lock, refuse_if_held
 from shards.common.errors import UserError
+from shards.storage import retry
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 
-HOLD = "import sys, time; from builder.target.build_lock import hold; from shards.storage.location import Location\n"
-HOLD += "with hold(Location(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from builder.target.build_lock import BuildLock; from shards.storage.location import Location\n"
+)
+HOLD += "with BuildLock(Location(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.target.build_lock.SETTLE_S", 0.2)
+class Clock:
+    """A clock that only moves when something sleeps, or by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1e9
+        self.slept: list[float] = []
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.seconds += seconds
 
 
-@pytest.fixture(params=["local", "s3", "s3 without conditions"])
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def lock(root: Location, clock: Clock) -> BuildLock:
+    return BuildLock(root, clock.now, clock.sleep)
+
+
+@pytest.fixture(params=["local", "s3", "s3 without conditional puts"])
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
     if request.param == "local":
         return Location(str(tmp_path / "out"))
     if "without" in request.param:
-        monkeypatch.setattr("builder.target.build_lock.SETTLE_S", 1.0)
-        monkeypatch.setattr(
-            "builder.target.build_lock._put_new", lambda location, content: location.write(content) or True
-        )
+        monkeypatch.setattr("shards.storage.retry.create", lambda location, data: False)
     return Location(f"s3://{request.getfixturevalue('bucket')}/out")
 
 
-def held_by(pid: int, host: str, machine: str, beat: float, born: str = "1") -> bytes:
-    return json.dumps(asdict(Holder("t", host, pid, machine, born, "2026-01-01T00:00:00+00:00", beat))).encode()
+def lock_of(clock: Clock, **others: object) -> bytes:
+    holder = {"token": "t", "host": "elsewhere", "pid": 1, "machine": "other", "started": "2026-01-01T00:00:00+00:00"}
+    return json.dumps({**holder, "beat": clock.now(), **others}).encode()
 
 
-def test_a_lock_is_held_by_one_and_gone_afterwards(root: Location) -> None:
-    with hold(root) as held:
+def test_a_second_build_is_refused_until_the_lock_is_released(root: Location, clock: Clock) -> None:
+    with lock(root, clock) as held:
         held.check()
-        for refused in (lambda: refuse_if_held(root), lambda: hold(root).__enter__()):
+        for refused in (lambda: refuse_if_held(root, clock.now), lambda: lock(root, clock).__enter__()):
             with pytest.raises(UserError, match=rf"process {os.getpid()} on .*started 20.*{LOCK_FILE}"):
                 refused()
     assert read_lock(root) is None
-    refuse_if_held(root)
-    with hold(root):
+    with lock(root, clock):
         pass
+    assert read_lock(root) is None
 
 
-def test_of_many_at_once_one_gets_it(root: Location) -> None:
-    got: list[bool] = []
-    go, end = threading.Barrier(6), threading.Event()
+def test_a_build_that_creates_its_lock_a_moment_later_is_refused(
+    root: Location, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, other = retry.create, lock_of(clock)
 
-    def contend() -> None:
-        go.wait()
-        try:
-            with hold(root):
-                got.append(True)
-                end.wait(10)
-        except UserError:
-            got.append(False)
-        if len(got) == 6:
-            end.set()
+    def late(location: Location, data: bytes) -> bool:
+        location.write(other)
+        return create(location, data)
 
-    threads = [threading.Thread(target=contend) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    while len(got) < 6:
-        time.sleep(0.01)
-    end.set()
-    for thread in threads:
-        thread.join()
-    assert sum(got) == 1
+    monkeypatch.setattr("shards.storage.retry.create", late)
+    with pytest.raises(UserError, match="process 1 on elsewhere"):
+        lock(root, clock).__enter__()
+    assert (root / LOCK_FILE).read() == other
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(root: Location, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_of_two_builds_that_take_over_a_lock_holds_it(root: Location, clock: Clock) -> None:
+    (root / LOCK_FILE).write(lock_of(clock, beat=0))
+    first, second = lock(root, clock), BuildLock(root, clock.now, lambda _: None)
+
+    def second_writes_too(seconds: float) -> None:
+        clock.sleep(seconds)
+        if len(clock.slept) == 2:
+            (root / LOCK_FILE).write(second._content())
+
+    first._sleep = second_writes_too
+    with pytest.raises(UserError, match="another build started at the same moment: run the command again"):
+        first.__enter__()
+    assert clock.slept == [SETTLE_S, SETTLE_S]
+    assert second._is_mine()
+
+
+def test_the_lock_of_a_killed_process_on_this_machine_is_taken_over_at_once(
+    root: Location, caplog: pytest.LogCaptureFixture
+) -> None:
     command = [sys.executable, "-c", HOLD, root.url]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -89,64 +112,54 @@ def test_the_lock_of_a_killed_process_is_taken_over(root: Location, caplog: pyte
             refuse_if_held(root)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    refuse_if_held(root)
-    with caplog.at_level("INFO"), hold(root):
+    with caplog.at_level("INFO"), BuildLock(root, sleep=lambda _: None):
         pass
-    assert [record.message for record in caplog.records if "taken over" in record.message]
+    assert f"taking over the lock of process {process.pid} " in caplog.text
 
 
-def test_another_machine_counts_as_dead_when_its_heart_has_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", ["other", "this one"])
+def test_a_lock_without_a_heartbeat_expires(tmp_path: Path, clock: Clock, machine: str) -> None:
     root = Location(str(tmp_path))
-    place = root / LOCK_FILE
-    place.write(held_by(1, "elsewhere", "other machine", time.time() - lock.STALE_S / 2))
-    with pytest.raises(UserError, match=r"process 1 on elsewhere.*10 minutes.*remove .*\.build\.lock"):
-        refuse_if_held(root)
-    place.write(held_by(1, "elsewhere", "other machine", time.time() - 2 * lock.STALE_S))
-    with hold(root):
-        pass
-    assert not place.exists()
-
-
-def test_a_process_number_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("this system does not tell when a process started")
-    root = Location(str(tmp_path))
-    (root / LOCK_FILE).write(held_by(os.getpid(), "here", lock._machine(), time.time(), born="1"))
-    refuse_if_held(root)
-
-
-def test_a_lock_half_written_when_killed_is_no_obstacle(root: Location) -> None:
-    (root / LOCK_FILE).write(b'{"token": "a')
-    with hold(root):
-        assert read_lock(root) is not None
+    with lock(root, clock) as held:
+        own = json.loads((root / LOCK_FILE).read())["machine"]
+    (root / LOCK_FILE).write(lock_of(clock, pid=os.getpid(), machine=own if machine == "this one" else machine))
+    clock.seconds += STALE_S - 1
+    with pytest.raises(UserError, match=r"process \d+ on elsewhere.*10 minutes.*remove .*\.build\.lock"):
+        refuse_if_held(root, clock.now)
+    clock.seconds += 2
+    with lock(root, clock) as held:
+        held.check()
     assert read_lock(root) is None
 
 
-def test_the_holder_renews_its_lock_and_notices_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.target.build_lock.BEAT_S", 0.02)
+def test_a_half_written_lock_is_taken_over(root: Location, clock: Clock) -> None:
+    (root / LOCK_FILE).write(b'{"token": "a')
+    with lock(root, clock):
+        with pytest.raises(UserError, match="another build is at work"):
+            refuse_if_held(root, clock.now)
+    assert read_lock(root) is None
+
+
+def test_a_heartbeat_renews_the_lock_and_notices_its_loss(tmp_path: Path, clock: Clock) -> None:
     root = Location(str(tmp_path))
-    with hold(root) as held:
-        first = read_lock(root)
-        assert first is not None
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and read_lock(root) == first:
-            time.sleep(0.01)
-        renewed = read_lock(root)
-        assert renewed is not None
-        assert renewed == replace(first, beat=renewed.beat) != first
+    with lock(root, clock) as held:
+        clock.seconds += STALE_S - 1
+        held.beat()
+        clock.seconds += STALE_S - 1
+        with pytest.raises(UserError, match="another build is at work"):
+            refuse_if_held(root, clock.now)
         held.check()
-        monkeypatch.setattr("builder.target.build_lock.BEAT_S", 60.0)
-        other = held_by(1, "elsewhere", "other", time.time())
-        while not held._lost and time.monotonic() < deadline:
-            (root / LOCK_FILE).write(other)
-            time.sleep(0.05)
-        with pytest.raises(UserError, match="taken over"):
+        other = lock_of(clock)
+        (root / LOCK_FILE).write(other)
+        held.beat()
+        with pytest.raises(UserError, match="took over"):
             held.check()
-    assert (root / LOCK_FILE).read() == other  # never the lock of another
+    assert (root / LOCK_FILE).read() == other  # the lock of the other build stays
 
 
-def test_s3_conditions_are_known_here(s3: S3Server, bucket: str) -> None:
-    place = Location(f"s3://{bucket}/lock")
-    assert lock._put_new(place, b"1")
-    assert not lock._put_new(place, b"2")
-    assert place.read() == b"1"
+def test_heartbeats_are_sent_while_the_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = threading.Event()
+    monkeypatch.setattr("builder.target.build_lock.BEAT_S", 0.001)
+    monkeypatch.setattr(BuildLock, "beat", lambda self: sent.set())
+    with BuildLock(Location(str(tmp_path))):
+        assert sent.wait(60)

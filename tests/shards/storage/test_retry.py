@@ -48,3 +48,24 @@ def test_writes_and_deletes_are_those_of_the_location(tmp_path: Path) -> None:
     retry.delete(place)
     retry.delete(place)
     assert not place.exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_create_never_overwrites(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    root = f"s3://{request.getfixturevalue('bucket')}" if kind == "s3" else str(tmp_path / "new")
+    place = Location(root) / "a" / "b"
+    assert retry.create(place, b"1")
+    assert not retry.create(place, b"2")
+    assert place.read() == b"1"
+
+
+def test_create_reports_a_store_without_conditional_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RefusedError(Exception):
+        response = {"Error": {"Code": "NotImplemented"}}  # noqa: RUF012
+
+    def pipe_file(*_: object, **__: object) -> None:
+        raise OSError("not implemented") from RefusedError()
+
+    place = Location("memory://create/a")
+    monkeypatch.setattr(place.fs, "pipe_file", pipe_file)
+    assert not retry.create(place, b"1")
