@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
-from shards.common.command_line import run
+from shards.common.command_line import one_line, run
 from shards.common.redact import redact
 from shards.storage.location import Location
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(
         "build-shards",
         lambda: _main(argv),
-        show=redact,
+        show=lambda text: redact(one_line(text)),
         interrupted="interrupted: finished shards are kept; run the same command again to resume",
     )
 

@@ -54,11 +54,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def one_line(text: str) -> str:
+    """Return text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
 def run(
     name: str,
     action: Callable[[], int],
     *,
-    show: Callable[[str], str] = str,
+    show: Callable[[str], str] = one_line,
     interrupted: str = "interrupted",
 ) -> int:
     """Run a command and return its exit status: its own, 2 for a `UserError`, 130 for Ctrl-C, 141 for a closed stdout.
@@ -66,7 +71,7 @@ def run(
     Args:
         name: command that messages begin with.
         action: the command.
-        show: how the text of an error is made printable.
+        show: makes the text of an error printable on one line.
         interrupted: message after Ctrl-C.
     """
 
@@ -74,7 +79,7 @@ def run(
         try:
             return action()
         except UserError as error:
-            print(f"{name}: error: {show(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"{name}: error: {show(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from shards.common.errors import UserError
-from shards.common.output import print_to_reader
+from shards.common.command_line import Parser, run
+from shards.common.options import add_options, from_arguments, option
 from shards.common.text import counted, printable
 
 if TYPE_CHECKING:
@@ -34,84 +33,72 @@ to its end (| head)
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+@dataclass
+class InspectOptions:
+    """Options of `inspect-shards`."""
+
+    root: str = option(
+        "", "the dataset: s3://bucket/prefix, a local path, any fsspec URL", positional=True, metavar="URL"
+    )
+    anonymous: bool = option(False, "do not sign S3 requests (public buckets)")
+    json: bool = option(False, "print the counts, or the faults of --verify, as JSON")
+    verify: bool = option(
+        False,
+        "read all shards and check every hash, member, mask and box; print one line per fault",
+        exclusive="action",
+    )
+    html: str = option(
+        "", "write one HTML page with the counts and a gallery of samples", metavar="FILE", exclusive="action"
+    )
+    extract: list[str] = option(
+        [], "write the JPEG, JSON and mask PNGs of these images", metavar="ID", exclusive="action"
+    )
+    out: str = option("extracted", "folder or URL that --extract writes to", metavar="DIR")
+    samples: int = option(48, "number of images in the gallery", low=0)
+    label_images: int = option(200, "images per split whose annotations are read; 0 reads the index only", low=0)
+    seed: int = option(0, "seed of the choice of images", low=0)
+
+
+def make_parser() -> Parser:
     """Return the parser of `inspect-shards`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="inspect-shards",
         description="Count a shard dataset by split and class, verify it, show it as a page, or extract samples.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="inspect-shards [options] URL",
     )
-    parser.add_argument("root", metavar="URL", help="the dataset: s3://bucket/prefix, a local path, any fsspec URL")
-    parser.add_argument("--anonymous", action="store_true", help="do not sign S3 requests (public buckets)")
-    parser.add_argument("--json", action="store_true", help="print the counts, or the faults of --verify, as JSON")
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument(
-        "--verify",
-        action="store_true",
-        help="read all shards and check every hash, member, mask and box; print one line per fault",
-    )
-    action.add_argument("--html", metavar="FILE", help="write one HTML page with the counts and a gallery of samples")
-    action.add_argument("--extract", nargs="+", metavar="ID", help="write the JPEG, JSON and mask PNGs of these images")
-    parser.add_argument(
-        "--out",
-        default="extracted",
-        metavar="DIR",
-        help="folder or URL that --extract writes to (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--samples", type=_count, default=48, metavar="N", help="number of images in the gallery (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--label-images",
-        type=_count,
-        default=200,
-        metavar="N",
-        help="images per split whose annotations are read; 0 reads the index only (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="seed of the choice of images (default: %(default)s)"
-    )
+    add_options(parser, InspectOptions)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `inspect-shards` and return its exit status."""
-    return print_to_reader(lambda: _main(argv))
+    return run(
+        "inspect-shards",
+        lambda: _run(from_arguments(InspectOptions, make_parser().parse_args(argv))),
+        show=printable,
+    )
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    arguments = make_parser().parse_args(argv)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"inspect-shards: error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("inspect-shards: interrupted", file=sys.stderr)
-        return 130
-
-
-def _run(arguments: argparse.Namespace) -> int:
+def _run(options: InspectOptions) -> int:
     # Not at the top: --help answers without pyarrow, whose import takes longer than all else.
     from shards.format.dataset import open_dataset
     from shards.inspect.statistics import count
     from shards.storage.location import Location
 
-    root = Location(arguments.root, anonymous=arguments.anonymous)
-    if arguments.verify:
-        return _verify(root, as_json=arguments.json)
+    root = Location(options.root, anonymous=options.anonymous)
+    if options.verify:
+        return _verify(root, as_json=options.json)
     dataset = open_dataset(root)
-    if arguments.extract:
-        return _extract(dataset, arguments.extract, Location(arguments.out))
-    splits = count(dataset, label_images=arguments.label_images, seed=arguments.seed)
-    if arguments.html:
-        return _write_page(dataset, splits, arguments)
+    if options.extract:
+        return _extract(dataset, options.extract, Location(options.out))
+    splits = count(dataset, label_images=options.label_images, seed=options.seed)
+    if options.html:
+        return _write_page(dataset, splits, options)
 
     from shards.inspect.text_report import json_report, text_report
 
-    print(json_report(dataset, splits) if arguments.json else text_report(dataset, splits))
+    print(json_report(dataset, splits) if options.json else text_report(dataset, splits))
     return 0
 
 
@@ -153,22 +140,15 @@ def _extract(dataset: Dataset, image_ids: Sequence[str], out: Location) -> int:
     return 0
 
 
-def _write_page(dataset: Dataset, splits: Sequence[SplitCounts], arguments: argparse.Namespace) -> int:
+def _write_page(dataset: Dataset, splits: Sequence[SplitCounts], options: InspectOptions) -> int:
     from shards.inspect.html_page import make_page
     from shards.storage.location import Location
 
-    page = make_page(dataset, splits, samples=arguments.samples, seed=arguments.seed)
-    target = Location(arguments.html)
+    page = make_page(dataset, splits, samples=options.samples, seed=options.seed)
+    target = Location(options.html)
     target.write(page)
     print(f"{target}: {len(page) / 1e6:.1f} MB")
     return 0
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_every_command_in_an_empty_folder(run: Run, scenes: SceneTruth, tmp_path
     page = run("inspect-shards", shards, "--html", str(tmp_path / "page.html"))
     assert page.returncode == 0, page.stderr
 
-    small = ["--config", "demo", "--data.batch_size", "2", "--data.workers", "0", "--data.max_size", "64"]
+    small = ["--config", "demo", "--data.batch_size", "2", "--data.workers", "0", "--data.min_size", "64"]
     small += ["--train.epochs", "1", "--train.steps_per_epoch", "1", "--run.trackers", "[]", "--data.shards", shards]
     trained = run("maskstream", "train", *small, "--run.dir", folder)
     assert trained.returncode == 0, trained.stderr

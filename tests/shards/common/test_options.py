@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from shards.common.command_line import Parser, run
+from shards.common.command_line import Parser, one_line, run
 from shards.common.errors import UserError
 from shards.common.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
 from shards.common.version import __version__
@@ -153,6 +153,6 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
         raise error
 
     assert run("try", lambda: 3) == 3
-    assert run("try", lambda: fail(UserError("two\nlines")), show=str.upper) == 2
+    assert run("try", lambda: fail(UserError("two\nlines")), show=lambda text: one_line(text).upper()) == 2
     assert run("try", lambda: fail(KeyboardInterrupt()), interrupted="run it again") == 130
     assert capsys.readouterr().err == "try: error: TWO LINES\ntry: run it again\n"
