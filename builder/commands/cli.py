@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
-from shards.common.command_line import one_line, run
+from shards.commands.command_line import one_line, run
 from shards.common.redact import redact
 from shards.storage.location import Location
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from builder.fetching.cache_folder import default_cache_folder
 from builder.sources.openimages.layout import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES
-from shards.common.command_line import Parser
+from shards.commands.command_line import Parser
+from shards.commands.options import ConfigError, add_options, check, option, set_from_arguments, set_from_yaml, to_words
 from shards.common.errors import StorageError
-from shards.common.options import ConfigError, add_options, check, option, set_from_arguments, set_from_yaml, to_words
 from shards.storage.location import Location
 
 DEFAULT_CLASSES = ["Person", "Car", "Traffic light", "Traffic sign"]  # of Open Images

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from shards.common.command_line import Parser, run
-from shards.common.options import add_options, from_arguments, option
+from shards.commands.command_line import Parser, run
+from shards.commands.options import add_options, from_arguments, option
 from shards.common.text import counted, printable
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shards.common.command_line import Parser as Parser
+from shards.commands.command_line import Parser as Parser
+from shards.commands.output import print_to_reader
 from shards.common.errors import UserError
-from shards.common.output import print_to_reader
 from trainer.commands.launcher import register_rank
 
 TIMEOUT_S = 10.0

@@ -30,8 +30,8 @@ from typing import Any
 
 import yaml
 
+from shards.commands.options import update
 from shards.common.errors import StorageError, UserError
-from shards.common.options import update
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.commands.launcher import launch, noted_signals

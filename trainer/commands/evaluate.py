@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shards.commands.options import add_options, from_arguments
 from shards.common.errors import DatasetError
-from shards.common.options import add_options, from_arguments
 from shards.common.text import counted
 from shards.format.dataset import Category, Dataset, open_dataset
 from shards.storage.location import Location

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shards.commands.options import add_options, from_arguments
 from shards.common.errors import UserError
-from shards.common.options import add_options, from_arguments
 from shards.common.text import counted
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location, check_writable

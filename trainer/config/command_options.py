@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shards.common.options import option
+from shards.commands.options import option
 from trainer.config.settings import DataConfig, TrainConfig
 
 LOWEST_EVALUATED_SCORE = 0.05  # detections below this score change no AP that matters

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from shards.common.options import ConfigError as ConfigError
-from shards.common.options import check, check_range, option
+from shards.commands.options import ConfigError as ConfigError
+from shards.commands.options import check, check_range, option
 from shards.common.text import counted
 from trainer.config.layer_names import parse_layers
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from shards.commands.options import add_options, set_from_words, set_from_yaml, update
 from shards.common.errors import StorageError
-from shards.common.options import add_options, set_from_words, set_from_yaml, update
 from shards.common.text import did_you_mean
 from shards.storage.location import Location
 from trainer.config.settings import Config, ConfigError, validate

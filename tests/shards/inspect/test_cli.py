@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.common.output import print_to_reader
+from shards.commands.output import print_to_reader
 from shards.common.text import columns_of
 from shards.format.dataset import Category, finish_dataset
 from shards.format.shard_tar import pack_shard

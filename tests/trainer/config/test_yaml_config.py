@@ -5,8 +5,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.commands.options import entries
 from shards.common.errors import UserError
-from shards.common.options import entries
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 from trainer.config.settings import Config, ConfigError, StageConfig

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from shards.commands.output import print_to_reader
 from shards.common.errors import UserError
-from shards.common.output import print_to_reader
 from shards.common.text import did_you_mean
 from shards.common.version import __version__
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 import pytest
 
-from shards.common.command_line import Parser, one_line, run
+from shards.commands.command_line import Parser, one_line, run
+from shards.commands.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
 from shards.common.errors import UserError
-from shards.common.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
 from shards.common.version import __version__
 
 Flag = Literal["inside", "occluded"]

@@ -23,8 +23,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from shards.common.typed_values import ConfigError as ConfigError
-from shards.common.typed_values import checked, nearest, parsed
+from shards.commands.option_values import ConfigError as ConfigError
+from shards.commands.option_values import checked, nearest, parsed
 
 T = TypeVar("T")
 
