@@ -1,4 +1,4 @@
-"""Many reads at once, with retries: whole files, members of remote zips, cached tables.
+"""Concurrent reads with retries: whole objects, members of remote zips, and the cache of annotation tables.
 
 Requests and bytes are counted.
 """

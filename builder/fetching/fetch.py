@@ -1,9 +1,9 @@
-"""Many reads at once, with retries: what is missing or refused is an answer, what stays broken is an error."""
+"""Concurrent reads with retries. A missing or refused object is an answer; a read that keeps failing is an error."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,12 +22,12 @@ from shards.storage.ranges import (
     read_many,
 )
 
-IN_FLIGHT = 32  # requests at a time
+IN_FLIGHT = 32  # concurrent requests
 OBJECT_BYTES = 256 << 20  # the largest object that is read whole: five hundred times an image of Open Images
 
-# S3's codes for credentials that are wrong or over: every object would be refused, and none is to blame.
+# S3 error codes of wrong or expired credentials: every request would be refused, whatever the object.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-_OF_THE_ACCOUNT = (
+_CREDENTIAL_ERRORS = (
     "ExpiredToken",
     "InvalidToken",
     "InvalidAccessKeyId",
@@ -40,7 +40,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole object (`end` is None), or its bytes `start` to `end` (exclusive); see `shards.storage.ranges.Read`."""
+    """A read of a whole object (`end` is None) or of its bytes `start` to `end`, exclusive.
+
+    `etag` binds the read to one version of the object; see `shards.storage.ranges.Read`.
+    """
 
     location: Location
     start: int = 0
@@ -50,173 +53,108 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The store answered, and will answer the same again.
+    """A permanent negative answer of the store.
 
-    `reason` is `missing`, `refused`, `too-large`, or `undecodable`: at no attempt did the bytes match their checksum.
+    Attributes:
+        reason: `missing`, `refused`, `too-large`, or `undecodable` (the bytes never matched their checksum).
     """
 
     reason: str
 
 
 def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | Refusal]:
-    """Read everything asked for, concurrently, in the order asked; `meter` counts it.
+    """Read concurrently and return the answers in the order of the requests.
 
-    Timeouts, server errors, broken connections and bytes that do not match a checksum are tried again with back-off
+    Timeouts, server errors, broken connections and bytes that do not match their checksum are retried with back-off
     (`shards.storage.ranges`).
 
+    Args:
+        requests: What to read.
+        meter: Counts the requests and bytes.
+
     Raises:
-        StorageError: a read still failed after all attempts, or it cannot succeed (no such bucket, no credentials).
+        StorageError: A read failed at every attempt, or cannot succeed (no such bucket, no credentials).
     """
     statistics = ReadStatistics()
     reads = [Read(r.location, r.start, r.end, OBJECT_BYTES if r.end is None else None, r.etag) for r in requests]
     answers = read_many(reads, in_flight=IN_FLIGHT, statistics=statistics)
     meter.count(statistics.requests, statistics.nbytes)
-    return [_judged(request, answer) for request, answer in zip(requests, answers, strict=True)]
-
-
-def _judged(request: Request, answer: bytes | Exception) -> bytes | Refusal:
-    judged = _no_failure(request.location, answer)
-    if not isinstance(judged, Refusal) and request.end is not None and len(judged) != request.end - request.start:
-        raise StorageError(_wrong_length(request, len(judged)))
-    return judged
-
-
-def _no_failure(location: Location, answer: T | Exception) -> T | Refusal:
-    if not isinstance(answer, Exception):
-        return answer
-    refusal = refusal_of(answer, location.url)
-    if refusal is None:
-        reason = explain(answer, location.url) or repr(answer)
-        raise StorageError(f"{reason} (after several attempts)") from answer
-    return refusal
+    return [_checked(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
 
 def fetch_all(requests: Sequence[Request]) -> list[bytes]:
-    """Read things that must be there.
+    """Read objects that must exist, as `fetch` does.
 
     Raises:
-        StorageError: one is missing, refused, or still failed after all attempts.
+        StorageError: One is missing or refused, or `fetch` raises it.
     """
-    contents = []
-    for request, answer in zip(requests, fetch(requests), strict=True):
-        if isinstance(answer, Refusal):
-            raise _refused(answer, request.location.url)
-        contents.append(answer)
-    return contents
+    answers = zip(requests, fetch(requests), strict=True)
+    return [_existing(request.location, answer) for request, answer in answers]
 
 
 def fetch_one(request: Request) -> bytes:
-    """Read one thing that must be there; see `fetch_all`."""
+    """Read one object that must exist; see `fetch_all` for errors."""
     return fetch_all([request])[0]
 
 
 def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
-    """What the store tells of objects, concurrently, in the order asked.
+    """Request size, ETag and time of change of objects concurrently; the answers are in the order of `locations`.
 
     Raises:
-        StorageError: a question still failed after all attempts, or cannot succeed (no such bucket, no credentials).
+        StorageError: A request failed at every attempt, or cannot succeed (no such bucket, no credentials).
     """
     statistics = ReadStatistics()
     answers = describe_many(locations, in_flight=IN_FLIGHT, statistics=statistics)
     PROCESS.count(statistics.requests, statistics.nbytes)
-    return [_no_failure(location, answer) for location, answer in zip(locations, answers, strict=True)]
+    return [_without_failures(location, answer) for location, answer in zip(locations, answers, strict=True)]
 
 
 @dataclass
 class Inventory:
-    """What the store tells of objects: asked once, and from then on remembered. May be shared by threads."""
+    """Descriptions of objects, each requested once and then remembered. May be shared by threads."""
 
     _known: dict[str, Description | Refusal] = field(default_factory=dict)
 
-    def ask(self, locations: Sequence[Location]) -> None:
-        """Ask for all that is not known yet, at once; that there is no such object is an answer too.
+    def load(self, locations: Sequence[Location]) -> None:
+        """Request all descriptions that are not known yet, concurrently; missing objects are remembered as well.
 
         Raises:
-            StorageError: the store still failed after all attempts.
+            StorageError: A request failed at every attempt.
         """
         unknown = [location for location in locations if location.url not in self._known]
         for location, answer in zip(unknown, describe(unknown), strict=True):
             self._known[location.url] = answer
 
     def of(self, location: Location) -> Description:
-        """What is told of an object that must be there.
+        """Return the description of an object that must exist.
 
         Raises:
-            StorageError: it is missing, refused, or the store still failed after all attempts.
+            StorageError: It is missing or refused, or the request failed at every attempt.
         """
-        self.ask([location])
-        found = self._known[location.url]
-        if isinstance(found, Refusal):
-            raise _refused(found, location.url)
-        return found
-
-
-def refusal_of(error: Exception, url: str) -> Refusal | None:
-    """What a permanent answer of the store means; None for an error that may pass.
-
-    Raises:
-        StorageError: the error concerns not the object but the whole store, and waiting does not help.
-    """
-    status = getattr(error, "status", None)
-    if isinstance(error, TooLargeError):
-        return Refusal("too-large")
-    if isinstance(error, WrongBytesError):
-        return Refusal("undecodable")
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        if is_missing_bucket(error):
-            raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
-        return Refusal("missing")
-    if isinstance(error, PermissionError) and any(code in str(error) for code in _OF_THE_ACCOUNT):
-        raise StorageError(explain(error, url) or repr(error), permanent=True) from error
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return Refusal("refused")
-    if isinstance(error, ReplacedError):
-        raise StorageError(_replaced(url)) from error
-    message = explain(error, url)
-    if message is None:
-        raise error
-    # Not EndpointConnectionError: that is also botocore's name for a connection that was reset.
-    if type(error).__name__ in ("NoCredentialsError", "InvalidRegionError"):
-        raise StorageError(message, permanent=True) from error
-    return None
-
-
-def _refused(refusal: Refusal, url: str) -> StorageError:
-    if refusal.reason == "missing":
-        text = f"{url}: there is no such object: check the address (--images, --annotations)"
-        return StorageError(text, missing=True)
-    return StorageError(f"{url}: access was refused: check the credentials, or try --anonymous", permanent=True)
-
-
-def _replaced(url: str) -> str:
-    return f"{url}: was replaced while it was being read: give the same command again"
-
-
-def _wrong_length(request: Request, found: int) -> str:
-    assert request.end is not None
-    asked = request.end - request.start
-    hint = "the server seems to ignore byte ranges, which are needed" if found > asked else "is it truncated?"
-    return f"{request.location}: asked for {asked} bytes from {request.start} on, got {found}: {hint}"
+        self.load([location])
+        return _existing(location, self._known[location.url])
 
 
 class RangeFile(io.RawIOBase):
-    """A remote object as a seekable binary file: every read is one range request, with `fetch`'s retries.
+    """One version of a remote object as a seekable binary file: each read is a range request with retries.
 
     Args:
-        location: the object.
-        told: what its store tells of it; reads are of that version of the object, or fail.
-        parts: bytes of it that are at hand already, by where they start.
+        location: The object.
+        description: Of the version to read.
+        start: Where the part begins that is read at once and kept. Negative: counted from the end.
+        nbytes: The length of that part.
 
     Raises:
-        StorageError: the object's length is not told; when reading, that it cannot be read or was replaced.
+        StorageError: The object's length is unknown; on reading, the object cannot be read or was replaced.
     """
 
-    def __init__(self, location: Location, told: Description, parts: Mapping[int, bytes] | None = None) -> None:
+    def __init__(self, location: Location, description: Description, start: int, nbytes: int) -> None:
         super().__init__()
-        self.location, self.told = location, told
-        self.length = length_of(location, told)
-        self._parts = dict(parts or {})
+        self.location, self.description = location, description
+        self.length = length_of(location, description)
+        self._kept_start = min(start, self.length) if start >= 0 else max(0, self.length + start)
         self._position = 0
+        self.kept = self._fetch(self._kept_start, min(self._kept_start + nbytes, self.length))
 
     def readable(self) -> bool:
         return True
@@ -237,39 +175,98 @@ class RangeFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         done = 0
         while done < len(buffer) and self._position < self.length:
-            data = self._some(self._position, min(self._position + len(buffer) - done, self.length))
+            data = self._read_some(self._position, min(self._position + len(buffer) - done, self.length))
             buffer[done : done + len(data)] = data
             done += len(data)
             self._position += len(data)
         return done
 
-    def _some(self, start: int, end: int) -> bytes:
-        """The bytes from `start` on, up to `end` or where what is at hand begins or ends."""
-        for first, data in self._parts.items():
-            if first <= start < first + len(data):
-                return data[start - first : end - first]
-            if start < first:
-                end = min(end, first)
-        return fetch_one(Request(self.location, start, end, self.told.etag))
+    def _read_some(self, start: int, end: int) -> bytes:
+        """The bytes from `start` up to `end`, or up to where the kept part begins or ends."""
+        offset = start - self._kept_start
+        if 0 <= offset < len(self.kept):
+            return self.kept[offset : end - self._kept_start]
+        return self._fetch(start, min(end, self._kept_start) if offset < 0 else end)
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        return fetch_one(Request(self.location, start, end, self.description.etag))
 
     def check_unchanged(self) -> None:
-        """Reads of an object with an ETag are bound to it; any other is asked for its state once more.
+        """Check that the object is still the one described; reads of an object with an ETag have checked it already.
 
         Raises:
-            StorageError: it was replaced since `told` was told.
+            StorageError: It was replaced.
         """
-        if not self.told.etag:
-            again = Inventory().of(self.location)
-            if again != self.told:
-                raise StorageError(_replaced(self.location.url))
+        if not self.description.etag and Inventory().of(self.location) != self.description:
+            raise StorageError(_replaced(self.location.url))
 
 
-def length_of(location: Location, told: Description) -> int:
-    """An object's length in bytes.
+def length_of(location: Location, description: Description) -> int:
+    """Return an object's length in bytes.
 
     Raises:
-        StorageError: it is not told.
+        StorageError: The store does not report it.
     """
-    if told.size is None:
-        raise StorageError(f"{location}: the server does not tell the object's length, which range reads need")
-    return told.size
+    if description.size is None:
+        raise StorageError(f"{location}: the server does not report the object's length, which range reads need")
+    return description.size
+
+
+def _checked(request: Request, answer: bytes | Exception) -> bytes | Refusal:
+    data = _without_failures(request.location, answer)
+    if not isinstance(data, Refusal) and request.end is not None and len(data) != request.end - request.start:
+        expected = f"expected {request.end - request.start} bytes from byte {request.start}, got {len(data)}"
+        raise StorageError(f"{request.location}: {expected}: is it truncated?")
+    return data
+
+
+def _without_failures(location: Location, answer: T | Exception) -> T | Refusal:
+    if not isinstance(answer, Exception):
+        return answer
+    refusal = _refusal_of(answer, location.url)
+    if refusal is None:
+        reason = explain(answer, location.url) or repr(answer)
+        raise StorageError(f"{reason} (after several attempts)") from answer
+    return refusal
+
+
+def _refusal_of(error: Exception, url: str) -> Refusal | None:
+    """The permanent answer that an error stands for; None for an error that may be temporary.
+
+    Raises:
+        StorageError: The error concerns the whole store rather than the object, and waiting does not help.
+    """
+    if isinstance(error, TooLargeError):
+        return Refusal("too-large")
+    if isinstance(error, WrongBytesError):
+        return Refusal("undecodable")
+    if isinstance(error, FileNotFoundError):
+        if is_missing_bucket(error):
+            raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
+        return Refusal("missing")
+    if isinstance(error, PermissionError) and any(code in str(error) for code in _CREDENTIAL_ERRORS):
+        raise StorageError(explain(error, url) or repr(error), permanent=True) from error
+    if isinstance(error, PermissionError):
+        return Refusal("refused")
+    if isinstance(error, ReplacedError):
+        raise StorageError(_replaced(url)) from error
+    message = explain(error, url)
+    if message is None:
+        raise error
+    # Not EndpointConnectionError: botocore uses that name for a connection that was reset as well.
+    if type(error).__name__ in ("NoCredentialsError", "InvalidRegionError"):
+        raise StorageError(message, permanent=True) from error
+    return None
+
+
+def _existing(location: Location, answer: T | Refusal) -> T:
+    if not isinstance(answer, Refusal):
+        return answer
+    if answer.reason == "missing":
+        text = f"{location}: there is no such object: check the address (--images, --annotations)"
+        raise StorageError(text, missing=True)
+    raise StorageError(f"{location}: access was refused: check the credentials, or try --anonymous", permanent=True)
+
+
+def _replaced(url: str) -> str:
+    return f"{url}: was replaced while it was being read: run the same command again"

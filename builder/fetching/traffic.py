@@ -1,4 +1,4 @@
-"""What was asked of the sources: requests sent and bytes received."""
+"""Counts of the requests sent to the sources and of the bytes received."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Requests sent and bytes received for one kind of thing."""
+    """Requests sent and bytes received."""
 
     requests: int = 0
     nbytes: int = 0
@@ -28,9 +28,9 @@ class Meter:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, requests: int, nbytes: int) -> None:
-        """So many requests were sent and so many bytes came."""
+        """Add requests and bytes to the total."""
         with self._lock:
             self.total += Traffic(requests, nbytes)
 
 
-PROCESS = Meter()  # what this process asked for without a meter of its own: tables and zip directories
+PROCESS = Meter()  # the traffic of this process that has no other meter: tables and zip directories

@@ -1,24 +1,23 @@
-"""What the builder asks of a place that images and annotations come from.
+"""The interface between the builder and the places that images and annotations come from.
 
-A source is opened a split at a time. All that selection needs is which images count for which class; all that packing
-needs is a `PlannedImage`. `builder.sources.openimages.source` and `builder.sources.coco` are the sources that there
-are.
+A source is opened one split at a time. Selecting images needs only which images count for which class; packing needs
+only `PlannedImage`s. The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from builder.sources.taxonomy import Classes, Taxonomy
+from builder.tasks.candidates import Candidates
 from builder.tasks.plan import PlannedImage, PlannedObject, Withheld
 from shards.storage.location import Location
 
-if TYPE_CHECKING:
-    from builder.sources.taxonomy import Classes, Taxonomy
-    from builder.tasks.candidates import Candidates
+FAR = 2.0  # image lengths: a box that reaches further from the image's origin than this is damaged
 
-# What --drop calls the flags of an annotation.
+# Name of a flag for --drop -> attribute of an annotation.
 FLAGS = {
     "depiction": "is_depiction",
     "inside": "is_inside",
@@ -30,12 +29,13 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Filters:
-    """Which annotations and masks are wanted.
+    """Which annotations and masks to leave out.
 
     Attributes:
-        min_predicted_iou: a mask below it is left out, and its object stays as a box; a mask without an estimate stays.
-        drop: names of `FLAGS`; an annotation that has one of them is left out whole.
-        require_mask: only images with a mask of a class count for it.
+        min_predicted_iou: Masks with a lower estimate are left out, and their objects stay as boxes. Masks without an
+            estimate stay.
+        drop: Names of `FLAGS`; annotations with any of these flags are left out.
+        require_mask: Only images with a mask of a class count for it.
     """
 
     min_predicted_iou: float = 0.0
@@ -43,7 +43,7 @@ class Filters:
     require_mask: bool = False
 
     def apply(self, objects: Iterable[PlannedObject]) -> tuple[PlannedObject, ...]:
-        """What is left of an image's objects; a mask that is left out becomes `Withheld`."""
+        """Return the remaining objects of an image; a mask that is left out becomes `Withheld`."""
         dropped = [FLAGS[name] for name in self.drop]
         return tuple(
             self._without_bad_mask(planned)
@@ -59,26 +59,38 @@ class Filters:
         return PlannedObject(planned.annotation, Withheld("mask-filtered", detail))
 
 
+def candidates_by_class(
+    classes: Classes, masked: Mapping[int, set[str]], boxed: Mapping[int, set[str]]
+) -> dict[int, Candidates]:
+    """Return the candidates of each requested class, sorted, from its images with masks and its images with boxes."""
+    found = {}
+    for category in classes.wanted:
+        with_mask = masked.get(category.id, set())
+        with_box = boxed.get(category.id, set())
+        found[category.id] = Candidates(tuple(sorted(with_mask)), tuple(sorted(with_box - with_mask)))
+    return found
+
+
 class SourceSplit(Protocol):
-    """One split of a source, as the chosen classes and the filters show it. Image ids are keys of samples."""
+    """One split of a source, restricted to the chosen classes and the filters. Image ids are the keys of samples."""
 
     def candidates(self) -> Mapping[int, Candidates]:
-        """Id of each class that was asked for -> the images that count for it, each list sorted."""
+        """Id of each requested class -> the images that count for it, sorted."""
         ...
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
-        """Images as a user's list names them -> image ids; names that the split does not know are left out."""
+        """Names of images in a user's list -> image ids; names that are not in the split are left out."""
         ...
 
     def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
-        """All that is known of the images: where each and its masks lie, annotations, verified classes, attribution."""
+        """Image id -> location of the image and its masks, annotations, verified classes, attribution."""
         ...
 
 
 class Source(Protocol):
-    """A place that images and annotations come from. It holds only where things are, and may be sent to workers.
+    """A place that images and annotations come from. It holds only locations, and may be sent to workers.
 
-    All methods raise UserError for damaged annotations and StorageError for a place that cannot be had.
+    All methods raise UserError for damaged annotations and StorageError for a place that cannot be reached or read.
     """
 
     @property
@@ -88,12 +100,12 @@ class Source(Protocol):
 
     @property
     def annotations(self) -> Location:
-        """What the annotations are read from; mask zips are read with its access settings."""
+        """The root of the annotations; mask zips are read with its access settings."""
         ...
 
     @property
     def splits(self) -> Mapping[str, str]:
-        """Our names of the splits that the source has -> its own names."""
+        """Split names of a shard dataset -> the source's names of these splits."""
         ...
 
     def origin(self) -> dict[str, str]:
@@ -105,5 +117,5 @@ class Source(Protocol):
         ...
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> SourceSplit:
-        """One split, by the source's own name."""
+        """Open one split, by the source's name."""
         ...

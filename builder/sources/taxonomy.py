@@ -1,4 +1,4 @@
-"""Class names and the hierarchy: from what a user asks for to the labels that count for it."""
+"""Class names and their hierarchy: from the names that a user requests to the labels that count for each class."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ class Classes:
     """The chosen classes.
 
     Attributes:
-        categories: ids 1 to N in the order in which they were asked for; with every other class as well, these follow
-            in the order of their names.
-        asked: how many of the categories were asked for.
-        owners: label (MID) -> id of the category that its objects belong to.
-        kinds: category id -> the labels whose presence is the class's presence (itself, and its children).
-        ancestors: category id -> the labels whose absence is the class's absence (itself, and its parents).
+        categories: Ids 1 to N in the order of the request, followed by any other classes in the order of their names.
+        requested: How many of the categories were requested by name.
+        owners: Label (MID) -> id of the category that its objects belong to.
+        descendants: Category id -> the labels whose presence implies the class: its own and those of its children.
+        ancestors: Category id -> the labels whose absence rules out the class: its own and those of its parents.
     """
 
     categories: tuple[Category, ...]
-    asked: int
+    requested: int
     owners: Mapping[str, int]
-    kinds: Mapping[int, frozenset[str]]
+    descendants: Mapping[int, frozenset[str]]
     ancestors: Mapping[int, frozenset[str]]
 
     @property
     def wanted(self) -> tuple[Category, ...]:
-        """The classes that were asked for, which have quotas."""
-        return self.categories[: self.asked]
+        """The requested classes, which have quotas."""
+        return self.categories[: self.requested]
 
     @property
     def wanted_labels(self) -> tuple[str, ...]:
-        """Every label that counts for a class that was asked for, sorted."""
-        return tuple(sorted(label for label, owner in self.owners.items() if owner <= self.asked))
+        """Every label that counts for a requested class, sorted."""
+        return tuple(sorted(label for label, owner in self.owners.items() if owner <= self.requested))
 
     @property
     def verifiable(self) -> tuple[str, ...]:
         """Every label whose verification says something about a chosen class, sorted."""
-        return tuple(sorted(frozenset().union(*self.kinds.values(), *self.ancestors.values())))
+        return tuple(sorted(frozenset().union(*self.descendants.values(), *self.ancestors.values())))
 
     def verified(
         self, present: frozenset[str], absent: frozenset[str], annotated: frozenset[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Category ids that are verified present and verified absent in an image, each ascending.
+        """Return the category ids that are verified present and verified absent in an image, each ascending.
 
         Args:
-            present, absent: labels that annotators confirmed or ruled out.
-            annotated: category ids that have an object in the image; such a class is not called absent.
+            present: Labels that annotators confirmed.
+            absent: Labels that annotators ruled out.
+            annotated: Category ids with an object in the image; these classes are never absent.
         """
-        here = [c.id for c in self.categories if self.kinds[c.id] & present]
+        here = [c.id for c in self.categories if self.descendants[c.id] & present]
         gone = [
             c.id
             for c in self.categories
@@ -65,13 +65,13 @@ class Classes:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """All classes of the source.
+    """All classes of a source.
 
     Attributes:
-        names: MID (or what else the source calls a class by) -> display name.
-        children: MID -> MIDs that are kinds of it (Subcategory; a Part is not a kind).
-        groups: names that only hold kinds together, and that no object carries.
-        source: whose names these are, for messages.
+        names: MID (or whatever the source identifies a class by) -> display name.
+        children: MID -> MIDs of its subcategories; parts are not subcategories.
+        groups: MIDs that only group subcategories, and that no object has.
+        source: Where the names come from, for messages.
     """
 
     names: Mapping[str, str]
@@ -80,14 +80,14 @@ class Taxonomy:
     source: str = "Open Images' boxable classes, or their MIDs such as /m/01g317"
 
     def subtree(self, mid: str) -> frozenset[str]:
-        """The class, its children, their children and so on."""
+        """Return a class and all its descendants."""
         return _reachable(mid, self.children)
 
     def find(self, wanted: str) -> str:
-        """The MID of a class given as a name (any case) or as a MID.
+        """Return the MID of a class given by its name, in any case, or by its MID.
 
         Raises:
-            UserError: there is no such class, or several have the name.
+            UserError: No class or several classes have the name.
         """
         if wanted in self.names:
             return wanted
@@ -103,45 +103,47 @@ class Taxonomy:
         )
 
     def choose(self, wanted: Sequence[str], *, exact: bool = False, others: bool = False) -> Classes:
-        """The classes that a user asks for, with the labels that count for each.
+        """Return the requested classes with the labels that count for each.
 
-        A label below several chosen classes belongs to the most specific of them: of Person and Man, a Man is a Man.
+        A label under several requested classes belongs to the most specific of them: with Person and Man, an object
+        labelled Man belongs to Man.
 
         Args:
-            wanted: names or MIDs; none for all classes, in the order of their names, each by itself.
-            exact: children do not count: a Man is not a Person.
-            others: every label that counts for none of the wanted classes becomes a class of its own, after them. All
-                of the source's, whether they occur or not: so an id means the same whatever images are chosen.
+            wanted: Names or MIDs; none for all classes in the order of their names, each without its children.
+            exact: Children do not count for their parents: a Man is not a Person.
+            others: Add a class for every label that counts for none of the requested classes, whether it occurs or
+                not, so that ids do not depend on the chosen images.
 
         Raises:
-            UserError: an unknown class, or one that is asked for twice.
+            UserError: A class is unknown or requested twice.
         """
         by_name = sorted(self.names.keys() - self.groups, key=lambda mid: (self.names[mid], mid))
         mids = [self.find(name) for name in wanted] or by_name
         for position, mid in enumerate(mids):
             if mid in mids[:position]:
-                raise UserError(f"class {wanted[position]!r} is asked for twice: name it once")
-        asked = len(mids)
-        subtrees = {mid: frozenset([mid]) if exact else self.subtree(mid) for mid in mids}
+                raise UserError(f"class {wanted[position]!r} is requested twice: name it once")
+        requested = len(mids)
+
+        def labels_of(mid: str) -> frozenset[str]:
+            return frozenset([mid]) if exact else self.subtree(mid)
+
         owners: dict[str, int] = {}
-        # A descendant's subtree is smaller than its ancestor's, so the smallest subtree is the most specific class.
-        by_size = sorted(range(len(mids)), key=lambda i: len(subtrees[mids[i]]))
-        for i in by_size:
-            for label in sorted(subtrees[mids[i]]):
+        # A descendant has a smaller subtree than its ancestors: the most specific classes come first.
+        for i in sorted(range(requested), key=lambda i: len(labels_of(mids[i]))):
+            for label in labels_of(mids[i]):
                 owners.setdefault(label, i + 1)
         if others:
             mids += [mid for mid in by_name if mid not in owners]
-            owners |= {mid: i + 1 for i, mid in enumerate(mids) if i >= asked}
-            subtrees |= {mid: frozenset([mid]) if exact else self.subtree(mid) for mid in mids[asked:]}
+            owners |= {mid: i + 1 for i, mid in enumerate(mids) if i >= requested}
         parents: dict[str, set[str]] = defaultdict(set)
         for parent, children in self.children.items():
             for child in children:
                 parents[child].add(parent)
         return Classes(
             categories=tuple(Category(i + 1, self.names[mid], mid) for i, mid in enumerate(mids)),
-            asked=asked,
+            requested=requested,
             owners=owners,
-            kinds={i + 1: subtrees[mid] for i, mid in enumerate(mids)},
+            descendants={i + 1: labels_of(mid) for i, mid in enumerate(mids)},
             ancestors={i + 1: _reachable(mid, parents) for i, mid in enumerate(mids)},
         )
 

@@ -1,15 +1,15 @@
-"""Mask rows joined to box rows: one to one, the nearest pairs first. Pure arithmetic on coordinates."""
+"""Greedy one-to-one matching of mask rows to box rows by their coordinates."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-# The two tables write one box as different text (0.185 and 0.185000, six digits); 1e-5 would bridge that. Boxes that
-# were redrawn between releases differ a little more. 0.01 is 10 pixels of an image's 1024: two objects of one class
-# that close on all four sides can hardly be told apart, and the nearest is taken first.
+# The two tables write the same box with different digits (0.185 and 0.185000), which 1e-5 would allow for. Boxes that
+# were redrawn between releases differ a little more. 0.01 is 10 pixels of 1024: two objects of one class are hardly
+# ever that close on all four sides, and the nearest is taken first.
 JOIN_TOLERANCE = 0.01
-JOIN_BLOCK = 1 << 16  # mask rows compared at a time, which bounds the memory for pairs
+JOIN_BLOCK = 1 << 16  # mask rows compared at a time, which limits the memory for pairs
 
 
 def match_boxes(
@@ -19,26 +19,26 @@ def match_boxes(
     box_boxes: NDArray[np.float64],
     tolerance: float = JOIN_TOLERANCE,
 ) -> NDArray[np.int64]:
-    """Give each mask the nearest box of its group, one to one, the nearest pairs first.
+    """Match each mask to the nearest box of its group, one to one, the nearest pairs first.
 
     Args:
-        mask_groups: (M,) which rows may meet: a number for each (image, label).
-        mask_boxes: (M, 4) coordinates.
-        box_groups: (B,) like `mask_groups`.
-        box_boxes: (B, 4) coordinates.
-        tolerance: the largest difference in any coordinate.
+        mask_groups: int64 [M]; rows can match if they have the same number, one per (image, label).
+        mask_boxes: float64 [M, 4] coordinates.
+        box_groups: int64 [B], like `mask_groups`.
+        box_boxes: float64 [B, 4] coordinates.
+        tolerance: The largest difference in any coordinate.
 
     Returns:
-        (M,) the row of each mask's box, or -1 where no box that is left lies within the tolerance.
+        int64 [M]: the row of each mask's box, or -1 if no remaining box is within the tolerance.
     """
     order = np.argsort(box_groups, kind="stable")
     sorted_groups = box_groups[order]
-    first = np.searchsorted(sorted_groups, mask_groups, "left")
+    first = np.searchsorted(sorted_groups, mask_groups, "left")  # [M]
     count = np.searchsorted(sorted_groups, mask_groups, "right") - first
     near: list[tuple[NDArray, NDArray, NDArray]] = []
     for start in range(0, len(mask_groups), JOIN_BLOCK):
         block = slice(start, start + JOIN_BLOCK)
-        mask = np.repeat(np.arange(start, start + len(count[block])), count[block])
+        mask = np.repeat(np.arange(start, start + len(count[block])), count[block])  # [pairs]
         ends = np.cumsum(count[block])
         within = np.arange(len(mask)) - np.repeat(ends - count[block], count[block])
         box = order[first[mask] + within]

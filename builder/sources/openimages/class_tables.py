@@ -10,51 +10,50 @@ from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Taxonomy
 from shards.common.class_hierarchy import parse_hierarchy
 from shards.common.errors import UserError
-from shards.storage.location import Location
 
 
 def read_taxonomy(layout: Layout) -> Taxonomy:
-    """Read Open Images' class names and hierarchy.
+    """Read the class names and the class hierarchy.
 
     Raises:
-        UserError: a file is not what it should be.
-        StorageError: a file cannot be had.
+        UserError: A file does not have its format.
+        StorageError: A file is missing or cannot be read.
     """
-    places = layout.class_names, layout.hierarchy
-    contents = fetch_all([Request(place) for place in places])
-    names, hierarchy = (_text(content, place) for content, place in zip(contents, places, strict=True))
-    return Taxonomy(parse_class_names(names, str(places[0])), parse_children(hierarchy, str(places[1])))
+    names, hierarchy = fetch_all([Request(layout.class_names), Request(layout.hierarchy)])
+    return Taxonomy(parse_class_names(names, str(layout.class_names)), parse_children(hierarchy, str(layout.hierarchy)))
 
 
-def parse_class_names(text: str, where: str) -> dict[str, str]:
-    """MID -> display name from `LabelName,DisplayName` lines, with a header (v6 and later) or without (v5).
+def parse_class_names(data: bytes, where: str) -> dict[str, str]:
+    """Return MID -> name from lines of `LabelName,DisplayName`, with a header (since v6) or without (v5).
+
+    Args:
+        data: The table, in UTF-8.
+        where: Its location, for messages.
 
     Raises:
-        UserError: a line that is not a MID and a name.
+        UserError: A line is not a MID and a name, or there is none.
     """
     names: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error}): download it again") from error
+    for number, row in enumerate(csv.reader(lines), start=1):
         if not any(row) or (number == 1 and not row[0].startswith("/")):
             continue
         if len(row) < 2 or not row[0].startswith("/"):
-            raise UserError(f"{where}: line {number} is {','.join(row)[:80]!r}, not a MID and a name: download it anew")
+            text = ",".join(row)[:80]
+            raise UserError(f"{where}: line {number} is {text!r}, not a MID and a name: download it again")
         names[row[0]] = row[1].strip()
     if not names:
-        raise UserError(f"{where}: holds no class names: download it anew")
+        raise UserError(f"{where}: contains no class names: download it again")
     return names
 
 
-def parse_children(text: str, where: str) -> dict[str, frozenset[str]]:
-    """Return the children by Subcategory of each MID that has any; see `parse_hierarchy`."""
+def parse_children(data: bytes, where: str) -> dict[str, frozenset[str]]:
+    """Return MID -> its children by Subcategory, for MIDs with children; see `parse_hierarchy` for errors."""
     children: dict[str, set[str]] = defaultdict(set)
-    for node in parse_hierarchy(text, where):
+    for node in parse_hierarchy(data, where):
         if node.ancestors:
             children[node.ancestors[-1]].add(node.label)
     return {label: frozenset(below) for label, below in children.items()}
-
-
-def _text(content: bytes, location: Location) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{location}: not UTF-8 text ({error}): download it anew") from error

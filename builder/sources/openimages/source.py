@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from builder.fetching.fetch import Inventory
-from builder.fetching.table_cache import Cache
+from builder.fetching.table_cache import NO_CACHE, Cache
 from builder.sources.base import Filters
 from builder.sources.openimages.annotations import OpenImagesSplit
 from builder.sources.openimages.class_tables import read_taxonomy
@@ -19,10 +19,10 @@ class OpenImages(Layout):
     """Open Images or a mirror of it (a `builder.sources.base.Source`).
 
     Attributes:
-        cache: Keeps the tables and zip directories that were read; None to read them each time.
+        cache: Keeps the tables and zip directories that were read.
     """
 
-    cache: Cache | None = None
+    cache: Cache = NO_CACHE
 
     @property
     def splits(self) -> Mapping[str, str]:
@@ -44,5 +44,5 @@ class OpenImages(Layout):
             StorageError: The annotations cannot be reached.
         """
         inventory = Inventory()
-        inventory.ask([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
+        inventory.load([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
         return OpenImagesSplit(self, split, classes, filters, self.cache, inventory)

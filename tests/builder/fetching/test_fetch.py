@@ -3,6 +3,7 @@ import hashlib
 import io
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,43 +13,66 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.fetching.fetch import Inventory, RangeFile, Refusal, Request, describe, fetch, fetch_one
+from builder.fetching.traffic import Meter, Traffic
+from demo.s3proxy import Fault, S3Proxy
 from demo.s3server import S3Server
 from shards.common.errors import StorageError
+from shards.storage import ranges
 from shards.storage.location import Location
 from shards.storage.ranges import Description
 
+DATA = b"0123456789"
 
-def test_what_is_missing_is_an_answer_among_the_others(tmp_path: Path) -> None:
+
+@pytest.fixture(autouse=True)
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def stored(s3: S3Server) -> Location:
+    """`DATA` in a bucket of its own. Read only."""
+    bucket = f"fetch-{uuid.uuid4().hex[:12]}"
+    s3.make_bucket(bucket)
+    s3.filesystem().pipe_file(f"{bucket}/data", DATA)
+    return Location(f"s3://{bucket}/data")
+
+
+@pytest.fixture
+def proxy(s3: S3Server, stored: Location, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """A proxy that requests to `stored` pass through."""
+    with S3Proxy(s3.endpoint_url) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint_url)
+        yield running
+
+
+def test_missing_objects_are_answers_in_the_order_of_the_requests(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"aaaa")
     requests = [Request(Location(str(tmp_path / name))) for name in ("a", "gone", "a")]
     assert fetch(requests) == [b"aaaa", Refusal("missing"), b"aaaa"]
     assert fetch([]) == []
     with pytest.raises(StorageError, match="gone"):
         fetch_one(requests[1])
+    with pytest.raises(StorageError, match="expected 3 bytes from byte 2, got 2"):
+        fetch([Request(requests[0].location, 2, 5)])
 
 
-def test_a_short_answer_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"aaaa")
-    with pytest.raises(StorageError, match="asked for 3 bytes from 2 on, got 2"):
-        fetch([Request(Location(str(tmp_path / "a")), 2, 5)])
-
-
-def test_ranges_missing_keys_and_buckets_over_s3_and_http(s3: S3Server, bucket: str, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"0123456789")
-    s3.upload(tmp_path, bucket)
-    for root in (Location(f"s3://{bucket}"), Location(f"s3://{bucket}", True), Location(f"{s3.endpoint_url}/{bucket}")):
-        assert fetch([Request(root / "a", 2, 5), Request(root / "a", 0, 10)]) == [b"234", b"0123456789"]
-        assert fetch([Request(root / "a"), Request(root / "b")]) == [b"0123456789", Refusal("missing")]
+def test_fetch_reads_objects_and_ranges_over_s3_and_http(s3: S3Server, stored: Location) -> None:
+    key = stored.url.removeprefix("s3://")
+    for location in (stored, Location(stored.url, anonymous=True), Location(f"{s3.endpoint_url}/{key}")):
+        missing = Request(Location(f"{location}-none", location.anonymous))
+        requests = [Request(location, 2, 5), Request(location, 0, 10), Request(location), missing]
+        assert fetch(requests) == [b"234", DATA, DATA, Refusal("missing")]
     with pytest.raises(StorageError, match=r"no-such-bucket.*bucket does not exist"):
         fetch([Request(Location("s3://no-such-bucket/a"))])
 
 
-Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
+Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
-def good(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    start, end = handler.headers.get("Range", f"bytes=0-{len(data) - 1}").removeprefix("bytes=").split("-")
-    part = data[int(start) : int(end or len(data)) + 1]  # "3-" asks for the rest
+def good(handler: BaseHTTPRequestHandler) -> None:
+    start, end = handler.headers.get("Range", f"bytes=0-{len(DATA) - 1}").removeprefix("bytes=").split("-")
+    part = DATA[int(start) : int(end or len(DATA)) + 1]  # "3-" requests the rest
     handler.send_response(206 if "Range" in handler.headers else 200)
     handler.send_header("Content-Length", str(len(part)))
     handler.end_headers()
@@ -56,7 +80,7 @@ def good(handler: BaseHTTPRequestHandler, data: bytes) -> None:
 
 
 def status(code: int) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
@@ -64,36 +88,34 @@ def status(code: int) -> Answer:
     return answer
 
 
-def dropped(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+def dropped(handler: BaseHTTPRequestHandler) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
     handler.close_connection = True
 
 
-def truncated(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+def whole(handler: BaseHTTPRequestHandler, length: int = len(DATA)) -> None:
+    """As a server without byte ranges answers."""
     handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
+    handler.send_header("Content-Length", str(len(DATA)))
     handler.end_headers()
-    handler.wfile.write(data[:3])
+    handler.wfile.write(DATA[:length])
+
+
+def truncated(handler: BaseHTTPRequestHandler) -> None:
+    whole(handler, 3)
     handler.close_connection = True
 
 
-def without_ranges(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data)
-
-
 @contextlib.contextmanager
-def faulty_server(data: bytes, answers: Sequence[Answer]) -> Iterator[tuple[Location, list[Answer]]]:
-    """A real HTTP server that answers each request with the next of `answers`, and with the last from then on."""
+def http_server(answers: Sequence[Answer]) -> Iterator[tuple[Location, list[Answer]]]:
+    """A server that gives each request the next of the answers, and the last one from then on."""
     left = list(answers)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            (left.pop(0) if len(left) > 1 else left[0])(self, data)
+            (left.pop(0) if len(left) > 1 else left[0])(self)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -108,96 +130,130 @@ def faulty_server(data: bytes, answers: Sequence[Answer]) -> Iterator[tuple[Loca
             thread.join()
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
-
-
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", [status(503), status(500), status(429), dropped, truncated])
-def test_what_may_pass_is_tried_again(fault: Answer) -> None:
-    with faulty_server(b"0123456789", [fault, fault, good]) as (location, left):
-        assert fetch([Request(location)]) == [b"0123456789"]
+def test_temporary_failures_are_retried(fault: Answer) -> None:
+    with http_server([fault, fault, good]) as (location, left):
+        assert fetch([Request(location)]) == [DATA]
         assert left == [good]
-    with faulty_server(b"0123456789", [fault, good]) as (location, _):
+    with http_server([fault, good]) as (location, _):
         assert fetch([Request(location, 2, 5)]) == [b"234"]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", [status(503), dropped, truncated])
-def test_what_stays_broken_is_an_error_and_never_called_missing(fault: Answer) -> None:
-    with faulty_server(b"0123456789", [fault]) as (location, _):
+def test_failures_of_all_attempts_are_an_error_and_not_a_missing_object(fault: Answer) -> None:
+    with http_server([fault]) as (location, _):
         with pytest.raises(StorageError, match=r"object.*after several attempts"):
             fetch([Request(location)])
 
 
-def test_refusals_are_answers_at_once() -> None:
-    for code, reason in ((404, "missing"), (410, "missing"), (403, "refused"), (401, "refused")):
-        with faulty_server(b"", [status(code), good]) as (location, left):
-            assert fetch([Request(location)]) == [Refusal(reason)]
-            assert left == [good]
+@pytest.mark.parametrize(("code", "reason"), [(404, "missing"), (410, "missing"), (403, "refused"), (401, "refused")])
+def test_refusals_are_not_retried(code: int, reason: str) -> None:
+    with http_server([status(code), good]) as (location, left):
+        assert fetch([Request(location)]) == [Refusal(reason)]
+        assert left == [good]
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_server_without_ranges_is_told_as_such() -> None:
-    with faulty_server(b"0123456789", [without_ranges]) as (location, _):
+def test_a_server_without_byte_ranges_is_an_error() -> None:
+    with http_server([whole]) as (location, _):
         with pytest.raises(StorageError, match="ignores byte ranges"):
             fetch([Request(location, 2, 5)])
 
 
-def test_objects_are_described_at_once_and_asked_about_once(s3: S3Server, bucket: str, tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"0123456789")
-    (tmp_path / "empty").write_bytes(b"")
-    s3.upload(tmp_path, bucket)
-    local, remote = Location(str(tmp_path / "a.bin")), Location(f"s3://{bucket}/a.bin")
-    served = Location(f"{s3.endpoint_url}/{bucket}/a.bin")
-    told = describe([remote, served, Location(f"s3://{bucket}/empty"), Location(f"s3://{bucket}/none"), local])
-    tag = hashlib.md5(b"0123456789").hexdigest()
-    for found in told[:2]:
-        assert isinstance(found, Description)
-        assert (found.size, found.etag.strip('"')) == (10, tag)
-    assert isinstance(told[2], Description)
-    assert told[2].size == 0
-    assert told[3] == Refusal("missing")
-    assert isinstance(told[4], Description)
-    assert (told[4].size, told[4].etag) == (10, "")
-    assert told[4].changed
+def test_an_object_costs_one_request(proxy: S3Proxy, stored: Location) -> None:
+    meter = Meter()
+    assert fetch([Request(stored)] * 3, meter) == [DATA] * 3
+    assert proxy.counters.requests == {"GET": 3}
+    assert meter.total == Traffic(3, 30)
+
+
+def test_bytes_that_do_not_match_their_checksum_are_read_again(proxy: S3Proxy, stored: Location) -> None:
+    proxy.faults = (Fault("corrupt", "GET", times=1),)
+    assert fetch([Request(stored)]) == [DATA]
+    assert proxy.counters.requests["GET"] == 2
+    proxy.faults = (Fault("corrupt", "GET"),)
+    assert fetch([Request(stored)]) == [Refusal("undecodable")]
+
+
+def test_an_etag_that_twice_differs_from_the_same_md5_is_no_md5(
+    proxy: S3Proxy, stored: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "_md5_of", lambda answer: "0" * 32)
+    assert fetch([Request(stored)]) == [DATA]
+    assert proxy.counters.requests["GET"] == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ({"ETag": '"0123456789abcdef0123456789ABCDEF"'}, "0123456789abcdef0123456789abcdef"),
+        ({"ETag": '"0123456789abcdef0123456789abcdef-2"'}, ""),
+        ({"ETag": '"0123456789abcdef0123456789abcdef"', "x-amz-server-side-encryption": "aws:kms"}, ""),
+        ({}, ""),
+    ],
+)
+def test_only_an_etag_that_is_an_md5_is_taken_for_one(answer: dict[str, str], found: str) -> None:
+    assert ranges._md5_of(answer) == found
+
+
+def test_objects_over_the_limit_are_not_read(stored: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.fetching.fetch.OBJECT_BYTES", 9)
+    assert fetch([Request(stored)]) == [Refusal("too-large")]
+
+
+def test_expired_credentials_are_an_error_and_access_denied_is_an_answer(proxy: S3Proxy, stored: Location) -> None:
+    proxy.faults = (Fault("expired", "GET"),)
+    with pytest.raises(StorageError, match=r"ExpiredToken.*check the credentials"):
+        fetch([Request(stored)])
+    proxy.faults = (Fault("refuse", "GET"),)
+    assert fetch([Request(stored)]) == [Refusal("refused")]
+
+
+def test_describe_and_inventory(s3: S3Server, stored: Location, tmp_path: Path) -> None:
+    local, remote = Location(str(tmp_path / "a")), Location(f"{stored}-a")
+    empty, missing = Location(f"{stored}-empty"), Location(f"{stored}-none")
+    for location, data in ((local, DATA), (remote, DATA), (empty, b"")):
+        location.write(data)
+    found = describe([remote, Location(f"{s3.endpoint_url}/{remote.url[5:]}"), empty, local, missing])
+    assert [getattr(description, "size", None) for description in found] == [10, 10, 0, 10, None]
+    tag = hashlib.md5(DATA).hexdigest()
+    assert [getattr(description, "etag", "").strip('"') for description in (*found[:2], found[3])] == [tag, tag, ""]
+    assert isinstance(found[3], Description)
+    assert found[3].changed
+    assert found[4] == Refusal("missing")
 
     inventory = Inventory()
-    inventory.ask([remote, Location(f"s3://{bucket}/none")])
+    inventory.load([remote, missing])
     remote.write(b"another")
-    assert inventory.of(remote) == told[0]
+    assert inventory.of(remote) == found[0]
     assert Inventory().of(remote).size == 7
     with pytest.raises(StorageError, match="no such object"):
-        inventory.of(Location(f"s3://{bucket}/none"))
+        inventory.of(missing)
 
 
-def test_a_read_bound_to_an_etag_never_brings_another_object(s3: S3Server, bucket: str) -> None:
-    location = Location(f"s3://{bucket}/a.bin")
-    location.write(b"0123456789")
-    told = Inventory().of(location)
-    assert fetch([Request(location, 2, 5, told.etag)]) == [b"234"]
-    location.write(b"9876543210")
+def test_a_read_with_an_etag_never_returns_another_version(stored: Location) -> None:
+    location = Location(f"{stored}-versions")
+    location.write(DATA)
+    etag = Inventory().of(location).etag
+    assert fetch([Request(location, 2, 5, etag)]) == [b"234"]
+    location.write(DATA[::-1])
     with pytest.raises(StorageError, match="was replaced while it was being read"):
-        fetch([Request(location, 2, 5, told.etag)])
-    assert fetch([Request(location, 2, 5, "W/" + told.etag)]) == [b"765"]  # a weak tag binds nothing
+        fetch([Request(location, 2, 5, etag)])
+    assert fetch([Request(location, 2, 5, "W/" + etag)]) == [b"765"]  # a weak ETag binds nothing
 
 
-places = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 30)))
-
-
-@given(st.binary(max_size=60), places, places)
+@given(
+    st.binary(max_size=60),
+    st.integers(-70, 70),
+    st.integers(0, 30),
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 30))),
+)
 def test_range_file_reads_like_a_file(
-    tmp_path_factory: pytest.TempPathFactory,
-    data: bytes,
-    known: list[tuple[int, int]],
-    reads: list[tuple[int, int]],
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, start: int, nbytes: int, reads: list[tuple[int, int]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "range-file"
     path.write_bytes(data)
     location = Location(str(path))
-    parts = {start: data[start : start + length] for start, length in known}
-    expected, found = io.BytesIO(data), RangeFile(location, Inventory().of(location), parts)
+    expected, found = io.BytesIO(data), RangeFile(location, Inventory().of(location), start, nbytes)
     for offset, length in reads:
         assert found.seek(offset) == expected.seek(offset)
         assert (found.read(length) or b"") == expected.read(length)
