@@ -322,4 +322,4 @@ def test_the_options_of_the_command(
     assert sum("rows from the cache" in message for message in caplog.messages) >= 4
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") == shards_of(tmp_path / "c")
     with pytest.raises(SystemExit):
-        main([*arguments, "--no-cache", "--cache", str(folder)])
+        main([*arguments, "--no-cache", "--cache", str(moved)])
