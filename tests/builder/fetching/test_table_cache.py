@@ -321,5 +321,4 @@ def test_the_options_of_the_command(
     assert main([*arguments, "--out", str(tmp_path / "c"), "--cache", str(moved)]) == 0
     assert sum("rows from the cache" in message for message in caplog.messages) >= 4
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") == shards_of(tmp_path / "c")
-    with pytest.raises(SystemExit):
-        main([*arguments, "--no-cache", "--cache", str(moved)])
+    assert main([*arguments, "--no-cache", "--cache", str(moved)]) == 2
