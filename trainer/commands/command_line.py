@@ -1,4 +1,4 @@
-"""What the commands share: arguments, errors as one line, logging. Imports no torch."""
+"""What the trainer's commands share: signals, exit statuses of ranks, logging. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shards.commands.output import print_to_reader
 from shards.common.errors import UserError
 from trainer.commands.launcher import register_rank
 
-TIMEOUT_S = 10.0
+MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
 
 
 class Stopped(Exception):
-    """A signal ended the command, and everything is saved.
+    """Raised when a signal ended the command after everything was saved.
 
     Args:
-        number: of the signal; the exit status is 128 more, as a shell has it.
-        message: what is saved, and how to go on.
+        number: number of the signal; the exit status is 128 + number, as in a shell.
+        message: what was saved, and how to resume.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -35,9 +35,9 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Within it, SIGTERM and SIGINT are noted in `number` (0 before) and end nothing; a second one does.
+    """Context manager that stores the first SIGTERM or SIGINT in `number` (0 before); a second one ends the process.
 
-    Only the main thread can take signals; in another they keep their meaning.
+    Only the main thread can handle signals: in other threads, signals are left as they are.
     """
 
     def __init__(self) -> None:
@@ -60,11 +60,18 @@ class Signals:
 
 
 def run(name: str, action: Callable[[], Any]) -> int:
-    """Run a command: 0, or 2 after one line on stderr; 143 or 130 when SIGTERM or SIGINT ended it, 141 where its output
-    is not read to its end.
+    """Run a command on this rank and return its exit status.
 
-    What fails on every rank is told by the main one, and the launcher ends the others when it has gone. A rank that
-    alone is in trouble is not ended, and speaks up after `TIMEOUT_S`.
+    An error of all ranks is reported by the main rank only: the launcher ends the other ranks when it exits. Another
+    rank reports its error after `MAIN_RANK_TIMEOUT_S`, if it is still running.
+
+    Args:
+        name: name of the command in messages.
+        action: the command.
+
+    Returns:
+        The status of `action`; 2 after a one-line error; 143 or 130 if SIGTERM or SIGINT ended it; 141 if the reader of
+        its output is gone.
     """
     register_rank()
     rank = int(os.environ.get("RANK", "0"))
@@ -72,15 +79,15 @@ def run(name: str, action: Callable[[], Any]) -> int:
         return print_to_reader(lambda: int(action() or 0))
     except UserError as error:
         if rank > 0:
-            time.sleep(TIMEOUT_S)
+            time.sleep(MAIN_RANK_TIMEOUT_S)
         line = f"{name}: error{f' on rank {rank}' if rank else ''}: {error}"
         print(line, file=sys.stderr, flush=True)
-        _tell_launcher(line)
+        _report_to_launcher(line)
         return 2
     except Stopped as stopped:
         if rank == 0:
             print(f"{name}: {stopped}", file=sys.stderr, flush=True)
-            _tell_launcher(f"{name}: {stopped}")
+            _report_to_launcher(f"{name}: {stopped}")
         return 128 + stopped.number
     except RuntimeError as error:
         if not _lost_a_rank(error):
@@ -90,7 +97,7 @@ def run(name: str, action: Callable[[], Any]) -> int:
             file=sys.stderr,
             flush=True,
         )
-        time.sleep(TIMEOUT_S)  # the launcher is to see first who began
+        time.sleep(MAIN_RANK_TIMEOUT_S)  # the rank that failed first must end first
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
@@ -98,7 +105,7 @@ def run(name: str, action: Callable[[], Any]) -> int:
 
 
 def start_logging() -> None:
-    """Our own messages from INFO on the main rank, warnings of everyone's on all."""
+    """Log this project's messages at INFO on the main rank, and warnings of all packages on every rank."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for name in ("trainer", "shards"):
@@ -106,15 +113,15 @@ def start_logging() -> None:
 
 
 def _lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process of it has gone; gloo has no error of its own."""
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):  # of NCCL; of the store that all share
-        told = "remote process exit|remote peer|by peer|Broken pipe|remote server shutdown"
-        return bool(re.search(told, str(error)))
+    """Return whether a collective failed because another of its processes exited; gloo has no error class for it."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):  # NCCL; the store
+        pattern = "remote process exit|remote peer|by peer|Broken pipe|remote server shutdown"
+        return bool(re.search(pattern, str(error)))
     return "/gloo/" in str(error) and bool(re.search("by peer|Broken pipe", str(error)))
 
 
-def _tell_launcher(line: str) -> None:
-    """Leave the error where torch's launcher looks for it: it then ends its own long report with this line."""
+def _report_to_launcher(line: str) -> None:
+    """Write the error to the file that torch's launcher reads, so that its own report ends with this line."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w", encoding="utf-8") as file:

@@ -1,1 +1,1 @@
-"""What can be set, and how YAML files and the command line set it. Imports no torch."""
+"""Settings of a run, and how YAML files and the command line set them. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The names of parts of the network that `train.layers` accepts. Imports no torch."""
+"""The values of `train.layers`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STEM_STAGE, LAST_STAGE = 1, 5
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the network: the heads, and the backbone from a stage on.
+    """The trained part of the network: the heads, and the backbone from a stage on.
 
     Attributes:
-        stage: the first stage that trains, 1 (all) to 6 (no layer of the backbone).
-        share: instead of a stage, the share of the layers from the output, over 0 and up to 1.
+        stage: first trained stage of the backbone, 1 (all stages) to 6 (none).
+        share: share of the layers to train, counted from the output, above 0 and at most 1; None to go by `stage`.
     """
 
     stage: int = STEM_STAGE
@@ -26,10 +26,10 @@ class Part:
 
 
 def parse_layers(layers: str) -> Part:
-    """What a setting such as `heads`, `4+` or `last 10%` means.
+    """Return the part of the network that a value such as `heads`, `4+` or `last 10%` names.
 
     Raises:
-        UserError: it means nothing.
+        UserError: not such a value.
     """
     text = " ".join(layers.split())
     if text in ("heads", "all"):

@@ -1,4 +1,4 @@
-"""Pure functions of the step: its stage and learning rate, what is due, and the seed."""
+"""Pure functions of the step: stage, learning rate, whether a checkpoint or evaluation is due, and seeds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from trainer.config.settings import OptimConfig, StageConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps `start` to `stop - 1` of a run (counted from 0), in which the same layers train.
+    """Steps of a run during which the same layers are trained.
 
     Attributes:
-        number, of: 1 for the first of so many.
+        number: number of the stage, from 1.
+        of: number of stages.
         layers: see `train.layers`.
         lr: factor on the learning rate.
+        start: first step, from 0.
+        stop: first step after the stage.
     """
 
     number: int
@@ -29,7 +32,7 @@ class Stage:
 
 
 def stages(train: TrainConfig) -> list[Stage]:
-    """The stages of a run; one where `train.stages` is empty."""
+    """Return the stages of a run: a single one if `train.stages` is empty."""
     entries = train.stages or [StageConfig(train.layers, train.epochs)]
     found: list[Stage] = []
     for number, entry in enumerate(entries, 1):
@@ -40,27 +43,28 @@ def stages(train: TrainConfig) -> list[Stage]:
 
 
 def stage_of(train: TrainConfig, step: int) -> Stage:
-    """The stage of the step after `step` steps; the last one where the run is over."""
+    """Return the stage of the step that follows `step` steps; the last stage after the end of the run."""
     every = stages(train)
     return next((stage for stage in every if step < stage.stop), every[-1])
 
 
 def total_steps(train: TrainConfig) -> int:
-    """Steps of the whole run."""
+    """Return the number of steps of a run."""
     return stages(train)[-1].stop
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, images: int) -> float:
-    """The rate of the step after `step` steps.
+    """Return the learning rate of the step that follows `step` steps.
 
-    A linear warm-up from a thousandth at the beginning of each stage (its optimizer begins anew), times the schedule
-    over the whole run, times the stage's factor, times the linear rule for large batches (Goyal et al., "Accurate,
-    Large Minibatch SGD", 2017) where `base_batch` asks for it.
+    The product of `optim.lr`, a linear warm-up from 1/1000 in each stage (which has a new optimizer), the schedule over
+    the whole run, the factor of the stage and, if `base_batch` is set, the linear scaling rule (Goyal et al.,
+    "Accurate, Large Minibatch SGD", 2017).
 
     Args:
-        optim, train: the settings.
-        step: steps done.
-        images: of one step, on all ranks.
+        optim: settings of the optimizer.
+        train: settings of the run.
+        step: completed steps.
+        images: images per step on all ranks.
     """
     stage = stage_of(train, step)
     warm = min((step - stage.start) / optim.warmup_steps, 1.0) if optim.warmup_steps else 1.0
@@ -74,17 +78,17 @@ def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, images: int
 
 
 def checkpoint_is_due(train: TrainConfig, step: int) -> bool:
-    """Whether the state is saved after `step` steps: every `checkpoint_steps`, and at the end of every epoch."""
+    """Return whether to save after `step` steps: every `checkpoint_steps` steps, and after every epoch."""
     return step % train.checkpoint_steps == 0 or step % train.steps_per_epoch == 0
 
 
 def evaluation_is_due(train: TrainConfig, step: int) -> bool:
-    """Whether the run is evaluated after `step` steps: at the end of every `eval_epochs`-th epoch, and of the last."""
+    """Return whether to evaluate after `step` steps: after every `eval_epochs` epochs, and after the last epoch."""
     epoch, rest = divmod(step, train.steps_per_epoch)
     return step > 0 and rest == 0 and (epoch % train.eval_epochs == 0 or step >= total_steps(train))
 
 
 def fold(*numbers: int) -> int:
-    """A seed of 63 bits that depends on all of the numbers and on their order."""
+    """Return a seed of 63 bits that depends on all numbers and on their order."""
     digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

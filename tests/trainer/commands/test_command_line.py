@@ -1,4 +1,4 @@
-"""How a command ends: with a line, and the status that goes with it."""
+"""Exit statuses and one-line errors of the trainer's commands."""
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
@@ -25,7 +25,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] "
 def test_a_lost_rank_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "TIMEOUT_S", 0)
+    monkeypatch.setattr(command, "MAIN_RANK_TIMEOUT_S", 0)
     monkeypatch.setenv("RANK", "3")
     assert command.run("train", lambda: _raise(error)) == 1
     assert capsys.readouterr().err == (
@@ -33,18 +33,18 @@ def test_a_lost_rank_is_one_line(
     )
 
 
-def test_other_errors_of_torch_are_bugs() -> None:
+def test_other_errors_of_torch_are_raised() -> None:
     for error in (RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")):
         with pytest.raises(type(error)):
             command.run("train", lambda error=error: _raise(error))
 
 
-def test_an_error_says_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "TIMEOUT_S", 0)
-    for rank, told in (("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")):
+def test_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "MAIN_RANK_TIMEOUT_S", 0)
+    for rank, line in (("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")):
         monkeypatch.setenv("RANK", rank)
         assert command.run("train", lambda: _raise(UserError("full"))) == 2
-        assert capsys.readouterr().err == told
+        assert capsys.readouterr().err == line
 
 
 def _raise(error: Exception) -> None:
