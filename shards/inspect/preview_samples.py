@@ -81,7 +81,9 @@ def _by_class(index: Index, class_ids: Sequence[int]) -> list[NDArray[np.int64]]
     classes, samples = index.labels.classes[wanted], index.labels.samples[wanted]
     order = np.argsort(classes, kind="stable")
     groups = np.split(samples[order], np.flatnonzero(np.diff(classes[order])) + 1)
-    groups.append(np.setdiff1d(np.arange(len(index)), samples))
+    without = np.ones(len(index), np.bool_)
+    without[samples] = False
+    groups.append(np.flatnonzero(without))
     return [group for group in groups if len(group)]
 
 

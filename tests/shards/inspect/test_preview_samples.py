@@ -12,7 +12,7 @@ from tests.support import sample, write_dataset
 
 
 def rare(number: int) -> Sample:
-    """Only every twentieth sample has a car, every thirtieth has nothing."""
+    """Every twentieth sample has a car, every thirtieth no annotations."""
     one = sample(2 * number)
     if number % 20 == 0:
         return sample(2 * number + 1)
@@ -31,17 +31,16 @@ def keys(root: Path | str, count: int, seed: int = 0) -> list[str]:
     return [dataset.index(row.split).image_id(row.row) for row in choose(dataset, count, seed)]
 
 
-def test_every_class_and_split_has_its_share(root: Path) -> None:
-    """Of 12 samples: train and val, with a car, with a person, with nothing."""
+def test_choose_represents_every_class_and_split(root: Path) -> None:
     dataset = open_dataset(str(root))
     samples = [(row.split, one) for row, one in read_samples(dataset, choose(dataset, 12))]
     kinds = Counter((split, max((i.category_id for i in one.instances), default=0)) for split, one in samples)
     assert set(kinds) == {("train", 2), ("train", 1), ("train", 0), ("val", 2), ("val", 1)}
-    assert kinds["val", 2] == 1  # all that there is
+    assert kinds["val", 2] == 1  # val has one car
     assert kinds["train", 0] >= 2
 
 
-def test_the_choice_is_of_keys_and_seed_alone(root: Path, tmp_path: Path) -> None:
+def test_choose_depends_on_keys_and_seed_only(root: Path, tmp_path: Path) -> None:
     splits = {"train": [rare(n) for n in reversed(range(100))], "val": [rare(n) for n in range(100, 120)]}
     write_dataset(tmp_path, splits, per_shard=33)
     assert keys(root, 20) == keys(tmp_path, 20)
@@ -51,7 +50,7 @@ def test_the_choice_is_of_keys_and_seed_alone(root: Path, tmp_path: Path) -> Non
     assert keys(root, 0) == []
 
 
-def test_a_random_sample_of_a_split(root: Path) -> None:
+def test_first_rows_is_a_random_sample_of_a_split(root: Path) -> None:
     dataset = open_dataset(str(root))
     rows = first_rows(dataset.index("train"), 30)
     assert rows.tolist() == sorted(set(rows.tolist()))
@@ -61,7 +60,7 @@ def test_a_random_sample_of_a_split(root: Path) -> None:
     assert rows.tolist() != first_rows(dataset.index("train"), 30, seed=1).tolist()
 
 
-def test_samples_and_their_annotations(root: Path) -> None:
+def test_read_annotations_equals_read_samples_without_pictures(root: Path) -> None:
     dataset = open_dataset(str(root))
     rows = first_rows(dataset.index("train"), 12)
     bare = read_annotations(dataset.root, dataset.index("train"), rows)
@@ -70,7 +69,7 @@ def test_samples_and_their_annotations(root: Path) -> None:
     assert {one.image_id: one for one in whole} == {n.image_id: n for n in map(rare, range(100)) if n in whole}
 
 
-def test_a_key_is_found_in_any_split(root: Path) -> None:
+def test_find_looks_in_every_split(root: Path) -> None:
     dataset = open_dataset(str(root))
     for number in (0, 55, 117):
         [(_, one)] = read_samples(dataset, [find(dataset, rare(number).image_id)])
@@ -79,7 +78,7 @@ def test_a_key_is_found_in_any_split(root: Path) -> None:
         find(dataset, "x")
 
 
-def test_a_damaged_place_is_told(root: Path, tmp_path: Path) -> None:
+def test_read_annotations_names_the_damaged_sample(root: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path, {"train": [sample(0), sample(1)]})
     dataset = open_dataset(str(tmp_path))
     shard = tmp_path / "train/000000.tar"
