@@ -19,7 +19,7 @@ def masks(draw: st.DrawFn) -> Mask:
 
 
 def filled(rings: list[NDArray[np.int64]], height: int, width: int) -> Mask:
-    """The even-odd rule at the centres of pixels: each upright edge turns over what lies to its right."""
+    """Fill by the even-odd rule at the centres of pixels: each vertical edge inverts the pixels on its right."""
     mask = np.zeros((height, width), bool)
     for ring in rings:
         for (x, y), (next_x, next_y) in zip(ring, np.roll(ring, -1, axis=0)):
@@ -34,7 +34,7 @@ def test_contours_fill_exactly_the_mask(mask: Mask) -> None:
 
 
 @given(masks())
-def test_contours_have_no_needless_points(mask: Mask) -> None:
+def test_contours_turn_at_every_point(mask: Mask) -> None:
     for ring in contours(mask):
         steps = np.sign(np.roll(ring, -1, axis=0) - ring)
         assert (np.abs(steps).sum(axis=1) == 1).all()  # along the edges of pixels
@@ -46,7 +46,7 @@ def disc(radius: int) -> Mask:
     return np.asarray(x * x + y * y <= radius * radius)
 
 
-def test_a_simple_outline_is_short_and_close() -> None:
+def test_simplify_keeps_the_shape_with_few_points() -> None:
     mask = disc(150)
     [ring] = contours(mask)
     few = simplify(ring, 1.0)
@@ -57,12 +57,12 @@ def test_a_simple_outline_is_short_and_close() -> None:
     assert (drawn & mask).sum() / (drawn | mask).sum() > 0.985
 
 
-def test_the_smallest_object_keeps_an_outline() -> None:
+def test_simplify_keeps_an_outline_of_the_smallest_object() -> None:
     for mask in (np.ones((1, 1), bool), np.ones((1, 9), bool), disc(1)):
         assert all(len(simplify(ring, 8.0)) >= 3 for ring in contours(mask))
 
 
-def test_the_path_of_an_svg() -> None:
+def test_svg_path_has_relative_steps() -> None:
     mask = np.zeros((5, 6), bool)
     mask[1:4, 2:5] = True
     mask[2, 3] = False

@@ -1,7 +1,7 @@
 import inspect
-import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,169 +21,152 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
+NAMES = ("BG", "Person", "Car")
 GREY = np.full((300, 400, 3), 128, np.uint8)
+MASKS = np.zeros((300, 400, 2), bool)  # a person in the middle, and a wide car at the top left
+MASKS[110:190, 160:240, 0] = True
+MASKS[10:40, 20:120, 1] = True
+MATTERPORT: dict[str, Any] = {
+    "image": GREY,
+    "boxes": np.array([[110, 160, 190, 240], [10, 20, 40, 120]]),
+    "masks": MASKS,
+    "class_ids": np.array([1, 2]),
+    "class_names": NAMES,
+}
+TOP = {"image": GREY, "mask": MASKS, "class_ids": np.array([1, 2]), "class_names": NAMES}
 
 
 def boxed(category: int = 1, *, mask: bool = False, group: bool = False) -> Instance:
-    area = np.zeros((300, 400), np.uint8)
-    area[110:190, 160:240] = 1  # a margin of 10 pixels inside the box
-    return Instance(category, (150.0, 100.0, 100.0, 100.0), rle.encode(area) if mask else None, is_group_of=group)
+    """An instance whose box has a margin of 10 pixels around the person of MASKS."""
+    segmentation = rle.encode(MASKS[:, :, 0]) if mask else None
+    return Instance(category, (150.0, 100.0, 100.0, 100.0), segmentation, is_group_of=group)
 
 
-def drawn(*instances: Instance, **options: object) -> NDArray[np.uint8]:
-    return np.asarray(draw_instances(GREY, instances, CATEGORIES, **options))  # type: ignore[arg-type]
+def drawn(*instances: Instance, **options: Any) -> NDArray[np.uint8]:
+    return np.asarray(draw_instances(GREY, instances, CATEGORIES, **options))
+
+
+def displayed(**arguments: Any) -> NDArray[np.uint8]:
+    return np.asarray(display_instances(**{**MATTERPORT, **arguments}))
 
 
 def changed(picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return (picture != 128).any(axis=2)
 
 
-def test_a_mask_is_tinted_and_outlined() -> None:
+def test_draw_instances_fills_and_outlines_a_mask() -> None:
     picture = drawn(boxed(mask=True))
     colour = np.array(class_colour(1), float)
     assert np.abs(picture[150, 200] - (128 * 0.6 + colour * 0.4)).max() <= 1
-    assert np.abs(picture[150, 160] - colour).max() < 12  # the mask's rim
+    assert np.abs(picture[150, 160] - colour).max() < 12  # the rim of the mask
     assert not changed(picture)[150, 155]  # between mask and box
     np.testing.assert_array_equal(picture[150, 150], colour.astype(np.uint8))
     assert not changed(picture)[210:].any()
 
 
-def test_a_box_without_a_mask_is_dashed_and_a_group_hatched() -> None:
-    solid, dashed = changed(drawn(boxed(mask=True))), changed(drawn(boxed()))
-    edge = np.s_[100:200, 249]
+def test_draw_instances_dashes_boxes_without_a_mask_and_hatches_groups() -> None:
+    solid, dashed, hatched = (changed(drawn(one)) for one in (boxed(mask=True), boxed(), boxed(group=True)))
+    edge, inside = np.s_[100:200, 249], np.s_[110:190, 160:240]
     assert solid[edge].all()
     assert 0.3 < dashed[edge].mean() < 0.7
-    assert not dashed[110:190, 160:240].any()
-    hatched = changed(drawn(boxed(group=True)))
+    assert not dashed[inside].any()
     assert hatched[edge].all()
-    assert 0.1 < hatched[110:190, 160:240].mean() < 0.5
+    assert 0.1 < hatched[inside].mean() < 0.5
 
 
-def test_names_and_scores_are_written_on_plates() -> None:
-    plain, named = drawn(boxed(mask=True)), drawn(boxed(mask=True), scores=[0.87])
+def test_draw_instances_writes_names_and_scores_on_plates() -> None:
     above = np.s_[80:99, 150:250]
-    colour = np.array(class_colour(1), np.uint8)
-    for picture in (plain, named):
-        assert (picture[above] == colour).all(axis=2).any()
-        assert (picture[above].max(axis=2) < 60).any()  # dark ink
-    assert changed(named)[above].sum() > changed(plain)[above].sum()  # a wider plate
-    assert changed(drawn(boxed(group=True)))[above].sum() > changed(plain)[above].sum()
+    plain, scored = drawn(boxed(mask=True)), drawn(boxed(mask=True), scores=[0.87])
+    for picture in (plain, scored):
+        assert (picture[above] == class_colour(1)).all(axis=2).any()
+        assert (picture[above].max(axis=2) < 60).any()  # dark text
+    for wider in (scored, drawn(boxed(group=True))):
+        assert changed(wider)[above].sum() > changed(plain)[above].sum()
 
 
 def test_plates_stay_in_the_picture_and_apart() -> None:
     edges = [(0.0, 0.0, 60.0, 60.0), (380.0, 0.0, 20.0, 300.0), (0.0, 280.0, 400.0, 20.0), (-50.0, -50.0, 600.0, 600.0)]
     assert drawn(*(Instance(1 + i % 2, box, None) for i, box in enumerate(edges))).shape == GREY.shape
-    one = changed(drawn(boxed(mask=True)))[:99].sum()
-    two = changed(drawn(boxed(mask=True), boxed(mask=True)))
-    assert two[:99].sum() == one  # the second name found a place of its own
-    assert two[100:].sum() > changed(drawn(boxed(mask=True)))[100:].sum()
+    one, two = changed(drawn(boxed(mask=True))), changed(drawn(boxed(mask=True), boxed(mask=True)))
+    assert two[:99].sum() == one[:99].sum()  # the second name is elsewhere
+    assert two[100:].sum() > one[100:].sum()
 
 
-def test_colours_belong_to_classes() -> None:
+def test_class_colours_are_distinct_and_bright() -> None:
     colours = [class_colour(number) for number in range(1, 61)]
     assert len(set(colours)) == 60
     assert colours[: len(PALETTE)] == list(PALETTE)
     assert all(max(colour) > 150 for colour in colours)
 
 
-def test_the_picture_can_be_enlarged() -> None:
-    assert drawn(boxed(mask=True), scale=2).shape == (600, 800, 3)
-    assert changed(drawn(boxed(mask=True), scale=2))[300, 400]
-    assert [legible_scale(*size) for size in ((1024, 768), (640, 480), (639, 10), (192, 192), (64, 64))] == [
-        1,
-        1,
-        2,
-        4,
-        10,
-    ]
+def test_draw_instances_enlarges_by_a_legible_scale() -> None:
+    picture = drawn(boxed(mask=True), scale=2)
+    assert picture.shape == (600, 800, 3)
+    assert changed(picture)[300, 400]
+    sizes = ((1024, 768), (640, 480), (639, 10), (192, 192), (64, 64))
+    assert [legible_scale(*size) for size in sizes] == [1, 1, 2, 4, 10]
 
 
-def test_the_image_is_left_as_it_was() -> None:
+def test_draw_instances_leaves_the_image_unchanged() -> None:
     image = Image.fromarray(GREY.copy()).convert("L")
     picture = draw_instances(image, [boxed(mask=True)], CATEGORIES)
     assert (picture.mode, image.mode) == ("RGB", "L")
     assert np.asarray(image).std() == 0
-    assert (draw_instances(image, [], CATEGORIES).tobytes()) == image.convert("RGB").tobytes()
+    assert draw_instances(image, [], CATEGORIES).tobytes() == image.convert("RGB").tobytes()
 
 
-def test_what_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="scores has a length of 1: it must be 2"):
-        drawn(boxed(), boxed(), scores=[0.5])
+def test_draw_instances_names_the_argument_that_does_not_match() -> None:
+    for name, value in (("scores", [0.5]), ("captions", ["one"]), ("colours", [(0, 0, 0)])):
+        with pytest.raises(ValueError, match=f"{name} has a length of 1: it must be 2"):
+            drawn(boxed(), boxed(), **{name: value})
     with pytest.raises(ValueError, match="a mask is 10x10, the picture 400x300"):
         drawn(Instance(1, (0.0, 0.0, 5.0, 5.0), rle.encode(np.ones((10, 10)))))
 
 
-def test_an_empty_mask_and_an_unknown_class() -> None:
-    empty = Instance(9, (10.0, 200.0, 50.0, 50.0), rle.encode(np.zeros((300, 400))))
-    assert changed(drawn(empty)).any()
+def test_draw_instances_takes_an_empty_mask_and_an_unknown_class() -> None:
+    assert changed(drawn(Instance(9, (10.0, 200.0, 50.0, 50.0), rle.encode(np.zeros((300, 400)))))).any()
 
 
-def test_drawing_needs_no_torch() -> None:
-    code = "import sys, shards.drawing.overlay; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_what_is_drawn_can_be_chosen() -> None:
-    both, masks, boxes = (
-        changed(drawn(boxed(mask=True), **options)) for options in ({}, {"show_boxes": False}, {"show_masks": False})
-    )
+def test_draw_instances_options_choose_what_is_drawn() -> None:
+    options: tuple[dict[str, bool], ...] = ({}, {"show_boxes": False}, {"show_masks": False})
+    both, masks, boxes = (changed(drawn(boxed(mask=True), **each)) for each in options)
     assert both[150, 150]
     assert not masks[150, 150]
-    assert boxes[100:200, 150].all()  # solid: there is a mask, though it is not shown
     assert masks[150, 200]
+    assert boxes[100:200, 150].all()  # solid: there is a mask, although it is not shown
     assert not boxes[150, 200]
     own = drawn(boxed(mask=True), colours=[(10, 250, 10)], captions=[""])
     assert own[150, 150].tolist() == [10, 250, 10]
-    with pytest.raises(ValueError, match="captions has a length of 1: it must be 2"):
-        drawn(boxed(), boxed(), captions=["one"])
 
 
-NAMES = ("BG", "Person", "Car")
-
-
-def arrays() -> dict[str, NDArray[np.generic]]:
-    """A person at rows 110 to 189 and columns 160 to 239, and a car at rows 10 to 39 and columns 20 to 119."""
-    masks = np.zeros((300, 400, 2), bool)
-    masks[110:190, 160:240, 0] = True
-    masks[10:40, 20:120, 1] = True
-    return {
-        "boxes": np.array([[110, 160, 190, 240], [10, 20, 40, 120]]),
-        "masks": masks,
-        "class_ids": np.array([1, 2]),
-    }
-
-
-def test_display_instances_takes_matterports_arrays() -> None:
-    a = arrays()
-    picture = np.asarray(display_instances(GREY, a["boxes"], a["masks"], a["class_ids"], NAMES, np.array([0.9, 0.8])))
+def test_display_instances_draws_arrays_of_matterport() -> None:
     expected = draw_instances(
         GREY,
         [
-            Instance(1, (160.0, 110.0, 80.0, 80.0), rle.encode(a["masks"][:, :, 0])),
-            Instance(2, (20.0, 10.0, 100.0, 30.0), rle.encode(a["masks"][:, :, 1])),
+            Instance(1, (160.0, 110.0, 80.0, 80.0), rle.encode(MASKS[:, :, 0])),
+            Instance(2, (20.0, 10.0, 100.0, 30.0), rle.encode(MASKS[:, :, 1])),
         ],
         CATEGORIES,
         scores=[0.9, 0.8],
     )
-    np.testing.assert_array_equal(picture, np.asarray(expected))
-    # y before x: the car is wide and lies at the top left.
-    np.testing.assert_array_equal(picture[39, 20:120], np.tile(np.array(class_colour(2), np.uint8), (100, 1)))
+    scores = np.array([0.9, 0.8])
+    for image in (GREY, GREY[:, :, 0], GREY[:, :, :1]):  # a grey image as well
+        np.testing.assert_array_equal(displayed(image=image, scores=scores), np.asarray(expected))
 
 
-def test_display_instances_leaves_out_what_matterport_does() -> None:
-    a = arrays()
-    a["boxes"][1] = 0  # type: ignore[index]
-    bare = changed(np.asarray(display_instances(GREY, **a, class_names=NAMES, scores=np.ones(2))))  # type: ignore[arg-type]
+def test_display_instances_leaves_out_boxes_of_zeros_and_takes_none() -> None:
+    bare = changed(displayed(boxes=np.array([[110, 160, 190, 240], [0, 0, 0, 0]]), scores=np.ones(2)))
     assert not bare[:70].any()
     assert bare[150, 200]
-    nothing = display_instances(GREY, np.zeros((0, 4)), np.zeros((300, 400, 0)), np.zeros(0, int), NAMES)
-    np.testing.assert_array_equal(np.asarray(nothing), GREY)
-    options = {"show_mask": False, "show_bbox": False, "captions": ["a", "b"], "colors": [(0, 1, 0), (1, 0, 0)]}
-    plates = np.asarray(display_instances(GREY, **arrays(), class_names=NAMES, **options))  # type: ignore[arg-type]
+    none = displayed(boxes=np.zeros((0, 4)), masks=np.zeros((300, 400, 0)), class_ids=np.zeros(0, int))
+    np.testing.assert_array_equal(none, GREY)
+
+
+def test_display_instances_options() -> None:
+    plates = displayed(show_mask=False, show_bbox=False, captions=["a", "b"], colors=[(0, 1, 0), (1, 0, 0)])
     assert (plates[80:110, 160:240] == (0, 255, 0)).all(axis=2).any()
     assert not changed(plates)[115:].any()
-    titled = display_instances(GREY, **arrays(), class_names=NAMES, title="A street")  # type: ignore[arg-type]
-    assert (titled.width, titled.height > 300) == (400, True)
+    assert displayed(title="A street").shape == (326, 400, 3)
 
 
 ODD = {
@@ -197,81 +180,68 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD.items() for value in values])
-def test_display_instances_names_the_argument_that_does_not_fit(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}(\[1\])? (has|is) [^\n]*: it must be"):
-        display_instances(**{"image": GREY, **arrays(), "class_names": NAMES, name: value})  # type: ignore[arg-type]
-
-
-def test_display_top_masks_names_the_argument_that_does_not_fit() -> None:
-    right = {"image": GREY, "mask": arrays()["masks"], "class_ids": np.array([1, 2]), "class_names": NAMES}
-    odd = [("mask", value) for value in ODD["masks"]] + [("image", value) for value in ODD["image"]] + [("limit", -1)]
-    for name, value in odd:
-        with pytest.raises(ValueError, match=rf"^{name} (has|is) [^\n]*: it must be"):
-            display_top_masks(**{**right, name: value})  # type: ignore[arg-type]
-
-
-def test_grey_images_are_drawn_on_as_well() -> None:
-    expected = np.asarray(display_instances(GREY, **arrays(), class_names=NAMES))  # type: ignore[arg-type]
-    for image in (GREY[:, :, 0], GREY[:, :, :1]):
-        picture = display_instances(image, **arrays(), class_names=NAMES)  # type: ignore[arg-type]
-        np.testing.assert_array_equal(np.asarray(picture), expected)
-        display_top_masks(image, arrays()["masks"], np.array([1, 2]), NAMES)  # type: ignore[arg-type]
+def test_display_functions_name_the_argument_that_does_not_match() -> None:
+    for name, values in ODD.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name}(\[1\])? (has|is) [^\n]*: it must be"):
+                displayed(**{name: value})
+    for name, values in (("mask", ODD["masks"]), ("image", ODD["image"]), ("limit", (-1,))):
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name} (has|is) [^\n]*: it must be"):
+                display_top_masks(**{**TOP, name: value})
 
 
 def test_display_top_masks_shows_the_largest_classes_first() -> None:
-    a = arrays()
-    picture = np.asarray(display_top_masks(GREY, a["masks"], a["class_ids"], NAMES, limit=3))
+    picture = np.asarray(display_top_masks(**TOP, limit=3))
     width = (picture.shape[1] - 3 * 8) // 4
     panes = [picture[26:, n * (width + 8) : n * (width + 8) + width] for n in range(4)]
     np.testing.assert_array_equal(panes[0], GREY)
     for pane, number, place in ((panes[1], 1, (150, 200)), (panes[2], 2, (25, 60))):  # 6400 pixels, then 3000
         np.testing.assert_array_equal(pane[place], class_colour(number))
-        assert (pane.any(axis=2) == a["masks"][:, :, number - 1]).all()
+        assert (pane.any(axis=2) == MASKS[:, :, number - 1]).all()
     assert not panes[3].any()
 
 
-def test_instances_of_a_class_differ_in_shade_and_large_images_are_made_smaller() -> None:
-    a = arrays()
-    pane = np.asarray(display_top_masks(GREY, a["masks"], np.array([1, 1]), NAMES, limit=1))[26:, 408:]
+def test_display_top_masks_shades_instances_and_shrinks_large_images() -> None:
+    pane = np.asarray(display_top_masks(GREY, MASKS, np.array([1, 1]), NAMES, limit=1))[26:, 408:]
     assert 0 < pane[150, 200].max() < pane[25, 60].max()
     large = display_top_masks(np.zeros((1000, 2000, 3), np.uint8), np.zeros((1000, 2000, 0)), np.zeros(0, int), NAMES)
     assert large.size == (5 * 480 + 4 * 8, 240 + 26)
 
 
-def test_the_arguments_are_matterports() -> None:
-    """Names, order and defaults, as calls by position rely on them."""
-    for function, names in (
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
         (
             display_instances,
-            "image boxes masks class_ids class_names scores=None title='' figsize=(16,16) ax=None "
-            "show_mask=True show_bbox=True colors=None captions=None",
+            "(image, boxes, masks, class_ids, class_names, scores=None, title='', figsize=(16, 16), ax=None, "
+            "show_mask=True, show_bbox=True, colors=None, captions=None)",
         ),
-        (display_top_masks, "image mask class_ids class_names limit=4"),
-    ):
-        told = []
-        for one in inspect.signature(function).parameters.values():
-            assert one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            told.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}".replace(" ", ""))
-        assert " ".join(told) == names
+        (display_top_masks, "(image, mask, class_ids, class_names, limit=4)"),
+    ],
+)
+def test_the_arguments_are_those_of_matterport(function: Any, arguments: str) -> None:
+    """Names, order and defaults, which calls by position rely on."""
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == arguments
 
 
-def test_display_instances_into_axes() -> None:
+def test_display_instances_draws_into_axes() -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure((4, 3))
-    axes = figure.subplots(1)
-    picture = display_instances(GREY, **arrays(), class_names=NAMES, title="A street", figsize=(8, 8), ax=axes)  # type: ignore[arg-type]
-    assert picture.size == (400, 300)
-    np.testing.assert_array_equal(axes.get_images()[0].get_array(), np.asarray(picture))
+    axes = Figure((4, 3)).subplots(1)
+    picture = displayed(title="A street", figsize=(8, 8), ax=axes)
+    assert picture.shape == GREY.shape
+    np.testing.assert_array_equal(axes.get_images()[0].get_array(), picture)
     assert (axes.get_title(), axes.axison) == ("A street", False)
 
 
 @pytest.mark.parametrize("kernel", [None, object()])
-def test_pictures_are_shown_in_a_notebook_only(kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_notebook_displays_the_picture(kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[object] = []
     shell = SimpleNamespace(kernel=kernel)
-    ipython = SimpleNamespace(get_ipython=lambda: shell, display=SimpleNamespace(display=shown.append))
-    monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
-    picture = display_instances(GREY, **arrays(), class_names=NAMES)  # type: ignore[arg-type]
+    ipython: Any = SimpleNamespace(get_ipython=lambda: shell, display=SimpleNamespace(display=shown.append))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    picture = display_instances(**MATTERPORT)
     assert shown == ([picture] if kernel is not None else [])

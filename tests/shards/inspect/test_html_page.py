@@ -1,4 +1,4 @@
-"""`inspect-shards --html`: the page, in a browser."""
+"""`inspect-shards --html`: what the page holds, and how it behaves in Chromium."""
 
 import io
 import json
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.scenes import SceneTruth
 from shards.format import rle
 from shards.format.dataset import Category, finish_dataset
 from shards.format.sample import Instance, Sample
@@ -37,8 +36,16 @@ def data_of(page: str) -> dict[str, Any]:
     return value
 
 
+def write_one_shard(root: Path, samples: list[Sample], names: list[str], plan: str = "") -> None:
+    """Write a dataset of one shard with these class names."""
+    packed = pack_shard(samples, split="train", path=shard_path("train", 0))
+    (Location(str(root)) / packed.shard.path).write(packed.data)
+    classes = [Category(number, name, name) for number, name in enumerate(names, 1)]
+    finish_dataset(Location(str(root)), packed.rows, [packed.shard], classes, plan=plan)
+
+
 def hostile_dataset(root: Path) -> None:
-    """Every text that a dataset holds is markup, and every address a script."""
+    """Write a dataset in which every text is markup, and every URL a script."""
     one = replace(
         sample(1),
         title=HOSTILE,
@@ -48,30 +55,22 @@ def hostile_dataset(root: Path) -> None:
         original_url="data:text/html,<script>window.broken=1</script>",
         instances=tuple(replace(instance, label=HOSTILE) for instance in sample(1).instances),
     )
-    packed = pack_shard([one, sample(2)], split="train", path=shard_path("train", 0))
-    (Location(str(root)) / packed.shard.path).write(packed.data)
-    classes = [Category(1, HOSTILE, HOSTILE), Category(2, "Car", "/m/0k4j")]
-    finish_dataset(Location(str(root)), packed.rows, [packed.shard], classes, plan=HOSTILE)
+    write_one_shard(root, [one, sample(2)], [HOSTILE, "Car"], plan=HOSTILE)
 
 
-def busy(number: int) -> Sample:
-    """Noise, which no JPEG makes small, under 60 masks with ragged edges."""
-    rng = np.random.default_rng(number)
+def test_the_size_of_a_sample_on_the_page_is_limited(tmp_path: Path) -> None:
+    """Noise, which compresses badly, under masks with ragged edges."""
+    rng = np.random.default_rng(0)
     buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 255, (768, 1024, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=85)
+    Image.fromarray(rng.integers(0, 255, (512, 768, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=85)
     instances = []
-    for _ in range(60):
-        mask = np.zeros((768, 1024), np.uint8)
-        x, y = int(rng.integers(0, 900)), int(rng.integers(0, 650))
-        mask[y : y + 80, x : x + 80] = rng.random((80, 80)) < 0.6
+    for x in range(0, 720, 24):
+        mask = np.zeros((512, 768), np.uint8)
+        mask[x % 400 : x % 400 + 80, x : x + 80] = rng.random((80, min(80, 768 - x))) < 0.6
         instances.append(Instance(1, rle.bounds(rle.encode(mask)), rle.encode(mask)))
-    return Sample(f"{number:016x}", buffer.getvalue(), 1024, 768, tuple(instances))
-
-
-def test_a_sample_takes_a_limited_part_of_the_page(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "data", {"train": [busy(0)]})
-    page = page_of(tmp_path / "data", tmp_path / "page.html")
-    [one] = data_of(page)["samples"]
+    noise = Sample(f"{0:016x}", buffer.getvalue(), 768, 512, tuple(instances))
+    write_dataset(tmp_path / "data", {"train": [noise]})
+    [one] = data_of(page_of(tmp_path / "data", tmp_path / "page.html"))["samples"]
     assert len(one["picture"]) < PICTURE_BYTES * 4 / 3 + 100
     assert max(one["size"]) <= SIDE
     assert sum(len(item["outline"]) for item in one["objects"]) <= OUTLINE_BYTES
@@ -95,17 +94,17 @@ def test_small_pictures_and_masks() -> None:
     assert small_mask(rle.encode(mask), size).sum() == 1
 
 
-def test_options_choose_the_samples(tmp_path: Path) -> None:
+def test_samples_and_seed_choose_the_gallery(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": [sample(n) for n in range(12)]})
     ids = [
         [one["id"] for one in data_of(page_of(tmp_path / "data", tmp_path / "page.html", *options))["samples"]]
-        for options in (("--samples", "4"), ("--samples", "4"), ("--samples", "4", "--seed", "1"), ())
+        for options in (("--samples", "4"), ("--samples", "4", "--seed", "1"), ())
     ]
-    assert ids[0] == ids[1] != ids[2]
-    assert [len(own) for own in ids] == [4, 4, 4, 12]
+    assert ids[0] != ids[1]
+    assert [len(own) for own in ids] == [4, 4, 12]
 
 
-def test_no_text_of_the_data_is_markup(tmp_path: Path) -> None:
+def test_the_file_has_no_markup_from_the_dataset(tmp_path: Path) -> None:
     hostile_dataset(tmp_path / "data")
     page = page_of(tmp_path / "data", tmp_path / "page.html")
     assert page.count("<script") == page.count("</script>") == 2
@@ -115,38 +114,33 @@ def test_no_text_of_the_data_is_markup(tmp_path: Path) -> None:
     assert value["plan"] == value["classes"][0]["name"] == HOSTILE
 
 
-@pytest.fixture(scope="module")
-def drawn(scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a dataset that was built of drawn scenes."""
-    from builder.commands.cli import main as build
+def street(number: int) -> Sample:
+    """A sample whose size varies, and whose car, if it has one, may be a group."""
+    one = sample(number, width=96, height=128 if number % 3 == 0 else 64)
+    return replace(one, instances=tuple(replace(each, is_group_of=number % 4 == 1) for each in one.instances))
 
-    root = tmp_path_factory.mktemp("drawn")
-    sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
-    assert build(["--per-class", "20", "--eval-per-class", "8", *sources, "--out", str(root / "data")]) == 0
-    page_of(root / "data", root / "page.html", "--samples", "24")
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a dataset with 24 samples in three splits."""
+    root = tmp_path_factory.mktemp("streets")
+    splits = {"train": range(15), "val": range(15, 20), "test": range(20, 24)}
+    write_dataset(root / "data", {split: [street(n) for n in numbers] for split, numbers in splits.items()})
+    page_of(root / "data", root / "page.html")
     return root / "page.html"
 
 
-def test_one_sample_is_told_as_one(browser: Any, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "data", {"train": [sample(0)]})
-    page_of(tmp_path / "data", tmp_path / "page.html")
-    browser.get((tmp_path / "page.html").as_uri())
-    assert browser.find_element("id", "split-facts").text.startswith("all splits: 1 image;")
-    assert browser.find_element("id", "label-note").text.startswith("Verified labels: share of all images.")
-    assert browser.find_element("id", "gallery-note").text.startswith("1 sample, chosen")
-
-
 @pytest.fixture
-def page(browser: Any, drawn: Path) -> Any:
+def page(browser: Any, file: Path) -> Any:
     resize(browser, 1280, 900)
     requests(browser)
-    browser.get(drawn.as_uri())
+    browser.get(file.as_uri())
     yield browser
     assert console(browser) == []
 
 
 def choose(driver: Any, name: str, text: str) -> int:
-    """Choose in a filter; the number of samples that are left."""
+    """Choose an option of a filter and return the number of samples that are shown."""
     from selenium.webdriver.support.select import Select
 
     select = Select(driver.find_element("id", name))
@@ -160,40 +154,37 @@ def visible(driver: Any, selector: str) -> int:
 
 
 @in_browser
-def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, drawn: Path) -> None:
-    value = data_of(drawn.read_text("utf-8"))
+def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, file: Path) -> None:
+    value = data_of(file.read_text("utf-8"))
     rows = page.find_elements("css selector", "#classes tbody tr")
-    assert len(rows) == sum(1 for row in value["all"] if row["images"])
-    most = max(value["all"], key=lambda row: row["boxes"])
-    assert rows[0].text.split("\n")[0].startswith(most["name"])
+    assert [row.text.split("\n")[0].split()[0] for row in rows] == ["Person", "Car"]  # by number of boxes
     page.find_element("xpath", "//*[@id='tabs']/button[text()='val']").click()
     val = next(split for split in value["splits"] if split["split"] == "val")
-    counted = {row["name"]: row["boxes"] for row in val["classes"] if row["images"]}
-    told = [
-        row.find_elements("css selector", "th, td") for row in page.find_elements("css selector", "#classes tbody tr")
-    ]
-    assert {cells[0].text: int(cells[3].text) for cells in told} == counted
-    cards = page.find_elements("css selector", "#gallery .card")
-    assert len(cards) == 24
+    rows = page.find_elements("css selector", "#classes tbody tr")
+    shown = [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in rows]
+    assert {cells[0]: int(cells[3]) for cells in shown} == {row["name"]: row["boxes"] for row in val["classes"]}
+    assert len(page.find_elements("css selector", "#gallery .card")) == 24
     assert page.execute_script("return [...document.images].every((one) => one.complete && one.naturalWidth > 0)")
     assert visible(page, ".card:first-of-type .area") > 0
-    outside = [url for url in requests(page) if not url.startswith("data:") and url != drawn.as_uri()]
-    assert outside == []
+    assert [url for url in requests(page) if not url.startswith("data:") and url != file.as_uri()] == []
+    assert page.find_element("id", "split-facts").text.startswith("val: 5 images")
+    assert page.find_element("id", "label-note").text.startswith("Verified labels: share of all images.")
+    assert page.find_element("id", "gallery-note").text.startswith("24 samples, chosen")
 
 
 @in_browser
-def test_filters_by_class_split_and_flag(page: Any, drawn: Path) -> None:
-    samples = data_of(drawn.read_text("utf-8"))["samples"]
-    car = next(c["id"] for c in data_of(drawn.read_text("utf-8"))["classes"] if c["name"] == "Car")
-    cars = [[item for item in one["objects"] if item["class"] == car] for one in samples]
-    assert choose(page, "by-class", "Car") == sum(map(bool, cars)) < 24
+def test_filters_by_class_split_and_flag(page: Any, file: Path) -> None:
+    value = data_of(file.read_text("utf-8"))
+    cars = [[item for item in one["objects"] if item["class"] == 2] for one in value["samples"]]
+    assert choose(page, "by-class", "Car") == sum(map(bool, cars)) == 12
     bare = sum(any(not item["outline"] and 0 not in item["flags"] for item in own) for own in cars)
-    assert choose(page, "by-flag", "a box only") == bare
+    assert choose(page, "by-flag", "a box only") == bare == 6
     assert page.find_element("id", "shown").text == f"{bare} of 24 shown"
     choose(page, "by-class", "all")
-    assert choose(page, "by-flag", "group-of") == sum(any(0 in o["flags"] for o in one["objects"]) for one in samples)
+    groups = sum(any(0 in item["flags"] for item in one["objects"]) for one in value["samples"])
+    assert choose(page, "by-flag", "group-of") == groups == 6
     choose(page, "by-flag", "any annotations")
-    assert choose(page, "by-split", "test") == sum(one["split"] == "test" for one in samples) > 0
+    assert choose(page, "by-split", "test") == 4
 
 
 @in_browser
@@ -205,7 +196,7 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
     assert visible(page, "#gallery .box") > 0
     press(page, "b")
     assert (visible(page, "#gallery .box"), boxes.get_attribute("aria-pressed")) == (0, "false")
-    # Without masks on the photograph, image and mask are side by side.
+    # The mask pane, next to the photograph, keeps its masks.
     page.find_element("css selector", "#gallery .card").click()
     assert visible(page, "#photo .area") == 0 < visible(page, "#mask .area")
     photo, mask = (page.find_element("id", name).rect for name in ("photo", "mask"))
@@ -216,7 +207,7 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
 
 
 @in_browser
-def test_everything_by_keyboard(page: Any) -> None:
+def test_the_keyboard_reaches_everything(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.wait import WebDriverWait
 
@@ -243,12 +234,12 @@ def test_everything_by_keyboard(page: Any) -> None:
     assert len(page.find_elements("css selector", ".shape.highlighted")) == 2  # on the photograph and on the mask
     press(page, Keys.ESCAPE)
     assert not title.is_displayed()
-    WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog tells later that it has closed
+    WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog's close event comes later
 
 
 @in_browser
-def test_every_control_has_a_name(page: Any) -> None:
-    """In Chromium's own accessibility tree."""
+def test_every_control_has_an_accessible_name(page: Any) -> None:
+    """In Chromium's accessibility tree."""
     from selenium.webdriver.common.keys import Keys
 
     page.find_element("css selector", "#gallery .card").click()
@@ -279,7 +270,7 @@ def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
 
 
 @in_browser
-def test_dark_where_the_user_wants_it(page: Any) -> None:
+def test_the_page_follows_the_dark_mode_of_the_user(page: Any) -> None:
     def ground() -> list[int]:
         colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
         return [int(part) for part in re.findall(r"\d+", colour)[:3]]
@@ -290,7 +281,7 @@ def test_dark_where_the_user_wants_it(page: Any) -> None:
 
 
 @in_browser
-def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
+def test_markup_in_the_dataset_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
     hostile_dataset(tmp_path / "data")
     page_of(tmp_path / "data", tmp_path / "page.html")
     resize(browser, 1280, 900)
@@ -301,36 +292,29 @@ def test_hostile_text_is_text(browser: Any, tmp_path: Path) -> None:
     assert browser.execute_script("return window.broken") is None
     about = browser.find_element("id", "about")
     assert about.find_element("xpath", "./dd[1]").get_property("textContent") == HOSTILE
-    assert about.find_elements("css selector", "a") == []  # none of the addresses is one of the web
+    assert about.find_elements("css selector", "a") == []  # none of the URLs is http
     assert len(browser.find_elements("css selector", "img, script")) == 2 + 2 + 1
     assert [url for url in requests(browser) if not url.startswith(("data:image/jpeg", "file:"))] == []
     assert console(browser) == []
 
 
 @in_browser
-def test_a_name_that_turns_the_direction_of_writing_turns_no_other(browser: Any, tmp_path: Path) -> None:
-    turned, other = "\u202eevil", "Car"
-    packed = pack_shard([replace(sample(1), verified_present=(1, 2))], split="train", path=shard_path("train", 0))
-    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
-    classes = [Category(1, turned, "/m/1"), Category(2, other, "/m/2")]
-    finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+def test_a_direction_mark_in_a_name_does_not_affect_the_next_name(browser: Any, tmp_path: Path) -> None:
+    names = ["\u202eevil", "Car"]
+    write_one_shard(tmp_path, [replace(sample(1), verified_present=(1, 2))], names)
     page_of(tmp_path, tmp_path / "page.html")
     resize(browser, 1280, 900)
     browser.get((tmp_path / "page.html").as_uri())
     browser.find_element("css selector", "#gallery .card").click()
-    present = "//dt[.='Verified present']/following-sibling::dd[1]//bdi"
-    for names in (
-        browser.find_elements("xpath", present),
-        browser.find_elements("css selector", ".caption bdi"),
-    ):
-        assert [name.get_property("textContent") for name in names] == [turned, other]
-        # What follows is written after it, and not into it from the right.
-        assert names[0].rect["x"] + names[0].rect["width"] <= names[1].rect["x"]
+    for where in ("//dt[.='Verified present']/following-sibling::dd[1]//bdi", "//*[@class='caption']//bdi"):
+        first, second = browser.find_elements("xpath", where)
+        assert [first.get_property("textContent"), second.get_property("textContent")] == names
+        assert first.rect["x"] + first.rect["width"] <= second.rect["x"]  # left to right
 
 
 @in_browser
-def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, drawn: Path) -> None:
-    browser.get(drawn.as_uri())
+def test_the_policy_forbids_other_scripts_and_images(browser: Any, file: Path) -> None:
+    browser.get(file.as_uri())
     console(browser)
     browser.execute_script(
         "const image = new Image(); image.src = 'https://example.org/x.png'; document.body.append(image);"

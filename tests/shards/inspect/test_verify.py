@@ -232,13 +232,6 @@ def test_values_of_dataset_json_that_readers_do_not_use(root: Path, edit: Edit, 
     assert any(fault in line for line in faults(root))
 
 
-def test_columns_of_another_type(root: Path) -> None:
-    table = pq.read_table(root / "index.parquet")
-    place = INDEX_SCHEMA.get_field_index("offset")
-    pq.write_table(table.set_column(place, "offset", table["offset"].cast(pa.float64())), root / "index.parquet")
-    assert "index.parquet: column offset is double, not int64: build the dataset again" in faults(root)
-
-
 def rle_of(**values: object) -> Edit:
     return lambda value: value["annotations"][0]["segmentation"].update(values)
 
