@@ -146,7 +146,7 @@ class Labels:
         return lists.combine_chunks().take(pa.array(self.rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Index:
     """The samples of one split, in the order in which they lie in the shards.
 
@@ -176,6 +176,9 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.shard)
+
+    def __repr__(self) -> str:
+        return f"Index({counted(len(self), 'sample')} in {counted(len(self.shard_paths), 'shard')})"
 
     @classmethod
     def read(cls, columns: Columns, shard_paths: Sequence[str], where: str = "index") -> Index:

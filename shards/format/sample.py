@@ -1,18 +1,26 @@
-"""What one ImageID holds, to and from the two members of a shard: `<ImageID>.jpg` and `<ImageID>.json`."""
+"""A sample, and its two members in a shard: `<ImageID>.jpg` and `<ImageID>.json`."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shards.common.errors import SampleError
-from shards.format.rle import Rle
+from shards.common.text import counted
+from shards.format.rle import Rle, decode
 
-# Dots split a member's name into key and extension; slashes would make folders. Neither may stand in a key.
+if TYPE_CHECKING:
+    from PIL import Image
+
+# No dots, which split a member's name into key and extension, and no slashes, which would make folders.
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 FLAGS = ("is_group_of", "is_occluded", "is_truncated", "is_depiction", "is_inside")
@@ -25,12 +33,12 @@ class Instance:
     Attributes:
         category_id: the dataset's id of its class, from 1.
         bbox: x, y, w, h in pixels of the image as stored.
-        segmentation: its mask at the image's size; None where there is a box and no mask.
-        box_id: Open Images' BoxID (unique within one image); "" where the source gives none.
-        label: the class that the source gave it, a MID: the class itself or one of its children.
-        is_group_of: one box over several touching objects: a region, not an object. COCO's `iscrowd` says the same.
+        segmentation: its mask at the image's size; None for a box without a mask.
+        box_id: Open Images' BoxID (unique within one image); "" if the source has none.
+        label: the MID of its class at the source: the class itself or one of its children.
+        is_group_of: one box over several touching objects: a region, not an object. The same as COCO's `iscrowd`.
         is_occluded, is_truncated, is_depiction, is_inside: the source's other flags.
-        predicted_iou: Open Images' estimate of the mask's quality, 0 to 1; None where unknown.
+        predicted_iou: Open Images' estimate of the mask's quality, 0 to 1; None if unknown.
     """
 
     category_id: int
@@ -46,7 +54,7 @@ class Instance:
     predicted_iou: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """COCO's annotation, and Open Images' fields beside it."""
+        """Return COCO's annotation with the additional fields of Open Images."""
         value: dict[str, Any] = {
             "category_id": self.category_id,
             "bbox": list(self.bbox),
@@ -62,7 +70,7 @@ class Instance:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Instance:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError when `value` has another form."""
+        """Parse what `to_json` returns; KeyError, TypeError or ValueError if `value` has another form."""
         x, y, w, h = (float(v) for v in value["bbox"])
         segmentation, predicted_iou = value["segmentation"], value["predicted_iou"]
         return cls(
@@ -76,20 +84,20 @@ class Instance:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Sample:
-    """One image with all that is known of it.
+    """One image with its annotations and attribution.
 
     Attributes:
-        image_id: the key; letters, digits, `_` and `-`.
-        image: the JPEG as the source has it, byte for byte.
-        width, height: of the decoded JPEG, in pixels, EXIF orientation ignored.
+        image_id: the key: letters, digits, `_` and `-`.
+        image: the source's JPEG, byte for byte.
+        width, height: size of the decoded JPEG in pixels, EXIF orientation ignored.
         instances: every annotation of the dataset's classes.
         verified_present, verified_absent: category ids that annotators confirmed or ruled out in this image. A class in
             neither is unknown, not absent.
-        rotation: degrees (0, 90, 180, 270) by which the picture must be turned counter-clockwise to stand upright.
-            Pixels, boxes and masks agree as stored; nothing is turned.
-        license, author, author_url, original_url, title: what attribution asks for; "" where the source is silent.
+        rotation: degrees (0, 90, 180, 270) by which to rotate the picture counter-clockwise to make it upright.
+            Pixels, boxes and masks agree as stored; nothing is rotated.
+        license, author, author_url, original_url, title: attribution; "" where unknown.
     """
 
     image_id: str
@@ -106,11 +114,37 @@ class Sample:
     original_url: str = ""
     title: str = ""
 
-    def to_members(self) -> dict[str, bytes]:
-        """The sample as tar members by extension, in the order in which they lie in a shard.
+    def __repr__(self) -> str:
+        masks = sum(instance.segmentation is not None for instance in self.instances)
+        objects = f"{counted(len(self.instances), 'object')}, {counted(masks, 'mask')}"
+        return f"Sample({self.image_id!r}, {self.width}x{self.height}, {objects})"
+
+    def picture(self) -> Image.Image:
+        """Decode the JPEG to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
 
         Raises:
-            SampleError: the key cannot name tar members, or a mask has another size than the image.
+            OSError: the JPEG is damaged.
+        """
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.image), formats=("JPEG",)).convert("RGB")
+
+    def masks(self) -> NDArray[np.bool_]:
+        """Return bool [N, H, W], a mask of the image's size for each of the N instances.
+
+        An instance without a mask has False everywhere; its `segmentation` is None.
+        """
+        masks = np.zeros((len(self.instances), self.height, self.width), np.bool_)
+        for mask, instance in zip(masks, self.instances, strict=True):
+            if instance.segmentation is not None:
+                mask[:] = decode(instance.segmentation)
+        return masks
+
+    def to_members(self) -> dict[str, bytes]:
+        """Return the sample as tar members by extension, in the order of a shard.
+
+        Raises:
+            SampleError: the key is invalid, or a mask has another size than the image.
         """
         if not KEY.fullmatch(self.image_id):
             raise SampleError(f"image id {self.image_id!r}: only 1 to 64 letters, digits, '_' and '-' can key a sample")
@@ -139,15 +173,15 @@ class Sample:
 
     @classmethod
     def from_members(cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "") -> Sample:
-        """Read a sample back.
+        """Parse a sample.
 
         Args:
             image_id: the key.
-            members: bytes by extension; `jpg` and `json` are needed, others are left alone.
-            where: what an error should name, such as the shard's URL.
+            members: bytes by extension: `jpg` and `json`; others are ignored.
+            where: named in errors, such as the shard's URL.
 
         Raises:
-            SampleError: a member is missing or does not hold what the format promises.
+            SampleError: a member is missing or not in the format.
         """
         place = f"{where}: sample {image_id}" if where else f"sample {image_id}"
         for extension in ("jpg", "json"):
@@ -167,15 +201,18 @@ class Sample:
                 **{name: str(value[name]) for name in ("license", "author", "author_url", "original_url", "title")},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            # The repr of an error in UTF-8 begins with all of the bytes.
+            # The repr of a UnicodeError begins with all of the bytes.
             reason = (str(error) if isinstance(error, UnicodeError) else repr(error))[:200]
             raise SampleError(f"{place}: {image_id}.json is not in the shard format ({reason})") from error
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. A dataclass is an object of its fields.
+    """Return UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
-    NaN and infinities are a ValueError.
+    A dataclass becomes an object of its fields, a number of numpy a plain one.
+
+    Raises:
+        ValueError: NaN or an infinity.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields_of
@@ -183,7 +220,9 @@ def canonical_json(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
-def _fields_of(value: Any) -> dict[str, Any]:
+def _fields_of(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
     kind: Any = type(value)

@@ -110,3 +110,17 @@ def test_a_missing_member_is_named():
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys():
     assert canonical_json({"b": 1, "a": "é"}) == canonical_json({"a": "é", "b": 1}) == '{"a":"é","b":1}'.encode()
+
+
+def test_a_sample_prints_its_size_and_counts_but_no_bytes():
+    assert repr(sample(1)) == f"Sample('{1:016x}', 48x32, 2 objects, 1 mask)"
+
+
+def test_picture_and_masks_are_decoded_at_the_stored_size():
+    one = sample(1)
+    picture, masks = one.picture(), one.masks()
+    assert (picture.mode, picture.size) == ("RGB", (48, 32))
+    assert (masks.shape, masks.dtype) == ((2, 32, 48), np.bool_)
+    assert np.array_equal(masks[0], rle.decode(one.instances[0].segmentation))
+    assert not masks[1].any()  # a box without a mask
+    assert Sample("a", b"", 4, 3).masks().shape == (0, 3, 4)
