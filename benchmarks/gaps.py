@@ -40,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.building import machine
 from demo.scenes import SceneConfig, SceneObject, image_id, scene_of
 from shards.format import rle
-from shards.format.dataset import Category, Shard, finish_dataset
+from shards.format.dataset import Category, Shard
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path

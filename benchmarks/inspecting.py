@@ -28,7 +28,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from shards.format import rle
-from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard, finish_dataset, open_dataset
+from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard, open_dataset
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard, shard_path

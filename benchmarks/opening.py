@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from demo.s3proxy import S3Proxy
 from demo.s3server import S3Server
-from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard, finish_dataset
+from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard
 from shards.format.dataset import open_dataset as open_at
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard, shard_path

@@ -30,7 +30,8 @@ import psutil
 
 from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
-from shards.format.dataset import Category, Dataset, Shard, finish_dataset, open_dataset
+from shards.format.dataset import Category, Dataset, Shard, open_dataset
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path

@@ -17,6 +17,7 @@ from shards.common.version import __version__
 if TYPE_CHECKING:
     from shards.common.errors import UserError
     from shards.format.dataset import Dataset, open_dataset
+    from shards.format.dataset_writer import DatasetWriter
     from shards.format.sample import Instance, Sample
     from shards.order.mixture import Mix
     from shards.stream.loader import loader
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Dataset",
+    "DatasetWriter",
     "EvalStream",
     "Instance",
     "Mix",
@@ -37,6 +39,7 @@ __all__ = [
 
 _MODULES = {
     "Dataset": "shards.format.dataset",
+    "DatasetWriter": "shards.format.dataset_writer",
     "EvalStream": "shards.stream.streams",
     "Instance": "shards.format.sample",
     "Mix": "shards.order.mixture",

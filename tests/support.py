@@ -17,7 +17,8 @@ import pyarrow as pa
 from PIL import Image
 
 from shards.format import rle
-from shards.format.dataset import Category, Dataset, finish_dataset, open_dataset
+from shards.format.dataset import Category, Dataset, open_dataset
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index import Index
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample

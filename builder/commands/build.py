@@ -21,18 +21,25 @@ from builder.planning.prepare import Preparation
 from builder.planning.replacements import next_round
 from builder.sources.base import Source
 from builder.target.build_lock import BuildLock, refuse_if_held
-from builder.target.build_state import README_FILE, claim, finished_results, read_rows, remove_strays
+from builder.target.build_state import claim, finished_results, read_rows, remove_strays
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
 from shards.common.text import counted
-from shards.format.accounts import Account, failed_images, read_accounts, reasons, write_accounts
-from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Category, DatasetInfo, Shard, finish_dataset, open_dataset
-from shards.format.dataset_card import ClassCounts, count_classes, render_card
+from shards.format.accounts import Account, failed_images, read_accounts, reasons
+from shards.format.dataset import (
+    ACCOUNTS_FILE,
+    SPLITS,
+    Category,
+    DatasetInfo,
+    open_dataset,
+)
+from shards.format.dataset_card import ClassCounts, count_classes
+from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
 from shards.storage.location import Location, check_writable
-from shards.storage.retry import delete, retrying, write
+from shards.storage.retry import delete, retrying
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +189,9 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
         origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.options))}
-        info = write_tables(root, plan.categories, plan.fingerprint, rows, shards, accounts, origin, command)
+        info = write_tables(
+            root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command
+        )
         delete(root / RECORDS, recursive=True)
     first = {task.name for task in plan.tasks}
     return summarise(
@@ -270,29 +279,6 @@ def check_places(source: Source, root: Location, *, write_to: bool = True) -> No
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
     if write_to:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
-
-
-def write_tables(
-    root: Location,
-    categories: Sequence[Category],
-    fingerprint: str,
-    rows: Sequence[IndexRow],
-    shards: Sequence[Shard],
-    accounts: Sequence[Account],
-    origin: dict,
-    command: str,
-) -> DatasetInfo:
-    """Write accounts, card, index and dataset.json, in this order; no credential of a URL is among them.
-
-    Raises:
-        StorageError: a file cannot be written.
-    """
-    counts = count_classes(rows, categories)
-    write(root / ACCOUNTS_FILE, write_accounts(accounts))
-    card = render_card(categories, counts, shards, redact(command), reasons(accounts), origin["name"])
-    write(root / README_FILE, card.encode())
-    safe = json.loads(redact(canonical_json(origin).decode()))
-    return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=fingerprint, source=safe))
 
 
 def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) -> Outcome:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from builder.commands.build import PreparedBuild, Summary, summarise, write_tables
+from builder.commands.build import PreparedBuild, Summary, summarise
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.traffic import Meter, Traffic
@@ -32,6 +32,7 @@ from builder.tasks.plan import InlineMask, Member, PlannedImage, PlannedObject, 
 from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import PACKED, RECOVERED, Account, failed_images, read_accounts
 from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, Shard, open_dataset
+from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
 from shards.format.shard_tar import pack_shard
@@ -93,8 +94,16 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         if recovered:
             rows, shards, accounts = _replaced(rows, dataset.info.shards, accounts, repairs, results)
             lock.check()
-            origin = dataset.info.source
-            write_tables(stage, dataset.categories, dataset.info.plan, rows, shards, accounts, origin, command)
+            write_tables(
+                stage,
+                rows,
+                shards,
+                dataset.categories,
+                accounts,
+                plan=dataset.info.plan,
+                source=dataset.info.source,
+                command=command,
+            )
             finish_retry(root)
         else:
             delete(root / RECORDS, recursive=True)

@@ -19,14 +19,13 @@ from builder.packing.pack import RECORDS, TaskResult, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import DatasetError, UserError
-from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo
+from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, README_FILE, SPLITS, Dataset, DatasetInfo
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from shards.storage.retry import delete, retrying, write
 
-README_FILE = "README.md"
 PLAN_FILE = "plan.json"
 RETRY = "retry"
 

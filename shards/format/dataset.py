@@ -1,20 +1,20 @@
 """A shard dataset: `dataset.json`, `index.parquet` and the shards they describe.
 
-`dataset.json` is written last: a root without it is an unfinished build. The index has one row a sample, in the order
+`dataset.json` is written last: a root without it is an unfinished build. The index has one row per sample, in the order
 (split, shard, offset), and is all that a reader needs to fetch any sample with one range request.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,18 +22,21 @@ from shards.common.errors import DatasetError, StorageError
 from shards.common.json_fields import flat, is_text
 from shards.common.text import counted, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
-from shards.format.index_schema import INDEX_SCHEMA, IndexRow, one_line
-from shards.format.sample import canonical_json
+from shards.format.index_schema import one_line
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from shards.storage.ranges import Read, read_many
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = "maskstream"
 VERSION = 1
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
+README_FILE = "README.md"
 SPLITS = ("train", "val", "test")
 
 ACCOUNTS_SCHEMA = pa.schema(
@@ -42,7 +45,7 @@ ACCOUNTS_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("image_id", pa.string()),
         ("box_id", pa.string()),  # "" for an image
-        ("source", pa.string()),  # the file's name at the source: <ImageID>.jpg or the MaskPath
+        ("source", pa.string()),  # file name at the source: <ImageID>.jpg or the MaskPath
         ("status", pa.string()),  # "packed", or the reason why not
         ("detail", pa.string()),
     ]
@@ -60,7 +63,7 @@ class Category:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A finished tar: its path below the root, its split, samples, length in bytes and sha256 (hex)."""
+    """A finished tar: its path under the root, split, samples, length in bytes and sha256 (hex)."""
 
     path: str
     split: str
@@ -71,14 +74,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` holds.
+    """The contents of `dataset.json`.
 
     Attributes:
         categories: the classes, ids ascending.
         shards: every shard, in the order (split, path).
-        index_sha256: of `index.parquet`, which ties the two files together.
-        plan: the fingerprint of the plan that the builder carried out.
-        source: where the data came from, as the builder tells it.
+        index_sha256: hash of `index.parquet`, which ties the two files together.
+        plan: fingerprint of the builder's plan; "" without one.
+        source: where the data came from.
     """
 
     categories: tuple[Category, ...]
@@ -88,7 +91,7 @@ class DatasetInfo:
     source: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object of `dataset.json`."""
+        """Return the JSON object of `dataset.json`."""
         splits = {
             split: {
                 "shards": len(shards),
@@ -109,12 +112,16 @@ class DatasetInfo:
             "source": self.source,
         }
 
+    def samples(self, split: str) -> int:
+        """Return the number of samples of a split."""
+        return sum(shard.samples for shard in self.shards if shard.split == split)
+
     @classmethod
     def from_json(cls, value: Any, where: str) -> DatasetInfo:
-        """Read and check `dataset.json`'s object; `where` is named in errors.
+        """Parse and check the object of `dataset.json`; `where` is named in errors.
 
         Raises:
-            DatasetError: another format, a newer version, missing keys, or values that cannot be.
+            DatasetError: another format, a newer version, missing keys, or invalid values.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
@@ -139,7 +146,7 @@ class DatasetInfo:
 
 
 def _check_values(info: DatasetInfo) -> None:
-    """ValueError for a value that no dataset has."""
+    """Raise a ValueError for a value that no dataset can have."""
     if not isinstance(info.plan, str) or not is_text(info.plan):
         raise ValueError(f"plan is {shown(info.plan)}, not a text")
     for category in info.categories:
@@ -152,14 +159,14 @@ def _check_values(info: DatasetInfo) -> None:
             raise ValueError(f"{shown(shard.path)} has {shard.samples} samples and {shard.nbytes} bytes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
-    """A finished dataset: where it is, what `dataset.json` says, and its index.
+    """A finished dataset: where it is, its `dataset.json`, and its index.
 
     Attributes:
-        root: where it lies.
-        info: what `dataset.json` holds.
-        columns: the index, of which a column is decoded when it is asked for.
+        root: where it is.
+        info: the contents of `dataset.json`.
+        columns: the index; a column is decoded when it is first used.
         selection: which samples, with which of their annotations; everything unless `select` was called.
     """
 
@@ -168,9 +175,17 @@ class Dataset:
     columns: IndexFile
     selection: Selection = Selection()
 
+    def __repr__(self) -> str:
+        names = [category.name for category in self.categories]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        counts = {split: counted(self.info.samples(split), "sample") for split in self.splits}
+        splits = ", ".join(f"{split}: {count}" for split, count in counts.items()) or "no samples"
+        selected = f"; of these, {self.selection}" if self.selection != Selection() else ""
+        return f"Dataset({str(self.root)!r}, classes: {', '.join(names[:5])}{more}; {splits}{selected})"
+
     @property
     def categories(self) -> tuple[Category, ...]:
-        """The classes, ids ascending; with `select`, the chosen ones, under the ids that they always had."""
+        """The classes, ids ascending; after `select`, the chosen ones with unchanged ids."""
         chosen = self.selection.classes
         return tuple(c for c in self.info.categories if chosen is None or c.id in chosen)
 
@@ -184,12 +199,12 @@ class Dataset:
         """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected.
 
         Raises:
-            DatasetError: it holds what no index holds.
+            DatasetError: the index is damaged.
         """
         return self.columns.table()
 
     def index(self, split: str) -> Index:
-        """The selected rows of one split.
+        """Return the selected rows of one split.
 
         Raises:
             DatasetError: the dataset has no such split, the selection leaves nothing of it, or the index is damaged.
@@ -200,25 +215,65 @@ class Dataset:
         index = Index.read(self.columns, paths, str(self.root / INDEX_FILE))
         return select_rows(index, self.selection, f"{self.root}: split {split!r}")
 
+    def to_pandas(self, split: str) -> pd.DataFrame:
+        """Return the selected rows of a split as a DataFrame, one row per sample, in the order of the shards.
+
+        Columns: `image_id`, `shard`, `offset`, `nbytes`, `crc32`, `width`, `height`, then for each class, under its
+        name, the number of its objects.
+
+        Raises:
+            DatasetError: as `index`.
+        """
+        import pandas as pd
+
+        index = self.index(split)
+        assert index.labels is not None
+        shards = pd.Categorical.from_codes(index.shard, categories=list(index.shard_paths))
+        arrays = {name: getattr(index, name) for name in ("offset", "nbytes", "crc32", "width", "height")}
+        columns = {"image_id": index.image_ids.to_pylist(), "shard": shards, **arrays}
+        classes, samples, objects = index.labels.classes, index.labels.samples, index.labels.flat("instances")
+        for category in self.categories:
+            own = classes == category.id
+            columns[category.name] = np.zeros(len(index), np.int64)
+            columns[category.name][samples[own]] = objects[own]
+        return pd.DataFrame(columns)
+
+    def accounts(self) -> pd.DataFrame:
+        """Return `accounts.parquet` as a DataFrame: what became of every image and mask that was requested.
+
+        Columns: `kind` (image or mask), `split`, `image_id`, `box_id`, `source`, `status` and `detail`, see
+        docs/format.md.
+
+        Raises:
+            DatasetError: the dataset has no such file, or it is damaged.
+            StorageError: it cannot be read.
+        """
+        place = self.root / ACCOUNTS_FILE
+        try:
+            return accounts_table(place.read(), str(place)).to_pandas()
+        except StorageError as error:
+            if not error.missing:
+                raise
+            raise DatasetError(f"{self.root}: there is no {ACCOUNTS_FILE}: build the dataset again") from error
+
     def select(self, *, classes: Sequence[str | int] | None = None, fraction: float = 1.0, seed: int = 0) -> Dataset:
-        """This dataset with a part of its samples; the others are never fetched. The index alone decides.
+        """Return this dataset with a part of its samples; the others are never fetched. Only the index is read.
 
-        A subset of classes is what `build-shards` would have made of these classes: the samples that have one of them,
-        without annotations of the other classes, whose objects are background like everything else that has no label.
-        Ids stay as they are.
+        A subset of classes is what `build-shards` would have built for these classes: the samples that have one of
+        them, without annotations of the other classes, whose objects become background. Ids do not change.
 
-        Of a selection this is a part: classes are chosen among those that it has, and what is not chosen anew stays as
-        it was. Which came first makes no difference.
+        A selection can be narrowed further: classes are then chosen among its own, and arguments that are left out
+        keep their values. The order of the calls makes no difference.
 
         Args:
             classes: names, MIDs or ids; None for all samples with all annotations.
             fraction: above 0 to 1: about this share of the (remaining) samples, chosen by a hash of seed and ImageID,
-                so that a larger fraction holds all of a smaller one, in every split and every build. Only once below 1.
-            seed: of the hash; not negative.
+                so that a larger fraction contains a smaller one, in every split and every build. Only once below 1.
+            seed: seed of the hash; not negative.
 
         Raises:
-            DatasetError: an unknown class (the nearest names are told) or none at all, a fraction or seed out of its
-                range, or a fraction of a fraction.
+            DatasetError: an unknown class (the message has the nearest names) or none at all, a fraction or seed out
+                of range, or a fraction of a fraction.
         """
         where, before = str(self.root), self.selection
         if classes is None:
@@ -233,19 +288,18 @@ class Dataset:
 
 
 def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
-    """Open a finished dataset with two reads at a time: `dataset.json` and `index.parquet`.
+    """Open a finished dataset by reading `dataset.json` and `index.parquet`, both at the same time.
+
+    Args:
+        root: local path or any fsspec URL.
 
     Raises:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
-        StorageError: the place cannot be reached.
+        StorageError: the root cannot be reached.
     """
-    if not isinstance(root, str | os.PathLike | Location):
-        raise DatasetError(
-            f"the root of a dataset is {shown(root)}: give a local path or a URL such as s3://bucket/prefix"
-        )
-    location = root if isinstance(root, Location) else Location(str(os.fspath(root)))
+    location = root_location(root)
     answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
-    info = _info_of(location, answers[0])
+    info = DatasetInfo.from_json(_value_of(location, answers[0]), str(location / DATASET_FILE))
     try:
         data = _read(location / INDEX_FILE, answers[1])
     except StorageError as error:
@@ -259,19 +313,26 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
     return Dataset(location, info, IndexFile(data, str(location / INDEX_FILE)))
 
 
+def root_location(root: str | os.PathLike[str] | Location) -> Location:
+    """Return the location of a dataset's root; a DatasetError if `root` is not a path or URL."""
+    if isinstance(root, Location):
+        return root
+    if not isinstance(root, str | os.PathLike):
+        raise DatasetError(
+            f"the root of a dataset is {shown(root)}: give a local path or a URL such as s3://bucket/prefix"
+        )
+    return Location(str(os.fspath(root)))
+
+
 def read_value(root: Location) -> Any:
-    """Read `dataset.json` alone, as it is: `DatasetInfo.from_json` makes something of it.
+    """Return the JSON of `dataset.json`, which `DatasetInfo.from_json` parses.
 
     Raises:
-        DatasetError: there is none, or it is no JSON.
-        StorageError: the place cannot be reached.
+        DatasetError: it is missing, or not JSON.
+        StorageError: the root cannot be reached.
     """
     [answer] = read_many([Read(root / DATASET_FILE)])
     return _value_of(root, answer)
-
-
-def _info_of(root: Location, answer: bytes | Exception) -> DatasetInfo:
-    return DatasetInfo.from_json(_value_of(root, answer), str(root / DATASET_FILE))
 
 
 def _value_of(root: Location, answer: bytes | Exception) -> Any:
@@ -291,11 +352,7 @@ def _value_of(root: Location, answer: bytes | Exception) -> Any:
 
 
 def _read(location: Location, answer: bytes | Exception) -> bytes:
-    """What was read.
-
-    Raises:
-        StorageError: for what went wrong.
-    """
+    """Return what was read; an exception becomes a StorageError."""
     if isinstance(answer, bytes):
         return answer
     with storage_errors(location.url):
@@ -312,60 +369,3 @@ def accounts_table(data: bytes, where: str) -> pa.Table:
         return pq.read_table(pa.BufferReader(data), schema=ACCOUNTS_SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{where}: damaged ({one_line(error)}): build the dataset again") from error
-
-
-def finish_dataset(
-    root: Location,
-    rows: Iterable[IndexRow],
-    shards: Sequence[Shard],
-    categories: Sequence[Category],
-    *,
-    plan: str = "",
-    source: dict[str, Any] | None = None,
-) -> DatasetInfo:
-    """Write `index.parquet`, then `dataset.json`: the build is finished when this returns.
-
-    Args:
-        root: where the shards already lie.
-        rows: every sample of every shard, in any order.
-        shards: every shard, in any order.
-        categories: the classes.
-        plan: the plan's fingerprint.
-        source: where the data came from; JSON values only.
-
-    Raises:
-        DatasetError: rows and shards contradict each other.
-        StorageError: a file could not be written.
-    """
-    shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.path))
-    position = {shard.path: number for number, shard in enumerate(shards)}
-    ordered = sorted(rows, key=lambda row: (position.get(row.shard, -1), row.offset))
-    _check_rows(ordered, shards)
-    buffer = io.BytesIO()
-    columns = {name: [getattr(row, name) for row in ordered] for name in INDEX_SCHEMA.names}
-    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), buffer, compression="zstd")
-    info = DatasetInfo(
-        categories=tuple(sorted(categories, key=lambda category: category.id)),
-        shards=tuple(shards),
-        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-        plan=plan,
-        source=source or {},
-    )
-    (root / INDEX_FILE).write(buffer.getvalue())
-    (root / DATASET_FILE).write(canonical_json(info.to_json()))
-    return info
-
-
-def _check_rows(rows: Sequence[IndexRow], shards: Sequence[Shard]) -> None:
-    counts: dict[str, int] = {shard.path: 0 for shard in shards}
-    seen: set[str] = set()
-    for row in rows:
-        if row.shard not in counts:
-            raise DatasetError(f"sample {row.image_id} lies in {row.shard}, which is not a shard of this dataset")
-        if row.image_id in seen:
-            raise DatasetError(f"sample {row.image_id} occurs twice: an ImageID keys one sample of a dataset")
-        counts[row.shard] += 1
-        seen.add(row.image_id)
-    for shard in shards:
-        if counts[shard.path] != shard.samples:
-            raise DatasetError(f"{shard.path} holds {counted(shard.samples, 'sample')}, the index {counts[shard.path]}")

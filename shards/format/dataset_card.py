@@ -65,14 +65,17 @@ class _About:
     """What the card says of a source.
 
     Attributes:
-        title, link: what the data was cut out of.
-        licenses: identifiers as Hugging Face's front matter has them; none where it depends on the image.
+        title: name of the data.
+        heading: of the card, before the names of the classes.
+        origin: how the shards were made, in Markdown.
+        licenses: identifiers of Hugging Face's front matter; none if the licence depends on the image.
         tag: for Hugging Face's search.
         attribution: the section on licences, in Markdown.
     """
 
     title: str
-    link: str
+    heading: str
+    origin: str
     licenses: tuple[str, ...]
     tag: str
     attribution: str
@@ -89,23 +92,42 @@ _COCO = """\
 Images and annotations are under the licences of their source; each sample carries the `license` and `original_url`
 that its annotations name, and in `title` the file's name. Check them before the data is passed on."""
 
-# By the name that a source gives as its origin.
+_OWN = """\
+Each sample carries the `license`, `author`, `author_url` and `original_url` that it was added with. Complete this
+section before the data is passed on."""
+
+# By the source's `name` in `dataset.json`.
 _ABOUT = {
     "Open Images": _About(
         "Open Images",
-        "https://storage.googleapis.com/openimages/web/index.html",
+        "Images and instance masks from Open Images",
+        "cut out of\n[Open Images](https://storage.googleapis.com/openimages/web/index.html) by `build-shards`",
         ("cc-by-2.0", "cc-by-4.0"),
         "open-images",
         _OPEN_IMAGES,
     ),
-    "COCO": _About("a dataset in COCO's format", "https://cocodataset.org/#format-data", (), "coco", _COCO),
+    "COCO": _About(
+        "a dataset in COCO's format",
+        "Images and instance masks from a dataset in COCO's format",
+        "cut out of\n[a dataset in COCO's format](https://cocodataset.org/#format-data) by `build-shards`",
+        (),
+        "coco",
+        _COCO,
+    ),
+    "DatasetWriter": _About(
+        "images and instance masks",
+        "Images and instance masks",
+        "packed with maskstream's\n`DatasetWriter`",
+        (),
+        "object-detection",
+        _OWN,
+    ),
 }
 
 _TEXT = """\
-# Images and instance masks from {title}: {classes}
+# {heading}: {classes}
 
-{samples} in {shards} ({megabytes:.1f} MB), cut out of
-[{title}]({link}) by `build-shards`.
+{samples} in {shards} ({megabytes:.1f} MB), {origin}.
 
 | split | class | images | masks | boxes | of these group-of |
 | --- | --- | ---: | ---: | ---: | ---: |
@@ -210,8 +232,8 @@ def render_card(
     }
     rows = [f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |" for c in counts]
     text = _TEXT.format(
-        title=about.title,
-        link=about.link,
+        heading=about.heading,
+        origin=about.origin,
         attribution=about.attribution,
         classes=", ".join(category.name for category in categories),
         samples=counted(samples, "image"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.common.errors import DatasetError
+from shards.common.text import counted
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -41,6 +47,36 @@ class IndexRow:
     instances: tuple[int, ...]
     masks: tuple[int, ...]
     groups: tuple[int, ...]
+
+
+def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
+    """Return the bytes of `index.parquet`.
+
+    Args:
+        rows: every sample of every shard, in any order.
+        shards: path and number of samples of every shard, in the order of the index.
+
+    Raises:
+        DatasetError: rows and shards contradict each other, or a key occurs twice.
+    """
+    position = {path: number for number, path in enumerate(shards)}
+    ordered = sorted(rows, key=lambda row: (position.get(row.shard, -1), row.offset))
+    counts = dict.fromkeys(shards, 0)
+    seen: set[str] = set()
+    for row in ordered:
+        if row.shard not in counts:
+            raise DatasetError(f"sample {row.image_id} is in {row.shard}, which is not a shard of this dataset")
+        if row.image_id in seen:
+            raise DatasetError(f"sample {row.image_id} occurs twice: an ImageID keys one sample of a dataset")
+        counts[row.shard] += 1
+        seen.add(row.image_id)
+    for path, samples in shards.items():
+        if counts[path] != samples:
+            raise DatasetError(f"{path} has {counted(samples, 'sample')}, the index {counts[path]}")
+    columns = {name: [getattr(row, name) for row in ordered] for name in INDEX_SCHEMA.names}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def schema_fault(found: pa.Schema) -> str:

@@ -23,7 +23,7 @@ class JpegError(ValueError):
         self.too_large = too_large
 
 
-def check_jpeg(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
+def check_jpeg(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:
     """Decode a JPEG to its last byte and return its (width, height) in pixels as stored.
 
     EXIF orientation is ignored. All coded coefficients are read, which is where damage shows; the arithmetic from
@@ -31,7 +31,8 @@ def check_jpeg(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
 
     Args:
         data: the file's bytes.
-        max_pixels: a larger picture is not decoded. None: Pillow's own limit.
+        max_pixels: a larger picture is refused. None: Pillow's own limit.
+        decode: False reads the header only.
 
     Raises:
         JpegError: damaged, of another format, or too large.
@@ -41,8 +42,9 @@ def check_jpeg(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
             width, height = image.size
             if max_pixels is not None and width * height > max_pixels:
                 raise JpegError(f"{width}x{height} pixels, the limit is {max_pixels}", too_large=True)
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
+            if decode:
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.load()
     except JpegError:
         raise
     except UnidentifiedImageError as error:

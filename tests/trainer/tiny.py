@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from shards.format import rle
-from shards.format.dataset import Category, Shard, finish_dataset
+from shards.format.dataset import Category, Shard
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path

@@ -1,9 +1,14 @@
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from shards.common.errors import DatasetError
-from shards.format.dataset import Category, finish_dataset, open_dataset
+from shards.format.accounts import Account, write_accounts
+from shards.format.dataset import Category, open_dataset
+from shards.format.dataset_writer import finish_dataset
 from shards.format.shard_tar import pack_shard
 from shards.storage.location import Location
 from tests.support import CATEGORIES, sample, write_dataset
@@ -92,7 +97,7 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
 def test_rows_and_shards_that_contradict_each_other_are_refused(tmp_path):
     packed = pack_shard([sample(0), sample(1)], split="train", path="train/000000.tar")
     root = Location(str(tmp_path))
-    with pytest.raises(DatasetError, match="holds 2 samples, the index 1"):
+    with pytest.raises(DatasetError, match="has 2 samples, the index 1"):
         finish_dataset(root, packed.rows[:1], [packed.shard], CATEGORIES)
     with pytest.raises(DatasetError, match="occurs twice"):
         finish_dataset(root, [packed.rows[0], packed.rows[0]], [packed.shard], CATEGORIES)
@@ -114,3 +119,46 @@ def test_categories_are_listed_by_id(tmp_path):
         Location(str(tmp_path)), packed.rows, [packed.shard], [Category(2, "B", "b"), Category(1, "A", "a")]
     )
     assert [category.name for category in info.categories] == ["A", "B"]
+
+
+def test_a_dataset_prints_as_one_line(tmp_path):
+    dataset = write_dataset(tmp_path, {"train": [sample(n) for n in range(3)], "val": [sample(5)]})
+    assert repr(dataset) == f"Dataset('{tmp_path}', classes: Person, Car; train: 3 samples, val: 1 sample)"
+    part = repr(dataset.select(classes=["Car"], fraction=0.5))
+    assert "classes: Car; train: 3 samples, val: 1 sample; of these, Selection(classes=(2,), fraction=0.5" in part
+    many = tuple(Category(number, f"C{number}", "") for number in range(1, 9))
+    assert "classes: C1, C2, C3, C4, C5 and 3 more;" in repr(
+        replace(dataset, info=replace(dataset.info, categories=many))
+    )
+    assert repr(dataset.index("train")) == "Index(3 samples in 1 shard)"
+
+
+def test_a_split_is_a_data_frame_with_a_column_per_class(tmp_path):
+    dataset = write_dataset(tmp_path, {"train": [sample(n) for n in range(4)]}, per_shard=3)
+    frame = dataset.to_pandas("train")
+    assert list(frame) == ["image_id", "shard", "offset", "nbytes", "crc32", "width", "height", "Person", "Car"]
+    assert frame["image_id"].tolist() == [f"{n:016x}" for n in range(4)]
+    assert frame["shard"].tolist() == ["train/000000.tar"] * 3 + ["train/000001.tar"]
+    assert frame[["Person", "Car"]].to_numpy().tolist() == [[1, 0], [1, 1], [1, 0], [1, 1]]
+    cars = dataset.select(classes=["Car"]).to_pandas("train")
+    assert cars["image_id"].tolist() == [f"{n:016x}" for n in (1, 3)]
+    assert "Person" not in cars
+
+
+def test_accounts_are_a_data_frame_and_missing_or_damaged_ones_an_error(tmp_path):
+    dataset = write_dataset(tmp_path, {"train": [sample(0)]})
+    with pytest.raises(DatasetError, match=r"there is no accounts\.parquet"):
+        dataset.accounts()
+    (tmp_path / "accounts.parquet").write_bytes(
+        write_accounts([Account("image", "train", "a", "", "a.jpg", "image-missing")])
+    )
+    assert dataset.accounts()[["image_id", "status"]].to_numpy().tolist() == [["a", "image-missing"]]
+    (tmp_path / "accounts.parquet").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match=r"accounts.parquet: damaged \("):
+        dataset.accounts()
+
+
+@pytest.mark.parametrize("module", ["shards.inspect.cli", "shards.format.dataset", "shards.format.dataset_writer"])
+def test_pandas_and_torch_are_not_imported_at_start_up(module):
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('pandas', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

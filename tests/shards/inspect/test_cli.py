@@ -11,7 +11,8 @@ import pytest
 
 from shards.commands.output import print_to_reader
 from shards.common.text import columns_of
-from shards.format.dataset import Category, finish_dataset
+from shards.format.dataset import Category
+from shards.format.dataset_writer import finish_dataset
 from shards.format.shard_tar import pack_shard
 from shards.inspect.cli import main
 from shards.inspect.shard_check import Fault

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from shards.format import rle
-from shards.format.dataset import Category, finish_dataset
+from shards.format.dataset import Category
+from shards.format.dataset_writer import finish_dataset
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path
 from shards.inspect.cli import main

@@ -17,7 +17,8 @@ import pytest
 
 from demo.s3server import S3Server
 from shards.format import rle
-from shards.format.dataset import finish_dataset, open_dataset
+from shards.format.dataset import open_dataset
+from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.shard_tar import pack_shard
 from shards.inspect import shard_scanner

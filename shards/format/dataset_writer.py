@@ -1,0 +1,380 @@
+"""Writing datasets: `DatasetWriter` for your own images, and the tables that finish any dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, BinaryIO, TypedDict
+
+import numpy as np
+
+from shards.common.argument_checks import whole
+from shards.common.errors import DatasetError, SampleError
+from shards.common.redact import redact
+from shards.common.text import counted, did_you_mean, shown
+from shards.format import rle
+from shards.format.accounts import PACKED, Account, reasons, write_accounts
+from shards.format.dataset import (
+    ACCOUNTS_FILE,
+    DATASET_FILE,
+    INDEX_FILE,
+    README_FILE,
+    SPLITS,
+    Category,
+    DatasetInfo,
+    Shard,
+    root_location,
+)
+from shards.format.dataset_card import count_classes, render_card
+from shards.format.index import LARGEST_ID
+from shards.format.index_schema import IndexRow, index_bytes
+from shards.format.jpeg import JpegError, check_jpeg
+from shards.format.sample import FLAGS, Instance, Sample, canonical_json
+from shards.format.selection import find_class
+from shards.format.shard_tar import pack_shard, seeded_order, shard_path
+from shards.format.validation import content_faults
+from shards.storage.explain import storage_errors
+from shards.storage.location import Location, check_writable
+from shards.storage.retry import retrying, write
+
+SAMPLES_PER_SHARD = 256
+
+
+class Annotation(TypedDict, total=False):
+    """One object for `DatasetWriter.add_image`: `category`, and `bbox`, `mask` or both; the rest is optional.
+
+    Attributes:
+        category: name or id of its class.
+        bbox: x, y, width, height in pixels; by default the tight box of the mask.
+        mask: array [H, W] of the image's size; non-zero is the object.
+        box_id: an id that is unique within the image.
+        is_group_of, is_occluded, is_truncated, is_depiction, is_inside: see `Instance`.
+        predicted_iou: estimate of the mask's quality, 0 to 1.
+    """
+
+    category: str | int
+    bbox: Sequence[float]
+    mask: Any
+    box_id: str
+    is_group_of: bool
+    is_occluded: bool
+    is_truncated: bool
+    is_depiction: bool
+    is_inside: bool
+    predicted_iou: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Spooled:
+    """Where a sample's members are in the temporary file, in bytes: the JPEG, then the JSON."""
+
+    start: int
+    image: int
+    json: int
+
+
+class DatasetWriter:
+    """Packs images and annotations into a finished dataset. Use it in a `with` statement.
+
+        with DatasetWriter("s3://bucket/pets", classes=["cat", "dog"]) as writer:
+            writer.add_image("rex-01", jpeg_bytes, [{"category": "dog", "mask": mask}], split="train")
+
+    Samples of a split are stored in the order of a seeded hash of their keys, whatever the order in which they are
+    added. Therefore they are first collected in a temporary file, which needs as much disk space as the dataset
+    (`TMPDIR` chooses the disk). Memory is limited to a few times the size of a shard, and about 1 kB per sample.
+
+    Nothing is written to `root` until the `with` block ends. If it ends with an exception, nothing is written at all;
+    if writing fails, `root` has no `dataset.json` and counts as unfinished.
+
+    Args:
+        root: local path or any fsspec URL, without a dataset.
+        classes: names of the classes, which get the ids 1, 2, ...; or `Category` objects.
+        samples_per_shard: samples per shard; the last shard of a split may have fewer.
+        seed: of the order.
+
+    Raises:
+        DatasetError: wrong arguments, or `root` already contains a dataset or a part of one.
+        StorageError: `root` cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Location,
+        classes: Sequence[str | Category],
+        *,
+        samples_per_shard: int = SAMPLES_PER_SHARD,
+        seed: int = 0,
+    ) -> None:
+        self.root = root_location(root)
+        self.categories = _categories(classes)
+        self.samples_per_shard = whole("samples_per_shard", samples_per_shard)
+        self.seed = whole("seed", seed)
+        if self.samples_per_shard < 1:
+            raise DatasetError(f"samples_per_shard is {self.samples_per_shard}: it must be at least 1")
+        self._spool: BinaryIO | None = None
+        self._places: dict[str, dict[str, _Spooled]] = {split: {} for split in SPLITS}
+
+    def __repr__(self) -> str:
+        return f"DatasetWriter({str(self.root)!r}, {counted(len(self), 'sample')})"
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
+    def __enter__(self) -> DatasetWriter:
+        for name in (DATASET_FILE, *SPLITS):
+            if (self.root / name).exists():
+                raise DatasetError(f"{self.root}: already contains {name}: choose another root, or delete it first")
+        check_writable(self.root, "root")
+        self._spool = tempfile.TemporaryFile()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._spool is not None
+        with self._spool:
+            if kind is None:
+                self._finish()
+        self._spool = None
+
+    def add_image(
+        self,
+        image_id: str,
+        image: bytes,
+        instances: Sequence[Annotation | Instance] = (),
+        *,
+        split: str = "train",
+        verified_present: Sequence[str | int] | None = None,
+        verified_absent: Sequence[str | int] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Add an image with its objects.
+
+        By default the annotations count as complete: classes with an object are verified as present, and all others
+        as absent. If some classes were not looked for in this image, pass `verified_absent`, perhaps empty: a class in
+        neither list is unknown.
+
+        Args:
+            image_id: its key: 1 to 64 letters, digits, `_` and `-`, unique in the dataset.
+            image: the bytes of a JPEG, which are stored untouched. EXIF orientation is ignored.
+            instances: its objects; see `Annotation`.
+            split: train, val or test.
+            verified_present, verified_absent: names or ids of classes.
+            **metadata: `rotation`, `license`, `author`, `author_url`, `original_url` and `title`; see `Sample`.
+
+        Raises:
+            DatasetError: see `add`.
+        """
+        where = self._where(image_id)
+        if not isinstance(image, bytes):
+            raise DatasetError(f"{where}: image is {shown(image)}: give the bytes of a JPEG")
+        try:
+            width, height = check_jpeg(image, decode=False)
+        except JpegError as error:
+            raise DatasetError(f"{where}: the image cannot be read ({error}): convert it to JPEG first") from error
+        objects = tuple(self._instance(value, width, height, where) for value in instances)
+        known = {category.id for category in self.categories}
+        annotated = known & {instance.category_id for instance in objects}
+        present = annotated if verified_present is None else self._ids(verified_present, where)
+        absent = known - present - annotated if verified_absent is None else self._ids(verified_absent, where)
+        verified = tuple(sorted(present)), tuple(sorted(absent))
+        self.add(Sample(image_id, image, width, height, objects, *verified, **metadata), split)
+
+    def add(self, sample: Sample, split: str = "train") -> None:
+        """Add a finished sample, such as one of another dataset with the same classes.
+
+        Raises:
+            DatasetError: the key is invalid or was added before, the image is not a JPEG of the stated size, or an
+                annotation is wrong: an unknown class, a box outside the image, a mask of another size, and so on.
+            StorageError: the temporary file cannot be written.
+        """
+        if self._spool is None:
+            raise DatasetError(f"{self.root}: samples can only be added within `with DatasetWriter(...) as writer:`")
+        where = self._where(sample.image_id)
+        if split not in SPLITS:
+            raise DatasetError(f"{where}: split is {shown(split)}: give one of {', '.join(SPLITS)}")
+        if any(sample.image_id in places for places in self._places.values()):
+            raise DatasetError(f"{where}: was added before: give each image a key of its own")
+        try:
+            members = sample.to_members()
+            # As readers see it: for example, whole numbers of a box become floats, which JSON writes differently.
+            sample = Sample.from_members(sample.image_id, members)
+            members = sample.to_members()
+        except (SampleError, TypeError, ValueError) as error:
+            raise DatasetError(f"{where}: cannot be stored: {error}") from error
+        for fault in content_faults(sample, None, {category.id for category in self.categories}):
+            raise DatasetError(
+                f"{where}: {fault}: correct it (a JPEG; known classes; boxes x, y, width, height inside the image; "
+                "masks of the image's size)"
+            )
+        place = _Spooled(self._spool.tell(), len(members["jpg"]), len(members["json"]))
+        with storage_errors(tempfile.gettempdir()):
+            self._spool.write(members["jpg"] + members["json"])
+        self._places[split][sample.image_id] = place
+
+    def _where(self, image_id: str) -> str:
+        return f"{self.root}: sample {image_id}"
+
+    def _ids(self, classes: Sequence[str | int], where: str) -> set[int]:
+        return {find_class(self.categories, wanted, where).id for wanted in classes}
+
+    def _instance(self, value: Annotation | Instance, width: int, height: int, where: str) -> Instance:
+        """Convert an `Annotation` to an `Instance` with RLE."""
+        if isinstance(value, Instance):
+            return value
+        if not isinstance(value, Mapping) or "category" not in value:
+            raise DatasetError(f"{where}: an instance is {shown(value)}: give a dict with category, and bbox or mask")
+        known = list(Annotation.__annotations__)
+        for key in value:
+            if key not in known:
+                hint = did_you_mean(key, known, f"known are {', '.join(known)}")
+                raise DatasetError(f"{where}: an instance has the unknown key {key!r}: {hint}")
+        category = find_class(self.categories, value["category"], where)
+        mask, bbox = value.get("mask"), value.get("bbox")
+        segmentation = None
+        if mask is not None:
+            bits = np.asarray(mask)
+            if bits.shape != (height, width):
+                raise DatasetError(
+                    f"{where}: a mask has the shape {bits.shape}, the image is [H, W] = {(height, width)}: "
+                    "resize the mask to the image first"
+                )
+            if not bits.any():
+                raise DatasetError(f"{where}: a mask of {category.name} has no pixel: leave it out, or give a bbox")
+            segmentation = rle.encode(bits)
+            bbox = rle.bounds(segmentation) if bbox is None else bbox
+        try:
+            x, y, w, h = (float(number) for number in bbox)  # type: ignore[union-attr]
+        except (TypeError, ValueError):
+            hint = "give x, y, width, height in pixels, or a mask"
+            raise DatasetError(f"{where}: an instance of {category.name} has the bbox {shown(bbox)}: {hint}") from None
+        flags = {name: bool(value.get(name)) for name in FLAGS}
+        box_id, iou = str(value.get("box_id", "")), value.get("predicted_iou")
+        return Instance(category.id, (x, y, w, h), segmentation, box_id, category.mid, **flags, predicted_iou=iou)
+
+    def _finish(self) -> None:
+        """Write the shards, then the tables."""
+        if not len(self):
+            raise DatasetError(f"{self.root}: no sample was added: there is nothing to write")
+        rows: list[IndexRow] = []
+        shards: list[Shard] = []
+        accounts: list[Account] = []
+        for split, places in self._places.items():
+            order = seeded_order(places, self.seed)
+            for number, first in enumerate(range(0, len(order), self.samples_per_shard)):
+                keys = order[first : first + self.samples_per_shard]
+                samples = [self._read(key, places[key]) for key in keys]
+                packed = pack_shard(samples, split=split, path=shard_path(split, number))
+                write(self.root / packed.shard.path, packed.data)
+                rows += packed.rows
+                shards.append(packed.shard)
+                accounts += [account for sample in samples for account in _accounts(sample, split)]
+        settings = {"samples_per_shard": self.samples_per_shard, "seed": self.seed}
+        command = f"DatasetWriter({', '.join(f'{name}={value}' for name, value in settings.items())})"
+        origin = {"name": "DatasetWriter", **settings}
+        write_tables(self.root, rows, shards, self.categories, accounts, source=origin, command=command)
+
+    def _read(self, image_id: str, place: _Spooled) -> Sample:
+        assert self._spool is not None
+        self._spool.seek(place.start)
+        members = {"jpg": self._spool.read(place.image), "json": self._spool.read(place.json)}
+        return Sample.from_members(image_id, members)
+
+
+def _categories(classes: Sequence[str | Category]) -> tuple[Category, ...]:
+    if isinstance(classes, str) or not all(isinstance(each, str | Category) for each in classes) or not len(classes):
+        raise DatasetError(f"classes is {shown(classes)}: give a list of names, such as ['cat', 'dog']")
+    categories = tuple(
+        each if isinstance(each, Category) else Category(number, each, each)
+        for number, each in enumerate(classes, start=1)
+    )
+    for number, name in ((category.id, category.name) for category in categories):
+        if not 1 <= number <= LARGEST_ID:
+            raise DatasetError(f"class {name!r} has the id {number}: ids are from 1 to {LARGEST_ID}")
+        if sum(number == category.id or name == category.name for category in categories) > 1:
+            raise DatasetError(f"class {name!r} or its id {number} occurs more than once: give each class once")
+    return categories
+
+
+def _accounts(sample: Sample, split: str) -> list[Account]:
+    """Return the accounts of an image and of its masks, all packed."""
+    return [Account("image", split, sample.image_id, "", f"{sample.image_id}.jpg", PACKED)] + [
+        Account("mask", split, sample.image_id, instance.box_id, f"annotations[{number}]", PACKED)
+        for number, instance in enumerate(sample.instances)
+        if instance.segmentation is not None
+    ]
+
+
+def write_tables(
+    root: Location,
+    rows: Sequence[IndexRow],
+    shards: Sequence[Shard],
+    categories: Sequence[Category],
+    accounts: Sequence[Account],
+    *,
+    plan: str = "",
+    source: dict[str, Any],
+    command: str,
+) -> DatasetInfo:
+    """Write accounts, card, index and `dataset.json`, in this order, without credentials of URLs.
+
+    Args:
+        root: where the shards already are.
+        rows: every sample of every shard.
+        shards: every shard.
+        categories: the classes.
+        accounts: what became of every image and mask.
+        plan: fingerprint of the plan.
+        source: where the data came from; JSON values only. Its `name` selects the text of the card.
+        command: what made the dataset, for the card.
+
+    Raises:
+        DatasetError: rows and shards contradict each other.
+        StorageError: a file cannot be written.
+    """
+    write(root / ACCOUNTS_FILE, write_accounts(accounts))
+    counts = count_classes(rows, categories)
+    card = render_card(categories, counts, shards, redact(command), reasons(accounts), source["name"])
+    write(root / README_FILE, card.encode())
+    safe = json.loads(redact(canonical_json(source).decode()))
+    return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=plan, source=safe))
+
+
+def finish_dataset(
+    root: Location,
+    rows: Iterable[IndexRow],
+    shards: Sequence[Shard],
+    categories: Sequence[Category],
+    *,
+    plan: str = "",
+    source: dict[str, Any] | None = None,
+) -> DatasetInfo:
+    """Write `index.parquet`, then `dataset.json`: the dataset is finished when this returns.
+
+    Args:
+        root: where the shards already are.
+        rows: every sample of every shard, in any order.
+        shards: every shard, in any order.
+        categories: the classes.
+        plan: fingerprint of the builder's plan.
+        source: where the data came from; JSON values only.
+
+    Raises:
+        DatasetError: rows and shards contradict each other.
+        StorageError: a file could not be written.
+    """
+    shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.path))
+    index = index_bytes(rows, {shard.path: shard.samples for shard in shards})
+    info = DatasetInfo(
+        categories=tuple(sorted(categories, key=lambda category: category.id)),
+        shards=tuple(shards),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        plan=plan,
+        source=source or {},
+    )
+    (root / INDEX_FILE).write(index)
+    (root / DATASET_FILE).write(canonical_json(info.to_json()))
+    return info

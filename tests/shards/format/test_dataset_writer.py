@@ -1,0 +1,209 @@
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
+from demo.scenes import SceneTruth
+from shards.common.errors import DatasetError, StorageError, UserError
+from shards.format import rle
+from shards.format.dataset import Category, open_dataset
+from shards.format.dataset_writer import DatasetWriter
+from shards.format.sample import Instance, Sample
+from shards.inspect.cli import main
+from shards.storage.location import Location
+from shards.stream.streams import EvalStream
+from tests.builder.builds import build, quotas
+from tests.support import CATEGORIES, jpeg, sample
+
+PICTURE = jpeg(48, 32, 0)
+MASK = np.zeros((32, 48), np.bool_)
+MASK[4:20, 6:30] = True
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def samples(root: str, split: str) -> list[Sample]:
+    return [one for batch in EvalStream(open_dataset(root), split, batch_size=4) for one in batch]
+
+
+def test_images_boxes_and_masks_become_a_finished_dataset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with DatasetWriter(tmp_path / "pets", classes=["cat", "dog"]) as writer:
+        writer.add_image("rex", PICTURE, [{"category": "dog", "mask": MASK}], license="CC0")
+        crowd = {"category": 1, "bbox": np.array([1, 2, 3, 4]), "is_group_of": True, "predicted_iou": np.float32(0.5)}
+        writer.add_image("tom", PICTURE, [crowd], split="val", verified_absent=[])
+        assert repr(writer) == f"DatasetWriter('{tmp_path}/pets', 2 samples)"
+        assert not (tmp_path / "pets").exists()
+    assert main([str(tmp_path / "pets"), "--verify"]) == 0
+    capsys.readouterr()
+    [rex], [tom] = (samples(str(tmp_path / "pets"), split) for split in ("train", "val"))
+    assert (rex.image, rex.license, rex.verified_present, rex.verified_absent) == (PICTURE, "CC0", (2,), (1,))
+    assert rex.instances == (Instance(2, (6.0, 4.0, 24.0, 16.0), rle.encode(MASK), label="dog"),)
+    assert tom.instances == (Instance(1, (1.0, 2.0, 3.0, 4.0), None, "", "cat", True, predicted_iou=0.5),)
+    assert (tom.verified_present, tom.verified_absent) == ((1,), ())
+    accounts = open_dataset(tmp_path / "pets").accounts()
+    assert accounts[["kind", "image_id", "status"]].to_numpy().tolist() == [
+        ["image", "rex", "packed"],
+        ["mask", "rex", "packed"],
+        ["image", "tom", "packed"],
+    ]
+    card = (tmp_path / "pets" / "README.md").read_text()
+    assert "# Images and instance masks: cat, dog" in card
+    assert "DatasetWriter(samples_per_shard=256, seed=0)" in card
+    assert "2 images in 2 tar shards (" in card
+
+
+def test_the_order_in_which_samples_are_added_does_not_matter(tmp_path: Path) -> None:
+    numbers = range(12)
+    for name, order in (("a", numbers), ("b", reversed(numbers))):
+        with DatasetWriter(tmp_path / name, CATEGORIES, samples_per_shard=5, seed=3) as writer:
+            for number in order:
+                writer.add(sample(number))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert [shard.samples for shard in open_dataset(tmp_path / "a").info.shards] == [5, 5, 2]
+
+
+def test_samples_of_the_builder_are_packed_to_the_same_bytes(scenes: SceneTruth, tmp_path: Path) -> None:
+    source = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
+    build(source, quotas(("Person", "Car"), 1000, 1000, images_per_shard=9, seed=7), Location(str(tmp_path / "built")))
+    built = open_dataset(tmp_path / "built")
+    with DatasetWriter(tmp_path / "packed", built.categories, samples_per_shard=9, seed=7) as writer:
+        for split in built.splits:
+            for one in samples(built.root.url, split):
+                writer.add(one, split)
+    expected, found = files(tmp_path / "built"), files(tmp_path / "packed")
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"accounts.parquet", "README.md", "dataset.json"}:
+        assert found[name] == expected[name], name
+    assert open_dataset(tmp_path / "packed").info.shards == built.info.shards
+
+
+@pytest.mark.parametrize("scheme", ["s3", "memory"])
+def test_any_fsspec_url_can_be_written(bucket: str, tmp_path: Path, scheme: str) -> None:
+    root = f"{scheme}://{bucket}/pets"
+    with DatasetWriter(root, ["cat"]) as writer:
+        writer.add_image("tom", PICTURE, [{"category": "cat", "bbox": [0, 0, 5, 5]}])
+    assert [one.image_id for one in samples(root, "train")] == ["tom"]
+
+
+def test_an_exception_within_the_block_leaves_nothing(tmp_path: Path) -> None:
+    def pack() -> None:
+        with DatasetWriter(tmp_path / "x", ["cat"]) as writer:
+            writer.add_image("tom", PICTURE)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pack()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_failing_write_leaves_no_dataset_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(location: Location, data: bytes) -> None:
+        if location.url.endswith("000001.tar"):
+            raise StorageError("disk is full", permanent=True)
+        write(location, data)
+
+    def pack() -> None:
+        with DatasetWriter(tmp_path, CATEGORIES, samples_per_shard=2) as writer:
+            for number in range(4):
+                writer.add(sample(number))
+
+    write = Location.write
+    monkeypatch.setattr(Location, "write", refuse)
+    with pytest.raises(StorageError, match="disk is full"):
+        pack()
+    assert list(files(tmp_path)) == ["train/000000.tar"]
+    with pytest.raises(DatasetError, match=r"already contains train: choose another root, or delete it first"):
+        DatasetWriter(tmp_path, CATEGORIES).__enter__()
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
+    return [{"category": "cat", "bbox": bbox, **more}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", png()), "sample a: the image cannot be read (not a JPEG): convert it to JPEG first"),
+        (("a", PICTURE[:-300]), "sample a: a.jpg cannot be decoded: "),
+        (("a", "cat.jpg"), "sample a: image is 'cat.jpg': give the bytes of a JPEG"),
+        (("a/b", PICTURE), "only 1 to 64 letters, digits, '_' and '-'"),
+        (("first", PICTURE), "sample first: was added before: give each image a key of its own"),
+        (("a", PICTURE, box(1, 1, 50, 2)), "bbox [1, 1, 50, 2] leaves the image of 48x32: correct it (a JPEG; "),
+        (("a", PICTURE, box(1, 1, 0, 2)), "bbox [1, 1, 0, 2] is empty"),
+        (("a", PICTURE, box(1, 1, 2)), "an instance of cat has the bbox (1, 1, 2): give x, y, width, height"),
+        (("a", PICTURE, [{"category": "cat"}]), "has the bbox None: give x, y, width, height in pixels, or a mask"),
+        (("a", PICTURE, [{"category": "cow", "mask": MASK}]), "there is no class 'cow': it has cat, dog"),
+        (("a", PICTURE, [{"bbox": (1, 1, 2, 2)}]), "give a dict with category, and bbox or mask"),
+        (("a", PICTURE, box(1, 1, 2, 2, masc=MASK)), "unknown key 'masc': did you mean mask?"),
+        (
+            ("a", PICTURE, [{"category": "cat", "mask": MASK.T}]),
+            "shape (48, 32), the image is [H, W] = (32, 48)",
+        ),
+        (("a", PICTURE, [{"category": "cat", "mask": ~MASK & MASK}]), "a mask of cat has no pixel"),
+        (("a", PICTURE, box(1, 1, 2, 2, predicted_iou=2.0)), "predicted_iou 2 is not from 0 to 1"),
+        (("a", PICTURE, [Instance(7, (1, 1, 2, 2), None)]), "category_id 7 is not the id of a class"),
+    ],
+)
+def test_wrong_input_names_the_sample_and_the_remedy(tmp_path: Path, arguments: tuple, message: str) -> None:
+    with DatasetWriter(tmp_path / "pets", ["cat", "dog"]) as writer:
+        writer.add_image("first", PICTURE)
+        with pytest.raises(DatasetError) as caught:
+            writer.add_image(*arguments)
+        assert message in str(caught.value)
+        assert str(caught.value).startswith(f"{tmp_path}/pets: sample {arguments[0]}: ")
+        assert "\n" not in str(caught.value)
+    # What was refused is not in the dataset.
+    assert [one.image_id for one in samples(str(tmp_path / "pets"), "train")] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda root: DatasetWriter(root, "cat"), "classes is 'cat': give a list of names"),
+        (lambda root: DatasetWriter(root, []), "give a list of names"),
+        (lambda root: DatasetWriter(root, ["cat", "cat"]), "class 'cat' or its id 1 occurs more than once"),
+        (lambda root: DatasetWriter(root, [Category(0, "cat", "")]), "class 'cat' has the id 0: ids are from 1"),
+        (lambda root: DatasetWriter(root, ["cat"], samples_per_shard=0), "samples_per_shard is 0"),
+        (lambda root: DatasetWriter(root, ["cat"], seed="x"), "seed is 'x': give a whole number"),
+        (lambda root: DatasetWriter(None, ["cat"]), "the root of a dataset is None: give a local path or a URL"),
+        (lambda root: DatasetWriter("s3://", ["cat"]), "it names no bucket"),
+        (lambda root: DatasetWriter("/proc/x", ["cat"]).__enter__(), "choose another root"),
+        (lambda root: DatasetWriter(root, ["cat"]).add_image("a", PICTURE), "can only be added within `with"),
+        (lambda root: DatasetWriter(root, CATEGORIES).__enter__().add(sample(1), "dev"), "split is 'dev': give one of"),
+    ],
+)
+def test_wrong_use_is_one_line_with_a_remedy(tmp_path: Path, call: Callable[[str], Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        call(str(tmp_path / "pets"))
+    assert message in str(caught.value)
+    assert not (tmp_path / "pets").exists()
+
+
+def test_a_dataset_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no sample was added"), DatasetWriter(tmp_path / "x", ["cat"]):
+        pass
+
+
+def test_numbers_of_numpy_are_stored_like_plain_ones(tmp_path: Path) -> None:
+    one = sample(1)
+    person = Instance(np.int64(1), tuple(np.array([6, 4, 24, 16])), one.instances[0].segmentation)  # type: ignore[arg-type]
+    with DatasetWriter(tmp_path, CATEGORIES) as writer:
+        writer.add(Sample(one.image_id, one.image, np.int32(48), 32, (person,)))  # type: ignore[arg-type]
+    assert main([str(tmp_path), "--verify"]) == 0
+    [row] = json.loads((tmp_path / "dataset.json").read_text())["shards"]
+    assert row["samples"] == 1
