@@ -12,7 +12,7 @@ from builder.commands.build import PreparedBuild
 from builder.fetching.fetch import Refusal, describe, length_of
 from builder.fetching.traffic import Traffic
 from builder.fetching.zip_members import plan_reads
-from builder.packing.pack import SPARE_AN_IMAGE, members_of
+from builder.packing.pack import SPARE_BYTES_PER_IMAGE, members_of
 from builder.planning.class_report import ClassReport
 from builder.sources.base import Source
 from builder.sources.openimages.layout import PUBLIC_IMAGES, source_location
@@ -145,7 +145,7 @@ def _mask_traffic(plan: Plan) -> tuple[Traffic, int]:
     requests = nbytes = wanted = 0
     for task in plan.tasks:
         members = members_of(task.images)
-        spans = plan_reads(members, spare=SPARE_AN_IMAGE * len(task.images))
+        spans = plan_reads(members, spare=SPARE_BYTES_PER_IMAGE * len(task.images))
         requests += len(spans)
         nbytes += sum(span.end - span.start for span in spans)
         wanted += sum(member.end - member.start for member in members)

@@ -1,4 +1,1 @@
-"""The place that a build writes to: which build it belongs to, who holds its lock, and its dataset card.
-
-A killed build resumes from what is recorded here.
-"""
+"""The root that a build writes to: the build it belongs to, its lock, and what an interrupted build resumes from."""

@@ -1,11 +1,11 @@
-"""The state of a root: whose it is, what of it is finished, and how it becomes another's.
+"""The state of a root: which plan it belongs to, which tasks are finished, and how it is discarded for another plan.
 
-    <root>/.build.lock                who builds there now
+    <root>/.build.lock                the running build
            .build/plan.json           an unfinished build: the plan's fingerprint and the command
            .build/<task>.json         a finished task: its shard, index rows and accounts
-           .build/retry/              the new files of a retry; complete once its dataset.json lies there
+           .build/retry/              the new files of a retry; complete once it contains a dataset.json
 
-All of them are gone when a dataset is finished.
+A finished dataset has none of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from builder.fetching.fetch import Refusal, Request, fetch
-from builder.packing.pack import RECORDS, TaskResult, record_location
+from builder.packing.pack import RECORDS, TaskResult, index_row, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import DatasetError, UserError
@@ -30,45 +31,57 @@ PLAN_FILE = "plan.json"
 RETRY = "retry"
 
 _FILES = (DATASET_FILE, INDEX_FILE, ACCOUNTS_FILE, README_FILE)
-_SHARD = r"\d{6}\.tar"
+_SHARD_PATH = rf"(?:{'|'.join(SPLITS)})/\d{{6}}\.tar"
+
+
+@dataclass(frozen=True)
+class _Occupant:
+    """A dataset or an unfinished build in a root: fingerprint of its plan, and its command if known."""
+
+    fingerprint: str
+    finished: bool
+    command: str = ""
 
 
 def claim(root: Location, fingerprint: str, command: str, *, overwrite: bool) -> bool:
-    """Make `root` this plan's; False when it already holds the finished dataset of this plan. Needs the lock.
+    """Mark a root as being built by a plan; False if it already contains the finished dataset of this plan.
+
+    The caller holds the lock.
 
     Raises:
-        UserError: `root` holds something of another plan, and `overwrite` is not set.
+        UserError: the root contains something of another plan, and `overwrite` is not set.
     """
     finish_retry(root)
-    found, state, by = _occupant(root)
-    if found == fingerprint and state == "finished":
-        delete(root / RECORDS, recursive=True)  # left over when a build was killed at its very end
+    found = _occupant(root)
+    same = found is not None and found.fingerprint == fingerprint
+    if found is not None and found.finished and same:
+        delete(root / RECORDS, recursive=True)  # left over from a build that was killed at its very end
         if not overwrite:
             return False
-    if found not in ("", fingerprint) and not overwrite:
+    if found is not None and not same and not overwrite:
         remedy = "choose another --out, or discard it with --overwrite"
-        if state == "unfinished":
-            remedy = f"finish it with its own command ({by}), {remedy}" if by else remedy
+        if found.command:
+            remedy = f"finish it with its own command ({found.command}), {remedy}"
         raise UserError(
-            f"{root}: holds a {state} dataset of another plan (its fingerprint is {found[:16]}, this command's is "
-            f"{fingerprint[:16]}): {remedy}"
+            f"{root}: contains {'a finished' if found.finished else 'an unfinished'} dataset of another plan (its "
+            f"fingerprint is {found.fingerprint[:16]}, this command's is {fingerprint[:16]}): {remedy}"
         )
-    if found and (found != fingerprint or overwrite):
+    if found is not None and (overwrite or not same):
         _discard(root)
     if root.is_local:
-        _remove_half_files(root)
+        _remove_partial_files(root)
     write(root / RECORDS / PLAN_FILE, canonical_json({"fingerprint": fingerprint, "command": command}))
     return True
 
 
 def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask]) -> dict[str, TaskResult]:
-    """Task name -> result, of those tasks whose record and whole shard lie in `root`."""
-    records = sizes(root / RECORDS)
+    """Return task name -> result, for tasks of which the root contains both the record and the whole shard."""
+    records = _sizes(root / RECORDS)
     tasks = [task for task in tasks if f"{task.name}.json" in records]
     if not tasks:
         return {}
     answers = fetch([Request(record_location(root, task)) for task in tasks])
-    shards = {f"{split}/{name}": size for split in SPLITS for name, size in sizes(root / split).items()}
+    shards = _split_sizes(root)
     results: dict[str, TaskResult] = {}
     for task, answer in zip(tasks, answers, strict=True):
         if isinstance(answer, Refusal):
@@ -80,42 +93,42 @@ def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask
 
 
 def remove_strays(root: Location, shards: Collection[str]) -> None:
-    """Remove shards that are not of the finished dataset.
+    """Remove shards that are not part of the finished dataset.
 
-    A task that is done again after a kill may have other failures than at first, and need other replacements; what was
-    packed for it the first time must not be taken for a part of the dataset.
+    A task that is packed again after a kill may have other failures than before, and so need other replacements. The
+    shards of the first replacements must not be taken for a part of the dataset.
     """
-    for split in SPLITS:
-        for name in sizes(root / split):
-            if re.fullmatch(_SHARD, name) and f"{split}/{name}" not in shards:
-                delete(root / split / name)
+    for path in _split_sizes(root):
+        if re.fullmatch(_SHARD_PATH, path) and path not in shards:
+            delete(root / path)
 
 
 def retry_stage(root: Location) -> Location:
-    """Where a retry gathers its new files: a root of its own below the records."""
+    """Return the location where a retry collects its new files, with the layout of a root."""
     return root / RECORDS / RETRY
 
 
 def finish_retry(root: Location) -> bool:
-    """Put the new files of a retry in place, if one was killed while it did so; whether there was one. Needs the lock.
+    """Move the new files of a retry into place, and return whether there were any. The caller holds the lock.
 
-    The dataset has no `dataset.json` meanwhile: it counts as unfinished until all of its files are new.
+    Meanwhile the root has no `dataset.json` and counts as unfinished. A move that is killed is completed by the next
+    call.
     """
     stage = retry_stage(root)
     if not retrying((stage / DATASET_FILE).exists):
         return False
     delete(root / DATASET_FILE)
-    names = sizes(stage) | {f"{split}/{name}": size for split in SPLITS for name, size in sizes(stage / split).items()}
-    for name in sorted(names, key=lambda name: name == DATASET_FILE):
-        if name in _FILES or re.fullmatch(rf"({'|'.join(SPLITS)})/{_SHARD}", name):
+    names = _sizes(stage) | _split_sizes(stage)
+    for name in sorted(names, key=lambda name: name == DATASET_FILE):  # dataset.json last
+        if name in _FILES or re.fullmatch(_SHARD_PATH, name):
             write(root / name, retrying((stage / name).read))
-    delete(stage / DATASET_FILE)  # from here on there is nothing left to put in place
+    delete(stage / DATASET_FILE)  # from here on nothing is left to move
     delete(root / RECORDS, recursive=True)
     return True
 
 
 def read_info(root: Location) -> DatasetInfo | None:
-    """What `dataset.json` holds; None where there is none.
+    """Return the content of `dataset.json`; None if there is none.
 
     Raises:
         DatasetError: damaged, or of another format.
@@ -130,13 +143,12 @@ def read_info(root: Location) -> DatasetInfo | None:
 
 
 def read_rows(dataset: Dataset) -> list[IndexRow]:
-    """The rows of the index."""
-    lists = ("classes", "instances", "masks", "groups")
-    return [IndexRow(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in dataset.table.to_pylist()]
+    """Return the rows of the index."""
+    return list(map(index_row, dataset.table.to_pylist()))
 
 
-def sizes(folder: Location) -> dict[str, int]:
-    """The files right in a folder: name -> bytes; none where there is no such folder."""
+def _sizes(folder: Location) -> dict[str, int]:
+    """Return name -> bytes of the files directly in a folder, which may be missing."""
 
     def find() -> dict[str, dict]:
         with storage_errors(folder.url):
@@ -146,25 +158,30 @@ def sizes(folder: Location) -> dict[str, int]:
     return {path.rsplit("/", 1)[-1]: int(entry["size"]) for path, entry in retrying(find).items()}
 
 
-def _occupant(root: Location) -> tuple[str, str, str]:
-    """The fingerprint of what lies in `root` ("" for nothing), whether it is finished, and its command if known."""
+def _split_sizes(root: Location) -> dict[str, int]:
+    """Return path under the root -> bytes of the files in the folders of the splits."""
+    return {f"{split}/{name}": size for split in SPLITS for name, size in _sizes(root / split).items()}
+
+
+def _occupant(root: Location) -> _Occupant | None:
     info = read_info(root)
     if info is not None:
-        return info.plan or "none", "finished", ""
+        return _Occupant(info.plan or "none", finished=True)
     [answer] = fetch([Request(root / RECORDS / PLAN_FILE)])
     if isinstance(answer, Refusal):
-        return "", "", ""
+        return None
     try:
         value = json.loads(answer)
-        return str(value["fingerprint"]), "unfinished", str(value["command"])
+        return _Occupant(str(value["fingerprint"]), finished=False, command=str(value["command"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root}: holds damaged files of a dataset ({error!r}): choose another --out") from error
+        raise UserError(f"{root}: contains damaged files of a dataset ({error!r}): choose another --out") from error
 
 
 def _discard(root: Location) -> None:
-    """Remove a dataset or an unfinished build; nothing that is not of one is touched.
+    """Remove a dataset or an unfinished build, and no other files.
 
-    The records go last: killed halfway, the root still holds an unfinished build, and no stray shard joins another.
+    The records are removed last: killed halfway, the root still contains an unfinished build, and no shard is left over
+    for another one.
     """
     write(root / RECORDS / PLAN_FILE, canonical_json({"fingerprint": "discarded", "command": ""}))
     for name in _FILES:
@@ -173,10 +190,9 @@ def _discard(root: Location) -> None:
     delete(root / RECORDS, recursive=True)
 
 
-def _remove_half_files(root: Location) -> None:
-    """Remove what `Location.write` leaves on a disk when it is killed: `<name>.<process>.<thread>.tmp`."""
-    ours = "|".join([*map(re.escape, (*_FILES, LOCK_FILE)), _SHARD])
-    for folder in (root, *(root / split for split in SPLITS)):
-        for name in sizes(folder):
-            if re.fullmatch(rf"({ours})\.\d+\.\d+\.tmp", name):
-                delete(folder / name)
+def _remove_partial_files(root: Location) -> None:
+    """Remove what a killed `Location.write` leaves on a disk: `<name>.<process>.<thread>.tmp`."""
+    names = "|".join([*map(re.escape, (*_FILES, LOCK_FILE)), _SHARD_PATH])
+    for path in {**_sizes(root), **_split_sizes(root)}:
+        if re.fullmatch(rf"({names})\.\d+\.\d+\.tmp", path):
+            delete(root / path)
