@@ -1,4 +1,4 @@
-"""From a planned image to a sample in a shard: fetch, check, encode, write.
+"""From a planned image to a sample in a shard: fetch, check, encode and write.
 
-Runs in this process, in local processes or on a Dask cluster.
+Tasks run in this process, in local processes or on a Dask cluster, with the same result.
 """

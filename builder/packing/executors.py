@@ -1,6 +1,6 @@
-"""Runs tasks somewhere: in this process, on local processes, or on a Dask cluster; one way through for all of them.
+"""Run tasks in this process, in local processes or on a Dask cluster.
 
-Everything is a `concurrent.futures.Executor`; which one it is never shows in a result.
+Each of these is a `concurrent.futures.Executor`; which one is used never changes a result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shards.common.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-AHEAD = 2  # tasks handed out a worker: one at work, one waiting; more would only lie about in memory
+TASKS_PER_WORKER = 2  # submitted at a time: one runs, one waits; more would only occupy memory
 CLUSTER_TIMEOUT_S = 20
 PRELOADED = ["builder.packing.pack", "aiohttp", "botocore.auth", "botocore.session"]
 
@@ -35,7 +35,7 @@ class Engine:
     """Where tasks run.
 
     Attributes:
-        workers: local processes; 1 works in this one.
+        workers: number of local processes; 1 runs tasks in this process.
         cluster: address of a Dask scheduler, such as `tcp://scheduler:8786`, whose workers have this package
             installed; "" for local processes.
     """
@@ -48,9 +48,9 @@ IN_THIS_PROCESS = Engine()
 
 
 def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: Engine) -> Iterator[tuple[Task, Result]]:
-    """Do the tasks in any order, and yield each with its result as soon as it is done.
+    """Run the tasks in any order, and yield each with its result as soon as it is finished.
 
-    An error of a task ends the iteration; tasks that are not done then are given up.
+    An error of a task ends the iteration and cancels the unfinished tasks.
 
     Raises:
         UserError: a worker died, or the cluster cannot be reached.
@@ -61,15 +61,15 @@ def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: E
         return
     try:
         with _executor(engine, len(tasks)) as (executor, workers):
-            yield from _in_turn(executor, function, tasks, AHEAD * workers)
+            yield from _run_all(executor, function, tasks, TASKS_PER_WORKER * workers)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process died, perhaps for want of memory: run the same command again to go on from here, "
-            "with fewer --workers or a smaller --images-per-shard (the latter starts a new build)"
+            "a worker process died, perhaps because memory ran out: run the same command again to resume, with fewer "
+            "--workers or a smaller --images-per-shard (the latter starts a new build)"
         ) from error
 
 
-def _in_turn(
+def _run_all(
     executor: Executor, function: Callable[[Task], Result], tasks: Sequence[Task], ahead: int
 ) -> Iterator[tuple[Task, Result]]:
     left = iter(tasks)
@@ -84,7 +84,7 @@ def _in_turn(
 
 @contextmanager
 def _executor(engine: Engine, tasks: int) -> Iterator[tuple[Executor, int]]:
-    """An executor and its number of workers."""
+    """Yield an executor and its number of workers."""
     if engine.cluster:
         with _dask(engine.cluster) as found:
             yield found
@@ -109,7 +109,7 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
         workers = sum(client.nthreads().values())
         if not workers:
             raise UserError(f"--cluster {address}: the scheduler has no workers: start some (dask worker {address})")
-        # Not "pure": Dask must not take a task for one that it has done before.
+        # pure=False: otherwise Dask returns the cached result of an equal task.
         executor = client.get_executor(pure=False)
         try:
             yield executor, workers
@@ -120,10 +120,10 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
 
 
 def warm_up(engine: Engine) -> None:
-    """Begin what takes its time and waits for nothing; returns at once.
+    """Start slow imports in the background, and return at once.
 
-    The process that local workers come from imports what they need, and this one imports pandas, which pyarrow does by
-    itself the first time that it makes an array of a list.
+    The fork server imports the modules that local workers need. This process imports pandas, which pyarrow otherwise
+    imports when it first converts a list to an array.
     """
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     if not engine.cluster and engine.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
@@ -133,7 +133,7 @@ def warm_up(engine: Engine) -> None:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
-    """A pool of fresh processes: file systems own threads and sockets, which must not be shared over a fork."""
+    """Yield a pool of fresh processes: file systems own threads and sockets, which must not be shared by a fork."""
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
     try:
@@ -141,7 +141,7 @@ def _processes(workers: int) -> Iterator[Executor]:
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # a shard half done is done again on resuming; nobody waits for it now
+            process.terminate()  # a half-finished shard is packed again by the build that resumes
         raise
     executor.shutdown()
 
@@ -150,13 +150,13 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # imported once, not once a worker
+    context.set_forkserver_preload(PRELOADED)  # imported once, not once per worker
     return context
 
 
 def _start_worker() -> None:
-    """In each worker: leave Ctrl-C to the parent, and end when the parent does, even if it was killed."""
-    gc.freeze()  # modules stay: no collection need look at them
+    """Initialise a worker: ignore Ctrl-C, which the parent handles, and exit with the parent even if it is killed."""
+    gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,7 +1,7 @@
-"""Masks that the annotations hold themselves: COCO's polygons and run lengths, checked and resized.
+"""Encode masks that the annotations themselves contain: COCO's polygons and run lengths.
 
-Forms: https://cocodataset.org/#format-data. pycocotools draws the polygons. What it is given is checked first, since
-its C code believes every number: a run or a corner far outside would write or allocate out of bounds.
+Format: https://cocodataset.org/#format-data. pycocotools rasterises polygons and encodes runs. Its C code trusts every
+number, so all input is checked first: a run or corner far outside the image would write or allocate out of bounds.
 """
 
 from __future__ import annotations
@@ -13,31 +13,28 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from builder.packing.images import MASK_PIXELS, Failure, same_shape
+from builder.packing.images import MAX_PIXELS, Failure, same_shape
 from builder.tasks.plan import InlineMask
 from shards.format import rle
 
-POLYGON_POINTS = 1 << 20  # corners of one object: thousands are common, more than this is damage
-
-
-class _BadMaskError(Exception):
-    """A segmentation that is none; the text is the reason."""
+MAX_CORNERS = 1 << 20  # of a polygon; thousands are common, more than this is damage
 
 
 def encode_inline(place: InlineMask, width: int, height: int) -> rle.Rle | Failure:
-    """Encode a mask of the annotations, resized where its image was annotated at another size.
+    """Encode a mask of the annotations, resized if they were made for another size of the image.
 
     Args:
-        width, height: of the image, in pixels.
+        place: the mask as the annotations contain it.
+        width, height: size of the image in pixels.
     """
     size = (place.width, place.height)
-    if min(size) <= 0 or size[0] * size[1] > MASK_PIXELS:
-        return Failure("mask-undecodable", f"{size[0]}x{size[1]} pixels, the limit is {MASK_PIXELS}")
+    if min(size) <= 0 or size[0] * size[1] > MAX_PIXELS:
+        return Failure("mask-undecodable", f"{size[0]}x{size[1]} pixels, the limit is {MAX_PIXELS}")
     if not same_shape(size, (width, height)):
         return Failure("mask-shape", f"the mask is {size[0]}x{size[1]}, the image {width}x{height}")
     try:
         mask = _encode(json.loads(place.segmentation), *size)
-    except (_BadMaskError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return Failure("mask-undecodable", str(error))
     if size != (width, height) and rle.area(mask):
         pixels = Image.fromarray(rle.decode(mask)).resize((width, height), Image.Resampling.NEAREST)
@@ -49,28 +46,28 @@ def _encode(segmentation: Any, width: int, height: int) -> rle.Rle:
     if isinstance(segmentation, list):
         polygons = [_corners(polygon, width, height) for polygon in segmentation]
         if not polygons:
-            raise _BadMaskError("no polygon")
+            raise ValueError("no polygon")
         merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         return rle.Rle(height, width, merged["counts"].decode("ascii"))
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
-        raise _BadMaskError(f"neither polygons nor an RLE of {width}x{height} pixels")
+        raise ValueError(f"neither polygons nor an RLE of {width}x{height} pixels")
     counts = segmentation.get("counts")
     runs = rle.runs(rle.Rle(height, width, counts)).tolist() if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(type(run) is int and 0 <= run <= MASK_PIXELS for run in runs):
-        raise _BadMaskError("its runs are not lengths")
+    if not isinstance(runs, list) or not all(type(run) is int and 0 <= run <= MAX_PIXELS for run in runs):
+        raise ValueError("its runs are not lengths")
     if sum(runs) != width * height:
-        raise _BadMaskError(f"its runs do not add up to {width}x{height} pixels")
-    # A string is encoded again, too: one mask has one encoding.
+        raise ValueError(f"its runs do not add up to {width}x{height} pixels")
+    # A compressed string is encoded again, because other writers may encode the same mask differently.
     encoded = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     return rle.Rle(height, width, encoded["counts"].decode("ascii"))
 
 
 def _corners(polygon: Any, width: int, height: int) -> list[float]:
-    """x, y, x, y, ...; at least three corners, none further outside than the image is long."""
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or len(polygon) > 2 * POLYGON_POINTS:
-        raise _BadMaskError("a polygon is not a list of three or more corners")
+    """Return x, y, x, y, ... of at least three corners, none further outside than the longer side of the image."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or len(polygon) > 2 * MAX_CORNERS:
+        raise ValueError("a polygon is not a list of three or more corners")
     reach = max(width, height)
     for value in polygon:
-        if type(value) not in (int, float) or not -reach <= value <= 2 * reach:  # so is NaN
-            raise _BadMaskError(f"a polygon has the corner {str(value)[:40]!r}, far from the image")
+        if type(value) not in (int, float) or not -reach <= value <= 2 * reach:  # False for NaN, too
+            raise ValueError(f"a polygon has the corner {str(value)[:40]!r}, far from the image")
     return [float(value) for value in polygon]

@@ -1,12 +1,12 @@
-"""One shard task: fetch, check, encode, write; every image and every mask asked for is accounted for."""
+"""Pack one shard: fetch, check, encode and write, with an account of every requested image and mask."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
@@ -34,16 +34,22 @@ from shards.storage.retry import write
 
 RECORDS = ".build"
 
-IMAGES_A_READ = 32  # decoded while the next ones are on their way
-SPARE_AN_IMAGE = 4 << 10  # bytes of a mask zip read for nothing: about 1 % of an image of Open Images
+IMAGES_PER_READ = 32  # these are decoded while the next ones are being fetched
+SPARE_BYTES_PER_IMAGE = 4 << 10  # read between the masks of a zip to save requests; 1 % of an image of Open Images
 
-# What becomes of an image: a sample, or None where it cannot be used; and accounts of it and of each of its masks.
+# A sample, or None if the image cannot be used; and the accounts of the image and of each of its masks.
 Outcome: TypeAlias = tuple[Sample | None, list[Account]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a build share: where to write, the plan's fingerprint, and which reads are not signed."""
+    """What all tasks of a build share.
+
+    Attributes:
+        root: root of the dataset.
+        fingerprint: fingerprint of the plan.
+        anonymous_images, anonymous_masks: whether reads of images and of mask zips are unsigned.
+    """
 
     root: Location
     fingerprint: str
@@ -56,10 +62,10 @@ class TaskResult:
     """A finished task.
 
     Attributes:
-        shard: None when no image could be packed.
-        rows: of the index.
-        accounts: of every image and mask of the task.
-        images, masks: what was read for it by this run.
+        shard: None if no image could be packed.
+        rows: index rows of the packed images.
+        accounts: an account of every image and mask of the task.
+        images, masks: what this run fetched for the task.
     """
 
     shard: Shard | None
@@ -69,43 +75,42 @@ class TaskResult:
     masks: Traffic = Traffic()
 
     def to_record(self, fingerprint: str) -> bytes:
-        """The object that marks the task as finished; the traffic, which tells of a run, is left out."""
-        return canonical_json(
-            {
-                "task": fingerprint,
-                "shard": self.shard,
-                "rows": self.rows,
-                "accounts": self.accounts,
-            }
-        )
+        """Return the object that marks the task as finished, without the traffic of this run."""
+        value = {"task": fingerprint, "shard": self.shard, "rows": self.rows, "accounts": self.accounts}
+        return canonical_json(value)
 
     @classmethod
     def from_record(cls, data: bytes, fingerprint: str) -> TaskResult | None:
-        """The inverse of `to_record`; None when the record is damaged or belongs to another task."""
+        """Invert `to_record`; None if the record is damaged or of another task."""
         try:
             value = json.loads(data)
             if value["task"] != fingerprint:
                 return None
-            lists = ("classes", "instances", "masks", "groups")
             return cls(
                 shard=None if value["shard"] is None else Shard(**value["shard"]),
-                rows=tuple(IndexRow(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in value["rows"]),
+                rows=tuple(map(index_row, value["rows"])),
                 accounts=tuple(Account(**account) for account in value["accounts"]),
             )
         except (ValueError, KeyError, TypeError):
             return None
 
 
+def index_row(value: Mapping[str, Any]) -> IndexRow:
+    """Return an index row from JSON or Arrow values, in which tuples are lists."""
+    lists = ("classes", "instances", "masks", "groups")
+    return IndexRow(**{**value, **{name: tuple(value[name]) for name in lists}})
+
+
 def record_location(root: Location, task: ShardTask) -> Location:
-    """Where the record of a finished task lies."""
+    """Return the location of the record of a finished task."""
     return root / RECORDS / f"{task.name}.json"
 
 
 def pack_task(task: ShardTask, job: Job) -> TaskResult:
-    """Do one task: write its shard, then its record.
+    """Write the shard of a task, then its record.
 
     Raises:
-        StorageError: a source cannot be read after several attempts, or the shard cannot be written.
+        StorageError: a source cannot be read, or the shard cannot be written, after several attempts.
     """
     images, masks = Meter(), Meter()
     outcomes = pack_images(task.images, task.split, job, images, masks)
@@ -127,16 +132,16 @@ def pack_task(task: ShardTask, job: Job) -> TaskResult:
 def pack_images(
     images: Sequence[PlannedImage], split: str, job: Job, image_meter: Meter, mask_meter: Meter
 ) -> list[Outcome]:
-    """Fetch images and their masks, and make samples of them; while some are decoded, the next are on their way.
+    """Fetch images and masks and make samples of them; images are decoded while the next ones are being fetched.
 
-    An image that cannot be decoded is fetched once more: its bytes may have been wrong on the way.
+    An image that cannot be decoded is fetched once more, because its bytes may have been damaged in transit.
 
     Raises:
         StorageError: a source cannot be read after several attempts.
     """
-    parts = [images[start : start + IMAGES_A_READ] for start in range(0, len(images), IMAGES_A_READ)]
+    parts = [images[start : start + IMAGES_PER_READ] for start in range(0, len(images), IMAGES_PER_READ)]
     outcomes: list[Outcome] = []
-    pool = ThreadPoolExecutor(2)  # images and masks come from different servers
+    pool = ThreadPoolExecutor(2)  # images and masks are on different servers
     try:
         masks_read = pool.submit(read_masks, images, job, mask_meter)
         reads = [pool.submit(_read_images, part, job, image_meter) for part in parts]
@@ -168,10 +173,16 @@ def _pack_part(
 def pack_image(
     image: PlannedImage, data: bytes | Refusal, masks: Mapping[Member, bytes | MemberError], split: str
 ) -> Outcome:
-    """Make a sample of an image and its masks. Pure.
+    """Make a sample of an image and its masks, without any I/O.
+
+    Args:
+        image: the planned image.
+        data: the JPEG, or why it could not be fetched.
+        masks: contents of the mask zips' members.
+        split: split of the dataset.
 
     Returns:
-        The sample, or None where the image cannot be used; and an account of the image and of each mask asked for. An
+        The sample, or None if the image cannot be used; and the accounts of the image and of each of its masks. An
         object whose mask fails stays in the sample as a box without a mask.
     """
 
@@ -182,28 +193,24 @@ def pack_image(
 
     checked = check_jpeg(data)
     if isinstance(checked, Failure):
-        failed = [account(checked.status, checked.detail)]
-        for planned in image.objects:
-            if planned.annotation.mask_path:
-                failed.append(account("image-failed", checked.status, planned.annotation))
-        return None, failed
+        with_mask = [planned.annotation for planned in image.objects if planned.annotation.mask_path]
+        lost = [account("image-failed", checked.status, annotation) for annotation in with_mask]
+        return None, [account(checked.status, checked.detail), *lost]
 
     width, height = checked
     accounts = [account(PACKED, "")]
     instances: list[Instance] = []
     for planned in image.objects:
-        mask: rle.Rle | None = None
-        if planned.annotation.mask_path:
-            encoded = resolve_mask(planned.mask, masks, width, height)
-            if isinstance(encoded, Failure):
-                accounts.append(account(encoded.status, encoded.detail, planned.annotation))
-            else:
-                mask = encoded
-                accounts.append(account(PACKED, "", planned.annotation))
-        instance = _instance(planned.annotation, mask, width, height)
+        annotation = planned.annotation
+        mask = resolve_mask(planned.mask, masks, width, height) if annotation.mask_path else None
+        if isinstance(mask, Failure):
+            accounts.append(account(mask.status, mask.detail, annotation))
+            mask = None
+        elif mask is not None:
+            accounts.append(account(PACKED, "", annotation))
+        instance = _instance(annotation, mask, width, height)
         if instance is not None:
             instances.append(instance)
-    metadata = image.metadata
     assert isinstance(data, bytes)
     sample = Sample(
         image_id=image.image_id,
@@ -213,12 +220,7 @@ def pack_image(
         instances=tuple(instances),
         verified_present=image.verified_present,
         verified_absent=image.verified_absent,
-        rotation=metadata.rotation,
-        license=metadata.license,
-        author=metadata.author,
-        author_url=metadata.author_url,
-        original_url=metadata.original_url,
-        title=metadata.title,
+        **asdict(image.metadata),
     )
     return sample, accounts
 
@@ -226,7 +228,7 @@ def pack_image(
 def resolve_mask(
     place: MaskPlace | None, masks: Mapping[Member, bytes | MemberError], width: int, height: int
 ) -> rle.Rle | Failure:
-    """A mask at the image's size, wherever it comes from, or why there is none."""
+    """Return a mask at the size of its image, from a zip or from the annotations, or why there is none."""
     if isinstance(place, Withheld):
         return Failure(place.status, place.detail)
     if isinstance(place, InlineMask):
@@ -235,7 +237,7 @@ def resolve_mask(
 
 
 def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: int) -> Instance | None:
-    """None where neither the box nor the mask has an extent."""
+    """Return the object in pixels; None if neither its box nor its mask has an extent."""
     bbox = pixel_box(annotation.box, width, height)
     if min(bbox[2:]) <= 0:
         if mask is None:
@@ -261,17 +263,17 @@ def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list
 
 
 def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter) -> dict[Member, bytes | MemberError]:
-    """The contents of all masks of the images that lie in zips.
+    """Return the contents of all masks of the images that are in zips.
 
     Raises:
         StorageError: a zip cannot be read after several attempts.
     """
     members = members_of(images)
-    spare = SPARE_AN_IMAGE * len(images)
+    spare = SPARE_BYTES_PER_IMAGE * len(images)
     contents = read_members(members, anonymous=job.anonymous_masks, spare=spare, meter=meter)
     return dict(zip(members, contents, strict=True))
 
 
 def members_of(images: Iterable[PlannedImage]) -> list[Member]:
-    """The masks of the images that lie in zips, in order."""
+    """Return the masks of the images that are in zips, in order."""
     return [planned.mask for image in images for planned in image.objects if isinstance(planned.mask, Member)]

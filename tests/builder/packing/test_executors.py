@@ -1,4 +1,4 @@
-"""Local processes and a real Dask cluster give what one process gives."""
+"""Tasks have the same results in one process, in local processes and on a Dask cluster."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Dask scheduler with two worker processes."""
+    """Address of a Dask scheduler with two worker processes."""
     pytest.importorskip("distributed")
     script = tmp_path_factory.mktemp("dask") / "scheduler.py"
     script.write_text(SCHEDULER)
@@ -57,28 +57,23 @@ def refuse(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_task_is_done_once(workers: int) -> None:
+def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: int) -> None:
     done = dict(execute(square, range(23), Engine(workers)))
     assert done == {number: number * number for number in range(23)}
+    assert list(execute(square, [], Engine(workers))) == []
+    with pytest.raises(UserError, match=r"^number \d is refused$"):
+        list(execute(refuse, [0, 1], Engine(workers)))
 
 
-def test_no_tasks_are_no_trouble() -> None:
-    assert list(execute(square, [], Engine(2))) == []
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_of_a_task_arrives_as_itself(workers: int) -> None:
-    with pytest.raises(UserError, match=r"^number 0 is refused$"):
-        list(execute(refuse, [0], Engine(workers)))
-
-
-def test_a_worker_that_dies_is_one_line_with_a_remedy() -> None:
-    with pytest.raises(UserError, match=r"a worker process died.*run the same command again"):
+def test_a_killed_worker_is_reported_with_a_remedy() -> None:
+    with pytest.raises(UserError, match=r"a worker process died.*run the same command again to resume"):
         list(execute(die, [1, 2, 3], Engine(2)))
 
 
 @pytest.mark.slow
-def test_dask_packs_the_same_bytes(cluster: str, scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_dask_cluster_packs_the_same_bytes(
+    cluster: str, scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     source = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
     infos = []
     for engine in (Engine(1), Engine(2), Engine(cluster=cluster)):
@@ -89,7 +84,7 @@ def test_dask_packs_the_same_bytes(cluster: str, scenes: SceneTruth, tmp_path_fa
     assert len(infos[0].shards) > 3
 
 
-def test_a_cluster_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_cluster_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
     monkeypatch.setattr("builder.packing.executors.CLUSTER_TIMEOUT_S", 1)
     with pytest.raises(UserError, match=r"--cluster tcp://127.0.0.1:9: no Dask scheduler answers"):

@@ -12,11 +12,11 @@ from builder.packing.inline_masks import encode_inline
 from builder.tasks.plan import InlineMask
 from shards.format import rle
 
-pictures = arrays.arrays(np.uint8, st.tuples(st.integers(1, 30), st.integers(1, 30)), elements=st.integers(0, 1))
+masks = arrays.arrays(np.uint8, st.tuples(st.integers(1, 30), st.integers(1, 30)), elements=st.integers(0, 1))
 
 
 def runs_of(mask: np.ndarray) -> list[int]:
-    """Uncompressed: column-major runs that start with one of zeros."""
+    """Uncompressed RLE: column-major runs, of which the first is of zeros."""
     runs, value = [0], 0
     for pixel in mask.flatten(order="F").tolist():
         if pixel == value:
@@ -27,38 +27,33 @@ def runs_of(mask: np.ndarray) -> list[int]:
     return runs
 
 
-@given(pictures)
-def test_both_kinds_of_run_lengths_give_the_mask(mask: np.ndarray) -> None:
+def encoded(segmentation: object, width: int, height: int) -> rle.Rle | Failure:
+    return encode_inline(InlineMask(width, height, json.dumps(segmentation)), width, height)
+
+
+@given(masks)
+def test_compressed_and_uncompressed_run_lengths_give_the_mask(mask: np.ndarray) -> None:
     height, width = mask.shape
     for counts in (rle.encode(mask).counts, runs_of(mask)):
-        found = encode_inline(
-            InlineMask(width, height, json.dumps({"size": [height, width], "counts": counts})), width, height
-        )
-        if mask.any():
-            assert found == rle.encode(mask)
-        else:
-            assert isinstance(found, Failure)
-            assert found.status == "mask-empty"
+        found = encoded({"size": [height, width], "counts": counts}, width, height)
+        assert found == (rle.encode(mask) if mask.any() else Failure("mask-empty", "no pixel is set"))
 
 
 corner = st.floats(-10, 60, allow_nan=False)
 
 
 @given(st.lists(st.lists(st.tuples(corner, corner), min_size=3, max_size=7), min_size=1, max_size=3))
-def test_polygons_are_drawn_as_coco_draws_them(polygons: list[list[tuple[float, float]]]) -> None:
+def test_polygons_are_rasterised_as_by_pycocotools(polygons: list[list[tuple[float, float]]]) -> None:
     flat = [[value for point in polygon for value in point] for polygon in polygons]
     expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, 40, 50)))
-    found = encode_inline(InlineMask(50, 40, json.dumps(flat)), 50, 40)
-    if expected.any():
-        assert isinstance(found, rle.Rle)
-        assert (rle.decode(found) == expected).all()
-    else:
-        assert isinstance(found, Failure)
+    found = encoded(flat, 50, 40)
+    assert isinstance(found, rle.Rle) == expected.any()
+    assert not isinstance(found, rle.Rle) or (rle.decode(found) == expected).all()
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
 def test_any_string_of_counts_is_a_mask_or_a_failure(counts: str) -> None:
-    found = encode_inline(InlineMask(6, 4, json.dumps({"size": [4, 6], "counts": counts})), 6, 4)
+    found = encoded({"size": [4, 6], "counts": counts}, 6, 4)
     assert isinstance(found, Failure) or rle.decode(found).shape == (4, 6)
 
 
@@ -90,20 +85,18 @@ SQUARE = "[[1,1,5,1,5,5,1,5]]"
         (SQUARE, ""),
     ],
 )
-def test_what_is_no_mask_is_a_failure_with_a_reason(segmentation: str, status: str) -> None:
+def test_damaged_segmentations_are_failures_with_a_reason(segmentation: str, status: str) -> None:
     found = encode_inline(InlineMask(10, 8, segmentation), 10, 8)
     assert (found.status if isinstance(found, Failure) else "") == status
-    if isinstance(found, Failure):
-        assert found.detail
+    assert not isinstance(found, Failure) or found.detail
 
 
-def test_a_mask_of_another_size_is_resized_and_of_another_shape_refused() -> None:
+def test_masks_of_another_size_are_resized_and_of_another_shape_refused() -> None:
     found = encode_inline(InlineMask(10, 8, SQUARE), 20, 16)
     assert isinstance(found, rle.Rle)
     assert rle.decode(found).shape == (16, 20)
     assert rle.area(found) == 4 * rle.area(encode_inline(InlineMask(10, 8, SQUARE), 10, 8))  # type: ignore[arg-type]
-    other = encode_inline(InlineMask(100, 80, SQUARE), 80, 100)
-    assert isinstance(other, Failure)
-    assert other.status == "mask-shape"
-    huge = encode_inline(InlineMask(1 << 20, 1 << 20, SQUARE), 8, 10)
-    assert isinstance(huge, Failure)
+    for place, status in (((100, 80), "mask-shape"), ((1 << 20, 1 << 20), "mask-undecodable")):
+        refused = encode_inline(InlineMask(*place, SQUARE), 80, 100)
+        assert isinstance(refused, Failure)
+        assert refused.status == status

@@ -36,7 +36,7 @@ def planned() -> PlannedImage:
     return PlannedImage("a" * 16, "s3://x", objects, (1,), (2,), Metadata(rotation=90, author="Zoë"))
 
 
-def test_a_sample_keeps_every_object_and_accounts_for_every_mask() -> None:
+def test_pack_image_keeps_every_object_and_accounts_for_every_mask() -> None:
     data, mask = jpeg(640, 480, 1), png(1600, 1200)
     sample, accounts = pack_image(planned(), data, {member("good.png"): mask, member("boxless.png"): mask}, "train")
     assert sample is not None
@@ -56,7 +56,7 @@ def test_a_sample_keeps_every_object_and_accounts_for_every_mask() -> None:
     ]
 
 
-def test_masks_of_an_image_that_fails_are_accounted_for() -> None:
+def test_pack_image_accounts_for_the_masks_of_an_image_that_fails() -> None:
     sample, accounts = pack_image(planned(), Refusal("missing"), {}, "val")
     assert sample is None
     assert [(a.kind, a.status, a.split) for a in accounts] == [
@@ -65,7 +65,7 @@ def test_masks_of_an_image_that_fails_are_accounted_for() -> None:
     ]
 
 
-def test_records_read_back_and_others_do_not() -> None:
+def test_records_are_read_back_unless_damaged_or_of_another_task() -> None:
     row = IndexRow("a", "val", "val/000000.tar", 0, 2048, 7, 4, 3, (1,), (2,), (1,), (0,))
     shard = Shard("val/000000.tar", "val", 1, 10240, "00")
     result = TaskResult(shard, (row,), (Account("image", "val", "a", "", "a.jpg", "packed"),), images=Traffic(1, 99))

@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,3 +40,42 @@ def test_what_is_damaged_of_another_format_or_too_large_has_a_reason(
     with pytest.raises(JpegError, match=reason) as caught:
         check_jpeg(data, limit)
     assert caught.value.too_large is too_large
+
+
+def _passes(data: bytes) -> bool:
+    try:
+        check_jpeg(data)
+    except JpegError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damage_is_found_as_by_decoding_at_full_size(progressive: bool) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(160, 100, 1))).save(buffer, "JPEG", progressive=progressive)
+    good = buffer.getvalue()
+    generator = np.random.default_rng(0)
+    verdicts = set()
+    for _ in range(150):
+        data = bytearray(good[: generator.integers(1, len(good) + 1)] if generator.random() < 0.3 else good)
+        for place in generator.integers(0, len(data), generator.integers(0, 4)):
+            data[place] = generator.integers(256)
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                image.load()
+                whole = True
+        except (OSError, SyntaxError, ValueError):
+            whole = False
+        if data != good:
+            verdicts.add(whole)
+        assert _passes(bytes(data)) == whole
+    assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 3), (8, 8)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpegs_of_any_size_and_mode_pass(width: int, height: int, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, "JPEG")
+    assert check_jpeg(buffer.getvalue()) == (width, height)
