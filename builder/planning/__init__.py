@@ -1,4 +1,4 @@
-"""From what a user asks for to a plan: images are selected, masks located, shards cut.
+"""From the options of a user to a plan: images are selected, masks located, shards cut.
 
-Replacements for images that are unavailable are planned here, too.
+Images that fail are replaced here, too.
 """

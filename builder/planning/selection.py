@@ -43,20 +43,15 @@ class Partition:
     def split_of(self, image_id: str) -> str:
         """Return the split of an image, which depends on nothing but the image, the fractions and the seed."""
         # Salted, because `seeded_order` hashes the same ids: unsalted, each part would be a stretch of that order.
-        point = hash_fraction(f"{self.seed}:partition:{image_id}") * sum(self.fractions)
-        reached = 0.0
+        digest = hashlib.blake2b(f"{self.seed}:partition:{image_id}".encode(), digest_size=8).digest()
+        uniform = (int.from_bytes(digest, "big") >> 12) / (1 << 52)  # 52 bits, in [0, 1)
+        point, reached = uniform * sum(self.fractions), 0.0
         for split, fraction in zip(SPLITS, self.fractions, strict=True):
             reached += fraction
             if point < reached:
                 return split
         # Rounding of the sum: the last split that is not empty.
         return next(split for split, fraction in zip(reversed(SPLITS), reversed(self.fractions)) if fraction > 0)
-
-
-def hash_fraction(text: str) -> float:
-    """Return a pseudorandom number in [0, 1) that depends on nothing but the text (blake2b, 52 bits)."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 12) / (1 << 52)
 
 
 def select_images(

@@ -1,4 +1,4 @@
-"""The records that pass between the steps of a build: candidates and plans.
+"""Records that pass between the steps of a build: candidates and plans.
 
-They hold no behaviour beyond their own consistency.
+They have no behaviour beyond their own consistency.
 """

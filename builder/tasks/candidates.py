@@ -1,4 +1,4 @@
-"""The images that a source offers for a class."""
+"""The images of a source that count for a class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidates:
-    """Images that count for a class, each once: those with a mask of it, and those with nothing but boxes of it."""
+    """Images that count for a class: those with a mask of it, and those that only have boxes of it; disjoint."""
 
     masked: tuple[str, ...] = ()
     boxed: tuple[str, ...] = ()

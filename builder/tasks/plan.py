@@ -1,4 +1,4 @@
-"""The plan of a build: images to shard tasks, bytes to fetch, a fingerprint of all that decides the result. Pure."""
+"""The plan of a build: images per shard, bytes to fetch, and a fingerprint of everything that decides the result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Annotation:
     """One object of an image, as its source describes it.
 
     Attributes:
-        category_id: the chosen class that owns its label.
-        label: the source's own label: a MID of Open Images, a category's name in COCO.
+        category_id: the class of the dataset that its label counts for.
+        label: the source's label: a MID of Open Images, a category name of COCO.
         box: (x1, x2, y1, y2) as fractions of the image, as the source has them.
-        mask_path: what the accounts call its mask, such as its name in the source's zip; "" without a mask.
-        box_id: Open Images' BoxID ("" without a mask, since only the mask table has it), or COCO's annotation id.
-        predicted_iou: the source's estimate of the mask's quality; None without one.
+        mask_path: name of its mask in the accounts, such as the file name in the source's zip; "" without a mask.
+        box_id: Open Images' BoxID ("" without a mask, because only the mask table has it), or COCO's annotation id.
+        predicted_iou: the source's estimate of the mask's quality; None without an estimate.
     """
 
     category_id: int
@@ -40,7 +40,7 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What is known of an image beside its objects; the fields of `shards.format.sample.Sample`."""
+    """Metadata of an image, with the names that `shards.format.sample.Sample` has for them."""
 
     rotation: int = 0
     license: str = ""
@@ -55,12 +55,12 @@ class Member:
     """A file in a remote zip.
 
     Attributes:
-        zip_url: the zip.
-        name: the file's name in it.
-        start: of its local header, in bytes.
-        end: where the next header or the central directory begins, at most.
-        method: 0 (stored) or 8 (deflated), as the zip format numbers them.
-        crc32: of the uncompressed bytes.
+        zip_url: URL of the zip.
+        name: file name in the zip.
+        start: offset of its local header in bytes.
+        end: upper bound of its end in bytes: the next header or the central directory.
+        method: 0 (stored) or 8 (deflated), as in the zip format.
+        crc32: CRC of the uncompressed bytes.
         compressed, size: length in the zip and uncompressed, in bytes.
     """
 
@@ -76,11 +76,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class InlineMask:
-    """A mask that the annotations themselves hold.
+    """A mask that the annotations themselves contain.
 
     Attributes:
-        width, height: of the image that it was drawn for, in pixels.
-        segmentation: COCO's, as JSON text: polygons, or an RLE with its runs as numbers or as a string.
+        width, height: size in pixels of the image that it was made for.
+        segmentation: COCO's segmentation as JSON text: polygons, or an RLE with its runs as numbers or as a string.
     """
 
     width: int
@@ -90,7 +90,7 @@ class InlineMask:
 
 @dataclass(frozen=True, slots=True)
 class Withheld:
-    """A mask that the source has and the command does not want: the status and the detail of its account."""
+    """A mask that the filters of the command exclude, with status and detail of its account."""
 
     status: str
     detail: str
@@ -101,20 +101,20 @@ MaskPlace = Member | InlineMask | Withheld
 
 @dataclass(frozen=True, slots=True)
 class PlannedObject:
-    """An annotation, and where its mask lies: None without a mask, or when its zip does not hold it."""
+    """An annotation and the place of its mask; None without a mask, or if the zip does not contain it."""
 
     annotation: Annotation
     mask: MaskPlace | None
 
     @property
     def has_mask(self) -> bool:
-        """Whether the source has a mask of it and it is wanted."""
+        """Whether the source has a mask of the object, which no filter excludes."""
         return bool(self.annotation.mask_path) and not isinstance(self.mask, Withheld)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """One sample to be: the JPEG's URL, the objects, the verified category ids, and what attribution asks for."""
+    """An image to pack: the JPEG's URL, its objects, verified category ids and metadata."""
 
     image_id: str
     url: str
@@ -126,10 +126,14 @@ class PlannedImage:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One shard to be: the unit of work and of resuming.
+    """One shard to pack: the unit of work and of resuming.
 
-    `digest`, 64 hex digits, changes with anything of it. It is made once, where the task is: for a thousand images it
-    takes as long as decoding a hundred of them.
+    Attributes:
+        split: split of the dataset.
+        number: of the shard in its split, from 0.
+        images: the images to pack, in order.
+        digest: SHA-256 of all the above, in hex. Computed once, because it takes a tenth of the time of decoding the
+            images.
     """
 
     split: str
@@ -143,18 +147,24 @@ class ShardTask:
 
     @property
     def name(self) -> str:
-        """Of the task: `train-000000`."""
+        """Name of the task, such as `train-000000`."""
         return f"{self.split}-{self.number:06d}"
 
     @property
     def path(self) -> str:
-        """Of the shard below the root: `train/000000.tar`."""
+        """Path of the shard under the root, such as `train/000000.tar`."""
         return shard_path(self.split, self.number)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks of a build and the classes; `fingerprint` is 64 hex digits that change with any byte of the result."""
+    """Classes and tasks of a build.
+
+    Attributes:
+        categories: classes of the dataset.
+        tasks: all shards of the first round.
+        fingerprint: SHA-256 in hex, which changes with any byte of the result.
+    """
 
     categories: tuple[Category, ...]
     tasks: tuple[ShardTask, ...]
@@ -162,9 +172,13 @@ class Plan:
 
 
 def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int, *, first: int = 0) -> list[ShardTask]:
-    """Cut a split's images, in the order given, into tasks of `images_per_shard` (the last may have fewer).
+    """Cut the images of a split, in the given order, into tasks.
 
-    `first` is the number of the first task.
+    Args:
+        split: split of the dataset.
+        images: the images to pack.
+        images_per_shard: images per task; the last may have fewer.
+        first: number of the first task.
     """
     return [
         ShardTask(split, number, tuple(images[start : start + images_per_shard]))
@@ -173,9 +187,12 @@ def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int,
 
 
 def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules: Any = None) -> Plan:
-    """The plan, with the sha256 of the canonical JSON of format version, classes, rules and the tasks' digests.
+    """Return the plan; its fingerprint covers format version, classes, rules and the digests of the tasks.
 
-    `rules` is what decides, beside the tasks, which images replace those that fail; any JSON value.
+    Args:
+        categories: classes of the dataset.
+        tasks: all shards of the first round.
+        rules: any JSON value that, together with the tasks, decides which images replace those that fail.
     """
     tasks = tuple(tasks)
     text = canonical_json([VERSION, list(categories), rules, [task.digest for task in tasks]])
@@ -183,5 +200,5 @@ def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules:
 
 
 def task_fingerprint(plan: str, task: ShardTask) -> str:
-    """64 hex digits that change with any byte of a task's result; `plan` is the fingerprint of the build's plan."""
+    """Return a SHA-256 in hex that changes with any byte of a task's result, given the fingerprint of its plan."""
     return hashlib.sha256(canonical_json([plan, task.digest])).hexdigest()

@@ -12,14 +12,14 @@ def listed(path: Path, data: bytes) -> tuple[ListedImage, ...]:
     return ImageList(str(path / "ids.txt")).read(SOURCE_SPLITS)
 
 
-def test_ids_with_and_without_splits_comments_and_line_ends(tmp_path: Path) -> None:
+def test_read_accepts_splits_comments_suffixes_and_line_ends(tmp_path: Path) -> None:
     text = "\ufeff# mine\r\ntrain/0a\r\n\r\n  val/0b \r\nvalidation/0c.jpg\r\n0d\n0d\n"
     found = [("train", "0a"), ("validation", "0b"), ("validation", "0c"), ("", "0d")]
     assert [(image.split, image.name) for image in listed(tmp_path, text.encode())] == found
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"", "lists no images"),
         (b"# nothing\n\n", "lists no images"),
@@ -30,6 +30,6 @@ def test_ids_with_and_without_splits_comments_and_line_ends(tmp_path: Path) -> N
         (b"\xff\xfe0\x00", "UTF-8"),
     ],
 )
-def test_what_is_no_list_is_told(tmp_path: Path, data: bytes, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_files_that_are_no_list_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         listed(tmp_path, data)

@@ -1,4 +1,4 @@
-"""Selection and reserve on a source that is only a table of names."""
+"""Selection and replacements, on a source that is only a table of names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("Car", "Dog", "Person")
 
 @dataclass(frozen=True)
 class FakeSource:
-    """Image -> class name -> whether it has a mask, a split; the image itself says the rest."""
+    """Source split -> image -> class name -> whether it has a mask."""
 
     tables: Mapping[str, Mapping[str, Mapping[str, bool]]]
     images: Location = Location("memory://fake/images")
@@ -81,7 +81,7 @@ tables = st.dictionaries(st.integers(0, 30).map(lambda n: f"i{n}"), objects, min
 
 
 @given(tables, st.integers(1, 8), st.integers(0, 2), st.booleans(), st.lists(st.sets(st.integers(0, 30)), max_size=4))
-def test_replacements_meet_the_quota_where_it_can_be_met(
+def test_replacements_meet_the_quota_if_there_are_candidates(
     table: Mapping[str, Mapping[str, bool]], quota: int, seed: int, masks_only: bool, rounds: list[set[int]]
 ) -> None:
 
@@ -101,7 +101,7 @@ def test_replacements_meet_the_quota_where_it_can_be_met(
         new = {f"i{n}" for n in numbers} & asked - failed
         failed |= new
         fresh = [image.image_id for image in first.replacements("train", failed)]
-        # All that ever failed, or only what is new: the same.
+        # All failures so far, or only the new ones: the result is the same.
         assert fresh == [image.image_id for image in second.replacements("train", new)]
         assert fresh == seeded_order(fresh, seed)
         assert len(set(fresh)) == len(fresh)
@@ -115,11 +115,13 @@ def test_replacements_meet_the_quota_where_it_can_be_met(
         assert len(with_mask & (asked - failed)) >= min(quota, len(with_mask - failed))
 
 
-def test_reports_say_what_each_class_got_and_why() -> None:
+def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
     table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
     preparation = prepare(FakeSource({"train": table}), ("Car", "Dog", "Person"), Quotas(5, 0))
-    told = [(r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports]
-    assert told == [
+    found = [
+        (r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports
+    ]
+    assert found == [
         ("Car", 5, 7, 3, 7, 3, 7, "only 3 images with a mask at the source, others have boxes only"),
         ("Dog", 5, 4, 0, 4, 0, 4, "only 4 images at the source"),
         ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
@@ -131,7 +133,7 @@ def test_reports_say_what_each_class_got_and_why() -> None:
     assert (report.chosen, report.masks, report.reason) == (2, 2, "")
 
 
-def test_without_a_quota_all_images_that_count_are_chosen() -> None:
+def test_without_a_quota_all_images_that_count_are_selected() -> None:
     table = {"a": {"Car": False}, "b": {"Dog": True}, "c": {"Car": True}}
     preparation = prepare(FakeSource({"train": table, "validation": table}), ("Car",), Quotas(None, 1))
     assert sorted(split_of(preparation)) == ["a", "c"]
@@ -141,15 +143,15 @@ def test_without_a_quota_all_images_that_count_are_chosen() -> None:
     assert preparation.replacements("test", ["x"]) == []
 
 
-def test_the_reserve_is_part_of_the_fingerprint() -> None:
-    # Both classes share their images, so a smaller quota chooses the same ones; but it would not replace them.
+def test_the_fingerprint_depends_on_the_quota() -> None:
+    # Both quotas select the same images, but only the larger one replaces failures.
     table = {"a": {"Car": True}, "b": {"Dog": True}, "c": {"Car": True, "Dog": True}}
     plans = [prepare(FakeSource({"train": table}), ("Car", "Dog"), Quotas(quota, 0)).plan for quota in (2, 3)]
     assert plans[0].tasks == plans[1].tasks
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
-def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) -> None:
+def test_a_list_selects_its_images_and_reports_unknown_ones(tmp_path: Path) -> None:
     source = FakeSource(
         {"train": {"a": {"Car": True}, "b": {"Dog": True}, "c": {}}, "validation": {"d": {"Car": False}}}
     )
@@ -168,7 +170,7 @@ def test_a_list_takes_what_it_names_and_tells_what_is_unknown(tmp_path: Path) ->
         prepare(source, ("Car",), ImageList(str(tmp_path / "ids")))
 
 
-def test_a_partition_of_a_list_leaves_each_image_in_its_part(tmp_path: Path) -> None:
+def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(40)]
     source = FakeSource({"train": {image: {"Car": True} for image in ids}})
     parts = (0.5, 0.3, 0.2)
