@@ -19,6 +19,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from shards.format import rle
-from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard, open_dataset
+from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, IndexRow, Shard, open_dataset
 from shards.format.dataset_writer import finish_dataset
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample, canonical_json
@@ -116,7 +117,9 @@ def make_picture(seed: int) -> bytes:
 
 def write_small(root: Path) -> int:
     """Write a dataset of 500 samples and return the bytes of its shards."""
-    location, rows, shards = Location(str(root)), [], []
+    location = Location(str(root))
+    rows: list[IndexRow] = []
+    shards: list[Shard] = []
     pictures = [make_picture(seed) for seed in range(10)]
     for number in range(5):
         samples = [make_sample(n, pictures[n % 10]) for n in range(number * 100, number * 100 + 100)]
@@ -133,7 +136,7 @@ def write_large(root: Path, count: int) -> int:
     picture = make_picture(0)
     length = pack_shard([make_sample(0, picture)], split="train", path="").rows[0].nbytes
     numbers = np.arange(count)
-    columns = {
+    columns: dict[str, Any] = {
         "image_id": [f"{n:016x}" for n in range(count)],
         "split": ["train"] * count,
         "shard": [shard_path("train", n // PER_SHARD) for n in range(count)],
@@ -167,7 +170,7 @@ def write_large(root: Path, count: int) -> int:
     return count * length
 
 
-def write_index(root: Path, columns: dict[str, object], shards: list[Shard]) -> None:
+def write_index(root: Path, columns: dict[str, Any], shards: list[Shard]) -> None:
     """Write index and `dataset.json` as `finish_dataset` does, without a Python object per row."""
     root.mkdir(exist_ok=True)
     arrays = {name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names}

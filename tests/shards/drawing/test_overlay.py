@@ -33,7 +33,7 @@ MATTERPORT: dict[str, Any] = {
     "class_ids": np.array([1, 2]),
     "class_names": NAMES,
 }
-TOP = {"image": GREY, "mask": MASKS, "class_ids": np.array([1, 2]), "class_names": NAMES}
+TOP: dict[str, Any] = {"image": GREY, "mask": MASKS, "class_ids": np.array([1, 2]), "class_names": NAMES}
 
 
 def boxed(category: int = 1, *, mask: bool = False, group: bool = False) -> Instance:
@@ -169,7 +169,7 @@ def test_display_instances_options() -> None:
     assert displayed(title="A street").shape == (326, 400, 3)
 
 
-ODD = {
+ODD: dict[str, tuple[Any, ...]] = {
     "masks": (None, np.zeros((300, 400), bool), np.zeros((150, 400, 2), bool), np.zeros((300, 400, 1), bool)),
     "boxes": (np.zeros(4), np.zeros((2, 5)), np.array([[1, 2, 3, 4], [5, np.nan, 9, 9]]), np.ones((2, 2, 4))),
     "class_ids": (np.array([1]),),

@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def test_choose_represents_every_class_and_split(root: Path) -> None:
 
 
 def test_choose_depends_on_keys_and_seed_only(root: Path, tmp_path: Path) -> None:
-    splits = {"train": [rare(n) for n in reversed(range(100))], "val": [rare(n) for n in range(100, 120)]}
+    splits: dict[str, Sequence[Sample]] = {
+        "train": [rare(n) for n in reversed(range(100))],
+        "val": [rare(n) for n in range(100, 120)],
+    }
     write_dataset(tmp_path, splits, per_shard=33)
     assert keys(root, 20) == keys(tmp_path, 20)
     assert keys(root, 20)[:5] == keys(root, 5)
