@@ -1,4 +1,4 @@
-"""Batches of noise with elliptic objects, and a network small enough to differentiate in a moment."""
+"""Batches of noise with elliptic objects, and a small network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLASSES = 4  # with the background
 
 
 def small_network() -> MaskRCNN:
-    """Random weights, always the same, in training mode."""
+    """A network in training mode whose random weights are always the same."""
     torch.manual_seed(0)
     return build_model(SMALL, DataConfig(min_size=96, max_size=128), CLASSES).train()
 
@@ -54,7 +54,7 @@ def scene(seed: int, height: int, width: int, objects: int) -> tuple[Tensor, lis
 
 
 def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
-    """As the loader makes it, every class verified."""
+    """A batch as the loader makes it, with every class verified."""
     instances = []
     for _, masks, labels in scenes:
         encoded = [rle.encode(mask) for mask in masks]
@@ -87,8 +87,8 @@ def without_masks(batch: Batch, keep: Tensor) -> Batch:
     )
 
 
-def our_losses(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -> dict[str, Tensor]:
-    """Always with the same RoIs sampled."""
+def losses_of(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -> dict[str, Tensor]:
+    """The losses of a batch, with the same RoIs sampled in every call."""
     torch.manual_seed(7)
     losses: dict[str, Tensor] = Trainable(network, loss)(batch)
     assert set(losses) == LOSSES
@@ -96,7 +96,7 @@ def our_losses(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) 
 
 
 def gradients(network: MaskRCNN, losses: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Of every parameter that trains, for the sum of the losses."""
+    """The gradient of the sum of the losses with respect to every trainable parameter."""
     network.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}

@@ -77,19 +77,18 @@ def photometric(image: Tensor, probability: float, rng: np.random.Generator) -> 
         probability: of each change, 0 to 1.
         rng: draws which changes are made, their factors, and whether contrast comes first or last.
     """
-    brightness, contrast, saturation, hue = rng.random(4) < probability
+    changed = rng.random(4) < probability
     contrast_first = rng.random() < 0.5
     factors = rng.uniform((0.875, 0.5, 0.5, -0.05), (1.125, 1.5, 1.5, 0.05))
-    if brightness:
-        image = transforms.adjust_brightness(image, factors[0])
-    if contrast and contrast_first:
-        image = transforms.adjust_contrast(image, factors[1])
-    if saturation:
-        image = transforms.adjust_saturation(image, factors[2])
-    if hue:
-        image = transforms.adjust_hue(image, factors[3])
-    if contrast and not contrast_first:
-        image = transforms.adjust_contrast(image, factors[1])
+    adjustments = [
+        transforms.adjust_brightness,
+        transforms.adjust_contrast,
+        transforms.adjust_saturation,
+        transforms.adjust_hue,
+    ]
+    for i in (0, 1, 2, 3) if contrast_first else (0, 2, 3, 1):
+        if changed[i]:
+            image = adjustments[i](image, factors[i])
     return image
 
 

@@ -64,24 +64,29 @@ class TrainCollate:
         Raises:
             SampleError: an image cannot be decoded, or has another size than its sample says.
         """
+        data = self.data
         rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]
-        min_sizes = [int(rng.choice(self.data.min_sizes or [self.data.min_size])) for rng in rngs]
-        images = augment.empty_images(len(samples), *self._padded_size(samples, min_sizes))
+        min_sizes = [int(rng.choice(data.min_sizes or [data.min_size])) for rng in rngs]
+        sizes = [
+            augment.scaled_size(sample.height, sample.width, min_size, data.max_size)
+            for sample, min_size in zip(samples, min_sizes)
+        ]
+        padded = map(max, zip(*sizes)) if data.resize == "shortest" else (data.max_size, data.max_size)
+        images = augment.empty_images(len(samples), *padded)
         prepared = []
         # One after the other: an image is copied into its slot while it is still in the processor's cache.
-        for sample, min_size, rng, slot in zip(samples, min_sizes, rngs, images):
-            image, of_image = self._prepare(sample, min_size, rng)
+        for sample, size, rng, slot in zip(samples, sizes, rngs, images):
+            image, of_image = self._prepare(sample, size, rng)
             prepared.append((augment.pad_into(image, slot), of_image))
-        if self.data.copy_paste:
+        if data.copy_paste:
             donors = prepared[1:] + prepared[:1]
             prepared = [
-                paste_some(*target, *donor, self.data.copy_paste, rng)
-                for target, donor, rng in zip(prepared, donors, rngs)
+                paste_some(*target, *donor, data.copy_paste, rng) for target, donor, rng in zip(prepared, donors, rngs)
             ]
             prepared = [(augment.pad_into(image, slot), of_image) for (image, of_image), slot in zip(prepared, images)]
         instances = [of_image for _, of_image in prepared]
-        if self.data.max_instances:
-            instances = [of_image.cap(self.data.max_instances, rng) for of_image, rng in zip(instances, rngs)]
+        if data.max_instances:
+            instances = [of_image.cap(data.max_instances, rng) for of_image, rng in zip(instances, rngs)]
         return Batch(
             images=images,
             sizes=torch.tensor([image.shape[-2:] for image, _ in prepared]),
@@ -91,17 +96,7 @@ class TrainCollate:
             **vars(Instances.concatenate(instances)),
         )
 
-    def _padded_size(self, samples: Sequence[Sample], min_sizes: Sequence[int]) -> tuple[int, int]:
-        """Height and width that hold every image."""
-        if self.data.resize != "shortest":
-            return self.data.max_size, self.data.max_size
-        sizes = [
-            augment.scaled_size(sample.height, sample.width, min_size, self.data.max_size)
-            for sample, min_size in zip(samples, min_sizes)
-        ]
-        return max(height for height, _ in sizes), max(width for _, width in sizes)
-
-    def _prepare(self, sample: Sample, min_size: int, rng: np.random.Generator) -> tuple[Tensor, Instances]:
+    def _prepare(self, sample: Sample, size: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Instances]:
         data, image, instances = self.data, decode_sample(sample), read_instances(sample.instances)
         # The flip comes first because most images are smaller before resizing than after.
         if rng.random() < data.flip:
@@ -110,7 +105,6 @@ class TrainCollate:
             low, high = data.scale_range
             image, instances = augment.scale_jitter(image, instances, data.max_size, (low, high), rng)
         else:
-            size = augment.scaled_size(sample.height, sample.width, min_size, data.max_size)
             image, instances = augment.resize(image, instances, *size)
         if data.photometric:
             image = augment.photometric(image, data.photometric, rng)

@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN: building, losses, freezing, weights, checkpoints, inference.
+"""torchvision's Mask R-CNN: building, losses, freezing, starting weights, checkpoints and inference.
 
-Its `state_dict` is torchvision's.
+The network is torchvision's own class, so its `state_dict` loads into stock torchvision.
 """

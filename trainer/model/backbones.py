@@ -1,8 +1,9 @@
-"""The backbones: torchvision's ResNets and MobileNets with their norms, under an FPN of four maps and a pooled one.
+"""Backbones: torchvision's ResNets and MobileNets with a choice of norm, under an FPN.
 
 Modules and names are those of torchvision's `resnet_fpn_backbone` and `mobilenet_backbone` (with `returned_layers`
-1, 2, 3, 5), but that the FPN may be narrower. The four maps have strides of 4, 8, 16 and 32 with all of them, so the
-same anchors serve; torchvision's own MobileNet detectors take two maps of stride 32, too coarse for small objects.
+1, 2, 3, 5), except that the FPN may be narrower. Every backbone has four maps of strides 4, 8, 16 and 32 and a pooled
+one, so the same anchors suit all. torchvision's own MobileNet detectors use two maps of stride 32, too coarse for small
+objects.
 """
 
 from __future__ import annotations
@@ -26,30 +27,33 @@ GROUPS = 32
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that, while its weights are frozen, uses its saved statistics in training too and leaves them alone.
+    """Batch norm that normalises with its saved statistics, and keeps them, while its weights are frozen.
 
-    Otherwise it is torch's. Statistics that went on renewing themselves under frozen weights would shift the very
-    features that freezing is to keep.
+    torch's own batch norm updates its statistics in training mode even when its weights are frozen, which changes the
+    features that freezing is meant to keep.
     """
 
     def train(self, mode: bool = True) -> BatchNorm2d:
-        """As torch's, but that it stays in evaluation mode while its weights do not train."""
+        """Set the mode, but stay in evaluation mode while the weights are frozen."""
         super().train(mode and self.weight.requires_grad)
         return self
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group norm in 32 groups (Wu and He 2018), in fewer where the channels (of a MobileNet) do not divide; no group
-    is a lone channel, for that would be another norm."""
+    """Return a group norm of up to 32 groups (Wu and He, ECCV 2018).
+
+    There are fewer groups where the channels (of a MobileNet) do not divide by 32, but at least two channels per group:
+    groups of one channel would be instance norm.
+    """
     return nn.GroupNorm(math.gcd(GROUPS, channels // 2) if channels % 2 == 0 else 1, channels, eps=eps)
 
 
 def norm_layer(norm: NormName, eps: float) -> Norm:
-    """The norm as a function of its number of channels, as torchvision takes it.
+    """Return the constructor of a norm from its number of channels, as torchvision expects it.
 
     Args:
-        norm: frozen (ImageNet's or COCO's statistics and weights as they are), batch, or group.
-        eps: what is added to the variance.
+        norm: frozen (statistics and weights stay as loaded), batch, or group.
+        eps: added to the variance.
     """
     kinds: dict[str, Callable[..., nn.Module]] = {
         "frozen": FrozenBatchNorm2d,
@@ -60,13 +64,13 @@ def norm_layer(norm: NormName, eps: float) -> Norm:
 
 
 def backbone_with_fpn(name: str, norm: Norm, fpn_channels: int, fpn_norm: Norm | None) -> BackboneWithFPN:
-    """A backbone under its FPN, with random weights.
+    """Build a backbone with an FPN, with random weights.
 
     Args:
-        name: torchvision's, such as resnet50 or mobilenet_v2.
+        name: torchvision's name, such as resnet50 or mobilenet_v2.
         norm: of the backbone.
-        fpn_channels: width of each of the FPN's maps.
-        fpn_norm: of the FPN; None for none, as in the first version of torchvision's detectors.
+        fpn_channels: channels of each map of the FPN.
+        fpn_norm: of the FPN; None for no norm, as in the first version of torchvision's detectors.
     """
     classifier = get_model(name, weights=None, norm_layer=norm)
     if name.startswith("resnet"):
@@ -74,7 +78,7 @@ def backbone_with_fpn(name: str, norm: Norm, fpn_channels: int, fpn_norm: Norm |
         channels = [classifier.inplanes // 8 * 2**level for level in range(4)]
     else:
         body = classifier.features
-        # Where torchvision's extractor looks: at the first blocks of stride 4, 8 and 16, and at the last convolution.
+        # The maps of torchvision's own extractor: the first blocks of stride 4, 8 and 16, and the last convolution.
         strided = [number for number, block in enumerate(body) if getattr(block, "_is_cn", False)]
         numbers = [*strided[:3], len(body) - 1]
         levels, channels = [str(number) for number in numbers], [body[number].out_channels for number in numbers]

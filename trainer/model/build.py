@@ -1,7 +1,7 @@
-"""Building torchvision's Mask R-CNN from settings.
+"""Building torchvision's Mask R-CNN from settings, or from a checkpoint.
 
-The network is torchvision's own class with torchvision's own names: its `state_dict` loads with `strict=True` into the
-network that torchvision builds from the same settings and gives the same detections, and the other way round.
+The network is torchvision's own class with torchvision's parameter names: its `state_dict` loads with `strict=True`
+into the network that torchvision builds from the same settings, with the same detections, and vice versa.
 docs/models.md shows how to rebuild it from a checkpoint without this package.
 """
 
@@ -24,27 +24,27 @@ from trainer.config.settings import DataConfig, ModelConfig
 from trainer.model.backbones import STRIDES, Norm, backbone_with_fpn, norm_layer
 from trainer.model.checkpoint import STATE_FILE, CheckpointError, State
 
-BOX_POOL = 7  # torchvision's side of the box head's RoI features
+BOX_POOL = 7  # side of the box head's RoI features in torchvision
 V2_BOX_CONVOLUTIONS = 4
 
 
 def num_classes(categories: Iterable[Category]) -> int:
-    """The network's number of classes: ids count from 1, the background is 0."""
+    """Return the network's number of classes, including the background, which is class 0."""
     return max(category.id for category in categories) + 1
 
 
 def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskRCNN:
-    """torchvision's Mask R-CNN with a ResNet or MobileNet under an FPN; random weights, all of which train.
+    """Build a Mask R-CNN with random weights, all of them trainable.
 
-    `weights.load_weights` gives it weights, `freeze.set_trainable` decides what trains.
+    `weights.load_weights` loads weights, `freeze.set_trainable` chooses what trains.
 
     Args:
-        model: the settings; `weights` is not looked at.
+        model: the settings; `weights` is not used.
         data: `min_size` and `max_size` are the sizes that inference resizes to.
-        num_classes: classes and the background.
+        num_classes: including the background.
     """
     norm = norm_layer(model.norm, model.norm_eps)
-    # Frozen norms need statistics, which no weights of a backbone have for FPN and heads.
+    # Frozen norms need statistics, and weights of a backbone have none for FPN and heads.
     head_norm = norm_layer("group" if model.norm == "group" else "batch", model.norm_eps)
     network = MaskRCNN(
         backbone_with_fpn(model.backbone, norm, model.fpn_channels, head_norm if model.version == "v2" else None),
@@ -67,32 +67,29 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
         mask_predictor=MaskRCNNPredictor(model.mask_head_channels[-1], model.mask_head_channels[-1], num_classes),
         **(_v2_heads(model, head_norm) if model.version == "v2" else _v1_heads(model)),
     )
-    _fix_pooling_scales(network)
+    _set_pooling_scales(network)
     return network
 
 
 def rebuild(state: State) -> MaskRCNN:
-    """The network of a checkpoint, with its weights; in training mode, on the CPU.
+    """Rebuild the network of a checkpoint with its weights, in training mode, on the CPU.
 
     Raises:
-        CheckpointError: the weights are not those of a network with these settings and classes.
+        CheckpointError: the weights do not fit the checkpoint's settings and classes.
     """
     network = build_model(state.config.model, state.config.data, num_classes(state.categories))
-    needed = {name: value.shape for name, value in network.state_dict().items()}
-    given = {name: value.shape for name, value in state.weights.items()}
-    wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
+    needed = {name: list(value.shape) for name, value in network.state_dict().items()}
+    found = {name: list(value.shape) for name, value in state.weights.items()}
+    wrong = [name for name in needed | found if needed.get(name) != found.get(name)]
     if wrong:
         raise CheckpointError(
             f"the checkpoint's weights do not fit its own settings and "
             f"{counted(len(state.categories), 'class', 'classes')}: {wrong[0]} is "
-            f"{_shape(given, wrong[0])} and should be {_shape(needed, wrong[0])}: has {STATE_FILE} been changed?"
+            f"{found.get(wrong[0], 'missing')} and should be {needed.get(wrong[0], 'missing')}: "
+            f"was {STATE_FILE} edited?"
         )
     network.load_state_dict(state.weights)
     return network
-
-
-def _shape(shapes: dict[str, torch.Size], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "missing"
 
 
 def _v1_heads(model: ModelConfig) -> dict[str, nn.Module]:
@@ -104,7 +101,7 @@ def _v1_heads(model: ModelConfig) -> dict[str, nn.Module]:
 
 
 def _v2_heads(model: ModelConfig, norm: Norm) -> dict[str, nn.Module]:
-    """As `maskrcnn_resnet50_fpn_v2` builds them."""
+    """Build the heads of `maskrcnn_resnet50_fpn_v2`."""
     return {
         "rpn_head": RPNHead(model.fpn_channels, len(model.anchor_ratios), conv_depth=2),
         "box_head": FastRCNNConvFCHead(
@@ -117,12 +114,12 @@ def _v2_heads(model: ModelConfig, norm: Norm) -> dict[str, nn.Module]:
     }
 
 
-def _fix_pooling_scales(network: MaskRCNN) -> None:
-    """Let the RoI pools learn the strides of the feature maps from a square without padding.
+def _set_pooling_scales(network: MaskRCNN) -> None:
+    """Show the RoI pools a square without padding, from which they infer the strides of the feature maps.
 
-    torchvision infers them from the first batch that a pool sees, as the height of a map over that of the tallest image
-    inside the padding, and keeps them. When that batch is padded by half or more (landscapes of 1024 x 683 in squares
-    of 1024) the strides are wrong by a factor of two for good.
+    torchvision's pools infer the strides from their first batch, as the height of a map divided by that of the tallest
+    image inside the padding, and keep them. If that batch is padded by half or more (landscapes of 1024 x 683 in
+    squares of 1024), the strides are permanently wrong by a factor of two.
     """
     side = 8 * STRIDES[-1]
     channels = network.backbone.out_channels

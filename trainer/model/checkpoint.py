@@ -1,17 +1,16 @@
-"""The state of a run, written whole or not at all, on any fsspec URL.
+"""Checkpoints of a run on any fsspec URL, complete or not there.
 
     <run>/checkpoints/step-000100/
-        model.safetensors       the network's own state_dict: loads into stock torchvision with strict=True; its
-                                metadata says of which classes and of which network it is
+        model.safetensors       the network's state_dict, which loads into stock torchvision with strict=True; its
+                                metadata names the classes and the settings of the network
+        raw.safetensors         with train.ema: the weights that training resumes from; model.safetensors has their
+                                average
         optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
-        state.json              everything else, and the sha256 of both files. Written last: a folder without it is no
-                                checkpoint
-
-        raw.safetensors         with train.ema: the weights that training goes on from; those in model.safetensors are
-                                their average
+        state.json              everything else, and the sha256 of the other files. Written last: a folder without it
+                                is not a checkpoint
     <run>/best/step-000080/     the weights with the highest mask AP so far: model.safetensors and state.json
 
-Nothing is pickled. A newest checkpoint that turns out damaged is passed over for the one before.
+Nothing is pickled. If the newest checkpoint is damaged, the previous one is used.
 """
 
 from __future__ import annotations
@@ -46,34 +45,46 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 RAW_FILE = "raw.safetensors"
 FORMAT = "maskstream-checkpoint"
 VERSION = 1
-DESCRIPTION = "maskstream"  # the entry of model.safetensors' metadata that says how to rebuild the network
+DESCRIPTION = "maskstream"  # the entry of model.safetensors' metadata that describes the network
 
 log = logging.getLogger("trainer.model.checkpoint")
 
 
+# The options that determine the order, by the names in `Order.identity`.
+ORDER_OPTIONS = {
+    "seed": "train.seed",
+    "batch_size": "data.batch_size",
+    "lanes": "data.lanes",
+    "window": "data.window",
+    "group_by_aspect": "data.group_by_aspect",
+    "repeat_threshold": "data.repeat_threshold",
+    "index": "data.shards, data.classes or data.fraction (fingerprint of the index of what is selected)",
+}
+
+
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of another run."""
+    """A checkpoint is missing, damaged, or of another run."""
 
 
 class NoCheckpointError(CheckpointError):
-    """A place where no checkpoint lies."""
+    """There is no checkpoint at the given place."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A run after `step` steps.
+    """The state of a run after `step` steps.
 
     Attributes:
         step: steps done.
         position: global batches consumed, by all ranks together.
-        order: the identity of the order (`Order.identity`) under which `position` means something.
-        categories: the classes that the network tells apart.
+        order: the identity of the order (`Order.identity`) that `position` refers to.
+        categories: the classes of the network.
         config: all settings; the model section rebuilds the network.
-        weights: the network's state_dict, averaged where the run averages.
-        optimizer: the optimizer's state_dict; None where only the weights were asked for, or are there.
-        raw: the state_dict that training goes on from, where `weights` is an average.
-        skipped: steps that changed nothing, because a loss was not finite.
-        scaler: the state_dict of fp16's gradient scaler, a few numbers; None for other arithmetic.
+        weights: the network's state_dict; with train.ema the average.
+        optimizer: the optimizer's state_dict; None if it was not loaded or not saved.
+        raw: with train.ema, the state_dict that training resumes from.
+        skipped: steps without an update, because a loss was not finite.
+        scaler: the state_dict of the fp16 gradient scaler, a few numbers; None for other precisions.
     """
 
     step: int
@@ -89,15 +100,15 @@ class State:
 
 
 def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
-    """Where the checkpoint after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return run / folder / f"step-{step:06d}"
 
 
 def steps_of(run: Location, folder: str = FOLDER) -> list[int]:
-    """The steps of a run's finished checkpoints, ascending; empty where there is none.
+    """Return the steps of a run's finished checkpoints, ascending; empty if there are none.
 
     Raises:
-        StorageError: the place cannot be asked.
+        StorageError: the folder cannot be listed.
     """
     return [step for step in _folders(run, folder) if (step_folder(run, step, folder) / STATE_FILE).exists()]
 
@@ -105,28 +116,29 @@ def steps_of(run: Location, folder: str = FOLDER) -> list[int]:
 def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Location:
     """Write a checkpoint, then remove all but the newest `keep`.
 
+    A crash leaves the older checkpoints complete, and at worst a folder without state.json, which is not a checkpoint.
+
     Args:
         run: the run's folder.
-        state: `state.optimizer` is needed to go on from there.
-        keep: at least 1.
-        folder: of the run.
+        state: the state to save; training resumes only with `optimizer`.
+        keep: checkpoints to keep, at least 1.
+        folder: the subfolder of the run, FOLDER or BEST.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        StorageError: it could not be written; what was there before is untouched.
+        StorageError: it could not be written.
     """
     place = step_folder(run, state.step, folder)
-    # A step saved again (after falling back behind a damaged checkpoint) must not mix old and new files.
+    # If this step is saved again, after a damaged checkpoint, old and new files must not be mixed.
     (place / STATE_FILE).delete()
     tensors, structure = flatten_optimizer(state.optimizer or {})
-    files = {
-        MODEL_FILE: safetensors.torch.save(
-            _plain(state.weights), metadata={"format": "pt", DESCRIPTION: json.dumps(_describe(state))}
-        ),
-    }
+    files = {MODEL_FILE: _to_bytes(state.weights, **{DESCRIPTION: json.dumps(_describe(state))})}
     if state.optimizer is not None:
-        files[OPTIMIZER_FILE] = safetensors.torch.save(_plain(tensors), metadata={"format": "pt"})
+        files[OPTIMIZER_FILE] = _to_bytes(tensors)
     if state.raw is not None:
-        files[RAW_FILE] = safetensors.torch.save(_plain(state.raw), metadata={"format": "pt"})
+        files[RAW_FILE] = _to_bytes(state.raw)
     for name, data in files.items():
         (place / name).write(data)
     value = {
@@ -151,12 +163,12 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
     """Read one checkpoint and check it against its hashes.
 
     Args:
-        folder: where its state.json lies.
-        optimizer: whether what training needs to go on is wanted, if it is there; without it less is read.
+        folder: the checkpoint's folder.
+        optimizer: whether to read the optimizer and the raw weights, if they were saved, to resume training.
 
     Raises:
-        CheckpointError: damaged, or of another format.
-        StorageError: missing or unreachable.
+        CheckpointError: it is damaged or has another format.
+        StorageError: it is missing or unreachable.
     """
     try:
         value = json.loads((folder / STATE_FILE).read())
@@ -172,11 +184,11 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
             order=dict(value["order"]),
             categories=tuple(Category(**category) for category in value["categories"]),
             config=from_dict(value["config"], str(folder / STATE_FILE)),
-            weights=_tensors(folder, MODEL_FILE, files),
-            optimizer=unflatten_optimizer(_tensors(folder, OPTIMIZER_FILE, files), value["optimizer"])
+            weights=_read_tensors(folder, MODEL_FILE, files),
+            optimizer=unflatten_optimizer(_read_tensors(folder, OPTIMIZER_FILE, files), value["optimizer"])
             if optimizer and OPTIMIZER_FILE in files
             else None,
-            raw=_tensors(folder, RAW_FILE, files) if optimizer and RAW_FILE in files else None,
+            raw=_read_tensors(folder, RAW_FILE, files) if optimizer and RAW_FILE in files else None,
             skipped=int(value["skipped"]),
             scaler=dict(value["scaler"]) if value.get("scaler") else None,
         )
@@ -185,11 +197,14 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
 
 
 def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) -> tuple[Location, State] | None:
-    """The newest intact checkpoint of a run with its folder; None where the run has none.
+    """Read the newest intact checkpoint of a run; None if the run has no checkpoint.
+
+    Returns:
+        The checkpoint's folder, and its state.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is damaged.
-        StorageError: the place cannot be reached.
+        CheckpointError: every checkpoint is damaged.
+        StorageError: the run's folder is unreachable.
     """
     steps = steps_of(run, folder)
     for step in reversed(steps):
@@ -197,45 +212,55 @@ def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) 
         try:
             return place, load(place, optimizer=optimizer)
         except CheckpointError as error:
-            log.warning("%s: passing over it for the one before", error)
+            log.warning("%s: trying the previous checkpoint", error)
     if steps:
-        told = f"each of the {len(steps)} checkpoints is" if len(steps) > 1 else "the only checkpoint is"
-        raise CheckpointError(f"{run / folder}: {told} damaged: start a new run")
+        which = f"each of the {len(steps)} checkpoints is" if len(steps) > 1 else "the only checkpoint is"
+        raise CheckpointError(f"{run / folder}: {which} damaged: start a new run")
     return None
 
 
 def open_checkpoint(url: str) -> State:
-    """What `--checkpoint` names, weights only: a run's folder (its newest checkpoint), the folder `best` in it, or the
-    folder of one checkpoint.
+    """Read the weights of the checkpoint that `--checkpoint` names.
+
+    Args:
+        url: a run's folder (its newest checkpoint is read), its subfolder `best`, or the folder of one checkpoint.
 
     Raises:
-        NoCheckpointError: there is none.
-        CheckpointError: it is damaged.
+        NoCheckpointError: there is no checkpoint.
+        CheckpointError: the checkpoint is damaged.
     """
     return _open(Location(url), optimizer=False)[1]
 
 
 def find(run: Location, resume: str) -> tuple[Location, State] | None:
-    """Where a run goes on, with the folder: from its own newest checkpoint if it has one, else from what `run.resume`
-    names; None for a run that begins.
+    """Choose the checkpoint that a run resumes from: its own newest if it has one, else the one that `resume` names.
+
+    Args:
+        run: the run's folder.
+        resume: the setting `run.resume`: empty, `last`, or a place as for `open_checkpoint`.
+
+    Returns:
+        The checkpoint's folder, and its state; None for a new run.
 
     Raises:
-        CheckpointError: `resume` is `last` and there is no checkpoint; it names none; or it names one of this run that
-            is not its newest.
+        CheckpointError: `resume` is `last` and there is no checkpoint; or there is no checkpoint with an optimizer at
+            the place that it names; or it names one of this run that is not its newest.
     """
     newest = load_newest(run)
     if resume == "last" and newest is None:
         raise CheckpointError(f"{run}: there is no checkpoint to resume: leave --resume out to begin")
     if resume in ("", "last"):
         return newest
-    named = _open(Location(resume), optimizer=True)
-    if named[1].optimizer is None:
-        raise CheckpointError(f"{named[0]}: holds weights only: begin with them by --model.weights instead of --resume")
-    if newest is None:
-        return named
-    if named[0].url.startswith(f"{run}/") and named[0] != newest[0]:
+    folder, state = _open(Location(resume), optimizer=True)
+    if state.optimizer is None:
         raise CheckpointError(
-            f"{run}: has gone on beyond {named[0]} to step {newest[1].step}: give another --run.dir to branch off there"
+            f"{folder}: contains weights only: start from them with --model.weights instead of --resume"
+        )
+    if newest is None:
+        return folder, state
+    if folder.url.startswith(f"{run}/") and folder != newest[0]:
+        raise CheckpointError(
+            f"{run}: has continued beyond {folder} to step {newest[1].step}: give another --run.dir to branch off there"
         )
     return newest
 
@@ -255,7 +280,7 @@ def _open(place: Location, *, optimizer: bool) -> tuple[Location, State]:
 
 
 def _describe(state: State) -> dict[str, Any]:
-    """What rebuilds the network around its weights, also where model.safetensors is all that is left."""
+    """Return the classes and settings that rebuild the network from model.safetensors alone."""
     data = state.config.data
     return {
         "categories": [asdict(category) for category in state.categories],
@@ -265,7 +290,7 @@ def _describe(state: State) -> dict[str, Any]:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as named tensors, and the rest as JSON values."""
+    """Split an optimizer's state_dict into named tensors and JSON values."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for number, entries in state.get("state", {}).items():
@@ -278,7 +303,7 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def unflatten_optimizer(tensors: dict[str, Tensor], structure: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
+    """Rebuild the state_dict that `flatten_optimizer` split."""
     state: dict[int, dict[str, Any]] = {int(number): dict(v) for number, v in structure["values"].items()}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
@@ -287,18 +312,18 @@ def unflatten_optimizer(tensors: dict[str, Tensor], structure: dict[str, Any]) -
 
 
 def check_same_run(state: State, config: Config, order: dict[str, Any], categories: Sequence[Category]) -> None:
-    """Whether a run may continue from `state`: same model, same classes, same order of samples.
+    """Check that a run may continue from `state`: same model, same classes, same order of samples.
 
     Raises:
-        CheckpointError: they differ; the first key that does is named with both values.
+        CheckpointError: they differ; the message gives the first key that differs with both values.
     """
-    before = _decides(state.config, state.order, state.categories)
-    now = _decides(config, order, categories)
+    before = _identity(state.config, state.order, state.categories)
+    now = _identity(config, order, categories)
     if stage_of(config.train, state.step).start < state.step:
-        # Inside a stage the optimizer goes on: it must be the same, over the same parameters.
-        for told, of, step in ((before, state.config, state.step - 1), (now, config, state.step)):
-            told[f"train.layers (at step {state.step})"] = stage_of(of.train, step).layers
-            told |= {f"optim.{key}": getattr(of.optim, key) for key in ("optimizer", "decay_norms")}
+        # Inside a stage the optimizer's state is kept: it must be the same optimizer of the same parameters.
+        for identity, of, step in ((before, state.config, state.step - 1), (now, config, state.step)):
+            identity[f"train.layers (at step {state.step})"] = stage_of(of.train, step).layers
+            identity |= {f"optim.{key}": getattr(of.optim, key) for key in ("optimizer", "decay_norms")}
     found = first_difference(before, now)
     if found is not None:
         key, was, is_now = found
@@ -308,8 +333,8 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
         )
 
 
-def _decides(config: Config, order: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
-    """All that must stay as it was, by the names under which a user finds it."""
+def _identity(config: Config, order: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
+    """Return everything that must not change within a run, by the names of its options."""
     return {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "classes": {category.id: category.name for category in categories},
@@ -317,20 +342,8 @@ def _decides(config: Config, order: dict[str, Any], categories: Sequence[Categor
     }
 
 
-# Where the user finds what decides the order.
-ORDER_OPTIONS = {
-    "seed": "train.seed",
-    "batch_size": "data.batch_size",
-    "lanes": "data.lanes",
-    "window": "data.window",
-    "group_by_aspect": "data.group_by_aspect",
-    "repeat_threshold": "data.repeat_threshold",
-    "index": "data.shards, data.classes or data.fraction (fingerprint of the index of what is selected)",
-}
-
-
 def _folders(run: Location, folder: str) -> list[int]:
-    """The steps that have a folder, finished or not, ascending."""
+    """Return the steps that have a folder, finished or not, ascending."""
     place = run / folder
     with storage_errors(place.url):
         try:
@@ -342,35 +355,38 @@ def _folders(run: Location, folder: str) -> list[int]:
 
 
 def _remove_older(run: Location, newest: int, keep: int, folder: str) -> None:
-    """Remove all but the last `keep` checkpoints up to `newest`, the one just written.
+    """Remove all but the last `keep` checkpoints up to step `newest`, which was just written.
 
-    One of a later step is left: it was damaged, and this run is on its way to write it again.
+    Checkpoints of later steps stay: they are damaged, and the run is about to write them again.
     """
     kept = [step for step in steps_of(run, folder) if step <= newest][-keep:]
     for step in _folders(run, folder):
         if step < newest and step not in kept:
             place = step_folder(run, step, folder)
-            (place / STATE_FILE).delete()  # first: half a folder is no checkpoint
+            (place / STATE_FILE).delete()  # first, so that a half-removed folder is not a checkpoint
             place.delete(recursive=True)
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies in main memory, as safetensors wants them; no two share storage."""
-    return {
+def _to_bytes(tensors: dict[str, Tensor], **metadata: str) -> bytes:
+    """Encode tensors as a safetensors file, which needs contiguous tensors on the CPU that share no storage."""
+    copies = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
+    data: bytes = safetensors.torch.save(copies, metadata={"format": "pt", **metadata})
+    return data
 
 
-def _tensors(folder: Location, name: str, files: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(folder: Location, name: str, files: dict[str, Any]) -> dict[str, Tensor]:
+    """Read a safetensors file and check it against the entry `name` of `files` in state.json."""
     try:
         data = (folder / name).read()
     except StorageError as error:
         raise CheckpointError(f"{folder}: the checkpoint is damaged: {error}") from error
     if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
         raise CheckpointError(
-            f"{folder / name}: the checkpoint is damaged: its sha256 is not what {STATE_FILE} says "
-            f"({len(data)} bytes, {files[name]['nbytes']} expected)"
+            f"{folder / name}: the checkpoint is damaged: its sha256 differs from the one in {STATE_FILE} "
+            f"({len(data)} bytes, expected {files[name]['nbytes']})"
         )
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)

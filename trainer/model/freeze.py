@@ -1,34 +1,33 @@
-"""What trains: matterport's names for parts of the network, or a share of its layers counted from the output.
+"""Which layers train: matterport's names for parts of the network, or a share of its layers counted from the output.
 
     heads            FPN, RPN, box and mask heads; no layer of the backbone
-    5+, 4+, 3+, 2+   these, and the backbone from that stage on: stage n computes maps at a stride of 2^n
+    5+, 4+, 3+, 2+   the heads, and the backbone from that stage on: stage n computes maps of stride 2^n
     all              everything
     last 10%         the last tenth of the layers, counted from the output
 
-A ResNet's stage 5 is torchvision's `layer4`, stage 2 its `layer1`, stage 1 its stem; a MobileNet's stages begin at its
-strided blocks. Frozen norms (`model.norm frozen`) never train; a batch norm trains with the convolution before it, and
-while it does not it normalises with its saved statistics and leaves them alone (`backbones.BatchNorm2d`).
+Stage 5 of a ResNet is torchvision's `layer4`, stage 2 its `layer1`, stage 1 its stem; the stages of a MobileNet begin
+at its strided blocks. Frozen norms (`model.norm frozen`) never train. A batch norm trains with the convolution before
+it; otherwise it normalises with its saved statistics and keeps them (`backbones.BatchNorm2d`).
 
-A layer is a convolution or a linear module, with the norm that follows it: so a share means the same layers whatever
-the norm. Counted from the output means by the number of layers between a layer and the output of its own head, mask
-head before box head before RPN where these are equal; then the FPN and the backbone backwards. The first five are
-always the layers that speak of classes and boxes: the mask logits, the box regressor and classifier, and the RPN's two.
+A layer is a convolution or a linear module with the norm that follows it, so a share means the same layers with every
+norm. Layers are ordered by the number of layers between them and the output of their own head (ties: mask head, box
+head, RPN), then come the FPN and the backbone from back to front. The first five are the output layers: mask logits,
+box regressor, box classifier, and the RPN's two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from torch import nn
+from torchvision.models.detection import MaskRCNN
 
 from shards.common.errors import UserError
 from trainer.config.layer_names import LAST_STAGE, STEM_STAGE, parse_layers
 
-if TYPE_CHECKING:  # torch takes seconds to import: the settings are checked without it
-    from torchvision.models.detection import MaskRCNN
-
 BODY = "backbone.body."
-# The layers that are outputs themselves, in the order in which they are counted.
+# The output layers, in the order in which they are counted.
 OUTPUTS = (
     "roi_heads.mask_predictor.mask_fcn_logits",
     "roi_heads.box_predictor.bbox_pred",
@@ -36,23 +35,23 @@ OUTPUTS = (
     "rpn.head.bbox_pred",
     "rpn.head.cls_logits",
 )
-HEADS = ("roi_heads.mask_", "roi_heads.box_", "rpn.")  # in the order of layers that are equally far
+HEADS = ("roi_heads.mask_", "roi_heads.box_", "rpn.")  # in the order of layers at the same distance
 
 
 def trainable_parameters(network: MaskRCNN, layers: str) -> list[str]:
-    """The names of the parameters that train, in the network's order; nothing is changed.
+    """Return the names of the parameters that `layers` selects, in the network's order; nothing is changed.
 
     Args:
         network: from `build_model`.
-        layers: see the head of this module.
+        layers: see the docstring of this module.
 
     Raises:
-        UserError: `layers` means nothing.
+        UserError: `layers` is not valid.
     """
     part = parse_layers(layers)
     owners = _layers(network)
     if part.share is not None:
-        ordered = from_output(network)
+        ordered = layers_from_output(network)
         chosen = set(ordered[: math.ceil(part.share * len(ordered))])
     else:
         stages = _stages(network)
@@ -61,65 +60,63 @@ def trainable_parameters(network: MaskRCNN, layers: str) -> list[str]:
 
 
 def set_trainable(network: MaskRCNN, layers: str) -> list[str]:
-    """Let only these layers train: `requires_grad` of every parameter is set, and each batch norm follows its weights.
+    """Set `requires_grad` of every parameter so that only these layers train.
 
     Args:
-        network: changed in place; call this before it is wrapped, for a wrapped model has looked already.
-        layers: see the head of this module.
+        network: changed in place. Call this before wrapping the network, because DDP reads `requires_grad` only then.
+        layers: see the docstring of this module.
 
     Returns:
         The names of the parameters that train.
 
     Raises:
-        UserError: `layers` means nothing.
+        UserError: `layers` is not valid.
     """
     names = trainable_parameters(network, layers)
     chosen = set(names)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in chosen)
-    network.train(network.training)  # batch norms look at their weights here
+    network.train(network.training)  # batch norms set their mode by `requires_grad` of their weights
     return names
 
 
 def check_all_learned(network: MaskRCNN, missing: Iterable[str], trained: Iterable[str]) -> None:
-    """Whether every parameter has been given a value or will learn one.
+    """Check that every parameter is loaded or trained.
 
     Args:
         network: the model.
-        missing: names that the starting weights did not hold (`LoadReport.missing`).
+        missing: names that the starting weights do not contain (`LoadReport.missing`).
         trained: names that train, in any stage.
 
     Raises:
-        UserError: some would keep random values to the end.
+        UserError: some parameters would stay random.
     """
     random = set(missing) - set(trained)
-    names = [name.rpartition(".")[0] for name, _ in network.named_parameters() if name in random]
-    if names:
-        unlearned = list(dict.fromkeys(names))
-        more = f" and {len(unlearned) - 3} more" if len(unlearned) > 3 else ""
+    layers = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters() if name in random)
+    if layers:
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         raise UserError(
-            f"train.layers would leave random what model.weights does not hold: {', '.join(unlearned[:3])}{more}: "
-            "train more (--train.layers all), or start from weights that hold them (--model.weights)"
+            f"layers would stay random, because train.layers does not train them and model.weights does not contain "
+            f"them: {', '.join(list(layers)[:3])}{more}: train more (--train.layers all), or start from weights that "
+            "contain them (--model.weights)"
         )
 
 
-def from_output(network: MaskRCNN) -> list[str]:
-    """The network's layers by name, the nearest to the output first: what a share is counted in."""
+def layers_from_output(network: MaskRCNN) -> list[str]:
+    """Return the names of the network's layers in the order in which a share counts them, from the output on."""
     layers = list(dict.fromkeys(_layers(network).values()))
     places = {name: i for i, name in enumerate(layers)}
     distances = {name: (0, OUTPUTS.index(name)) for name in OUTPUTS}
     for order, head in enumerate(HEADS):
         hidden = [name for name in layers if name.startswith(head) and name not in distances]
         distances |= {name: (distance, order) for distance, name in enumerate(reversed(hidden), start=1)}
-    trunk = len(layers)  # farther than any layer of a head
-    # The FPN's output convolutions come after its lateral ones, which torchvision registers first, too.
+    trunk = len(layers)  # further than any layer of a head
+    # FPN and backbone in the reverse of torchvision's order, in which the FPN's output convolutions come last.
     return sorted(layers, key=lambda name: (*distances.get(name, (trunk, 0)), -places[name]))
 
 
 def _layers(network: MaskRCNN) -> dict[str, str]:
-    """The layer that each module with weights of its own belongs to, itself or the one before a norm."""
-    from torch import nn
-
+    """Map each module with parameters of its own to its layer: itself, or the layer before it for a norm."""
     layers: dict[str, str] = {}
     layer = ""
     for name, module in network.named_modules():
@@ -131,7 +128,7 @@ def _layers(network: MaskRCNN) -> dict[str, str]:
 
 
 def _stages(network: MaskRCNN) -> dict[str, int]:
-    """The stage of each child of the backbone's body."""
+    """Return the stage of each child of the backbone's body."""
     stages, stage = {}, STEM_STAGE
     for name, module in network.backbone.body.named_children():
         # torchvision's MobileNets mark their strided blocks.

@@ -1,8 +1,8 @@
-"""Images in, detections out: inference of Mask R-CNN with its memory bounded.
+"""Inference of Mask R-CNN in bounded memory.
 
 torchvision pastes all masks of an image at once, as float at full size: 100 detections on a 4000 x 3000 photograph
-take 4.8 GB. Here its own steps are called one after the other, each mask is pasted into its box only, `PASTE_BYTES` of
-boxes at a time, and what stays of a mask is its run-length encoding. The detections are the same.
+take 4.8 GB. Here torchvision's steps are called one by one, each mask is pasted into its box only, for `PASTE_BYTES`
+of boxes at a time, and encoded as RLE. The detections are the same.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from shards.format.rle import Rle
 from shards.format.sample import Instance
 from trainer.data.augment import scaled_size
 
-PASTE_BYTES = 16 * 2**20  # of pasted masks (a byte a pixel of their boxes) at a time, or one mask where one is larger
+PASTE_BYTES = 16 * 2**20  # of masks that are pasted together, one byte per pixel of their boxes; at least one mask
 MASK_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What was found in one image, the best score first.
+    """The detections in one image, sorted by descending score.
 
     Attributes:
-        boxes: (N, 4) float32: left, top, right, bottom in pixels of the image as given.
-        labels: (N,) int64 category ids, from 1.
-        scores: (N,) float32, 0 to 1.
+        boxes: float32 [N, 4] left, top, right, bottom in pixels of the original image.
+        labels: int64 [N] category ids, from 1.
+        scores: float32 [N], 0 to 1.
         masks: N masks at the image's size.
     """
 
@@ -49,7 +49,7 @@ class Detections:
         return len(self.scores)
 
     def instances(self) -> list[Instance]:
-        """The detections in the form of annotations, for drawing and writing."""
+        """Convert the detections to annotations, for drawing and writing."""
         return [
             Instance(int(label), (float(x0), float(y0), float(x1 - x0), float(y1 - y0)), mask)
             for (x0, y0, x1, y1), label, mask in zip(self.boxes, self.labels, self.masks, strict=True)
@@ -62,11 +62,14 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
 
     Args:
         network: in evaluation mode, on `device`.
-        images: uint8 or float in 0 to 1, (3, H, W) RGB each, of any sizes and shapes.
+        images: [3, H, W] RGB each, uint8 or float from 0 to 1, of any sizes.
         device: where to compute.
 
     Returns:
-        One entry an image.
+        One entry per image.
+
+    Raises:
+        RuntimeError: the network is in training mode.
     """
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
@@ -91,21 +94,22 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[Rle]:
-    """Masks in their boxes to masks of the image: torchvision's `paste_masks_in_image`, thresholded and encoded.
+    """Paste masks into the image as torchvision's `paste_masks_in_image`, threshold and encode them.
 
-    Memory, however many masks: less than twice PASTE_BYTES and 10 bytes a pixel of the image, for the one mask that is
-    being resized or encoded; 154 MB for 4000 x 3000 pixels.
+    For any number of masks this takes less than 2 * PASTE_BYTES plus 10 bytes per pixel of the image, for the mask that
+    is being resized or encoded: 154 MB for 4000 x 3000 pixels.
 
     Args:
-        masks: float (N, 1, M, M), probabilities.
-        boxes: float (N, 4), left, top, right, bottom in pixels of the image.
-        height, width: of the image.
+        masks: float [N, 1, M, M] probabilities.
+        boxes: float [N, 4] left, top, right, bottom in pixels of the image.
+        height: of the image.
+        width: of the image.
     """
     padded, scale = expand_masks(masks, padding=1)
     places = expand_boxes(boxes, scale).to(torch.int64).tolist()
     encoded: list[Rle] = []
     for start, stop in _groups([_window(place, height, width) for place in places]):
-        # By a function: what it holds is gone before the next group is resized.
+        # In a function, so that its tensors are freed before the next group is resized.
         encoded += _paste_group(padded[start:stop, 0], places[start:stop], height, width)
     return encoded
 
@@ -113,7 +117,7 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[Rle]:
 def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, width: int) -> list[Rle]:
     parts = [_paste_part(mask, place, height, width) for mask, place in zip(masks, places, strict=True)]
     shapes = [part.shape for part in parts]
-    # One copy from the device for all of them.
+    # One copy from the device for the whole group.
     bits = torch.cat([part.flatten() for part in parts]).cpu().numpy()
     del parts
     ends = np.cumsum([shape.numel() for shape in shapes])
@@ -125,13 +129,13 @@ def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, wi
 
 
 def _window(place: Sequence[int], height: int, width: int) -> tuple[int, int, int, int]:
-    """The pixels left, top to right, bottom (exclusive) that a box takes in the image."""
+    """Clip a box with inclusive right and bottom to the image: left, top, right, bottom (exclusive)."""
     left, top, right, bottom = place
     return max(left, 0), max(top, 0), min(right + 1, width), min(bottom + 1, height)
 
 
 def _groups(windows: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbours from start to stop (exclusive) that have PASTE_BYTES together, or one that has more."""
+    """Yield start and stop (exclusive) of consecutive windows of PASTE_BYTES together, or of one larger window."""
     start = total = 0
     for i, (left, top, right, bottom) in enumerate(windows):
         size = max(right - left, 0) * max(bottom - top, 0)
@@ -144,7 +148,7 @@ def _groups(windows: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[int,
 
 
 def _paste_part(mask: Tensor, place: Sequence[int], height: int, width: int) -> Tensor:
-    """Which pixels of its window a mask covers, bool, columns first: RLE runs down the columns."""
+    """Return which pixels of its window a mask covers, bool [w, h]: columns first, in the order of RLE."""
     left, top, right, bottom = place
     size = max(bottom - top + 1, 1), max(right - left + 1, 1)
     full = interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
@@ -163,10 +167,10 @@ def _as_float(image: Tensor) -> Tensor:
 
 
 def _at_least_a_pixel(image: Tensor, network: MaskRCNN) -> Tensor:
-    """The image; a very thin one at the size that training gives it, one pixel thin.
+    """Resize a very thin image as in training, to at least one pixel.
 
-    torchvision rounds that side down to 0 (3000 x 3 pixels made 1024 wide) and fails. What comes here at its last size
-    it leaves as it is.
+    torchvision would round its shorter side down to 0 (for 3000 x 3 pixels resized to a width of 1024) and fail. It
+    does not resize an image that already has its final size.
     """
     height, width = image.shape[-2:]
     size = scaled_size(height, width, network.transform.min_size[-1], network.transform.max_size)

@@ -1,9 +1,9 @@
-"""What Open Images leaves open, as arithmetic on targets: which anchors, RoIs and logits are not taught.
+"""Training targets under the incomplete annotations of Open Images.
 
-- A group-of box stands over objects that nobody drew one by one. What lies in such a region and matches no object is
-  neither positive nor negative.
-- A class that is not verified in an image may be there without a box. Where nothing is drawn, its probability counts as
-  background's there, so that nothing teaches its absence.
+- A group-of box covers objects that were not annotated one by one. An anchor or RoI in such a region that matches no
+  object is ignored: neither positive nor negative.
+- A class that is not verified in an image may be present without a box. Where no object is annotated, its probability
+  is added to that of the background, so that its absence is not taught.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# From this share of its own area on, a box lies in a region: the official metric ignores detections by the same rule.
-SHARE = 0.5
-_AT_ONCE = 16  # regions that are compared with all anchors at a time; 250,000 anchors take some 50 MB
+MIN_SHARE = 0.5  # of its own area in a region; the official metric ignores detections by the same rule
+_REGIONS_AT_A_TIME = 16  # bounds the memory: about 50 MB with 250,000 anchors
 
 
-def lie_in(boxes: Tensor, regions: Tensor) -> Tensor:
-    """The boxes of which at least SHARE lies in one of the regions.
+def are_inside(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Return which boxes have at least MIN_SHARE of their area inside one of the regions.
 
     Args:
         boxes: float32 [N, 4] x0, y0, x1, y1.
@@ -28,41 +27,41 @@ def lie_in(boxes: Tensor, regions: Tensor) -> Tensor:
     Returns:
         bool [N].
     """
-    needed = SHARE * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    needed = MIN_SHARE * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     inside = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    for some in regions.split(_AT_ONCE):
+    for some in regions.split(_REGIONS_AT_A_TIME):
         across, down = (
             (torch.minimum(boxes[:, None, k + 2], some[:, k + 2]) - torch.maximum(boxes[:, None, k], some[:, k]))
             for k in (0, 1)
-        )
+        )  # [N, G] each
         inside |= (across.clamp_(min=0) * down.clamp_(min=0) >= needed[:, None]).any(dim=1)
     return inside
 
 
-def leave_out(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
-    """Labels for torchvision's samplers, with -1 (neither positive nor negative) for the background in regions.
+def ignore_regions(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
+    """Set the labels of background in regions to -1, which torchvision's samplers ignore.
 
-    What matches an object stays positive, wherever it lies: the object was drawn.
+    A box that matches an object stays positive even in a region, because that object is annotated.
 
     Args:
-        labels: [N] of anchors or proposals: above 0 positive, 0 negative, -1 left out already.
-        boxes: float32 [N, 4], theirs.
+        labels: [N] of anchors or proposals: above 0 positive, 0 negative, -1 ignored already.
+        boxes: float32 [N, 4] x0, y0, x1, y1.
         regions: float32 [G, 4] of the image.
     """
     if len(regions) == 0:
         return labels
-    return labels.masked_fill((labels == 0) & lie_in(boxes, regions), -1)
+    return labels.masked_fill((labels == 0) & are_inside(boxes, regions), -1)
 
 
 def verified_table(verified: Sequence[Sequence[int] | None], classes: int) -> Tensor | None:
-    """Of which classes each image tells whether they are there.
+    """Return which classes are verified in each image.
 
     Args:
         verified: for each image the ids of the verified classes, None for all.
-        classes: number of logits; 0 is the background, which is always true.
+        classes: number of logits; 0 is the background, which counts as verified.
 
     Returns:
-        bool [B, classes] on the host; None when it would be all true.
+        bool [B, classes] on the host; None if all classes are verified in all images.
     """
     table = torch.ones((len(verified), classes), dtype=torch.bool)
     for row, known in zip(table, verified):
@@ -72,13 +71,13 @@ def verified_table(verified: Sequence[Sequence[int] | None], classes: int) -> Te
     return None if bool(table.all()) else table
 
 
-def join_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) -> Tensor:
-    """Logits whose cross-entropy lets background be "background, or a class that is not verified in the image".
+def merge_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) -> Tensor:
+    """Merge the unverified classes of each image into the background of its background RoIs.
 
-    A RoI that matches no drawn object shows background, or an object of a class whose objects nobody drew there. Its
-    loss is -log of the probability of all of these together, so that nothing pulls the unverified classes down
-    (Cermelli et al., "Modeling the Background", CVPR 2020, for classes that a training set does not label). A RoI that
-    matches a drawn object is of that class and no other, verified or not: its softmax is the plain one.
+    A RoI that matches no annotated object shows background, or an object of an unverified class. The cross-entropy of
+    the merged logits is -log of the probability of all of these together, so it does not lower the unverified classes
+    (Cermelli et al., "Modeling the Background", CVPR 2020, for classes that a training set does not label). The logits
+    of a RoI that matches an annotated object stay as they are, because its class is known.
 
     Args:
         logits: float [R, C] of all images' RoIs, in their order; column 0 is the background.
@@ -86,13 +85,13 @@ def join_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) -> 
         table: bool [B, C], see `verified_table`.
 
     Returns:
-        float [R, C]: for background in images with unverified classes, column 0 is the log-sum-exp of its own logit and
-        theirs, which are -inf.
+        float [R, C]: for background RoIs in images with unverified classes, column 0 is the log-sum-exp of the logits
+        of the background and these classes, and their own columns are -inf.
     """
     counts = torch.tensor([len(of_image) for of_image in labels])
-    unverified = (~table).repeat_interleave(counts, dim=0).to(logits.device, non_blocking=True)
+    unverified = (~table).repeat_interleave(counts, dim=0).to(logits.device, non_blocking=True)  # [R, C]
     unverified &= (torch.cat(list(labels)) == 0)[:, None]
-    either = unverified.clone()
-    either[:, 0] = True
-    background = torch.logsumexp(logits.masked_fill(~either, -torch.inf), dim=1, keepdim=True)
+    merged = unverified.clone()
+    merged[:, 0] = True
+    background = torch.logsumexp(logits.masked_fill(~merged, -torch.inf), dim=1, keepdim=True)  # [R, 1]
     return torch.cat((background, logits.masked_fill(unverified, -torch.inf)[:, 1:]), dim=1)

@@ -1,10 +1,10 @@
-"""RoIAlign for training on a CPU: torchvision's forward pass, to the bit, and a quicker backward pass.
+"""RoIAlign for training on a CPU: torchvision's forward pass, to the bit, with a faster backward pass.
 
-torchvision's backward pass adds every pixel of every RoI to scattered places of each channel in turn, in one thread:
-a good part of a step on one core, and a larger one on several, which only the convolutions share. Seen with the
-channels of a pixel side by side it is one sparse matrix product: what a pixel of the map gets is the weighted sum of
-the bins that have read it (`torch.nn.functional.embedding_bag`). Sums are those of torchvision in another order, and
-the same from run to run whatever the number of threads. `benchmarks/training.py` measures both.
+torchvision's backward pass adds every pixel of every RoI to scattered places of one channel after the other, in a
+single thread. With the channels of a pixel next to each other, it is one sparse matrix product: the gradient of a pixel
+is the weighted sum of the gradients of the bins that read it (`torch.nn.functional.embedding_bag`). The order of the
+sums differs from torchvision's; it is the same in every run, whatever the number of threads. `benchmarks/training.py`
+measures both.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torchvision.ops import MultiScaleRoIAlign
 def pool(
     pooler: MultiScaleRoIAlign, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
 ) -> Tensor:
-    """`pooler(features, boxes, sizes)`, whose gradient is found quickly on a CPU too.
+    """Call `pooler(features, boxes, sizes)`, with the faster backward pass on a CPU.
 
     Args:
-        pooler: torchvision's; one with an adaptive number of samples (`sampling_ratio` 0) is called as it is.
+        pooler: torchvision's; its own backward pass is used if it has an adaptive `sampling_ratio` (0).
         features: float [B, C, H, W] maps by name.
         boxes: float32 [R_i, 4] x0, y0, x1, y1 of each image, in pixels.
         sizes: (height, width) of each image inside the padding.
 
     Returns:
-        float [R, C, S, S], of all images' boxes in their order. Boxes get no gradient, as from torchvision.
+        float [R, C, S, S], of all images' boxes in their order. As in torchvision, boxes get no gradient.
     """
     maps = {name: features[name] for name in pooler.featmap_names if name in features}
     if pooler.sampling_ratio < 1 or any(of_level.device.type != "cpu" for of_level in maps.values()):
@@ -63,7 +63,7 @@ class _Pool(torch.autograd.Function):
         counts = [len(of_image) for of_image in ctx.boxes]
         sizes = [(shape[2], shape[3]) for shape in shapes]
         levels = _levels(pooler, ctx.boxes, len(shapes)).split(counts)
-        # An image at a time bounds the memory.
+        # One image at a time, to bound the memory.
         of_images = [
             _gradient(of_bins, boxes, own, pooler.scales, sizes, pooler.sampling_ratio)
             for of_bins, boxes, own in zip(gradient.split(counts), ctx.boxes, levels)
@@ -77,7 +77,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _levels(pooler: MultiScaleRoIAlign, boxes: list[Tensor], count: int) -> Tensor:
-    """int64 [R]: the map that each box is read from."""
+    """Return the map that each box is read from, int64 [R]."""
     if count == 1 or pooler.map_levels is None:
         return torch.zeros(sum(map(len, boxes)), dtype=torch.int64)
     levels: Tensor = pooler.map_levels(boxes)
@@ -92,15 +92,15 @@ def _gradient(
     sizes: Sequence[tuple[int, int]],
     samples: int,
 ) -> Tensor:
-    """What the maps of one image get.
+    """Compute the gradient of the maps of one image.
 
     Args:
         gradient: float [R, C, S, S] of the bins.
-        boxes: float32 [R, 4].
+        boxes: float32 [R, 4] x0, y0, x1, y1 in pixels of the image.
         levels: int64 [R], the map of each box.
-        scales: pixels of each map to a pixel of the image.
+        scales: pixels of each map per pixel of the image.
         sizes: (height, width) of each map.
-        samples: a bin's points a side.
+        samples: sampling points per side of a bin.
 
     Returns:
         float32 [P, C]: the pixels of all maps, one after the other.
@@ -109,13 +109,13 @@ def _gradient(
     heights, widths = torch.tensor(sizes).unbind(1)
     ends = torch.cumsum(heights * widths, 0)
     x0, y0, x1, y1 = (boxes.float() * torch.tensor(scales)[levels][:, None]).unbind(1)
-    rows, of_rows = _read_along(y0, y1, heights[levels], side, samples)
-    columns, of_columns = _read_along(x0, x1, widths[levels], side, samples)
+    rows, row_weights = _bilinear_weights(y0, y1, heights[levels], side, samples)
+    columns, column_weights = _bilinear_weights(x0, x1, widths[levels], side, samples)
     first = (ends - heights * widths)[levels]
-    # [R, S, S, rows a bin reads, columns a bin reads]
+    # [R, S, S, rows that a bin reads, columns that a bin reads]
     rows = (first[:, None, None] + rows * widths[levels][:, None, None])[:, :, None, :, None]
     pixels = (rows + columns[:, None, :, None, :]).flatten()
-    weights = (of_rows[:, :, None, :, None] * of_columns[:, None, :, None, :]).flatten()
+    weights = (row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]).flatten()
 
     pixels, order = pixels.sort(stable=True)
     bins = order // (2 * samples) ** 2
@@ -124,20 +124,22 @@ def _gradient(
     return F.embedding_bag(bins, values, starts, mode="sum", per_sample_weights=weights[order])
 
 
-def _read_along(start: Tensor, end: Tensor, limit: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Which pixels the bins of boxes read along one axis, and with what weight, as torchvision's roi_align does
-    (`aligned=False`): bilinearly at `samples` points a bin, none further than a pixel outside of the map.
+def _bilinear_weights(start: Tensor, end: Tensor, limit: Tensor, side: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Return which pixels the bins of boxes read along one axis, and with what weight.
 
+    Bins are read as in torchvision's roi_align with `aligned=False`: bilinearly at `samples` points per bin, ignoring
+    points that are further than a pixel outside the map.
     https://github.com/pytorch/vision/blob/main/torchvision/csrc/ops/cpu/roi_align_common.h
 
     Args:
-        start, end: float32 [R] of each box on its map.
+        start: float32 [R] of each box on its map.
+        end: float32 [R] of each box on its map.
         limit: int64 [R] pixels of that map.
-        side: bins.
-        samples: points a bin.
+        side: bins per box.
+        samples: sampling points per bin.
 
     Returns:
-        int64 and float32 [R, side, 2 samples].
+        int64 pixels and float32 weights, [R, side, 2 samples] each.
     """
     bin_size = (end - start).clamp(min=1)[:, None, None] / side
     bins, points = torch.arange(side)[:, None], torch.arange(samples)

@@ -1,10 +1,10 @@
-"""Starting weights: torchvision's downloads, checkpoints of ours, files and URLs; and a report of what was taken.
+"""Starting weights from torchvision's downloads, checkpoints, files and URLs, with a report of what was loaded.
 
-Norms that were trained with another epsilon than `model.norm_eps` are converted as they are read: their weight is
-multiplied by sqrt((var + eps of the network) / (var + eps of the source)), which leaves what a norm computes as it was
-to float precision. torchvision's first COCO weights want an epsilon of 0 and MobileNetV3's want 0.001, and torchvision
-changes the network for the former and forgets it for the latter; here every checkpoint is right in a network of
-torchvision's with its usual 1e-5.
+Norms that were trained with another epsilon than `model.norm_eps` are converted: their weight is multiplied by
+sqrt((var + eps of the network) / (var + eps of the source)), which keeps their output up to float precision.
+torchvision's first COCO weights need an epsilon of 0, for which torchvision changes the network; MobileNetV3's need
+0.001, which torchvision's detectors ignore. After conversion, all weights work in a network with torchvision's default
+of 1e-5.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ PARTS = (
 )
 CLASS_SPECIFIC = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
-USUAL_EPS = 1e-5
-CLASSIFIER_EPS = {"mobilenet_v3_large": 1e-3}  # with which torchvision builds and trained it
+DEFAULT_EPS = 1e-5
+CLASSIFIER_EPS = {"mobilenet_v3_large": 1e-3}  # with which torchvision builds and trained the classifier
 COCO = {  # by `model.version`, with the epsilon of its norms
     "v1": (MaskRCNN_ResNet50_FPN_Weights.COCO_V1, 0.0),
-    "v2": (MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1, USUAL_EPS),
+    "v2": (MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1, DEFAULT_EPS),
 }
 
-# torchvision renamed these layers in 0.14; its published weights still carry the old names.
+# torchvision renamed these layers in 0.14; its published weights still have the old names.
 RENAMED = (
     (re.compile(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$"), r"\1.0.\2"),
     (re.compile(r"(rpn\.head\.conv)\.(weight|bias)$"), r"\1.0.0.\2"),
     (re.compile(r"(mask_head)\.mask_fcn(\d+)\.(weight|bias)$"), lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}"),
-    (re.compile(r"^module\."), ""),  # saved from under torch's DistributedDataParallel
+    (re.compile(r"^module\."), ""),  # saved from within DistributedDataParallel
 )
 
 
@@ -68,10 +68,10 @@ class Source:
     """Weights as they were found.
 
     Attributes:
-        name: none, imagenet, coco, or the place.
+        name: none, imagenet, coco, or the path or URL.
         state: tensors by name.
-        classes: names by id that the class-specific layers were trained for; None where the source does not say.
-        eps: epsilon of its norms; None where the source does not say.
+        classes: names by id of the classes that the class-specific layers were trained for; None if unknown.
+        eps: epsilon of its norms; None if unknown.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Source:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did, as names in the network's `state_dict` (batch counters of norms apart).
+    """What `load_weights` did, as names in the network's `state_dict` (without batch counters of norms).
 
     Attributes:
-        source: none, imagenet, coco, or the file's place.
-        loaded: tensors that now hold the source's values.
+        source: none, imagenet, coco, or the path or URL.
+        loaded: tensors that were loaded from the source.
         missing: tensors of the network that keep their initial values.
-        left_out: tensors of the source that found no place: of another name or shape, or for other classes.
-        remark: why the class-specific layers were taken or not; empty where there was nothing to decide.
+        left_out: tensors of the source that were not loaded: of another name or shape, or for other classes.
+        remark: why the class-specific layers were loaded or not; empty if the source has none, or the same classes.
     """
 
     source: str
@@ -99,46 +99,48 @@ class LoadReport:
     remark: str = ""
 
     def __str__(self) -> str:
-        """A line a part of the network."""
+        """Summarise the report in one line per part of the network."""
         total = len(self.loaded) + len(self.missing)
         lines = [f"weights {self.source}: {len(self.loaded)} of {counted(total, 'tensor')} loaded"]
         for part in PARTS:
             loaded, missing = ([n for n in names if n.startswith(f"{part}.")] for names in (self.loaded, self.missing))
             if loaded or missing:
-                kept = f", initial values kept by {_layers(missing)}" if loaded and missing else ""
+                kept = f", initial values in {_layers(missing)}" if loaded and missing else ""
                 lines.append(f"  {part:<25}{len(loaded):>4} of {len(loaded) + len(missing)}{kept}")
         statistics = [name for name in self.left_out if name.endswith((".running_mean", ".running_var"))]
         if statistics:
-            lines.append(f"  left out of the source: the statistics of {counted(len(statistics) // 2, 'batch norm')}")
+            lines.append(
+                f"  not loaded from the source: the statistics of {counted(len(statistics) // 2, 'batch norm')}"
+            )
         others = [name for name in self.left_out if name not in set(statistics)]
         if others:
-            lines.append(f"  left out of the source: {_layers(others)}")
+            lines.append(f"  not loaded from the source: {_layers(others)}")
         if self.remark:
             lines.append(f"  {self.remark}")
         return "\n".join(lines)
 
 
 def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Category]) -> LoadReport:
-    """Start a network from `model.weights`.
+    """Load the weights that `model.weights` names into a network.
 
-    A tensor is taken where name and shape agree. The class-specific layers (box classifier and regressor, mask logits)
-    are taken only for the same classes: by their names where the source has them, else by their number.
+    A tensor is loaded if its name and shape agree. The class-specific layers (box classifier and regressor, mask
+    logits) are loaded only for the same classes: compared by name if the source has names, else by number.
 
     Args:
-        network: from `build_model(model, ...)`.
-        model: `weights` is `none`; `imagenet`, torchvision's for the backbone; `coco`, torchvision's for resnet50;
-            a run folder or checkpoint of ours; else the path or URL of a safetensors or torch file: a `state_dict` of
-            a Mask R-CNN, or of a classifier for the backbone.
-        categories: what the network is to tell apart.
+        network: from `build_model(model, ...)`; changed in place.
+        model: `weights` is `none`; `imagenet` (torchvision's weights of the backbone); `coco` (torchvision's weights
+            of Mask R-CNN with resnet50); a run's folder or a checkpoint; or the path or URL of a safetensors or torch
+            file with a `state_dict` of a Mask R-CNN, or of a classifier for the backbone.
+        categories: the classes of the network.
 
     Raises:
-        UserError: weights that cannot be had or read, that share nothing with the network, or that leave frozen norms
+        UserError: the weights are unavailable or unreadable, share nothing with the network, or leave frozen norms
             without statistics.
     """
     if model.weights == "none":
-        report = LoadReport("none", missing=tuple(_tensors(network.state_dict())))
+        report = LoadReport("none", missing=tuple(_by_current_name(network.state_dict())))
     else:
-        report = _take(network, model, _find(model), categories)
+        report = _load(network, model, _find(model), categories)
     _check_frozen_norms(network, report)
     return report
 
@@ -152,57 +154,61 @@ def _find(model: ModelConfig) -> Source:
         weights, eps = COCO[model.version]
         return Source("coco", _download(weights, "coco"), _coco_classes(weights), eps)
     place = Location(model.weights)
-    if posixpath.splitext(_path(place))[1] in FILE_SUFFIXES:
-        return _of_file(place)
-    if place.is_local and os.path.isfile(place.path):
-        return _of_file(place)
+    is_local_file = place.is_local and os.path.isfile(place.path)
+    if is_local_file or posixpath.splitext(_path(place))[1] in FILE_SUFFIXES:
+        return _from_file(place)
     try:
         state = open_checkpoint(place.url)
     except NoCheckpointError:
-        return _of_file(place)
+        return _from_file(place)
     classes = {category.id: category.name for category in state.categories}
     return Source(f"{place}, step {state.step}", state.weights, classes, state.config.model.norm_eps)
 
 
-def _take(network: MaskRCNN, model: ModelConfig, source: Source, categories: Sequence[Category]) -> LoadReport:
-    own = _tensors(network.state_dict())
-    found, eps = _tensors(source.state), source.eps
-    if not any(name in own for name in found):  # perhaps a bare classifier
+def _load(network: MaskRCNN, model: ModelConfig, source: Source, categories: Sequence[Category]) -> LoadReport:
+    own = _by_current_name(network.state_dict())
+    found, eps = _by_current_name(source.state), source.eps
+    if not any(name in own for name in found):  # perhaps a classifier
         found = {BODY + name.removeprefix("features."): value for name, value in found.items()}
-        eps = CLASSIFIER_EPS.get(model.backbone, USUAL_EPS)
+        eps = CLASSIFIER_EPS.get(model.backbone, DEFAULT_EPS)
     remark, excluded = "", tuple[str, ...]()
     if any(name.startswith(CLASS_SPECIFIC) for name in found):
-        remark = _other_classes(source, categories)
-        excluded = CLASS_SPECIFIC if remark else ()
         if source.classes is None:
-            remark = "the source does not name its classes: their layers were taken where their number agrees"
-    taken = {
+            remark = "the source does not name its classes: their layers were loaded if the number of classes agrees"
+        else:
+            remark = _class_difference(source.classes, categories)
+            excluded = CLASS_SPECIFIC if remark else ()
+    loaded = {
         name: value
         for name, value in found.items()
         if name in own and own[name].shape == value.shape and not name.startswith(excluded)
     }
-    if not taken:
+    if not loaded:
         raise UserError(
             f"model.weights {source.name}: none of its {len(source.state)} tensors has the name and shape of one in "
             f"this network (the first is {next(iter(source.state), 'missing')!r}): is it a Mask R-CNN with the same "
             "backbone and widths, or a classifier of model.backbone's kind?"
         )
-    network.load_state_dict(with_eps(taken, model.norm_eps if eps is None else eps, model.norm_eps), strict=False)
+    network.load_state_dict(with_eps(loaded, model.norm_eps if eps is None else eps, model.norm_eps), strict=False)
     return LoadReport(
         source.name,
-        tuple(taken),
-        tuple(name for name in own if name not in taken),
-        tuple(name for name in found if name not in taken),
+        tuple(loaded),
+        tuple(name for name in own if name not in loaded),
+        tuple(name for name in found if name not in loaded),
         remark,
     )
 
 
 def with_eps(state: Mapping[str, Tensor], old: float, new: float) -> dict[str, Tensor]:
-    """Tensors of a network whose norms compute with the epsilon `new` what they did with `old`.
+    """Convert norms so that they compute with the epsilon `new` what they computed with `old`.
 
     Args:
-        state: by name. Norms are known by their `running_var`.
-        old, new: added to the variance.
+        state: tensors by name. Norms are recognised by their `running_var`.
+        old: epsilon that the norms were trained with.
+        new: epsilon of the network.
+
+    Returns:
+        The tensors, with new weights for the norms.
     """
     converted = dict(state)
     for name, variance in state.items():
@@ -213,7 +219,7 @@ def with_eps(state: Mapping[str, Tensor], old: float, new: float) -> dict[str, T
     return converted
 
 
-def _of_file(place: Location) -> Source:
+def _from_file(place: Location) -> Source:
     try:
         data = place.read()
     except StorageError as error:
@@ -222,7 +228,7 @@ def _of_file(place: Location) -> Source:
         ) from error
     source = Source(str(place), _read_state(data, str(place)))
     for weights, eps in COCO.values():
-        # A copy of torchvision's file: its name ends in its hash.
+        # The name of torchvision's file contains its hash, so a copy is recognised by its name.
         if posixpath.basename(_path(place)) == posixpath.basename(weights.url):
             return replace(source, classes=_coco_classes(weights), eps=eps)
     description = _description(data)
@@ -233,27 +239,27 @@ def _of_file(place: Location) -> Source:
 
 
 def _path(place: Location) -> str:
-    """The URL without what a signed link has behind it (https://host/weights.pth?signature=...)."""
+    """Return the URL without the query of a signed link (https://host/weights.pth?signature=...)."""
     return place.url.partition("?")[0] if place.protocol in ("http", "https") else place.url
 
 
 def _read_state(data: bytes, name: str) -> dict[str, Tensor]:
     try:
-        # A safetensors file is a length of eight bytes and a JSON object; a torch file is a zip, an old one a pickle.
+        # A safetensors file is a length of eight bytes and a JSON object; a torch file is a zip (formerly a pickle).
         if data[8:9] == b"{":
             state: Any = safetensors.torch.load(data)
         elif data[:2] == b"PK" or data[:1] == b"\x80":
-            # torchvision's reference scripts save the command line's arguments along; they are no code.
+            # torchvision's reference scripts save their command-line arguments too, which are harmless.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
-            raise ValueError("it begins like no such file")
+            raise ValueError("its first bytes are of neither format")
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"model.weights {name}: holds Python objects beside tensors, or is damaged: it is not read, since such "
-            "a file could run code; save its state dict alone (torch.save(model.state_dict(), path))"
+            f"model.weights {name}: contains Python objects besides tensors, or is damaged: it is not loaded, because "
+            "such a file could run code; save its state dict alone (torch.save(model.state_dict(), path))"
         ) from error
-    except Exception as error:  # a damaged file can end the readers in any error, KeyError and IndexError among them
+    except Exception as error:  # a damaged file can raise any error, such as KeyError or IndexError
         raise UserError(
             f"model.weights {name}: cannot be read as a safetensors or torch file: {_reason(error)}"
         ) from error
@@ -261,12 +267,12 @@ def _read_state(data: bytes, name: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.weights {name}: holds {type(state).__name__}, not a state dict of names and tensors")
+        raise UserError(f"model.weights {name}: contains {type(state).__name__}, not a state dict of names and tensors")
     return state
 
 
 def _description(data: bytes) -> dict[str, Any] | None:
-    """What a checkpoint's model.safetensors says of itself; None for other files."""
+    """Return the classes and settings in the metadata of a checkpoint's model.safetensors; None for other files."""
     if data[8:9] != b"{":
         return None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -274,8 +280,8 @@ def _description(data: bytes) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
-def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By their present names, without the counters that no computation reads."""
+def _by_current_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors to torchvision's current names, and drop the counters of batch norms, which are never read."""
     return {_current_name(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
@@ -285,15 +291,17 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _other_classes(source: Source, categories: Sequence[Category]) -> str:
-    """How the source's classes differ; empty where they are the same or unknown. Case does not count: COCO's `person`
-    is Open Images' `Person`."""
+def _class_difference(classes: Mapping[int, str], categories: Sequence[Category]) -> str:
+    """Describe how the source's classes differ from `categories`; empty if they do not.
+
+    Case is ignored: COCO's `person` is Open Images' `Person`.
+    """
     for category in categories:
-        name = "missing" if source.classes is None else source.classes.get(category.id, "missing")
-        if source.classes is not None and name.casefold() != category.name.casefold():
+        name = classes.get(category.id, "missing")
+        if name.casefold() != category.name.casefold():
             return (
                 f"the classes differ (class {category.id} is {category.name!r} here and {name!r} there): "
-                "box classifier, box regressor and mask logits start anew"
+                "box classifier, box regressor and mask logits start from random values"
             )
     return ""
 
@@ -318,24 +326,24 @@ def _check_fits_coco(model: ModelConfig) -> None:
         value, needed = getattr(model, name), getattr(standard, name)
         if value != needed:
             raise UserError(
-                f"model.weights is coco, which torchvision has for model.{name} {needed}, not {value}: "
+                f"model.weights coco is available for model.{name} {needed} only, not {value}: "
                 f"set --model.{name} {str(needed).replace(' ', '')}, or choose other weights"
             )
     if len(model.anchor_ratios) != len(standard.anchor_ratios):
         raise UserError(
-            f"model.weights is coco, which torchvision has for {len(standard.anchor_ratios)} model.anchor_ratios, "
+            f"model.weights coco is available for {len(standard.anchor_ratios)} model.anchor_ratios only, "
             f"not {len(model.anchor_ratios)}"
         )
 
 
 def _download(weights: Any, name: str) -> dict[str, Tensor]:
-    """The state dict of a torchvision weights enum, by way of torch's cache."""
+    """Return the state dict of a torchvision weights enum, from torch's cache if it is there."""
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # of the network, of the hash, or of a damaged file in the cache
+    except Exception as error:  # from the network, the hash, or a damaged file in the cache
         raise UserError(
             f"model.weights {name}: {weights.url} cannot be downloaded or read ({_reason(error)}): "
-            f"give the path of a copy (--model.weights), put it into {torch.hub.get_dir()}/checkpoints, "
+            f"give the path of a copy (--model.weights), copy it to {torch.hub.get_dir()}/checkpoints, "
             "or use --model.weights none"
         ) from error
     return state
@@ -346,7 +354,7 @@ def _reason(error: Exception) -> str:
 
 
 def _layers(names: Iterable[str], most: int = 4) -> str:
-    """Tensor names as the layers they belong to: `roi_heads.box_predictor.cls_score, ...`."""
+    """List the layers that tensors belong to: `roi_heads.box_predictor.cls_score, ...`."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     more = f" and {counted(len(layers) - most, 'more layer')}" if len(layers) > most else ""
     return ", ".join(layers[:most]) + more

@@ -159,7 +159,7 @@ def test_resume_says_where_from(dataset: Path, tmp_path: Path, capsys: pytest.Ca
 
     status, told = run("one", 3, "--resume", first)
     assert status == 2
-    assert told.endswith(f"has gone on beyond {first} to step 3: give another --run.dir to branch off there")
+    assert told.endswith(f"has continued beyond {first} to step 3: give another --run.dir to branch off there")
 
     status, told = run("one", 3, "--train.stages", "[{layers: heads, epochs: 4}]")
     assert status == 2

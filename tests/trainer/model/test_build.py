@@ -1,4 +1,4 @@
-"""Building, against the networks that torchvision builds itself."""
+"""`build_model` and `rebuild`, against the networks that torchvision builds itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def narrow(**changes) -> ModelConfig:
 
 
 def stock(backbone: str, norm: str, version: str) -> MaskRCNN:
-    """torchvision's network by torchvision's own functions."""
+    """Build a network with torchvision's own functions."""
     if version == "v2":
         return maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **SIZES)
     kind = {"weights": None, "norm_layer": FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d}
@@ -49,7 +49,7 @@ def stock(backbone: str, norm: str, version: str) -> MaskRCNN:
 
 
 def with_statistics(network: MaskRCNN) -> MaskRCNN:
-    """Norms that do something, and that keep what flows through them at an ordinary size."""
+    """Give norms random statistics that keep activations at an ordinary size."""
     rng = torch.Generator().manual_seed(1)
     for name, value in network.state_dict().items():
         if name.endswith("running_var"):
@@ -59,48 +59,41 @@ def with_statistics(network: MaskRCNN) -> MaskRCNN:
     return network
 
 
-def detections(network):
+def assert_same_detections(a: MaskRCNN, b: MaskRCNN, tolerance: float = 0.0) -> None:
     image = torch.from_numpy(np.random.default_rng(0).random((3, 70, 90), dtype=np.float32))
     with torch.no_grad():
-        return network.eval()([image])[0]
-
-
-def assert_same_detections(a, b) -> None:
-    first, second = detections(a), detections(b)
+        first, second = (network.eval()([image])[0] for network in (a, b))
     assert len(first["boxes"]) >= 5
     for name in ("boxes", "labels", "scores", "masks"):
-        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance)
 
 
-STOCK = [
-    ("resnet50", "frozen", "v1"),
-    ("resnet50", "batch", "v2"),
-    ("mobilenet_v2", "frozen", "v1"),
-    ("mobilenet_v3_large", "batch", "v1"),
-]
-
-
-@pytest.mark.parametrize(("backbone", "norm", "version"), STOCK)
+@pytest.mark.parametrize(
+    ("backbone", "norm", "version"),
+    [
+        ("resnet50", "frozen", "v1"),
+        ("resnet50", "batch", "v2"),
+        ("mobilenet_v2", "frozen", "v1"),
+        ("mobilenet_v3_large", "batch", "v1"),
+    ],
+)
 def test_torchvisions_weights_load_and_detect_the_same_to_the_bit(backbone, norm, version):
     torch.manual_seed(0)
-    theirs = with_statistics(stock(backbone, norm, version))
+    expected = with_statistics(stock(backbone, norm, version))
     settings = ModelConfig(backbone=backbone, norm=norm, version=version, weights="none", **FEW)
-    ours = build_model(settings, DATA, 3)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert_same_detections(ours, theirs)
+    network = build_model(settings, DATA, 3)
+    network.load_state_dict(expected.state_dict(), strict=True)
+    assert_same_detections(network, expected)
 
 
-def test_frozen_norms_go_into_a_network_with_batch_norms():
-    """As torchvision's functions build it without weights: the same up to rounding."""
+def test_weights_with_frozen_norms_load_into_torchvisions_network_with_batch_norms():
+    """torchvision's functions build batch norms without weights: the detections are the same up to rounding."""
     torch.manual_seed(0)
-    ours = with_statistics(build_model(ModelConfig(backbone="resnet18", **FEW), DATA, 3))
-    theirs = stock("resnet18", "batch", "v1")
-    # As a safetensors file holds them: without the version numbers of the modules.
-    theirs.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()}, strict=True)
-    first, second = detections(ours), detections(theirs)
-    assert len(first["boxes"]) > 5
-    for name in ("boxes", "labels", "scores", "masks"):
-        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-3), name
+    network = with_statistics(build_model(ModelConfig(backbone="resnet18", **FEW), DATA, 3))
+    expected = stock("resnet18", "batch", "v1")
+    # As from a safetensors file: without the version numbers of the modules.
+    expected.load_state_dict({name: value.clone() for name, value in network.state_dict().items()}, strict=True)
+    assert_same_detections(network, expected, tolerance=1e-3)
 
 
 def documented_stock_model():
@@ -110,16 +103,18 @@ def documented_stock_model():
     return names["stock_model"]
 
 
-ASSEMBLED = [  # which torchvision has no function for
-    ("resnet18", "group", "v1"),
-    ("resnet18", "frozen", "v2"),
-    ("mobilenet_v2", "group", "v2"),
-]
-
-
-@pytest.mark.parametrize(("backbone", "norm", "version"), [*STOCK, *ASSEMBLED])
+@pytest.mark.parametrize(
+    ("backbone", "norm", "version"),
+    [
+        ("resnet18", "batch", "v1"),
+        ("resnet18", "group", "v1"),
+        ("resnet18", "frozen", "v2"),
+        ("mobilenet_v3_large", "frozen", "v1"),
+        ("mobilenet_v2", "group", "v2"),
+    ],
+)
 def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_path, backbone, norm, version):
-    """With every setting that inference looks at away from its default, through a checkpoint on disk."""
+    """Every setting that inference uses is away from its default."""
     config = Config()
     config.data.min_size, config.data.max_size = 90, 140
     config.model = ModelConfig(
@@ -136,21 +131,19 @@ def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_
     config.model.norm_eps = 1e-2
     torch.manual_seed(0)
     network = with_statistics(build_model(config.model, config.data, num_classes(CATEGORIES)))
-    folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), {}), keep=1)
+    folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), None), keep=1)
     assert_same_detections(documented_stock_model()(folder.path), network)
     assert_same_detections(rebuild(open_checkpoint(str(tmp_path))), network)
 
 
-def test_a_checkpoint_of_other_classes_than_its_weights_is_one_line():
+def test_rebuild_refuses_weights_that_do_not_fit_the_settings_or_classes():
     config = Config(model=narrow())
     state = State(7, 7, {}, CATEGORIES, config, build_model(config.model, config.data, 3).state_dict(), None)
-    with pytest.raises(CheckpointError, match=r"1 class: .*cls_score.weight is \[3, 8\]") as error:
+    with pytest.raises(CheckpointError, match=r"^.*1 class: .*cls_score.weight is \[3, 8\].*$"):
         rebuild(replace(state, categories=CATEGORIES[:1]))
-    assert "\n" not in str(error.value)
     config.model.backbone = "resnet34"
-    with pytest.raises(CheckpointError, match=r"do not fit its own settings") as error:
+    with pytest.raises(CheckpointError, match=r"^.*do not fit its own settings.*$"):
         rebuild(state)
-    assert "\n" not in str(error.value)
 
 
 def test_settings_reach_the_network():
@@ -182,20 +175,20 @@ def test_settings_reach_the_network():
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize(("norm", "kind"), [("frozen", FrozenBatchNorm2d), ("batch", nn.BatchNorm2d)])
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
-def test_norms_are_of_the_kind_that_is_asked_for(backbone, norm, kind, version):
+def test_norms_of_the_backbone_are_of_the_requested_kind(backbone, norm, kind, version):
     network = build_model(narrow(backbone=backbone, norm=norm, version=version), DATA, 3)
     kinds = FrozenBatchNorm2d | nn.BatchNorm2d | nn.GroupNorm
-    body = [m for m in network.backbone.body.modules() if isinstance(m, kinds)]
-    others = [m for m in network.modules() if isinstance(m, kinds) and all(m is not b for b in body)]
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
+    body = {name for name in norms if name.startswith("backbone.body.")}
     assert len(body) >= 20
-    assert all(isinstance(m, kind) for m in body)
-    # The heads have random weights at first, for which nobody has statistics to freeze.
-    assert all(isinstance(m, nn.BatchNorm2d) for m in others)
-    assert len(others) == (0 if version == "v1" else 8 + 4 + 1)
+    assert all(isinstance(norms[name], kind) for name in body)
+    # FPN and heads start with random weights, for which there are no statistics to freeze.
+    assert all(isinstance(norms[name], nn.BatchNorm2d) for name in norms.keys() - body)
+    assert len(norms.keys() - body) == (0 if version == "v1" else 8 + 4 + 1)
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "mobilenet_v3_large"])
-def test_group_norm_divides_every_width_and_detects_alone_as_in_a_batch(backbone):
+def test_group_norm_divides_every_width_and_does_not_depend_on_the_batch(backbone):
     network = build_model(narrow(backbone=backbone, norm="group", version="v2"), DATA, 3).train()
     assert not any(isinstance(m, FrozenBatchNorm2d | nn.BatchNorm2d) for m in network.modules())
     norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
@@ -209,34 +202,25 @@ def test_group_norm_divides_every_width_and_detects_alone_as_in_a_batch(backbone
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
-def test_every_backbone_has_maps_of_the_same_strides(backbone):
-    """So that anchors and pooling scales, which do not depend on the first batch, suit all."""
+def test_every_backbone_has_the_same_strides_and_pooling_scales(backbone):
     network = build_model(narrow(backbone=backbone), DATA, 3).eval()
     maps = network.backbone(torch.zeros(1, 3, 128, 192))
     assert [tuple(m.shape[-2:]) for m in maps.values()] == [(128 // s, 192 // s) for s in (4, 8, 16, 32, 64)]
     for pool in (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool):
-        # torchvision would infer a scale of 1/2 from a landscape in a square, and keep it.
+        # torchvision would infer a scale of 1/2 from this landscape in a square, and keep it.
         pool({str(i): torch.zeros(1, 8, 32 >> i, 32 >> i) for i in range(4)}, [torch.zeros(1, 4)], [(60, 128)])
         assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def test_classes_count_from_one():
+def test_num_classes_includes_the_background():
     assert num_classes(CATEGORIES) == 3
 
 
-def test_the_traffic_recipe_loads():
-    config = load_config(str(REPOSITORY / "configs" / "traffic.yaml"))
-    assert (config.data.batch_size, config.data.resize, config.data.min_size, config.data.max_size) == (
-        8,
-        "square",
-        800,
-        1024,
-    )
-    assert (config.model.backbone, config.model.rois_per_image, config.model.positive_fraction) == (
-        "resnet101",
-        200,
-        0.33,
-    )
-    assert (config.model.score_threshold, config.model.nms_threshold) == (0.7, 0.3)
-    assert (config.optim.lr, config.optim.momentum, config.optim.weight_decay) == (0.001, 0.9, 1e-4)
-    assert (config.optim.clip_norm, config.train.steps_per_epoch) == (5.0, 100)
+def test_the_traffic_recipe_has_matterports_settings():
+    config = load_config("traffic")
+    data, model, optim = config.data, config.model, config.optim
+    assert (data.batch_size, data.resize, data.min_size, data.max_size) == (8, "square", 800, 1024)
+    assert (model.backbone, model.rois_per_image, model.positive_fraction) == ("resnet101", 200, 0.33)
+    assert (model.score_threshold, model.nms_threshold) == (0.7, 0.3)
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.clip_norm) == (0.001, 0.9, 1e-4, 5.0)
+    assert config.train.steps_per_epoch == 100

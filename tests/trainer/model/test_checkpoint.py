@@ -1,3 +1,5 @@
+"""Saving, loading and choosing checkpoints."""
+
 import json
 import logging
 from dataclasses import replace
@@ -52,13 +54,19 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     return Location(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
 
 
+def newest_step(run: Location) -> int:
+    found = load_newest(run)
+    assert found is not None
+    return found[1].step
+
+
 def flip_a_byte(location: Location) -> None:
     data = bytearray(location.read())
     data[len(data) // 2] ^= 1
     location.write(bytes(data))
 
 
-def test_what_is_saved_is_loaded(run: Location) -> None:
+def test_a_loaded_checkpoint_continues_to_the_bit(run: Location) -> None:
     network, optimizer = trained(3)
     assert load_newest(run) is None
     save(run, state(3, weights=network.state_dict(), optimizer=optimizer.state_dict()), keep=2)
@@ -69,7 +77,6 @@ def test_what_is_saved_is_loaded(run: Location) -> None:
     assert (loaded.step, loaded.position, loaded.order, loaded.categories) == (3, 6, ORDER, CATEGORIES)
     assert loaded.config == Config()
 
-    # Both go on alike, to the last bit.
     other, other_optimizer = trained(0)
     other.load_state_dict(loaded.weights, strict=True)
     assert loaded.optimizer is not None
@@ -82,29 +89,22 @@ def test_what_is_saved_is_loaded(run: Location) -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_the_newest_are_kept(run: Location) -> None:
+def test_save_keeps_the_newest_and_a_folder_without_state_json_is_no_checkpoint(run: Location) -> None:
     for step in (5, 10, 15, 20):
         save(run, state(step), keep=2)
     assert steps_of(run) == [15, 20]
-    # Folders without files may stay for a while: some object stores tidy up later.
+    # Only files count: some object stores remove empty folders later.
     files = run.fs.find((run / "checkpoints").path)
     assert {str(name).split("/")[-2] for name in files} == {"step-000015", "step-000020"}
-
-
-def test_without_its_state_a_folder_is_no_checkpoint(run: Location) -> None:
-    save(run, state(5), keep=2)
-    save(run, state(10), keep=2)
-    (run / "checkpoints/step-000010/state.json").delete()
-    assert steps_of(run) == [5]
-    found = load_newest(run)
-    assert found is not None
-    assert found[1].step == 5
-    save(run, state(10), keep=1)
-    assert steps_of(run) == [10]
+    (run / "checkpoints/step-000020/state.json").delete()
+    assert steps_of(run) == [15]
+    assert newest_step(run) == 15
+    save(run, state(20), keep=1)
+    assert steps_of(run) == [20]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_newest_falls_back(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_load_newest_skips_a_damaged_checkpoint(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     run = Location(str(tmp_path))
     for step in (5, 10):
         save(run, state(step), keep=2)
@@ -114,35 +114,31 @@ def test_a_damaged_newest_falls_back(tmp_path: Path, name: str, caplog: pytest.L
     else:
         flip_a_byte(damaged)
     with caplog.at_level(logging.WARNING):
-        found = load_newest(run)
-    assert found is not None
-    assert found[1].step == 5
+        assert newest_step(run) == 5
     assert "step-000010" in caplog.text
     assert "damaged" in caplog.text
     with pytest.raises(CheckpointError, match="damaged"):
         load(run / "checkpoints/step-000010")
     damaged.delete()
-    found = load_newest(run)
-    assert found is not None
-    assert found[1].step == 5
+    assert newest_step(run) == 5
     (run / "checkpoints/step-000005/model.safetensors").write(b"")
     if name != "state.json":
         with pytest.raises(CheckpointError, match="each of the 2 checkpoints is damaged"):
             load_newest(run)
 
 
-def test_a_run_that_fell_back_passes_its_damaged_checkpoint(tmp_path: Path) -> None:
+def test_save_keeps_what_it_wrote_even_before_a_later_damaged_checkpoint(tmp_path: Path) -> None:
     run = Location(str(tmp_path))
     save(run, state(10), keep=1)
     flip_a_byte(run / "checkpoints/step-000010/model.safetensors")
     save(run, state(5), keep=1)
-    assert steps_of(run) == [5, 10]  # the one just written is never the one to go
+    assert steps_of(run) == [5, 10]
     save(run, state(10), keep=1)
     assert steps_of(run) == [10]
     assert load(run / "checkpoints/step-000010").step == 10
 
 
-def test_a_checkpoint_is_named_by_its_run_or_by_itself(tmp_path: Path) -> None:
+def test_open_checkpoint_takes_a_run_or_one_checkpoint(tmp_path: Path) -> None:
     run = Location(str(tmp_path / "run"))
     for step in (5, 10):
         save(run, state(step), keep=2)
@@ -151,15 +147,15 @@ def test_a_checkpoint_is_named_by_its_run_or_by_itself(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path / "run")).optimizer is None
     with pytest.raises(CheckpointError, match="there is no checkpoint: give a run's folder"):
         open_checkpoint(str(tmp_path))
+    (tmp_path / "state.json").write_text('{"format": "maskstream-checkpoint", "version": 99}')
+    with pytest.raises(UserError, match="not a checkpoint of this release"):
+        open_checkpoint(str(tmp_path))
 
 
-def test_nothing_but_json_and_safetensors(tmp_path: Path) -> None:
+def test_a_checkpoint_is_json_and_safetensors(tmp_path: Path) -> None:
     folder = save(Location(str(tmp_path)), state(5), keep=1)
-    assert sorted(path.name for path in Path(folder.path).iterdir()) == [
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-    ]
+    files = sorted(path.name for path in Path(folder.path).iterdir())
+    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
     value = json.loads((folder / "state.json").read())
     assert value["categories"][0] == {"id": 1, "name": "Person", "mid": "/m/p"}
     assert value["config"]["model"]["backbone"] == "resnet50"
@@ -167,19 +163,12 @@ def test_nothing_but_json_and_safetensors(tmp_path: Path) -> None:
     assert (value["step"], value["position"]) == (5, 10)
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text('{"format": "maskstream-checkpoint", "version": 99}')
-    with pytest.raises(UserError, match="not a checkpoint of this release"):
-        open_checkpoint(str(tmp_path))
-
-
-def test_a_run_goes_on_only_as_what_it_was() -> None:
+def test_check_same_run_refuses_another_model_order_or_classes() -> None:
     before = state(5)
     check_same_run(before, Config(), ORDER, CATEGORIES)
-    longer = Config()
+    longer, other = Config(), Config()
     longer.train.epochs, longer.optim.lr, longer.run.dir = 99, 0.5, "elsewhere"
     check_same_run(before, longer, ORDER, CATEGORIES)
-    other = Config()
     other.model.backbone = "resnet18"
     with pytest.raises(CheckpointError, match=r"started with model.backbone 'resnet50', now it is 'resnet18'"):
         check_same_run(before, other, ORDER, CATEGORIES)

@@ -1,4 +1,4 @@
-"""The losses, against torchvision's own network in training mode with full-size masks."""
+"""`Trainable`, against torchvision's own network in training mode with full-size masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, our_losses, scene, small_network, without_masks
+from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, losses_of, scene, small_network, without_masks
 from trainer.config.settings import LossConfig
 from trainer.data.instances import Batch
 from trainer.model.losses import Trainable, image_list, targets_of
@@ -34,39 +34,39 @@ def torchvision_losses(network, scenes, batch: Batch) -> dict[str, Tensor]:
 
 def test_losses_are_torchvisions(network):
     batch = batch_of(SCENES)
-    ours, theirs = our_losses(network, batch), torchvision_losses(network, SCENES, batch)
+    found, expected = losses_of(network, batch), torchvision_losses(network, SCENES, batch)
     for name in LOSSES - {"loss_mask"}:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert ours["loss_mask"].item() > 0.3
-    assert ours["loss_mask"].item() == pytest.approx(theirs["loss_mask"].item(), rel=5e-3)
+        assert torch.equal(found[name], expected[name]), name
+    assert found["loss_mask"].item() > 0.3
+    assert found["loss_mask"].item() == pytest.approx(expected["loss_mask"].item(), rel=5e-3)
 
 
-def test_images_are_what_torchvision_feeds_its_backbone(network):
-    stock = copy.deepcopy(network.transform)
-    stock._skip_resize = True
-    expected, _ = stock([image.float() / 255 for image, _, _ in SCENES])
-    ours = image_list(batch_of(SCENES), network)
-    assert torch.equal(ours.tensors, expected.tensors)
-    assert ours.image_sizes == [tuple(size) for size in expected.image_sizes]
+def test_image_list_is_what_torchvision_passes_to_its_backbone(network):
+    transform = copy.deepcopy(network.transform)
+    transform._skip_resize = True
+    expected, _ = transform([image.float() / 255 for image, _, _ in SCENES])
+    found = image_list(batch_of(SCENES), network)
+    assert torch.equal(found.tensors, expected.tensors)
+    assert found.image_sizes == [tuple(size) for size in expected.image_sizes]
 
 
-def test_a_box_without_a_mask_teaches_class_and_box_only(network):
+def test_a_box_without_a_mask_trains_class_and_box_only(network):
     batch = batch_of(SCENES)
     keep = torch.tensor([True, False] * 6)[: len(batch.labels)]
-    full, part = our_losses(network, batch), our_losses(network, without_masks(batch, keep))
+    full, part = losses_of(network, batch), losses_of(network, without_masks(batch, keep))
     for name in LOSSES - {"loss_mask"}:
         assert torch.equal(full[name], part[name]), name
 
-    # It is the mean over the RoIs that have a mask: those with and those without make up the whole, a RoI one vote.
-    rest = our_losses(network, without_masks(batch, ~keep))
+    # The mask loss is the mean over the RoIs with a mask: the two parts, weighted by their RoIs, make up the whole.
+    rest = losses_of(network, without_masks(batch, ~keep))
     whole, kept, others = (losses["loss_mask"].item() for losses in (full, part, rest))
-    votes, votes_kept = positive_rois(network, batch, keep)
-    assert 0 < votes_kept < votes
-    assert kept * votes_kept + others * (votes - votes_kept) == pytest.approx(whole * votes, rel=1e-4)
+    rois, rois_kept = positive_rois(network, batch, keep)
+    assert 0 < rois_kept < rois
+    assert kept * rois_kept + others * (rois - rois_kept) == pytest.approx(whole * rois, rel=1e-4)
 
 
 def positive_rois(network, batch: Batch, keep: Tensor) -> tuple[int, int]:
-    """How many RoIs are positive under the seed of `our_losses`, and how many of them belong to the objects `keep`."""
+    """How many RoIs are positive under the seed of `losses_of`, and how many of them belong to the objects `keep`."""
     torch.manual_seed(7)
     images, targets = image_list(batch, network), targets_of(batch, LossConfig())
     proposals, _ = network.rpn(images, network.backbone(images.tensors), targets)
@@ -76,23 +76,25 @@ def positive_rois(network, batch: Batch, keep: Tensor) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("objects", [3, 0])
-def test_no_masks_give_a_loss_of_zero_that_reaches_every_parameter(network, objects):
+def test_without_masks_the_mask_loss_is_zero_and_reaches_every_parameter(network, objects):
     batch = batch_of([scene(5, 128, 128, objects), scene(6, 96, 128, objects)])
-    losses = our_losses(network, without_masks(batch, torch.zeros(len(batch.labels), dtype=torch.bool)))
+    losses = losses_of(network, without_masks(batch, torch.zeros(len(batch.labels), dtype=torch.bool)))
     assert losses["loss_mask"].item() == 0
     reached = gradients(network, losses)
     assert reached
     assert [name for name, gradient in reached.items() if gradient is None] == []
-    assert all(float(g.abs().sum()) == 0 for name, g in reached.items() if "mask" in name and g is not None)
+    assert all(float(gradient.abs().sum()) == 0 for name, gradient in reached.items() if "mask" in name)
+    boxes = sum(float(g.abs().sum()) for name, g in reached.items() if "box_predictor.bbox_pred" in name)
+    assert (boxes > 0) == (objects > 0)
 
 
-def test_a_step_lowers_the_loss(network):
+def test_a_few_steps_lower_the_loss(network):
     copied = copy.deepcopy(network)
-    batch = batch_of(SCENES)
+    batch = batch_of(SCENES[:2])
     optimizer = torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.002, momentum=0.9)
     totals = []
-    for _ in range(8):
-        loss = sum(our_losses(copied, batch).values())
+    for _ in range(5):
+        loss = sum(losses_of(copied, batch).values())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(copied.parameters(), 1.0)
