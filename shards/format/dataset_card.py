@@ -14,7 +14,7 @@ from shards.format.dataset import SPLITS, Category, Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import FLAGS
 
-# Our split names, and those that Hugging Face's tools expect.
+# Names of splits, and those of Hugging Face's tools.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
@@ -26,9 +26,8 @@ def _ints(name: str) -> dict[str, Any]:
     return {"name": name, "list": "int32"}
 
 
-# What `datasets` decodes a sample to (shards.format.sample). Without it, it infers the columns from the first five
-# samples
-# and fails on the first field that happened to be null or empty in all of them.
+# The features to which `datasets` decodes a sample. Without them, it infers the columns from the first five samples and
+# fails on the first field that is null or empty in all of them.
 # Format: `Features._to_yaml_list` of https://github.com/huggingface/datasets
 FEATURES = [
     _field("__key__", "string"),
@@ -62,7 +61,7 @@ FEATURES = [
 
 @dataclass(frozen=True)
 class _About:
-    """What the card says of a source.
+    """The text of the card that depends on the source.
 
     Attributes:
         title: name of the data.
@@ -82,19 +81,19 @@ class _About:
 
 
 _OPEN_IMAGES = """\
-The images are listed by Open Images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample carries
-its `license`, `author`, `author_url` and `original_url`, which must travel with the image. No warranty is given for
-the licence of a single image: check it at its URL. The annotations are by Google LLC under
+Open Images lists the images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample has its
+`license`, `author`, `author_url` and `original_url`, which must accompany the image. There is no warranty for the
+licence of a single image: check it at its URL. The annotations are by Google LLC under
 [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
 sense of that licence."""
 
 _COCO = """\
-Images and annotations are under the licences of their source; each sample carries the `license` and `original_url`
-that its annotations name, and in `title` the file's name. Check them before the data is passed on."""
+Images and annotations are under the licences of their source; each sample has the `license` and `original_url` of
+its annotations, and in `title` the name of its file. Check them before you distribute the data."""
 
 _OWN = """\
-Each sample carries the `license`, `author`, `author_url` and `original_url` that it was added with. Complete this
-section before the data is passed on."""
+Each sample has the `license`, `author`, `author_url` and `original_url` with which it was added. Complete this section
+before you distribute the data."""
 
 # By the source's `name` in `dataset.json`.
 _ABOUT = {
@@ -133,16 +132,16 @@ _TEXT = """\
 | --- | --- | ---: | ---: | ---: | ---: |
 {counts}
 
-Every annotation of these classes in these images that the command does not leave out is kept, with a mask or without.
+Every annotation of these classes in these images that the command does not exclude is included, with or without a mask.
 Not packed: {failures};
-`accounts.parquet` has a row for every image and every mask that was asked for.
+`accounts.parquet` has a row for every image and every mask that was requested.
 
 ## A sample
 
-`<ImageID>.jpg` is the source's JPEG, untouched; `<ImageID>.json` holds its size, rotation, licence and author, the
+`<ImageID>.jpg` is the source's JPEG, untouched; `<ImageID>.json` has its size, rotation, licence and author, the
 classes that people verified as present or absent, and COCO-style `annotations`: `category_id` ({ids}),
 `bbox` (x, y, w, h in pixels), `segmentation` (COCO compressed RLE at the image's size, or null), the original `label`,
-and the source's flags. Pixels, boxes and masks agree as stored; EXIF orientation is to be ignored.
+and the source's flags. Pixels, boxes and masks agree as stored: ignore EXIF orientation.
 
 ```python
 from datasets import Image, load_dataset
@@ -151,7 +150,7 @@ dataset = load_dataset("path/of/this/folder", split="{first_split}", streaming=T
 dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"] is the JPEG
 ```
 
-(Left to decode by itself, `datasets` turns a picture by its EXIF orientation, and boxes and masks no longer fit it.)
+(With its default decoding, `datasets` rotates a picture by its EXIF orientation, and boxes and masks no longer match.)
 
 ## Licence and attribution
 
@@ -167,7 +166,7 @@ dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"]
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What a split of the finished dataset holds of a class."""
+    """The contents of a split for one class."""
 
     split: str
     name: str
@@ -178,7 +177,7 @@ class ClassCounts:
 
 
 def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> list[ClassCounts]:
-    """Images, masks, boxes and group-of regions a split and class, in the order of `SPLITS` and of the ids."""
+    """Count images, masks, boxes and group-of regions per split and class, in the order of `SPLITS` and of the ids."""
     totals: dict[tuple[str, int], Counter[str]] = {}
     for row in rows:
         for number, boxes, masks, groups in zip(row.classes, row.instances, row.masks, row.groups, strict=True):
@@ -203,12 +202,15 @@ def render_card(
     failures: Mapping[str, int],
     source: str = "Open Images",
 ) -> str:
-    """The text of `README.md`: front matter, counts, format, licence, and the command that made it.
+    """Return the text of `README.md`: front matter, counts, format, licence, and the command that made it.
 
     Args:
-        categories: classes that nothing was packed of are not listed.
-        failures: reason -> images and masks.
-        source: the name that the source gives as its origin.
+        categories: the classes; those without a packed object are not listed.
+        counts: of `count_classes`.
+        shards: every shard.
+        command: what made the dataset.
+        failures: number of images and masks by the reason why they were not packed.
+        source: name of the source.
     """
     about = _ABOUT[source]
     packed = {c.name for c in counts if c.boxes}
@@ -249,6 +251,6 @@ def render_card(
 
 
 def _size_category(samples: int) -> str:
-    """Hugging Face's size classes."""
+    """Return Hugging Face's size class."""
     bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
     return next((name for bound, name in bounds if samples < bound), "1M<n<10M")

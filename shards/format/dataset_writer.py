@@ -162,7 +162,8 @@ class DatasetWriter:
             image: the bytes of a JPEG, which are stored untouched. EXIF orientation is ignored.
             instances: its objects; see `Annotation`.
             split: train, val or test.
-            verified_present, verified_absent: names or ids of classes.
+            verified_present: names or ids of classes that are confirmed in the image.
+            verified_absent: names or ids of classes that are ruled out in the image.
             **metadata: `rotation`, `license`, `author`, `author_url`, `original_url` and `title`; see `Sample`.
 
         Raises:

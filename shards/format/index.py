@@ -1,7 +1,7 @@
-"""The rows of one split as arrays: all that reading and ordering its samples needs.
+"""The index of one split as arrays: all that reading and ordering its samples needs.
 
-A column of `index.parquet` is decoded when it is first asked for, so that a dataset of a million samples opens in a
-fraction of a second. The arrays are shared with forked loader processes, which never write to them.
+A column of `index.parquet` is decoded when it is first used, so that a dataset of a million samples opens in a fraction
+of a second. Forked loader processes share the arrays, which nothing writes to.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from shards.common.shared_arrays import SharedArrays, can_share
 from shards.common.text import counted
 from shards.format.index_schema import INDEX_SCHEMA, column_fault, one_line, schema_fault
 
-LARGEST_ID = 1_000_000  # of a class: what is counted a class is an array up to it
+LARGEST_ID = 1_000_000  # of a class: counts per class are arrays of up to this length
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
 
 
 class Columns(Protocol):
-    """Arrow columns by name: an `IndexFile`, or a table."""
+    """Arrow columns by name: an `IndexFile` or a table."""
 
     def __getitem__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The bytes of `index.parquet`, of which a column is decoded when it is asked for.
+    """The bytes of `index.parquet`, of which a column is decoded when it is used.
 
     Attributes:
-        data: of the file.
-        where: named in errors.
+        data: the bytes of the file.
+        where: the file, named in errors.
 
     Raises:
-        DatasetError: it is not Parquet, or has other columns; when a column is read: it has rows without a value.
+        DatasetError: it is not Parquet or has other columns; when a column is read: it has rows without a value.
     """
 
     data: bytes
@@ -57,12 +57,12 @@ class IndexFile:
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         with self._damaged():
-            # Not by `pq.read_table`: see `_to_numpy`.
+            # `pq.read_table` would import pandas: see `_to_numpy`.
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"])
             return self._checked(name, file.read([name])[name])
 
     def table(self) -> pa.Table:
-        """All columns, schema `INDEX_SCHEMA`."""
+        """Return all columns, schema `INDEX_SCHEMA`."""
         with self._damaged():
             table = pq.read_table(pa.BufferReader(self.data), schema=INDEX_SCHEMA)
             for name in INDEX_SCHEMA.names:
@@ -84,21 +84,21 @@ class IndexFile:
 
 
 def index_error(where: str, fault: str) -> DatasetError:
-    """The error of an index that is not what the format says."""
+    """Return the error for an index that is not in the format."""
     return DatasetError(f"{where}: {fault}: build the dataset again")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How many annotations of which class each sample has: list columns, one list a sample.
+    """The number of annotations of each class in each sample, from list columns with one list per sample.
 
     Attributes:
-        columns: where `classes`, `instances`, `masks` and `groups` come from.
-        rows: (N,) the rows of `columns` that are meant, ascending.
-        where: named in errors.
+        columns: source of `classes`, `instances`, `masks` and `groups`.
+        rows: (N,) the rows of `columns` that belong to the samples, ascending.
+        where: the file, named in errors.
 
     Raises:
-        DatasetError: an attribute is asked for, and its column is not what the format says.
+        DatasetError: on access to an attribute whose column is not in the format.
     """
 
     columns: Columns
@@ -107,28 +107,28 @@ class Labels:
 
     @property
     def classes(self) -> NDArray[np.int32]:
-        """(P,) the classes of sample 0, then those of sample 1, ...: one entry a pair of a sample and its class."""
+        """(P,) the classes of sample 0, then those of sample 1, ...: one entry per pair of a sample and a class."""
         return self._classes[0]
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
-        """(P,) the sample of each entry of `classes`, 0 to N - 1, ascending."""
+        """(P,) the sample of each entry of `classes`, from 0 to N - 1, ascending."""
         return np.repeat(np.arange(len(self.rows), dtype=np.int64), self._classes[1])
 
     def flat(self, column: str) -> NDArray[np.int32]:
-        """(P,) the entries of a column, in line with `classes`."""
+        """Return (P,) the entries of a column, parallel to `classes`."""
         values, lengths = self._flat(column)
         if not np.array_equal(lengths, self._classes[1]):
             raise index_error(self.where, f"a row has another number of {column} than of classes")
         return values
 
     def take(self, rows: NDArray[np.int64]) -> Labels:
-        """Those of some samples, (n,) ascending."""
+        """Return the labels of some samples, (n,) rows ascending."""
         return Labels(self.columns, self.rows[rows], self.where)
 
     @cached_property
     def _classes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """`classes`, and (N,) how many each sample has."""
+        """`classes`, and (N,) the number of classes of each sample."""
         values, lengths = self._flat("classes")
         if len(values) and not 1 <= values.min() <= values.max() <= LARGEST_ID:
             raise index_error(self.where, f"column classes has ids from {values.min()} to {values.max()}")
@@ -148,19 +148,19 @@ class Labels:
 
 @dataclass(frozen=True, repr=False)
 class Index:
-    """The samples of one split, in the order in which they lie in the shards.
+    """The samples of one split, in the order of the shards.
 
     Attributes:
         shard_paths: the split's shards, in order.
         shard: (N,) position of each sample's shard in `shard_paths`.
-        offset: (N,) bytes into the shard.
-        nbytes: (N,) length of each sample in its shard.
-        crc32: (N,) of each sample's bytes.
+        offset: (N,) start of each sample in its shard, in bytes.
+        nbytes: (N,) length of each sample in its shard, in bytes.
+        crc32: (N,) checksum of each sample's bytes.
         width, height: (N,) pixels.
-        image_ids: (N,) Arrow strings, the keys.
-        labels: the classes of each sample; None where they are not needed (a loader process is sent none).
-        category_ids: the ids under which categories of the shards are handed out; annotations of others are dropped.
-            None: all, as they are.
+        image_ids: (N,) the keys, Arrow strings.
+        labels: the classes of each sample; None in loader processes, which do not need them.
+        category_ids: maps category ids of the shards to those of the samples that are returned; annotations of other
+            categories are dropped. None: all, unchanged.
     """
 
     shard_paths: tuple[str, ...]
@@ -182,15 +182,15 @@ class Index:
 
     @classmethod
     def read(cls, columns: Columns, shard_paths: Sequence[str], where: str = "index") -> Index:
-        """The rows of some shards.
+        """Read the rows of some shards.
 
         Args:
-            columns: of the whole dataset, the shards' rows one after the other.
+            columns: the columns of the whole dataset, in the order of the shards.
             shard_paths: the shards of one split.
-            where: named in errors.
+            where: the file, named in errors.
 
         Raises:
-            DatasetError: the rows are not in the order of the shards, or lie or measure what cannot be.
+            DatasetError: the rows are not in the order of the shards, or have invalid offsets or sizes.
         """
         codes = _shard_codes(columns["shard"], shard_paths)
         rows = np.flatnonzero(codes >= 0)
@@ -218,11 +218,11 @@ class Index:
         )
 
     def image_id(self, row: int) -> str:
-        """The key of one row."""
+        """Return the key of one row."""
         return str(self.image_ids[int(row)].as_py())
 
     def take(self, rows: NDArray[np.int64]) -> Index:
-        """The index of some of the samples, (n,) rows ascending."""
+        """Return the index of some of the samples, (n,) rows ascending."""
         arrays = {name: getattr(self, name)[rows] for name in ("shard", "offset", "nbytes", "crc32", "width", "height")}
         return replace(
             self,
@@ -235,32 +235,32 @@ class Index:
         state = {name: value for name, value in self.__dict__.items() if name != "shared"}
         if not can_share():
             return state
-        # To a loader process that is being started: the arrays are shared, not sent.
+        # For a loader process that is being started: the arrays are shared, not sent.
         for name in (*_ARRAYS, "image_ids"):
             del state[name]
         return {**state, "shared": self.shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "shared" in state:
-            *arrays, ends, letters = state.pop("shared")
-            ids = pa.StringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(letters))
+            *arrays, ends, characters = state.pop("shared")
+            ids = pa.StringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(characters))
             state |= {**dict(zip(_ARRAYS, arrays)), "image_ids": ids}
         self.__dict__.update(state)
 
     @cached_property
     def shared(self) -> SharedArrays:
-        """A copy of the arrays in memory that processes share."""
-        _, ends, letters = _contiguous(self.image_ids).buffers()
-        ids = (np.frombuffer(ends, np.int32, len(self) + 1), np.frombuffer(letters, np.uint8))
+        """A copy of the arrays in shared memory."""
+        _, ends, characters = _contiguous(self.image_ids).buffers()
+        ids = (np.frombuffer(ends, np.int32, len(self) + 1), np.frombuffer(characters, np.uint8))
         return SharedArrays([*(getattr(self, name) for name in _ARRAYS), *ids])
 
     def without_labels(self) -> Index:
-        """What a loader process needs: less to send."""
+        """Return the index without labels, for a loader process: less to send."""
         return replace(self, labels=None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any sample, place or length, and with the choice of samples and classes."""
+        """16 hex digits that change with any sample, its place or length, and with the selection."""
         digest = hashlib.sha256()
         for part in (self.shard, self.offset, self.nbytes, self.crc32):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -270,11 +270,11 @@ class Index:
         return digest.hexdigest()[:16]
 
     def counts(self, column: str, categories: Sequence[Any]) -> dict[int, int]:
-        """Totals a category id of `instances`, `masks` or `groups`; `images`: the samples that have the class.
+        """Return a total for each category id.
 
         Args:
-            column: one of these four.
-            categories: with their ids in the shards.
+            column: `instances`, `masks`, `groups`, or `images` for the number of samples that have the class.
+            categories: the classes, with their ids in the shards.
         """
         assert self.labels is not None, "an index without labels counts nothing"
         weights = None if column == "images" else self.labels.flat(column).astype(np.int64)
@@ -309,7 +309,7 @@ def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
 
 
 def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
-    """The position of each row's shard in `shard_paths`, -1 for another."""
+    """Return the position of each row's shard in `shard_paths`, -1 for another shard."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     known = {path: position for position, path in enumerate(shard_paths)}
@@ -321,7 +321,7 @@ def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
 
 
 def _keys(column: Any, where: str) -> pa.Array:
-    """Keys as one array; that they are short and ASCII is what hashes of them rely on."""
+    """Return the keys as one array; hashes of them rely on their being short and ASCII."""
     keys = _contiguous(column)
     lengths = pc.min_max(pc.binary_length(keys)).as_py()
     if len(keys) and not (1 <= lengths["min"] <= lengths["max"] <= 64 and pc.all(pc.string_is_ascii(keys)).as_py()):
@@ -330,8 +330,10 @@ def _keys(column: Any, where: str) -> pa.Array:
 
 
 def _to_numpy(column: Any) -> NDArray[Any]:
-    """A column of numbers without nulls. Arrow's own `to_numpy` (like `pq.read_table`, and `pa.array` of a list)
-    imports pandas where there is one, which takes a quarter of a second: longer than all else before the first batch.
+    """Return a column of numbers without nulls as an array.
+
+    Arrow's own `to_numpy` imports pandas (as do `pq.read_table` and `pa.array` of a list), which takes a quarter of a
+    second: longer than everything else before the first batch.
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     return np.concatenate(
@@ -345,7 +347,7 @@ def _to_numpy(column: Any) -> NDArray[Any]:
 
 
 def _contiguous(column: Any) -> pa.Array:
-    """One array of its own memory: a slice would be pickled with all that it was cut from."""
+    """Return one array with memory of its own: a slice is pickled with everything that it was cut from."""
     combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(combined, pa.ChunkedArray):
         combined = combined.chunk(0) if combined.num_chunks else pa.array([], column.type)

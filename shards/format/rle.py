@@ -1,7 +1,7 @@
-"""COCO's run-length encoding of binary masks, by pycocotools.
+"""COCO's run-length encoding of binary masks, with pycocotools.
 
-Format: https://github.com/cocodataset/cocoapi (`maskApi.c`): column-major runs that start with a run of zeros, as a
-compressed ASCII string.
+Format: `maskApi.c` of https://github.com/cocodataset/cocoapi. The runs are column-major and start with a run of zeros;
+they are stored as a compressed ASCII string.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Rle:
     counts: str
 
     def to_json(self) -> dict[str, Any]:
-        """COCO's form: `{"size": [height, width], "counts": "..."}`."""
+        """Return COCO's form: `{"size": [height, width], "counts": "..."}`."""
         return {"size": [self.height, self.width], "counts": self.counts}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Rle:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError when `value` has another form."""
+        """Parse what `to_json` returns; KeyError, TypeError or ValueError if `value` has another form."""
         height, width = value["size"]
         counts = value["counts"]
         if not isinstance(counts, str):
@@ -41,31 +41,33 @@ class Rle:
         return cls(int(height), int(width), counts)
 
     def to_coco(self) -> dict[str, Any]:
-        """The form that pycocotools' functions take (counts as bytes)."""
+        """Return the form that pycocotools' functions take (counts as bytes)."""
         return {"size": [self.height, self.width], "counts": self.counts.encode("ascii")}
 
 
 def encode(mask: NDArray[Any]) -> Rle:
-    """Encode a mask of shape (H, W), any dtype; non-zero is the object."""
+    """Encode a mask [H, W] of any dtype; non-zero is the object."""
     height, width = mask.shape
     encoded = coco_mask.encode(np.asfortranarray(mask != 0).view(np.uint8))
     return Rle(height, width, encoded["counts"].decode("ascii"))
 
 
 def encode_part(bits: NDArray[np.uint8], left: int, top: int, height: int, width: int) -> Rle:
-    """Encode a mask of which only a part is given; all around it is 0.
+    """Encode a mask of which only a part is given; everything around it is 0.
 
     Args:
-        bits: uint8 (h, w) of 0 and 1, neither of them 0.
-        left, top: where the part lies in the mask.
-        height, width: of the mask.
+        bits: uint8 [h, w] of 0 and 1, h and w at least 1.
+        left: first column of the part in the mask.
+        top: first row of the part in the mask.
+        height: height of the mask.
+        width: width of the mask.
     """
     part_height, part_width = bits.shape
-    # The columns that hold something, in one row, with a pixel of background at either end: every turn is inside.
+    # The columns of the part, flattened, with a background pixel at either end, so that every change is inside.
     flat = np.zeros(part_width * height + 2, np.uint8)
     flat[1:-1].reshape(part_width, height)[:, top : top + part_height] = bits.T
-    turns = np.flatnonzero(flat[1:] != flat[:-1]) + left * height
-    runs = np.diff(turns, prepend=0, append=height * width)
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + left * height
+    runs = np.diff(changes, prepend=0, append=height * width)
     if not runs[-1]:
         runs = runs[:-1]
     [encoded] = coco_mask.frPyObjects([{"size": [height, width], "counts": runs.tolist()}], height, width)
@@ -73,34 +75,34 @@ def encode_part(bits: NDArray[np.uint8], left: int, top: int, height: int, width
 
 
 def decode(rle: Rle) -> NDArray[np.uint8]:
-    """Decode to uint8 (H, W), values 0 and 1."""
+    """Decode to uint8 [H, W], values 0 and 1."""
     mask: NDArray[np.uint8] = coco_mask.decode(rle.to_coco())
     return mask
 
 
 def area(rle: Rle) -> int:
-    """The number of object pixels."""
+    """Return the number of object pixels."""
     return int(coco_mask.area(rle.to_coco()))
 
 
 def bounds(rle: Rle) -> tuple[float, float, float, float]:
-    """The tight box (x, y, w, h) in pixels; w and h are 0 for an empty mask."""
+    """Return the tight box (x, y, w, h) in pixels; w and h are 0 for an empty mask."""
     x, y, w, h = coco_mask.toBbox(rle.to_coco())
     return float(x), float(y), float(w), float(h)
 
 
 def runs(rle: Rle) -> NDArray[np.int64]:
-    """The lengths of a mask's runs, the first of zeros; they are not checked against its size.
+    """Return the lengths of a mask's runs, the first of zeros; they are not checked against its size.
 
-    pycocotools decodes the same string, but takes any: this is for masks that come from elsewhere.
+    pycocotools decodes the same string without checks; this function is for masks of unknown origin.
 
     Raises:
-        ValueError: `counts` is not a string of COCO's code.
+        ValueError: `counts` is not a compressed RLE.
     """
     codes = np.frombuffer(rle.counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     if not len(codes):
         return codes
-    # Six bits a letter: five of a number, the lowest first, and one that says that more follow.
+    # Six bits per character: five of a number, lowest first, and one that is set if more characters follow.
     if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError("not a compressed RLE")
     ends = np.flatnonzero((codes & 32) == 0)
@@ -110,8 +112,8 @@ def runs(rle: Rle) -> NDArray[np.int64]:
         raise ValueError("not a compressed RLE: a run of more than 32 bits")
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
-    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # the last letter's fifth bit is the sign
-    # From the fourth run on, each is told as the difference to the one before of its kind.
+    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # bit 4 of the last character is the sign
+    # From the fourth run on, each is stored as the difference to the previous run of the same value.
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers

@@ -1,4 +1,4 @@
-"""Which samples of a dataset are read, with which of their annotations: decided by the index alone.
+"""Selecting a part of a dataset: samples and annotations, by the index alone.
 
 What is not selected is never fetched. The selection is part of the index's fingerprint, and so of the order's identity.
 """
@@ -28,8 +28,8 @@ class Selection:
 
     Attributes:
         classes: ids, ascending: samples that have one of them, without annotations of other classes. None: all.
-        fraction: above 0 to 1, of the samples that have such a class.
-        seed: of the hash that chooses them.
+        fraction: above 0 to 1: share of the samples that have such a class.
+        seed: seed of the hash that chooses them.
     """
 
     classes: tuple[int, ...] | None = None
@@ -45,7 +45,7 @@ class Selection:
             raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
 
     def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
-        """A part of this part: of these classes, which are among its own, and of the fraction.
+        """Return a part of this selection: some of its classes, and a fraction.
 
         Raises:
             DatasetError: it is a fraction already; `where` is named.
@@ -54,7 +54,7 @@ class Selection:
         if asked.fraction == 1:
             return replace(asked, fraction=self.fraction, seed=self.seed)
         if self.fraction < 1:
-            # It could mean the share of the samples that are left, or of all; whoever means one is not given the other.
+            # Ambiguous: it could be a share of the samples that are left, or of all.
             raise DatasetError(
                 f"{where}: fraction {fraction} of a selection that is fraction {self.fraction} already: "
                 "select once, with the fraction of the whole that is meant"
@@ -75,10 +75,10 @@ C = TypeVar("C", bound=_Named)
 
 
 def find_class(categories: Sequence[C], wanted: str | int, where: str) -> C:
-    """The class of a name (in any case), a MID or an id.
+    """Return the class with a name (in any case), a MID or an id.
 
     Raises:
-        DatasetError: there is none; `where` and the nearest names are told.
+        DatasetError: there is none; the message has `where` and the nearest names.
     """
     text = str(wanted)
     for matches in (
@@ -97,7 +97,7 @@ def find_class(categories: Sequence[C], wanted: str | int, where: str) -> C:
 
 
 def select_rows(index: Index, selection: Selection, where: str) -> Index:
-    """The index of the selected samples.
+    """Return the index of the selected samples.
 
     Raises:
         DatasetError: nothing is left; `where` is named.
@@ -108,7 +108,7 @@ def select_rows(index: Index, selection: Selection, where: str) -> Index:
         index = index.take(np.flatnonzero(np.bincount(index.labels.samples[has], minlength=len(index))))
         index = replace(index, category_ids={number: number for number in selection.classes})
     if selection.fraction < 1:
-        # In units of 2^-64; numbers this close to 1 are exact in neither direction, which nobody can tell.
+        # In units of 2^-64. Floats next to 1 are inexact, which is negligible.
         limit = min(int(selection.fraction * 2**64), 2**64 - 1)
         index = index.take(np.flatnonzero(hash_keys(index.image_ids, selection.seed) < np.uint64(limit)))
     if selection != Selection() and len(index) == 0:
@@ -117,30 +117,30 @@ def select_rows(index: Index, selection: Selection, where: str) -> Index:
 
 
 def hash_keys(image_ids: pa.Array, seed: int) -> NDArray[np.uint64]:
-    """(N,) a hash of each key and the seed; the same in any dataset that holds the key.
+    """Return uint64 (N,), a hash of each key and the seed; the same in any dataset that has the key.
 
-    Splitmix64 over the key's bytes, eight at a time (little-endian, the last padded with zeros).
+    Splitmix64 over the key's bytes, eight at a time (little-endian, the last word padded with zeros).
 
     Args:
-        image_ids: (N,) Arrow strings of ASCII, as keys of samples are.
+        image_ids: (N,) Arrow strings, ASCII.
         seed: not negative.
     """
     hashes = np.full(len(image_ids), fold(seed), dtype=np.uint64)
     width = -(-int(pc.max(pc.binary_length(image_ids)).as_py() or 1) // 8) * 8 if len(image_ids) else 8
     padded = pc.utf8_rpad(image_ids, width=width, padding="\0")
-    letters = np.frombuffer(padded.buffers()[2], dtype=np.uint8, count=width * len(image_ids))
-    for word in letters.view("<u8").reshape(-1, width // 8).T:
-        # A word of zeros is padding: the hash does not depend on the longest key around.
+    characters = np.frombuffer(padded.buffers()[2], dtype=np.uint8, count=width * len(image_ids))
+    for word in characters.view("<u8").reshape(-1, width // 8).T:
+        # A word of zeros is padding, so that the hash does not depend on the longest key.
         hashes = np.where(word == 0, hashes, splitmix64(hashes ^ word))
     return hashes
 
 
 def with_categories(sample: Sample, category_ids: Mapping[int, int] | None) -> Sample:
-    """The sample with its categories under other ids; whatever concerns a category without one is left out.
+    """Return the sample with other category ids; annotations of categories without one are dropped.
 
     Args:
-        sample: as the shard holds it.
-        category_ids: see `Index.category_ids`.
+        sample: as stored in the shard.
+        category_ids: see `Index.category_ids`; None returns the sample itself.
     """
     if category_ids is None:
         return sample

@@ -1,4 +1,4 @@
-"""What the format promises of the contents of a sample: its picture, its boxes and its masks."""
+"""Checks of a sample's contents: its picture, its boxes and its masks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shards.format.sample import Instance, Sample
 
 Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
 ROTATIONS = (0, 90, 180, 270)
-SLACK = 0.01  # pixels by which a box may leave the image: coordinates are rounded to 1/1000
-COVERED = 0.5  # least share of the mask's tight box that lies in the object's box,
-PIXEL = 1.0  # widened by as much on every side: a small object's mask is whole pixels, its box is not
+SLACK = 0.01  # pixels by which a box may extend beyond the image: coordinates are rounded to 1/1000
+COVERED = 0.5  # minimum share of a mask's tight box that is inside the object's box,
+MARGIN = 1.0  # extended by a pixel on every side: the mask of a small object has whole pixels, its box has not
 
 
 def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
-    """What is to be drawn or written as files must not have a fault: sizes and masks of a shard are anybody's numbers.
+    """Check a sample before it is drawn or extracted: numbers in a shard may come from any writer.
 
     Args:
-        sample: as it was read.
+        sample: the sample as read.
         categories: ids of the dataset's classes.
         where: the shard, named in the error.
 
@@ -33,11 +33,11 @@ def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
 
 
 def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -> Iterator[str]:
-    """Everything that is wrong with a sample, one line each.
+    """Yield each fault of a sample, on one line.
 
     Args:
-        sample: as it was read.
-        stored: its JSON member; None where it does not matter whether that is canonical.
+        sample: the sample as read.
+        stored: its JSON member; None to skip the check that it is canonical.
         categories: ids of the dataset's classes.
     """
     yield from _picture_faults(sample)
@@ -50,7 +50,7 @@ def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -
             faulty = True
             yield f"annotation {number}{f' (box {instance.box_id})' if instance.box_id else ''}: {fault}"
     if faulty:
-        return  # what follows writes the sample anew, which takes no mask of another size
+        return  # a sample with a mask of another size cannot be encoded again
     try:
         canonical = sample.to_members()["json"]
     except (SampleError, ValueError) as error:
@@ -72,13 +72,13 @@ def _label_faults(sample: Sample, categories: Set[int]) -> Iterator[str]:
 
 
 def instance_faults(instance: Instance, width: int, height: int, categories: Set[int]) -> Iterator[str]:
-    """Everything that is wrong with one annotation of an image of that size in pixels."""
+    """Yield each fault of one annotation of an image of that size in pixels."""
     if instance.category_id not in categories:
         yield f"category_id {instance.category_id} is not the id of a class"
     x, y, w, h = instance.bbox
     shown = _shown(instance.bbox)
     if not all(map(math.isfinite, instance.bbox)):
-        yield f"bbox {shown} is not of numbers"
+        yield f"bbox {shown} is not finite"
     elif w <= 0 or h <= 0:
         yield f"bbox {shown} is empty"
     elif x < -SLACK or y < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
@@ -104,7 +104,7 @@ def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Ite
     elif not runs[1::2].sum():
         yield "the RLE is empty: no pixel is the object's"
     elif _covered(rle.bounds(mask), bbox) < COVERED:
-        yield f"the mask lies at {_shown(rle.bounds(mask))}, mostly outside of its bbox {_shown(bbox)}"
+        yield f"the mask is at {_shown(rle.bounds(mask))}, mostly outside its bbox {_shown(bbox)}"
 
 
 def _picture_faults(sample: Sample) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _shown(box: Rectangle) -> str:
 
 
 def _covered(mask: Rectangle, box: Rectangle) -> float:
-    """The share of the first rectangle that lies in the second, widened; both x, y, w, h."""
-    width = min(mask[0] + mask[2], box[0] + box[2] + PIXEL) - max(mask[0], box[0] - PIXEL)
-    height = min(mask[1] + mask[3], box[1] + box[3] + PIXEL) - max(mask[1], box[1] - PIXEL)
+    """Return the share of the first rectangle that is in the second plus margin; both x, y, w, h."""
+    width = min(mask[0] + mask[2], box[0] + box[2] + MARGIN) - max(mask[0], box[0] - MARGIN)
+    height = min(mask[1] + mask[3], box[1] + box[3] + MARGIN) - max(mask[1], box[1] - MARGIN)
     return max(width, 0.0) * max(height, 0.0) / (mask[2] * mask[3])

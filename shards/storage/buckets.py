@@ -1,4 +1,4 @@
-"""Where an S3 bucket is reached, and how requests to it are signed; each is found out once a process."""
+"""Addresses of S3 buckets and signatures of requests; found once per process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 
 
 class Address:
-    """Where a bucket is reached, and how requests to it are signed."""
+    """The address of a bucket, and the signature of requests to it."""
 
     def __init__(self, bucket: str, anonymous: bool) -> None:
         self.bucket, self.anonymous = bucket, anonymous
-        self.tells_md5 = False  # once an ETag was the MD5 of an object, they all are
+        self.tells_md5 = False  # if the ETag of one object was its MD5, that of every object is
         self.move(None)
 
     def move(self, region: str | None) -> None:
@@ -28,36 +28,39 @@ class Address:
             raise NoCredentialsError
         region = region or session.get_config_variable("region") or "us-east-1"
         client = session.create_client("s3", region_name=region, config=Config(signature_version=UNSIGNED))
-        # botocore knows all forms of addresses (endpoints, path and host style): a URL without a signature shows it.
+        # botocore knows all forms of addresses (endpoints, path and host style): an unsigned URL has the right one.
         url = client.generate_presigned_url("get_object", Params={"Bucket": self.bucket, "Key": "k"})
         self.region = region
         self.base = url.split("?", 1)[0].removesuffix("/k")
 
     def signed(self, url: str, headers: dict[str, str]) -> dict[str, str]:
-        """The headers with a signature (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html)."""
+        """Return the headers with a signature.
+
+        Format: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+        """
         if self._credentials is None:
             return headers
         from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
 
         request = AWSRequest("GET", url, headers=headers)
-        # Frozen anew each time: credentials that expire renew themselves here.
+        # Frozen for each request: credentials that expire are renewed here.
         S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
         return dict(request.headers.items())
 
     @property
     def may_cross_a_fork(self) -> bool:
-        """Credentials that renew themselves hold a lock, which another thread of the parent may have had."""
+        """Whether a forked child can use it: renewable credentials have a lock, which a thread may have held."""
         return self._credentials is None or type(self._credentials).__name__ == "Credentials"
 
 
 _Key = tuple[str, bool, str | None]  # bucket, anonymous, endpoint
 _addresses: dict[_Key, asyncio.Future[Address]] = {}
-_known: dict[_Key, Address] = {}  # found out by the parent of this process
+_known: dict[_Key, Address] = {}  # found by the parent of this process
 
 
 def _keep_for_child() -> None:
-    """In a forked child: addresses are plain values, which take a tenth of a second to find out."""
+    """In a forked child: keep the addresses, which are plain values and take a tenth of a second to find."""
     for key, found in _addresses.items():
         if found.done() and not found.cancelled() and not found.exception() and found.result().may_cross_a_fork:
             _known[key] = found.result()
@@ -68,18 +71,18 @@ os.register_at_fork(after_in_child=_keep_for_child)
 
 
 async def address_of(bucket: str, anonymous: bool) -> Address:
-    """A bucket's address, for the endpoint that the environment names.
+    """Return a bucket's address, for the endpoint of the environment.
 
     Raises:
-        Exception: what botocore raises where settings or credentials are missing or wrong.
+        Exception: botocore's, if settings or credentials are missing or wrong.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     key = (bucket, anonymous, endpoint)
     if key in _known:
         return _known[key]
     if key not in _addresses:
-        # In a thread: botocore reads files, and may ask the machine's metadata service for credentials. Once: what it
-        # does takes a tenth of a second, and the first reads of a process all come at the same moment.
+        # In a thread, because botocore reads files and may ask the machine's metadata service for credentials. Once,
+        # because it takes a tenth of a second, and the first reads of a process all start at the same moment.
         _addresses[key] = asyncio.ensure_future(asyncio.to_thread(Address, bucket, anonymous))
     try:
         return await asyncio.shield(_addresses[key])

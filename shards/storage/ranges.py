@@ -1,10 +1,9 @@
-"""Many reads of objects and byte ranges at once, over S3, http(s), and whatever else fsspec knows.
+"""Many reads of objects and byte ranges at once, over S3, http(s), and any other file system of fsspec.
 
 S3 and http are read by plain GETs over aiohttp, signed by botocore's own signer for S3. Small ranges cost a quarter of
-the processor time of the same requests through s3fs (`benchmarks/reads.py`), which on a few cores decides how fast they
-can be read; and it keeps what has arrived of a body that breaks, so that the next request continues where it
-broke. An ETag binds the parts of one object together. Every other file system is read through fsspec, and asked again
-for the whole of a range where that fails.
+the processor time of the same requests through s3fs (`benchmarks/reads.py`), which limits the throughput of a few
+cores. The received part of a broken body is kept, and the next request continues there; an ETag ties the parts of one
+object together. Any other file system is read through fsspec, and a range that fails is read again from its start.
 
 Connections live in the event loop thread of fsspec (`shards.storage.sessions`).
 """
@@ -29,17 +28,17 @@ from shards.storage.buckets import Address, address_of
 from shards.storage.location import Location
 from shards.storage.sessions import aiohttp_module, session
 
-ATTEMPTS = 5  # of a request that brings next to nothing; one that brings a packet starts the count anew
+ATTEMPTS = 5  # in a row without a packet of data
 BACK_OFF_S = 0.2  # before the second attempt, doubled each time
-# Bytes. A line that works brings whole packets (1448 bytes over Ethernet), be it ever so slow or shared; less than one
-# within the read timeout is a server or proxy in trouble, and what goes on like that would take hours for a range.
+# Bytes. A working connection, however slow or shared, delivers whole packets (1448 bytes over Ethernet). Less than one
+# within the read timeout means a server or proxy in trouble; a range would take hours at that rate.
 PACKET = 1024
-SLOWEST_READ = 2**14  # bytes a second below which a range of another file system than S3 and http is given up
+SLOWEST_READ = 2**14  # bytes per second; a slower read from another file system than S3 and http is aborted
 IN_FLIGHT = 32
 HTTP = ("http", "https")
-REMOTE = (*HTTP, "s3", "s3a")  # what is read here by plain GETs
+REMOTE = (*HTTP, "s3", "s3a")  # read by plain GETs
 
-Bytes = bytes | bytearray  # what is read; it is not copied to become immutable
+Bytes = bytes | bytearray  # a result is not copied to make it immutable
 
 T = TypeVar("T")
 Asked = TypeVar("Asked")
@@ -49,8 +48,8 @@ Asked = TypeVar("Asked")
 class Read:
     """A whole object (`end` is None), or its bytes `start` to `end` (exclusive).
 
-    A whole object of S3 is checked against its ETag where that is an MD5. `largest`: a longer object is not read.
-    `etag`: read only while the object has this one (S3 and http; a weak one, W/"...", binds nothing).
+    A whole object of S3 is checked against its ETag if that is an MD5. An object longer than `largest` is not read.
+    With an `etag`, the read fails unless the object has it (S3 and http; a weak one, W/"...", is ignored).
     """
 
     location: Location
@@ -62,12 +61,12 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a store tells of an object.
+    """A store's description of an object.
 
     Attributes:
-        size: in bytes; None where it is not told.
-        etag: as told, with its quotes; "" where none is told.
-        changed: when it was last changed, in whatever form that is told; "" where it is not.
+        size: in bytes; None if unknown.
+        etag: with its quotes; "" if there is none.
+        changed: time of the last change, in the store's own form; "" if unknown.
     """
 
     size: int | None
@@ -77,8 +76,7 @@ class Description:
 
 @dataclass
 class ReadStatistics:
-    """What was done so far: requests sent, bytes received, requests that had to be repeated or continued, and why the
-    last of these had to."""
+    """Totals of requests sent, bytes received, and requests repeated or continued, with the reason of the last one."""
 
     requests: int = 0
     nbytes: int = 0
@@ -87,33 +85,33 @@ class ReadStatistics:
 
 
 class TransientError(OSError):
-    """The server's answer may be another next time: 5xx, 429, 408, or a body that ended early."""
+    """An error that may pass: 5xx, 429, 408, or a body that ended early."""
 
 
 class WrongBytesError(TransientError):
-    """What came is not what the store's checksum says."""
+    """The bytes do not match the store's checksum."""
 
 
 class ReplacedError(OSError):
-    """The object no longer has the ETag that the read is bound to."""
+    """The object no longer has the ETag of the read."""
 
 
 class TooLargeError(OSError):
     """The object is longer than the read allows."""
 
 
-# What another attempt will not mend.
+# Errors that another attempt cannot fix.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, TooLargeError, ReplacedError)
 
 
 def read_many(
     reads: Sequence[Read], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
 ) -> list[bytes | Exception]:
-    """Read everything asked for, concurrently, in the order asked.
+    """Do many reads concurrently and return the results in the same order.
 
-    What may pass (timeouts, 5xx, broken connections, short answers) is tried again with back-off, and continued where
-    it broke (S3 and http). A read that fails for good is its exception: FileNotFoundError, PermissionError, or what
-    `shards.storage.explain` explains. A short answer of an object that really ends there is returned as it is.
+    Errors that may pass (timeouts, 5xx, broken connections, short answers) are retried with back-off, on S3 and http
+    from where the body broke. The result of a failed read is its exception: FileNotFoundError, PermissionError, or
+    another one that `shards.storage.explain` knows. If the object ends within the range, the result is shorter.
     """
     statistics = statistics or ReadStatistics()
     return _run(_all(lambda read: _read_bytes(read, statistics), reads, in_flight))
@@ -122,17 +120,17 @@ def read_many(
 def describe_many(
     locations: Sequence[Location], *, in_flight: int = IN_FLIGHT, statistics: ReadStatistics | None = None
 ) -> list[Description | Exception]:
-    """What the store tells of objects, concurrently, in the order asked; what cannot be had is an exception.
+    """Describe many objects concurrently, in the same order; the result of a failure is its exception.
 
-    S3 and http are asked for an object's first byte: the answer tells as much as a HEAD does, and whoever may read an
-    object may ask so, by a signed URL too.
+    On S3 and http this reads an object's first byte. The answer has the same headers as a HEAD, and needs no other
+    permission than reading, not even with a signed URL.
     """
     statistics = statistics or ReadStatistics()
     return _run(_all(lambda location: _describe(location, statistics), locations, in_flight))
 
 
 def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[Bytes]:
-    """Begin a read in the background; the future's result or exception is that of `read_many`."""
+    """Start a read in the background; the future's result or exception is that of `read_many`."""
     return asyncio.run_coroutine_threadsafe(_read(read, statistics or ReadStatistics()), get_loop())
 
 
@@ -183,15 +181,15 @@ async def _read(read: Read, statistics: ReadStatistics) -> Bytes:
 
 
 async def _cat(read: Read) -> bytes:
-    """Read through fsspec. Only what a file system does asynchronously can be given up: a thread cannot be ended."""
+    """Read through fsspec, with a time limit if the file system is asynchronous: a thread cannot be ended."""
     fs, limit = read.location.fs, {}
     if fs.async_impl and read.end is not None:
         limit["timeout"] = storage.READ_TIMEOUT_S + (read.end - read.start) / SLOWEST_READ
     try:
         data = await asyncio.to_thread(fs.cat_file, read.location.path, start=read.start, end=read.end, **limit)
     except TimeoutError as error:
-        told = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
-        raise TransientError(told) from error
+        reason = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
+        raise TransientError(reason) from error
     return bytes(data)
 
 
@@ -206,7 +204,7 @@ async def _describe(location: Location, statistics: ReadStatistics) -> Descripti
 
 
 async def _get(read: Read, statistics: ReadStatistics) -> _Body:
-    """Get an object or range by http; what has arrived of a body that breaks stays, and the rest is asked for."""
+    """Get an object or range by http; the received part of a broken body is kept, and the rest requested."""
     address, key = None, ""
     if read.location.protocol not in HTTP:
         bucket, _, key = read.location.url.partition("://")[2].partition("/")
@@ -214,27 +212,27 @@ async def _get(read: Read, statistics: ReadStatistics) -> _Body:
     body, attempts = _Body(read, statistics), _Attempts(statistics)
     while True:
         before = len(body.data)
-        # Anew each time: an answer may have told that the bucket lies in another region.
+        # For each request: an answer may have named another region of the bucket.
         url = read.location.url if address is None else f"{address.base}/{key}"
         try:
             statistics.requests += 1
             await _get_once(body, url, address)
             if body.is_right(address):
                 return body
-            raise WrongBytesError("the bytes do not have the MD5 that the store tells (ETag)")
+            raise WrongBytesError("the bytes do not have the MD5 of the store's ETag")
         except (OSError, aiohttp_module().ClientError) as error:
             await attempts.failed(error, len(body.data) - before)
 
 
 @dataclass
 class _Attempts:
-    """How often one read is tried, and when again."""
+    """The attempts at one read."""
 
     statistics: ReadStatistics
     failures: int = 0  # in a row
 
     async def failed(self, error: Exception, nbytes: int) -> None:
-        """Wait for the next attempt, after one that brought so many bytes; raises `error` where there is none."""
+        """Wait for the next attempt, after one that received `nbytes`; raise `error` if it was the last."""
         if isinstance(error, FINAL):
             raise error
         self.failures = 0 if nbytes >= PACKET else self.failures + 1
@@ -242,25 +240,25 @@ class _Attempts:
             raise error
         self.statistics.retries += 1
         self.statistics.trouble = " ".join(str(error).split()) or type(error).__name__
-        # Jitter keeps many processes from asking an overloaded server all at once again.
+        # Jitter keeps many processes from asking an overloaded server again at the same moment.
         await asyncio.sleep(BACK_OFF_S * 2**self.failures * random.uniform(0.5, 1.5))
 
 
 @dataclass
 class _Body:
-    """What has arrived of one read."""
+    """The received part of one read."""
 
     read: Read
-    statistics: ReadStatistics  # counts all bytes, also those that are dropped
+    statistics: ReadStatistics  # counts all bytes, including those that are dropped
     data: bytearray = field(default_factory=bytearray)
     etag: str = ""
     length: int | None = None  # of the whole object
     changed: str = ""
-    md5: str = ""  # that the store tells of the whole object; "" where it does not
-    wrong: str = ""  # the MD5 of what came before, when that was not it
+    md5: str = ""  # of the whole object, by its ETag; "" if unknown
+    wrong: str = ""  # the MD5 of an earlier body that did not match
 
     def is_right(self, address: Address | None) -> bool:
-        """Whether the bytes are the object's, as far as can be told; if not, they are dropped."""
+        """Return whether the bytes match the object's MD5, if that is known; otherwise drop them."""
         if not self.md5 or address is None or self.read.end is not None or self.read.start:
             return True
         found = hashlib.md5(self.data, usedforsecurity=False).hexdigest()
@@ -268,14 +266,14 @@ class _Body:
             address.tells_md5 = True
             return True
         if found == self.wrong and not address.tells_md5:
-            return True  # the same twice: this store's ETag is another checksum than was thought
+            return True  # the same twice: this store's ETag is not an MD5
         self.wrong = found
         self.data.clear()
         return False
 
     @property
     def missing(self) -> int:
-        """Bytes that the object has and that have not come, as far as its length is told; not above 0 if all have."""
+        """Bytes that have not arrived, judging by the object's length; at most 0 if all have."""
         if self.length is None:
             return 0
         end = self.length if self.read.end is None else min(self.read.end, self.length)
@@ -291,11 +289,11 @@ class _Body:
             headers["Range"] = f"bytes={start}-"
         bound = self.read.etag or (self.etag if self.data else "")
         if bound and not bound.startswith("W/"):
-            headers["If-Match"] = bound  # the rest of another object would be worse than an error
+            headers["If-Match"] = bound  # an error is better than the rest of another object
         return headers
 
     def take_headers(self, answer: Any) -> None:
-        """What the head of an answer tells."""
+        """Take ETag, time of change and length from an answer's headers."""
         self.etag = answer.headers.get("ETag", "")
         self.changed = answer.headers.get("Last-Modified", "")
         total = re.fullmatch(r"bytes (?:\*|\d+-\d+)/(\d+)", answer.headers.get("Content-Range", ""))
@@ -327,37 +325,37 @@ async def _get_once(body: _Body, url: str, address: Address | None) -> None:
         if ranged and answer.status == 200:
             if body.read.start or body.read.end is not None:
                 raise TransientError("the server ignores byte ranges, without which nothing can be read from it")
-            body.data.clear()  # the whole again, where its rest was asked for
+            body.data.clear()  # the whole object instead of its rest
         body.take_headers(answer)
         body.md5 = _md5_of(answer.headers) if address is not None else ""
         if body.read.largest is not None and (answer.content_length or 0) > body.read.largest:
             raise TooLargeError(f"{answer.content_length} bytes, the limit is {body.read.largest}")
         await _receive(answer.content, body)
-    if body.missing > 0:  # though the answer was whole by itself
-        raise TransientError(f"the answer ended {counted(body.missing, 'byte')} before what was asked for")
+    if body.missing > 0:  # although the answer itself was complete
+        raise TransientError(f"the answer ended {counted(body.missing, 'byte')} early")
 
 
 async def _receive(content: Any, body: _Body) -> None:
-    """Take a body in, as long as a packet of it comes within the read timeout, however many drops come meanwhile."""
-    loop, patience, came = asyncio.get_running_loop(), storage.READ_TIMEOUT_S, 0
-    limit = asyncio.timeout(patience)
+    """Receive a body, as long as a packet of it arrives within each read timeout."""
+    loop, timeout, received = asyncio.get_running_loop(), storage.READ_TIMEOUT_S, 0
+    limit = asyncio.timeout(timeout)
     try:
         async with limit:
             async for chunk in content.iter_any():
                 body.data += chunk
                 body.statistics.nbytes += len(chunk)
-                came += len(chunk)
-                if came >= PACKET:
-                    came = 0
-                    limit.reschedule(loop.time() + patience)
+                received += len(chunk)
+                if received >= PACKET:
+                    received = 0
+                    limit.reschedule(loop.time() + timeout)
     except TimeoutError as error:
         if not limit.expired():
             raise
-        raise TransientError(f"only {counted(came, 'byte')} came in {patience} s") from error
+        raise TransientError(f"only {counted(received, 'byte')} came in {timeout} s") from error
 
 
 def _md5_of(headers: Mapping[str, str]) -> str:
-    """The MD5 of an object that was put whole: its ETag, unless a key of KMS or of the client's encrypts it.
+    """Return the MD5 of an object: its ETag, if it was put whole and is not encrypted with a key of KMS or the client.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
@@ -368,21 +366,21 @@ def _md5_of(headers: Mapping[str, str]) -> str:
 
 
 async def _refuse(answer: Any, url: str, address: Address | None) -> None:
-    """Raise what a status other than 200 and 206 means."""
+    """Raise the error of a status other than 200 and 206."""
     text = (await answer.content.read(4096)).decode("utf-8", "replace")
-    told = {
+    fields = {
         name: found[1]
         for name in ("Code", "Message", "Region")
         if (found := re.search(rf"<{name}>([^<]*)</{name}>", text))
     }
-    code = told.get("Code", answer.reason or "")
-    reason = " ".join(f"HTTP {answer.status} {code}: {told.get('Message', '')}".rstrip(": ").split())
-    region = answer.headers.get("x-amz-bucket-region") or told.get("Region")
+    code = fields.get("Code", answer.reason or "")
+    reason = " ".join(f"HTTP {answer.status} {code}: {fields.get('Message', '')}".rstrip(": ").split())
+    region = answer.headers.get("x-amz-bucket-region") or fields.get("Region")
     if address is not None and region and region != address.region:
         await asyncio.to_thread(address.move, region)
         raise TransientError(f"the bucket is in region {region}")
     if answer.status in (404, 410):
         raise FileNotFoundError("The specified bucket does not exist" if code == "NoSuchBucket" else url)
     if 400 <= answer.status < 500 and answer.status not in (408, 429):
-        raise PermissionError(reason)  # ExpiredToken is a 400: credentials that can renew themselves have done so
+        raise PermissionError(reason)  # ExpiredToken is a 400: renewable credentials have been renewed before
     raise TransientError(reason)

@@ -1,4 +1,4 @@
-"""The connections over which S3 and http are read: one aiohttp session an event loop, which never crosses a fork."""
+"""HTTP connections for reading S3 and http: one aiohttp session per event loop, which never crosses a fork."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _sessions: dict[int, Any] = {}
 
 
 def _forget() -> None:
-    """In a forked child: sessions belong to the parent's loop. They are kept alive, unused: closing them would reach
-    into the parent's epoll set."""
+    """In a forked child: drop the sessions of the parent's loop.
+
+    They are kept alive, unused: closing them would change the parent's epoll set.
+    """
     _inherited.append(dict(_sessions))
     _sessions.clear()
 
@@ -28,7 +30,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 async def session() -> Any:
-    """The `aiohttp.ClientSession` of the running loop, made on first use."""
+    """Return the `aiohttp.ClientSession` of the running loop, created on first use."""
     loop = id(asyncio.get_running_loop())
     if loop not in _sessions:
         aiohttp = aiohttp_module()
@@ -36,14 +38,14 @@ async def session() -> Any:
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=_certificates(_authorities())),
             auto_decompress=False,
             read_bufsize=2**18,
-            trust_env=bool(getproxies()),  # else aiohttp looks for a proxy in a thread, for each request anew
+            trust_env=bool(getproxies()),  # otherwise aiohttp looks for a proxy in a thread, for every request
         )
         atexit.register(_close, _sessions[loop], asyncio.get_running_loop())
     return _sessions[loop]
 
 
 def _close(session: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """At the end of the process, which is the one that made the session."""
+    """Close a session at the end of the process that created it."""
     if loop.is_running():
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(session.close(), loop).result(1)
@@ -55,12 +57,12 @@ def _authorities() -> str | None:
 
 @cache
 def _certificates(file: str | None) -> ssl.SSLContext:
-    """The system's authorities, or those of a file, which botocore would take."""
+    """Return the system's authorities, or those of a file, as botocore does."""
     return ssl.create_default_context(cafile=file)
 
 
 def aiohttp_module() -> Any:
-    """`aiohttp`, whose import takes a tenth of a second that --help can do without."""
+    """Import `aiohttp` on first use: it takes a tenth of a second, which --help can do without."""
     import aiohttp
 
     return aiohttp

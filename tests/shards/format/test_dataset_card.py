@@ -19,14 +19,14 @@ def test_counts_a_split_and_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "licenses", "told"),
+    ("source", "licenses", "expected"),
     [
-        ("Open Images", ["cc-by-2.0", "cc-by-4.0"], "listed by Open Images as [CC BY 2.0]"),
+        ("Open Images", ["cc-by-2.0", "cc-by-4.0"], "Open Images lists the images as [CC BY 2.0]"),
         ("COCO", None, "under the licences of their source"),
     ],
 )
 def test_the_card_names_source_licence_and_the_classes_that_there_are(
-    source: str, licenses: list[str] | None, told: str
+    source: str, licenses: list[str] | None, expected: str
 ) -> None:
     counts = count_classes([ROW], CATEGORIES)
     card = render_card(CATEGORIES, counts, [SHARD], "build-shards --x", {"mask-filtered": 3}, source)
@@ -34,7 +34,7 @@ def test_the_card_names_source_licence_and_the_classes_that_there_are(
     value = yaml.safe_load(front)
     assert value.get("license") == licenses
     assert value["configs"][0]["data_files"] == [{"split": "validation", "path": "val/*.tar"}]
-    assert told in text
+    assert expected in text
     assert "1 image in 1 tar shard (" in text
     assert "3 mask-filtered" in text
     assert "| val | Ant | 1 | 0 | 1 | 1 |" in text

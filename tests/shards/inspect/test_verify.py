@@ -234,7 +234,7 @@ def box(number: int, **values: object) -> Edit:
         (rle_of(counts="P\\o"), "the RLE cannot be decoded"),
         (rle_of(size=[48, 32]), "annotation 0 (box b0): the RLE is of 32x48, the image 48x32"),
         (box(0, segmentation=rle.encode(np.zeros((32, 48))).to_json()), "the RLE is empty"),
-        (box(0, bbox=[40.0, 20.0, 8.0, 12.0]), "mostly outside of its bbox [40, 20, 8, 12]"),
+        (box(0, bbox=[40.0, 20.0, 8.0, 12.0]), "mostly outside its bbox [40, 20, 8, 12]"),
         (box(0, predicted_iou=-3.5), "predicted_iou -3.5 is not from 0 to 1"),
         (box(1, bbox=[40.0, 2.0, 20.0, 25.0]), "bbox [40, 2, 20, 25] leaves the image"),
         (box(1, bbox=[4.0, 2.0, 0.0, 25.0]), "bbox [4, 2, 0, 25] is empty"),

@@ -134,7 +134,7 @@ def test_answers_without_any_of_the_bytes_are_an_error_in_the_end(poor: Location
     Poor.ways, done = ["nothing"] * 9, ReadStatistics()
     [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
     assert isinstance(error, TransientError)
-    assert str(error) == "the answer ended 8000 bytes before what was asked for"
+    assert str(error) == "the answer ended 8000 bytes early"
     assert done.requests == 5
 
 
