@@ -34,6 +34,7 @@ _CREDENTIAL_ERRORS = (
     "SignatureDoesNotMatch",
     "RequestTimeTooSkewed",
 )
+_CONFIGURATION_ERRORS = ("NoCredentialsError", "InvalidRegionError")  # of botocore
 
 T = TypeVar("T")
 
@@ -82,19 +83,13 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | R
     return [_checked(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
 
-def fetch_all(requests: Sequence[Request]) -> list[bytes]:
-    """Read objects that must exist, as `fetch` does.
+def fetch_one(request: Request) -> bytes:
+    """Read an object that must exist.
 
     Raises:
-        StorageError: One is missing or refused, or `fetch` raises it.
+        StorageError: It is missing or refused, or `fetch` raises it.
     """
-    answers = zip(requests, fetch(requests), strict=True)
-    return [_existing(request.location, answer) for request, answer in answers]
-
-
-def fetch_one(request: Request) -> bytes:
-    """Read one object that must exist; see `fetch_all` for errors."""
-    return fetch_all([request])[0]
+    return _existing(request.location, fetch([request])[0])
 
 
 def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
@@ -106,7 +101,7 @@ def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
     statistics = ReadStatistics()
     answers = describe_many(locations, in_flight=IN_FLIGHT, statistics=statistics)
     PROCESS.count(statistics.requests, statistics.nbytes)
-    return [_without_failures(location, answer) for location, answer in zip(locations, answers, strict=True)]
+    return [_answer_or_refusal(location.url, answer) for location, answer in zip(locations, answers, strict=True)]
 
 
 @dataclass
@@ -213,50 +208,40 @@ def length_of(location: Location, description: Description) -> int:
 
 
 def _checked(request: Request, answer: bytes | Exception) -> bytes | Refusal:
-    data = _without_failures(request.location, answer)
+    data = _answer_or_refusal(request.location.url, answer)
     if not isinstance(data, Refusal) and request.end is not None and len(data) != request.end - request.start:
         expected = f"expected {request.end - request.start} bytes from byte {request.start}, got {len(data)}"
         raise StorageError(f"{request.location}: {expected}: is it truncated?")
     return data
 
 
-def _without_failures(location: Location, answer: T | Exception) -> T | Refusal:
-    if not isinstance(answer, Exception):
-        return answer
-    refusal = _refusal_of(answer, location.url)
-    if refusal is None:
-        reason = explain(answer, location.url) or repr(answer)
-        raise StorageError(f"{reason} (after several attempts)") from answer
-    return refusal
-
-
-def _refusal_of(error: Exception, url: str) -> Refusal | None:
-    """The permanent answer that an error stands for; None for an error that may be temporary.
+def _answer_or_refusal(url: str, answer: T | Exception) -> T | Refusal:
+    """The answer, or the refusal that an error stands for.
 
     Raises:
-        StorageError: The error concerns the whole store rather than the object, and waiting does not help.
+        StorageError: The error persisted through all attempts, or concerns the whole store rather than the object.
     """
-    if isinstance(error, TooLargeError):
+    if not isinstance(answer, Exception):
+        return answer
+    if isinstance(answer, TooLargeError):
         return Refusal("too-large")
-    if isinstance(error, WrongBytesError):
+    if isinstance(answer, WrongBytesError):
         return Refusal("undecodable")
-    if isinstance(error, FileNotFoundError):
-        if is_missing_bucket(error):
-            raise StorageError(explain(error, url) or f"{url}: the bucket does not exist") from error
-        return Refusal("missing")
-    if isinstance(error, PermissionError) and any(code in str(error) for code in _CREDENTIAL_ERRORS):
-        raise StorageError(explain(error, url) or repr(error), permanent=True) from error
-    if isinstance(error, PermissionError):
-        return Refusal("refused")
-    if isinstance(error, ReplacedError):
-        raise StorageError(_replaced(url)) from error
-    message = explain(error, url)
+    if isinstance(answer, ReplacedError):
+        raise StorageError(_replaced(url)) from answer
+    message = explain(answer, url)
     if message is None:
-        raise error
+        raise answer
+    if isinstance(answer, FileNotFoundError) and not is_missing_bucket(answer):
+        return Refusal("missing")
+    wrong_credentials = any(code in str(answer) for code in _CREDENTIAL_ERRORS)
+    if isinstance(answer, PermissionError) and not wrong_credentials:
+        return Refusal("refused")
     # Not EndpointConnectionError: botocore uses that name for a connection that was reset as well.
-    if type(error).__name__ in ("NoCredentialsError", "InvalidRegionError"):
-        raise StorageError(message, permanent=True) from error
-    return None
+    permanent = isinstance(answer, PermissionError) or type(answer).__name__ in _CONFIGURATION_ERRORS
+    if not permanent and not is_missing_bucket(answer):
+        message += " (after several attempts)"
+    raise StorageError(message, permanent=permanent) from answer
 
 
 def _existing(location: Location, answer: T | Refusal) -> T:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +36,6 @@ from shards.storage.location import Location
 from shards.storage.ranges import Description
 
 FORMAT = 1  # part of every file name: files of other versions of the cache are not read
-ROWS = 1 << 18  # per row group: the unit of writing, reading and filtering, a few tens of MB in memory
 SUFFIX, UNFINISHED = ".parquet", ".tmp"
 ABANDONED_S = 24 * 3600  # an unfinished file of this age belongs to a process that was killed
 STATE_KEY = b"source"
@@ -114,85 +113,71 @@ class Cache:
     def keep(self, content: Content, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Yield the tables and write them; the file appears once all have been consumed without an exception.
 
-        A folder that cannot be written or a full disk causes one warning and no error.
+        Each table becomes a row group. A folder that cannot be written or a full disk causes one warning and no error.
         """
         if not self.folder:
             yield from tables
             return
-        writer = _Writer(os.path.join(self.folder, content.file_name), content)
-        try:
+        with _Writer(self.folder, content) as writer:
             for table in tables:
                 writer.add(table)
                 yield table
-        except BaseException as error:
-            writer.discard(error)
-            raise
-        writer.finish()
 
 
 NO_CACHE = Cache("")
 
 
 class _Writer:
-    """Writes tables in whole row groups; does nothing more after the first failure."""
+    """Writes a file of the cache; does nothing more after the first failure."""
 
-    def __init__(self, path: str, content: Content) -> None:
-        self._path = path
-        self._schema = content.schema.with_metadata({STATE_KEY: content.state})
-        self._waiting: list[pa.Table] = []
+    def __init__(self, folder: str, content: Content) -> None:
+        self._folder = folder
         self._files = ExitStack()
         self._parquet: pq.ParquetWriter | None = None
-        self._unless_it_fails(self._open)
+        self._metadata = {STATE_KEY: content.state.encode()}
+        self._schema = content.schema.with_metadata(self._metadata)
+        self._path = os.path.join(folder, content.file_name)
+
+    def __enter__(self) -> Self:
+        try:
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            _remove_abandoned(self._folder)
+            file = self._files.enter_context(atomic_write(self._path))
+            self._parquet = self._files.enter_context(
+                pq.ParquetWriter(file, self._schema, compression="zstd", write_page_checksum=True, store_schema=True)
+            )
+        except OSError as error:
+            self._give_up(error)
+        return self
 
     def add(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        count = sum(part.num_rows for part in self._waiting)
-        if count >= ROWS:
-            self._write(count - count % ROWS)
+        if self._parquet is not None:
+            try:
+                # One dictionary per row group: with several, Parquet writes the values themselves.
+                rows = table.replace_schema_metadata(self._metadata).unify_dictionaries()
+                self._parquet.write_table(rows)
+            except OSError as error:
+                self._give_up(error)
 
-    def finish(self) -> None:
-        """Write the remaining rows and give the file its name."""
-        self._write(ROWS)
-        self._unless_it_fails(self._files.close)
-
-    def discard(self, error: BaseException) -> None:
-        """Delete the unfinished file."""
-        self._parquet = None
-        with suppress(Exception):  # closing writes a footer, for which the disk may be too full as well
-            self._files.__exit__(type(error), error, error.__traceback__)
-
-    def _open(self) -> None:
-        folder = os.path.dirname(self._path)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        _remove_abandoned(folder)
-        file = self._files.enter_context(atomic_write(self._path))
-        self._parquet = self._files.enter_context(
-            pq.ParquetWriter(file, self._schema, compression="zstd", write_page_checksum=True, store_schema=True)
-        )
-
-    def _write(self, count: int) -> None:
-        """Write the first `count` of the waiting rows."""
-        waiting, self._waiting = self._waiting, []
-        if self._parquet is None or not waiting:
-            return
-        # One dictionary per row group: with several, Parquet writes the values themselves.
-        rows = pa.concat_tables(waiting).replace_schema_metadata(self._schema.metadata).unify_dictionaries()
-        self._waiting = [rows.slice(count).replace_schema_metadata(None)]
-        parquet = self._parquet
-        self._unless_it_fails(lambda: parquet.write_table(rows.slice(0, count), row_group_size=ROWS))
-
-    def _unless_it_fails(self, action: Callable[[], object]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
-            action()
-        except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            warn_once(
-                os.path.dirname(self._path),
-                "unwritable",
-                f"the cache cannot be written ({reason}): continuing without it; free some space there, or choose "
-                "another folder with --cache",
-            )
-            self.discard(error)
+            self._files.__exit__(kind, error, trace)
+        except OSError as failure:
+            if error is None:
+                self._give_up(failure)
+
+    def _give_up(self, error: OSError) -> None:
+        """Delete the unfinished file and warn."""
+        self._parquet = None
+        with suppress(OSError):  # closing writes a footer, for which the disk may be too full as well
+            self._files.__exit__(type(error), error, error.__traceback__)
+        reason = " ".join(str(error).split())[:200]
+        warn_once(
+            self._folder,
+            "unwritable",
+            f"the cache cannot be written ({reason}): continuing without it; free some space there, or choose another "
+            "folder with --cache",
+        )
 
 
 def _remove_abandoned(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Where images and annotations come from: Open Images and COCO files.
+"""The places that images and annotations come from: Open Images and COCO files.
 
-A source is one class that implements `base.Source`.
+A source is a class that implements `base.Source`.
 """

@@ -1,10 +1,14 @@
-"""Builds in the process of a test: the steps that `build-shards` takes, in one call."""
+"""Builds in the process of a test: the steps that `build-shards` takes, in one call, and what they packed."""
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from builder.commands import build as build_module
 from builder.commands import dry_run
@@ -13,6 +17,7 @@ from builder.packing.executors import IN_THIS_PROCESS, Engine
 from builder.planning.prepare import prepare
 from builder.planning.selection import Quotas
 from builder.sources.base import Source
+from shards.format.sample import Sample
 from shards.storage.location import Location
 
 Options = Mapping[str, Any]  # arguments of `builder.planning.prepare.prepare`
@@ -45,3 +50,25 @@ def retry_failed(source: Source, options: Options, root: Location) -> build_modu
 def estimate(source: Source, options: Options, root: Location) -> dry_run.Estimate:
     """Estimate what a build would cost."""
     return dry_run.estimate(build_module.begin(source, root, partial(prepare, source, **options), writes=False))
+
+
+def accounts_of(root: Path) -> list[dict[str, str]]:
+    """Return the rows of a dataset's accounts."""
+    rows: list[dict[str, str]] = pq.read_table(root / "accounts.parquet").to_pylist()
+    return rows
+
+
+def samples_of(root: Path) -> dict[str, dict[str, Sample]]:
+    """Split -> key -> sample, read by the standard library."""
+    members: dict[tuple[str, str], dict[str, bytes]] = {}
+    for path in sorted(root.glob("*/*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                key, extension = info.name.split(".")
+                file = tar.extractfile(info)
+                assert file is not None
+                members.setdefault((path.parent.name, key), {})[extension] = file.read()
+    found: dict[str, dict[str, Sample]] = {}
+    for (split, key), data in members.items():
+        found.setdefault(split, {})[key] = Sample.from_members(key, data)
+    return found

@@ -1,4 +1,4 @@
-"""A small dataset in COCO's format, drawn at random: polygons, run lengths of both kinds, crowds, mere boxes."""
+"""Small datasets in COCO's format, with masks of all kinds: polygons, run lengths of both kinds, crowds, no mask."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ CATEGORIES = [
 ]
 LICENSES = [{"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}]
 
+IMAGE = {"id": 1, "file_name": "a.jpg", "width": 10, "height": 8}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """Return an instances file with one image, category and annotation, with other values for some keys."""
+    annotation = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}
+    return {"images": [IMAGE], "categories": [{"id": 1, "name": "dog"}], "annotations": [annotation], **changes}
+
 
 def write_coco(root: Path, *, images: int = 12, seed: int = 0, name: str = "instances.json") -> dict[str, Any]:
-    """Write `root/images/part<n>/<file>.jpg` and `root/<name>`, 1 to 5 objects an image; returns the JSON's value."""
+    """Write `root/images/part<n>/<file>.jpg` and `root/<name>`, 1 to 5 objects per image; return the JSON's value."""
     rng = np.random.default_rng(seed)
     value: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES, "licenses": LICENSES}
     for number in range(images):

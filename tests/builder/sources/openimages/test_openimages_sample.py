@@ -1,24 +1,16 @@
 """The builder on real photographs in the Open Images layout, with planted faults, where that folder is present."""
 
 import csv
-import hashlib
 import io
-import os
-import re
-import signal
-import subprocess
-import sys
-import tarfile
-import time
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from builder.packing.executors import Engine
 from builder.planning.image_list import ImageList
 from builder.sources.base import Filters
 from builder.sources.openimages.layout import source_location
@@ -28,7 +20,7 @@ from shards.format import rle
 from shards.format.dataset import Dataset, open_dataset
 from shards.format.sample import Sample
 from shards.storage.location import Location
-from tests.builder.builds import build, quotas
+from tests.builder.builds import accounts_of, build, quotas, samples_of
 from tests.support import REPOSITORY
 
 SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
@@ -40,7 +32,7 @@ CHOICE = quotas(CLASSES, 1000, 1000, images_per_shard=8)
 
 
 # Category id -> the labels that count for it.
-KINDS = {
+LABELS = {
     1: {"/m/01g317", "/m/04yx4", "/m/03bt1vf", "/m/01bl7v", "/m/05r655"},
     2: {"/m/0k4j", "/m/01lcw4", "/m/0h2r6"},
     3: {"/m/015qff"},
@@ -49,6 +41,7 @@ KINDS = {
     6: {"/m/0663v"},
     7: {"/m/0pg52"},
 }
+OWNERS = {label: category for category, labels in LABELS.items() for label in labels}
 
 
 def source() -> OpenImages:
@@ -65,22 +58,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def samples(built: Dataset) -> dict[str, dict[str, Sample]]:
     """Split -> ImageID -> sample."""
-    found: dict[str, dict[str, Sample]] = {}
-    for shard in built.info.shards:
-        found.setdefault(shard.split, {}).update(samples_of_tar((built.root / shard.path).read()))
-    return found
-
-
-def samples_of_tar(data: bytes) -> dict[str, Sample]:
-    """ImageID -> sample, of a whole shard, by the standard library."""
-    members: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for info in tar:
-            key, extension = info.name.split(".")
-            file = tar.extractfile(info)
-            assert file is not None
-            members.setdefault(key, {})[extension] = file.read()
-    return {key: Sample.from_members(key, found) for key, found in members.items()}
+    return samples_of(Path(built.root.path))
 
 
 def rows(table: str) -> list[dict[str, str]]:
@@ -94,15 +72,16 @@ def source_mask(split: str, name: str) -> Image.Image:
         return Image.open(io.BytesIO(archive.read(name)))
 
 
-def hashes(root: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
-    }
+def boxes_of(split: str) -> list[dict[str, str]]:
+    return rows(f"{'v6/oidv6-train' if split == 'train' else f'v5/{SOURCE_SPLIT[split]}'}-annotations-bbox.csv")
+
+
+def masks_of(split: str) -> list[dict[str, str]]:
+    return rows(f"v5/{SOURCE_SPLIT[split]}-annotations-object-segmentation.csv")
 
 
 def test_every_planted_fault_is_accounted_for_and_nothing_else_fails(built: Dataset) -> None:
-    accounts = pq.read_table(built.root.path + "/accounts.parquet").to_pylist()
-    failed = {row["source"]: row["status"] for row in accounts if row["status"] != "packed"}
+    failed = {row["source"]: row["status"] for row in accounts_of(Path(built.root.path)) if row["status"] != "packed"}
     reasons = {
         "image in the CSVs, absent from the bucket": "image-missing",
         "JPEG truncated to half": "image-undecodable",
@@ -117,23 +96,19 @@ def test_every_planted_fault_is_accounted_for_and_nothing_else_fails(built: Data
     assert lost <= {name for name, status in expected.items() if status.startswith("image-")}
 
 
-def test_every_image_and_mask_asked_for_has_one_account(built: Dataset) -> None:
-    accounts = pq.read_table(built.root.path + "/accounts.parquet").to_pylist()
+def test_every_requested_image_and_mask_has_one_account(built: Dataset) -> None:
+    accounts = accounts_of(Path(built.root.path))
     assert max(Counter((row["kind"], row["source"]) for row in accounts).values()) == 1
-    mids = {"/m/01g317", "/m/0k4j", "/m/015qff", "/m/01mqdt", "/m/0bt9lr", "/m/0663v", "/m/0pg52"}
-    mids |= {"/m/04yx4", "/m/03bt1vf", "/m/01bl7v", "/m/05r655", "/m/01lcw4", "/m/0h2r6", "/m/02pv19"}
-    for split, source_split in SOURCE_SPLIT.items():
-        table = rows(f"v5/{source_split}-annotations-object-segmentation.csv")
-        wanted = {row["MaskPath"] for row in table if row["LabelName"] in mids}
-        asked = {row["source"] for row in accounts if row["kind"] == "mask" and row["split"] == split}
-        assert asked == wanted
+    for split in SOURCE_SPLIT:
+        wanted = {row["MaskPath"] for row in masks_of(split) if row["LabelName"] in OWNERS}
+        assert {row["source"] for row in accounts if row["kind"] == "mask" and row["split"] == split} == wanted
     packed = sum(row["kind"] == "image" and row["status"] == "packed" for row in accounts)
     assert packed == built.table.num_rows
 
 
 def test_packed_masks_are_their_source_pngs_resized(built: Dataset, samples: dict[str, dict[str, Sample]]) -> None:
     compared, resized = 0, 0
-    for row in pq.read_table(built.root.path + "/accounts.parquet").to_pylist():
+    for row in accounts_of(Path(built.root.path)):
         if row["kind"] != "mask" or row["status"] != "packed":
             continue
         sample = samples[row["split"]][row["image_id"]]
@@ -150,11 +125,10 @@ def test_packed_masks_are_their_source_pngs_resized(built: Dataset, samples: dic
     assert resized > compared / 2
 
 
-def test_every_box_is_in_its_sample_also_without_a_mask(samples: dict[str, dict[str, Sample]]) -> None:
+def test_every_box_is_in_its_sample_with_or_without_a_mask(samples: dict[str, dict[str, Sample]]) -> None:
     without_mask = groups = 0
-    for split, source_split in SOURCE_SPLIT.items():
-        name = "v6/oidv6-train" if split == "train" else f"v5/{source_split}"
-        for row in rows(f"{name}-annotations-bbox.csv"):
+    for split in SOURCE_SPLIT:
+        for row in boxes_of(split):
             sample = samples[split].get(row["ImageID"])
             if sample is None or row["LabelName"] not in {i.label for i in sample.instances}:
                 continue
@@ -173,12 +147,12 @@ def test_every_box_is_in_its_sample_also_without_a_mask(samples: dict[str, dict[
     assert groups > 0
 
 
-def test_children_carry_their_parents_id_and_their_own_label(samples: dict[str, dict[str, Sample]]) -> None:
+def test_children_have_their_parents_id_and_their_own_label(samples: dict[str, dict[str, Sample]]) -> None:
     signs = [i for split in samples.values() for s in split.values() for i in s.instances if i.category_id == 4]
     assert {instance.label for instance in signs} == {"/m/02pv19"}
 
 
-def test_jpegs_verified_classes_and_attribution_are_the_sources(samples: dict[str, dict[str, Sample]]) -> None:
+def test_jpegs_verified_classes_and_attribution_equal_the_source(samples: dict[str, dict[str, Sample]]) -> None:
     for split, source_split in SOURCE_SPLIT.items():
         folder = "train-images-boxable" if split == "train" else f"{source_split}-images"
         metadata = {row["ImageID"]: row for row in rows(f"2018_04/{source_split}/{folder}-with-rotation.csv")}
@@ -196,37 +170,33 @@ def test_jpegs_verified_classes_and_attribution_are_the_sources(samples: dict[st
             assert sample.author_url == metadata[image_id]["AuthorProfileURL"]
             assert sample.title == metadata[image_id]["Title"]
             assert sample.rotation == int(float(metadata[image_id]["Rotation"] or 0))
-            for category, kinds in KINDS.items():
-                assert (category in sample.verified_present) == any((image_id, kind) in present for kind in kinds)
+            for category, labels in LABELS.items():
+                assert (category in sample.verified_present) == any((image_id, label) in present for label in labels)
             assert not set(sample.verified_present) & set(sample.verified_absent)
 
 
-def test_child_labels_estimates_and_flags_of_masks_are_the_sources(
+def test_labels_estimates_and_flags_of_masks_equal_the_source(
     built: Dataset, samples: dict[str, dict[str, Sample]]
 ) -> None:
     children = compared = 0
-    owner = {kind: category for category, kinds in KINDS.items() for kind in kinds}
-    for split, source_split in SOURCE_SPLIT.items():
-        name = "v6/oidv6-train" if split == "train" else f"v5/{source_split}"
+    for split in SOURCE_SPLIT:
         flags = {
             (row["ImageID"], row["LabelName"], *(f"{float(row[c]):.4f}" for c in ("XMin", "XMax", "YMin", "YMax"))): row
-            for row in rows(f"{name}-annotations-bbox.csv")
+            for row in boxes_of(split)
         }
-        for row in rows(f"v5/{source_split}-annotations-object-segmentation.csv"):
+        for row in masks_of(split):
             sample = samples[split].get(row["ImageID"])
-            if sample is None or row["LabelName"] not in owner:
+            if sample is None or row["LabelName"] not in OWNERS:
                 continue
             [instance] = [i for i in sample.instances if i.box_id == row["BoxID"]]
-            assert (instance.label, instance.category_id) == (row["LabelName"], owner[row["LabelName"]])
+            assert (instance.label, instance.category_id) == (row["LabelName"], OWNERS[row["LabelName"]])
             assert instance.predicted_iou == float(row["PredictedIoU"])
             children += instance.label != built.categories[instance.category_id - 1].mid
             corners = (f"{float(row[c]):.4f}" for c in ("BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"))
             box = flags.get((row["ImageID"], row["LabelName"], *corners))
             if box is not None:
-                assert (instance.is_truncated, instance.is_occluded) == (
-                    box["IsTruncated"] == "1",
-                    box["IsOccluded"] == "1",
-                )
+                assert instance.is_truncated == (box["IsTruncated"] == "1")
+                assert instance.is_occluded == (box["IsOccluded"] == "1")
                 compared += 1
     assert children > 0
     assert compared > 100
@@ -234,11 +204,8 @@ def test_child_labels_estimates_and_flags_of_masks_are_the_sources(
 
 def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict, tmp_path: Path) -> None:
     filters = Filters(min_predicted_iou=0.8, drop=("truncated", "group-of"), require_mask=True)
-    build(source(), CHOICE | {"filters": filters}, Location(str(tmp_path / "out")))
-    filtered = open_dataset(str(tmp_path / "out"))
-    found = {}
-    for shard in filtered.info.shards:
-        found.update(samples_of_tar((filtered.root / shard.path).read()))
+    build(source(), CHOICE | {"filters": filters}, Location(str(tmp_path)))
+    found = {key: sample for split in samples_of(tmp_path).values() for key, sample in split.items()}
     everything = {key: sample for split in samples.values() for key, sample in split.items()}
     assert set(found) <= set(everything)
     for key, sample in everything.items():
@@ -248,14 +215,13 @@ def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict,
         if has_mask:
             expected = [(i.label, i.bbox, i.segmentation if (i.predicted_iou or 0) >= 0.8 else None) for i in kept]
             assert [(i.label, i.bbox, i.segmentation) for i in found[key].instances] == expected
-    accounts = pq.read_table(filtered.root.path + "/accounts.parquet").to_pylist()
-    low = [row for row in accounts if row["status"] == "mask-filtered"]
+    low = [row for row in accounts_of(tmp_path) if row["status"] == "mask-filtered"]
     assert low
     assert all("--min-predicted-iou is 0.8" in row["detail"] for row in low)
 
 
 def test_a_list_of_images_with_all_annotations(tmp_path: Path) -> None:
-    table = rows("v6/oidv6-train-annotations-bbox.csv")
+    table = boxes_of("train")
     counts = Counter(row["ImageID"] for row in table)
     ids = sorted(counts, key=lambda image: (-counts[image], image))[:4]
     ids = [image for image in ids if (SAMPLE / "open-images-dataset" / "train" / f"{image}.jpg").is_file()]
@@ -267,44 +233,21 @@ def test_a_list_of_images_with_all_annotations(tmp_path: Path) -> None:
     assert len(dataset.categories) > 500
     names = [category.name for category in dataset.categories[1:]]
     assert names == sorted(names)
-    [shard] = dataset.info.shards
-    found = samples_of_tar((dataset.root / shard.path).read())
+    found = samples_of(tmp_path / "out")["train"]
     assert set(found) == set(ids)
     labels = {category.id: category.mid for category in dataset.categories}
     for image_id, sample in found.items():
         boxes = Counter(row["LabelName"] for row in table if row["ImageID"] == image_id)
         assert boxes <= Counter(instance.label for instance in sample.instances)
         assert all(labels[i.category_id] == i.label for i in sample.instances)
-    accounts = pq.read_table(dataset.root.path + "/accounts.parquet").to_pylist()
+    accounts = accounts_of(tmp_path / "out")
     unknown = {(row["split"], row["image_id"]) for row in accounts if row["status"] == "image-unknown"}
     assert unknown == {("train", "ffffffffffffffff"), ("val", ids[0])}
 
 
-def test_same_bytes_with_two_workers_and_after_sigkill(built: Dataset, tmp_path: Path) -> None:
-    expected = hashes(Path(built.root.path))  # by one worker
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "builder.commands.cli", "--classes", *CLASSES, "--per-class", "1000"]
-    command += ["--eval-per-class", "1000", "--images-per-shard", "8", "--workers", "2", "--out", str(killed)]
-    command += ["--images", str(SAMPLE / "open-images-dataset"), "--annotations", str(SAMPLE / "openimages")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(list(killed.glob(".build/*-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
-    assert not (killed / "dataset.json").exists()
-    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert again.returncode == 3, again.stderr  # planted faults leave classes short, with nothing in reserve
-    assert re.search(r"in \d+ shards, [2-9] of them by an earlier run", again.stdout)
-    found = hashes(killed)
-    assert found.pop("README.md") != expected["README.md"]  # it names the command, with another --out
-    assert found == {name: digest for name, digest in expected.items() if name != "README.md"}
-
-
-def test_same_shards_from_s3_to_s3(built: Dataset, s3: S3Server, bucket: str) -> None:
+def test_two_workers_build_the_same_shards_from_s3_to_s3(built: Dataset, s3: S3Server, bucket: str) -> None:
     s3.upload(SAMPLE / "open-images-dataset", f"{bucket}/images")
     s3.upload(SAMPLE / "openimages", f"{bucket}/openimages")
     remote = OpenImages(source_location(f"s3://{bucket}/images"), source_location(f"s3://{bucket}/openimages"))
-    build(remote, CHOICE, Location(f"s3://{bucket}/out"))
+    build(remote, CHOICE, Location(f"s3://{bucket}/out"), engine=Engine(2))
     assert open_dataset(f"s3://{bucket}/out").info.shards == built.info.shards

@@ -1,0 +1,224 @@
+"""Instances files in COCO's JSON format: parsed, checked, and each image with its annotations.
+
+Format: https://cocodataset.org/#format-data. Also read where present: `neg_category_ids` and
+`not_exhaustive_category_ids` of LVIS (https://www.lvisdataset.org/dataset), and `predicted_iou` as in SA-1B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from builder.sources.base import FAR
+from builder.tasks.plan import Metadata
+from shards.common.errors import UserError
+from shards.common.text import counted
+from shards.format.sample import KEY
+
+LONGEST_SIDE = 1 << 16  # pixels
+FILE_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.{0,2}(?:/|$))[^\\\x00-\x1f]{1,1024}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CocoImage:
+    """An image of a file.
+
+    Attributes:
+        key: Of its sample.
+        id: In the file.
+        file_name: Relative to the root of the images.
+        width: In pixels.
+        height: In pixels.
+        metadata: Licence, URL and title.
+        absent: Names of categories that are verified absent; None if the file does not list them.
+        uncertain: Names of categories that are not exhaustively annotated.
+        annotations: Positions in the file and values; `segmentation` is JSON text.
+    """
+
+    key: str
+    id: int | str
+    file_name: str
+    width: int
+    height: int
+    metadata: Metadata
+    absent: tuple[str, ...] | None
+    uncertain: tuple[str, ...]
+    annotations: list[tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The content of a file.
+
+    Attributes:
+        names: Category id -> name.
+        parents: Name -> supercategory, for categories with another one than themselves.
+        images: Key -> image.
+    """
+
+    names: Mapping[int, str]
+    parents: Mapping[str, str]
+    images: Mapping[str, CocoImage]
+
+
+def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
+    """Parse an instances file.
+
+    Args:
+        data: The file's bytes.
+        where: Its location, for messages.
+        prefix: Of the keys.
+
+    Raises:
+        UserError: The data are not such a file, or contradict themselves.
+    """
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_hook=_compact)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({str(error)[:120]}): --annotations takes COCO instances files") from error
+    for name in ("images", "annotations", "categories"):
+        rows = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{where}: has no list {name!r} of objects: --annotations takes COCO instances files")
+    names, parents = _categories(value["categories"], where)
+    licenses = value.get("licenses")
+    images = _images(value["images"], licenses if isinstance(licenses, list) else [], names, where, prefix)
+    _assign(value["annotations"], images, names, where)
+    return Instances(names, parents, {image.key: image for image in images.values()})
+
+
+def fractional_box(bbox: Any, width: int, height: int) -> tuple[float, float, float, float]:
+    """Return (x, y, w, h) in pixels as (x1, x2, y1, y2) in fractions of the image; all 0 for anything but a box."""
+    nothing = (0.0, 0.0, 0.0, 0.0)
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        return nothing
+    if not all(type(value) in (int, float) and abs(value) <= 4 * LONGEST_SIDE for value in bbox):  # false for NaN
+        return nothing
+    x, y, w, h = bbox
+    x1, x2, y1, y2 = x / width, (x + w) / width, y / height, (y + h) / height
+    inside = min(x2, 1) > max(x1, 0) and min(y2, 1) > max(y1, 0)
+    return (x1, x2, y1, y2) if inside and all(abs(value) <= FAR for value in (x1, x2, y1, y2)) else nothing
+
+
+def sample_key(image_id: int | str, prefix: str = "") -> str:
+    """Return the key of a sample for the id of an image; different ids have different keys.
+
+    Numbers are padded to 12 digits. An id that cannot be a key is replaced by its usable characters and a hash.
+    """
+    text = f"{image_id:012d}" if isinstance(image_id, int) else image_id
+    if KEY.fullmatch(prefix + text):
+        return prefix + text
+    safe = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:40] or "image"
+    return f"{prefix}{safe}-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
+
+
+def _compact(value: dict[str, Any]) -> dict[str, Any]:
+    """Replace a segmentation by its text during parsing, because its numbers take ten times the memory."""
+    if "segmentation" in value:
+        found = value["segmentation"]
+        value["segmentation"] = json.dumps(found, separators=(",", ":")) if found else ""
+    return value
+
+
+def _get(row: Mapping[str, Any], key: str, kinds: tuple[type, ...], place: str) -> Any:
+    """Return a required value of one of the types; a bool is not an int."""
+    found = row.get(key)
+    if type(found) not in kinds:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{place}: {key!r} is {str(found)[:60]!r}, not of type {wanted}: correct the file")
+    return found
+
+
+def _categories(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[int, str], dict[str, str]]:
+    names: dict[int, str] = {}
+    parents: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        place = f"{where}: categories[{number}]"
+        found, name = _get(row, "id", (int,), place), " ".join(_get(row, "name", (str,), place).split())
+        if not name or found in names or name in names.values():
+            raise UserError(f"{place}: id {found}, name {name!r}: empty, or used before: correct the file")
+        names[found] = name
+        parent = " ".join(str(row.get("supercategory") or "").split())
+        if parent and parent != name:
+            parents[name] = parent
+    return names, parents
+
+
+def _images(
+    rows: Sequence[Mapping[str, Any]], licenses: Sequence[Any], names: Mapping[int, str], where: str, prefix: str
+) -> dict[int | str, CocoImage]:
+    """Id -> image, without annotations."""
+    terms = {
+        row["id"]: str(row.get("url") or row.get("name") or "")
+        for row in licenses
+        if isinstance(row, dict) and type(row.get("id")) is int
+    }
+    images: dict[int | str, CocoImage] = {}
+    ids: dict[str, int | str] = {}
+    for number, row in enumerate(rows):
+        place = f"{where}: images[{number}]"
+        image = _image(row, terms, names, place, prefix)
+        if image.key in ids:
+            raise UserError(
+                f"{place}: its id {image.id!r} and the id {ids[image.key]!r} are the same: correct the file"
+            )
+        ids[image.key] = image.id
+        images[image.id] = image
+    return images
+
+
+def _image(
+    row: Mapping[str, Any], terms: Mapping[int, str], names: Mapping[int, str], place: str, prefix: str
+) -> CocoImage:
+    found, file_name = _get(row, "id", (int, str), place), _get(row, "file_name", (str,), place)
+    width, height = (_get(row, side, (int,), place) for side in ("width", "height"))
+    if not (0 < width <= LONGEST_SIDE and 0 < height <= LONGEST_SIDE):
+        raise UserError(f"{place}: is {width}x{height} pixels large: each side must be 1 to {LONGEST_SIDE}")
+    file_name = file_name.removeprefix("./")
+    if not FILE_NAME.fullmatch(file_name):
+        raise UserError(f"{place}: the file_name {file_name[:80]!r} is not under --images: correct the file")
+    license_id = row.get("license")
+    metadata = Metadata(
+        license=terms.get(license_id, "") if type(license_id) is int else "",
+        original_url=str(row.get("flickr_url") or row.get("coco_url") or ""),
+        title=file_name,
+    )
+    absent = _named(row["neg_category_ids"], names) if "neg_category_ids" in row else None
+    uncertain = _named(row.get("not_exhaustive_category_ids"), names)
+    return CocoImage(sample_key(found, prefix), found, file_name, width, height, metadata, absent, uncertain, [])
+
+
+def _named(ids: Any, names: Mapping[int, str]) -> tuple[str, ...]:
+    ids = ids if isinstance(ids, list) else []
+    return tuple(names[found] for found in ids if type(found) is int and found in names)
+
+
+def _assign(
+    rows: Iterable[dict[str, Any]], images: Mapping[int | str, CocoImage], names: Mapping[int, str], where: str
+) -> None:
+    """Add the annotations to their images, in the file's order; warn about those that are left out."""
+    unlisted = empty = 0
+    for number, row in enumerate(rows):
+        place = f"{where}: annotations[{number}]"
+        image = images.get(_get(row, "image_id", (int, str), place))
+        category = _get(row, "category_id", (int,), place)
+        if category not in names:
+            raise UserError(f"{place}: there is no category {category}: correct the file")
+        if image is None:
+            unlisted += 1
+        elif not row.get("segmentation") and not any(fractional_box(row.get("bbox"), image.width, image.height)):
+            empty += 1
+        else:
+            image.annotations.append((number, row))
+    if unlisted:
+        logger.warning("%s: %s of images that it does not list: left out", where, counted(unlisted, "annotation"))
+    if empty:
+        found = counted(empty, "annotation")
+        logger.warning("%s: %s with neither a mask nor a box of any extent: left out", where, found)
