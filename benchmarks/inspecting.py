@@ -29,13 +29,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from shards.format import rle
-from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, IndexRow, Shard, open_dataset
-from shards.format.dataset_writer import finish_dataset
+from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard, open_dataset
+from shards.format.dataset_writer import DatasetWriter
 from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard, shard_path
 from shards.inspect.preview_samples import choose, first_rows
-from shards.storage.location import Location
 
 PER_SHARD, SHOWN, LABEL_IMAGES = 1000, 48, 200
 CLASSES = tuple(Category(n, f"class {n}", f"/m/{n}") for n in range(1, 11))
@@ -117,18 +116,11 @@ def make_picture(seed: int) -> bytes:
 
 def write_small(root: Path) -> int:
     """Write a dataset of 500 samples and return the bytes of its shards."""
-    location = Location(str(root))
-    rows: list[IndexRow] = []
-    shards: list[Shard] = []
     pictures = [make_picture(seed) for seed in range(10)]
-    for number in range(5):
-        samples = [make_sample(n, pictures[n % 10]) for n in range(number * 100, number * 100 + 100)]
-        packed = pack_shard(samples, split="train", path=shard_path("train", number))
-        (location / packed.shard.path).write(packed.data)
-        rows.extend(packed.rows)
-        shards.append(packed.shard)
-    finish_dataset(location, rows, shards, CLASSES)
-    return sum(shard.nbytes for shard in shards)
+    with DatasetWriter(root, CLASSES, samples_per_shard=100) as writer:
+        for number in range(500):
+            writer.add(make_sample(number, pictures[number % 10]), split="train")
+    return sum(shard.nbytes for shard in open_dataset(root).info.shards)
 
 
 def write_large(root: Path, count: int) -> int:
@@ -171,7 +163,7 @@ def write_large(root: Path, count: int) -> int:
 
 
 def write_index(root: Path, columns: dict[str, Any], shards: list[Shard]) -> None:
-    """Write index and `dataset.json` as `finish_dataset` does, without a Python object per row."""
+    """Write index and `dataset.json` as `DatasetWriter` does, without a Python object per row."""
     root.mkdir(exist_ok=True)
     arrays = {name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names}
     pq.write_table(pa.table(arrays, schema=INDEX_SCHEMA), root / INDEX_FILE, compression="zstd")

@@ -12,11 +12,9 @@ import pytest
 from shards.commands.output import print_to_reader
 from shards.common.text import columns_of
 from shards.format.dataset import Category
-from shards.format.dataset_writer import finish_dataset
-from shards.format.shard_tar import pack_shard
+from shards.format.dataset_writer import DatasetWriter
 from shards.inspect.cli import main
 from shards.inspect.shard_check import Fault
-from shards.storage.location import Location
 from tests.support import sample, write_dataset
 
 Capture = pytest.CaptureFixture[str]
@@ -84,10 +82,8 @@ def test_a_folder_without_a_dataset_is_a_one_line_error(tmp_path: Path, capsys: 
 
 
 def test_text_aligns_and_escapes_names(tmp_path: Path, capsys: Capture) -> None:
-    packed = pack_shard([sample(1)], split="train", path="train/000000.tar")
-    (Location(str(tmp_path)) / packed.shard.path).write(packed.data)
-    classes = [Category(1, "\x1b[2J\n\u202eCar", ""), Category(2, "人" * 20, "")]
-    finish_dataset(Location(str(tmp_path)), packed.rows, [packed.shard], classes)
+    with DatasetWriter(tmp_path, [Category(1, "\x1b[2J\n\u202eCar", ""), Category(2, "人" * 20, "")]) as writer:
+        writer.add(sample(1), split="train")
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(map(str.isprintable, lines))
