@@ -52,8 +52,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, "large"), Path(folder, "small")
         nbytes = write_large(large, count)
-        idle, floor = run("import shards.inspect.cli")
-        print(f"| importing the command | {idle:.1f} | {floor:.0f} MB | |")
+        idle, floor = run("import pandas, shards.inspect.text_report")
+        print(f"| imports | {idle:.1f} | {floor:.0f} MB | |")
         described = f"{count} samples, {nbytes / 1e9:.1f} GB"
         seconds, memory = inspect(large)
         print(f"| counts | {seconds:.1f} | {memory:.0f} MB | {described} |")

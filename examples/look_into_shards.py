@@ -7,15 +7,12 @@
 #     SHARDS=s3://bucket/traffic OUT=look python examples/look_into_shards.py
 
 # %%
-import io
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from shards.drawing.overlay import display_instances, display_top_masks, draw_instances, legible_scale
-from shards.format import rle
 from shards.format.dataset import open_dataset
 from shards.inspect.preview_samples import choose, find, read_samples
 from shards.inspect.statistics import count, totals
@@ -39,12 +36,8 @@ print(classes[classes["images"] > 0].to_string(index=False))
 # %%
 samples = [sample for _, sample in read_samples(dataset, choose(dataset, 8))]
 for sample in samples:
-    picture = draw_instances(
-        Image.open(io.BytesIO(sample.image)),
-        sample.instances,
-        dataset.categories,
-        scale=legible_scale(sample.width, sample.height),
-    )
+    scale = legible_scale(sample.width, sample.height)
+    picture = draw_instances(sample.picture(), sample.instances, dataset.categories, scale=scale)
     picture.save(OUT / f"{sample.image_id}.png")
 
 # %% [markdown]
@@ -54,12 +47,13 @@ for sample in samples:
 # %%
 most = max(samples, key=lambda one: sum(instance.segmentation is not None for instance in one.instances))
 [(_, sample)] = read_samples(dataset, [find(dataset, most.image_id)])
-masked = [(instance, instance.segmentation) for instance in sample.instances if instance.segmentation is not None]
+masked = [number for number, instance in enumerate(sample.instances) if instance.segmentation is not None]
+instances = [sample.instances[number] for number in masked]
 
-image = np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB"))
-masks = np.dstack([rle.decode(segmentation) for _, segmentation in masked])
-boxes = np.array([(y, x, y + h, x + w) for x, y, w, h in (instance.bbox for instance, _ in masked)])
-class_ids = np.array([instance.category_id for instance, _ in masked])
+image = np.asarray(sample.picture())
+masks = sample.masks()[masked].transpose(1, 2, 0)
+boxes = np.array([(y, x, y + h, x + w) for x, y, w, h in (instance.bbox for instance in instances)])
+class_ids = np.array([instance.category_id for instance in instances])
 class_names = ["BG"] * (max(category.id for category in dataset.categories) + 1)
 for category in dataset.categories:
     class_names[category.id] = category.name
