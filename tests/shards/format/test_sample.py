@@ -16,13 +16,13 @@ masks = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)), 
 
 
 @given(masks, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
-def test_a_part_is_encoded_as_the_whole_mask_is(part, left, top, right, bottom):
+def test_encode_part_encodes_the_whole_mask(part, left, top, right, bottom):
     whole = np.pad(part, ((top, bottom), (left, right)))
     assert rle.encode_part(part, left, top, *whole.shape) == rle.encode(whole)
 
 
 @given(masks)
-def test_rle_is_what_pycocotools_makes_and_decodes_to_the_mask(mask):
+def test_rle_is_that_of_pycocotools_and_decodes_to_the_mask(mask):
     encoded = rle.encode(mask)
     assert coco_mask.encode(np.asfortranarray(mask))["counts"].decode() == encoded.counts
     assert np.array_equal(rle.decode(encoded), mask)
@@ -46,7 +46,7 @@ def test_rle_is_what_pycocotools_makes_and_decodes_to_the_mask(mask):
         predicted_iou=st.none() | st.floats(0, 1),
     )
 )
-def test_every_instance_survives_the_json(instance):
+def test_any_instance_is_restored_from_json(instance):
     original = Sample("0a", b"\xff\xd8", 4, 3, (instance,), author='Ünï "quoted" \u2028')
     assert Sample.from_members("0a", original.to_members()) == original
 
@@ -57,15 +57,10 @@ def test_members_are_the_jpeg_untouched_and_coco_annotations():
     assert list(members) == ["jpg", "json"]
     assert members["jpg"] == original.image
     person, car = json.loads(members["json"])["annotations"]
-    assert person["segmentation"]["size"] == [32, 48]
-    assert isinstance(person["segmentation"]["counts"], str)
+    assert person["segmentation"] == original.instances[0].segmentation.to_json()
     assert car["segmentation"] is None
     assert car["iscrowd"] == 0
-
-
-def test_group_of_is_cocos_crowd():
-    value = Instance(1, (0, 0, 5, 5), None, is_group_of=True).to_json()
-    assert value["iscrowd"] == 1
+    assert Instance(1, (0, 0, 5, 5), None, is_group_of=True).to_json()["iscrowd"] == 1
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "../x", "a/b", "a b", "x" * 65, "_a"])
@@ -81,9 +76,11 @@ def test_a_mask_of_another_size_than_the_image_is_refused():
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"width":"x"}', b"\xff"])
-def test_a_member_of_another_format_names_the_sample(damage):
+def test_a_member_of_another_format_names_shard_and_sample(damage):
     with pytest.raises(SampleError, match=r"train/000000.tar: sample 0a: 0a.json is not in the shard format"):
         Sample.from_members("0a", {"jpg": b"", "json": damage}, where="train/000000.tar")
+    with pytest.raises(SampleError, match=r"there is no 0a.json"):
+        Sample.from_members("0a", {"jpg": b""})
 
 
 @pytest.mark.parametrize(
@@ -96,20 +93,16 @@ def test_a_member_of_another_format_names_the_sample(damage):
         (b'"title":"', b'"title":"\xe9'),
     ],
 )
-def test_numbers_and_nesting_beyond_all_bounds_are_one_short_line(old, new):
+def test_extreme_numbers_and_nesting_are_one_short_line(old, new):
     damaged = sample(0).to_members()["json"].replace(old, new)
     with pytest.raises(SampleError, match=r"sample 0a: 0a.json is not in the shard format") as caught:
         Sample.from_members("0a", {"jpg": b"", "json": damaged})
     assert len(str(caught.value)) < 300
 
 
-def test_a_missing_member_is_named():
-    with pytest.raises(SampleError, match=r"there is no 0a.json"):
-        Sample.from_members("0a", {"jpg": b""})
-
-
 def test_canonical_json_does_not_depend_on_the_order_of_keys():
-    assert canonical_json({"b": 1, "a": "é"}) == canonical_json({"a": "é", "b": 1}) == '{"a":"é","b":1}'.encode()
+    values = ({"b": np.int64(1), "a": "é"}, {"a": "é", "b": 1})
+    assert [canonical_json(value) for value in values] == ['{"a":"é","b":1}'.encode()] * 2
 
 
 def test_a_sample_prints_its_size_and_counts_but_no_bytes():

@@ -29,30 +29,26 @@ def ids(index):
     return set(index.image_ids.to_pylist())
 
 
-def epoch(dataset, **options):
-    stream = ShardStream(dataset, "train", **{"batch_size": 4, "seed": 2, **options})
-    return [s for batch in itertools.islice(stream, stream.batches_per_epoch) for s in batch]
+@pytest.mark.parametrize("car", ["Car", "car", "/m/0k4j", 2, "2"])
+def test_a_class_is_selected_by_name_mid_or_id(dataset, car):
+    chosen = dataset.select(classes=[car])
+    assert ids(chosen.index("train")) == {f"{n:016x}" for n in range(1, 40, 2)}
+    assert [category.name for category in chosen.categories] == ["Car"]
+    assert chosen.index("train").counts("images", chosen.categories) == {2: 20}
 
 
-def test_a_class_is_chosen_by_name_mid_or_id(dataset):
-    cars = {f"{n:016x}" for n in range(1, 40, 2)}
-    for car in ("Car", "car", "/m/0k4j", 2, "2"):
-        chosen = dataset.select(classes=[car])
-        assert ids(chosen.index("train")) == cars
-        assert [category.name for category in chosen.categories] == ["Car"]
-    assert len(dataset.select(classes=["Person"]).index("train")) == 40
+def test_samples_of_selected_classes_come_without_annotations_of_others(dataset):
+    cars = dataset.select(classes=["Car"])
+    training = ShardStream(cars, "train", batch_size=4, seed=2)
+    for stream in (itertools.islice(training, training.batches_per_epoch), EvalStream(cars, "train", batch_size=3)):
+        samples = [one for batch in stream for one in batch]
+        assert len(samples) == 20
+        for one in samples:
+            assert [instance.category_id for instance in one.instances] == [2]
+            assert one.verified_present == ()  # of Person
 
 
-def test_samples_of_chosen_classes_come_without_the_annotations_of_others(dataset):
-    samples = epoch(dataset.select(classes=["Car"]))
-    assert len(samples) == 20
-    for one in samples:
-        assert [instance.category_id for instance in one.instances] == [2]
-        assert one.verified_present == ()  # of Person
-    assert [i.category_id for i in epoch(dataset)[0].instances][:1] == [1]
-
-
-def test_the_classes_decide_the_identity_even_where_the_samples_are_the_same(dataset):
+def test_the_identity_depends_on_the_classes_even_if_the_samples_are_the_same(dataset):
     every, persons, cars, half = (
         Order(chosen.index("train"), OrderSettings(4)).identity()["index"]
         for chosen in (
@@ -68,13 +64,13 @@ def test_the_classes_decide_the_identity_even_where_the_samples_are_the_same(dat
 
 @settings(deadline=None)
 @given(st.floats(0.05, 1), st.floats(0.05, 1), st.integers(0, 5))
-def test_a_larger_fraction_holds_a_smaller_one(one, other, seed):
+def test_a_larger_fraction_contains_a_smaller_one(one, other, seed):
     index = make_index(np.full(300, 10))
     small, large = (ids(select_rows(index, Selection(None, f, seed), "")) for f in sorted((one, other)))
     assert small <= large
 
 
-def test_a_fraction_is_about_that_share_and_another_seed_another_choice():
+def test_a_fraction_is_about_that_share_and_depends_on_the_seed():
     index = make_index(np.full(5000, 10))
     chosen = [ids(select_rows(index, Selection(None, 0.3, seed), "")) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
@@ -95,8 +91,8 @@ def test_the_hash_of_a_key_depends_on_key_and_seed_alone(keys, seed):
     assert hash_keys(pa.array(keys), seed).tolist() == [slowly(key) for key in keys]
 
 
-def test_the_subset_of_a_dataset_is_pinned(dataset):
-    """Runs resume by it, and learning curves compare by it: it must not change."""
+def test_the_selected_samples_are_pinned(dataset):
+    """Runs resume with them, and learning curves are compared on them: they must not change."""
     chosen = dataset.select(classes=["Car"], fraction=0.3).index("train")
     assert [int(key, 16) for key in chosen.image_ids.to_pylist()] == [1, 11, 17, 25, 33]
 
@@ -111,7 +107,7 @@ def test_what_is_not_selected_is_never_fetched(s3: S3Server, bucket: str):
         stream = ShardStream(part, "train", batch_size=len(index))
         next(iter(stream))
     statistics = stream._readers[0].statistics
-    # Two blocks are asked for: at most the whole epoch, never a sample beside it.
+    # Two blocks are requested: at most the whole epoch, and no sample that is not selected.
     assert statistics.nbytes <= 2 * int(index.nbytes.sum())
     assert 4 < len(index) < 16
 
@@ -126,14 +122,15 @@ def test_what_is_not_selected_is_never_fetched(s3: S3Server, bucket: str):
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"seed": -1}, "seed of a selection is -1"),
         ({"classes": []}, "classes is empty: name at least one, or give classes=None"),
+        ({"fraction": 1e-6}, "no sample is selected: choose other classes or a larger fraction"),
     ],
 )
-def test_a_selection_that_cannot_be_is_refused(dataset, options, message):
+def test_a_wrong_or_empty_selection_is_refused(dataset, options, message):
     with pytest.raises(DatasetError, match=message):
-        dataset.select(**options)
+        dataset.select(**options).index("train")
 
 
-def test_a_selection_of_a_selection_is_a_part_of_it_whichever_came_first(dataset):
+def test_a_selection_can_be_narrowed_in_any_order(dataset):
     at_once = dataset.select(classes=["Car"], fraction=0.5, seed=3)
     cars, half = dataset.select(classes=["Car"]), dataset.select(fraction=0.5, seed=3)
     for chosen in (cars.select(fraction=0.5, seed=3), half.select(classes=["Car"]), at_once.select(), at_once):
@@ -147,23 +144,6 @@ def test_a_selection_of_a_selection_is_a_part_of_it_whichever_came_first(dataset
         half.select(fraction=0.25)
 
 
-def test_a_selection_that_leaves_nothing_is_refused(dataset):
-    with pytest.raises(DatasetError, match="no sample is selected: choose other classes or a larger fraction"):
-        dataset.select(fraction=1e-6).index("train")
-
-
-def test_a_subset_too_small_for_the_batch_is_refused(dataset):
+def test_a_subset_smaller_than_a_batch_is_refused(dataset):
     with pytest.raises(DatasetError, match="has 20 samples, fewer than one batch of 24"):
         ShardStream(dataset.select(classes=["Car"]), "train", batch_size=24)
-
-
-def test_evaluation_reads_the_subset(dataset):
-    seen = [s for batch in EvalStream(dataset.select(classes=["Car"]), "train", batch_size=3) for s in batch]
-    assert len(seen) == 20
-    assert all(i.category_id == 2 for s in seen for i in s.instances)
-
-
-def test_counts_are_of_the_selected_samples(dataset):
-    chosen = dataset.select(classes=["Car"])
-    assert chosen.index("train").counts("images", chosen.categories) == {2: 20}
-    assert dataset.index("train").counts("instances", dataset.categories) == {1: 40, 2: 20}

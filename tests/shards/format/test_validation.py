@@ -1,5 +1,3 @@
-"""What the format promises of one annotation, and the runs of its mask."""
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +17,13 @@ def test_runs_are_those_of_the_mask(height: int, width: int, data: st.DataObject
 
 
 @given(st.text(max_size=30), st.integers(1, 40), st.integers(1, 40))
-def test_no_text_in_the_place_of_an_rle_is_too_strange(counts: str, height: int, width: int) -> None:
+def test_any_text_as_rle_is_a_fault_or_a_mask(counts: str, height: int, width: int) -> None:
     instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
     if not list(instance_faults(instance, width, height, {1})):
         assert rle.decode(Rle(height, width, counts)).sum() == rle.area(Rle(height, width, counts)) > 0
 
 
-def test_the_mask_of_a_tiny_box_is_a_whole_pixel() -> None:
+def test_the_mask_of_a_tiny_box_may_extend_beyond_it_by_a_pixel() -> None:
     mask = np.zeros((20, 20), np.uint8)
     mask[5, 10] = 1
     for x, fault in ((10.6, False), (11.4, False), (13.0, True)):

@@ -1,4 +1,4 @@
-"""Reads that the S3 server of the other tests cannot show."""
+"""Reads from servers and file systems that fail in ways that the S3 server of the other tests does not."""
 
 import asyncio
 import re
@@ -18,83 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 from shards.storage.location import Location
 from shards.storage.ranges import Read, ReadStatistics, TransientError, read_many
 
-
-class Elsewhere(BaseHTTPRequestHandler):
-    """A bucket in eu-west-1: a request that is signed for another region is told so, in S3's two ways."""
-
-    protocol_version = "HTTP/1.1"
-    told_in_header = True
-
-    def do_GET(self) -> None:
-        here = "/eu-west-1/s3/" in self.headers.get("Authorization", "")
-        body = (
-            b"0123456789"
-            if here
-            else b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"
-        )
-        self.send_response(200 if here else 400)
-        if not here and self.told_in_header:
-            body = b""
-            self.send_header("x-amz-bucket-region", "eu-west-1")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize("told_in_header", [True, False])
-def test_a_bucket_in_another_region_is_found(monkeypatch: pytest.MonkeyPatch, told_in_header: bool) -> None:
-    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
-    monkeypatch.setattr(Elsewhere, "told_in_header", told_in_header)
-    with serving(Elsewhere) as url:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        assert read_many([Read(Location("s3://far-away/a"))] * 3) == [b"0123456789"] * 3
-
-
 OBJECT = bytes(range(251)) * 200
 
 
-# How much comes at once, then how much how often (bytes, bytes, seconds).
-PACES = {"trickle": (0, 1, 0.05), "half, then a trickle": (4000, 1, 0.05), "slow": (0, 1024, 0.2)}
-
-
-class Poor(BaseHTTPRequestHandler):
-    """A server that gives ranges of `OBJECT`, as `ways` says for one request after the other, then `whole`."""
-
-    protocol_version = "HTTP/1.1"
-    ways: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        start, last = map(int, re.findall(r"\d+", self.headers["Range"]))
-        way = self.ways.pop(0) if self.ways else "whole"
-        asked = OBJECT[start : last + 1]
-        body = {"nothing": b"", **dict.fromkeys(["whole", *PACES], asked)}.get(way, asked[: len(asked) // 2])
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(OBJECT)}")
-        if way == "without a length":
-            self.send_header("Connection", "close")
-        else:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if way in PACES:
-            self.write_slowly(asked, *PACES[way])
-        else:
-            self.wfile.write(body)
-
-    def write_slowly(self, data: bytes, at_once: int, piece: int, pause: float) -> None:
-        with suppress(ConnectionError):  # the reader hangs up
-            for start in range(0, len(data), piece):
-                self.wfile.write(data[start : start + piece])
-                if start >= at_once:
-                    time.sleep(pause)
-
-    def log_message(self, *_: object) -> None:
-        pass
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.001)
 
 
 @contextmanager
@@ -109,52 +38,109 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
             thread.join()
 
 
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class OtherRegion(Handler):
+    """A bucket in eu-west-1 that refuses signatures for other regions, in either of S3's two ways."""
+
+    region_in_header = True
+
+    def do_GET(self) -> None:
+        here = "/eu-west-1/s3/" in self.headers.get("Authorization", "")
+        body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"
+        body = b"0123456789" if here else b"" if self.region_in_header else body
+        self.send_response(200 if here else 400)
+        if not here and self.region_in_header:
+            self.send_header("x-amz-bucket-region", "eu-west-1")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize("region_in_header", [True, False])
+def test_a_bucket_in_another_region_is_found(monkeypatch: pytest.MonkeyPatch, region_in_header: bool) -> None:
+    monkeypatch.setattr(OtherRegion, "region_in_header", region_in_header)
+    with serving(OtherRegion) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        assert read_many([Read(Location("s3://far-away/a"))] * 3) == [b"0123456789"] * 3
+
+
+# Bytes sent at once, then bytes per piece, and seconds between pieces.
+PACES = {"trickle": (0, 1, 0.02), "half, then a trickle": (4000, 1, 0.02), "slow": (0, 1024, 0.2)}
+
+
+class Poor(Handler):
+    """A server of ranges of `OBJECT` that answers as `ways` says, one request after the other, then correctly."""
+
+    ways: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        start, last = map(int, re.findall(r"\d+", self.headers["Range"]))
+        way = self.ways.pop(0) if self.ways else "whole"
+        asked = OBJECT[start : last + 1]
+        body = {"nothing": b"", **dict.fromkeys(["whole", *PACES], asked)}.get(way, asked[: len(asked) // 2])
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(OBJECT)}")
+        if way == "without a length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        at_once, piece, pause = PACES.get(way, (len(body), len(body) or 1, 0))
+        with suppress(ConnectionError):  # the reader closes the connection
+            for position in range(0, len(body), piece):
+                self.wfile.write(body[position : position + piece])
+                if position >= at_once:
+                    time.sleep(pause)
+
+
 @pytest.fixture
 def poor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
-    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
     monkeypatch.setattr(Poor, "ways", [])
     with serving(Poor) as url:
         yield Location(f"{url}/object")
 
 
-@pytest.mark.parametrize("way", ["short", "without a length"])
-def test_an_answer_that_holds_less_than_was_asked_for_is_continued(poor: Location, way: str) -> None:
-    Poor.ways, done = [way, way], ReadStatistics()
+@pytest.mark.parametrize(
+    "ways", [["short", "short"], ["without a length"] * 2, ["half, then a trickle", "trickle"]], ids=str
+)
+def test_an_answer_that_breaks_is_continued(poor: Location, monkeypatch: pytest.MonkeyPatch, ways: list[str]) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
+    Poor.ways, done = ways, ReadStatistics()
     assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
     assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
 
 
-def test_an_object_that_ends_there_is_given_as_it_is(poor: Location) -> None:
+def test_a_range_beyond_the_end_of_the_object_is_shorter(poor: Location) -> None:
     done = ReadStatistics()
     assert read_many([Read(poor, 50_000, 60_000)], statistics=done) == [OBJECT[50_000:]]
     assert done.requests == 1
 
 
-def test_answers_without_any_of_the_bytes_are_an_error_in_the_end(poor: Location) -> None:
-    Poor.ways, done = ["nothing"] * 9, ReadStatistics()
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [("nothing", "the answer ended 8000 bytes early"), ("trickle", r"only \d+ bytes? came in 0.5 s")],
+)
+def test_answers_without_a_packet_of_data_are_an_error_in_the_end(
+    poor: Location, monkeypatch: pytest.MonkeyPatch, way: str, message: str
+) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
+    Poor.ways, done = [way] * 9, ReadStatistics()
     [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
     assert isinstance(error, TransientError)
-    assert str(error) == "the answer ended 8000 bytes early"
+    assert re.fullmatch(message, str(error))
     assert done.requests == 5
 
 
-def test_what_trickles_is_asked_for_again_where_it_is(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.4)
-    Poor.ways, done = ["half, then a trickle", "trickle"], ReadStatistics()
-    assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
-    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
-
-
-def test_what_only_trickles_is_an_error_in_the_end(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.4)
-    Poor.ways, done = ["trickle"] * 9, ReadStatistics()
-    [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
-    assert isinstance(error, TransientError)
-    assert re.fullmatch(r"only \d+ bytes? came in 0.4 s", str(error))
-    assert done.requests == 5
-
-
-def test_a_slow_line_is_left_alone(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_connection_is_not_interrupted(poor: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 1.5)
     Poor.ways, done = ["slow"], ReadStatistics()
     began = time.monotonic()
@@ -164,7 +150,7 @@ def test_a_slow_line_is_left_alone(poor: Location, monkeypatch: pytest.MonkeyPat
 
 
 class Flaky(LocalFileSystem):
-    """The local disk, as any other file system that fails now and then."""
+    """The local disk as a file system that fails now and then."""
 
     protocol = "flaky"
     failures: ClassVar[list[Exception]] = []
@@ -176,7 +162,7 @@ class Flaky(LocalFileSystem):
 
 
 class Silent(AsyncFileSystem):
-    """One that answers its third request."""
+    """A file system that answers its third request."""
 
     protocol = "silent"
     asked = 0
@@ -194,14 +180,13 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
         fsspec.register_implementation(kind.protocol, kind, clobber=True)
     monkeypatch.setattr("shards.storage.location._instances", {})
     monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
     monkeypatch.setattr(Flaky, "failures", [])
     monkeypatch.setattr(Silent, "asked", 0)
     (tmp_path / "object").write_bytes(OBJECT)
     return Location(f"flaky://{tmp_path}/object")
 
 
-def test_any_file_system_is_asked_again(flaky: Location) -> None:
+def test_any_file_system_is_retried(flaky: Location) -> None:
     Flaky.failures, done = [ConnectionResetError("by peer"), TimeoutError()], ReadStatistics()
     assert read_many([Read(flaky, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
     assert (done.requests, done.retries, done.nbytes, done.trouble) == (3, 2, 8000, "by peer")
@@ -211,14 +196,14 @@ def test_any_file_system_is_asked_again(flaky: Location) -> None:
     ("error", "requests"),
     [(ConnectionResetError, 5), (TimeoutError, 5), (FileNotFoundError, 1), (PermissionError, 1), (ValueError, 1)],
 )
-def test_what_never_gets_better_is_told(flaky: Location, error: type[Exception], requests: int) -> None:
-    Flaky.failures, done = [error("told")] * 9, ReadStatistics()
+def test_an_error_that_stays_is_the_result(flaky: Location, error: type[Exception], requests: int) -> None:
+    Flaky.failures, done = [error("reason")] * 9, ReadStatistics()
     [got] = read_many([Read(flaky, 1000, 9000)], statistics=done)
     assert isinstance(got, OSError if error is TimeoutError else error)
-    assert (str(got), done.requests) == ("told", requests)
+    assert (str(got), done.requests) == ("reason", requests)
 
 
-def test_an_asynchronous_file_system_that_is_silent_is_asked_again(flaky: Location) -> None:
+def test_a_silent_asynchronous_file_system_is_retried(flaky: Location) -> None:
     done = ReadStatistics()
     assert read_many([Read(Location("silent://a/b"), 100, 200)], statistics=done) == [OBJECT[100:200]]
     assert (done.requests, done.retries, done.trouble) == (3, 2, "no answer came in 0 s")

@@ -7,41 +7,35 @@ from shards.storage import retry
 from shards.storage.location import Location
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("failures", "error", "attempts"),
+    [
+        (retry.ATTEMPTS - 1, StorageError("busy"), retry.ATTEMPTS),
+        (99, StorageError("busy"), retry.ATTEMPTS),
+        (99, StorageError("refused", permanent=True), 1),
+    ],
+)
+def test_errors_that_may_pass_are_retried(
+    monkeypatch: pytest.MonkeyPatch, failures: int, error: StorageError, attempts: int
+) -> None:
     monkeypatch.setattr("shards.common.back_off.SCALE", 0)
-
-
-def failing(times: int, error: StorageError) -> tuple[list[int], object]:
-    tries: list[int] = []
+    done: list[int] = []
 
     def action() -> str:
-        tries.append(1)
-        if len(tries) <= times:
+        done.append(1)
+        if len(done) <= failures:
             raise error
         return "done"
 
-    return tries, action
+    if failures < retry.ATTEMPTS:
+        assert retry.retrying(action) == "done"
+    else:
+        with pytest.raises(StorageError, match=str(error)):
+            retry.retrying(action)
+    assert len(done) == attempts
 
 
-def test_what_may_pass_is_tried_again_and_no_more_than_said() -> None:
-    tries, action = failing(retry.ATTEMPTS - 1, StorageError("busy"))
-    assert retry.retrying(action) == "done"  # type: ignore[arg-type]
-    assert len(tries) == retry.ATTEMPTS
-    tries, action = failing(99, StorageError("busy"))
-    with pytest.raises(StorageError, match="busy"):
-        retry.retrying(action)  # type: ignore[arg-type]
-    assert len(tries) == retry.ATTEMPTS
-
-
-def test_what_cannot_pass_is_not_tried_again() -> None:
-    tries, action = failing(99, StorageError("refused", permanent=True))
-    with pytest.raises(StorageError):
-        retry.retrying(action)  # type: ignore[arg-type]
-    assert len(tries) == 1
-
-
-def test_writes_and_deletes_are_those_of_the_location(tmp_path: Path) -> None:
+def test_write_and_delete(tmp_path: Path) -> None:
     place = Location(str(tmp_path / "a" / "b"))
     retry.write(place, b"x")
     assert place.read() == b"x"

@@ -1,0 +1,28 @@
+import pickle
+
+import pytest
+
+from shards.common.errors import StorageError
+from shards.storage.explain import explain
+
+
+@pytest.mark.parametrize(
+    ("error", "url", "message"),
+    [
+        (PermissionError(13, "denied"), "/data/a", "check the permissions of the file and its folder"),
+        (PermissionError(13, "denied"), "s3://bucket/a", "check the credentials and the bucket's policy"),
+        (TimeoutError(), "s3://bucket/a", "s3://bucket/a: TimeoutError: no further reason was given"),
+        (OSError("two\nlines"), "/a", "/a: OSError: two lines"),
+    ],
+)
+def test_an_error_becomes_one_line_with_a_remedy(error: Exception, url: str, message: str) -> None:
+    assert message in str(explain(error, url))
+
+
+def test_an_error_of_the_program_is_not_one_of_storage() -> None:
+    assert explain(KeyError("a"), "s3://bucket/a") is None
+
+
+def test_a_storage_error_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
+    assert (str(error), error.permanent) == ("gone", True)
