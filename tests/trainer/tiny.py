@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageDraw
 
@@ -57,6 +59,12 @@ SETTINGS = {
     "run.log_steps": 2,
     "run.pictures": 0,
     "run.trackers": [],
+}
+
+# Two stages of three steps, for `arguments`.
+STAGES: dict[str, Any] = {
+    "train__stages": "[{layers: heads, epochs: 1}, {layers: all, epochs: 1, lr: 0.1}]",
+    "train__steps_per_epoch": 3,
 }
 
 
@@ -106,7 +114,7 @@ def write_dataset(root: Path, *, samples: int = 24, val: int = 5, shards: int = 
     return root
 
 
-def arguments(dataset: Path, run: Path, **changes: Any) -> list[str]:
+def arguments(dataset: Path | str, run: Path, **changes: Any) -> list[str]:
     """Arguments of train.py; a change is named with two underscores for the dot: `train__epochs=2`."""
     settings = {**SETTINGS, "data.shards": dataset, "run.dir": run}
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
@@ -122,6 +130,19 @@ def write_checkpoint(run: Path, dataset: Path) -> Path:
     state = State(1, 1, {}, CATEGORIES, config, network.state_dict(), optimizer.state_dict())
     save(Location(str(run)), state, keep=1)
     return run
+
+
+def send_sigterm(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send SIGTERM to this process in that step of the next training."""
+    train_step = train.train_step
+
+    def stepping(t: Any, *rest: Any) -> Any:
+        if t.step + 1 == step:
+            monkeypatch.setattr(train, "train_step", train_step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(t, *rest)
+
+    monkeypatch.setattr(train, "train_step", stepping)
 
 
 def environment(**more: str) -> dict[str, str]:

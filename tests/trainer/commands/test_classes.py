@@ -1,4 +1,4 @@
-"""Class names and ids go from the dataset into the checkpoint, and whoever meets other classes there says so."""
+"""Class names and ids are stored in the checkpoint, and every command compares them with its dataset."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from tests.trainer import tiny
 from trainer.commands import evaluate, predict, train
 from trainer.model.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with as many classes, of which the second is another."""
+    """A dataset with the same number of classes, of which the second differs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "CATEGORIES", (Category(1, "Square", "/m/sq"), Category(2, "Ring", "/m/ri")))
         return tiny.write_dataset(tmp_path_factory.mktemp("renamed"), samples=4, val=2, shards=1)
 
 
-def test_a_checkpoint_is_not_rated_on_other_classes(
+def test_evaluate_refuses_a_dataset_of_other_classes(
     checkpoint: Path, renamed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main(["--checkpoint", str(checkpoint), "--data.shards", str(renamed)]) == 2
@@ -31,7 +33,7 @@ def test_a_checkpoint_is_not_rated_on_other_classes(
     )
 
 
-def test_a_checkpoint_does_not_predict_a_dataset_of_other_classes(
+def test_predict_refuses_a_dataset_of_other_classes(
     checkpoint: Path, renamed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -41,16 +43,16 @@ def test_a_checkpoint_does_not_predict_a_dataset_of_other_classes(
     assert not out.exists()
 
 
-def test_a_network_of_some_classes_predicts_every_image_of_its_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_predict_processes_images_without_the_classes_of_the_network(dataset: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    settings = {"data__classes": "[Square]", "data__val_split": "''", "train__steps_per_epoch": 1}
+    settings = {"data__classes": "[Square]", "data__val_split": "", "train__steps_per_epoch": 1}
     assert train.main(tiny.arguments(dataset, run, **settings)) == 0
     words = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
     assert predict.main(words) == 0
     assert len(json.loads((out / "predictions.json").read_text())["images"]) == 5  # with squares or without
 
 
-def test_a_run_does_not_go_on_with_other_classes(
+def test_a_run_does_not_resume_with_other_classes(
     dataset: Path, renamed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tiny.write_checkpoint(tmp_path / "run", dataset)
@@ -59,14 +61,12 @@ def test_a_run_does_not_go_on_with_other_classes(
     assert open_checkpoint(str(run)).categories == tiny.CATEGORIES
 
 
-def test_weights_of_other_classes_are_taken_without_their_class_specific_layers(
+def test_weights_of_other_classes_are_loaded_without_their_class_specific_layers(
     checkpoint: Path, renamed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same number of classes, through the command; and the new run's checkpoint has the new names."""
+    """With the same number of classes; and the new run's checkpoint has the new names."""
     caplog.set_level("INFO")
-    options = tiny.arguments(
-        renamed, tmp_path, model__weights=checkpoint, train__steps_per_epoch=1, data__val_split="''"
-    )
+    options = tiny.arguments(renamed, tmp_path, model__weights=checkpoint, train__steps_per_epoch=1, data__val_split="")
     assert train.main(options) == 0
     assert "class 2 is 'Ring' here and 'Disc' there" in caplog.text
     assert [category.name for category in open_checkpoint(str(tmp_path)).categories] == ["Square", "Ring"]

@@ -9,6 +9,7 @@ import yaml
 from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import compare as script
+from trainer.commands import train
 from trainer.config.settings import ConfigError
 from trainer.config.yaml_config import load_config
 
@@ -20,7 +21,7 @@ def options(path: Path | str, **overrides: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare-*.yaml")), ids=lambda path: path.stem)
-def test_the_comparisons_at_hand_are_ready_to_run(path: Path) -> None:
+def test_packaged_comparisons_are_valid(path: Path) -> None:
     configs = script.read_comparison(options(path))
     assert len(configs) == 3
     assert len({json.dumps(config.to_dict()) for config in configs.values()}) == 3
@@ -28,7 +29,7 @@ def test_the_comparisons_at_hand_are_ready_to_run(path: Path) -> None:
     assert all(config.model == base.model and config.optim == base.optim for config in configs.values())
 
 
-def test_changes_come_over_the_command_line_over_the_base(tmp_path: Path) -> None:
+def test_changes_override_the_command_line_which_overrides_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}\noptim: {lr: 0.1, momentum: 0.5}\n")
     (tmp_path / "c.yaml").write_text("base: base.yaml\nsettings: {low: {optim: {lr: 0.01}}, same: }\n")
     configs = script.read_comparison(options(tmp_path / "c.yaml", **{"optim.lr": "0.5", "train.seed": "7"}))
@@ -57,9 +58,7 @@ def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str
 
 
 @pytest.mark.parametrize("words", [["--resume"], ["--run.resume", "last"], ["--resume", "/runs/a"]])
-def test_resume_is_refused_for_the_command_goes_on_by_itself(
-    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_is_refused(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("settings: {same: }\n")
     assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
     assert capsys.readouterr().err == (
@@ -68,9 +67,9 @@ def test_resume_is_refused_for_the_command_goes_on_by_itself(
     )
     with pytest.raises(SystemExit):
         script.main(["--help"])
-    told = capsys.readouterr().out
-    assert "resume" not in told
-    assert "--run.dir" in told
+    text = capsys.readouterr().out
+    assert "resume" not in text
+    assert "--run.dir" in text
 
 
 def evaluation(step: int, mask: float | None, box: float) -> dict[str, Any]:
@@ -97,30 +96,31 @@ def test_the_table_has_the_last_and_the_best_evaluation(
     assert lines[2] == f"| heads | {cells} | 0.1 | 2.0 |"
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_first_training(
+def test_a_folder_that_cannot_be_written_is_reported_before_the_first_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text("settings: {same: }\n")
     assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", "--run.dir", "/proc/nowhere"]) == 2
-    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run.dir"
-    assert capsys.readouterr().err == f"compare: error: {told}\n"
+    message = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run.dir"
+    assert capsys.readouterr().err == f"compare: error: {message}\n"
 
 
-@pytest.mark.slow
-def test_a_comparison_trains_all_and_a_failure_is_named(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_curves")
+def test_a_comparison_trains_all_settings_and_names_one_that_fails(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # `test_launcher.py` launches real processes.
+    monkeypatch.setattr(script, "launch", lambda path, arguments, options, noted: train.main(arguments))
     settings = {"heads first": {"train": {"stages": [{"layers": "heads"}, {"layers": "all"}]}}, "all": {}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
-    words = tiny.arguments(dataset, tmp_path / "runs", train__epochs=2, train__steps_per_epoch=2)
-    done = tiny.run(tiny.ROOT / "trainer" / "compare.py", [str(tmp_path / "c.yaml"), *words])
-    assert done.returncode == 0, done.stderr
-    assert "| heads first |" in done.stdout
+    words = [str(tmp_path / "c.yaml"), *tiny.arguments(dataset, tmp_path / "runs", train__epochs=2)]
+    words += ["--train.steps_per_epoch", "1"]
+    assert script.main(words) == 0
+    assert "| heads first |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "runs/compare.json").read_text())
     assert [row["setting"] for row in rows] == ["heads first", "all"]
     assert (tmp_path / "runs/compare.png").read_bytes().startswith(b"\x89PNG")
-    assert len(tiny.rows(tmp_path / "runs/heads-first/metrics.jsonl")) == 4
+    assert len(tiny.rows(tmp_path / "runs/heads-first/metrics.jsonl")) == 2
 
-    done = tiny.run(
-        tiny.ROOT / "trainer" / "compare.py", [str(tmp_path / "c.yaml"), *words, "--data.shards", str(tmp_path)]
-    )
-    assert done.returncode == 2
-    assert "compare: error: heads first: the training ended with status" in done.stderr
+    assert script.main([*words, "--data.shards", str(tmp_path)]) == 2
+    assert "compare: error: heads first: the training ended with status 2" in capsys.readouterr().err

@@ -37,15 +37,15 @@ def images(tmp_path: Path) -> list[Path]:
     return [first, second, third]
 
 
-def test_pictures_and_coco_json(
+def test_predict_writes_pictures_and_coco_json(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0.1", *map(str, images)]
     assert predict.main(command) == 0
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for name in ("street.jpg", "grey.jpg", "street-2.jpg", "predictions.json"):
-        assert str(out / name) in told
+        assert str(out / name) in text
     with Image.open(out / "street.jpg") as picture, Image.open(images[0]) as source:
         factor = picture.width // source.width
         assert picture.size == (source.width * factor, source.height * factor)
@@ -74,7 +74,7 @@ def test_pictures_and_coco_json(
     assert coco.loadRes(found).dataset["annotations"]
 
 
-def test_the_score_decides_what_counts(
+def test_detections_below_the_score_are_left_out(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
@@ -82,11 +82,11 @@ def test_the_score_decides_what_counts(
     value = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert value["annotations"] == []
     assert len(value["images"]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(": ")[2] for line in told] == ["0 objects", "0 objects in 1 image"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["0 objects", "0 objects in 1 image"]
 
 
-def test_an_image_that_cannot_be_read_does_not_stop_the_others(
+def test_an_image_that_cannot_be_read_is_skipped(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.jpg"
@@ -107,7 +107,7 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 
 
-def test_a_thin_image_is_one_like_the_others(
+def test_a_very_thin_image_is_processed(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     thin, out = tmp_path / "thin.png", tmp_path / "out"
@@ -120,7 +120,7 @@ def test_a_thin_image_is_one_like_the_others(
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
 
 
-def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+def test_images_checkpoint_and_out_can_be_urls(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
     root = Location(f"memory://{tmp_path.name}")
     (root / "in.jpg").write(images[0].read_bytes())
     shutil.copytree(checkpoint, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_places_are_urls_too(checkpoint: Path, images: list[Path], tmp_path: Pat
     assert (out / "predictions.json").exists()
 
 
-def test_names_of_pictures(tmp_path: Path) -> None:
+def test_picture_names_are_unique(tmp_path: Path) -> None:
     out = str(tmp_path)
     assert picture_names(["a.png", "b/a.jpg", "https://h/x/a.jpeg?size=3", "s3://b/"], out) == [
         "a.jpg",
@@ -141,11 +141,11 @@ def test_names_of_pictures(tmp_path: Path) -> None:
     ]
     assert picture_names(["A.png", "a.png"], out) == ["A.jpg", "a-2.jpg"]
     assert picture_names(["s3://b/my%20photo.tar.jpg", "50%.jpg"], out) == ["my photo.tar.jpg", "50%.jpg"]
-    # The picture never takes the image's own place.
+    # A picture never overwrites its image.
     assert picture_names([f"{out}/a.jpg", f"{out}/a-2.jpg"], out) == ["a-3.jpg", "a-2-2.jpg"]
 
 
-def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
+def test_find_images_in_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "in" / "notes.txt").write_text("no image")
     first, second, third = map(str, images)
     folder = sorted([first, second])
@@ -167,7 +167,7 @@ def test_folders_and_globs(images: list[Path], tmp_path: Path) -> None:
         assert [Location(name).read() for name in found] == [b"x", b"x"]
 
 
-def test_an_image_that_is_named_twice_is_one(
+def test_find_images_returns_each_image_once(
     images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = map(str, images)
@@ -179,12 +179,12 @@ def test_an_image_that_is_named_twice_is_one(
     (root / "a.jpg").write(b"")
     assert find_images([str(root), str(root / "a.jpg")]) == find_images([str(root)])
     assert len(find_images([first, third, "https://h/a.jpg?n=1", "https://h/a.jpg?n=2"])) == 4
-    (tmp_path / "in" / "link.jpg").symlink_to(first)  # a name of its own, and so an ImageID of its own
+    (tmp_path / "in" / "link.jpg").symlink_to(first)  # another name, and so another ImageID
     assert len(find_images(["in"])) == 3
     check_image_ids(find_images(["in", first]))
 
 
-def test_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+def test_predict_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["--checkpoint", str(checkpoint), "--out", str(out), "--no-pictures", str(images[0].parent)]
     assert predict.main(command) == 0
@@ -227,7 +227,7 @@ def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys
 
 
 def read_submission(path: Path) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
-    """Each image's size and objects (label, score, pixels), read as the Challenge's own evaluation does."""
+    """The size and objects (label, score, pixels) of each image, read as by the Challenge's own evaluation."""
     csv.field_size_limit(2**30)
     images = {}
     with path.open(newline="") as file:
@@ -245,7 +245,7 @@ def read_submission(path: Path) -> dict[str, tuple[int, int, list[tuple[str, flo
 def submission_of(
     coco: dict[str, Any], labels: dict[int, list[str]]
 ) -> dict[str, tuple[int, int, list[tuple[str, float, bytes]]]]:
-    """What `read_submission` must find, from predictions.json."""
+    """The expected result of `read_submission`, from predictions.json."""
     images = {}
     for entry in coco["images"]:
         objects = [
@@ -286,10 +286,10 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_place_for_the_results_that_cannot_be_written_is_told_before_anything_is_loaded(
+def test_an_out_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
     dataset: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
+    message = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
     for what in ([str(images[0])], ["--data.shards", str(dataset)]):
         assert predict.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere", *what]) == 2
-        assert capsys.readouterr().err == f"predict: error: {told}\n"
+        assert capsys.readouterr().err == f"predict: error: {message}\n"

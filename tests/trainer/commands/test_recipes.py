@@ -1,16 +1,13 @@
-"""Each recipe of configs/ trains, stops and goes on: at tiny sizes, with its other options as they are. At full size
-none leaves random what its starting weights do not hold."""
+"""The recipes of configs/: each trains at tiny sizes, and at full size none leaves layers random that do not train."""
 
 import argparse
-import os
-import signal
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torchvision.models import get_model, resnet18
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -21,7 +18,7 @@ from trainer.commands import train as train_script
 from trainer.commands.compare import read_comparison
 from trainer.config.schedule import stages
 from trainer.config.settings import Config
-from trainer.config.yaml_config import load_config
+from trainer.config.yaml_config import comparisons, load_config, recipes
 from trainer.model.build import build_model
 from trainer.model.checkpoint import open_checkpoint
 from trainer.model.freeze import check_all_learned, trainable_parameters
@@ -46,7 +43,7 @@ STAGES = "[{layers: heads, epochs: 1}, {layers: 4+, epochs: 1}, {layers: all, ep
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, Path]:
-    """What stands for torchvision's downloads: a classifier for `imagenet`, a Mask R-CNN for `coco`."""
+    """Files in place of torchvision's downloads: a classifier for `imagenet`, a Mask R-CNN for `coco`."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     safetensors.torch.save_file(resnet18().state_dict(), folder / "imagenet.safetensors")
@@ -54,81 +51,77 @@ def weights(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str
     return {"imagenet": folder / "imagenet.safetensors", "coco": folder / "coco"}
 
 
-@pytest.fixture
-def fresh_accelerator() -> Any:
-    """accelerate keeps a process to the arithmetic that it began with."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.usefixtures("fresh_accelerator", "no_curves")
 @pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
-def test_a_recipe_trains_stops_and_goes_on(
+def test_a_recipe_trains(
     name: str, dataset: Path, weights: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny.ROOT / "configs" / f"{name}.yaml"
-    recipe = load_config(str(path))
+    recipe = load_config(name)
     settings: dict[str, Any] = {**SIZES, "model.weights": weights[recipe.model.weights], "data.shards": dataset}
     settings |= {"train.stages": STAGES} if recipe.train.stages else {"train.epochs": 2}
     settings["run.dir"] = tmp_path
-    arguments = ["--config", str(path)]
+    arguments = ["--config", name]
     arguments += [str(text) for option, value in settings.items() for text in (f"--{option}", value)]
-    # Inductor, the default, takes minutes; dynamo and autograd trace the same graphs for a backend without a compiler.
-    compiled, compile_module = [], nn.Module.compile
-
-    def compile_quickly(module: nn.Module) -> None:
-        compiled.append(module)
-        compile_module(module, backend="aot_eager")
-
-    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
-
-    train_step = train_script.train_step
-
-    def stopping(t: Any, *rest: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(t, *rest)
-
-    monkeypatch.setattr(train_script, "train_step", stopping)
-    assert train_script.main(arguments) == 128 + signal.SIGTERM
-    monkeypatch.setattr(train_script, "train_step", train_step)
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
     assert train_script.main(arguments) == 0
 
     rows = tiny.rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 3 + bool(recipe.train.stages)))
     assert all(value is not None for row in rows for value in row["losses"].values())
     assert tiny.rows(tmp_path / "evaluations.jsonl")[-1]["step"] == len(rows)
-    assert len(compiled) == 2 * recipe.train.compile
+    assert len(compiled) == recipe.train.compile
     ran, wanted = open_checkpoint(str(tmp_path)).config.to_dict(), recipe.to_dict()
     changed = {f"{part}.{key}" for part in wanted for key in wanted[part] if wanted[part][key] != ran[part][key]}
     assert changed <= settings.keys()
 
 
-def recipes() -> dict[str, Config]:
-    """All settings of configs/: each recipe, and each setting of each comparison."""
-    found: dict[str, Config] = {}
-    for path in sorted((tiny.ROOT / "configs").glob("*.yaml")):
-        if path.stem.startswith("compare-"):
-            configs = read_comparison(argparse.Namespace(comparison=str(path), config=None))
-            found |= {f"{path.stem}: {name}": config for name, config in configs.items()}
-        else:
-            found[path.stem] = load_config(str(path))
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_curves")
+def test_a_compiled_network_trains_and_is_evaluated(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor, the default, takes minutes; dynamo and autograd trace the same graphs for a backend without a compiler.
+    compile_module, compiled = nn.Module.compile, []
+
+    def compile_quickly(module: nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
+    settings = {"train__compile": "true", "train__steps_per_epoch": 1}
+    assert train_script.main(tiny.arguments(dataset, tmp_path, **settings)) == 0
+    assert len(compiled) == 1
+    assert tiny.rows(tmp_path / "evaluations.jsonl")[-1]["images"] == 5
+
+
+def all_settings() -> dict[str, Config]:
+    """The settings of each recipe, and of each run of each comparison."""
+    found = {name: load_config(name) for name in recipes()}
+    for name in comparisons():
+        configs = read_comparison(argparse.Namespace(comparison=name, config=None))
+        found |= {f"{name}: {setting}": config for setting, config in configs.items()}
     return found
 
 
-def published(name: str, backbone: str) -> dict[str, torch.Tensor]:
-    """What stands for torchvision's download: its names and shapes, and no values to speak of."""
+def published(backbone: str, weights: object, name: str) -> dict[str, torch.Tensor]:
+    """A state dict in place of torchvision's download: its names and shapes, with other values."""
     with torch.device("meta"):
         coco = name == "coco"
         network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None) if coco else get_model(backbone)
     return {name: torch.ones(value.shape) for name, value in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in recipes().items()])
-def test_no_recipe_leaves_random_what_its_weights_do_not_hold(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.model.weights._download", lambda weights, name: published(name, config.model.backbone))
-    network = build_model(config.model, config.data, 1 + len(TRAFFIC))
-    report = load_weights(network, config.model, TRAFFIC)
-    trained = {name for stage in stages(config.train) for name in trainable_parameters(network, stage.layers)}
-    check_all_learned(network, report.missing, trained)
+def test_no_recipe_leaves_layers_random_that_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: dict[str, tuple[nn.Module, Any]] = {}  # by the settings of the model
+    for name, config in all_settings().items():
+        key, download = str(config.model), functools.partial(published, config.model.backbone)
+        monkeypatch.setattr("trainer.model.weights._download", download)
+        if key not in loaded:
+            network = build_model(config.model, config.data, 1 + len(TRAFFIC))
+            loaded[key] = network, load_weights(network, config.model, TRAFFIC)
+        network, report = loaded[key]
+        trained = {name for stage in stages(config.train) for name in trainable_parameters(network, stage.layers)}
+        check_all_learned(network, report.missing, trained)
+        assert trained, name

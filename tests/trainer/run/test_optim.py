@@ -1,3 +1,5 @@
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import nn
@@ -6,15 +8,17 @@ from trainer.config.settings import OptimConfig
 from trainer.run.optim import averaged, make_optimizer
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
-    built = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    built: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     built[0].weight.requires_grad_(False)
     return built
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_only_what_trains_is_optimized_and_norms_need_not_decay(kind: str) -> None:
+def test_make_optimizer_takes_trainable_parameters_and_may_exempt_norms_from_decay(
+    kind: Literal["sgd", "adamw"],
+) -> None:
     built = network()
     everything = make_optimizer(built, OptimConfig(optimizer=kind, weight_decay=0.5))
     assert [len(group["params"]) for group in everything.param_groups] == [5]
@@ -23,7 +27,7 @@ def test_only_what_trains_is_optimized_and_norms_need_not_decay(kind: str) -> No
         (0.5, [4]),
         (0.0, [1, 1, 1, 1]),
     ]
-    # With no gradient but zero, only decay moves a weight.
+    # With zero gradients, only weight decay changes a weight.
     before = [parameter.detach().clone() for parameter in built.parameters()]
     for parameter in built.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -32,16 +36,16 @@ def test_only_what_trains_is_optimized_and_norms_need_not_decay(kind: str) -> No
     assert moved == [False, False, False, False, True, False]
 
 
-def test_the_average_follows_its_formula_and_goes_on_where_it_stopped() -> None:
+def test_the_average_follows_its_formula_across_a_resume() -> None:
     built = network()
-    average = averaged(built, 0.7, 0)
+    average: Any = averaged(built, 0.7, 0)
     expected = built[2].weight.detach().clone()
     for n in range(8):
         with torch.no_grad():
             built[2].weight.add_(torch.randn_like(built[2].weight))
         built[1].running_mean.add_(1.0)
-        if n == 4:  # as a run that was interrupted
-            again = averaged(built, 0.7, n)
+        if n == 4:  # as a resumed run
+            again: Any = averaged(built, 0.7, n)
             again.module.load_state_dict(average.module.state_dict())
             average = again
         average.update_parameters(built)

@@ -6,7 +6,7 @@ from trainer.run.plots import downsampled, draw_curves
 
 
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 5))
-def test_a_downsampled_curve_is_short_and_has_the_same_mean(steps: int, points: int, skipped: int) -> None:
+def test_a_downsampled_curve_is_short_and_keeps_its_means(steps: int, points: int, skipped: int) -> None:
     x = np.arange(1.0, steps + 1)
     y = np.sin(x) + 2
     y[:skipped] = np.nan
@@ -20,13 +20,13 @@ def test_a_downsampled_curve_is_short_and_has_the_same_mean(steps: int, points: 
         assert np.isclose(value, good.mean()) if len(good) else np.isnan(value)
 
 
-def test_curves_are_drawn_of_steps_that_were_skipped_and_of_no_evaluation() -> None:
+def test_curves_with_skipped_steps_and_without_evaluations() -> None:
     row = {"step": 1, "loss": 1.0, "losses": {"loss_mask": 1.0}, "images_per_s": 2.0, "lr": 0.1}
     bad = {**row, "step": 2, "loss": None, "losses": {"loss_mask": None}}
     assert draw_curves([row, bad], []).startswith(b"\x89PNG")
 
 
-def test_curves_are_drawn_of_evaluations_without_a_number() -> None:
+def test_curves_with_evaluations_without_values() -> None:
     row = {"step": 1, "loss": 1.0, "losses": {"loss_mask": 1.0}, "images_per_s": 2.0, "lr": 0.1, "data_wait": 0.5}
     none = {"step": 1, **{key: {"ap": None, "ap50": None} for key in ("bbox", "segm")}}
     some = {"step": 2, **{key: {"ap": 0.0, "ap50": 0.25} for key in ("bbox", "segm")}, "open_images": {"ap": 0.5}}

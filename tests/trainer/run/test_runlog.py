@@ -33,7 +33,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_a_row_is_in_a_local_file_immediately(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     rows = Rows(Location(str(path)), 0)
     for step in (1, 2, 3):
@@ -43,7 +43,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])
-def test_rows_beyond_the_step_and_a_torn_line_are_dropped(tmp_path: Path, scheme: str) -> None:
+def test_rows_beyond_the_step_and_a_truncated_line_are_dropped(tmp_path: Path, scheme: str) -> None:
     place = Location(f"{scheme}{tmp_path}/metrics.jsonl")
     place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n{"st')
     rows = Rows(place, 3)
@@ -69,20 +69,20 @@ def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> Non
     assert place.read() == b'{"step":1}\n{"step":2}\n'
 
 
-def test_the_folder_tells_settings_and_surroundings(tmp_path: Path) -> None:
+def test_the_folder_holds_settings_and_environment(tmp_path: Path) -> None:
     config = Config()
     config.optim.lr = 0.25
     log = RunLog(Location(str(tmp_path)), config, Accelerator(cpu=True), 0, 10)
     log.close()
     assert load_config(str(tmp_path / "config.yaml")) == config
-    told = json.loads((tmp_path / "environment.json").read_text())
-    assert told["world_size"] == 1
-    assert told["packages"]["torch"]
-    assert told["device"].startswith("cpu")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert environment["packages"]["torch"]
+    assert environment["device"].startswith("cpu")
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "evaluations.jsonl").read_text() == ""
 
 
-def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_logs_a_line_of_means_every_few_steps(caplog: pytest.LogCaptureFixture) -> None:
     progress = Progress(every=2, total=5)
     with caplog.at_level(logging.INFO, logger="trainer"):
         progress.add(row(1))
@@ -103,21 +103,21 @@ def test_progress_is_a_line_of_means_now_and_then(caplog: pytest.LogCaptureFixtu
     assert caplog.messages[-1].endswith("left 0:00:00")
 
 
-def test_progress_tells_no_speed_where_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
-    """A small dataset is read ahead whole; the trackers are still given numbers."""
+def test_progress_logs_no_reading_speed_if_nothing_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """All of a small dataset may be read ahead; trackers still receive numbers."""
     progress = Progress(every=1, total=9)
     with caplog.at_level(logging.INFO, logger="trainer"):
         means = [progress.add(row(step, read_mb=read)) for step, read in enumerate((3.0, 0.0, 0.05), 1)]
         progress.add(row(4, read_mb=0.0, cache_hits=8))
     assert [one and one["read_mb_per_s"] for one in means] == [1.5, 0.0, 0.025]
-    for line, told in zip(
+    for line, text in zip(
         caplog.messages, ("25 % (1.5 MB/s)", "25 %", "25 % (25.0 kB/s)", "25 % (100 % from the cache)"), strict=True
     ):
-        assert f"data wait {told}  memory" in line
+        assert f"data wait {text}  memory" in line
 
 
-def rated(log: RunLog, evaluations: list[dict[str, Any]]) -> list[bool]:
-    """Whether each was the best when it came."""
+def best_of(log: RunLog, evaluations: list[dict[str, Any]]) -> list[bool]:
+    """Whether each evaluation was the best so far."""
     best = []
     for step, evaluation in enumerate(evaluations, 1):
         row = {"step": step, "split": "val", **evaluation}
@@ -130,11 +130,11 @@ def rated(log: RunLog, evaluations: list[dict[str, Any]]) -> list[bool]:
 def test_of_equal_evaluations_the_first_is_the_best(tmp_path: Path) -> None:
     log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
     scores = (0.25, 0.25, 0.125, 0.5, 0.5)
-    best = rated(log, [{"bbox": {"ap": 0.25}, "segm": {"ap": score}} for score in scores])
+    best = best_of(log, [{"bbox": {"ap": 0.25}, "segm": {"ap": score}} for score in scores])
     assert best == [True, False, False, True, False]
 
 
 def test_without_masks_in_the_split_the_best_weights_go_by_box_ap(tmp_path: Path) -> None:
     log = RunLog(Location(str(tmp_path)), Config(), Accelerator(cpu=True), 0, 10)
-    best = rated(log, [{"bbox": {"ap": score}, "segm": {"ap": None}} for score in (None, 0.25, 0.125, 0.5)])
+    best = best_of(log, [{"bbox": {"ap": score}, "segm": {"ap": None}} for score in (None, 0.25, 0.125, 0.5)])
     assert best == [True, True, False, True]

@@ -1,0 +1,130 @@
+"""All that two ranks do together and end normally, in one launch: `accelerate launch two_ranks.py FOLDER`.
+
+Each rank leaves `rank-N.json` with what it saw, next to the folders of the runs; `test_two_ranks.py` looks at them.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch.distributed import distributed_c10d
+
+from shards.common.errors import StorageError
+from shards.storage.location import Location, check_writable
+from tests.trainer import tiny
+from tests.trainer.run.prepared import outcomes_of_prepared_loaders
+from trainer.commands import evaluate, train
+from trainer.run import distributed
+from trainer.run.run_state import begin_stage
+
+FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+# Every part of a run's state at once.
+EVERYTHING = tiny.STAGES | {
+    "train__accumulate": 2,
+    "train__ema": 0.9,
+    "train__checkpoint_steps": 2,
+    "train__keep_checkpoints": 9,
+    "optim__optimizer": "adamw",
+    "optim__decay_norms": "false",
+    "optim__schedule": "cosine",
+    "optim__warmup_steps": 1,
+    "data__photometric": 0.5,
+}
+
+
+class Crash(BaseException):
+    """Ends a training between two steps, as a power cut does: nothing is saved."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """Call `action` before this step of the next training."""
+    train_step = train.train_step
+
+    def stepping(t: Any, *rest: Any) -> Any:
+        if t.step + 1 == step:
+            patched.stop()
+            action()
+        return train_step(t, *rest)
+
+    patched = mock.patch.object(train, "train_step", stepping)
+    patched.start()
+
+
+def digest(network: torch.nn.Module) -> str:
+    """Hash of the weights; statistics of batch norms differ between ranks until they are saved."""
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if "running" not in name and "num_batches" not in name:
+            found.update(name.encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def run(name: str, **changes: Any) -> dict[str, str]:
+    """Train; returns a hash of this rank's weights at the beginning of each new stage and at the end."""
+    digests = {}
+
+    def beginning(t: Any) -> None:
+        digests[str(t.step)] = digest(t.network)
+        begin_stage(t)
+
+    with mock.patch.object(train, "begin_stage", beginning):
+        network = train.train(train.parse(tiny.arguments(FOLDER / "data", FOLDER / name, **changes)))
+    return digests | {"end": digest(network)}
+
+
+def stopped_and_crashed() -> tuple[int, dict[str, str]]:
+    """The run with everything, interrupted in both stages; the status of the first part, and the hashes of the last."""
+    settings = EVERYTHING | {"data__workers": 1}
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM) if RANK == 1 else None)
+    status = train.main(tiny.arguments(FOLDER / "data", FOLDER / "broken", **settings))
+    at_step(6, crash)
+    try:
+        run("broken", **settings)
+    except Crash:
+        return status, run("broken", **EVERYTHING)
+    raise AssertionError("the training did not crash")
+
+
+def writable() -> str:
+    """The error of a folder that the main rank cannot write to."""
+    accelerator = distributed.start_accelerator()
+    only_main = check_writable if RANK == 0 else None  # the others must not try
+    with mock.patch.object(distributed, "check_writable", only_main):
+        distributed.main_can_write(Location(f"{FOLDER}/new"), "--out", accelerator)
+        try:
+            distributed.main_can_write(Location(f"{FOLDER}/file"), "--out", accelerator)
+        except StorageError as error:
+            return str(error)
+    return ""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    Accelerator.end_training = lambda self: None  # it would end the group of processes
+    accelerator = distributed.start_accelerator(timeout=distributed.TRAINING_TIMEOUT)
+    group = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    facts: dict[str, Any] = {"timeout_s": group.options._timeout.total_seconds()}
+    facts["write_error"] = writable()
+    facts["prepared"] = outcomes_of_prepared_loaders(accelerator, FOLDER / "data")
+    facts["unbroken"] = run("unbroken", **EVERYTHING)
+    facts["status"], facts["broken"] = stopped_and_crashed()
+    facts["sgd"] = run("sgd", **tiny.STAGES, optim__base_batch=4)
+    words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
+    evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
+    (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
