@@ -1,5 +1,8 @@
-"""A bucket of many images in the Open Images layout, for benchmarks: real photographs if a mirror of them is at hand,
-drawn scenes otherwise, repeated under new ImageIDs until there are enough."""
+"""A mirror of many images in the layout of Open Images, for benchmarks.
+
+The images are real photographs if a small mirror of them is available, otherwise drawn scenes. They are repeated under
+new ImageIDs until there are enough.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ class Bucket:
     """Two roots like those of Open Images, with a train split only.
 
     Attributes:
-        images, annotations: the roots, in a folder that lasts as long as the `with` block.
-        image_ids: of every image; each has a mask of a traffic class.
-        masks: (zip's name, member) of every mask of a traffic class.
-        what: the pictures in words, for a table.
+        images, annotations: the roots, in a temporary folder.
+        image_ids: every image; each has a mask of a traffic class.
+        masks: (name of the zip, member) of every mask of a traffic class.
+        what: description of the images for a table.
     """
 
     images: Path
@@ -49,7 +52,7 @@ class Bucket:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of all JPEGs."""
+        """The bytes of all JPEGs."""
         return sum(path.stat().st_size for path in (self.images / "train").iterdir())
 
 
@@ -58,9 +61,9 @@ def make_bucket(count: int, photographs: Path | None = None, long_side: int | No
     """Write a mirror of `count` train images into a temporary folder.
 
     Args:
-        count: images.
-        long_side: pictures are enlarged or reduced to it, in pixels; None for as they are.
-        photographs: a mirror to repeat pictures from; default: `PHOTOGRAPHS` where it is, else drawn scenes.
+        count: number of images.
+        photographs: mirror whose images are repeated; by default `PHOTOGRAPHS` if it exists, otherwise drawn scenes.
+        long_side: longer side of the images in pixels; None to leave them unchanged.
     """
     with tempfile.TemporaryDirectory(prefix="bucket-") as folder:
         origin = photographs or PHOTOGRAPHS
@@ -90,7 +93,7 @@ def _repeat(origin: Path, out: Path, count: int, what: str, long_side: int | Non
     for n, new in enumerate(new_ids):
         old = usable[n % len(usable)]
         jpeg = images / f"train/{new}.jpg"
-        if n >= len(usable):  # a copy of one that is there already
+        if n >= len(usable):  # a copy of an image that was written before
             shutil.copy(images / f"train/{new_ids[n - len(usable)]}.jpg", jpeg)
         else:
             _copy_picture(origin / f"open-images-dataset/train/{old}.jpg", jpeg, long_side)
@@ -131,7 +134,7 @@ def _rows(path: Path) -> tuple[list[str], dict[str, list[dict[str, str]]]]:
 
 
 def _is_usable(image: str, masks: list[dict[str, str]], origin: Path, archives: dict[str, zipfile.ZipFile]) -> bool:
-    """Whether image and masks are whole, and a traffic class has one of the masks."""
+    """Whether image and masks are undamaged, and one of the masks is of a traffic class."""
     if not any(row["LabelName"] in LABELS for row in masks):
         return False
     try:

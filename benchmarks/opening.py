@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.requirements import require
 from demo.s3proxy import S3Proxy
 from demo.s3server import S3Server
 from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard
@@ -205,6 +206,7 @@ def main() -> int:
     elif sys.argv[1:2] == ["batch"]:
         print(json.dumps(measure_first_batch(sys.argv[2])))
     else:
+        require(["weed"])
         print(f"{os.cpu_count()} cores, {WORKERS} loader processes, mean of them; {BATCHES} batches of 8 each\n")
         print_index_costs()
         print_round_trips()

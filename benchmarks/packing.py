@@ -1,8 +1,9 @@
-"""Processor time of each step that makes a sample of an image and its masks, bytes already in memory; one process.
+"""Processor time of each step from an image and its masks to a sample, in one process, from memory.
 
     python benchmarks/packing.py --images 300
 
-Beside it what Pillow takes to decode the same JPEGs and masks in full and to resize the masks. Prints a Markdown table.
+For comparison, the time that Pillow takes to decode the same JPEGs and masks in full and to resize the masks. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from PIL import Image
 
@@ -22,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bucket import Bucket, make_bucket
 from benchmarks.building import machine
-from builder.packing import images
 from builder.packing.images import check_jpeg, encode_mask
 from shards.format.rle import Rle
 from shards.format.sample import Instance, Sample
@@ -35,7 +36,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=300)
-    parser.add_argument("--long-side", type=int, help="resize the pictures to so many pixels; Open Images has 1024")
+    parser.add_argument("--long-side", type=int, help="longer side of the images in pixels; Open Images has 1024")
     options = parser.parse_args()
     with make_bucket(options.images, long_side=options.long_side) as bucket:
         pictures = read(bucket)
@@ -46,19 +47,19 @@ def main() -> int:
         "masks: the same, all left to Pillow": lambda: with_pillow(pictures),
         "MD5 of the JPEG": lambda: [hashlib.md5(jpeg, usedforsecurity=False).digest() for _, jpeg, _ in pictures],
         "JSON, tar, crc32, sha256": lambda: pack_shard(samples, split="train", path="train/000000.tar"),
-        "Pillow: JPEG in full": lambda: [decode(jpeg) for _, jpeg, _ in pictures],
-        "Pillow: masks in full, resized": lambda: [resize(picture) for picture in pictures],
+        "Pillow: JPEG in full": lambda: list(map(decode, pictures)),
+        "Pillow: masks in full, resized": lambda: list(map(resize, pictures)),
     }
     masks = sum(len(masks) for _, _, masks in pictures)
     print(f"{len(pictures)} images ({bucket.what}), {masks} masks; {machine()}\n")
-    print("| step | ms an image |\n| --- | ---: |")
+    print("| step | ms per image |\n| --- | ---: |")
     for name, work in rows.items():
         print(f"| {name} | {1000 * seconds(work) / len(pictures):.2f} |")
     return 0
 
 
 def read(bucket: Bucket) -> list[Picture]:
-    """The JPEGs and their masks of the chosen classes."""
+    """Return the JPEGs and their masks of the chosen classes."""
     masks: dict[str, list[bytes]] = {image_id: [] for image_id in bucket.image_ids}
     archives: dict[str, zipfile.ZipFile] = {}
     for name, member in bucket.masks:
@@ -68,7 +69,7 @@ def read(bucket: Bucket) -> list[Picture]:
 
 
 def sample_of(picture: Picture) -> Sample:
-    """A sample with the picture's masks."""
+    """Return a sample with the masks of a picture."""
     name, jpeg, masks = picture
     width, height = Image.open(io.BytesIO(jpeg)).size
     encoded = [encode_mask(mask, width, height) for mask in masks]
@@ -78,29 +79,25 @@ def sample_of(picture: Picture) -> Sample:
 
 def with_pillow(pictures: list[Picture]) -> None:
     """Encode the masks without `builder.packing.bit_png`."""
-    read_bits = images.read_bits
-    images.read_bits = lambda data, max_pixels: None
-    try:
+    with mock.patch("builder.packing.images.read_bits", return_value=None):
         for picture in pictures:
             sample_of(picture)
-    finally:
-        images.read_bits = read_bits
 
 
-def decode(jpeg: bytes) -> None:
-    """A JPEG in full, by Pillow."""
-    Image.open(io.BytesIO(jpeg)).load()
+def decode(picture: Picture) -> None:
+    """Decode a JPEG in full with Pillow."""
+    Image.open(io.BytesIO(picture[1])).load()
 
 
 def resize(picture: Picture) -> None:
-    """The masks in full, resized to the image, by Pillow."""
+    """Decode the masks in full and resize them to the image with Pillow."""
     size = Image.open(io.BytesIO(picture[1])).size
     for mask in picture[2]:
         Image.open(io.BytesIO(mask)).resize(size, Image.Resampling.NEAREST)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least processor time of three."""
+    """Return the shortest processor time of three runs."""
     best = float("inf")
     for _ in range(3):
         start = time.process_time()

@@ -34,6 +34,7 @@ from torchvision.models import mobilenet_v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
+from benchmarks.requirements import require
 from shards.format.dataset import Dataset, open_dataset
 from shards.format.sample import Sample
 from shards.storage.location import Location
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=250, help="steps between the table's rows [250]")
     parser.add_argument("--run", type=Path, help="folder to keep shards and run in [a temporary one]")
     options = parser.parse_args()
+    require(files=[options.weights])
     with tempfile.TemporaryDirectory() as folder:
         place = options.run or Path(folder)
         shards, run = place / "shards", place / "run"

@@ -22,6 +22,7 @@ from webdataset.tariterators import tar_file_iterator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.requirements import require
 from demo.s3server import S3Server
 from shards.format.sample import Sample
 from shards.format.shard_tar import pack_shard, read_members
@@ -34,6 +35,7 @@ COUNT, RANGE, WHOLE = 1000, 2000, 164_000
 
 def main() -> int:
     """Measure and print."""
+    require(["weed"])
     with S3Server() as server:
         os.environ.update(server.environment())
         server.make_bucket("reads")

@@ -26,8 +26,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
-
+from benchmarks.requirements import require
 from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
 from shards.format.dataset import Category, Dataset, Shard, open_dataset
@@ -115,6 +114,8 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
 
 def memory(dataset: Dataset, *, samples: int, workers: int, readings: int = 40) -> Iterator[list[float]]:
     """Stream that many samples; at even distances yield the USS of each loader process in MB (10^6 bytes)."""
+    import psutil  # not needed for `faults`
+
     before = {child.pid for child in psutil.Process().children()}
     batches = loader(ShardStream(dataset, "train", batch_size=BATCH, seed=1, read_ahead=8 * 2**20), workers=workers)
     every = max(1, samples // BATCH // readings)
@@ -145,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.05, help="faults: of requests, each kind (%(default)s)")
     parser.add_argument("--growth", type=float, default=5.0, help="memory: MB that are allowed (default: %(default)s)")
     options = parser.parse_args(arguments)
+    require(["weed"] if options.s3 or options.what == "faults" else [], ["psutil"] if options.what == "memory" else [])
     with tempfile.TemporaryDirectory() as folder:
         count = options.dataset or (5000 if options.what == "faults" else 2000)
         local = write_samples(Location(folder), count)

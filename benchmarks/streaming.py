@@ -42,6 +42,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bucket import make_bucket
+from benchmarks.requirements import require
 from benchmarks.streaming_loaders import LOADERS, Job
 from demo.s3server import S3Server
 
@@ -54,6 +55,14 @@ FORMATS = {  # where a loader finds its data below the root of all
     "litdata": "litdata",
     "datasets, tars": "shards/train",
     "datasets, parquet": "parquet",
+}
+MODULES = {  # what each loader imports
+    OURS: set[str](),
+    "webdataset": {"webdataset"},
+    "mosaicml-streaming": {"streaming"},
+    "litdata": {"litdata"},
+    "datasets, tars": {"datasets", "torchdata"},
+    "datasets, parquet": {"datasets", "torchdata"},
 }
 PACKAGES = ("torch", "torchvision", "webdataset", "mosaicml-streaming", "litdata", "datasets", "torchdata", "pillow")
 BUCKET = "streaming"
@@ -85,6 +94,8 @@ Table = dict[tuple[str, str], Figures]  # by loader and source
 def main() -> int:
     """Measure and print."""
     options = parse_arguments()
+    require(["weed"])
+    require(modules=sorted(set().union(*(MODULES[name] for name in options.loaders))), python=options.peers)
     with tempfile.TemporaryDirectory(prefix="streaming-") as name, S3Server() as server:
         folder = Path(name)
         data = options.data or folder / "data"

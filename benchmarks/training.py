@@ -44,6 +44,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
+from benchmarks.requirements import fail
 from shards.format import rle
 from shards.format.sample import Instance, Sample
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
@@ -90,6 +91,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="of all measurements; the best of each counts [1]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {options.device}: torch finds no such device")
     if options.measure:
         if options.clock == "cpu":
             torch.set_num_threads(1)
