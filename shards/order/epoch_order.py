@@ -166,11 +166,6 @@ class Order:
         size, (turn, lane) = self.settings.batch_size, divmod(number, self.lanes)
         return self._lane_rows(epoch, lane, turn * size, (turn + 1) * size)
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Return the rows of all batches of one epoch, int64 [batches_per_epoch, B]."""
-        first = epoch * self.batches_per_epoch
-        return np.stack([self.batch(first + number) for number in range(self.batches_per_epoch)])
-
     def endless_lane(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return samples `start` to `stop` of one lane, int64 [stop - start], in which epoch follows epoch."""
         parts = [np.zeros(0, dtype=np.int64)]

@@ -12,8 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict, astuple, dataclass
-from operator import add, sub
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -27,25 +26,15 @@ from shards.stream.streams import Stream
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class LoaderStatistics:
+@dataclass
+class LoaderStatistics(SampleStatistics):
     """Running totals of all processes of a loader, as of the newest batch of each.
 
     Attributes:
-        samples: samples in the batches that were yielded.
-        cache_hits: those of them that came from the cache.
-        requests: requests sent to storage.
-        nbytes: bytes received from storage.
-        retries: requests that were repeated or continued.
         seconds: time spent in the loops over the loader, up to the newest batch.
         waited_s: seconds of these in which the loop waited for a batch.
     """
 
-    samples: int = 0
-    cache_hits: int = 0
-    requests: int = 0
-    nbytes: int = 0
-    retries: int = 0
     seconds: float = 0.0
     waited_s: float = 0.0
 
@@ -63,13 +52,6 @@ class LoaderStatistics:
     def wait_share(self) -> float:
         """Share of the time, 0 to 1, in which the loop waited for a batch."""
         return self.waited_s / self.seconds if self.seconds else 0.0
-
-    def __add__(self, other: LoaderStatistics) -> LoaderStatistics:
-        return LoaderStatistics(*map(add, astuple(self), astuple(other)))
-
-    def since(self, before: LoaderStatistics) -> LoaderStatistics:
-        """Return the totals since `before` was taken."""
-        return LoaderStatistics(*map(sub, astuple(self), astuple(before)))
 
 
 class Loader(Generic[T]):
@@ -98,9 +80,7 @@ class Loader(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         before, newest = self.statistics, dict[int, SampleStatistics]()
         waited, began = 0.0, time.perf_counter()
-        iterator = iter(self.inner)
-        torch_internals.ignore_sigchld_errors()
-        try:
+        with torch_internals.running(self.inner) as iterator:
             while True:
                 asked = time.perf_counter()
                 item = _next(iterator)
@@ -115,8 +95,6 @@ class Loader(Generic[T]):
                     raise item.error
                 yield item.batch
                 del item  # the batch is the loop's own
-        finally:
-            torch_internals.stop_workers(iterator)
 
 
 def loader(
@@ -205,12 +183,7 @@ def _next(iterator: Iterator[_Item]) -> _Item | None:
     Raises:
         LoaderError: a worker has died.
     """
-    try:
-        item = next(iterator, None)
-    except RuntimeError as error:
-        if not torch_internals.is_worker_death(error):
-            raise
-        raise torch_internals.dead_worker(iterator) or LoaderError(str(error)) from None
+    item: _Item | None = torch_internals.receive(iterator)
     if item is not None and isinstance(item.batch, LoaderError):  # its sender died while it was received
         raise torch_internals.dead_worker(iterator) or item.batch
     return item

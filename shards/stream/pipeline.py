@@ -9,38 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import webdataset as wds
-from numpy.typing import NDArray
 
 from shards.common.errors import DatasetError
-from shards.common.text import counted, shown
-from shards.format.index import Index
+from shards.common.text import counted
+from shards.order.epoch_order import EvaluationOrder, Order
+from shards.order.mixture import MixedOrder
 from shards.stream.reader import SampleReader
 from shards.stream.sample_decoders import Parse, parse_sample, read_sample, webdataset_sample
 
 T = TypeVar("T")
 Collate = Callable[[list[Any], int], T]  # of what `parse` returns, and the visit
 Stage = Callable[[Iterator[Any]], Iterable[Any]]
-
-
-class BatchOrder(Protocol):
-    """What a pipeline needs of an order; see `shards.order.epoch_order`."""
-
-    @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The index of each dataset."""
-
-    def sizes(self, position: int) -> tuple[int, ...]:
-        """Return the number of samples of each dataset in a batch."""
-
-    def rows(self, position: int, number: int) -> NDArray[np.int64]:
-        """Return the rows of the index of dataset `number` in a batch."""
-
-    def visit(self, position: int) -> int:
-        """Return the number that `collate` gets."""
+AnyOrder = Order | MixedOrder | EvaluationOrder
 
 
 class BatchReader(Generic[T]):
@@ -50,16 +33,16 @@ class BatchReader(Generic[T]):
         order: what is in each batch.
         positions: returns the positions of the batches, from the start at each call.
         readers: one per dataset.
-        collate: makes a batch of a list of samples.
+        collate: makes a batch of a list of samples; None for the list.
         who: named in the log if storage stalls.
     """
 
     def __init__(
         self,
-        order: BatchOrder,
+        order: AnyOrder,
         positions: Callable[[], Iterator[int]],
         readers: Sequence[SampleReader],
-        collate: Collate[T],
+        collate: Collate[T] | None,
         who: str,
     ) -> None:
         self.order, self.positions, self.readers, self.collate, self.who = order, positions, readers, collate, who
@@ -104,15 +87,4 @@ class BatchReader(Generic[T]):
                     "must yield one sample for each, in order, so that positions keep their meaning; leave samples out "
                     "with dataset.select(), or with a webdataset pipeline behind the stream"
                 )
-            yield self.collate(batch, self.order.visit(position))
-
-
-def check_stages(stages: Any) -> tuple[Stage, ...]:
-    """Return stages as a tuple.
-
-    Raises:
-        DatasetError: `stages` is not a sequence of functions.
-    """
-    if not isinstance(stages, Iterable) or not all(map(callable, stages := list(stages))):
-        raise DatasetError(f"stages is {shown(stages)}: give a list of functions from samples to samples, [wds.map(f)]")
-    return tuple(stages)
+            yield batch if self.collate is None else self.collate(batch, self.order.visit(position))  # type: ignore

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import astuple, dataclass, field
 from operator import add, sub
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from shards.common.back_off import attempts
 from shards.common.errors import DatasetError, SampleError
@@ -38,10 +38,10 @@ STALL_S = 30.0
 
 @dataclass
 class SampleStatistics:
-    """Running totals of a reader.
+    """Running totals of reading.
 
     Attributes:
-        samples: samples that were handed out.
+        samples: samples that were read.
         cache_hits: those of them that came from the cache.
         requests: requests sent to storage.
         nbytes: bytes received from storage.
@@ -60,12 +60,12 @@ class SampleStatistics:
         self.nbytes += read.nbytes
         self.retries += read.retries
 
-    def __add__(self, other: SampleStatistics) -> SampleStatistics:
-        return SampleStatistics(*map(add, astuple(self), astuple(other)))
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(add, astuple(self), astuple(other)))
 
-    def since(self, before: SampleStatistics) -> SampleStatistics:
-        """Return the totals since `before` was copied."""
-        return SampleStatistics(*map(sub, astuple(self), astuple(before)))
+    def since(self, before: Self) -> Self:
+        """Return the totals since `before` was taken (copied, if it is still counting)."""
+        return type(self)(*map(sub, astuple(self), astuple(before)))
 
 
 @dataclass

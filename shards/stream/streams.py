@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
@@ -22,14 +23,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.common.argument_checks import real, whole
 from shards.common.errors import DatasetError
-from shards.common.text import counted
+from shards.common.text import counted, shown
 from shards.format.dataset import Dataset
 from shards.format.index import Index, row_numbers
 from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
 from shards.order.identity import check_identity
 from shards.order.mixture import Mix, MixedOrder
 from shards.storage.location import Location
-from shards.stream.pipeline import BatchOrder, BatchReader, Collate, Stage, check_stages
+from shards.stream.pipeline import AnyOrder, BatchReader, Collate, Stage
 from shards.stream.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
 from shards.stream.sample_decoders import Parse, parse_sample
 
@@ -74,15 +75,14 @@ class Stream(IterableDataset[T]):
     """What `ShardStream` and `EvalStream` have in common.
 
     Attributes:
-        batch_size: samples per batch.
-        rank, world: of this process, and the number of ranks.
-        stages, parse, collate: see `ShardStream`.
         statistics: of this process; `Loader.statistics` is of all loader processes.
     """
 
-    order: BatchOrder
+    order: AnyOrder
     statistics: SampleStatistics
-    _place: str  # of the dataset and split, for the repr
+    start: int = 0
+    _stop: int | None = None  # the end of all positions
+    _place: str  # dataset and split
     _readers: list[SampleReader]
 
     def __init__(
@@ -90,31 +90,31 @@ class Stream(IterableDataset[T]):
     ) -> None:
         self.batch_size = whole("batch_size", batch_size)
         self.rank, self.world = whole("rank", rank), whole("world", world)
-        self.stages, self.parse, self.collate = check_stages(stages), parse, collate
+        self.stages, self.parse, self.collate = stages, parse, collate
         if not callable(parse) or not (collate is None or callable(collate)):
             raise DatasetError(f"parse is {parse!r}, collate is {collate!r}: give functions, or leave them out")
+        if not isinstance(stages, Sequence) or not all(map(callable, stages)):
+            raise DatasetError(f"stages is {shown(stages)}: give a list of webdataset stages, such as [wds.map(f)]")
         if not 0 <= self.rank < self.world:
             raise DatasetError(f"rank {self.rank} of {self.world}: a rank is between 0 and world - 1")
         if self.batch_size < 1:
             raise DatasetError(f"batch_size is {self.batch_size}: it must be at least 1")
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.pipeline())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._place}, batch_size={self.batch_size}, rank {self.rank} of {self.world})"
 
     def pipeline(self) -> Any:
         """Return the `webdataset.DataPipeline` that yields the batches of this process; it can be read once."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         who = f"rank {self.rank}" if info is None else f"rank {self.rank}, loader worker {info.id}"
-        collate: Collate[Any] = _as_list if self.collate is None else self.collate
-        batches = BatchReader(self.order, lambda: self._positions(worker, workers), self._readers, collate, who)
-        return batches.pipeline(self.stages, self.parse)
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self.pipeline())
-
-    def _positions(self, worker: int, workers: int) -> Iterator[int]:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._place}, batch_size={self.batch_size}, rank {self.rank} of {self.world})"
+        own = partial(
+            positions, self.start, rank=self.rank, world=self.world, worker=worker, workers=workers, stop=self._stop
+        )
+        return BatchReader(self.order, own, self._readers, self.collate, who).pipeline(self.stages, self.parse)
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse: `accelerate` calls this when it reads a loader that it has prepared.
@@ -232,9 +232,6 @@ class ShardStream(Stream[T]):
         """Global batches of one epoch."""
         return self.order.batches_per_epoch
 
-    def _positions(self, worker: int, workers: int) -> Iterator[int]:
-        return positions(self.start, rank=self.rank, world=self.world, worker=worker, workers=workers)
-
 
 class EvalStream(Stream[T]):
     """The samples of a split, each exactly once over all ranks and workers, in the order of the index.
@@ -285,26 +282,14 @@ class EvalStream(Stream[T]):
         self.order: EvaluationOrder = EvaluationOrder(
             index, self.batch_size, None if rows is None else row_numbers(rows, len(index))
         )
+        self._stop = len(self.order)
         self._place = f"{dataset.root}, {split!r}"
         self.statistics = SampleStatistics()
         self._readers = _readers((dataset,), self.order.indexes, (1,), read_ahead, cache, stall_s, self.statistics)
 
-    @property
-    def samples(self) -> int:
-        """The number of samples of all ranks."""
-        return self.order.samples
-
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
         return len(range(self.rank, len(self.order), self.world))
-
-    def _positions(self, worker: int, workers: int) -> Iterator[int]:
-        share = {"rank": self.rank, "world": self.world, "worker": worker, "workers": workers}
-        return positions(0, **share, stop=len(self.order))
-
-
-def _as_list(samples: list[Any], visit: int) -> list[Any]:
-    return samples
 
 
 def _check_dataset(given: Any, *, mixes: bool) -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -26,37 +27,51 @@ WHY_KILLED = (
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? ")
 
 
+@contextmanager
+def running(loader: Any) -> Iterator[Iterator[Any]]:
+    """Start the workers of a `DataLoader`, yield its iterator, and end the workers with the block.
+
+    The garbage collector would end them too. But an exception may keep the iterator alive until it runs, and it closes
+    the queues of the workers before it asks them to end: each is then waited for 5 s.
+    """
+    iterator = iter(loader)
+    _ignore_sigchld_errors()
+    try:
+        yield iterator
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # not without workers
+            iterator._shutdown_workers()
+
+
+def receive(iterator: Iterator[Any]) -> Any:
+    """Return the next item of a `DataLoader`'s iterator, None at the end.
+
+    Raises:
+        LoaderError: a worker has died; torch notices it within 5 s.
+    """
+    try:
+        return next(iterator, None)
+    except RuntimeError as error:
+        if not _WORKER_DIED.match(str(error)):
+            raise
+        raise dead_worker(iterator) or LoaderError(str(error)) from None
+
+
 def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:
-    """Return the error for a worker of a `DataLoader`'s iterator that was killed or crashed; None if there is none."""
-    for worker in getattr(iterator, "_workers", ()):  # an iterator without workers has no such attribute
-        if worker.exitcode:
-            code = worker.exitcode
+    """Return the error for a worker that was killed or crashed; None if there is none."""
+    for worker in getattr(iterator, "_workers", ()):
+        code = worker.exitcode
+        if code:
             how = f"was killed by signal: {signal.strsignal(-code)}" if code < 0 else f"ended with exit status {code}"
             return LoaderError(f"loader process (pid {worker.pid}) {how}: {WHY_KILLED}")
     return None
 
 
-def is_worker_death(error: RuntimeError) -> bool:
-    """Return whether torch reports with this error that a worker has died."""
-    return _WORKER_DIED.match(str(error)) is not None
-
-
-def stop_workers(iterator: Iterator[Any]) -> None:
-    """End the workers of a `DataLoader`'s iterator now.
-
-    The garbage collector would do that too. But an exception may keep the iterator alive until it runs, and it closes
-    the queues of the workers before it asks them to end: each is then waited for 5 s.
-    """
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-def ignore_sigchld_errors() -> None:
+def _ignore_sigchld_errors() -> None:
     """Keep torch from raising the death of a worker wherever the main thread happens to be.
 
     torch raises it from a handler of SIGCHLD. Inside a finalizer it would be lost, and inside a library it may surface
-    as any other error. Without it torch notices the death within 5 s, when the loop waits for a batch. Call this after
-    a `DataLoader` has started its workers; handlers of others stay in place.
+    as any other error. `receive` reports it instead. Handlers of others stay in place.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return
@@ -75,7 +90,7 @@ class _WithoutWorkerDeaths:
         try:
             self.handler(number, frame)
         except RuntimeError as error:
-            if not is_worker_death(error):
+            if not _WORKER_DIED.match(str(error)):
                 raise
 
 
