@@ -68,6 +68,8 @@ class Fault:
         times: only the first so many matching requests of each key. None: no limit.
         share: only so many (0 to 1) of the matching requests. Which, is a hash of the proxy's seed, the request, and
             how many times it was seen before: neither order nor concurrency matters.
+        every: only each n-th of the matching requests that no earlier fault has hit, counted as they arrive: at least
+            one in n requests is hit for certain.
         after: the share of the body, 0 to 1, that passes unharmed. With 0 nothing of an upload is even asked for.
 
     Raises:
@@ -79,13 +81,14 @@ class Fault:
     key: str = ""
     times: int | None = None
     share: float = 1.0
+    every: int = 1
     after: float = 0.5
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"Fault: kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
-        if not (0 <= self.share <= 1 and 0 <= self.after <= 1 and (self.times or 0) >= 0):
-            raise ValueError(f"{self}: share and after lie in 0 to 1, times is 0 or more")
+        if not (0 <= self.share <= 1 and 0 <= self.after <= 1 and (self.times or 0) >= 0 and self.every >= 1):
+            raise ValueError(f"{self}: share and after are between 0 and 1, times is 0 or more, every is 1 or more")
         re.compile(self.method), re.compile(self.key)
 
 
@@ -150,6 +153,7 @@ class S3Proxy:
         self._on_request = on_request
         self._times_seen: Counter[Seen] = Counter()
         self._times_hit: Counter[tuple[Fault, str]] = Counter()
+        self._times_matched: Counter[Fault] = Counter()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -235,6 +239,9 @@ class S3Proxy:
         for fault in self.faults:
             matches = re.fullmatch(fault.method, seen.method) and re.search(fault.key, seen.key)
             if not matches or self._times_hit[fault, seen.key] == fault.times:
+                continue
+            self._times_matched[fault] += 1
+            if self._times_matched[fault] % fault.every:
                 continue
             if fault.share < 1:
                 drawn = hashlib.blake2b(repr((self._seed, fault.kind, *seen, again)).encode(), digest_size=8)

@@ -8,6 +8,7 @@ A stage is what webdataset calls one: a function from an iterator of samples to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -26,28 +27,25 @@ Stage = Callable[[Iterator[Any]], Iterable[Any]]
 AnyOrder = Order | MixedOrder | EvaluationOrder
 
 
+@dataclass
 class BatchReader(Generic[T]):
     """One pass over the batches at some positions: the first and the last stage of a pipeline.
 
-    Args:
+    Attributes:
         order: what is in each batch.
-        positions: returns the positions of the batches, from the start at each call.
+        positions: returns the positions of the batches, from the first one at each call.
         readers: one per dataset.
         collate: makes a batch of a list of samples; None for the list.
         who: named in the log if storage stalls.
     """
 
-    def __init__(
-        self,
-        order: AnyOrder,
-        positions: Callable[[], Iterator[int]],
-        readers: Sequence[SampleReader],
-        collate: Collate[T] | None,
-        who: str,
-    ) -> None:
-        self.order, self.positions, self.readers, self.collate, self.who = order, positions, readers, collate, who
-        self._read = 0  # samples that the first stage has yielded
-        self._taken = 0  # samples that the last stage has received
+    order: AnyOrder
+    positions: Callable[[], Iterator[int]]
+    readers: Sequence[SampleReader]
+    collate: Collate[T] | None
+    who: str
+    _read: int = 0  # samples that the first stage has yielded
+    _taken: int = 0  # samples that the last stage has received
 
     def pipeline(self, stages: Sequence[Stage], parse: Parse) -> Any:
         """Return the `webdataset.DataPipeline` of this pass; it can be read once."""
@@ -56,13 +54,18 @@ class BatchReader(Generic[T]):
         return wds.DataPipeline(self.samples, *choose, *stages, wds.map(parse), self.batches)
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples of all batches, each as webdataset's dict."""
+        """Yield the samples of all batches, each as webdataset's dict.
+
+        Raises:
+            DatasetError: a stage did not pass on exactly one sample for each that it received.
+        """
         # Readers look ahead, so each iterates over the positions on its own.
         sources = [reader.read(self._rows(number), who=self.who) for number, reader in enumerate(self.readers)]
         roots = [str(reader.root) for reader in self.readers]
         for position in self.positions():
             for number, size in enumerate(self.order.sizes(position)):
                 for row, data in islice(sources[number], size):
+                    self._check_stages()
                     self._read += 1
                     yield read_sample(data, self.readers[number].index, row, roots[number])
 
@@ -75,16 +78,20 @@ class BatchReader(Generic[T]):
         """Yield batches of the order's sizes, as webdataset's `batched` does for a fixed size.
 
         Raises:
-            DatasetError: a stage did not yield exactly one sample for each that it received.
+            DatasetError: the stages ended early.
         """
         for position in self.positions():
-            size = sum(self.order.sizes(position))
-            batch = list(islice(samples, size))
-            self._taken += len(batch)
-            if self._read != self._taken or len(batch) < size:
-                raise DatasetError(
-                    f"a stage (or parse) received {counted(self._read, 'sample')} and yielded {self._taken}: stages "
-                    "must yield one sample for each, in order, so that positions keep their meaning; leave samples out "
-                    "with dataset.select(), or with a webdataset pipeline behind the stream"
-                )
-            yield batch if self.collate is None else self.collate(batch, self.order.visit(position))  # type: ignore
+            batch: Any = []
+            for sample in islice(samples, sum(self.order.sizes(position))):
+                self._taken += 1
+                batch.append(sample)
+            self._check_stages(ended=len(batch) < sum(self.order.sizes(position)))
+            yield batch if self.collate is None else self.collate(batch, self.order.visit(position))
+
+    def _check_stages(self, ended: bool = False) -> None:
+        if self._read != self._taken or ended:
+            raise DatasetError(
+                f"a stage (or parse) received {counted(self._read, 'sample')} and passed on {self._taken}: it must "
+                "yield one sample for each, in order, so that positions keep their meaning; leave samples out with "
+                "dataset.select(), or in a webdataset pipeline of your own behind the stream"
+            )

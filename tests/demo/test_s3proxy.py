@@ -298,7 +298,16 @@ def test_a_store_that_is_gone_is_a_502(stored: str) -> None:
         assert http.getresponse().status == 502
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}])
+def test_every_hits_each_nth_request_that_no_earlier_fault_has_hit(s3: S3Server, stored: str) -> None:
+    faults = [Fault("missing", "GET", every=3), Fault("refuse", "GET", every=3)]
+    with S3Proxy(s3.endpoint_url, faults) as proxy, connected(proxy) as http:
+        for _ in range(9):
+            http.request("GET", f"/{stored}/key")
+            http.getresponse().read()
+    assert [seen.status for seen in proxy.requests] == [200, 200, 404, 403, 200, 404, 200, 403, 404]
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}, {"every": 0}])
 def test_a_fault_that_cannot_be_is_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Fault"):
         Fault(**{"kind": "reset", **wrong})

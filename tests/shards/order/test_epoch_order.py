@@ -1,16 +1,16 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.common.errors import DatasetError
 from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
 from shards.order.epoch_permutation import apart, chunk_starts, grouped
+from tests.shards.order.support import whole_epoch
 from tests.support import make_index
 
 
@@ -30,8 +30,8 @@ def orders(draw):
 
 @settings(deadline=None)
 @given(orders(), st.integers(0, 5))
-def test_an_epoch_visits_every_sample_once_but_for_less_than_a_batch(order, epoch):
-    rows = order.epoch(epoch)
+def test_an_epoch_visits_every_sample_once_except_for_less_than_a_batch(order, epoch):
+    rows = whole_epoch(order, epoch)
     assert rows.shape == (order.samples // order.settings.batch_size, order.settings.batch_size)
     assert len(np.unique(rows)) == rows.size
     assert order.samples - rows.size < order.settings.batch_size
@@ -39,7 +39,7 @@ def test_an_epoch_visits_every_sample_once_but_for_less_than_a_batch(order, epoc
 
 
 @given(st.integers(1, 6), st.integers(0, 5), st.integers(0, 1000))
-def test_ranks_and_workers_share_out_the_row_of_batches(world, workers, start):
+def test_positions_deal_the_batches_to_ranks_and_workers(world, workers, start):
     steps = 7
     shares = []
     for rank in range(world):
@@ -48,7 +48,7 @@ def test_ranks_and_workers_share_out_the_row_of_batches(world, workers, start):
         ]
         # A DataLoader asks its workers in turn.
         shares.append([next(loaders[step % len(loaders)]) for step in range(steps)])
-    # Step for step, the ranks together hold the next `world` batches: disjoint, none left out, the same for any world.
+    # At each step the ranks together have the next `world` batches.
     assert [shares[rank][step] for step in range(steps) for rank in range(world)] == list(
         range(start, start + steps * world)
     )
@@ -65,55 +65,28 @@ def test_a_batch_depends_on_its_position_alone(order, visited):
 
 
 @pytest.mark.parametrize("group_by_aspect", [False, True])
-def test_the_same_seed_gives_the_same_order_and_another_seed_or_epoch_another(group_by_aspect):
+def test_the_order_differs_between_seeds_and_epochs_only(group_by_aspect):
     index = make_index(np.full(60, 10))
     order, same, other = (
         Order(index, OrderSettings(4, seed, window=16, group_by_aspect=group_by_aspect)) for seed in (3, 3, 4)
     )
-    assert np.array_equal(order.epoch(1), same.epoch(1))
-    assert not np.array_equal(order.epoch(1), order.epoch(0))
-    assert not np.array_equal(order.epoch(1), other.epoch(1))
+    assert np.array_equal(whole_epoch(order, 1), whole_epoch(same, 1))
+    assert not np.array_equal(whole_epoch(order, 1), whole_epoch(order, 0))
+    assert not np.array_equal(whole_epoch(order, 1), whole_epoch(other, 1))
 
 
 def test_the_order_is_pinned():
-    """Runs of other machines and years resume by this order: it must never change under one format version."""
+    """Runs are resumed on other machines and years later: the order must not change under one format version."""
     order = Order(make_index(np.full(12, 10)), OrderSettings(4, seed=7, lanes=2, window=4, chunk_bytes=30))
-    assert order.epoch(0).tolist() == [[11, 1, 0, 2], [4, 8, 9, 10], [6, 7, 5, 3]]
+    assert whole_epoch(order, 0).tolist() == [[11, 1, 0, 2], [4, 8, 9, 10], [6, 7, 5, 3]]
     assert order.identity()["index"] == order.fingerprint
 
 
 def test_leftovers_differ_from_epoch_to_epoch_even_with_one_chunk():
     order = Order(make_index(np.full(10, 1), per_shard=10), OrderSettings(4, chunk_bytes=100))
-    left = [frozenset(range(10)) - set(order.epoch(epoch).reshape(-1).tolist()) for epoch in range(8)]
+    left = [frozenset(range(10)) - set(whole_epoch(order, epoch).reshape(-1).tolist()) for epoch in range(8)]
     assert all(len(rows) == 2 for rows in left)
     assert len(set(left)) > 3
-
-
-@settings(deadline=None)
-@given(orders())
-def test_batches_of_a_lane_come_from_one_window_after_the_other(order):
-    s = order.settings
-    assume(not s.group_by_aspect)
-    rows = order.epoch(0)
-    lanes = min(s.lanes, len(rows))
-    shuffled = np.concatenate([rows[lane::lanes].reshape(-1) for lane in range(lanes)])
-    unshuffled = Order(_index_of(order), OrderSettings(s.batch_size, s.seed, s.lanes, 1, False, s.chunk_bytes)).epoch(0)
-    plain = np.concatenate([unshuffled[lane::lanes].reshape(-1) for lane in range(lanes)])
-    start = 0
-    for lane in range(lanes):
-        length = rows[lane::lanes].size
-        for first in range(start, start + length, s.window):
-            last = min(first + s.window, start + length)
-            assert sorted(shuffled[first:last]) == sorted(plain[first:last])
-        start += length
-
-
-def _index_of(order):
-    """An index with the same chunks: one shard a chunk."""
-    lengths = np.diff(order._starts, append=order.samples)
-    index = make_index(np.full(order.samples, 1))
-    shard = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return replace(index, shard=shard, shard_paths=tuple(f"train/{n:06d}.tar" for n in range(len(lengths))))
 
 
 MASK = 2**64 - 1
@@ -134,8 +107,8 @@ def folded(*values):
     return key
 
 
-def whole_epoch(order, epoch):
-    """The definition, step by step, on lists of the whole epoch."""
+def definition(order, epoch):
+    """An epoch step by step, on lists of the whole epoch."""
     s, n = order.settings, order.samples
     key, batches = folded(s.seed, epoch), n // s.batch_size
     chunks = [list(range(a, b)) for a, b in pairwise([*order._starts.tolist(), n])]
@@ -161,12 +134,12 @@ def whole_epoch(order, epoch):
 
 @given(orders(), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
-def test_batches_computed_one_by_one_are_those_of_the_definition(order, epoch):
-    assert order.epoch(epoch).tolist() == whole_epoch(order, epoch)
+def test_batches_are_those_of_the_definition(order, epoch):
+    assert whole_epoch(order, epoch).tolist() == definition(order, epoch)
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 7))
-def test_grouping_keeps_kinds_apart_and_loses_nothing(kinds, size):
+def test_grouped_batches_hold_one_kind_each(kinds, size):
     kind = np.array(kinds[: len(kinds) // size * size], dtype=bool)
     places = grouped(kind, size)
     assert sorted(places) == list(range(len(kind)))
@@ -175,7 +148,7 @@ def test_grouping_keeps_kinds_apart_and_loses_nothing(kinds, size):
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(1, 20), st.integers(1, 200))
-def test_chunks_are_runs_of_one_shard_of_about_the_wanted_length(sizes, per_shard, chunk_bytes):
+def test_chunks_are_runs_of_one_shard_of_about_chunk_bytes(sizes, per_shard, chunk_bytes):
     shard = (np.arange(len(sizes)) // per_shard).astype(np.int32)
     nbytes = np.array(sizes, dtype=np.int64)
     starts = chunk_starts(shard, nbytes, chunk_bytes)
@@ -184,7 +157,7 @@ def test_chunks_are_runs_of_one_shard_of_about_the_wanted_length(sizes, per_shar
     assert (ends > starts).all()
     for start, end in zip(starts, ends, strict=True):
         assert len(set(shard[start:end])) == 1
-        # A chunk ends with the sample that starts past its share; only one sample may stand over.
+        # A chunk ends with the sample that reaches its share.
         assert nbytes[start : end - 1].sum() < chunk_bytes
 
 
@@ -203,7 +176,7 @@ def test_evaluation_visits_every_sample_exactly_once(samples, batch_size, world,
     assert sorted(rows) == list(range(samples))
 
 
-def test_fewer_samples_than_a_batch_is_an_error_that_says_so():
+def test_fewer_samples_than_a_batch_are_refused():
     with pytest.raises(DatasetError, match="has 3 samples, fewer than one batch of 4: lower the batch size"):
         Order(make_index(np.full(3, 1)), OrderSettings(4))
 
@@ -216,7 +189,7 @@ def test_settings_out_of_range_are_refused(wrong):
         OrderSettings(**{"batch_size": 4, **wrong})
 
 
-def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
+def test_memory_does_not_depend_on_the_size_of_the_dataset():
     sizes = {}
     for count in (2_000, 200_000):
         order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
@@ -227,8 +200,8 @@ def test_a_batch_costs_memory_of_its_windows_not_of_the_dataset():
 
 
 @pytest.mark.parametrize("repeat_threshold", [0.0, 0.5])
-def test_threads_that_share_an_order_read_what_one_alone_reads(repeat_threshold):
-    """As threads that read one stream do; each drops what another still needs."""
+def test_threads_can_share_an_order(repeat_threshold):
+    """Each drops what another still needs."""
     index = make_index(np.full(40, 10), classes=[[1, 2] if n % 8 == 0 else [1] for n in range(40)])
     chosen = OrderSettings(4, window=4, repeat_threshold=repeat_threshold)
     shared, alone = Order(index, chosen), Order(index, chosen)
@@ -246,7 +219,7 @@ def test_threads_that_share_an_order_read_what_one_alone_reads(repeat_threshold)
 
 
 @given(st.lists(st.integers(0, 30), max_size=60))
-def test_what_is_put_apart_is_a_rearrangement_with_half_the_length_between(values):
+def test_apart_moves_equal_rows_half_the_length_apart(values):
     rows = np.array(values, dtype=np.int64)
     moved = apart(rows)
     assert sorted(moved) == sorted(rows)

@@ -11,8 +11,9 @@ from shards.common.errors import DatasetError
 from shards.format.dataset import Category
 from shards.order.epoch_order import OrderSettings
 from shards.order.mixture import Mix, MixedOrder, apportion, whole_weights
-from shards.stream.loader import loader
 from shards.stream.streams import ShardStream
+from tests.shards.stream.support import keys
+from tests.shards.stream.support import take as take_from
 from tests.support import make_index, sample, write_dataset
 
 weights_of = st.lists(st.integers(1, 50), min_size=1, max_size=4)
@@ -28,7 +29,7 @@ def yards(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("b"), {"train": [sample(n) for n in range(100, 111)]}, per_shard=4)
 
 
-def test_a_rare_dataset_is_read_without_delay_and_as_the_order_says(streets, yards):
+def test_a_rare_dataset_is_read_without_searching_far_ahead(streets, yards):
     """Its next 2048 samples lie in two and a half million batches."""
     mix = Mix([streets, yards], [9999, 1])
     stream = ShardStream(mix, "train", batch_size=8)
@@ -47,19 +48,15 @@ def test_a_rare_dataset_is_read_without_delay_and_as_the_order_says(streets, yar
     assert rare > 0
 
 
-def keys(batch):
-    return tuple(s.image_id for s in batch)
-
-
 def take(mix, count, *, workers=0, **options):
     stream = ShardStream(mix, "train", **{"batch_size": 4, "window": 8, "lanes": 3, "seed": 5, **options})
-    return [keys(batch) for batch in itertools.islice(loader(stream, workers=workers), count)]
+    return [keys(batch) for batch in take_from(stream, count, workers)]
 
 
 @settings(deadline=None)
 @given(weights_of, st.integers(0, 10_000))
 @example([7, 39, 4, 37], 757)  # more than two off
-def test_a_total_is_shared_out_whole_in_proportion_and_never_taken_back(weights, total):
+def test_apportion_is_exact_monotonic_and_in_proportion(weights, total):
     counts = apportion(total, weights)
     assert sum(counts) == total
     grown = apportion(total + 1, weights)
@@ -71,7 +68,7 @@ def test_a_total_is_shared_out_whole_in_proportion_and_never_taken_back(weights,
 @pytest.mark.parametrize(
     ("weights", "whole"), [((0.7, 0.3), (7, 3)), ((2, 4), (1, 2)), ((0.1, 0.2, 0.7), (1, 2, 7)), ((5,), (1,))]
 )
-def test_weights_are_meant_as_they_are_written(weights, whole):
+def test_whole_weights_keep_decimal_proportions(weights, whole):
     assert whole_weights(weights) == whole
 
 
@@ -91,7 +88,7 @@ def mixes(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(mixes())
-def test_each_dataset_runs_through_epochs_of_its_own_in_its_share_of_every_stretch(mix):
+def test_each_dataset_has_its_own_epochs_and_its_share_of_every_stretch(mix):
     order, lengths, weights = mix
     batches = 60
     for number, (length, weight) in enumerate(zip(lengths, weights)):
@@ -119,13 +116,6 @@ def test_a_batch_of_a_mix_depends_on_its_position_alone(mix, positions):
         assert found == {p: again.rows(p, number).tolist() for p in sorted(found, reverse=True)}
 
 
-def test_a_whole_epoch_of_each_lane_has_every_sample_of_it_once():
-    order = MixedOrder([make_index(np.full(24, 10)), make_index(np.full(12, 10))], (2, 1), OrderSettings(3, lanes=2))
-    rows = [np.concatenate([order.rows(p, number) for p in range(12)]) for number in (0, 1)]
-    assert sorted(rows[0]) == list(range(24))
-    assert sorted(rows[1]) == list(range(12))
-
-
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
 def test_any_number_of_ranks_and_workers_gives_the_same_mix(streets, yards, world, workers):
     mix, steps = Mix((streets, yards), (3, 1)), 5
@@ -151,7 +141,7 @@ def test_the_identity_holds_all_datasets_and_weights(streets, yards):
     assert one != identity((streets, yards.select(fraction=0.9)), (3, 1))
 
 
-def test_no_two_batches_with_the_same_sample_have_the_same_number(streets, yards):
+def test_the_visit_of_a_mix_is_the_position(streets, yards):
     stream = ShardStream(
         Mix((streets, yards), (1, 3)), "train", batch_size=4, collate=lambda batch, visit: (set(keys(batch)), visit)
     )
@@ -161,7 +151,7 @@ def test_no_two_batches_with_the_same_sample_have_the_same_number(streets, yards
     assert sum(len(batch) < 4 for batch, _ in batches) <= 40 * 3 // 11
 
 
-def test_ids_that_differ_are_those_of_the_first_dataset(streets, yards):
+def test_differing_ids_become_those_of_the_first_dataset(streets, yards):
     swapped = (Category(1, "Car", "/m/0k4j"), Category(2, "Person", "/m/01g317"))
     other = replace(yards, info=replace(yards.info, categories=swapped))
     stream = ShardStream(Mix((streets, other), (1, 1)), "train", batch_size=8)
@@ -183,12 +173,12 @@ def test_ids_that_differ_are_those_of_the_first_dataset(streets, yards):
         (lambda a, b: (a.select(classes=["Car"]), b), (1, 1), "has no class Person"),
     ],
 )
-def test_a_mix_that_cannot_be_is_refused(streets, yards, datasets, weights, message):
+def test_a_wrong_mix_is_refused(streets, yards, datasets, weights, message):
     with pytest.raises(DatasetError, match=message):
         Mix(datasets(streets, yards), weights)
 
 
-def test_a_split_that_one_of_them_lacks_and_grouping_are_refused(streets, yards):
+def test_a_missing_split_and_grouping_are_refused(streets, yards):
     mix = Mix((streets, yards), (1, 1))
     with pytest.raises(DatasetError, match="no split 'val'"):
         ShardStream(mix, "val", batch_size=2)
@@ -197,7 +187,6 @@ def test_a_split_that_one_of_them_lacks_and_grouping_are_refused(streets, yards)
 
 
 def test_the_order_of_a_mix_is_pinned():
-    """As the order of one dataset: runs of other machines and years resume by it."""
     order = MixedOrder(
         [make_index(np.full(12, 10)), make_index(np.full(6, 10))],
         (3, 1),

@@ -13,13 +13,14 @@ from shards.common.splitmix import fold
 from shards.order.epoch_order import Order, OrderSettings
 from shards.order.epoch_permutation import passes
 from shards.order.repeat_factors import UNIT, repeat_factors, rounded, units_of_repeats, visits_of_an_epoch
+from tests.shards.order.support import whole_epoch
 from tests.support import make_index
 
 labels = st.lists(st.sets(st.integers(1, 6), max_size=4), min_size=1, max_size=60)
 
 
 def lvis(classes, threshold):
-    """The paper's three steps, image by image."""
+    """The three steps of the paper, image by image."""
     images_with = Counter(c for own in classes for c in own)
     of_class = {c: max(1.0, sqrt(threshold / (count / len(classes)))) for c, count in images_with.items()}
     return [max((of_class[c] for c in own), default=1.0) for own in classes]
@@ -40,7 +41,7 @@ def test_factors_are_those_of_lvis(classes, threshold):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(UNIT, 5 * UNIT), min_size=1, max_size=50), st.integers(0, 2**64 - 1))
-def test_a_factor_is_rounded_down_or_up_and_every_epoch_has_the_same_length_but_for_one(units, key):
+def test_factors_are_rounded_down_or_up_and_totals_differ_by_at_most_one(units, key):
     units = np.array(units)
     visits = rounded(units, np.uint64(key))
     assert (visits >= units // UNIT).all()
@@ -48,23 +49,23 @@ def test_a_factor_is_rounded_down_or_up_and_every_epoch_has_the_same_length_but_
     assert int(visits.sum()) - visits_of_an_epoch(units) in (0, 1)
 
 
-def test_on_average_a_sample_comes_as_often_as_its_factor():
+def test_visits_average_to_the_factor():
     units = np.array([UNIT, UNIT * 5 // 4, UNIT * 3 // 2, UNIT * 19 // 10, UNIT * 31 // 10] * 10)
     epochs = 4000
     total = sum(rounded(units, fold(7, epoch)) for epoch in range(epochs))
-    # Five standard deviations of a mean of fair roundings.
+    # Five standard deviations of the mean of fair roundings.
     assert total / epochs == pytest.approx(units / UNIT, abs=5 * 0.5 / sqrt(epochs))
 
 
-def test_which_samples_are_rounded_up_together_differs_from_epoch_to_epoch():
+def test_roundings_of_two_samples_are_independent_over_epochs():
     units = np.full(100, UNIT * 3 // 2)
     pairs = np.mean([(v := rounded(units, fold(epoch)) > 1)[0] == v[1] for epoch in range(2000)])
-    assert 0.44 < pairs < 0.56  # of one offset over a fixed order, 0 or 1
+    assert 0.44 < pairs < 0.56  # 0 or 1 with one offset over a fixed order
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
-def test_passes_hold_each_row_as_often_as_it_comes(visits):
+def test_passes_contain_each_row_as_often_as_it_is_visited(visits):
     rows = passes(np.array(visits))
     assert Counter(rows.tolist()) == Counter({row: times for row, times in enumerate(visits) if times})
     assert (np.diff(rows) <= 0).sum() == max(max(visits) - 1, 0)  # each pass ascends
@@ -76,16 +77,16 @@ def test_an_epoch_visits_every_sample_as_often_as_its_factor_says(classes, size,
     index = make_index(np.full(len(classes), 10), classes=classes)
     size = min(size, len(classes))
     order = Order(index, OrderSettings(size, 5, lanes, window, chunk_bytes=70, repeat_threshold=threshold))
-    rows = order.epoch(epoch)
+    rows = whole_epoch(order, epoch)
     wanted = units_of_repeats(index, threshold)
     assert rows.shape == (visits_of_an_epoch(wanted) // size, size)
     visits = np.bincount(rows.reshape(-1), minlength=len(index))
     assert (visits <= -(-wanted // UNIT)).all()
-    # Rounding down loses nothing but the leftovers, fewer than a batch (and the one by which epochs differ).
+    # Only the leftovers are lost, fewer than a batch, and the one by which epochs differ.
     assert np.maximum(wanted // UNIT - visits, 0).sum() <= size
 
 
-def test_positions_mean_the_same_whatever_was_read_before():
+def test_a_position_does_not_depend_on_what_was_read_before():
     order, other = (Order(rare_ones(), OrderSettings(4, 3, 4, 32, repeat_threshold=0.5)) for _ in range(2))
     ahead = {position: order.batch(position).tolist() for position in range(0, 900, 7)}
     assert ahead == {position: other.batch(position).tolist() for position in sorted(ahead, reverse=True)}
@@ -100,15 +101,15 @@ def test_repeats_change_the_identity():
     assert {key for key in plain if plain[key] != repeated[key]} == {"repeat_threshold"}
 
 
-def test_a_sample_hardly_ever_comes_twice_in_one_batch():
+def test_a_batch_rarely_holds_a_sample_twice():
     index = rare_ones(2000)
     order = Order(index, OrderSettings(8, 1, 8, 128, chunk_bytes=20_000, repeat_threshold=0.5))
-    batches = np.concatenate([order.epoch(epoch) for epoch in range(3)])
+    batches = np.concatenate([whole_epoch(order, epoch) for epoch in range(3)])
     twice = sum(len(set(batch)) < len(batch) for batch in batches.tolist())
     assert repeat_factors(index, 0.5).max() == pytest.approx(10)  # one of 200
     assert twice / len(batches) < 0.01
-    # Visits of a rare sample lie all over the epoch.
-    [places] = np.where((order.epoch(0) == 7).any(axis=1))
+    # Visits of a rare sample are spread over the epoch.
+    [places] = np.where((whole_epoch(order, 0) == 7).any(axis=1))
     assert len(places) >= 9
     assert places.max() - places.min() > order.batches_per_epoch / 2
 
@@ -124,9 +125,8 @@ def test_factors_without_labels_are_refused():
 
 
 def test_the_order_with_repeats_is_pinned():
-    """As the order without: runs of other machines and years resume by it."""
     index = make_index(np.full(12, 10), classes=[{1, 2} if n == 4 else {1} for n in range(12)])
     order = Order(index, OrderSettings(4, seed=7, lanes=2, window=8, chunk_bytes=30, repeat_threshold=0.6))
     assert order.visits == 13
-    assert order.epoch(0).tolist() == [[10, 4, 3, 11], [1, 2, 5, 6], [9, 0, 8, 4]]
-    assert order.epoch(1).tolist() == [[4, 5, 10, 9], [0, 1, 7, 6], [8, 4, 11, 3]]
+    assert whole_epoch(order, 0).tolist() == [[10, 4, 3, 11], [1, 2, 5, 6], [9, 0, 8, 4]]
+    assert whole_epoch(order, 1).tolist() == [[4, 5, 10, 9], [0, 1, 7, 6], [8, 4, 11, 3]]

@@ -1,51 +1,50 @@
+from __future__ import annotations
+
 import itertools
 import json
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import webdataset as wds
 
-from shards.common.errors import DatasetError, SampleError
+from shards.common.errors import DatasetError
+from shards.format.dataset import Dataset
+from shards.format.sample import Sample
 from shards.order.mixture import Mix
 from shards.stream.loader import loader
 from shards.stream.sample_decoders import webdataset_sample
 from shards.stream.streams import EvalStream, ShardStream
+from tests.shards.stream.support import keys
+from tests.shards.stream.support import take as take_from
 from tests.support import sample, write_dataset
 
 
 @pytest.fixture(scope="module")
-def samples():
+def samples() -> list[Sample]:
     return [sample(n) for n in range(30)]
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, samples):
-    return write_dataset(
-        tmp_path_factory.mktemp("data"), {"train": samples, "val": [sample(n) for n in range(100, 107)]}, per_shard=7
-    )
+def dataset(tmp_path_factory: pytest.TempPathFactory, samples: list[Sample]) -> Dataset:
+    splits = {"train": samples, "val": [sample(n) for n in range(100, 107)]}
+    return write_dataset(tmp_path_factory.mktemp("data"), splits, per_shard=7)
 
 
-def keys(batch, epoch=None):
-    return tuple(s.image_id for s in batch)
+def stream(dataset: Dataset | Mix, **options: Any) -> ShardStream[Any]:
+    return ShardStream(dataset, "train", **({"batch_size": 4, "window": 8, "lanes": 3, "seed": 5} | options))
 
 
-def take(dataset, count, *, workers=0, **options):
-    stream = ShardStream(dataset, "train", **({"batch_size": 4, "window": 8, "lanes": 3, "seed": 5} | options))
-    return list(itertools.islice(loader(stream, workers=workers), count))
+def take(dataset: Dataset, count: int, *, workers: int = 0, **options: Any) -> list[Any]:
+    return take_from(stream(dataset, **options), count, workers)
 
 
-def test_samples_arrive_whole(dataset, samples):
-    batches = take(dataset, 7)
+def test_samples_arrive_complete(dataset: Dataset, samples: list[Sample]) -> None:
     by_key = {s.image_id: s for s in samples}
-    seen = [s for batch in batches for s in batch]
+    seen = [s for batch in take(dataset, 7) for s in batch]
     assert len({s.image_id for s in seen}) == 28
     assert all(s == by_key[s.image_id] for s in seen)
-
-
-@pytest.mark.parametrize("start", [1, 5, 7, 16])
-def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
-    unbroken = [keys(batch) for batch in take(dataset, 20)]
-    assert [keys(batch) for batch in take(dataset, 4, start=start, workers=2)] == unbroken[start : start + 4]
 
 
 @pytest.mark.parametrize(
@@ -57,61 +56,59 @@ def test_a_stream_resumes_at_any_position_with_other_workers(dataset, start):
         ({"repeat_threshold": 0.5}, r"started with repeat_threshold 0\.0, now it is 0\.5"),
     ],
 )
-def test_a_position_is_refused_under_another_order(dataset, changed, message):
-    options = {"batch_size": 4, "window": 8, "lanes": 3, "seed": 5}
-    saved = json.loads(json.dumps(ShardStream(dataset, "train", **options).order.identity()))
-    ShardStream(dataset, "train", **options, rank=1, world=2, start=6, identity=saved)
+def test_a_position_is_refused_under_another_order(dataset: Dataset, changed: dict, message: str) -> None:
+    saved = json.loads(json.dumps(stream(dataset).order.identity()))
+    stream(dataset, rank=1, world=2, start=6, identity=saved)
     with pytest.raises(DatasetError, match=message):
-        ShardStream(dataset, "train", **(options | changed), start=6, identity=saved)
+        stream(dataset, **changed, start=6, identity=saved)
 
 
-def test_a_position_is_refused_with_other_samples(dataset):
-    saved = ShardStream(dataset, "train", batch_size=4).order.identity()
-    cars = dataset.select(classes=["Car"])
+def test_a_position_is_refused_with_other_samples(dataset: Dataset) -> None:
+    saved = stream(dataset).order.identity()
     with pytest.raises(
         DatasetError, match=rf"started with index \(the fingerprint [^\n]*\) '{saved['index']}', now it is '"
     ):
-        ShardStream(cars, "train", batch_size=4, start=3, identity=saved)
+        stream(dataset.select(classes=["Car"]), start=3, identity=saved)
     with pytest.raises(DatasetError, match=r"now it is \['"):
-        ShardStream(Mix([dataset, dataset], [1, 1]), "train", batch_size=4, start=3, identity=saved)
+        stream(Mix([dataset, dataset], [1, 1]), start=3, identity=saved)
     with pytest.raises(DatasetError, match=r"identity is '\{\}': give what order\.identity\(\) returned"):
-        ShardStream(dataset, "train", batch_size=4, identity="{}")
+        stream(dataset, identity="{}")
 
 
-def test_the_epoch_reaches_collate(dataset):
-    epochs = take(dataset, 15, collate=lambda batch, epoch: epoch)
-    assert epochs == [0] * 7 + [1] * 7 + [2]
+def test_collate_receives_the_epoch(dataset: Dataset) -> None:
+    assert take(dataset, 15, collate=lambda batch, epoch: epoch) == [0] * 7 + [1] * 7 + [2]
 
 
-def test_evaluation_sees_every_sample_once_over_ranks_and_workers(dataset):
-    seen = [
-        key
-        for rank in range(3)
-        for batch in loader(EvalStream(dataset, "val", batch_size=2, rank=rank, world=3), workers=2)
-        for key in keys(batch)
-    ]
-    assert sorted(seen) == [f"{n:016x}" for n in range(100, 107)]
+@pytest.mark.parametrize("rows", [None, [0, 2, 3, 4, 6]])
+def test_evaluation_visits_every_sample_once_over_ranks_and_workers(dataset: Dataset, rows: list[int] | None) -> None:
+    streams = [EvalStream(dataset, "val", batch_size=2, rank=rank, world=3, rows=rows) for rank in range(3)]
+    batches = [list(loader(one, workers=2)) for one in streams]
+    seen = [key for own in batches for batch in own for key in keys(batch)]
+    assert sorted(seen) == [f"{100 + n:016x}" for n in (rows or range(7))]
+    assert [len(one) for one in streams] == [len(loader(one)) for one in streams] == [len(own) for own in batches]
 
 
-def test_a_stream_can_be_sent_to_another_process(dataset):
-    stream = ShardStream(dataset, "train", batch_size=4)
-    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301 (our own bytes, made here)
-    assert [keys(b) for b in itertools.islice(copy, 3)] == [keys(b) for b in itertools.islice(stream, 3)]
+def test_an_endless_stream_has_no_length(dataset: Dataset) -> None:
+    with pytest.raises(TypeError, match="has no len"):
+        len(loader(stream(dataset)))
+
+
+def test_a_repr_is_one_line(dataset: Dataset) -> None:
+    assert repr(stream(dataset, rank=1, world=2)) == f"ShardStream({dataset.root}, 'train', batch_size=4, rank 1 of 2)"
+    assert repr(EvalStream(dataset, "val", batch_size=2)) == (
+        f"EvalStream({dataset.root}, 'val', batch_size=2, rank 0 of 1)"
+    )
+
+
+def test_a_pickled_stream_yields_the_same_batches(dataset: Dataset) -> None:
+    copy = pickle.loads(pickle.dumps(stream(dataset, stages=[with_size])))  # noqa: S301 (our own bytes, made here)
+    assert [keys(b) for b in itertools.islice(copy, 3)] == [keys(b) for b in itertools.islice(stream(dataset), 3)]
 
 
 @pytest.mark.slow
-def test_spawned_loader_processes_give_the_same_batches(dataset):
-    stream = ShardStream(dataset, "train", batch_size=4, window=8, lanes=3, seed=5)
-    batches = list(itertools.islice(loader(stream, workers=1, start_method="spawn"), 3))
-    assert [keys(b) for b in batches] == [keys(b) for b in take(dataset, 3)]
-
-
-def test_an_error_in_a_loader_process_arrives_as_itself(tmp_path, samples, monkeypatch):
-    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
-    broken = write_dataset(tmp_path, {"train": samples})
-    (tmp_path / "train" / "000002.tar").unlink()
-    with pytest.raises(SampleError, match=r"^[^\n]*train/000002.tar: sample \w+ at offset \d+: cannot be read[^\n]*$"):
-        list(itertools.islice(loader(ShardStream(broken, "train", batch_size=4), workers=2), 8))
+def test_spawned_loader_processes_yield_the_same_batches(dataset: Dataset) -> None:
+    spawned = loader(stream(dataset, stages=[with_size]), workers=1, start_method="spawn")
+    assert [keys(b) for b in itertools.islice(spawned, 3)] == [keys(b) for b in take(dataset, 3)]
 
 
 @pytest.mark.parametrize(
@@ -119,37 +116,81 @@ def test_an_error_in_a_loader_process_arrives_as_itself(tmp_path, samples, monke
     [
         ({"batch_size": 31}, r"30 samples, fewer than one batch of 31 on each of 1 rank: lower the batch size"),
         ({"batch_size": 16, "world": 2}, r"fewer than one batch of 16 on each of 2 ranks"),
-        ({"batch_size": 4, "rank": 2, "world": 2}, "rank 2 of 2"),
-        ({"batch_size": 4, "start": -1}, "start is -1"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"start": -1}, "start is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 4, "read_ahead": 2000}, r"read_ahead is 2000 bytes, twice the largest sample is \d{4}: give"),
-        ({"batch_size": 4, "read_ahead": 0}, "read_ahead is 0 bytes"),
+        ({"read_ahead": 2000}, r"read_ahead is 2000 bytes, twice the largest sample is \d{4}: give"),
+        ({"read_ahead": 0}, "read_ahead is 0 bytes"),
+        ({"stages": wds.map(len)}, r"stages is [^\n]*: give a list of webdataset stages"),
+        ({"stall_s": 0}, "^stall_s is 0: it must be a number of seconds above 0$"),
+        ({"stall_s": float("nan")}, "^stall_s is nan"),
+        ({"stall_s": float("inf")}, "^stall_s is inf"),
     ],
 )
-def test_what_cannot_work_is_refused_at_the_start(dataset, options, message):
+def test_wrong_arguments_are_refused_at_once(dataset: Dataset, options: dict, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        ShardStream(dataset, "train", **options)
+        stream(dataset, **options)
+    if not {"start"} & set(options) and "fewer than one batch" not in message:
+        with pytest.raises(DatasetError, match=message.replace(r"\d{4}", r"\d+")):
+            EvalStream(dataset, "val", **({"batch_size": 2} | options))
+
+
+def with_size(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A stage as webdataset's documentation shows it."""
+    for one in samples:
+        one["size"] = len(one["jpg"])
+        yield one
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stages_change_samples_and_not_the_order(dataset: Dataset, workers: int) -> None:
+    stages = [with_size, wds.map(lambda one: {**one, "twice": 2 * one["size"]})]
+    plain = take(dataset, 8)
+    batches = take(dataset, 8, workers=workers, stages=stages, parse=webdataset_sample)
+    assert [[one["__key__"] for one in batch] for batch in batches] == [list(keys(batch)) for batch in plain]
+    for batch, expected in zip(batches, plain):
+        assert [one["twice"] for one in batch] == [2 * len(s.image) for s in expected]
+        assert all(one["__url__"].startswith(f"{dataset.root}/train/") for one in batch)
+    assert take(dataset, 8, workers=workers, stages=stages) == plain
+
+
+def test_stages_see_the_annotations_of_chosen_classes_only(dataset: Dataset) -> None:
+    def annotated(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for one in samples:
+            assert {a["category_id"] for a in json.loads(one["json"])["annotations"]} == {2}
+            yield one
+
+    cars = dataset.select(classes=["Car"])
+    assert take(cars, 3, stages=[annotated]) == take(cars, 3)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "stage",
     [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"rank": 1}, "rank 1 of 1"),
-        ({"read_ahead": 9}, "read_ahead is 9 bytes"),
+        wds.select(lambda one: int(one["__key__"], 16) % 3),
+        wds.map(lambda one: None),
+        wds.shuffle(8),
+        lambda samples: (one for one in samples for _ in range(2)),
+        lambda samples: itertools.islice(samples, 5),
     ],
+    ids=["select", "none", "shuffle", "twice", "end"],
 )
-def test_evaluation_that_cannot_work_is_refused_at_the_start(dataset, options, message):
-    with pytest.raises(DatasetError, match=message):
-        EvalStream(dataset, "val", **({"batch_size": 2} | options))
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_stage_that_does_not_yield_one_sample_for_each_is_refused(
+    dataset: Dataset, stage: Any, evaluation: bool
+) -> None:
+    one = EvalStream(dataset, "val", batch_size=4, stages=[stage]) if evaluation else stream(dataset, stages=[stage])
+    with pytest.raises(DatasetError, match="must yield one sample for each, in order"):
+        take_from(one, 20)
 
 
-def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset):
-    stream = ShardStream(dataset, "train", batch_size=4, seed=5, parse=webdataset_sample)
+def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset: Dataset) -> None:
     pipeline = wds.DataPipeline(
-        stream, wds.filters.unlisted(), wds.decode("pil"), wds.to_tuple("__key__", "jpg", "json")
+        stream(dataset, parse=webdataset_sample),
+        wds.filters.unlisted(),
+        wds.decode("pil"),
+        wds.to_tuple("__key__", "jpg", "json"),
     )
     got = list(itertools.islice(pipeline, 8))
-    expected = list(itertools.islice(ShardStream(dataset, "train", batch_size=4, seed=5), 2))
-    assert [key for key, _, _ in got] == [s.image_id for batch in expected for s in batch]
+    assert [key for key, _, _ in got] == [s.image_id for batch in take(dataset, 2) for s in batch]
     assert all(picture.size == (value["width"], value["height"]) for _, picture, value in got)
