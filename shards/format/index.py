@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class IndexFile:
         DatasetError: it is not Parquet or has other columns; when a column is read: it has rows without a value.
     """
 
-    data: bytes
+    data: bytes = field(repr=False)
     where: str = "index"
 
     def __post_init__(self) -> None:
@@ -101,8 +101,8 @@ class Labels:
         DatasetError: on access to an attribute whose column is not in the format.
     """
 
-    columns: Columns
-    rows: NDArray[np.int64]
+    columns: Columns = field(repr=False)
+    rows: NDArray[np.int64] = field(repr=False)
     where: str = "index"
 
     @property

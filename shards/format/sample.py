@@ -123,11 +123,17 @@ class Sample:
         """Decode the JPEG to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
 
         Raises:
-            OSError: the JPEG is damaged.
+            SampleError: the JPEG is damaged.
         """
         from PIL import Image
 
-        return Image.open(io.BytesIO(self.image), formats=("JPEG",)).convert("RGB")
+        from shards.format.jpeg import DECODE_ERRORS
+
+        try:
+            return Image.open(io.BytesIO(self.image), formats=("JPEG",)).convert("RGB")
+        except DECODE_ERRORS as error:
+            name = f"sample {self.image_id}: {self.image_id}.jpg"
+            raise SampleError(f"{name} cannot be decoded: {error}: build the dataset again") from error
 
     def masks(self) -> NDArray[np.bool_]:
         """Return bool [N, H, W], a mask of the image's size for each of the N instances.

@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shards.common.errors import SampleError
 from shards.format.dataset import Shard
@@ -27,7 +27,7 @@ BLOCK = 512  # bytes of a header; members are padded to a multiple
 class PackedShard:
     """A shard in memory: its bytes, its entry for `dataset.json` and its rows for the index."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     shard: Shard
     rows: tuple[IndexRow, ...]
 

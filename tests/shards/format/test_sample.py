@@ -117,3 +117,5 @@ def test_picture_and_masks_are_decoded_at_the_stored_size():
     assert np.array_equal(masks[0], rle.decode(one.instances[0].segmentation))
     assert not masks[1].any()  # a box without a mask
     assert Sample("a", b"", 4, 3).masks().shape == (0, 3, 4)
+    with pytest.raises(SampleError, match=r"sample a: a.jpg cannot be decoded: "):
+        Sample("a", one.image[:200], 48, 32).picture()
