@@ -1,13 +1,14 @@
-"""How long the annotation tables of a whole train split take, and how much memory, with and without the cache.
+"""Time and memory to read the annotation tables of a whole train split, with and without the cache.
 
-    python benchmarks/annotations.py               # all of it: about 4 GB in a temporary folder, some minutes
+    python benchmarks/annotations.py               # full size: about 4 GB in a temporary folder, some minutes
     python benchmarks/annotations.py --scale 0.1
 
-Writes tables with the row counts of Open Images' train split and texts of the same lengths and frequencies (a quarter
-of the boxes are of a Person or its children), seeded, into a temporary folder on disk, and removes them afterwards.
-Each line of the Markdown table that it prints is a process of its own: its time, and its peak of resident memory with
-everything imported (VmHWM). The reference is `pandas.read_csv` with the same columns of the same tables, unfiltered and
-one after the other, none kept. Its memory grows with the rows; `--peer-rows` bounds them on a small machine.
+Writes seeded tables with the row counts of Open Images' train split and values of the same lengths and frequencies (a
+quarter of the boxes are of a Person or its children) to a temporary folder on disk, and deletes them afterwards. Each
+line of the Markdown table that it prints was measured in a process of its own: its time, and its peak resident memory
+with everything imported (VmHWM). The reference is `pandas.read_csv` with the same columns of the same tables, one after
+the other, without filters; no table is kept. Its memory grows with the rows; `--peer-rows` limits them on a small
+machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 IMAGES, BOXES, MASKS, LABELS = 1_743_042, 14_610_229, 2_686_666, 8_996_795
 CHUNK = 500_000
-# Boxes of the train split by label, as far as they matter here; what is left goes to 590 labels by Zipf's law.
+# Shares of the boxes of the train split by label; the rest is distributed over 590 labels by Zipf's law.
 SHARES = {
     "/m/04yx4": 0.097,  # Man
     "/m/01g317": 0.071,  # Person
@@ -56,21 +57,21 @@ HIERARCHY = {
 }
 NAMES = dict(zip(SHARES, ("Man", "Person", "Woman", "Girl", "Boy", "Car", "Traffic light", "Traffic sign")))
 STEPS = {
-    "first": "first build: four CSVs and 16 zip directories read, and cached",
-    "cached": "later build: all from the cache",
-    "joined": "the same, with `--drop depiction`: every mask of the classes joined to its box",
+    "first": "first build: four CSVs and 16 zip directories are read and cached",
+    "cached": "later build: everything is read from the cache",
+    "joined": "the same with `--drop depiction`: every mask of the classes is joined to its box",
     "peer": "`pandas.read_csv(usecols=…)` of the four CSVs",
 }
 CLASSES = ("Person", "Car", "Traffic light", "Traffic sign")
 
 
 def main() -> None:
-    """Write the tables, measure, print."""
+    """Write the tables, measure each step and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the rows that is written [%(default)s]")
-    parser.add_argument("--peer-rows", type=int, help="the most rows of a table that pandas is given [all]")
-    parser.add_argument("--per-class", type=int, default=1000, help="images a class to choose [%(default)s]")
-    parser.add_argument("--folder", help="where the temporary folder is made [the system's]")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows to write [%(default)s]")
+    parser.add_argument("--peer-rows", type=int, help="read at most this many rows per table with pandas [all]")
+    parser.add_argument("--per-class", type=int, default=1000, help="images to choose per class [%(default)s]")
+    parser.add_argument("--folder", help="where to create the temporary folder [the system's default]")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 class Tables:
-    """The mirror: `write` makes it below `root`."""
+    """A mirror of Open Images' annotations under `root`."""
 
     def __init__(self, root: Path, scale: float) -> None:
         self.root, self.scale = root, scale
@@ -100,9 +101,11 @@ class Tables:
         self.with_masks = self.rng.random(len(self.ids)) < 0.54
 
     def scaled(self, rows: int) -> int:
+        """Return the number of rows to write instead of `rows`."""
         return max(1, round(rows * self.scale))
 
     def write(self) -> None:
+        """Write all tables, zips and class names."""
         from builder.sources.openimages.layout import Layout
         from shards.storage.location import Location
 
@@ -114,19 +117,21 @@ class Tables:
         source.hierarchy.write(json.dumps(HIERARCHY).encode())
         first = Path(source.mask_zip("train", "0").path)
         self.write_zip(first)
-        for digit in "123456789abcdef":  # sixteen directories of the right length; their names are not looked at
+        for digit in "123456789abcdef":  # 16 directories of the right length; their names do not matter
             os.link(first, source.mask_zip("train", digit).path)
 
     def images_of(self, rows: int) -> Iterator[np.ndarray]:
-        """Chunks of image numbers, rising: every image has about as many rows."""
+        """Yield chunks of ascending image numbers; all images have about the same number of rows."""
         for start in range(0, rows, CHUNK):
             positions = np.arange(start, min(start + CHUNK, rows))
             yield (positions + self.rng.random(len(positions)) * 3).astype(np.int64) * len(self.ids) // (rows + 3)
 
     def label_numbers(self, rows: int) -> np.ndarray:
+        """Draw labels: int [rows]."""
         return np.searchsorted(self.cumulative, self.rng.random(rows)).clip(max=len(self.labels) - 1)
 
     def write_boxes_and_masks(self, source: Any) -> None:
+        """Write the box table, and the mask table with some of its rows."""
         boxes, masks = writer_to(source.boxes("train")), writer_to(source.masks("train"))
         with boxes as write_boxes, masks as write_masks:
             for image in self.images_of(self.scaled(BOXES)):
@@ -139,6 +144,7 @@ class Tables:
                 write_masks(self.mask_rows(image[chosen], label[chosen], [side[chosen] for side in corners]))
 
     def box_rows(self, image: np.ndarray, label: np.ndarray, corners: list[np.ndarray]) -> pa.Table:
+        """Return rows of the box table with all its columns."""
         rows = len(image)
         columns: dict[str, Any] = {
             "ImageID": self.ids.take(pa.array(image)),
@@ -154,6 +160,7 @@ class Tables:
         return pa.table(columns)
 
     def mask_rows(self, image: np.ndarray, label: np.ndarray, corners: list[np.ndarray]) -> pa.Table:
+        """Return rows of the mask table with all its columns."""
         rows = len(image)
         ids, labels = self.ids.take(pa.array(image)), self.labels.take(pa.array(label))
         box_ids = pa.array(np.char.mod("%08x", self.rng.integers(0, 1 << 32, rows)).tolist())
@@ -174,6 +181,7 @@ class Tables:
         return pa.table(columns)
 
     def write_labels(self, source: Any) -> None:
+        """Write the table of verified labels."""
         with writer_to(source.labels("train")) as write:
             for image in self.images_of(self.scaled(LABELS)):
                 columns = {
@@ -185,6 +193,7 @@ class Tables:
                 write(pa.table(columns))
 
     def write_metadata(self, source: Any) -> None:
+        """Write the table of licences, authors and URLs."""
         with writer_to(source.metadata("train"), quoted=True) as write:
             for start in range(0, len(self.ids), CHUNK):
                 ids = self.ids.slice(start, CHUNK)
@@ -208,7 +217,7 @@ class Tables:
                 write(pa.table(columns))
 
     def write_zip(self, path: Path) -> None:
-        """A zip of small members: only its directory is read."""
+        """Write a zip of small members, of which only the directory is read."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, "w") as archive:
             for _ in range(self.scaled(MASKS // 16)):
@@ -217,12 +226,13 @@ class Tables:
 
 
 def joined(before: str, texts: pa.Array, after: str) -> pa.Array:
+    """Return the texts with a prefix and a suffix."""
     return pc.binary_join_element_wise(before, texts, after, "")
 
 
 @contextmanager
 def writer_to(location: Any, *, quoted: bool = False) -> Iterator[Callable[[pa.Table], None]]:
-    """A function that appends rows to a CSV as Open Images writes it."""
+    """Yield a function that appends rows to a CSV in the style of Open Images."""
     path = Path(location.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
@@ -239,6 +249,7 @@ def writer_to(location: Any, *, quoted: bool = False) -> Iterator[Callable[[pa.T
 
 
 def in_a_child(what: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a step in a process of its own."""
     command = [sys.executable, __file__, "--measure", what, folder, "--per-class", str(options.per_class)]
     if options.peer_rows is not None:
         command += ["--peer-rows", str(options.peer_rows)]
@@ -248,16 +259,16 @@ def in_a_child(what: str, folder: str, options: argparse.Namespace) -> dict[str,
 
 
 def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """In the child: seconds, the peak in bytes, and what came out of it."""
-    work = measure_peer if what == "peer" else measure_ours
+    """Return the seconds, the peak memory in bytes and the result of a step."""
+    work = measure_peer if what == "peer" else measure_builder
     started, busy = time.perf_counter(), time.process_time()
     rows = work(what, folder, options)
     spent = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - busy}
     return {**spent, "peak": peak_bytes(), "result": rows}
 
 
-def measure_ours(what: str, folder: Path, options: argparse.Namespace) -> str:
-    """What `builder.planning.prepare` does for a train split."""
+def measure_builder(what: str, folder: Path, options: argparse.Namespace) -> str:
+    """Choose and describe images as `builder.planning.prepare` does for a train split."""
     from builder.fetching.table_cache import Cache
     from builder.planning.selection import select_images
     from builder.sources.base import Filters
@@ -276,7 +287,7 @@ def measure_ours(what: str, folder: Path, options: argparse.Namespace) -> str:
 
 
 def measure_peer(what: str, folder: Path, options: argparse.Namespace) -> str:
-    """The same columns of the same tables, whole, by pandas."""
+    """Read the same columns of the same tables with pandas."""
     import pandas as pd
 
     from builder.sources.openimages import layout
@@ -294,14 +305,14 @@ def measure_peer(what: str, folder: Path, options: argparse.Namespace) -> str:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process (`ru_maxrss` would begin with the parent's)."""
+    """Return the peak resident memory of this process (`ru_maxrss` includes the parent's)."""
     with open("/proc/self/status") as file:
         [line] = [line for line in file if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 def render(results: list[dict[str, Any]], options: argparse.Namespace, folder: str) -> str:
-    """Markdown: machine, sizes, and a line a process."""
+    """Return Markdown: machine, sizes, and one line per process."""
     peer = next(result for result in results if result["what"] == "peer")
     csvs = sum(path.stat().st_size for path in Path(folder).rglob("*.csv"))
     tables = sum(path.stat().st_size for path in Path(folder).glob("cache/*.csv-*"))
@@ -309,7 +320,7 @@ def render(results: list[dict[str, Any]], options: argparse.Namespace, folder: s
     lines = [
         f"{machine()}; {round(BOXES * options.scale):,} boxes, about {round(MASKS * options.scale):,} masks, "
         f"{round(LABELS * options.scale):,} verified labels, {round(IMAGES * options.scale):,} images: "
-        f"{csvs / 1e6:,.0f} MB of CSV on a local disk; {options.per_class} images a class of {', '.join(CLASSES)}.",
+        f"{csvs / 1e6:,.0f} MB of CSV on a local disk; {options.per_class} images per class of {', '.join(CLASSES)}.",
         f"The cache takes {(tables + zips) / 1e6:.0f} MB ({tables / 1e6:.0f} for tables, {zips / 1e6:.0f} for zips).",
         "",
         "| | seconds | to pandas | CPU seconds | peak memory, MiB | to pandas |",
@@ -321,11 +332,12 @@ def render(results: list[dict[str, Any]], options: argparse.Namespace, folder: s
             f"| {result['cpu']:.1f} | {result['peak'] / 2**20:.0f} | {result['peak'] / peer['peak']:.2f} |"
         )
     if options.peer_rows is not None:
-        lines.append(f"\npandas was given no more than the first {options.peer_rows:,} rows of a table.")
+        lines.append(f"\npandas read only the first {options.peer_rows:,} rows of each table.")
     return "\n".join(lines)
 
 
 def machine() -> str:
+    """Return the number and model of the processor's cores."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 

@@ -76,15 +76,12 @@ class SourceSplit(Protocol):
 
     def candidates(self) -> Mapping[int, Candidates]:
         """Id of each requested class -> the images that count for it, sorted."""
-        ...
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
         """Names of images in a user's list -> image ids; names that are not in the split are left out."""
-        ...
 
     def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
         """Image id -> location of the image and its masks, annotations, verified classes, attribution."""
-        ...
 
 
 class Source(Protocol):
@@ -96,26 +93,20 @@ class Source(Protocol):
     @property
     def images(self) -> Location:
         """The root of the images."""
-        ...
 
     @property
     def annotations(self) -> Location:
         """The root of the annotations; mask zips are read with its access settings."""
-        ...
 
     @property
     def splits(self) -> Mapping[str, str]:
         """Split names of a shard dataset -> the source's names of these splits."""
-        ...
 
     def origin(self) -> dict[str, str]:
         """What `dataset.json` records: the source's name and addresses."""
-        ...
 
     def taxonomy(self) -> Taxonomy:
         """All classes."""
-        ...
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> SourceSplit:
         """Open one split, by the source's name."""
-        ...

@@ -28,18 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CocoImage:
-    """An image of a file.
+    """An image of a file, and its annotations with their positions in the file and `segmentation` as JSON text.
 
-    Attributes:
-        key: Of its sample.
-        id: In the file.
-        file_name: Relative to the root of the images.
-        width: In pixels.
-        height: In pixels.
-        metadata: Licence, URL and title.
-        absent: Names of categories that are verified absent; None if the file does not list them.
-        uncertain: Names of categories that are not exhaustively annotated.
-        annotations: Positions in the file and values; `segmentation` is JSON text.
+    `absent` and `uncertain` are names of categories that are verified absent (None if the file has no such list) and of
+    categories that are not annotated exhaustively.
     """
 
     key: str
@@ -55,13 +47,7 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class Instances:
-    """The content of a file.
-
-    Attributes:
-        names: Category id -> name.
-        parents: Name -> supercategory, for categories with another one than themselves.
-        images: Key -> image.
-    """
+    """A file: category id -> name; name -> supercategory, where that is another name; key -> image."""
 
     names: Mapping[int, str]
     parents: Mapping[str, str]

@@ -16,7 +16,6 @@ How deviations from the tables that Open Images publishes are handled:
 from __future__ import annotations
 
 import csv as text_csv
-import io
 import json
 import logging
 import re
@@ -170,9 +169,8 @@ class _Selection:
 def _stream(content: Content, newlines_in_values: bool) -> Iterator[pa.Table]:
     """Yield all rows of a CSV, block by block; see `read_table` for errors."""
     location, schema = content.location, content.schema
-    remote = RangeFile(location, content.description, 0, HEAD_BYTES)
-    names = _read_header(location, remote.kept[:HEADER_BYTES], schema.names)
-    file = _LineCounter(remote)
+    file = _LineCounter(location, content.description, 0, HEAD_BYTES)
+    names = _read_header(location, file.kept[:HEADER_BYTES], schema.names)
     rows = 0
     try:
         with csv.open_csv(
@@ -193,7 +191,7 @@ def _stream(content: Content, newlines_in_values: bool) -> Iterator[pa.Table]:
             if not newlines_in_values:
                 raise _not_a_table(location, found)
             warn_once(location.url, "line ends", f"{found}; if no value should, an unbalanced quote swallows rows")
-    remote.check_unchanged()
+    file.check_unchanged()
 
 
 def _trimmed(rows: pa.Table) -> pa.Table:
@@ -227,43 +225,33 @@ def _read_header(location: Location, head: bytes, wanted: Iterable[str]) -> list
         raise _not_a_table(location, f"its first line is not a header: {error}") from error
     names = [name.strip() for name in names]
     if missing := [name for name in wanted if name not in names]:
+        mark = next((mark for mark in ";\t|" if mark in text), "")
+        separated = f", which seems to be separated by {mark!r}" if mark else ""
         raise UserError(
-            f"{location}: there is no column {', '.join(missing)} (its first line is "
-            f"{text[:200]!r}{_separated(text)}): it must be a table of Open Images with its header, separated by "
-            "commas; check --annotations"
+            f"{location}: there is no column {', '.join(missing)} (its first line is {text[:200]!r}{separated}): it "
+            "must be a table of Open Images with its header, separated by commas; check --annotations"
         )
     if twice := [name for name in wanted if names.count(name) > 1]:
         raise _not_a_table(location, f"it has two columns {', '.join(twice)}")
     return names
 
 
-def _separated(header: str) -> str:
-    found = next((mark for mark in ";\t|" if mark in header), "")
-    return f", which seems to be separated by {found!r}" if found else ""
-
-
 def _not_a_table(location: Location, reason: str) -> UserError:
     return UserError(f"{location}: not the expected CSV table ({reason}): download it again, or check --annotations")
 
 
-class _LineCounter(io.RawIOBase):
-    """A file that counts its non-blank lines while it is read once, from start to end."""
+class _LineCounter(RangeFile):
+    """Counts the non-blank lines of a file that is read once, from start to end."""
 
-    def __init__(self, file: io.RawIOBase) -> None:
-        super().__init__()
-        self.lines = 0
-        self._file = file
-        self._ended = True  # the previous byte was a line end, or there is none
-
-    def readable(self) -> bool:
-        return True
+    lines = 0
+    _after_line_end = True  # or at the start of the file
 
     def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer)
-        assert count is not None
-        data = np.frombuffer(buffer, np.uint8, count)
-        ends = (data == 10) | (data == 13)
+        count = super().readinto(buffer)
         if count:
-            self.lines += int(np.count_nonzero(ends[:-1] & ~ends[1:])) + (self._ended and not ends[0])
-            self._ended = bool(ends[-1])
+            data = np.frombuffer(buffer, np.uint8, count)
+            ends = (data == 10) | (data == 13)  # [count]
+            starts = np.count_nonzero(ends[:-1] & ~ends[1:]) + (self._after_line_end and not ends[0])
+            self.lines += int(starts)
+            self._after_line_end = bool(ends[-1])
         return count

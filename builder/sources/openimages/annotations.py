@@ -23,16 +23,9 @@ from builder.fetching.table_cache import NO_CACHE, Cache
 from builder.fetching.zip_members import locate_members
 from builder.sources.base import FAR, FLAGS, Filters, candidates_by_class
 from builder.sources.csv_tables import leave_out, read_table, warn_left_out
+from builder.sources.openimages import layout as columns
 from builder.sources.openimages.box_matching import match_boxes
-from builder.sources.openimages.layout import (
-    BOX_COLUMNS,
-    BOX_COORDINATES,
-    LABEL_COLUMNS,
-    MASK_COLUMNS,
-    MASK_COORDINATES,
-    METADATA_COLUMNS,
-    Layout,
-)
+from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Classes
 from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
@@ -41,7 +34,7 @@ from shards.format.sample import KEY
 from shards.storage.location import Location
 
 MASK_NAME = r"[A-Za-z0-9_-]{1,120}\.png"
-BOX_KEY = ["ImageID", "LabelName", *BOX_COORDINATES]  # rows of boxes that agree in these are repetitions
+BOX_KEY = ["ImageID", "LabelName", *columns.BOX_COORDINATES]  # rows of boxes that agree in these are repetitions
 # Attribute of an annotation -> column of the box table.
 FLAG_COLUMNS = {flag: "".join(word.capitalize() for word in flag.split("_")) for flag in FLAGS.values()}
 
@@ -128,7 +121,7 @@ class OpenImagesSplit:
         """Image -> the labels that people verified as present and as absent; images without any are left out."""
         labels = pa.array(self.classes.verifiable, pa.string())
         where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
-        table = self._table(self.layout.labels(self.name), LABEL_COLUMNS, where)
+        table = self._table(self.layout.labels(self.name), columns.LABEL_COLUMNS, where)
         present: dict[str, set[str]] = defaultdict(set)
         absent: dict[str, set[str]] = defaultdict(set)
         for row in table.to_pylist():
@@ -143,26 +136,26 @@ class OpenImagesSplit:
         return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of repeated rows
 
     def _metadata(self, where: Mapping[str, pa.Array]) -> pa.Table:
-        return self._table(self.layout.metadata(self.name), METADATA_COLUMNS, where, newlines=True)
+        return self._table(self.layout.metadata(self.name), columns.METADATA_COLUMNS, where, newlines=True)
 
     def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can be the key of a sample and whose MaskPath can name a file in a zip."""
         location = self.layout.masks(self.name)
-        masks = self._table(location, MASK_COLUMNS, where)
+        masks = self._table(location, columns.MASK_COLUMNS, where)
         masks = _matching(masks, "ImageID", KEY.pattern, location)
         return _matching(masks, "MaskPath", MASK_NAME, location)
 
     def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can be the key of a sample and whose box has an extent inside the image."""
         location = self.layout.boxes(self.name)
-        boxes = _matching(self._table(location, BOX_COLUMNS, where), "ImageID", KEY.pattern, location)
+        boxes = _matching(self._table(location, columns.BOX_COLUMNS, where), "ImageID", KEY.pattern, location)
         return leave_out(boxes, _have_extent, location, "whose box is empty, inverted or not of numbers")
 
     def _table(
-        self, location: Location, columns: Mapping[str, str], where: Mapping[str, pa.Array], newlines: bool = False
+        self, location: Location, types: Mapping[str, str], where: Mapping[str, pa.Array], newlines: bool = False
     ) -> pa.Table:
         cache, inventory = self.cache, self.inventory
-        return read_table(location, columns, where, newlines_in_values=newlines, cache=cache, inventory=inventory)
+        return read_table(location, types, where, newlines_in_values=newlines, cache=cache, inventory=inventory)
 
     def _images_by_class(self, table: pa.Table) -> dict[int, set[str]]:
         owners = self.classes.owners
@@ -205,9 +198,9 @@ def join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
     groups = np.asarray(pa.concat_arrays(keys).dictionary_encode().indices.to_numpy(), dtype=np.int64)
     return match_boxes(
         groups[: masks.num_rows],
-        _coordinates(masks, MASK_COORDINATES),
+        _coordinates(masks, columns.MASK_COORDINATES),
         groups[masks.num_rows :],
-        _coordinates(boxes, BOX_COORDINATES),
+        _coordinates(boxes, columns.BOX_COORDINATES),
     )
 
 
@@ -247,7 +240,7 @@ def _metadata(row: Mapping[str, Any]) -> Metadata:
 
 
 def _annotation(box: Mapping[str, Any] | None, mask: Mapping[str, Any] | None, classes: Classes) -> Annotation:
-    row, names = (mask, MASK_COORDINATES) if box is None else (box, BOX_COORDINATES)
+    row, names = (mask, columns.MASK_COORDINATES) if box is None else (box, columns.BOX_COORDINATES)
     assert row is not None
     x1, x2, y1, y2 = (row[name] for name in names)
     if not all(value is not None and abs(value) <= FAR for value in (x1, x2, y1, y2)):
@@ -285,7 +278,7 @@ def _coordinates(table: pa.Table, names: Iterable[str]) -> NDArray[np.float64]:
 
 def _have_extent(boxes: pa.Table) -> NDArray[np.bool_]:
     """Whether a box has an extent inside the image: bool [boxes]."""
-    corners = _coordinates(boxes, BOX_COORDINATES)
+    corners = _coordinates(boxes, columns.BOX_COORDINATES)
     x1, x2, y1, y2 = np.clip(corners, 0.0, 1.0).T
     good: NDArray[np.bool_] = (x2 > x1) & (y2 > y1) & (np.abs(corners) <= FAR).all(axis=1)  # false for NaN
     return good

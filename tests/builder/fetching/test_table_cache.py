@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.commands.cli import main
-from builder.fetching import log_once, table_cache, zip_members
+from builder.fetching import log_once, table_cache
 from builder.fetching.cache_folder import default_cache_folder
-from builder.fetching.fetch import Inventory
+from builder.fetching.fetch import Inventory, RangeFile
 from builder.fetching.table_cache import Cache, Content
 from builder.fetching.zip_members import locate_members
 from builder.sources import csv_tables
@@ -61,14 +61,13 @@ def write_table(location: Location, rows: int, first: float = 0.0) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URLs of the tables and zip directories that are read from the source."""
     urls: list[str] = []
-    for module in (csv_tables, zip_members):
-        real = module.RangeFile
+    real = RangeFile.__init__
 
-        def recording(location: Location, *arguments: Any, real: Any = real) -> Any:
-            urls.append(location.url)
-            return real(location, *arguments)
+    def recording(file: RangeFile, location: Location, *arguments: Any) -> None:
+        urls.append(location.url)
+        real(file, location, *arguments)
 
-        monkeypatch.setattr(module, "RangeFile", recording)
+    monkeypatch.setattr(RangeFile, "__init__", recording)
     return urls
 
 

@@ -119,7 +119,7 @@ def without_column(lines: Lines, name: bytes) -> bytes:
 
 
 def with_row(lines: Lines, **values: str) -> bytes:
-    """The first row a second time, with other values."""
+    """Repeat the first row with other values."""
     row = dict(zip(lines[0].decode().split(","), lines[1].decode().split(",")))
     return insert(lines, 2, ",".join((row | values).values()).encode())
 
