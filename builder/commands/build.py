@@ -1,4 +1,4 @@
-"""Runs a plan: on processes, round by round, resumable, to a finished dataset."""
+"""Build a dataset: pack the shards of a plan, in rounds that replace failed images, and finish it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shortfall:
-    """A class that got fewer images than it could have had: images failed, and nothing was left to replace them."""
+    """A class with fewer images than possible, because images failed and no replacements were left."""
 
     split: str
     name: str
@@ -56,22 +56,27 @@ class Shortfall:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a build ended.
+    """Result of a build or a retry.
 
     Attributes:
-        already_built: the root held this very dataset before, and nothing was done; the rest but for `chosen` and
-            `shortfalls` is empty.
-        chosen: what selection gave each class.
-        counts: what was packed.
-        failures: reason -> images and masks that were not packed.
+        already_built: whether the root already held this dataset, so that nothing was done. Only `chosen` and
+            `shortfalls` are set then.
+        chosen: reports of the selection, per split and class.
+        counts: packed images, masks and boxes per split and class.
+        failures: pairs of a reason and the number of images and masks that were not packed for it.
         shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
-        replaced: images that were tried in the place of failed ones.
-        recovered: images and masks that `--retry-failed` had more success with; None for a build.
-        shards, samples, nbytes: of the whole dataset.
+        replaced: images that were fetched to replace failed ones.
+        recovered: images and masks that `--retry-failed` recovered; None for a build.
+        shards: number of shards of the dataset.
+        samples: number of samples of the dataset.
+        nbytes: size of the shards, in bytes.
         resumed: shards that an earlier run had finished.
         handled: images that this run fetched, packed or not.
-        tables, images, masks: what this run read. Zip directories count as tables.
-        seconds: this run's; `packing` of them from the first image on.
+        tables: traffic of this run for tables and zip directories.
+        images: traffic of this run for images.
+        masks: traffic of this run for masks.
+        seconds: duration of this run.
+        packing: duration of the packing in this run, in seconds.
     """
 
     already_built: bool
@@ -118,7 +123,7 @@ class PreparedBuild:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All rounds of a build: the tasks and their results, and what this run read for them."""
+    """Tasks and results of all rounds of a build, and the traffic of this run."""
 
     tasks: tuple[ShardTask, ...]
     results: tuple[TaskResult, ...]
@@ -222,7 +227,7 @@ def summarise(
     accounts: Sequence[Account],
     **measured: Any,
 ) -> Summary:
-    """A `Summary` of a finished dataset; `measured` are its fields that tell of this run."""
+    """Return the `Summary` of a finished dataset; `measured` are the fields that describe this run."""
     counts = count_classes(rows, preparation.plan.categories)
     return Summary(
         already_built=False,
@@ -243,7 +248,7 @@ def shortfalls(
     categories: Sequence[Category],
     accounts: Sequence[Account],
 ) -> list[Shortfall]:
-    """Where failures left less than the quota, or, where the source itself has less than that, less than it has."""
+    """Return the classes with fewer images than requested and than the source has, because images failed."""
     if preparation.listed:
         images = [account for account in accounts if account.kind == "image"]
         failed = sum(account.failed for account in images)
@@ -263,26 +268,26 @@ def shortfalls(
 
 
 def absolute(root: Location) -> Location:
-    """Workers may have another current folder."""
+    """Return the root with an absolute path, because workers may have another current folder."""
     return Location(os.path.abspath(root.path)) if root.is_local else root
 
 
 def check_places(source: Source, root: Location, *, write_to: bool = True) -> None:
-    """Fail now, not after gigabytes of tables, where images cannot be read or shards not be written.
+    """Check access to the images and the root before gigabytes of tables are read.
 
     Raises:
-        StorageError: so it is.
+        StorageError: images cannot be read, or `root` cannot be written.
     """
     if source.images.is_local and not os.path.isdir(source.images.path):
         raise StorageError(f"{source.images}: there is no such folder: check --images")
-    # Whether this key exists does not matter: a missing bucket, endpoint or credential raises.
+    # This key need not exist: a missing bucket, endpoint or credential raises.
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
     if write_to:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
 
 
 def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) -> Outcome:
-    """All rounds; what an earlier run has finished is not done again."""
+    """Pack all rounds, except shards that an earlier run finished."""
     tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}
     resumed = handled = 0
@@ -305,18 +310,11 @@ def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) ->
                 failed = len(failed_images(result.accounts, task.split))
                 progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
             tasks += fresh
-            failures = {split: _failed(tasks, results, split) for split in SPLITS}
+            accounts = [account for result in results.values() for account in result.accounts]
+            failures = {split: failed_images(accounts, split) for split in SPLITS}
             fresh = next_round(preparation, tasks, failures.__getitem__, preparation.images_per_shard)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
                 lost = sum(map(len, failures.values()))
-                logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "other"))
+                logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "replacement"))
     return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
-
-
-def _failed(tasks: Sequence[ShardTask], results: dict[str, TaskResult], split: str) -> set[str]:
-    found: set[str] = set()
-    for task in tasks:
-        if task.split == split:
-            found |= failed_images(results[task.name].accounts, split)
-    return found

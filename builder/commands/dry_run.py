@@ -1,4 +1,4 @@
-"""`--dry-run`: what a build would hold and cost, before any of it is fetched."""
+"""`--dry-run`: estimate what a build would pack and fetch."""
 
 from __future__ import annotations
 
@@ -22,34 +22,36 @@ from shards.format.dataset import SPLITS
 from shards.format.dataset_card import ClassCounts
 from shards.storage.location import Location
 
-SAMPLED = 64  # images whose length is asked for; the mean of Open Images' lengths is then known to about 8 %
+SAMPLED = 64  # images whose length is read; the mean length of Open Images is then known to about 8 %
 
-# All images of a split, in bytes: https://github.com/cvdfoundation/open-images-dataset
+# Size of all images of a split, in bytes: https://github.com/cvdfoundation/open-images-dataset
 PUBLIC_SPLIT_BYTES = {"train": 513e9, "validation": 12e9, "test": 36e9}
 
-# What a sample's JSON and tar headers take, roughly: within a quarter on drawn scenes, not measured on Open Images.
+# Approximate size of a sample's JSON and tar headers: within a quarter on drawn scenes, not measured on Open Images.
 SAMPLE_BYTES, OBJECT_BYTES, RLE_OF_PNG = 2000, 270, 0.35
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would hold and cost.
+    """What a build would pack and fetch.
 
     Attributes:
-        plan: its fingerprint.
-        chosen: what selection gave each class.
-        counts: what would be packed if nothing failed.
-        shards, images: of all splits.
-        tables: read to make the plan, measured: tables and zip directories that were not in the cache.
-        jpegs: to be read; the bytes are the mean of a sample, times the images.
-        jpegs_error: one standard error of these bytes.
-        sampled, unavailable: images whose length was asked for, and those of them that cannot be had.
-        masks: to be read from zips, exactly, if nothing has to be read again.
-        masks_wanted: bytes of these that are masks; the rest is read between them to save requests.
-        output: bytes of the shards, estimated.
-        whole_zips: bytes of the zips that hold any of these masks.
-        whole_tables: bytes of the tables; None where the source does not say which they are.
-        whole_images: bytes of all images of these splits; None where that is not known.
+        plan: fingerprint of the plan.
+        chosen: reports of the selection, per split and class.
+        counts: images, masks and boxes per split and class that would be packed if nothing failed.
+        shards: number of shards.
+        images: number of images.
+        tables: measured traffic for tables and zip directories that were not in the cache.
+        jpegs: estimated traffic for images: the mean length of a sample, times the number of images.
+        jpegs_error: one standard error of the bytes of `jpegs`.
+        sampled: images whose length was requested.
+        unavailable: images of the sample that are unavailable.
+        masks: traffic for masks: exact, unless requests have to be repeated.
+        masks_wanted: bytes of the masks themselves; the others are read between masks to save requests.
+        output: estimated size of the shards, in bytes.
+        whole_zips: size of the zips that contain any of these masks, in bytes.
+        whole_tables: size of the tables, in bytes; None if not known for the source.
+        whole_images: size of all images of these splits, in bytes; None if not known for the source.
     """
 
     plan: str
@@ -71,7 +73,7 @@ class Estimate:
 
 
 def estimate(begun: PreparedBuild) -> Estimate:
-    """Estimate what a build would hold and cost. Nothing is written.
+    """Estimate what a build would pack and fetch. Nothing is written.
 
     Raises:
         StorageError: a place cannot be reached or read.
@@ -106,7 +108,7 @@ def estimate(begun: PreparedBuild) -> Estimate:
 
 
 def planned_counts(plan: Plan) -> list[ClassCounts]:
-    """Images, masks, boxes and group-of regions a split and class, as they would be packed."""
+    """Return the images, masks, boxes and group-of regions per split and class that would be packed."""
     totals: Counter[tuple[str, int, str]] = Counter()
     for task in plan.tasks:
         for image in task.images:
@@ -127,7 +129,7 @@ def planned_counts(plan: Plan) -> list[ClassCounts]:
 
 
 def _sample(images: Sequence[PlannedImage], anonymous: bool, seed: int) -> tuple[list[int], int]:
-    """Lengths of a seeded sample of the images, in bytes, and how many of it cannot be had."""
+    """Return the lengths of a seeded sample of the images, in bytes, and how many are unavailable."""
     chosen = random.Random(seed).sample(range(len(images)), min(SAMPLED, len(images)))
     found = _lengths([Location(images[index].url, anonymous) for index in chosen])
     lengths = [length for length in found if length is not None]
@@ -135,13 +137,13 @@ def _sample(images: Sequence[PlannedImage], anonymous: bool, seed: int) -> tuple
 
 
 def _lengths(locations: Sequence[Location]) -> list[int | None]:
-    """The objects' lengths; None for what is missing or refused."""
+    """Return the lengths of objects, None for missing or refused ones."""
     answers = zip(locations, describe(locations), strict=True)
-    return [None if isinstance(told, Refusal) else length_of(location, told) for location, told in answers]
+    return [None if isinstance(one, Refusal) else length_of(location, one) for location, one in answers]
 
 
 def _mask_traffic(plan: Plan) -> tuple[Traffic, int]:
-    """Requests and bytes of all tasks' reads of zips, and how many of these bytes are wanted."""
+    """Return the traffic of all reads of zips, and how many of the bytes are masks."""
     requests = nbytes = wanted = 0
     for task in plan.tasks:
         members = members_of(task.images)
@@ -174,11 +176,11 @@ def _whole_tables(source: Source, plan: Plan) -> int | None:
 
 def _whole_images(source: Source, plan: Plan) -> int | None:
     if source.images.url != PUBLIC_IMAGES or not source_location(PUBLIC_IMAGES).anonymous:
-        return None  # a mirror, perhaps of a part; also under the public name, at another endpoint
+        return None  # a mirror may hold a part only, and another endpoint may have a bucket of the public name
     return round(sum(PUBLIC_SPLIT_BYTES[split] for split in _source_splits(source, plan)))
 
 
 def _source_splits(source: Source, plan: Plan) -> list[str]:
-    """The source's splits that the images lie in: the folder before the file's name."""
-    theirs = set(source.splits.values())
-    return sorted({image.url.split("/")[-2] for task in plan.tasks for image in task.images} & theirs)
+    """Return the source's splits of the images: the folder in their URLs."""
+    folders = {image.url.split("/")[-2] for task in plan.tasks for image in task.images}
+    return sorted(folders & set(source.splits.values()))

@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a build: a bar on a terminal, a line of text every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts images, bytes and failures; a context manager."""
+    """Context manager that counts images, bytes and failures and shows them."""
 
     def __init__(self) -> None:
         self._images = self._done = self._bytes = self._failed = 0
@@ -33,13 +33,13 @@ class Progress:
         )
 
     def expect(self, images: int) -> None:
-        """So many more images are to be done."""
+        """Add to the number of expected images."""
         self._images += images
         self._bar.total = self._images
         self._bar.refresh()
 
     def advance(self, images: int, nbytes: int, failed: int) -> None:
-        """So many images are done, `failed` of them not packed, and so many bytes were fetched for them."""
+        """Count finished images, the bytes fetched for them, and those that failed."""
         self._done += images
         self._bytes += nbytes
         self._failed += failed
@@ -71,7 +71,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`48 s`, `7 min 5 s`, `3 h 20 min`."""
+    """Return a duration as text: `48 s`, `7 min 5 s`, `3 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,9 +1,8 @@
-"""`--retry-failed`: what failed in a finished dataset is fetched again, and only the shards concerned are rewritten.
+"""`--retry-failed`: fetch again what failed in a finished dataset, and rewrite the affected shards only.
 
-The new files are gathered in a place of their own, the new `dataset.json` last; then they take the place of the old
-ones (`builder.target.build_state.finish_retry`). Killed before that moment, the dataset is the old one; killed after
-it, the next
-command puts the rest in place.
+The new files are written to a separate folder, the new `dataset.json` last, and then replace the old files
+(`builder.target.build_state.finish_retry`). A retry killed before that leaves the old dataset; one killed during the
+replacement is completed by the next command.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Repair:
-    """A task of the build in which something failed, and what became of it: shard (None for none), rows, accounts."""
+    """A task of the build in which something failed, with its shard (None if it has none), index rows and accounts."""
 
     task: ShardTask
     shard: Shard | None
@@ -55,7 +54,7 @@ class Repair:
 
     @property
     def name(self) -> str:
-        """Of the task."""
+        """Name of the task."""
         return self.task.name
 
 
@@ -76,8 +75,8 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         dataset = open_dataset(root)
         if dataset.info.plan != preparation.plan.fingerprint:
             raise UserError(
-                f"{root}: holds a dataset of another plan: --retry-failed wants the very command that built it, and "
-                "annotations and zips as they were then (else build anew, with --overwrite or another --out)"
+                f"{root}: holds a dataset of another plan: --retry-failed needs the command that built it, and "
+                "unchanged annotations and zips (otherwise build again, with --overwrite or another --out)"
             )
         accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
         rows = read_rows(dataset)
@@ -122,13 +121,13 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
 
 
 def repair_task(repair: Repair, job: Job) -> TaskResult:
-    """Fetch again what failed in a task, and write its new shard beside the old dataset if any of it succeeds.
+    """Fetch again what failed in a task, and stage its new shard if anything succeeds.
 
-    What was packed comes from the old shard, byte for byte. Accounts are in the order of the repair's.
+    Packed images and masks come from the old shard, byte for byte. Accounts keep their order.
 
     Raises:
-        StorageError: a source or the old shard cannot be read, or the new one not be written.
-        DatasetError: the old shard is not what the dataset says.
+        StorageError: a source or the old shard cannot be read, or the new shard cannot be written.
+        DatasetError: the old shard does not match the dataset.
     """
     task, images, masks = repair.task, Meter(), Meter()
     old = {account.key: account for account in repair.accounts}
@@ -173,10 +172,10 @@ def _repairs(
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
 ) -> list[Repair]:
-    """The tasks in which something failed, of all rounds of the build.
+    """Return the tasks in which something failed, from all rounds of the build.
 
     Raises:
-        UserError: the tables no longer lead to the images that were asked for then.
+        UserError: the tables no longer give the images of the build.
     """
     tasks = list(preparation.plan.tasks)
     failed = {split: failed_images(accounts, split, at_first=True) for split in SPLITS}
@@ -193,8 +192,8 @@ def _repairs(
             by_image.setdefault((account.split, account.image_id), []).append(account)
     if set(by_image) != {(task.split, image.image_id) for task in tasks for image in task.images}:
         raise UserError(
-            f"{dataset.root}: its accounts are not those of this command at this source: build anew, with --overwrite "
-            "or another --out"
+            f"{dataset.root}: its accounts do not match this command and source: build again, with --overwrite or "
+            "another --out"
         )
     shards = {shard.path: shard for shard in dataset.info.shards}
     of_shard: dict[str, list[IndexRow]] = {}
@@ -209,7 +208,7 @@ def _repairs(
 
 
 def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
-    """ImageID -> what the old shard holds of it."""
+    """Return ImageID -> sample of the old shard."""
     if repair.shard is None:
         return {}
     where = root / repair.shard.path
@@ -233,7 +232,7 @@ def _with_masks(
     meter: Meter,
     split: str,
 ) -> dict[str, tuple[Sample | None, list[Account]]]:
-    """Packed images with the masks that failed fetched again; the JPEG and the other masks come from the sample."""
+    """Return packed images with the masks that failed fetched again; the rest comes from their samples."""
     known = [_known_masks(image, samples[image.image_id], old) for image in images]
     members = members_of(known)
     contents = read_members(members, anonymous=job.anonymous_masks, spare=0, meter=meter)
@@ -242,16 +241,16 @@ def _with_masks(
 
 
 def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -> PlannedImage:
-    """The image with the masks that the sample holds in the place of those in zips.
+    """Return the planned image with the masks of the sample instead of those in zips.
 
-    Instances have the order of the planned objects, and each mask that was packed made an instance.
+    Instances are in the order of the planned objects, and each packed mask is the mask of one instance.
     """
-    held = iter([i.segmentation for i in sample.instances if i.segmentation is not None])
+    packed = iter([i.segmentation for i in sample.instances if i.segmentation is not None])
     objects = []
     for planned in image.objects:
         note = planned.annotation
         account = old.get(("mask", image.image_id, note.mask_path, note.box_id)) if note.mask_path else None
-        rle = next(held) if account is not None and account.status == PACKED else None
+        rle = next(packed) if account is not None and account.status == PACKED else None
         if rle is not None and isinstance(planned.mask, Member):
             inline = InlineMask(rle.width, rle.height, json.dumps(rle.to_json()))
             planned = PlannedObject(note, inline)
@@ -260,14 +259,18 @@ def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -
 
 
 def _merged(old: Account, new: Account) -> Account:
-    """What the accounts say after a retry: what was packed stays, and what is recovered tells what it was."""
+    """Return the account after a retry: unchanged if packed before, with the former status if recovered."""
     if old.status == PACKED:
         return old
     return replace(new, detail=f"{RECOVERED}{old.status}") if new.status == PACKED else new
 
 
 def _check_untouched(repair: Repair, rows: Sequence[IndexRow], touched: dict[str, tuple]) -> None:
-    """Raises DatasetError when a sample that nothing was added to would change."""
+    """Check that samples to which nothing was added are unchanged.
+
+    Raises:
+        DatasetError: one has changed.
+    """
     before = {row.image_id: row.crc32 for row in repair.rows}
     for row in rows:
         if row.image_id not in touched and row.crc32 != before[row.image_id]:
@@ -283,7 +286,7 @@ def _replaced(
     repairs: Sequence[Repair],
     results: dict[str, TaskResult],
 ) -> tuple[list[IndexRow], list[Shard], list[Account]]:
-    """The dataset's rows, shards and accounts with the repaired ones in place of the old."""
+    """Return the rows, shards and accounts of the dataset with those of the repaired tasks replaced."""
     paths = {repair.task.path for repair in repairs}
     keys = {(account.split, account.key) for repair in repairs for account in repair.accounts}
     fresh = [results[repair.name] for repair in repairs]

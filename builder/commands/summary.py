@@ -1,4 +1,4 @@
-"""What a build, a dry run and a retry tell at their end: a table for people, JSON for machines. Pure."""
+"""Reports of a build, a retry and a dry run: tables for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.commands.build import Summary
 from builder.commands.dry_run import Estimate
@@ -14,119 +14,150 @@ from builder.commands.progress import duration
 from builder.fetching.traffic import Traffic
 from builder.planning.class_report import ClassReport
 from shards.common.redact import redact
+from shards.common.tables import text_table
 from shards.common.text import counted
 from shards.format.accounts import FILTERED
 from shards.format.dataset_card import ClassCounts
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 def render_summary(summary: Summary, out: str) -> str:
-    """The table that ends a build or a retry."""
+    """Return the report of a build or a retry."""
     out = redact(out)
     after = f"next: inspect-shards {shlex.quote(out)}"
     if summary.already_built:
-        built = f"already built: {out} holds exactly this dataset, nothing was done"
-        return "\n".join([built, *_short(summary), after])
-    lines = _class_table(summary.chosen, summary.counts, packed=True)
+        built = f"already built: {out} contains exactly this dataset; nothing to do"
+        return "\n".join([built, *_shortfalls(summary), after])
     failures = ", ".join(f"{reason} {count}" for reason, count in summary.failures)
-    lines.append(f"not packed: {failures} (see accounts.parquet)" if failures else "not packed: nothing")
+    lines = [
+        *_class_lines(summary.chosen, summary.counts, "packed"),
+        f"not packed: {failures} (see accounts.parquet)" if failures else "not packed: nothing",
+    ]
     if summary.replaced:
-        lines.append(f"replaced: {counted(summary.replaced, 'other image')} tried for those that failed")
+        lines.append(f"replaced: {counted(summary.replaced, 'image')} fetched to replace images that failed")
     if summary.recovered is not None:
         lines.append(_recovered(summary))
-    lines += _short(summary)
-    resumed = f", {summary.resumed} of them by an earlier run" if summary.resumed else ""
-    lines += [
-        "",
-        *_cost_table(summary.tables, summary.images, summary.masks, "measured"),
-        f"{_images_in(summary.samples, summary.shards)}{resumed}, {_size(summary.nbytes)}, in {out}",
-        _speed(summary),
-        after,
-    ]
-    return "\n".join(lines)
+    resumed = f", {summary.resumed} of them from an earlier run" if summary.resumed else ""
+    return "\n".join(
+        [
+            *lines,
+            *_shortfalls(summary),
+            "",
+            *_traffic_lines("measured", summary.tables, summary.images, summary.masks),
+            f"{_images_in(summary.samples, summary.shards)}{resumed}, {_size(summary.nbytes)}, in {out}",
+            _speed(summary),
+            after,
+        ]
+    )
 
 
 def render_estimate(found: Estimate, out: str) -> str:
-    """The table of a dry run."""
-    error = f"+- {_size(found.jpegs_error)}, from the lengths of {found.sampled}"
+    """Return the report of a dry run."""
+    error = f"+- {_size(found.jpegs_error)}, from the lengths of {counted(found.sampled, 'image')}"
     if found.unavailable:
-        error += f", {found.unavailable} of which cannot be had"
-    whole = [
-        ("tables", found.whole_tables, "the tables' own sizes"),
-        ("images", found.whole_images, "all of these splits, by the published figures"),
-        ("masks", found.whole_zips, "the zips that hold any of them"),
-    ]
+        error += f", {found.unavailable} of them unavailable"
+    mask_bytes = f"{_size(found.masks_wanted)} of the masks' bytes are masks; the others are between them in the zips"
     lines = [
-        *_class_table(found.chosen, found.counts, packed=False),
+        *_class_lines(found.chosen, found.counts, "to be packed"),
         "",
-        *_cost_table(found.tables, found.jpegs, found.masks, "to fetch", jpegs=f"an estimate: {error}"),
-        f"of the masks' bytes {_size(found.masks_wanted)} are masks, the others lie between them",
+        *_traffic_lines("to fetch", found.tables, found.jpegs, found.masks, jpegs=f"estimated: {error}"),
+        mask_bytes,
         "",
-        f"{'whole downloads':<16} {'bytes':>10}",
-        *(f"{name:<16} {_size(size):>10}  {source}" for name, size, source in whole if size is not None),
+        *text_table(_whole_downloads(found), {"bytes": _size}),
     ]
     if found.whole_images is None:
-        lines.append("images           not known for this source: left out")
+        lines.append("The size of all images of this source is not known.")
     return "\n".join(
         [
             *lines,
             "",
             f"{_images_in(found.images, found.shards)}, about {_size(found.output)}, for {redact(out)}",
-            "a dry run: nothing was written there; tables and zip directories were read to make the plan",
+            "dry run: only tables and zip directories were read, and nothing was written to --out",
         ]
     )
 
 
 def to_json(result: Summary | Estimate, out: str) -> str:
-    """The same for machines: one JSON object. Its keys are the attributes of `Summary` and `Estimate`."""
+    """Return the result as one JSON object, whose keys are the attributes of `Summary` and `Estimate`."""
     value: dict[str, Any] = {"dry_run": isinstance(result, Estimate), "out": redact(out), **asdict(result)}
     if isinstance(result, Summary):
         value["failures"] = dict(result.failures)
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def _class_table(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], *, packed: bool) -> list[str]:
-    """Classes that were asked for; of the others, which only --all-annotations keeps, a line with their sums."""
+def class_table(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts]) -> pd.DataFrame:
+    """Return a table of the requested classes: split, class, requested, available, images, masks, boxes, reason.
+
+    Args:
+        chosen: reports of the selection.
+        counts: counts of what is packed; classes that were not requested are left out.
+    """
+    import pandas as pd
+
     reports = {(report.split, report.name): report for report in chosen}
-    asked = [entry for entry in counts if (entry.split, entry.name) in reports]
-    width = max([len("class"), *(len(entry.name) for entry in asked)])
-    lines = [f"{'split':<6} {'class':<{width}} {'asked':>7} {'found':>7} {'images':>7} {'masks':>8} {'boxes':>8}"]
-    notes = []
-    for entry in asked:
-        report = reports[entry.split, entry.name]
-        lines.append(
-            f"{entry.split:<6} {entry.name:<{width}} {report.asked:>7} {report.available:>7} {entry.images:>7} "
-            f"{entry.masks:>8} {entry.boxes:>8}"
-        )
-        if report.reason:
-            notes.append(f"{entry.split} {entry.name}: {report.reason}")
-    others = [entry for entry in counts if (entry.split, entry.name) not in reports]
-    if others:
-        boxes, masks = sum(entry.boxes for entry in others), sum(entry.masks for entry in others)
-        notes.append(f"of other classes in these images: {counted(masks, 'mask')}, {counted(boxes, 'box', 'boxes')}")
-    done = "packed" if packed else "to be packed"
-    legend = f"asked: images; found: images at the source that count for the class; images, masks, boxes: {done}"
-    return [*lines, legend, *notes]
-
-
-def _cost_table(tables: Traffic, images: Traffic, masks: Traffic, title: str, jpegs: str = "") -> list[str]:
     rows = [
-        ("tables", tables, "and zip directories, as far as they were not cached"),
-        ("images", images, jpegs),
-        ("masks", masks, ""),
-        ("in all", tables + images + masks, ""),
+        (one.split, one.name, report.asked, report.available, one.images, one.masks, one.boxes, report.reason)
+        for one in counts
+        if (report := reports.get((one.split, one.name))) is not None
     ]
-    lines = [f"{title:<16} {'requests':>10} {'bytes':>10}"]
-    return lines + [f"{n:<16} {t.requests:>10} {_size(t.nbytes):>10}  {note}".rstrip() for n, t, note in rows]
+    columns = ["split", "class", "requested", "available", "images", "masks", "boxes", "reason"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
+    table = class_table(chosen, counts)
+    lines = text_table(table.drop(columns="reason"))
+    lines.append(f"requested: images; available: images of the class at the source; images, masks, boxes: {state}")
+    lines += [f"{row.split} {row[1]}: {row.reason}" for row in table.itertuples(index=False) if row.reason]
+    requested = {(report.split, report.name) for report in chosen}
+    others = [one for one in counts if (one.split, one.name) not in requested]
+    if others:
+        masks, boxes = sum(one.masks for one in others), sum(one.boxes for one in others)
+        lines.append(f"other classes in these images: {counted(masks, 'mask')}, {counted(boxes, 'box', 'boxes')}")
+    return lines
+
+
+def _traffic_lines(title: str, tables: Traffic, images: Traffic, masks: Traffic, jpegs: str = "") -> list[str]:
+    """Return a table of requests and bytes."""
+    import pandas as pd
+
+    total = tables + images + masks
+    rows = [
+        ("tables", tables.requests, tables.nbytes, "with zip directories, unless cached"),
+        ("images", images.requests, images.nbytes, jpegs),
+        ("masks", masks.requests, masks.nbytes, ""),
+        ("total", total.requests, total.nbytes, ""),
+    ]
+    return text_table(pd.DataFrame(rows, columns=[title, "requests", "bytes", ""]), {"bytes": _size})
+
+
+def _whole_downloads(found: Estimate) -> pd.DataFrame:
+    """Return a table of what a download of everything would fetch, as far as it is known."""
+    import pandas as pd
+
+    rows = [
+        ("tables", found.whole_tables, "sizes of the tables"),
+        ("images", found.whole_images, "published sizes of all images of these splits"),
+        ("masks", found.whole_zips, "zips that contain any of these masks"),
+    ]
+    known = [row for row in rows if row[1] is not None]
+    return pd.DataFrame(known, columns=["whole downloads", "bytes", ""])
 
 
 def _recovered(summary: Summary) -> str:
     if summary.recovered:
         return f"recovered: {counted(summary.recovered, 'image or mask', 'images and masks')}"
-    again = any(reason != FILTERED for reason, _ in summary.failures)
-    return "recovered: nothing, what had failed has failed again" if again else "nothing had failed: nothing to recover"
+    failed = any(reason != FILTERED for reason, _ in summary.failures)
+    return (
+        "recovered: nothing, because the same images and masks failed again"
+        if failed
+        else "recovered: nothing had failed"
+    )
 
 
-def _short(summary: Summary) -> list[str]:
+def _shortfalls(summary: Summary) -> list[str]:
     return [
         f"short: {f'{short.split} {short.name}'.strip()}: {short.packed} of {short.wanted} (try --retry-failed)"
         for short in summary.shortfalls
@@ -138,7 +169,7 @@ def _speed(summary: Summary) -> str:
     rate = (summary.images.nbytes + summary.masks.nbytes) / 1e6 / seconds
     return (
         f"{counted(summary.handled, 'image')} in {duration(summary.packing)} "
-        f"({summary.handled / seconds:.1f} images/s, {rate:.1f} MB/s), {duration(summary.seconds)} in all"
+        f"({summary.handled / seconds:.1f} images/s, {rate:.1f} MB/s), {duration(summary.seconds)} in total"
     )
 
 

@@ -17,6 +17,9 @@ from builder.packing.executors import IN_THIS_PROCESS, Engine
 from builder.planning.prepare import prepare
 from builder.planning.selection import Quotas
 from builder.sources.base import Source
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
+from demo.scenes import SceneTruth
 from shards.format.sample import Sample
 from shards.storage.location import Location
 
@@ -72,3 +75,14 @@ def samples_of(root: Path) -> dict[str, dict[str, Sample]]:
     for (split, key), data in members.items():
         found.setdefault(split, {})[key] = Sample.from_members(key, data)
     return found
+
+
+def mirror(scenes: SceneTruth) -> OpenImages:
+    """Return the drawn scenes on disk as a source."""
+    return OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
+
+
+def tree(root: Path, *, without: str = "") -> dict[str, bytes]:
+    """Return relative path -> bytes of the files under a folder, without the files of one name."""
+    paths = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if path.name != without}

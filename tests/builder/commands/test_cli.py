@@ -1,44 +1,46 @@
-import os
-import subprocess
-import sys
-import time
+"""`build-shards` as scripts use it: results, exit codes, one-line errors, the lock, and credentials."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from builder.commands.cli import main
+from builder.commands.cli import SHORTFALL, _RedactingFormatter, main
 from builder.sources.openimages.layout import source_location
+from builder.target.build_lock import BuildLock
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
-from tests.support import REPOSITORY
+from shards.format.dataset import open_dataset
+from shards.storage.location import Location
+
+WORDS = ["--classes", "Person", "Car", "--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4"]
+IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
 
 
-def build_shards(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "builder.commands.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
-    )
+def words(scenes: SceneTruth, out: Path | str, *more: str) -> list[str]:
+    places = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--out", str(out)]
+    return [*WORDS, *places, "--workers", "1", *more]
 
 
-def one_line(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    assert result.stderr.splitlines()[-1] == lines[0]
-    assert lines[0].startswith("build-shards: error: ")
-    return lines[0]
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command and return its one-line error."""
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("build-shards: error: ")
+    return line
 
 
-def local(scenes: SceneTruth) -> list[str]:
-    return ["--images", str(scenes.images), "--annotations", str(scenes.annotations)]
+def without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.location._instances", {})
+    monkeypatch.setattr("shards.storage.location.ATTEMPTS", 1)
+    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0.0)
 
 
-def test_the_public_bucket_is_read_unsigned_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_public_bucket_is_read_unsigned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     assert source_location("s3://open-images-dataset").anonymous
@@ -49,64 +51,171 @@ def test_the_public_bucket_is_read_unsigned_and_only_there(monkeypatch: pytest.M
     assert not source_location("s3://open-images-dataset").anonymous
 
 
-def test_unknown_class_is_one_line_with_near_names(scenes: SceneTruth, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    line = one_line(build_shards("--classes", "Persn", "--per-class", "5", *local(scenes), "--out", str(out)))
+def test_bad_classes_and_places_are_one_line_each(
+    s3_scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_retries(monkeypatch)
+    out, missing = str(tmp_path / "out"), "s3://no-such-bucket"
+    for images, annotations, root, message in (
+        (missing, ANNOTATIONS, out, "no-such-bucket"),
+        (IMAGES, missing, out, "no-such-bucket"),
+        (IMAGES, ANNOTATIONS, f"{missing}/x", "no-such-bucket"),
+        (IMAGES, ANNOTATIONS, "s3://", "it names no bucket"),
+        (IMAGES, ANNOTATIONS, "/proc/nowhere", "/proc/nowhere: cannot be written (/proc is not a writable folder)"),
+        (str(tmp_path / "gone"), ANNOTATIONS, out, "no such folder"),
+        (IMAGES, str(tmp_path / "gone"), out, "no such object"),
+        (IMAGES, "nosuch://x", out, "nosuch"),
+        (IMAGES, "http://127.0.0.1:9/x", out, "cannot be reached"),
+    ):
+        places = ["--images", images, "--annotations", annotations, "--out", root]
+        assert message in one_line(capsys, "--per-class", "5", *places)
+    line = one_line(capsys, "--classes", "Persn", *words(s3_scenes, out)[3:])
     assert "'Persn'" in line
     assert "did you mean Person" in line
-    assert not out.exists()
-
-
-def test_bad_places_are_one_line_each(
-    s3_scenes: SceneTruth, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = str(tmp_path / "out")
-    images, annotations = "s3://open-images-dataset", "s3://openimages"
-    missing = "s3://no-such-bucket"
-    cases = [
-        (missing, annotations, out, "no-such-bucket"),
-        (images, missing, out, "no-such-bucket"),
-        (images, annotations, f"{missing}/x", "no-such-bucket"),
-        (images, annotations, "s3://", "it names no bucket"),
-        (images, annotations, "/proc/nowhere", "/proc/nowhere: cannot be written (/proc is not a writable folder)"),
-        (str(tmp_path / "gone"), annotations, out, "no such folder"),
-        (images, str(tmp_path / "gone"), out, "no such object"),
-        (images, "nosuch://x", out, "nosuch"),
-        (images, "http://127.0.0.1:9/x", out, "cannot be reached"),
-    ]
-    for at, tables, to, told in cases:
-        assert main(["--per-class", "5", "--images", at, "--annotations", tables, "--out", to]) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith("build-shards: error: ")
-        assert told in line
     assert not Path(out).exists()
 
 
-def test_missing_credentials_are_one_line(s3: S3Server, tmp_path: Path) -> None:
-    unsigned = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "true"}
-    unsigned["AWS_SHARED_CREDENTIALS_FILE"] = unsigned["AWS_CONFIG_FILE"] = str(tmp_path / "none")
-    arguments = ["--per-class", "5", "--images", "s3://open-images-dataset", "--out", str(tmp_path / "out")]
-    assert "credentials" in one_line(build_shards(*arguments, **unsigned))
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached"),
+    ],
+)
+def test_missing_credentials_and_an_unreachable_endpoint_are_one_line(
+    s3: S3Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    without_retries(monkeypatch)
+    nowhere = str(tmp_path / "none")
+    files = {"AWS_SHARED_CREDENTIALS_FILE": nowhere, "AWS_CONFIG_FILE": nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in {**files, **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert message in one_line(capsys, "--per-class", "5", "--images", "s3://images", "--out", str(tmp_path / "out"))
 
 
-def test_an_unreachable_s3_endpoint_is_one_line(tmp_path: Path) -> None:
-    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    started = time.monotonic()
-    result = build_shards("--per-class", "5", "--images", "s3://images", "--out", str(tmp_path / "o"), **keys)
-    assert "cannot be reached" in one_line(result)
-    assert time.monotonic() - started < 30
-
-
-def test_the_command_from_s3_to_s3(s3: S3Server, s3_scenes: SceneTruth, bucket: str) -> None:
-    arguments = ["--classes", "Person", "Car", "--per-class", "1000", "--workers", "1", "--images-per-shard", "16"]
-    arguments += ["--images", "s3://open-images-dataset", "--annotations", "s3://openimages"]
-    result = build_shards(*arguments, "--out", f"s3://{bucket}/some/prefix")
-    assert result.returncode == 0, result.stderr
-    assert f"inspect-shards s3://{bucket}/some/prefix" in result.stdout
-    assert "not packed: nothing" in result.stdout
+def test_a_build_from_s3_to_s3(
+    s3: S3Server, s3_scenes: SceneTruth, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = f"s3://{bucket}/some/prefix"
+    command = [*WORDS, "--workers", "1", "--images", IMAGES, "--annotations", ANNOTATIONS, "--out", root]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"next: inspect-shards {root}" in printed
+    assert "not packed: nothing" in printed
     names = {path.removeprefix(f"{bucket}/some/prefix/") for path in s3.filesystem().find(bucket)}
     assert {"dataset.json", "index.parquet", "accounts.parquet", "README.md", "train/000000.tar"} <= names
     assert not any(name.startswith(".build") for name in names)
-    again = build_shards(*arguments, "--out", f"s3://{bucket}/some/prefix")
-    assert again.returncode == 0
-    assert "already built" in again.stdout
+    assert main(command) == 0
+    assert "already built" in capsys.readouterr().out
+
+
+def test_json_is_the_only_output(scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for extra, key in (
+        (["--dry-run"], "jpegs_error"),
+        ([], "samples"),
+        ([], "already_built"),
+        (["--retry-failed"], "recovered"),
+    ):
+        assert main(words(scenes, out, "--json", *extra)) == 0
+        value = json.loads(capsys.readouterr().out)
+        assert key in value
+        assert value["dry_run"] == (extra == ["--dry-run"])
+        assert out.exists() == (extra != ["--dry-run"])
+
+
+def test_exit_codes_report_shortfalls(scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(scenes.images, images)
+    more = ("--per-class", "1000", "--eval-per-class", "0", "--images", str(images))
+    assert main(words(scenes, tmp_path / "whole", *more)) == 0
+    assert "only " in capsys.readouterr().out  # fewer than 1000 at the source: reported, and not a failure
+    victim = images / "train" / f"{open_dataset(str(tmp_path / 'whole')).index('train').image_id(0)}.jpg"
+    hidden = victim.rename(tmp_path / victim.name)
+    command = words(scenes, tmp_path / "out", *more)
+    assert main(command) == SHORTFALL == 3
+    assert "(try --retry-failed)" in capsys.readouterr().out
+    assert main(command) == SHORTFALL  # already built, with the same shortfall
+    assert main([*command, "--retry-failed"]) == SHORTFALL
+    assert "recovered: nothing" in capsys.readouterr().out
+    hidden.rename(victim)
+    assert main([*command, "--retry-failed"]) == 0
+    assert "recovered: " in capsys.readouterr().out
+    assert main(command) == 0
+
+
+def test_every_command_is_refused_while_a_build_runs(
+    scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with BuildLock(Location(str(out))):
+        for extra in ([], ["--overwrite"], ["--retry-failed"], ["--dry-run"]):
+            assert "another build is " in one_line(capsys, *words(scenes, out, *extra))
+    assert main(words(scenes, out)) == 0
+
+
+def test_a_config_file_builds_the_same_as_flags(scenes: SceneTruth, tmp_path: Path) -> None:
+    file = tmp_path / "pets.yaml"
+    file.write_text(
+        f"classes: [Person, Car]\nper_class: 99\nimages: {scenes.images}\nannotations: {scenes.annotations}"
+    )
+    more = ["--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4", "--workers", "1"]
+    assert main(["--config", str(file), *more, "--out", str(tmp_path / "a")]) == 0
+    assert main(words(scenes, tmp_path / "b")) == 0
+    assert open_dataset(str(tmp_path / "a")).info == open_dataset(str(tmp_path / "b")).info
+
+
+class Files(BaseHTTPRequestHandler):
+    """A web server for a folder, with byte ranges and without authentication."""
+
+    folder = Path()
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        start, _, end = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        part = data[int(start or 0) : int(end) + 1 if end else None]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start or 0}-{int(start or 0) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_no_credential_is_printed_or_stored(
+    scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With good and bad web roots that have a user and a password; the log is formatted as the command does."""
+    handler = type("Handler", (Files,), {"folder": scenes.images.parent})
+    out = tmp_path / "out"
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        root = f"http://somebody:hunter2@127.0.0.1:{server.server_port}"
+        tables = ["--annotations", f"{root}/{scenes.annotations.name}", "--out", str(out), "--workers", "1"]
+        good, bad = f"{root}/{scenes.images.name}", f"{root}/nowhere"
+        assert main([*WORDS, "--images", good, *tables]) == 0
+        assert main([*WORDS, "--images", good, *tables, "--json", "--dry-run"]) == 0
+        assert main([*WORDS, "--images", bad, *tables, "--overwrite"]) == 2
+        assert main([*WORDS, "--images", good, "--annotations", bad, "--out", str(out)]) == 2
+        server.shutdown()
+    printed = capsys.readouterr()
+    log = "\n".join(map(_RedactingFormatter("%(message)s").format, caplog.records))
+    stored = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    for text in (printed.out, printed.err, log, stored.decode("latin-1")):
+        assert "hunter2" not in text
+    assert "***@" in printed.err
+    assert "***@" in log

@@ -1,4 +1,4 @@
-"""--retry-failed: what failed is fetched again; killed at any write, the dataset is the old one or the new one."""
+"""`--retry-failed`, also when it is killed at any write: the dataset is the old one or the new one."""
 
 import shutil
 import zipfile
@@ -16,17 +16,13 @@ from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import RECOVERED
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import build, quotas, retry_failed
+from tests.builder.builds import build, quotas, retry_failed, tree
 
 CHOICE = quotas(("Person", "Car"), 1000, 0, images_per_shard=8)
 
 
-def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 class World:
-    """A mirror that tests may break and mend; `damage` breaks two images and a mask of a third."""
+    """A mirror that tests can damage and repair; `damage` breaks two images and a mask of a third."""
 
     def __init__(self, scenes: SceneTruth, folder: Path) -> None:
         self.good_images, self.good_annotations = scenes.images, scenes.annotations
@@ -36,7 +32,7 @@ class World:
         self.source = OpenImages(source_location(str(self.images)), source_location(str(self.annotations)))
 
     def damage(self, whole: Path) -> dict[str, str]:
-        """What was broken: image id, or the name of a mask -> the status it has now."""
+        """Break files, and return image id or name of a mask -> expected status."""
         accounts = pq.read_table(whole / "accounts.parquet").to_pylist()
         ids = [row["image_id"] for row in accounts if row["kind"] == "image"]
         (self.images / "train" / f"{ids[1]}.jpg").unlink()
@@ -45,12 +41,12 @@ class World:
         self._flip(mask["source"], mask["image_id"])
         return {ids[1]: "image-missing", ids[6]: "image-undecodable", mask["source"]: "mask-undecodable"}
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         shutil.copytree(self.good_images / "train", self.images / "train", dirs_exist_ok=True)
         shutil.copytree(self.good_annotations, self.annotations, dirs_exist_ok=True)
 
     def _flip(self, name: str, image_id: str) -> None:
-        """Invert a byte of a mask in its zip: the directory stays as it was."""
+        """Invert a byte of a mask in its zip, but not in the zip's directory."""
         path = Path(self.source.mask_zip("train", image_id).url)
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(name)
@@ -69,7 +65,7 @@ def statuses(root: Path) -> dict[str, str]:
     return {row["image_id"] if row["kind"] == "image" else row["source"]: row["status"] for row in rows}
 
 
-def test_what_can_be_had_now_is_added_and_the_rest_is_the_old_bytes(
+def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(world.source, CHOICE, Location(str(tmp_path / "whole")))
@@ -83,7 +79,7 @@ def test_what_can_be_had_now_is_added_and_the_rest_is_the_old_bytes(
     assert nothing.recovered == 0
     assert tree(root) == before
 
-    world.mend()
+    world.repair()
     fetched: list[str] = []
     monkeypatch.setattr("builder.packing.pack._read_images", _spy(fetched))
     summary = retry_failed(world.source, CHOICE, Location(str(root)))
@@ -99,7 +95,7 @@ def test_what_can_be_had_now_is_added_and_the_rest_is_the_old_bytes(
     details = {row["detail"] for row in pq.read_table(root / "accounts.parquet").to_pylist()}
     assert details == {"", *(f"{RECOVERED}{status}" for status in {*lost.values(), "image-failed"})}
     same = [name for name in before if name.endswith(".tar") and before[name] == expected[name]]
-    assert same  # some shards were not concerned
+    assert same  # some shards were not affected
 
     again = retry_failed(world.source, CHOICE, Location(str(root)))
     assert (again.recovered, again.handled) == (0, 0)
@@ -118,14 +114,14 @@ def _spy(fetched: list[str]) -> object:
     return read
 
 
-def test_replacements_stay_when_what_they_replaced_comes_back(world: World, tmp_path: Path) -> None:
+def test_replacements_stay_when_the_replaced_images_are_recovered(world: World, tmp_path: Path) -> None:
     few = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
     build(world.source, few, Location(str(tmp_path / "whole")))
     lost = world.damage(tmp_path / "whole")
     root = tmp_path / "out"
     assert build(world.source, few, Location(str(root))).replaced
     asked = statuses(root)
-    world.mend()
+    world.repair()
     summary = retry_failed(world.source, few, Location(str(root)))
     assert summary.samples == sum(not name.endswith(".png") for name in asked)
     assert set(asked) == set(statuses(root))
@@ -135,17 +131,17 @@ def test_replacements_stay_when_what_they_replaced_comes_back(world: World, tmp_
 
 
 @pytest.mark.parametrize("finish_with", [retry_failed, build])
-def test_killed_at_any_write_or_delete_it_is_the_old_dataset_or_becomes_the_new(
+def test_a_retry_killed_at_any_write_leaves_the_old_or_the_new_dataset(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish_with: object
 ) -> None:
     build(world.source, CHOICE, Location(str(tmp_path / "whole")))
     world.damage(tmp_path / "whole")
     build(world.source, CHOICE, Location(str(tmp_path / "damaged")))
-    world.mend()
+    world.repair()
     old = tree(tmp_path / "damaged")
-    shutil.copytree(tmp_path / "damaged", tmp_path / "mended")
-    steps = count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(tmp_path / "mended"))))
-    new = tree(tmp_path / "mended")
+    shutil.copytree(tmp_path / "damaged", tmp_path / "repaired")
+    steps = count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(tmp_path / "repaired"))))
+    new = tree(tmp_path / "repaired")
     outcomes = set()
     for step in range(1, steps + 1):
         root = tmp_path / "out"
@@ -166,17 +162,15 @@ class Killed(BaseException):
 
 
 def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 0) -> int:
-    """Do something; how many writes and deletes it took. At the `kill_at`-th it ends, before that one is done."""
+    """Run an action and count its writes and deletes; `kill_at` kills it before one of them."""
     steps = 0
     real_write, real_delete = Location.write, Location.delete
 
     def step() -> None:
         nonlocal steps
         steps += 1
-        if steps == kill_at:
-            raise Killed
-        if kill_at and steps > kill_at:
-            raise Killed  # the dead do not clean up either
+        if kill_at and steps >= kill_at:
+            raise Killed  # also later ones: a killed process does not clean up
 
     def write(self: Location, data: bytes) -> None:
         step()
@@ -196,7 +190,7 @@ def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 
 
 
 def readable(root: Path, old: dict[str, bytes], new: dict[str, bytes]) -> bool:
-    """A reader sees the old dataset, the new one, or an unfinished one; never a mix."""
+    """Return whether a reader sees the old dataset, the new one or an unfinished one, but not a mix."""
     try:
         dataset = open_dataset(str(root))
     except DatasetError as error:

@@ -1,0 +1,84 @@
+"""Dry runs, and the reports of builds and dry runs."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+
+from builder.commands.build import Summary
+from builder.commands.dry_run import SAMPLED
+from builder.commands.progress import Progress, duration
+from builder.commands.summary import render_estimate, render_summary
+from builder.sources.openimages.layout import source_location
+from builder.sources.openimages.source import OpenImages
+from demo.s3proxy import S3Proxy
+from demo.s3server import S3Server
+from demo.scenes import SceneTruth
+from shards.storage.location import Location
+from tests.builder.builds import build, estimate, quotas
+
+
+def test_a_dry_run_predicts_the_build_and_writes_nothing(
+    s3: S3Server, s3_scenes: SceneTruth, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = OpenImages(source_location("s3://open-images-dataset"), source_location("s3://openimages"))
+    root, options = Location(f"s3://{bucket}/out"), quotas(("Person", "Car"), 8, 3, images_per_shard=4)
+    with S3Proxy(s3.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        monkeypatch.setattr("shards.storage.location._instances", {})
+        found = estimate(source, options, root)
+        assert not proxy.counters.requests["PUT"]
+        before = len(proxy.requests)
+        summary = build(source, options, root)
+        packing = [seen for seen in proxy.requests[before:] if seen.method == "GET"]
+    assert found.images == summary.handled == summary.samples <= SAMPLED
+    assert found.shards == summary.shards
+    assert list(found.counts) == list(summary.counts)
+    assert found.jpegs == summary.images  # every length was in the sample
+    assert found.masks == summary.masks
+    assert found.output == pytest.approx(summary.nbytes, rel=0.25)
+    assert found.masks_wanted <= found.masks.nbytes < found.whole_zips
+    assert sum(seen.key.endswith(".jpg") for seen in packing) == summary.images.requests + 1  # one checks the access
+    assert found.whole_images is None
+    assert found.whole_tables is not None
+    for text in (render_estimate(found, "x"), render_summary(summary, "x")):
+        assert f"{found.images} images in {found.shards} shards" in text
+        assert "train  Person" in text
+    assert "whole downloads" in render_estimate(found, "x")
+
+
+def test_an_estimate_names_its_error(scenes: SceneTruth, tmp_path: Path) -> None:
+    shutil.copytree(scenes.images, tmp_path / "images")
+    for picture in sorted((tmp_path / "images" / "train").iterdir())[::4]:
+        picture.unlink()
+    source = OpenImages(source_location(str(tmp_path / "images")), source_location(str(scenes.annotations)))
+    found = estimate(source, quotas(("Person",), 1000, 0), Location(str(tmp_path / "out")))
+    assert 0 < found.unavailable < found.sampled
+    text = render_estimate(found, "out")
+    assert f"from the lengths of {found.sampled} images, {found.unavailable} of them unavailable" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_summary_counts_in_the_singular() -> None:
+    text = render_summary(Summary(already_built=False, recovered=1, shards=1, samples=1, handled=1), "x")
+    assert "1 image in 1 shard, " in text
+    assert "recovered: 1 image or mask\n" in text
+    assert "1 image in 0 s" in text
+
+
+def test_progress_logs_lines_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("builder.commands.progress.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("builder.commands.progress.time.monotonic", itertools.count().__next__)
+    with caplog.at_level("INFO", "builder.commands.progress"), Progress() as progress:
+        progress.expect(10)
+        progress.advance(4, 2_000_000, 1)
+        progress.expect(1)
+        progress.advance(7, 1, 0)
+    assert caplog.messages == [
+        "packed 4 of 10 images, 4.0 images/s, 2.0 MB/s, 1 failed, 2 s left",
+        "packed 11 of 11 images, 5.5 images/s, 1.0 MB/s, 1 failed, 0 s left",
+    ]
+    assert [duration(s) for s in (0.4, 48, 425, 12_000)] == ["0 s", "48 s", "7 min 5 s", "3 h 20 min"]
