@@ -1,4 +1,4 @@
-"""Small datasets that tests make for themselves."""
+"""Small samples, indexes and datasets for tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
-    """A smooth random picture."""
+    """Return a smooth random picture as JPEG."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -39,7 +39,7 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
 
 
 def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True) -> Sample:
-    """A sample with one masked person and, for odd numbers, a car that has a box and no mask."""
+    """Return a sample with a masked person and, for odd numbers, a car with a box and no mask."""
     mask = np.zeros((height, width), np.uint8)
     mask[4:20, 6:30] = 1
     person = Instance(
@@ -60,7 +60,7 @@ def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True
 
 
 def write_dataset(root: str | Path, splits: dict[str, Sequence[Sample]], *, per_shard: int = 8) -> Dataset:
-    """Pack samples into a finished dataset below `root` and open it."""
+    """Pack samples into a finished dataset at `root` and open it."""
     location = Location(str(root))
     rows, shards = [], []
     for split, samples in splits.items():
@@ -74,7 +74,7 @@ def write_dataset(root: str | Path, splits: dict[str, Sequence[Sample]], *, per_
 
 
 def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
-    """A dataset of one sample whose JSON member was changed, and everything else made to agree with that; its key."""
+    """Write a dataset of one sample with a changed JSON member and the right checksums; return the sample's key."""
     packed = pack_shard([sample(1)], split="train", path=shard_path("train", 0))
     with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
         (jpg, picture), (member, content) = ((each, tar.extractfile(each).read()) for each in tar)
@@ -97,7 +97,7 @@ def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
 
 
 def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: Sequence | None = None) -> Index:
-    """An index whose samples have the given lengths, and one annotation of each of their classes (class 1 if not told).
+    """Return an index of samples of the given lengths, with one annotation of each of their classes (default: class 1).
 
     Every third image is a portrait.
     """

@@ -21,7 +21,7 @@ UNITS += "|category|row|pixel|GPU|machine|lane|run|minute|channel|loader|section
 
 # Regular expression -> what to write instead.
 PHRASES = {
-    r"\b(?:told|tells?|telling)\b": "is logged, reports, says, message",
+    r"\b(?:told|tells?|telling)\b(?!\()": "is logged, reports, says, message",
     r"\b(?:can|could|cannot|may|to)(?: not)? be had\b": "unavailable, could not be fetched",
     r"\bgo(?:es)? on\b": "resumes, continues",
     r"\banew\b": "again, from scratch",

@@ -219,7 +219,7 @@ class Dataset:
         """Return the selected rows of a split as a DataFrame, one row per sample, in the order of the shards.
 
         Columns: `image_id`, `shard`, `offset`, `nbytes`, `crc32`, `width`, `height`, then for each class, under its
-        name, the number of its objects.
+        name, the number of its objects. A name that is taken is followed by the class's id, as in `width (7)`.
 
         Raises:
             DatasetError: as `index`.
@@ -233,9 +233,10 @@ class Dataset:
         columns = {"image_id": index.image_ids.to_pylist(), "shard": shards, **arrays}
         classes, samples, objects = index.labels.classes, index.labels.samples, index.labels.flat("instances")
         for category in self.categories:
+            name = f"{category.name} ({category.id})" if category.name in columns else category.name
             own = classes == category.id
-            columns[category.name] = np.zeros(len(index), np.int64)
-            columns[category.name][samples[own]] = objects[own]
+            columns[name] = np.zeros(len(index), np.int64)
+            columns[name][samples[own]] = objects[own]
         return pd.DataFrame(columns)
 
     def accounts(self) -> pd.DataFrame:

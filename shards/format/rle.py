@@ -6,7 +6,7 @@ they are stored as a compressed ASCII string.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Rle:
 
     height: int
     width: int
-    counts: str
+    counts: str = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return COCO's form: `{"size": [height, width], "counts": "..."}`."""

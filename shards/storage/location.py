@@ -110,25 +110,13 @@ class Location:
         return self.protocol in ("file", "local")
 
     def exists(self) -> bool:
-        """Return whether there is an object at exactly this location.
+        """Return whether there is an object or folder at this location.
 
         Raises:
             StorageError: the store could not be asked.
         """
         with storage_errors(self.url):
             return bool(self.fs.exists(self.path))
-
-    def size(self) -> int:
-        """Return the object's length in bytes.
-
-        Raises:
-            StorageError: there is no such object, or its length is unknown.
-        """
-        with storage_errors(self.url):
-            size = self.fs.info(self.path)["size"]
-        if size is None:
-            raise StorageError(f"{self.url}: the server does not report the object's length, which range reads need")
-        return int(size)
 
     def read(self) -> bytes:
         """Return the whole object.

@@ -125,6 +125,8 @@ def test_to_pandas_has_a_column_per_class(dataset):
     cars = dataset.select(classes=["Car"]).to_pandas("train")
     assert cars["image_id"].tolist() == [f"{n:016x}" for n in range(1, 10, 2)]
     assert "Person" not in cars
+    renamed = replace(dataset.info, categories=(Category(1, "width", ""), Category(2, "Car", "")))
+    assert list(replace(dataset, info=renamed).to_pandas("val"))[-2:] == ["width (1)", "Car"]
 
 
 def test_accounts_are_a_data_frame_and_missing_or_damaged_ones_an_error(tmp_path):
