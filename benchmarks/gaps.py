@@ -1,16 +1,15 @@
-"""What each treatment of incomplete annotations is worth: same scenes, seeds and budget, with it and without.
+"""Measure each treatment of incomplete annotations: the same scenes, seeds and steps, with and without it.
 
-    python benchmarks/gaps.py --parallel 2 --folder gaps-out    # an hour on two cores; the same command again goes on
+    python benchmarks/gaps.py --parallel 2 --folder gaps-out    # an hour on two cores; the same command resumes
 
-Drawn street scenes, annotated in full, are spoilt in three ways that Open Images knows; the trainer itself learns from
-each with the treatment on and off, and is rated on held-out scenes that are annotated in full.
-Each run starts from a network that has learned other scenes, those of the next seed, annotated in full, as one starts
-from COCO's. (From nothing, after so few steps, two seeds of an arm are further apart than the arms.) Prints a Markdown
-table.
+Fully annotated synthetic street scenes lose annotations in three ways that occur in Open Images. The trainer learns
+from each with the treatment on and off, and is evaluated on held-out scenes that are fully annotated. Each run starts
+from a network trained on other scenes (those of the next seed, fully annotated), as one starts from COCO weights: with
+random weights and so few steps, the seeds differ more than the treatments. Prints a Markdown table.
 
-- masks: every second object keeps its box and loses its mask.
-- crowds: objects of a class that stand close together become one group-of box.
-- unverified: a class that is in an image loses all its objects there every second time, and is not verified there.
+- masks: objects keep their boxes and lose their masks, with probability 1/2 each.
+- crowds: objects of a class that are close together become one group-of box.
+- unverified: a class that is present in an image loses its objects and its verification there, with probability 1/2.
 """
 
 from __future__ import annotations
@@ -54,50 +53,50 @@ CLASSES = (
     Category(3, "Traffic light", "/m/015qff"),
     Category(4, "Traffic sign", "/m/01mqdt"),
 )
-KINDS = {"Man": 1, "Woman": 1, "Boy": 1, "Girl": 1, "Van": 2, "Limousine": 2, "Stop sign": 4}
-KINDS |= {category.name: category.id for category in CLASSES}
-EVERY = tuple(category.id for category in CLASSES)
-LONG_SIDE = 128  # pixels of a scene; the network sees it at this size
-NEAR = 0.5  # of a crowd's box its members fill at least so much
+CLASS_IDS = {"Man": 1, "Woman": 1, "Boy": 1, "Girl": 1, "Van": 2, "Limousine": 2, "Stop sign": 4}
+CLASS_IDS |= {category.name: category.id for category in CLASSES}
+ALL_IDS = tuple(category.id for category in CLASSES)
+LONG_SIDE = 128  # pixels, of the scenes and of the network's input
+MIN_FILLED = 0.5  # of a crowd's box by the boxes of its members
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: which annotations, and with which settings."""
+    """One way to train: which annotations are missing, and the options of the trainer."""
 
     gap: str
     name: str
     options: tuple[str, ...] = ()
 
 
-BASE = Arm("base", "from nothing, annotated in full")
+BASE = Arm("base", "random weights, fully annotated")
 ARMS = (
-    Arm("none", "annotated in full"),
-    Arm("masks", "on: teach class and box"),
+    Arm("none", "fully annotated"),
+    Arm("masks", "on: train class and box only"),
     Arm("masks", "off: objects without a mask are background", ("--loss.unmasked", "background")),
-    Arm("crowds", "on: nothing is taught in a group-of box"),
+    Arm("crowds", "on: a group-of box is ignored"),
     Arm("crowds", "off: a group-of box is background", ("--loss.group_of", "background")),
     Arm("crowds", "off: a group-of box is an object", ("--loss.group_of", "object")),
-    Arm("unverified", "on: background, or a class nobody verified"),
-    Arm("unverified", "off: taught as absent", ("--loss.unverified", "absent")),
+    Arm("unverified", "on: background, or an unverified class"),
+    Arm("unverified", "off: unverified is absent", ("--loss.unverified", "absent")),
 )
 
 
 def main() -> int:
-    """Train every arm with every seed, and print."""
+    """Train every arm with every seed, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm, at least 2 [3]")
     parser.add_argument("--train", type=int, default=400, help="training scenes [400]")
     parser.add_argument("--val", type=int, default=160, help="held-out scenes [160]")
-    parser.add_argument("--steps", type=int, default=160, help="of eight images [160]")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, of one thread each [1]")
-    parser.add_argument("--folder", type=Path, help="keep the runs there, and take from there those that are done")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of eight images [160]")
+    parser.add_argument("--parallel", type=int, default=1, help="simultaneous runs, of one thread each [1]")
+    parser.add_argument("--folder", type=Path, help="where to keep the runs; finished ones are not repeated")
     parser.add_argument("--only", nargs="*", default=[arm.gap for arm in ARMS], help="gaps to measure [all]")
     options = parser.parse_args()
     if options.seeds < 2:
-        parser.error("--seeds: one seed starts from the network of another: give at least 2")
+        parser.error("--seeds: each seed starts from the network of another: give at least 2")
     with tempfile.TemporaryDirectory() as temporary:
-        # Runs of other sizes are other runs.
+        # Runs of other sizes have their own folder.
         sizes = f"{options.train}-{options.val}-{options.steps}-{options.seeds}"
         folder = (options.folder or Path(temporary)) / sizes
         arms = [arm for arm in ARMS if arm.gap in options.only]
@@ -117,36 +116,36 @@ def main() -> int:
 
 
 def sample_of(config: SceneConfig, split: str, index: int) -> Sample:
-    """A scene with every object's mask and every class verified."""
+    """Draw a scene with every object's mask and every class verified."""
     scene = scene_of(config, split, index)
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "JPEG", quality=92)
     height, width = scene.image.shape[:2]
     instances = tuple(_instance(thing, number) for number, thing in enumerate(scene.objects))
-    absent = tuple(c for c in EVERY if c not in {instance.category_id for instance in instances})
-    present = tuple(c for c in EVERY if c not in absent)
+    absent = tuple(c for c in ALL_IDS if c not in {instance.category_id for instance in instances})
+    present = tuple(c for c in ALL_IDS if c not in absent)
     return Sample(image_id(config, split, index), file.getvalue(), width, height, instances, present, absent)
 
 
 def _instance(thing: SceneObject, number: int) -> Instance:
     left, top, right, bottom = thing.box
     box = (float(left), float(top), float(right - left), float(bottom - top))
-    return Instance(KINDS[thing.name], box, rle.encode(thing.mask.astype(np.uint8)), box_id=str(number))
+    return Instance(CLASS_IDS[thing.name], box, rle.encode(thing.mask.astype(np.uint8)), box_id=str(number))
 
 
 def without_masks(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Every second object, by a coin each, keeps its box only."""
-    coins = rng.random(len(sample.instances)) < 0.5
-    kept = tuple(replace(i, segmentation=None) if coin else i for i, coin in zip(sample.instances, coins))
+    """Remove the masks of objects with probability 1/2 each."""
+    removed = rng.random(len(sample.instances)) < 0.5
+    kept = tuple(replace(i, segmentation=None) if gone else i for i, gone in zip(sample.instances, removed))
     return replace(sample, instances=kept)
 
 
 def with_crowds(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The largest set of objects of a class that fills its common box becomes one group-of box."""
+    """Replace the largest set of objects of each class that fills its common box by one group-of box."""
     instances = list(sample.instances)
-    for category in EVERY:
+    for category in ALL_IDS:
         own = [i for i in instances if i.category_id == category]
-        sets = [c for size in range(len(own), 1, -1) for c in combinations(own, size) if _filled(c) >= NEAR]
+        sets = [c for size in range(len(own), 1, -1) for c in combinations(own, size) if _filled(c) >= MIN_FILLED]
         if sets:
             x0, y0, x1, y1 = _hull(sets[0])
             instances = [i for i in instances if i not in sets[0]]
@@ -165,7 +164,7 @@ def _filled(some: Sequence[Instance]) -> float:
 
 
 def with_unverified(sample: Sample, rng: np.random.Generator) -> Sample:
-    """Every second class that is in the image, by a coin each, loses its objects there and its verification."""
+    """Remove the objects and the verification of present classes with probability 1/2 each."""
     gone = {category for category in sample.verified_present if rng.random() < 0.5}
     return replace(
         sample,
@@ -184,67 +183,67 @@ GAPS: dict[str, Callable[[Sample, np.random.Generator], Sample]] = {
 
 
 def write_dataset(root: Path, gap: str, seed: int, train: int, val: int) -> tuple[int, int]:
-    """A shard dataset whose training scenes are spoilt; returns how many objects were touched, and of how many."""
+    """Write a shard dataset with gaps in its training scenes; return how many objects changed, and of how many."""
     config = SceneConfig(train=train, validation=val, seed=seed, long_side=LONG_SIDE, group_fraction=0)
     whole = [sample_of(config, "train", index) for index in range(train)]
     rng = np.random.default_rng(seed)
-    spoilt = [GAPS[gap](sample, rng) for sample in whole]
+    changed = [GAPS[gap](sample, rng) for sample in whole]
     rows: list[IndexRow] = []
     shards: list[Shard] = []
     location = Location(str(root))
     held_out = [sample_of(config, "validation", index) for index in range(val)]
-    for split, samples in (("train", spoilt), ("val", held_out)):
+    for split, samples in (("train", changed), ("val", held_out)):
         packed = pack_shard(samples, split=split, path=shard_path(split, 0))
         (location / packed.shard.path).write(packed.data)
         shards.append(packed.shard)
         rows.extend(packed.rows)
     finish_dataset(location, rows, shards, CLASSES)
-    untouched = sum(instance in sample.instances for sample, of in zip(spoilt, whole) for instance in of.instances)
+    untouched = sum(instance in sample.instances for sample, of in zip(changed, whole) for instance in of.instances)
     total = sum(len(sample.instances) for sample in whole)
     return total - untouched, total
 
 
-class Rated(NamedTuple):
-    """What a network finds on the held-out scenes, each 0 to 1.
+class Scores(NamedTuple):
+    """The scores of a network on the held-out scenes, each 0 to 1.
 
     Attributes:
-        box, mask: AP at IoU 0.5.
-        found: of the objects, by detections of a score of 0.5 or more.
-        right: of these detections.
+        box: AP of boxes at IoU 0.5.
+        mask: AP of masks at IoU 0.5.
+        recall: of detections with a score of at least 0.5.
+        precision: of these detections.
     """
 
     box: float
     mask: float
-    found: float
-    right: float
+    recall: float
+    precision: float
 
 
-def train(folder: Path, options: argparse.Namespace, job: tuple[Arm, int]) -> Rated:
-    """Train and rate an arm, unless it is there already."""
+def train(folder: Path, options: argparse.Namespace, job: tuple[Arm, int]) -> Scores:
+    """Train and evaluate an arm, unless its scores are there already."""
     arm, seed = job
     run = run_of(folder, arm, seed)
-    rating = run / "rated" / "evaluation.json"
-    if not rating.exists():
-        run_trainer(folder, run, arm, seed, options)  # goes on, if it was interrupted
-        places = ["--data.shards", folder / f"{arm.gap}-{seed}", "--data.split", "val", "--out", rating.parent]
+    evaluation = run / "scores" / "evaluation.json"
+    if not evaluation.exists():
+        run_trainer(folder, run, arm, seed, options)  # resumes, if it was interrupted
+        places = ["--data.shards", folder / f"{arm.gap}-{seed}", "--data.split", "val", "--out", evaluation.parent]
         run_script("evaluate.py", "--checkpoint", run, *places, "--score", 0.5, "--pictures", 0)
-    result = json.loads(rating.read_text())
+    result = json.loads(evaluation.read_text())
     table = np.array(result["confusion"]["counts"])
-    right = table.trace()
-    rated = Rated(
-        result["bbox"]["ap50"], result["segm"]["ap50"], right / table[:-1].sum(), right / max(table[:, :-1].sum(), 1)
-    )
-    print(f"{arm.gap}, {arm.name}, seed {seed}: {rated}", file=sys.stderr, flush=True)
-    return rated
+    correct = table.trace()
+    recall, precision = correct / table[:-1].sum(), correct / max(table[:, :-1].sum(), 1)
+    scores = Scores(result["bbox"]["ap50"], result["segm"]["ap50"], recall, precision)
+    print(f"{arm.gap}, {arm.name}, seed {seed}: {scores}", file=sys.stderr, flush=True)
+    return scores
 
 
 def run_of(folder: Path, arm: Arm, seed: int) -> Path:
-    """The run folder of an arm."""
+    """Return the run folder of an arm."""
     return folder / f"run-{(BASE, *ARMS).index(arm)}-{arm.gap}-{seed}"
 
 
 def run_trainer(folder: Path, run: Path, arm: Arm, seed: int, options: argparse.Namespace) -> None:
-    """trainer/train.py with the settings of an arm."""
+    """Run trainer/train.py with the settings of an arm."""
     steps = options.steps
     settings = {
         "config": ROOT / "configs/demo.yaml",
@@ -267,7 +266,7 @@ def run_trainer(folder: Path, run: Path, arm: Arm, seed: int, options: argparse.
 
 
 def run_script(name: str, *words: object) -> None:
-    """A script of trainer/ in a process of its own, with one thread."""
+    """Run a script of trainer/ in a process of its own, with one thread."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "trainer" / name), *map(str, words)],
@@ -283,35 +282,34 @@ def run_script(name: str, *words: object) -> None:
 
 def print_table(
     arms: Sequence[Arm],
-    results: dict[tuple[Arm, int], Rated],
+    results: dict[tuple[Arm, int], Scores],
     counts: dict[tuple[str, int], tuple[int, int]],
     options: argparse.Namespace,
 ) -> None:
-    """The Markdown table of the docs: means over the seeds, and how much mask AP the treatment gains over each way
-    without it.
+    """Print the Markdown table of the docs: means over the seeds, and the treatment's gain in mask AP.
 
-    Both are trained on the same scenes in the same order, so the gain is the mean of the differences of each seed, with
-    its standard error.
+    Runs with and without a treatment see the same scenes in the same order, so the gain is the mean of the differences
+    of each seed, with its standard error.
     """
     print(
         f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8 "
         f"images, {options.seeds} seeds; {machine()}\n"
     )
-    print("| what is missing | treatment | box AP50 | mask AP50 | the treatment's gain | found | right |")
+    print("| missing annotations | treatment | box AP50 | mask AP50 | gain of the treatment | recall | precision |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     of_arm = {arm: np.array([results[arm, seed] for seed in range(options.seeds)]) for arm in arms}
     for arm in arms:
         touched = [counts[arm.gap, seed] for seed in range(options.seeds)]
         share = sum(t for t, _ in touched) / sum(n for _, n in touched)
         treated = next(one for one in arms if one.gap == arm.gap)
-        box, mask, found, right = of_arm[arm].mean(axis=0)
+        box, mask, recall, precision = of_arm[arm].mean(axis=0)
         gain = "" if arm is treated else shown((of_arm[treated] - of_arm[arm])[:, 1])
-        cells = f"{box:.3f} | {mask:.3f} | {gain} | {found:.2f} | {right:.2f}"
+        cells = f"{box:.3f} | {mask:.3f} | {gain} | {recall:.2f} | {precision:.2f}"
         print(f"| {arm.gap}: {share:.0%} of the objects | {arm.name} | {cells} |")
 
 
 def shown(gains: NDArray[np.float64]) -> str:
-    """Mean and standard error of the gain of each seed, [S]."""
+    """Format the mean and standard error of the gains of all seeds, [S]."""
     error = f" ± {gains.std(ddof=1) / math.sqrt(len(gains)):.3f}" if len(gains) > 1 else ""
     return f"{gains.mean():+.3f}{error}"
 

@@ -1,16 +1,16 @@
-"""A training step beside torchvision's own: same images, same network and weights, same machine, one run.
+"""Compare a training step with torchvision's: same images, network, weights and machine, in one run.
 
     python benchmarks/training.py                                          # CPU: ResNet-18, 512 pixels
     python benchmarks/training.py --precision float32 bfloat16             # and in mixed precision
     python benchmarks/training.py --device cuda --backbone resnet50 --max-size 1024 --batch 8 --workers 4
 
-- ours: `TrainCollate` and `Trainable`, as trainer/train.py runs them.
-- torchvision: its Mask R-CNN in training mode, fed as by its reference scripts: full-size masks, transforms v2 (flip),
-  resizing inside the model.
+- maskstream: `TrainCollate` and `Trainable`, as trainer/train.py runs them.
+- torchvision: its Mask R-CNN in training mode with the input of its reference scripts: full-size masks, transforms v2
+  (flip), resizing inside the model.
 
-Images are 1024 x 768 with 5, 20 or 50 objects, each with a mask. Every measurement is a process of its own, so that
-the peaks of memory are its own. Prints Markdown: steps with loading, then masks by themselves (from RLE to loss) and
-RoIAlign by itself, then whether the losses agree.
+Images are 1024 x 768 with 5, 20 or 50 objects, each with a mask. Every measurement runs in its own process, so that the
+peak memory is its own. Prints Markdown: steps with loading, then masks alone (from RLE to loss) and RoIAlign alone,
+then the differences between the losses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from benchmarks.requirements import fail
 from shards.format import rle
 from shards.format.sample import Instance, Sample
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
-from trainer.data.collate import TrainCollate, augment, decode_image
+from trainer.data import augment
+from trainer.data.collate import TrainCollate, decode_image
 from trainer.data.instances import Batch, read_instances
 from trainer.model.build import build_model
 from trainer.model.losses import Trainable, mask_loss, targets_of
@@ -57,38 +58,32 @@ from trainer.model.roi_align import pool
 OBJECTS = (5, 20, 50)
 WIDTH, HEIGHT = 1024, 768
 CLASSES = 5  # with the background
-ROIS = 128  # positive RoIs an image, where masks are measured by themselves: a quarter of torchvision's 512
-SIDES = ("torchvision", "ours")
+ROIS = 512  # per image, as in torchvision
+POSITIVE_ROIS = ROIS // 4
+SIDES = ("torchvision", "maskstream")
 FLOAT32 = "float32"
-ROIS_OF_BOXES = 512
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-Key = tuple[str, str, int]  # what is measured (of steps the precision), the side, objects an image
+Key = tuple[str, str, int]  # what is measured (the precision, for steps), the side, objects per image
 
 
 def main() -> int:
-    """Measure and print, or be one of the measuring processes."""
+    """Measure everything and print the tables, or run one measurement in a process of its own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--backbone", default="resnet18", help="[resnet18]")
-    parser.add_argument("--max-size", type=int, default=512, help="the network sees images of this longer side [512]")
-    parser.add_argument("--batch", type=int, default=2, help="images a step [2]")
-    parser.add_argument("--steps", type=int, default=6, help="measured, after one that is not [6]")
+    parser.add_argument("--max-size", type=int, default=512, help="longer side of the network's input in pixels [512]")
+    parser.add_argument("--batch", type=int, default=2, help="images per step [2]")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one for warm-up [6]")
+    precisions = [FLOAT32, "bfloat16"]
     parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=[FLOAT32, "bfloat16"],
-        default=[FLOAT32],
-        help="of the steps; bfloat16 is autocast's, on both sides [float32]",
+        "--precision", nargs="+", choices=precisions, default=[FLOAT32], help="bfloat16 uses autocast [float32]"
     )
     parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="cpu: processor time of one thread, which other users of the machine do not change much [wall]",
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time of one thread, for busy machines [wall]"
     )
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 loads between the steps [0]")
-    parser.add_argument("--rounds", type=int, default=1, help="of all measurements; the best of each counts [1]")
+    parser.add_argument("--rounds", type=int, default=1, help="repetitions; the best result of each counts [1]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -113,17 +108,17 @@ def main() -> int:
 
 
 def in_own_process(key: Key) -> dict[str, float]:
-    """One measurement, by this script in a process of its own."""
+    """Run one measurement by this script in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", ",".join(map(str, key))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"benchmark: {' '.join(command)} ended with status {done.returncode}: its message is above")
+        sys.exit(f"benchmark: {' '.join(command)} failed with status {done.returncode}: see its message above")
     row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def draw(objects: int, number: int) -> Sample:
-    """A smooth picture with that many ellipses, from 24 to 300 pixels wide and high."""
+    """Draw a smooth picture with ellipses that are 24 to 300 pixels wide and high."""
     rng = np.random.default_rng([objects, number])
     small = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -139,23 +134,21 @@ def draw(objects: int, number: int) -> Sample:
 
 
 def settings(options: argparse.Namespace, flip: float = 0.5) -> DataConfig:
+    """Return the data settings of both sides."""
     return DataConfig(
         resize="shortest", min_size=options.max_size * 3 // 4, max_size=options.max_size, flip=flip, max_instances=0
     )
 
 
 def network_of(options: argparse.Namespace) -> MaskRCNN:
-    """The same random weights in every process."""
+    """Build the network, with the same random weights in every process."""
     torch.manual_seed(0)
     model = ModelConfig(backbone=options.backbone, weights="none")
     return build_model(model, settings(options), CLASSES).train().to(options.device)
 
 
-# One side's way from samples to what its model takes, and from there to losses.
-
-
 def stock_load(samples: Sequence[Sample], flip: float) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """What torchvision's reference scripts (references/detection, presets with hflip) hand to the model."""
+    """Make the input of torchvision's model as its reference scripts do (references/detection, presets with hflip)."""
     transform = v2.Compose(
         [
             v2.RandomHorizontalFlip(flip),
@@ -182,16 +175,17 @@ def stock_load(samples: Sequence[Sample], flip: float) -> tuple[list[Tensor], li
 
 
 def full_size(sample: Sample) -> np.ndarray:
-    """uint8 [M, H, W], as pycocotools decodes them."""
+    """Decode the masks of a sample with pycocotools: uint8 [M, H, W]."""
     return np.stack([rle.decode(i.segmentation) for i in sample.instances if i.segmentation is not None])
 
 
 def stock_resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [M, h, w]: the lines for masks in torchvision's GeneralizedRCNNTransform."""
+    """Resize masks as torchvision's GeneralizedRCNNTransform: uint8 [M, h, w]."""
     return F.interpolate(masks[:, None].float(), size=size)[:, 0].byte()
 
 
 def stock_losses(network: MaskRCNN, loaded: Any, device: str) -> dict[str, Tensor]:
+    """Compute torchvision's losses of what `stock_load` returned."""
     images, targets = loaded
     moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
     losses: dict[str, Tensor] = network([image.to(device, non_blocking=True) for image in images], moved)
@@ -199,16 +193,15 @@ def stock_losses(network: MaskRCNN, loaded: Any, device: str) -> dict[str, Tenso
 
 
 def mask_bytes(side: str, loaded: Any, options: argparse.Namespace) -> int:
-    """What the masks of a batch take during a step: as loaded, and for torchvision as resized inside the model too (the
-    float32 copy that its mask loss makes of these, four times as large, is gone after the forward pass)."""
-    if side == "ours":
+    """Return the bytes of a batch's masks during a step: as loaded, and for torchvision as resized in the model too."""
+    if side == "maskstream":
         return int(loaded.bitmaps.nbytes + loaded.frames.nbytes)
     height, width = augment.scaled_size(HEIGHT, WIDTH, options.max_size * 3 // 4, options.max_size)
     return sum(target["masks"].nbytes + len(target["masks"]) * height * width for target in loaded[1])
 
 
 class Loads(Dataset[Any]):
-    """Batches by number, made by one side; flipped every second time."""
+    """Batches of one side by number; every second one is flipped."""
 
     def __init__(self, side: str, samples: Sequence[Sample], options: argparse.Namespace) -> None:
         self.side, self.samples, self.options = side, samples, options
@@ -220,13 +213,13 @@ class Loads(Dataset[Any]):
         flip = float(number % 2)
         start = number * self.options.batch % len(self.samples)
         some = [*self.samples, *self.samples][start : start + self.options.batch]
-        if self.side == "ours":
+        if self.side == "maskstream":
             return TrainCollate(settings(self.options, flip), 0)(some, 0)
         return stock_load(some, flip)
 
 
 def measure_step(precision: str, side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
-    """Loading, forward, backward and update of a few steps; medians."""
+    """Measure loading, and forward, backward and update, of a few steps; medians in seconds per image."""
     samples = [draw(objects, number) for number in range(2 * options.batch)]
     network = network_of(options)
     trainable = Trainable(network)
@@ -242,7 +235,7 @@ def measure_step(precision: str, side: str, objects: int, options: argparse.Name
         loaded = next(batches)
         waited = now()
         with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=precision != FLOAT32):
-            if side == "ours":
+            if side == "maskstream":
                 losses = trainable(loaded.to(options.device))
             else:
                 losses = stock_losses(network, loaded, options.device)
@@ -261,20 +254,20 @@ def measure_step(precision: str, side: str, objects: int, options: argparse.Name
 
 
 def measure_masks(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
-    """From RLE to the mask loss of one image with 128 positive RoIs, without image and network; medians."""
+    """Measure from RLE to the mask loss of one image, without image and network; medians in seconds."""
     sample = draw(objects, 0)
     size = augment.scaled_size(HEIGHT, WIDTH, options.max_size * 3 // 4, options.max_size)
     factors = torch.tensor([size[1] / WIDTH, size[0] / HEIGHT] * 2)
     generator = torch.Generator().manual_seed(objects)
-    matched = torch.randint(objects, (ROIS,), generator=generator)
-    logits = torch.randn((ROIS, CLASSES, 28, 28), generator=generator)
+    matched = torch.randint(objects, (POSITIVE_ROIS,), generator=generator)
+    logits = torch.randn((POSITIVE_ROIS, CLASSES, 28, 28), generator=generator)
     boxes = read_instances(sample.instances).boxes * factors
-    rois = boxes[matched] + torch.randn((ROIS, 4), generator=generator)
+    rois = boxes[matched] + torch.randn((POSITIVE_ROIS, 4), generator=generator)
     labels = torch.tensor([i.category_id for i in sample.instances])
     make, loss, now = [], [], CLOCKS[options.clock]
     for _ in range(12):
         start = now()
-        if side == "ours":
+        if side == "maskstream":
             instances = read_instances(sample.instances).flip(WIDTH).scale(*factors[:2].tolist())
             made = now()
             target = {"masks": instances.bitmaps, "frames": instances.frames, "labels": labels}
@@ -292,7 +285,7 @@ def measure_masks(side: str, objects: int, options: argparse.Namespace) -> dict[
 
 
 def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
-    """RoIAlign of a batch's boxes, 512 an image, from the FPN's maps; medians."""
+    """Measure RoIAlign of a batch's boxes from the maps of the FPN; medians in seconds per image."""
     height, width = augment.scaled_size(HEIGHT, WIDTH, options.max_size * 3 // 4, options.max_size)
     generator = torch.Generator().manual_seed(0)
     pooler = network_of(options).roi_heads.box_roi_pool
@@ -302,11 +295,11 @@ def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dic
         .requires_grad_()
         for level in range(4)
     }
-    sides = torch.exp(torch.rand((options.batch, ROIS_OF_BOXES, 2), generator=generator) * 3 + 2.5)
+    sides = torch.exp(torch.rand((options.batch, ROIS, 2), generator=generator) * 3 + 2.5)
     corners = torch.rand(sides.shape, generator=generator) * (torch.tensor([width, height]) - sides).clamp(min=0)
     boxes = [of_image.to(options.device) for of_image in torch.cat((corners, corners + sides), dim=2)]
     sizes = [(height, width)] * options.batch
-    call = pool if side == "ours" else type(pooler).__call__
+    call = pool if side == "maskstream" else type(pooler).__call__
     forward, backward, now = [], [], CLOCKS[options.clock]
     for _ in range(5):
         start = now()
@@ -322,8 +315,10 @@ def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dic
 
 
 def measure_losses(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
-    """How far the losses of one batch differ, relatively: the same pixels, boxes, weights and sampled RoIs, for
-    torchvision with masks at full size, resized as it resizes them."""
+    """Return the relative differences between both sides' losses of one batch.
+
+    Pixels, boxes, weights and sampled RoIs are the same. torchvision gets full-size masks, resized as it resizes them.
+    """
     samples = [draw(objects, number) for number in range(options.batch)]
     network = network_of(options)
     batch: Batch = TrainCollate(settings(options, flip=0), 0)(samples, 0).to(options.device)
@@ -337,10 +332,10 @@ def measure_losses(side: str, objects: int, options: argparse.Namespace) -> dict
         masks = stock_resize(torch.from_numpy(full_size(sample)), (height, width)).to(options.device)
         targets.append({"boxes": target["boxes"], "labels": target["labels"], "masks": masks})
     torch.manual_seed(7)
-    ours = Trainable(network)(batch)
+    found = Trainable(network)(batch)
     torch.manual_seed(7)
-    theirs = stock(images, targets)
-    return {name: (ours[name] / theirs[name] - 1).abs().item() for name in theirs}
+    expected = stock(images, targets)
+    return {name: (found[name] / expected[name] - 1).abs().item() for name in expected}
 
 
 MEASURES: dict[str, Callable[[str, int, argparse.Namespace], dict[str, float]]] = {
@@ -353,16 +348,18 @@ MEASURES: dict[str, Callable[[str, int, argparse.Namespace], dict[str, float]]] 
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def print_tables(found: dict[Key, dict[str, float]], options: argparse.Namespace) -> None:
-    """The tables of the docs."""
+    """Print the Markdown tables of the docs."""
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else machine()
-    print(f"{where}; {options.backbone}-FPN, images of {WIDTH} x {HEIGHT} seen at {options.max_size} pixels, ", end="")
-    print(f"{options.batch} a step, {options.workers} loader processes; medians of {options.steps} steps", end="")
-    print(", processor time of one thread\n" if options.clock == "cpu" else "\n")
+    clock = ", processor time of one thread" if options.clock == "cpu" else ""
+    print(
+        f"{where}; {options.backbone}-FPN, images of {WIDTH} x {HEIGHT} resized to {options.max_size} pixels, "
+        f"{options.batch} per step, {options.workers} loader processes; medians of {options.steps} steps{clock}\n"
+    )
     print("| objects | | loading, ms/image | step, ms/image | images/s | | masks, MB/image | | peak, MB | |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for objects in OBJECTS:
@@ -376,8 +373,8 @@ def print_tables(found: dict[Key, dict[str, float]], options: argparse.Namespace
                     f"| {1 / row['seconds']:.2f} | {faster:.2f} x | {row['masks'] / 1e6:.2f} | {less:.0f} x less "
                     f"| {row['peak'] / 1e6:.0f} | {lower:.2f} x less |"
                 )
-    print("\nMasks by themselves, on the CPU: one image, 128 positive RoIs.\n")
-    print("| objects | | RLE to what the model takes, ms | targets and loss, ms | together | |")
+    print(f"\nMasks alone, on the CPU: one image, {POSITIVE_ROIS} positive RoIs.\n")
+    print("| objects | | RLE to model input, ms | targets and loss, ms | together | |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for objects in OBJECTS:
         stock = found["masks", "torchvision", objects]
@@ -385,18 +382,18 @@ def print_tables(found: dict[Key, dict[str, float]], options: argparse.Namespace
             row = found["masks", side, objects]
             cells = " | ".join(f"{1000 * row[name]:.1f}" for name in ("make", "loss", "seconds"))
             print(f"| {objects} | {side} | {cells} | {stock['seconds'] / row['seconds']:.1f} x |")
-    print(f"\nRoIAlign of {ROIS_OF_BOXES} boxes an image, from the FPN's maps.\n")
+    print(f"\nRoIAlign of {ROIS} boxes per image, from the maps of the FPN.\n")
     print("| | forward, ms/image | backward, ms/image | together | |\n| --- | ---: | ---: | ---: | ---: |")
     for side in SIDES:
         row = found["pooling", side, 0]
         cells = " | ".join(f"{1000 * row[name]:.0f}" for name in ("forward", "backward", "seconds"))
         print(f"| {side} | {cells} | {found['pooling', SIDES[0], 0]['seconds'] / row['seconds']:.1f} x |")
-    print("\nLosses of the same pixels, weights and RoIs, relative difference:\n")
+    print("\nRelative differences between the losses, for the same pixels, weights and RoIs:\n")
     names = list(found["losses", "both", OBJECTS[0]])
     print(f"| objects | {' | '.join(names)} |\n| ---: |{' ---: |' * len(names)}")
     for objects in OBJECTS:
-        cells = (f"{value:.2g}" if value else "0" for value in found["losses", "both", objects].values())
-        print(f"| {objects} | {' | '.join(cells)} |")
+        differences = [f"{value:.2g}" for value in found["losses", "both", objects].values()]
+        print(f"| {objects} | {' | '.join(differences)} |")
 
 
 if __name__ == "__main__":
