@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from shards.format.dataset import Category
 from shards.storage.location import Location
 from tests.support import REPOSITORY
+from tests.trainer.networks import narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.config.yaml_config import load_config
 from trainer.model.build import build_model, num_classes, rebuild
@@ -30,11 +31,6 @@ SIZES = {"num_classes": 3, "min_size": 96, "max_size": 128, "box_score_thresh": 
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
 
 
-def narrow(**changes) -> ModelConfig:
-    values = {"backbone": "resnet18", "norm": "batch", "weights": "none", "fpn_channels": 8, "box_head_features": 8}
-    return ModelConfig(**{**values, "mask_head_channels": [8], **changes})
-
-
 def stock(backbone: str, norm: str, version: str) -> MaskRCNN:
     """Build a network with torchvision's own functions."""
     if version == "v2":
@@ -46,17 +42,6 @@ def stock(backbone: str, norm: str, version: str) -> MaskRCNN:
         body = mobilenet_backbone(backbone_name=backbone, fpn=True, returned_layers=[1, 2, 3, 5], **kind)
     anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(body, rpn_anchor_generator=anchors, **SIZES)
-
-
-def with_statistics(network: MaskRCNN) -> MaskRCNN:
-    """Give norms random statistics that keep activations at an ordinary size."""
-    rng = torch.Generator().manual_seed(1)
-    for name, value in network.state_dict().items():
-        if name.endswith("running_var"):
-            value.copy_(torch.rand(value.shape, generator=rng) + 0.5)
-        elif name.endswith("running_mean"):
-            value.copy_(torch.rand(value.shape, generator=rng) * 0.1)
-    return network
 
 
 def assert_same_detections(a: MaskRCNN, b: MaskRCNN, tolerance: float = 0.0) -> None:
@@ -115,20 +100,10 @@ def documented_stock_model():
 )
 def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_path, backbone, norm, version):
     """Every setting that inference uses is away from its default."""
-    config = Config()
-    config.data.min_size, config.data.max_size = 90, 140
-    config.model = ModelConfig(
-        backbone=backbone,
-        norm=norm,
-        version=version,
-        score_threshold=0.01,
-        nms_threshold=0.7,
-        detections_per_image=9,
-        rpn_pre_nms=[20, 50],
-        rpn_post_nms=[10, 25],
-    )
-    config.model.anchor_sizes, config.model.anchor_ratios = [16, 32, 64, 96, 128], [0.4, 1.0]
-    config.model.norm_eps = 1e-2
+    parts = {"backbone": backbone, "norm": norm, "version": version, "norm_eps": 1e-2}
+    rpn = {"anchor_sizes": [16, 32, 64, 96, 128], "anchor_ratios": [0.4, 1.0], "rpn_pre_nms": [20, 50]}
+    found = {"rpn_post_nms": [10, 25], "score_threshold": 0.01, "nms_threshold": 0.7, "detections_per_image": 9}
+    config = Config(model=ModelConfig(**parts, **rpn, **found), data=DataConfig(min_size=90, max_size=140))
     torch.manual_seed(0)
     network = with_statistics(build_model(config.model, config.data, num_classes(CATEGORIES)))
     folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), None), keep=1)
@@ -147,19 +122,10 @@ def test_rebuild_refuses_weights_that_do_not_fit_the_settings_or_classes():
 
 
 def test_settings_reach_the_network():
-    settings = narrow(
-        norm_eps=1e-3,
-        anchor_sizes=[8, 16, 32, 64, 128],
-        anchor_ratios=[1.0, 2.0],
-        rpn_pre_nms=[11, 12],
-        rpn_post_nms=[13, 14],
-        rois_per_image=15,
-        positive_fraction=0.4,
-        score_threshold=0.3,
-        nms_threshold=0.6,
-        detections_per_image=7,
-    )
-    network = build_model(settings, DATA, 3)
+    rpn = {"anchor_sizes": [8, 16, 32, 64, 128], "anchor_ratios": [1.0, 2.0], "rpn_pre_nms": [11, 12]}
+    training = {"rpn_post_nms": [13, 14], "rois_per_image": 15, "positive_fraction": 0.4, "norm_eps": 1e-3}
+    inference = {"score_threshold": 0.3, "nms_threshold": 0.6, "detections_per_image": 7}
+    network = build_model(narrow(**rpn, **training, **inference), DATA, 3)
     heads = network.roi_heads
     assert network.transform.min_size == (96,)
     assert network.transform.max_size == 128

@@ -23,6 +23,7 @@ from torchvision.models.detection._utils import overwrite_eps
 from shards.common.errors import UserError
 from shards.format.dataset import Category
 from shards.storage.location import Location
+from tests.trainer.networks import narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.model.build import build_model
 from trainer.model.checkpoint import State, save
@@ -38,11 +39,6 @@ SPECIFIC = {
 }
 
 
-def narrow(weights: object = "none", **changes) -> ModelConfig:
-    values = {"backbone": "resnet18", "norm": "batch", "fpn_channels": 8, "box_head_features": 8}
-    return ModelConfig(weights=str(weights), **{**values, "mask_head_channels": [8], **changes})
-
-
 def build(settings: ModelConfig, classes: int = 3):
     return build_model(settings, DATA, classes)
 
@@ -50,16 +46,6 @@ def build(settings: ModelConfig, classes: int = 3):
 def load(settings: ModelConfig, classes=TWO):
     network = build(settings)
     return network, load_weights(network, settings, classes)
-
-
-def with_statistics(state: dict[str, torch.Tensor], lowest: float = 0.5) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    for name, value in state.items():
-        if name.endswith("running_var"):
-            value.copy_(torch.rand(value.shape, generator=rng) + lowest)
-        elif name.endswith("running_mean"):
-            value.copy_(torch.rand(value.shape, generator=rng) * 0.1)
-    return state
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +81,9 @@ def assert_one_line(error: pytest.ExceptionInfo[UserError]) -> None:
 
 
 def test_imagenet_weights_load_into_the_backbone(cache):
-    state = with_statistics(resnet18().state_dict())
+    state = with_statistics(resnet18()).state_dict()
     torch.save(state, cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1])
-    network, report = load(narrow("imagenet", norm="frozen"))
+    network, report = load(narrow(weights="imagenet", norm="frozen"))
     body = network.backbone.body.state_dict()
     assert len(report.loaded) == len(body) == 100
     assert all(torch.equal(value, state[name]) for name, value in body.items())
@@ -112,9 +98,9 @@ def test_a_backbone_computes_the_same_as_its_classifier_with_another_epsilon(nor
     """MobileNetV3 was trained with 0.001, networks have 0.00001."""
     torch.manual_seed(0)
     classifier = mobilenet_v3_large().eval()
-    with_statistics(classifier.state_dict(), lowest=0.01)
+    with_statistics(classifier, lowest=0.01)
     torch.save(classifier.state_dict(), tmp_path / "large.pth")
-    network, report = load(narrow(tmp_path / "large.pth", backbone="mobilenet_v3_large", norm=norm))
+    network, report = load(narrow(weights=str(tmp_path / "large.pth"), backbone="mobilenet_v3_large", norm=norm))
     assert {m.eps for m in network.modules() if type(m).__name__ == "BatchNorm2d"} <= {1e-5}
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -139,7 +125,7 @@ def test_with_eps_is_precise_for_tiny_variances():
 
 def test_group_norm_loads_weights_and_leaves_out_statistics(tmp_path):
     torch.save(mobilenet_v2().state_dict(), tmp_path / "v2.pth")
-    network, report = load(narrow(tmp_path / "v2.pth", backbone="mobilenet_v2", norm="group"))
+    network, report = load(narrow(weights=str(tmp_path / "v2.pth"), backbone="mobilenet_v2", norm="group"))
     body = {name for name in network.state_dict() if name.startswith("backbone.body.")}
     assert set(report.loaded) == body
     assert "the statistics of 52 batch norms" in str(report)
@@ -152,7 +138,7 @@ def test_coco_weights_load_except_for_other_classes(cache, version):
     settings = ModelConfig(weights="coco", version=version, **few)
     torch.manual_seed(0)
     reference = build_model(settings, DATA, 91)
-    state = with_statistics(reference.state_dict())
+    state = with_statistics(reference).state_dict()
     if version == "v1":  # a norm for which the epsilon matters
         state["backbone.body.bn1.running_var"].mul_(1e-6)
         state["backbone.body.bn1.weight"].mul_(1e-3)
@@ -183,19 +169,23 @@ def test_coco_weights_load_except_for_other_classes(cache, version):
     assert "roi_heads.box_predictor     0 of 4" in str(report)
 
 
-@pytest.mark.parametrize("weights", ["imagenet", "coco"])
-def test_a_failed_download_is_one_line_with_remedies(weights):
-    settings = narrow(weights) if weights == "imagenet" else ModelConfig(weights=weights)
-    with pytest.raises(UserError, match=rf"{weights}: https://.* cannot be .*no route.*--model.weights none") as error:
+@pytest.mark.parametrize(
+    ("settings", "cached", "reason"),
+    [
+        (narrow(weights="imagenet"), b"", "no route"),
+        (ModelConfig(weights="coco"), b"", "no route"),
+        (narrow(weights="imagenet"), b"PK half a file", ""),
+    ],
+    ids=["imagenet", "coco", "damaged"],
+)
+def test_a_failed_download_or_a_damaged_file_in_the_cache_is_one_line_with_remedies(cache, settings, cached, reason):
+    if cached:
+        (cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).write_bytes(cached)
+    pattern = (
+        rf"{settings.weights}: https://.* cannot be downloaded or read .*{reason}.*hub/checkpoints.*--model.weights"
+    )
+    with pytest.raises(UserError, match=pattern) as error:
         load_weights(build(narrow()), settings, TWO)
-    assert_one_line(error)
-    assert "hub/checkpoints" in str(error.value)
-
-
-def test_a_damaged_file_in_the_cache_is_one_line(cache):
-    (cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]).write_bytes(b"PK half a file")
-    with pytest.raises(UserError, match=r"imagenet: https://.* cannot be downloaded or read") as error:
-        load(narrow("imagenet"))
     assert_one_line(error)
 
 
@@ -218,7 +208,7 @@ def test_weights_from_a_file(tmp_path, kind):
     else:
         arguments = argparse.Namespace(lr=0.02, data_path="coco")  # which torchvision's scripts save along
         torch.save(state if kind == "torch" else {"model": state, "epoch": 3, "args": arguments}, path)
-    network, report = load(narrow(path))
+    network, report = load(narrow(weights=str(path)))
     assert all(torch.equal(network.state_dict()[name], state[name]) for name in report.loaded)
     assert set(report.missing) == set(report.left_out) == SPECIFIC
     # Without the counters of the 20 batch norms.
@@ -234,10 +224,10 @@ def test_weights_from_a_url(tmp_path):
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for query in ("", "?download=true&signature=a%2Fb"):  # signed links have a query
-            _, report = load(narrow(f"{url}/resnet18.pth{query}"))
+            _, report = load(narrow(weights=f"{url}/resnet18.pth{query}"))
             assert len(report.loaded) == 100
         with pytest.raises(UserError, match=rf"model\.weights .*{url}/other\.pth") as error:
-            load(narrow(f"{url}/other.pth"))
+            load(narrow(weights=f"{url}/other.pth"))
         assert_one_line(error)
         server.shutdown()
 
@@ -246,7 +236,7 @@ def test_weights_from_a_url(tmp_path):
 def run(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
     config = Config(model=narrow(norm_eps=1e-3))
     torch.manual_seed(1)
-    state = with_statistics(build(config.model).state_dict())
+    state = with_statistics(build(config.model)).state_dict()
     save(Location(str(tmp_path / "run")), State(7, 7, {}, TWO, config, state, {}), keep=1)
     return tmp_path / "run", state
 
@@ -254,15 +244,15 @@ def run(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("place", ["", "checkpoints/step-000007", "checkpoints/step-000007/model.safetensors"])
 def test_weights_of_a_run_have_their_classes_and_epsilon(run, place):
     folder, state = run
-    network, report = load(narrow(f"{folder}/{place}", norm_eps=1e-3))
+    network, report = load(narrow(weights=f"{folder}/{place}", norm_eps=1e-3))
     assert report.missing == report.left_out == ()
     assert all(torch.equal(network.state_dict()[name], state[name]) for name in report.loaded)
     # The same number of classes, but others: their layers are not loaded.
-    report = load_weights(network, narrow(f"{folder}/{place}", norm_eps=1e-3), OTHER)
+    report = load_weights(network, narrow(weights=f"{folder}/{place}", norm_eps=1e-3), OTHER)
     assert set(report.missing) == set(report.left_out) == SPECIFIC
     assert "class 2 is 'Car' here and 'Bicycle' there" in str(report)
     # Another epsilon: converted.
-    network, _ = load(narrow(f"{folder}/{place}"))
+    network, _ = load(narrow(weights=f"{folder}/{place}"))
     norm = "backbone.body.bn1."
     weight, variance = state[f"{norm}weight"], state[f"{norm}running_var"]
     scale = network.state_dict()[f"{norm}weight"] / (variance + 1e-5).sqrt()
@@ -275,7 +265,7 @@ def test_frozen_norms_need_statistics(tmp_path):
     # A smaller ResNet has no statistics for some of the norms.
     torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=r"no statistics for \d+ of its 36 norms .*--model\.norm batch or group"):
-        load(narrow(tmp_path / "resnet18.pth", backbone="resnet34", norm="frozen"))
+        load(narrow(weights=str(tmp_path / "resnet18.pth"), backbone="resnet34", norm="frozen"))
     assert load(narrow())[1].loaded == ()
 
 
@@ -300,12 +290,12 @@ def torch_file(value: object) -> bytes:
 def test_a_file_without_usable_weights_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError, match=rf"model\.weights .*x\.bin: .*{message}") as error:
-        load(narrow(tmp_path / "x.bin"))
+        load(narrow(weights=str(tmp_path / "x.bin")))
     assert_one_line(error)
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_a_missing_file_is_refused_with_the_possible_values(tmp_path, is_folder):
     with pytest.raises(UserError, match="none, imagenet, coco, a run folder, or the path or URL") as error:
-        load(narrow(tmp_path if is_folder else "imagnet"))
+        load(narrow(weights=str(tmp_path if is_folder else "imagnet")))
     assert_one_line(error)
