@@ -231,7 +231,7 @@ def train(folder: Path, options: argparse.Namespace, job: tuple[Arm, int]) -> Sc
     result = json.loads(evaluation.read_text())
     table = np.array(result["confusion"]["counts"])
     correct = table.trace()
-    recall, precision = correct / table[:-1].sum(), correct / max(table[:, :-1].sum(), 1)
+    recall, precision = float(correct / table[:-1].sum()), float(correct / max(table[:, :-1].sum(), 1))
     scores = Scores(result["bbox"]["ap50"], result["segm"]["ap50"], recall, precision)
     print(f"{arm.gap}, {arm.name}, seed {seed}: {scores}", file=sys.stderr, flush=True)
     return scores

@@ -23,35 +23,26 @@ REAL_MASKS = REPOSITORY / "../shared/openimages-sample/openimages/v5/train-masks
 TARGET = 28
 
 
-def ellipse(draw, x, y, w, h, rng):
-    draw.ellipse((x, y, x + w, y + h), fill=1)
+SHAPES = ("ellipse", "polygon", "thin", "ring")
 
 
-def polygon(draw, x, y, w, h, rng):
-    draw.polygon([(x + rng.uniform(0, w), y + rng.uniform(0, h)) for _ in range(7)], fill=1)
-
-
-def thin(draw, x, y, w, h, rng):
-    draw.line((x, y, x + w, y + h), fill=1, width=max(1, round(min(w, h) / 6)))
-
-
-def ring(draw, x, y, w, h, rng):
-    draw.ellipse((x, y, x + w, y + h), fill=1)
-    draw.ellipse((x + w / 4, y + h / 4, x + 3 * w / 4, y + 3 * h / 4), fill=0)
-
-
-SHAPES = (ellipse, polygon, thin, ring)
-
-
-def procedural_masks(size: int, count: int, shapes=SHAPES) -> list[np.ndarray]:
+def procedural_masks(size: int, count: int, shapes: Sequence[str] = SHAPES) -> list[np.ndarray]:
     """Masks of about `size` pixels in images of 1024 x 768, some of them cut off by the image's border."""
     rng = np.random.default_rng(size)
-    masks = []
+    masks: list[np.ndarray] = []
     while len(masks) < count:
         w, h = size * rng.uniform(0.6, 1), size * rng.uniform(0.6, 1)
         x, y = rng.uniform(-w / 4, 1024 - 0.75 * w), rng.uniform(-h / 4, 768 - 0.75 * h)
-        canvas = Image.new("L", (1024, 768))
-        shapes[len(masks) % len(shapes)](ImageDraw.Draw(canvas), x, y, w, h, rng)
+        canvas, shape = Image.new("L", (1024, 768)), shapes[len(masks) % len(shapes)]
+        draw = ImageDraw.Draw(canvas)
+        if shape == "polygon":
+            draw.polygon([(x + rng.uniform(0, w), y + rng.uniform(0, h)) for _ in range(7)], fill=1)
+        elif shape == "thin":
+            draw.line((x, y, x + w, y + h), fill=1, width=max(1, round(min(w, h) / 6)))
+        else:
+            draw.ellipse((x, y, x + w, y + h), fill=1)
+        if shape == "ring":
+            draw.ellipse((x + w / 4, y + h / 4, x + 3 * w / 4, y + 3 * h / 4), fill=0)
         mask = np.asarray(canvas)
         if mask.any():
             masks.append(mask)
@@ -186,7 +177,7 @@ def test_flip_equals_reading_the_flipped_mask():
 def test_scale_agrees_with_the_resized_mask(factors):
     pairs = []
     # No thin shapes: resizing a line of two pixels to a binary mask again changes it.
-    for mask in procedural_masks(150, 12, shapes=(ellipse, polygon, ring)):
+    for mask in procedural_masks(150, 12, shapes=("ellipse", "polygon", "ring")):
         width, height = round(mask.shape[1] * factors[0]), round(mask.shape[0] * factors[1])
         resized = np.array(Image.fromarray(mask * 255).resize((width, height), Image.Resampling.BILINEAR)) >= 128
         pairs.append((instance_of(mask).scale(width / mask.shape[1], height / mask.shape[0]), resized))
