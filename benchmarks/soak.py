@@ -1,13 +1,13 @@
-"""Does the stream hold: under random faults, and in memory?
+"""Long runs of the stream: correctness under faults, and memory.
 
-    python benchmarks/soak.py faults                      # five epochs of 5000 samples from S3 that fails all the time
-    python benchmarks/soak.py memory                      # what loader processes take over 200 000 samples
+    python benchmarks/soak.py faults                      # five epochs of 5000 samples from S3 with frequent faults
+    python benchmarks/soak.py memory                      # memory of loader processes over 200 000 samples
     python benchmarks/soak.py memory --s3                 # the same from S3, which is read by another thread
-    python benchmarks/soak.py memory --dataset 1000000    # the same of a million: 2.5 GB in the temporary folder
+    python benchmarks/soak.py memory --dataset 1000000    # the same with a million: 2.5 GB in the temporary folder
 
-`faults`: a real S3 server (SeaweedFS) behind a proxy that breaks requests, drawn by seed; every sample is compared with
-that of a stream from a local disk. `memory`: the memory that each loader process has for itself (USS) while it streams.
-The pictures are random bytes, which nothing decodes. Prints Markdown tables; exits with 1 where it does not hold.
+`faults`: a real S3 server (SeaweedFS) behind a proxy that breaks a share of the requests; every sample is compared with
+that of a stream from a local disk. `memory`: the private memory (USS) of each loader process while it streams. The
+pictures are random bytes, which nothing decodes. Prints Markdown tables; exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 8
 
 
 def write_samples(root: Location, count: int, *, nbytes: int = 1500, per_shard: int = 500) -> Dataset:
-    """A dataset of `count` samples whose pictures are up to twice `nbytes` random bytes."""
+    """Write a dataset of `count` samples whose pictures are up to twice `nbytes` random bytes."""
     rows: list[IndexRow] = []
     shards: list[Shard] = []
     for number, first in enumerate(range(0, count, per_shard)):
@@ -64,12 +64,12 @@ def _sample(number: int, nbytes: int) -> Sample:
 
 @dataclass(frozen=True)
 class Soak:
-    """What five epochs through a bad network came to.
+    """The result of several epochs with faults.
 
     Attributes:
-        wrong: batches that were not those of the undisturbed stream.
-        most, least: how often a sample came in an epoch.
-        faults: how many were injected, by kind.
+        wrong: batches that differ from those of the stream without faults.
+        most, least: how often a sample was visited in an epoch.
+        faults: injected faults by kind.
         statistics: of the loader.
     """
 
@@ -84,27 +84,32 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
     """Stream a dataset through a proxy that breaks a share of the requests, and compare with its local copy.
 
     Args:
-        endpoint: of the S3 server that has the dataset at `remote`; the AWS_ variables are changed for the time.
-        share: 0 to 1, of each kind of fault; a tenth of it for stalls.
+        endpoint: of the S3 server that has the dataset at `remote`; the AWS_ variables are changed meanwhile.
+        remote: URL of the dataset.
+        local: its local copy.
+        epochs: number of epochs.
+        workers: loader processes.
+        seed: of the order.
+        share: of the requests that each kind of fault hits, above 0 to 1; a fifth of it for stalls.
     """
 
     def stream(dataset: Dataset) -> ShardStream[list[Sample]]:
         return ShardStream(dataset, "train", batch_size=BATCH, seed=seed, lanes=4, window=32, read_ahead=2**18)
 
     seen: list[dict[str, int]] = [{} for _ in range(epochs)]
-    faults = [Fault(kind, "GET", "train/", share=share / 10 if kind == "stall" else share) for kind in FAULTS]
+    faults = [Fault(kind, "GET", "train/", every=round((5 if kind == "stall" else 1) / share)) for kind in FAULTS]
     dataset = open_dataset(remote)
     wrong = 0
-    with S3Proxy(endpoint, faults, seed=seed) as proxy, mock.patch.dict(os.environ, proxy.environment()):
+    with S3Proxy(endpoint, faults) as proxy, mock.patch.dict(os.environ, proxy.environment()):
         with (
             mock.patch("shards.storage.location.READ_TIMEOUT_S", 2.0),
             mock.patch("shards.storage.ranges.BACK_OFF_S", 0.02),
         ):
             batches, reference = loader(stream(dataset), workers=workers), stream(local)
             count = epochs * reference.batches_per_epoch
-            for number, (ours, theirs) in enumerate(zip(islice(batches, count), reference)):
-                wrong += ours != theirs
-                for sample in ours:
+            for number, (batch, expected) in enumerate(zip(islice(batches, count), reference)):
+                wrong += batch != expected
+                for sample in batch:
                     epoch = seen[number // reference.batches_per_epoch]
                     epoch[sample.image_id] = epoch.get(sample.image_id, 0) + 1
     most = max(max(epoch.values()) for epoch in seen)
@@ -113,7 +118,7 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
 
 
 def memory(dataset: Dataset, *, samples: int, workers: int, readings: int = 40) -> Iterator[list[float]]:
-    """Stream that many samples; at even distances yield the USS of each loader process in MB (10^6 bytes)."""
+    """Stream a number of samples, and yield the USS of each loader process in MB (10^6 bytes) at regular intervals."""
     import psutil  # not needed for `faults`
 
     before = {child.pid for child in psutil.Process().children()}
@@ -126,7 +131,7 @@ def memory(dataset: Dataset, *, samples: int, workers: int, readings: int = 40) 
 
 
 def quarters(readings: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The largest process's mean in the first quarter, after a warm-up of a tenth of all, and in the last quarter."""
+    """Return the largest process's mean in the first quarter, after a warm-up of a tenth, and in the last quarter."""
     largest = [max(reading) for reading in readings]
     warm, quarter = len(largest) // 10, len(largest) // 4
     first, last = largest[warm : warm + quarter], largest[-quarter:]
@@ -137,31 +142,35 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["faults", "memory"])
-    parser.add_argument("--dataset", type=int, help="samples in the dataset (faults: 5000, memory: 2000)")
-    parser.add_argument("--epochs", type=int, default=5, help="faults: (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=200_000, help="memory: to stream (default: %(default)s)")
+    parser.add_argument("--dataset", type=int, help="samples in the dataset (default: 5000, memory: 2000)")
+    parser.add_argument("--epochs", type=int, default=5, help="faults: number of epochs (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200_000, help="memory: samples to stream (default: %(default)s)")
     parser.add_argument("--s3", action="store_true", help="memory: from an S3 server (default: from the local disk)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="faults: which requests break (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.05, help="faults: of requests, each kind (%(default)s)")
-    parser.add_argument("--growth", type=float, default=5.0, help="memory: MB that are allowed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="faults: seed of the order (default: %(default)s)")
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="faults: share of requests per kind (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--growth", type=float, default=5.0, help="memory: MB of growth that are allowed (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     require(["weed"] if options.s3 or options.what == "faults" else [], ["psutil"] if options.what == "memory" else [])
     with tempfile.TemporaryDirectory() as folder:
         count = options.dataset or (5000 if options.what == "faults" else 2000)
         local = write_samples(Location(folder), count)
         if options.what == "faults":
-            return soak_and_tell(local, options)
+            return report_soak(local, options)
         if not options.s3:
-            return measure_and_tell(local, options)
+            return report_memory(local, options)
         with S3Server() as server:
             os.environ.update(server.environment())
             server.make_bucket("soak")
             server.upload(local.root.path, "soak")
-            return measure_and_tell(open_dataset("s3://soak"), options)
+            return report_memory(open_dataset("s3://soak"), options)
 
 
-def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
+def report_soak(local: Dataset, options: argparse.Namespace) -> int:
     with S3Server() as server:
         os.environ.update(server.environment())
         server.make_bucket("soak")
@@ -180,7 +189,7 @@ def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
     done = result.statistics
     holds = result.wrong == 0 and result.most == result.least == 1
     print(f"{options.epochs} epochs, {options.workers} loader processes, seed {options.seed}, {seconds:.0f} s\n")
-    print("| samples | requests | retries | " + " | ".join(FAULTS) + " | wrong batches | a sample an epoch |")
+    print("| samples | requests | retries | " + " | ".join(FAULTS) + " | wrong batches | visits per sample and epoch |")
     print("| ---: " * (len(FAULTS) + 5) + "|")
     kinds = " | ".join(str(result.faults.get(kind, 0)) for kind in FAULTS)
     often = f"{result.least} to {result.most}"
@@ -188,7 +197,7 @@ def soak_and_tell(local: Dataset, options: argparse.Namespace) -> int:
     return 0 if holds else 1
 
 
-def measure_and_tell(dataset: Dataset, options: argparse.Namespace) -> int:
+def report_memory(dataset: Dataset, options: argparse.Namespace) -> int:
     began = time.perf_counter()
     readings = list(memory(dataset, samples=options.samples, workers=options.workers))
     seconds = time.perf_counter() - began
