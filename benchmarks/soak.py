@@ -148,12 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--s3", action="store_true", help="memory: from an S3 server (default: from the local disk)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="faults: seed of the order (default: %(default)s)")
-    parser.add_argument(
-        "--share", type=float, default=0.05, help="faults: share of requests per kind (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--growth", type=float, default=5.0, help="memory: MB of growth that are allowed (default: %(default)s)"
-    )
+    parser.add_argument("--share", type=float, default=0.05, help="faults: share of requests (default: %(default)s)")
+    parser.add_argument("--growth", type=float, default=5.0, help="memory: allowed MB (default: %(default)s)")
     options = parser.parse_args(arguments)
     require(["weed"] if options.s3 or options.what == "faults" else [], ["psutil"] if options.what == "memory" else [])
     with tempfile.TemporaryDirectory() as folder:
