@@ -5,23 +5,34 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from builder.fetching.cache_folder import default_cache_folder
 from builder.sources.openimages.layout import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES
 from shards.commands.command_line import Parser
-from shards.commands.options import ConfigError, add_options, check, option, set_from_arguments, set_from_yaml, to_words
+from shards.commands.options import (
+    ConfigError,
+    add_options,
+    check,
+    entries,
+    option,
+    set_from_arguments,
+    set_from_yaml,
+    to_words,
+)
 from shards.common.errors import StorageError
 from shards.storage.location import Location
 
 DEFAULT_CLASSES = ["Person", "Car", "Traffic light", "Traffic sign"]  # of Open Images
 DEFAULT_PARTITION = (0.8, 0.1, 0.1)
 
-_SELECTION = "what to pack"
-_PLACES = "sources and target (any fsspec URL or local path)"
-_CACHE = "cache"
-_EXECUTION = "execution"
-_ACTION = "instead of a plain build"
+# Groups of options in the help. At most one option of an exclusive group can be given.
+_select = partial(option, group="what to pack")
+_place = partial(option, group="sources and target (any fsspec URL or local path)", metavar="URL")
+_caching = partial(option, group="cache", exclusive="cache")
+_execution = partial(option, group="execution")
+_action = partial(option, group="instead of a plain build", exclusive="action")
 
 _EPILOG = """\
 examples:
@@ -58,132 +69,89 @@ on another machine expires after ten minutes. S3 endpoints and credentials come 
 class BuildOptions:
     """Options of `build-shards`. Those that determine the dataset come first, in the order of the recorded command."""
 
-    source: Literal["open-images", "coco"] = option(
-        "open-images", "format of --images and --annotations", group=_SELECTION
-    )
-    classes: list[str] = option(
+    source: Literal["open-images", "coco"] = _select("open-images", "format of --images and --annotations")
+    classes: list[str] = _select(
         [],
         "names (case-insensitive; quote names with spaces) or MIDs such as /m/01g317; class ids follow this order",
         metavar="CLASS",
         default_help=f"{shlex.join(DEFAULT_CLASSES)}; with coco, all categories",
-        group=_SELECTION,
     )
-    per_class: int | None = option(
+    per_class: int | None = _select(
         None,
         "train images per class: images with masks of the class first, then images with boxes only",
         low=1,
         default_help="with coco, all images",
-        group=_SELECTION,
     )
-    images_list: str = option(
-        "",
-        "pack the images of this file instead of --per-class: one ImageID or train/ImageID per line",
-        metavar="URL",
-        group=_SELECTION,
+    images_list: str = _select(
+        "", "pack the images of this file instead of --per-class: one ImageID or train/ImageID per line", metavar="URL"
     )
-    eval_per_class: int | None = option(
+    eval_per_class: int | None = _select(
         None,
         "val images per class, and test images per class; 0 for no val and test splits",
         low=0,
         default_help="a tenth of --per-class",
-        group=_SELECTION,
     )
-    exact_classes: bool = option(
-        False,
-        "ignore the children of a class in the class hierarchy (by default, a Man counts as a Person)",
-        group=_SELECTION,
+    exact_classes: bool = _select(
+        False, "ignore the children of a class in the class hierarchy (by default, a Man counts as a Person)"
     )
-    all_annotations: bool = option(
-        False,
-        "keep the annotations of all other classes as well; their class ids follow in alphabetical order",
-        group=_SELECTION,
+    all_annotations: bool = _select(
+        False, "keep the annotations of all other classes as well; their class ids follow in alphabetical order"
     )
-    require_mask: bool = option(
-        False, "count only images with a mask of the class, not images with boxes only", group=_SELECTION
+    require_mask: bool = _select(False, "count only images with a mask of the class, not images with boxes only")
+    min_predicted_iou: float = _select(
+        0.0, "omit masks whose quality the source estimates to be lower; their objects keep their boxes", low=0, high=1
     )
-    min_predicted_iou: float = option(
-        0.0,
-        "omit masks whose quality the source estimates to be lower; their objects keep their boxes",
-        low=0,
-        high=1,
-        group=_SELECTION,
-    )
-    drop: list[Literal["depiction", "inside", "truncated", "occluded", "group-of"]] = option(
+    drop: list[Literal["depiction", "inside", "truncated", "occluded", "group-of"]] = _select(
         [],
         "omit annotations with any of these flags: depiction, inside, truncated, occluded, group-of",
         metavar="FLAG,...",
         commas=True,
-        group=_SELECTION,
     )
-    splits: Literal["official", "partition"] = option(
-        "official", "use the source's own val and test splits, or cut all three from its train split", group=_SELECTION
+    splits: Literal["official", "partition"] = _select(
+        "official", "use the source's own val and test splits, or cut all three from its train split"
     )
-    partition: tuple[float, float, float] | None = option(
+    partition: tuple[float, float, float] | None = _select(
         None,
         "shares of train, val and test with --splits partition",
         default_help=" ".join(map(str, DEFAULT_PARTITION)),
         low=0,
         high=1,
         metavar=("TRAIN", "VAL", "TEST"),
-        group=_SELECTION,
     )
-    seed: int = option(0, "seed of the selection and of the order of the images", low=0, group=_SELECTION)
-    images_per_shard: int = option(256, "images per shard", low=1, group=_SELECTION)
-    images: str = option(
-        PUBLIC_IMAGES, "root of <split>/<ImageID>.jpg; with coco, of its file names", metavar="URL", group=_PLACES
-    )
-    annotations: list[str] = option(
+    seed: int = _select(0, "seed of the selection and of the order of the images", low=0)
+    images_per_shard: int = _select(256, "images per shard", low=1)
+    images: str = _place(PUBLIC_IMAGES, "root of <split>/<ImageID>.jpg; with coco, of its file names")
+    annotations: list[str] = _place(
         [PUBLIC_ANNOTATIONS],
         "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
-        metavar="URL",
-        group=_PLACES,
     )
-    out: str = option("./shards-data", "root of the dataset", metavar="URL", group=_PLACES)
-    anonymous: bool = option(
-        False,
-        "do not sign S3 requests for images and annotations (requests to the public bucket are never signed)",
-        group=_PLACES,
+    out: str = _place("./shards-data", "root of the dataset")
+    anonymous: bool = _place(
+        False, "do not sign S3 requests for images and annotations (requests to the public bucket are never signed)"
     )
-    cache: str = option(
+    cache: str = _caching(
         default_cache_folder,
         "folder that keeps annotation tables (as Parquet) and zip directories for later builds from the same source: "
         "about 1 GB for all of Open Images; may be deleted at any time",
         metavar="DIR",
-        exclusive=_CACHE,
-        group=_CACHE,
     )
-    no_cache: bool = option(
-        False, "read everything from the source, and keep nothing after the run", exclusive=_CACHE, group=_CACHE
+    no_cache: bool = _caching(False, "read everything from the source, and keep nothing after the run")
+    workers: int | None = _execution(
+        None, "processes; their number does not change the dataset", default_help="one per CPU", low=1
     )
-    workers: int | None = option(
-        None,
-        "processes; their number does not change the dataset",
-        default_help="one per CPU",
-        low=1,
-        group=_EXECUTION,
-    )
-    cluster: str = option(
+    cluster: str = _execution(
         "",
         "pack on the workers of this Dask scheduler instead of local processes (pip install 'maskstream[cluster]')",
         metavar="tcp://HOST:PORT",
-        group=_EXECUTION,
     )
-    json: bool = option(False, "print the result as one JSON object", group=_EXECUTION)
-    dry_run: bool = option(
-        False,
-        "read tables and zip directories, print what would be packed and fetched, and write nothing to --out",
-        exclusive=_ACTION,
-        group=_ACTION,
+    json: bool = _execution(False, "print the result as one JSON object")
+    dry_run: bool = _action(
+        False, "read tables and zip directories, print what would be packed and fetched, and write nothing to --out"
     )
-    retry_failed: bool = option(
-        False,
-        "for the finished dataset of this command: fetch what failed again, and rewrite only the affected shards",
-        exclusive=_ACTION,
-        group=_ACTION,
+    retry_failed: bool = _action(
+        False, "for the finished dataset of this command: fetch what failed again, and rewrite only the affected shards"
     )
-    overwrite: bool = option(
-        False, "discard another dataset or unfinished build in --out", exclusive=_ACTION, group=_ACTION
-    )
+    overwrite: bool = _action(False, "discard another dataset or unfinished build in --out")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -194,24 +162,6 @@ class BuildOptions:
     def fractions(self) -> tuple[float, float, float] | None:
         """Shares of train, val and test; None for the source's own splits."""
         return (self.partition or DEFAULT_PARTITION) if self.splits == "partition" else None
-
-
-# Options that determine the dataset, and so are recorded in it. The last five are recorded even as defaults.
-_RECORDED = (
-    "source",
-    "classes",
-    "per-class",
-    "images-list",
-    "eval-per-class",
-    "exact-classes",
-    "all-annotations",
-    "require-mask",
-    "min-predicted-iou",
-    "drop",
-    "splits",
-    "partition",
-)
-_ALWAYS_RECORDED = ("seed", "images-per-shard", "images", "annotations", "out")
 
 
 def make_parser() -> Parser:
@@ -255,7 +205,9 @@ def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
 def command_line(options: BuildOptions) -> str:
     """Return the command that builds the same dataset, without options of a single run such as `--workers`."""
     full = replace(options, classes=list(options.class_names), partition=options.fractions)
-    return shlex.join(["build-shards", *to_words(full, _RECORDED, always=_ALWAYS_RECORDED)])
+    names = list(entries(BuildOptions))
+    always = ("seed", "images-per-shard", "images", "annotations", "out")
+    return shlex.join(["build-shards", *to_words(full, names[: names.index("out")], always)])
 
 
 def _check_combinations(options: BuildOptions) -> None:
@@ -264,22 +216,21 @@ def _check_combinations(options: BuildOptions) -> None:
     Raises:
         ConfigError: such a combination.
     """
-    coco, several = options.source == "coco", len(options.annotations) > 1
-    public = options.images == PUBLIC_IMAGES or options.annotations == [PUBLIC_ANNOTATIONS]
-    faults = {
-        "--partition needs --splits partition": options.partition is not None and options.splits != "partition",
-        "--partition: at least one part must be greater than 0": options.partition is not None
-        and sum(options.partition) <= 0,
-        "--source coco needs --images (the root of its files) and --annotations (its instances JSON)": coco and public,
-        "--annotations takes one root; several files are for --source coco": several and not coco,
-        "--splits partition cuts a single instances file: give one file in --annotations": several
-        and options.splits == "partition",
-        "--images-list determines the images: omit --per-class and --eval-per-class": options.images_list
-        and (options.per_class is not None or options.eval_per_class is not None),
-        "--per-class N is required: how many train images per class (or --images-list)": not (
-            coco or options.images_list or options.per_class
-        ),
-    }
-    for message, found in faults.items():
-        if found:
-            raise ConfigError(f"{message} (see --help)")
+    several = len(options.annotations) > 1
+    if options.partition is not None and options.splits != "partition":
+        fault = "--partition needs --splits partition"
+    elif options.partition is not None and sum(options.partition) <= 0:
+        fault = "--partition: at least one part must be greater than 0"
+    elif options.source == "coco" and (options.images == PUBLIC_IMAGES or options.annotations == [PUBLIC_ANNOTATIONS]):
+        fault = "--source coco needs --images (the root of its files) and --annotations (its instances JSON)"
+    elif several and options.source != "coco":
+        fault = "--annotations takes one root; several files are for --source coco"
+    elif several and options.splits == "partition":
+        fault = "--splits partition cuts a single instances file: give one file in --annotations"
+    elif options.images_list and (options.per_class or options.eval_per_class is not None):
+        fault = "--images-list determines the images: omit --per-class and --eval-per-class"
+    elif not (options.per_class or options.images_list or options.source == "coco"):
+        fault = "--per-class N is required: how many train images per class (or --images-list)"
+    else:
+        return
+    raise ConfigError(f"{fault} (see --help)")

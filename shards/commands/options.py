@@ -157,7 +157,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, hidden: Collection[
 
 
 def from_arguments(kind: type[T], given: argparse.Namespace) -> T:
-    """Return the options of a parsed command line, each with its default if it was not given.
+    """Return the options of a parsed command line.
 
     Raises:
         ConfigError: a value of a wrong type or out of range, or options that exclude each other.
@@ -180,12 +180,7 @@ def set_from_arguments(options: Any, given: argparse.Namespace) -> None:
 
 
 def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -> None:
-    """Set one option from its arguments on a command line.
-
-    Args:
-        options: instance of a dataclass of options.
-        name: name of the option.
-        words: the argument, several arguments, or whether a flag is set.
+    """Set one option from its argument or arguments on a command line; of a flag, from whether it is set.
 
     Raises:
         ConfigError: no such option, or a value of a wrong type.
@@ -195,12 +190,7 @@ def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -
 
 
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
-    """Set the options that a YAML file holds.
-
-    Args:
-        options: instance of a dataclass of options.
-        data: content of the file.
-        where: name of the file in errors.
+    """Set the options in the content of a YAML file; `where` names the file in errors.
 
     Raises:
         ConfigError: not YAML, an unknown option, or a value of a wrong type.
