@@ -62,6 +62,7 @@ def test_an_index_can_be_pickled_whole_or_in_part():
 
 def test_rows_in_another_order_than_the_shards_are_refused():
     index = make_index(np.full(10, 5))
+    assert index.labels is not None
     columns = index.labels.columns
     with pytest.raises(DatasetError, match="not in the order of the shards: build the dataset again"):
         Index.read(columns, index.shard_paths[::-1], "s3://bucket/index.parquet")
@@ -73,7 +74,12 @@ def test_a_column_is_decoded_when_it_is_used(tmp_path, monkeypatch):
     )
     read = []
     original = IndexFile.__getitem__
-    monkeypatch.setattr(IndexFile, "__getitem__", lambda file, name: read.append(name) or original(file, name))
+
+    def recorded(file, name):
+        read.append(name)
+        return original(file, name)
+
+    monkeypatch.setattr(IndexFile, "__getitem__", recorded)
     index = dataset.index("val")
     assert index.image_id(0) == f"{9:016x}"
     assert "classes" not in read
