@@ -1,8 +1,8 @@
-"""The main job on one machine: `python -m demo`, or `make demo`, which installs everything first.
+"""The whole workflow on one machine: `python -m demo`, or `make demo`, which installs everything first.
 
-Draws street scenes in the Open Images layout, puts them into an S3 server on loopback, and runs the commands of real
-life against it, each as it would be typed: build-shards, inspect-shards, accelerate launch trainer/train.py with two
-CPU processes, trainer/predict.py.
+Draws street scenes in the Open Images layout, uploads them to an S3 server on loopback, and runs the project's commands
+on them exactly as a user would: build-shards, inspect-shards, accelerate launch trainer/train.py with two CPU
+processes, trainer/predict.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def main() -> int:
-    """Run the demo; returns its exit status."""
+    """Run the demo and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument(
         "--out", default="demo-out", help="folder for the run and its pictures, emptied first [demo-out]"
@@ -57,10 +57,10 @@ def main() -> int:
             "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
             f"trainer/train.py --config configs/demo.yaml --data.shards {shards} --run.dir {shlex.quote(str(run_dir))} "
             f"--train.seed {arguments.seed}",
-            # accelerate starts several processes only when asked for GPUs; this makes them CPU processes.
+            # accelerate starts several processes only with --multi_gpu; this makes them CPU processes.
             environment | {"ACCELERATE_USE_CPU": "true"},
         )
-        # The test split was neither trained nor tuned on.
+        # The test split was used neither for training nor for tuning.
         pictures = sorted((out / "scenes" / "open-images-dataset" / "test").glob("*.jpg"))[:12]
         _run(
             f"python trainer/predict.py --checkpoint {shlex.quote(str(run_dir))} --out {shlex.quote(str(predictions))}",
@@ -80,7 +80,7 @@ def _upload_scenes(server: S3Server, folder: Path, train: int, seed: int) -> Non
 
 
 def _run(command: str, environment: dict[str, str], more: Sequence[str] = ()) -> None:
-    """Run one command of this environment's, as it would be typed, with `more` arguments; a failure ends the demo."""
+    """Run a command of this environment with `more` arguments; a failure ends the demo."""
     _announce(f"$ {command}" + (f" {more[0]} ..." if more else ""))
     name, *words = shlex.split(command)
     program = sys.executable if name == "python" else str(SCRIPTS / name)

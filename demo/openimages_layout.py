@@ -1,4 +1,4 @@
-"""Draws the scenes of a `SceneConfig` and writes them as Open Images ships its own: images, tables, mask zips."""
+"""Draw the scenes of a `SceneConfig` and write them in the layout of Open Images: images, tables, mask zips."""
 
 import base64
 import hashlib
@@ -25,21 +25,24 @@ _PARENTS = {"Man": "Person", "Woman": "Person", "Boy": "Person", "Girl": "Person
     "Stop sign": "Traffic sign",
 }
 _ABSENT_SOMETIMES = ("/m/0199g", "/m/01bjv", "/m/07r04", "/m/0bt9lr", "/m/0pg52")  # never drawn
-# Of the image's size; 94 % of the real masks have another size than their image.
+# Relative to the image's size; 94 % of the real masks have another size than their image.
 _MASK_SCALES = (1600 / 1024, 1.0, 0.75)
 _MASK_SCALE_ODDS = (0.85, 0.06, 0.09)
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What to draw.
+    """What to draw. A scene depends only on its seed, split and index and on the fields after `seed`.
 
-    train, validation, test: images in each split. seed: any integer >= 0; a scene depends on (seed, split, index) and
-    the fields below only. long_side: pixels of an image's longer side, >= 96; the shorter one is 3/4 or 2/3 of it.
-    portrait_fraction: the part of images that stand upright. unmasked_fraction: the part of train's objects that have
-    a box and no mask; in validation and test every object has a mask, so that an average precision is honest (crowds
-    never have one). group_fraction: the part of scenes with a crowd under one group-of box. quality: of the JPEGs, 1
-    to 95.
+    Attributes:
+        train, validation, test: number of images in each split.
+        seed: any integer >= 0.
+        long_side: length of an image's longer side in pixels, >= 96; the shorter one is 3/4 or 2/3 of it.
+        portrait_fraction: share of images in portrait format.
+        unmasked_fraction: share of the training objects that have a box and no mask. In validation and test every
+            object has a mask, for a correct average precision (crowds never have one).
+        group_fraction: share of scenes with a crowd in one group-of box.
+        quality: of the JPEGs, 1 to 95.
     """
 
     train: int = 200
@@ -67,10 +70,12 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SplitTruth:
-    """What one split holds.
+    """The contents of one split.
 
-    sizes: ImageID -> (width, height) in pixels, in the order of the indices. boxes, masks: how many of each class name,
-    crowds not counted. group_boxes: how many crowds.
+    Attributes:
+        sizes: ImageID -> (width, height) in pixels, in the order of the indices.
+        boxes, masks: number of boxes and masks per class name, without crowds.
+        group_boxes: number of crowds.
     """
 
     sizes: dict[str, tuple[int, int]]
@@ -86,7 +91,7 @@ class SplitTruth:
 
 @dataclass(frozen=True)
 class SceneTruth:
-    """What was written. images, annotations: the two roots. splits: by name."""
+    """What was written: the roots of images and annotations, and the splits by name."""
 
     images: Path
     annotations: Path
@@ -94,12 +99,16 @@ class SceneTruth:
 
 
 def image_id(config: SceneConfig, split: str, index: int) -> str:
-    """The ImageID of a scene: 16 hex digits."""
+    """Return the ImageID of a scene: 16 hex digits."""
     return hashlib.sha256(f"{config.seed}/{split}/{index}".encode()).hexdigest()[:16]
 
 
 def scene_of(config: SceneConfig, split: str, index: int) -> Scene:
-    """Draw scene `index` of a split again: picture before JPEG and full masks. ValueError for an unknown split."""
+    """Draw scene `index` of a split: the picture before JPEG, and full masks.
+
+    Raises:
+        ValueError: an unknown split.
+    """
     rng = _rng(config, split, index, 0)
     short = round(config.long_side * (3 / 4 if rng.random() < 0.6 else 2 / 3))
     size = (config.long_side, short)
@@ -109,8 +118,7 @@ def scene_of(config: SceneConfig, split: str, index: int) -> Scene:
 def write_open_images(out_dir: str | Path, config: SceneConfig | None = None, processes: int = 1) -> SceneTruth:
     """Draw every scene of `config` (default: `SceneConfig()`) and write the whole layout under `out_dir`.
 
-    The files are the same bytes for any number of `processes` (with the same Pillow and zlib). Returns what was
-    written.
+    The files have the same bytes for any number of `processes` (with the same Pillow and zlib).
     """
     config = config or SceneConfig()
     out = Path(out_dir)
@@ -129,7 +137,7 @@ def write_open_images(out_dir: str | Path, config: SceneConfig | None = None, pr
 
 @contextmanager
 def _mapper(processes: int) -> Iterator[partial[Iterator[ImageRecord]]]:
-    """`map` in this process or over several; both keep the order."""
+    """Return an ordered `map` that uses this process or several."""
     if processes <= 1:
         yield partial(map)
         return
@@ -155,7 +163,7 @@ def _write_image(config: SceneConfig, split: str, folder: Path, index: int) -> I
     without = config.unmasked_fraction if split == "train" else 0.0
     first = int(hashlib.sha256(f"boxes/{name}".encode()).hexdigest()[:8], 16)
     rows = tuple(
-        # An odd step, so that no two of an image's BoxIDs are the same.
+        # An odd step keeps the BoxIDs of an image distinct.
         _row(thing, mask_size, f"{(first + place * 0x9E3779B1) % 2**32:08x}", bool(rng.random() < without), rng)
         for place, thing in enumerate(scene.objects)
     )
@@ -190,11 +198,11 @@ def _row(thing: SceneObject, size: tuple[int, int], box_id: str, unmasked: bool,
 
 
 def _verified(scene: Scene, rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Classes that annotators said are there, and are not there; of the rest nothing is known."""
+    """Return the classes that are verified as present, and as absent; the others are unknown."""
     present = {thing.label_mid for thing in scene.objects}
     seen = present | set(scene.slivers)
     kin = {MIDS[parent] for child, parent in _PARENTS.items() if MIDS[child] in seen} | seen
-    # Absent only where it is certain: neither the class, nor a kind of it, nor what it is a kind of was drawn.
+    # Absent only if certain: neither the class nor a descendant nor an ancestor was drawn.
     candidates = [
         mid for name, mid in MIDS.items() if mid not in kin and MIDS.get(_PARENTS.get(name, ""), "") not in seen
     ]
@@ -204,7 +212,7 @@ def _verified(scene: Scene, rng: np.random.Generator) -> tuple[tuple[str, ...], 
 
 
 def _metadata(name: str, split: str, index: int, jpeg: bytes) -> tuple[str, ...]:
-    """A row of images-with-rotation.csv. Rotation says how a viewer would turn the picture; no file is turned."""
+    """Return a row of images-with-rotation.csv. Rotation is for viewers; no file is rotated."""
     rotation = (90.0, 180.0, 270.0)[index // 16 % 3] if index % 16 == 5 else 0.0
     title = 'Corner of 5th, "Main" and Elm' if index % 4 == 0 else f"Street {index}"
     site = f"https://pictures.example/{name}"
@@ -225,7 +233,7 @@ def _metadata(name: str, split: str, index: int, jpeg: bytes) -> tuple[str, ...]
 
 
 def _jpeg(image: NDArray[np.uint8], quality: int, turned: bool) -> bytes:
-    """turned: with an EXIF orientation, which a decoder must ignore: boxes and masks fit the pixels as stored."""
+    """Encode a JPEG; `turned` adds an EXIF orientation, which decoders must ignore, as the boxes do."""
     exif = Image.Exif()
     if turned:
         exif[0x0112] = 6
@@ -239,7 +247,7 @@ def _mask_size(width: int, height: int, scale: float) -> tuple[int, int]:
 
 
 def _mask_png(mask: NDArray[np.bool_], size: tuple[int, int]) -> bytes:
-    """A 1-bit PNG of the mask at another (width, height), by nearest neighbour: enlarged and reduced it is the same."""
+    """Return a 1-bit PNG of the mask, resized by nearest neighbour to (width, height)."""
     buffer = io.BytesIO()
     Image.fromarray(mask).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""Writes annotations in the layout of Open Images V5/V6: the CSVs, the class files, the hierarchy and the mask zips.
+"""Write annotations in the layout of Open Images V5/V6: the CSVs, the class files, the hierarchy and the mask zips.
 
-Columns and paths: https://storage.googleapis.com/openimages/web/download_v5.html and download_v6.html. The oddities
-of the real files are kept: train boxes have eight more columns, class-descriptions has no header, and the mask table
-writes the same coordinates as the box table as other text.
+Columns and paths: https://storage.googleapis.com/openimages/web/download_v5.html and download_v6.html. The
+peculiarities of the real files are reproduced: train boxes have eight more columns, class-descriptions has no header,
+and the mask table formats the coordinates of the box table differently.
 """
 
 import csv
@@ -115,8 +115,10 @@ Tree = dict[str, Any]
 class BoxRow:
     """One object of an image.
 
-    box: (left, top, right, bottom) in 0..1. extremes: (x, y) of its leftmost, topmost, rightmost and lowest point, for
-    train's click columns. mask_png: the bytes of its 1-bit PNG, or None for a box without a mask.
+    Attributes:
+        box: (left, top, right, bottom) in 0..1.
+        extremes: (x, y) of its leftmost, topmost, rightmost and lowest point, for train's click columns.
+        mask_png: bytes of its 1-bit PNG, or None for a box without a mask.
     """
 
     label: str
@@ -133,7 +135,7 @@ class BoxRow:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What is known of one image: its size in pixels, its boxes, its verified classes, and its row of metadata."""
+    """One image: its size in pixels, its boxes, its verified classes, and its row of metadata."""
 
     image_id: str
     width: int
@@ -145,7 +147,7 @@ class ImageRecord:
 
 
 def write_classes(root: Path) -> None:
-    """The class files that all splits share, under `<root>/v5` and `<root>/2018_04`."""
+    """Write the class files that all splits share, under `<root>/v5` and `<root>/2018_04`."""
     _write_csv(root / "v5" / "class-descriptions-boxable.csv", None, sorted(CLASSES.items()))
     _write(root / "v5" / "classes-segmentation.txt", "".join(f"{mid}\n" for mid in sorted(SEGMENTABLE)).encode())
     hierarchy = json.dumps(_hierarchy(), indent=4).encode()
@@ -153,7 +155,7 @@ def write_classes(root: Path) -> None:
 
 
 def write_split(root: Path, split: str, images: Sequence[ImageRecord]) -> None:
-    """Every table and zip of one split under `<root>/{v5,v6,2018_04}`, in the order given."""
+    """Write every table and zip of one split under `<root>/{v5,v6,2018_04}`, in the given order."""
     v5, train = root / "v5", split == "train"
     boxes = root / "v6" / "oidv6-train-annotations-bbox.csv" if train else v5 / f"{split}-annotations-bbox.csv"
     _write_csv(
@@ -196,7 +198,7 @@ def _box_cells(image: ImageRecord, row: BoxRow, train: bool) -> list[object]:
 
 
 def _mask_cells(image: ImageRecord, row: BoxRow) -> list[object]:
-    # Every eighth row as a spreadsheet leaves it that read the box table and wrote it again: off by a float's last bit.
+    # Every eighth row is off by the last bit of a float, as if a spreadsheet had saved the box table again.
     resaved = int(row.box_id, 16) % 8 == 0
     left, top, right, bottom = (
         repr(math.nextafter(float(f"{value:.6f}"), 0.0)) if resaved else f"{value:g}" for value in row.box
@@ -207,7 +209,7 @@ def _mask_cells(image: ImageRecord, row: BoxRow) -> list[object]:
 
 
 def _hierarchy() -> Tree:
-    """The real hierarchy, reduced to `CLASSES`. Taxi is a Land vehicle beside Car there, and no kind of Car."""
+    """Return the real hierarchy, reduced to `CLASSES`. Taxi is a Land vehicle in it, not a kind of Car."""
 
     def node(name: str, kinds: Iterable[Tree] = (), parts: Iterable[Tree] = ()) -> Tree:
         tree: Tree = {"LabelName": next(mid for mid, described in CLASSES.items() if described == name)}
@@ -233,7 +235,7 @@ def _hierarchy() -> Tree:
 
 
 def _zip(members: Iterable[tuple[str, bytes | None]], compression: int) -> bytes:
-    """A zip with a fixed time in every member; one without members is the 22 bytes of a valid empty zip."""
+    """Return a zip with a fixed time in every member; without members it is a valid empty zip of 22 bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members:

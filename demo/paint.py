@@ -1,7 +1,6 @@
-"""A canvas that remembers which object owns each pixel, and the painters of people, vehicles, lights and signs.
+"""A canvas that records which object owns each pixel, and functions that paint people, vehicles, lights and signs.
 
-Painters take the object's box in image pixels, as floats: where it starts, its size, and a numpy Generator for the
-rest.
+The functions take the position and size of the object in image pixels, as floats, and a random number generator.
 """
 
 import colorsys
@@ -23,9 +22,9 @@ _TYRE: Colour = (24, 24, 26)
 
 
 class Canvas:
-    """A picture of `width` x `height` pixels and, beside it, the id of the object that is visible at each pixel.
+    """A picture of `width` x `height` pixels, and the id of the object that is visible at each pixel.
 
-    `owner` is the id that drawing leaves behind: 0 for the background, None to colour without changing the owner.
+    `owner` is the id that drawing records: 0 for the background, None to change colours only.
     """
 
     def __init__(self, width: int, height: int) -> None:
@@ -37,7 +36,7 @@ class Canvas:
         self._ids = ImageDraw.Draw(self._owners)
 
     def polygon(self, points: Sequence[Point], colour: Colour) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         self._colours.polygon([(x * _FINE, y * _FINE) for x, y in points], fill=colour)
         if self.owner is not None:
             self._ids.polygon([(x - 0.25, y - 0.25) for x, y in points], fill=self.owner)
@@ -45,7 +44,7 @@ class Canvas:
     def rectangle(
         self, left: float, top: float, right: float, bottom: float, colour: Colour, radius: float = 0.0
     ) -> None:
-        """A filled rectangle with rounded corners of `radius` pixels."""
+        """Draw a filled rectangle with rounded corners of `radius` pixels."""
         right, bottom = max(right, left + 0.5), max(bottom, top + 0.5)
         fine = [left * _FINE, top * _FINE, right * _FINE - 1, bottom * _FINE - 1]
         self._colours.rounded_rectangle(
@@ -56,7 +55,7 @@ class Canvas:
             self._ids.rounded_rectangle(box, radius, self.owner)
 
     def ellipse(self, x: float, y: float, radius_x: float, radius_y: float, colour: Colour) -> None:
-        """A filled ellipse around (x, y)."""
+        """Draw a filled ellipse around (x, y)."""
         fine = [(x - radius_x) * _FINE, (y - radius_y) * _FINE, (x + radius_x) * _FINE - 1, (y + radius_y) * _FINE - 1]
         self._colours.ellipse([fine[0], fine[1], max(fine[0], fine[2]), max(fine[1], fine[3])], fill=colour)
         if self.owner is not None:
@@ -64,7 +63,7 @@ class Canvas:
             self._ids.ellipse([box[0], box[1], max(box[0], box[2]), max(box[1], box[3])], fill=self.owner)
 
     def limb(self, start: Point, end: Point, thickness: float, colour: Colour) -> None:
-        """A straight thick line with round ends."""
+        """Draw a straight thick line with round ends."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         length = math.hypot(dx, dy) or 1.0
         ox, oy = -dy / length * thickness / 2, dx / length * thickness / 2
@@ -74,20 +73,20 @@ class Canvas:
             self.ellipse(x, y, thickness / 2, thickness / 2, colour)
 
     def paste(self, pixels: NDArray[np.uint8]) -> None:
-        """Put a small uint8 [h, w, 3] picture over the whole canvas, enlarged smoothly; owners stay."""
+        """Cover the whole canvas with a small uint8 [h, w, 3] picture, enlarged smoothly; owners do not change."""
         self._picture.paste(Image.fromarray(pixels).resize(self._picture.size, Image.Resampling.BILINEAR))
 
     def owners(self) -> NDArray[np.uint8]:
-        """A uint8 [H, W] copy of the visible object's id at each pixel, 0 where it is background."""
+        """Return the id of the visible object at each pixel, uint8 [H, W]; 0 is the background."""
         return np.array(self._owners)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """The picture as uint8 [H, W, 3]."""
+        """Return the picture, uint8 [H, W, 3]."""
         return np.asarray(self._picture.reduce(_FINE))
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """The colour made lighter (factor > 1) or darker, kept within 0..255."""
+    """Return the colour made lighter (factor > 1) or darker, clipped to 0..255."""
     red, green, blue = (max(0, min(255, round(channel * factor))) for channel in colour)
     return red, green, blue
 
@@ -95,24 +94,24 @@ def shade(colour: Colour, factor: float) -> Colour:
 def vivid(
     rng: np.random.Generator, saturation: tuple[float, float] = (0.3, 0.95), value: tuple[float, float] = (0.25, 0.95)
 ) -> Colour:
-    """A random colour of any hue."""
+    """Return a random colour of any hue."""
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def pick(rng: np.random.Generator, colours: Sequence[Colour]) -> Colour:
-    """One of the colours."""
+    """Return one of the colours at random."""
     return colours[int(rng.integers(len(colours)))]
 
 
 def ngon(x: float, y: float, radius: float, corners: int, turn: float = 0.0) -> list[Point]:
-    """The corners of a regular polygon, `turn` in parts of a full turn; its first corner is at the top when 0."""
+    """Return the corners of a regular polygon; `turn` is a fraction of a full turn, 0 with the first corner on top."""
     angles = [2 * math.pi * (corner / corners + turn) for corner in range(corners)]
     return [(x + radius * math.sin(angle), y - radius * math.cos(angle)) for angle in angles]
 
 
 def person(canvas: Canvas, rng: np.random.Generator, x: float, base: float, height: float, kind: str) -> None:
-    """A standing or walking figure; x is its middle, `base` the ground. kind: Man, Woman, Boy, Girl or Person."""
+    """Paint a Man, Woman, Boy, Girl or Person, standing or walking; x is the centre, `base` the ground."""
     child = kind in ("Boy", "Girl")
     head = height * (0.095 if child else 0.07)
     skin, hair = pick(rng, SKIN), pick(rng, HAIR)
@@ -147,7 +146,7 @@ def person(canvas: Canvas, rng: np.random.Generator, x: float, base: float, heig
 def _shirt(
     canvas: Canvas, rng: np.random.Generator, x: float, top: float, bottom: float, half: float, colour: Colour
 ) -> None:
-    """Stripes, an open jacket or nothing, inside the torso."""
+    """Paint stripes, an open jacket or nothing on the torso."""
     style = rng.integers(4)
     other = shade(colour, 1.5) if sum(colour) < 330 else shade(colour, 0.55)
     if style == 0:
@@ -187,10 +186,10 @@ def _head(
 def car_side(
     canvas: Canvas, rng: np.random.Generator, x: float, base: float, length: float, height: float, kind: str
 ) -> None:
-    """A car seen from the side; x is its middle. kind: Car, Van, Limousine."""
+    """Paint a Car, Van or Limousine from the side; x is the centre."""
     paint = _car_paint(rng)
     left, right, top = x - length / 2, x + length / 2, base - height
-    face = 1 if rng.random() < 0.5 else -1  # where its front points
+    face = 1 if rng.random() < 0.5 else -1  # direction of its front
     wheel = height * (0.2 if kind == "Van" else 0.235)
     belt, sill = top + height * (0.5 if kind == "Van" else 0.42), base - wheel * 0.7
 
@@ -226,7 +225,7 @@ def car_side(
 def car_front(
     canvas: Canvas, rng: np.random.Generator, x: float, base: float, width: float, height: float, kind: str
 ) -> None:
-    """A car seen from the front or the back; x is its middle. kind: Car or Van."""
+    """Paint a Car or Van from the front or the back; x is the centre."""
     paint, front = _car_paint(rng), rng.random() < 0.5
     top, half = base - height, width / 2
     belt = top + height * (0.5 if kind == "Van" else 0.4)
@@ -260,24 +259,24 @@ def _car_paint(rng: np.random.Generator) -> Colour:
 
 
 def traffic_light(canvas: Canvas, rng: np.random.Generator, x: float, top: float, height: float) -> None:
-    """A housing with three lamps of which one is lit; x is its middle. Its pole is not part of it."""
+    """Paint a housing with three lamps, one of them on; x is the centre. The pole is not part of it."""
     half = height * 0.21
     body = pick(rng, ((28, 30, 30), (40, 46, 42), (190, 150, 20), (20, 26, 24)))
     if rng.random() < 0.4:
         canvas.rectangle(x - half * 1.25, top, x + half * 1.25, top + height, (226, 226, 220), half * 0.3)
         half, top, height = half * 1.05, top + height * 0.03, height * 0.94
     canvas.rectangle(x - half, top, x + half, top + height, body, half * 0.4)
-    lit, radius = int(rng.integers(3)), min(half * 0.72, height * 0.14)
+    on, radius = int(rng.integers(3)), min(half * 0.72, height * 0.14)
     for lamp, colour in enumerate(((240, 40, 30), (252, 190, 30), (40, 220, 110))):
         y = top + height * (0.19 + 0.31 * lamp)
         canvas.ellipse(x, y, radius * 1.18, radius * 1.18, (12, 12, 12))
-        canvas.ellipse(x, y, radius, radius, colour if lamp == lit else shade(colour, 0.25))
-        if lamp == lit:
+        canvas.ellipse(x, y, radius, radius, colour if lamp == on else shade(colour, 0.25))
+        if lamp == on:
             canvas.ellipse(x - radius * 0.2, y - radius * 0.2, radius * 0.45, radius * 0.45, shade(colour, 1.5))
 
 
 def stop_sign(canvas: Canvas, rng: np.random.Generator, x: float, y: float, radius: float) -> None:
-    """A red octagon with a white rim and the strokes of four white letters; its pole is not part of it."""
+    """Paint a red octagon with a white rim and four white letters; the pole is not part of it."""
     red = shade((196, 24, 32), rng.uniform(0.8, 1.15))
     canvas.polygon(ngon(x, y, radius, 8, 1 / 16), (240, 240, 240))
     canvas.polygon(ngon(x, y, radius * 0.9, 8, 1 / 16), red)
@@ -285,12 +284,12 @@ def stop_sign(canvas: Canvas, rng: np.random.Generator, x: float, y: float, radi
     for letter in range(4):
         middle = x + (letter - 1.5) * radius * 0.4
         canvas.rectangle(middle - wide / 2, y - tall, middle + wide / 2, y + tall, (244, 244, 244), wide * 0.2)
-        if letter != 1:  # T stays a bar, the others get a hole
+        if letter != 1:  # the T is a bar, the others have a hole
             canvas.rectangle(middle - wide * 0.15, y - tall * 0.55, middle + wide * 0.25, y - tall * 0.1, red)
 
 
 def traffic_sign(canvas: Canvas, rng: np.random.Generator, x: float, y: float, radius: float) -> None:
-    """A triangle, disc, diamond or square plate with a symbol; its pole is not part of it."""
+    """Paint a triangle, disc, diamond or square with a symbol; the pole is not part of it."""
     red, blue, white, ink = (204, 28, 34), (24, 84, 176), (242, 242, 240), (24, 24, 28)
     style = int(rng.integers(6))
     if style == 0:  # a warning

@@ -1,10 +1,10 @@
-"""A reverse proxy on loopback before a real S3 server: it adds latency, injects faults, and counts what passes.
+"""A reverse proxy on loopback in front of an S3 server: it adds latency, injects faults, and counts requests.
 
     with S3Server() as server, S3Proxy(server.endpoint_url, [Fault("slow_down", share=0.1)]) as proxy:
         subprocess.run(command, env={**os.environ, **proxy.environment()})
 
-`python -m demo.s3proxy --upstream URL --latency 0.03` runs one in a process of its own, as benchmarks need it. On two
-cores that carries about 500 MB/s and 1400 small requests a second.
+`python -m demo.s3proxy --upstream URL --latency 0.03` runs one in a separate process, for benchmarks. On two cores it
+transfers about 500 MB/s or 1400 small requests per second.
 """
 
 import argparse
@@ -24,16 +24,17 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self
 
 import aiohttp
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 from yarl import URL
 
+from demo.s3faults import Fault as Fault
+from demo.s3faults import Kind as Kind
+from demo.s3faults import Seen as Seen
 from demo.s3server import KEY, REGION, SECRET
-
-Kind = Literal["slow_down", "internal_error", "refuse", "missing", "expired", "reset", "truncate", "stall", "corrupt"]
 
 # Kind -> status, code and message, as https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html has them.
 _ANSWERS: dict[str, tuple[int, str, str]] = {
@@ -43,62 +44,9 @@ _ANSWERS: dict[str, tuple[int, str, str]] = {
     "missing": (404, "NoSuchKey", "The specified key does not exist."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
 }
-# What concerns one connection only (RFC 9110, 7.6.1); the rest passes as it came, for SigV4 signs it, Host included.
+# Headers of a single connection (RFC 9110, 7.6.1). All others pass unchanged: SigV4 signs them, including Host.
 _HOP_BY_HOP = (hdrs.CONNECTION, hdrs.KEEP_ALIVE, hdrs.TRANSFER_ENCODING, hdrs.EXPECT)
 _ADDED_BY_AIOHTTP = (hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What goes wrong with some requests.
-
-    `slow_down` (503), `internal_error` (500), `refuse` (403), `missing` (404) and `expired` (400) are S3's own answers
-    and never reach the store. The others break a body: that of a PUT or POST, or else that of the answer.
-
-    - `reset`: a share of the body, then the connection is reset (RST).
-    - `truncate`: a share of the body, then the connection is closed in an orderly way, though Content-Length said more.
-    - `stall`: a share of the body, then nothing until the client gives up.
-    - `corrupt`: the body in its full length with one byte inverted; an empty one passes unchanged.
-
-    An upload that is reset, truncated or stalled never reaches the store; with `after=1` it does, and only its answer
-    is lost. Where there is no body to share, the connection ends before the answer.
-
-    Attributes:
-        method, key: regular expressions, of the whole method and of a part of `bucket/key`.
-        times: only the first so many matching requests of each key. None: no limit.
-        share: only so many (0 to 1) of the matching requests. Which, is a hash of the proxy's seed, the request, and
-            how many times it was seen before: neither order nor concurrency matters.
-        every: only each n-th of the matching requests that no earlier fault has hit, counted as they arrive: at least
-            one in n requests is hit for certain.
-        after: the share of the body, 0 to 1, that passes unharmed. With 0 nothing of an upload is even asked for.
-
-    Raises:
-        ValueError: an unknown kind or a number out of its range. re.error: not a regular expression.
-    """
-
-    kind: Kind
-    method: str = ".*"
-    key: str = ""
-    times: int | None = None
-    share: float = 1.0
-    every: int = 1
-    after: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"Fault: kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
-        if not (0 <= self.share <= 1 and 0 <= self.after <= 1 and (self.times or 0) >= 0 and self.every >= 1):
-            raise ValueError(f"{self}: share and after are between 0 and 1, times is 0 or more, every is 1 or more")
-        re.compile(self.method), re.compile(self.key)
-
-
-class Seen(NamedTuple):
-    """A request; `range` is `bytes=0-99`, or `part=3` of an upload in parts, or ""; `status` 0 means unanswered."""
-
-    method: str
-    key: str  # bucket/key
-    range: str
-    status: int = 0
 
 
 @dataclass
@@ -121,18 +69,18 @@ class Counters:
 
 
 class S3Proxy:
-    """A proxy for one `with` block, in a thread of its own. Signed requests stay valid: Host passes unchanged.
+    """A proxy for one `with` block, in its own thread. Signed requests stay valid: Host passes unchanged.
 
     Args:
         upstream_url: the server's `http://host:port`.
-        faults: a request suffers the first one that hits it. The attribute may be replaced at any time.
-        latency: seconds that each request waits before it is passed on; other requests are not held up.
-        seed: decides which requests `Fault.share` hits.
-        on_request: called in the proxy's thread with each request as it arrives, before anything is done with it.
+        faults: the first one that applies to a request is injected. The attribute may be replaced at any time.
+        latency: delay of each request in seconds; other requests are not delayed.
+        seed: of the choice of requests by `Fault.share`.
+        on_request: called in the proxy's thread with each request when it arrives, before anything else.
 
     Attributes:
         counters: running totals.
-        requests: every request that ended, in the order in which they ended.
+        requests: every finished request, in the order of completion.
     """
 
     def __init__(
@@ -166,7 +114,7 @@ class S3Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Break the connections that are left, and end."""
+        """Close the remaining connections, and stop."""
         assert self._thread is not None
         self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
@@ -175,13 +123,13 @@ class S3Proxy:
 
     @property
     def endpoint_url(self) -> str:
-        """`http://127.0.0.1:<port>`, without a slash at the end."""
+        """The address `http://127.0.0.1:<port>`."""
         if self._thread is None:
             raise RuntimeError("S3Proxy: it is not running; use it in a with block")
         return f"http://127.0.0.1:{self._port}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that point S3 clients at this proxy, with the credentials of `demo.s3server.S3Server`."""
+        """Return the variables that point S3 clients at this proxy, with the credentials of `S3Server`."""
         region = dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), REGION)
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
@@ -190,7 +138,7 @@ class S3Proxy:
         } | region
 
     async def _serve(self, listener: socket.socket) -> None:
-        # Cancellation: a client that goes away takes its request to the store with it.
+        # Cancellation: the request to the store ends with its client.
         server = web.Server(self._handle, handler_cancellation=True, access_log=None, auto_decompress=False)
         runner = web.ServerRunner(server, shutdown_timeout=1)
         async with aiohttp.ClientSession(
@@ -226,14 +174,14 @@ class S3Proxy:
         except aiohttp.ClientConnectorError as error:
             response = web.Response(status=502, text=str(error))
         except ConnectionError:
-            pass  # the client is gone
+            pass  # the client closed the connection
         finally:
             self.counters.in_flight -= 1
             self.requests.append(seen._replace(status=response.status if response.prepared else 0))
         return response
 
     def _draw(self, seen: Seen) -> Fault | None:
-        """The fault that this request suffers; it is counted as injected."""
+        """Return the fault to inject into this request, and count it."""
         again = self._times_seen[seen]
         self._times_seen[seen] += 1
         for fault in self.faults:
@@ -264,7 +212,7 @@ class S3Proxy:
         status, code, message = _ANSWERS[fault.kind]
         response.set_status(status)
         response.content_type = "application/xml"
-        if request.body_exists:  # as S3, which does not wait for a body that it will not take
+        if request.body_exists:  # like S3, which does not wait for a body that it rejects
             response.force_close()
         await response.prepare(request)
         if request.method != hdrs.METH_HEAD:
@@ -287,7 +235,7 @@ class S3Proxy:
         else:
             return await self._hang_up(request, fault)
         await response.prepare(request)
-        # Nothing may stay in a buffer of ours: a reset would throw it away.
+        # Nothing may stay in the write buffer: a reset would discard it.
         request.transport.set_write_buffer_limits(0)
         await response.write(passed)
         self.counters.sent += len(passed)
@@ -296,7 +244,7 @@ class S3Proxy:
             await self._hang_up(request, fault)
 
     async def _broken_upload(self, request: web.BaseRequest, fault: Fault) -> bytes | None:
-        """What of an upload the store is to get; None for nothing."""
+        """Return the part of an upload that reaches the store; None for nothing."""
         body = bytearray()
         if fault.after == 0 and fault.kind != "corrupt":
             return None
@@ -309,9 +257,9 @@ class S3Proxy:
         return bytes(body) if fault.after == 1 else None
 
     async def _hang_up(self, request: web.BaseRequest, fault: Fault) -> None:
-        """Leave the client with what it has got so far."""
+        """End the connection after what the client has received so far."""
         if fault.kind == "stall":
-            await self._stopped.wait()  # a client that gives up first cancels us
+            await self._stopped.wait()  # a client that gives up earlier cancels this task
         if request.transport is None:
             return
         if fault.kind == "reset":
@@ -323,7 +271,7 @@ class S3Proxy:
             request.transport.close()
 
     def _ask(self, request: web.BaseRequest, body: AsyncIterator[bytes] | bytes | None) -> Any:
-        """The store's answer, as an async context manager."""
+        """Return the store's answer as an async context manager."""
         url = URL(self._upstream + request.raw_path, encoded=True)
         headers = _end_to_end(request.headers)
         return self._client.request(request.method, url, headers=headers, data=body, allow_redirects=False)
@@ -355,7 +303,7 @@ def _end_to_end(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def _cut(body: bytes | bytearray, fault: Fault) -> int:
-    """How many bytes pass unharmed: never all of them."""
+    """Return how many bytes pass unchanged: never all of them."""
     return max(0, min(int(len(body) * fault.after), len(body) - 1))
 
 
@@ -366,9 +314,12 @@ def _inverted(body: bytes | bytearray, fault: Fault) -> bytes:
 
 @contextlib.contextmanager
 def proxy_process(upstream_url: str, latency: float = 0.03) -> Iterator[dict[str, str]]:
-    """A proxy without faults in a process of its own, for one `with` block; yields its `environment()`.
+    """Run a proxy without faults in a separate process for one `with` block, and yield its `environment()`.
 
-    Start it from the main thread: on Linux it is killed with the thread that started it. RuntimeError if it fails.
+    Start it from the main thread: on Linux it is killed together with the thread that started it.
+
+    Raises:
+        RuntimeError: it could not be started.
     """
     command = [sys.executable, "-m", "demo.s3proxy", "--upstream", upstream_url, "--latency", str(latency)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
@@ -386,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m demo.s3proxy`: run in the foreground until Ctrl-C, or until the parent process ends (Linux)."""
     parser = argparse.ArgumentParser(prog="python -m demo.s3proxy", description="A proxy that adds latency to S3.")
     parser.add_argument("--upstream", required=True, metavar="URL", help="of the S3 server: http://host:port")
-    parser.add_argument("--latency", type=float, default=0.03, help="seconds a request (default: %(default)s)")
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds per request (default: %(default)s)")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if sys.platform == "linux":

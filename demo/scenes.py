@@ -1,8 +1,8 @@
-"""Street scenes in the layout of Open Images, for trying everything without a download.
+"""Street scenes in the layout of Open Images, to try everything without a download.
 
     python -m demo.scenes --out DIR --train 200 --validation 40 --test 20 --seed 0
 
-writes `DIR/open-images-dataset` (stands for the bucket of images) and `DIR/openimages` (stands for the annotations).
+writes `DIR/open-images-dataset` (in place of the bucket of images) and `DIR/openimages` (of the annotations).
 """
 
 import argparse
@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m demo.scenes", description="Street scenes in the layout of Open Images."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="processes to draw with; the files do not depend on it"
-    )
+    parser.add_argument("--processes", type=int, default=1, help="number of processes; the files do not depend on it")
     whole, part = ("train", "validation", "test", "seed", "long_side"), ("unmasked_fraction", "group_fraction")
     for name, kind in [*((name, int) for name in whole), *((name, float) for name in part)]:
         parser.add_argument(

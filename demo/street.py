@@ -1,6 +1,6 @@
-"""Draws one street scene: sky, buildings and a road, and on it people, cars, traffic lights and signs with exact masks.
+"""Draw a street scene: sky, buildings and a road, with people, cars, traffic lights and signs that have exact masks.
 
-Sizes follow the eye of a passer-by: whoever is small stands near the horizon, whoever is large near the lower edge.
+Sizes follow the perspective of a pedestrian: small objects are near the horizon, large ones near the lower edge.
 """
 
 import math
@@ -13,7 +13,7 @@ from PIL import Image
 from demo import paint
 from demo.paint import Canvas, Colour
 
-# The MIDs of Open Images (class-descriptions-boxable.csv) of what is drawn.
+# MIDs in Open Images (class-descriptions-boxable.csv) of the classes that are drawn.
 MIDS = {
     "Person": "/m/01g317",
     "Man": "/m/04yx4",
@@ -27,9 +27,8 @@ MIDS = {
     "Traffic sign": "/m/01mqdt",
     "Stop sign": "/m/02pv19",
 }
-MIN_VISIBLE = (
-    30  # pixels; an object of which less can be seen is no object (Open Images: nothing under 40x80 has a mask)
-)
+# Pixels; an object with a smaller visible area is dropped (in Open Images nothing under 40x80 has a mask).
+MIN_VISIBLE = 30
 
 _PEOPLE = (("Man", 0.32), ("Woman", 0.3), ("Person", 0.22), ("Boy", 0.08), ("Girl", 0.08))
 _CARS = (("Car", 0.74), ("Van", 0.18), ("Limousine", 0.08))
@@ -42,10 +41,13 @@ _COUNTS = (0.16, 0.26, 0.28, 0.2, 0.1)  # of 1 to 5 objects
 class SceneObject:
     """One object of a scene.
 
-    label_mid, name: its most specific class. mask: bool [H, W], the pixels where it is visible; objects never share a
-    pixel. box: (left, top, right, bottom) of the mask in pixels, right and bottom exclusive. is_occluded: another
-    object or a pole hides a part. is_truncated: it touches the picture's edge. is_group_of: a crowd of people who
-    touch; its mask covers them all.
+    Attributes:
+        label_mid, name: its most specific class.
+        mask: bool [H, W], the pixels where it is visible; masks never overlap.
+        box: (left, top, right, bottom) of the mask in pixels, right and bottom exclusive.
+        is_occluded: another object or a pole hides a part.
+        is_truncated: it touches the picture's edge.
+        is_group_of: a crowd of people who touch; the mask covers all of them.
     """
 
     label_mid: str
@@ -59,10 +61,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what is in it.
+    """One picture and its objects.
 
-    image: uint8 [H, W, 3] RGB. objects: from the farthest to the nearest. slivers: MIDs of objects that were drawn
-    but of which under `MIN_VISIBLE` pixels can be seen, so that nothing can be said about their class.
+    Attributes:
+        image: uint8 [H, W, 3] RGB.
+        objects: from the farthest to the nearest.
+        slivers: MIDs of objects with a visible area under `MIN_VISIBLE`, whose class is therefore not verified.
     """
 
     image: NDArray[np.uint8]
@@ -72,7 +76,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Plan:
-    """An object before it is drawn: its middle, the ground it stands on, its extent, and its height in pixels."""
+    """An object before it is drawn: centre x, ground y, width and height in pixels."""
 
     kind: str
     name: str
@@ -82,7 +86,7 @@ class _Plan:
     height: float
 
     def overlap(self, other: "_Plan") -> float:
-        """The part of the smaller box that the two boxes share."""
+        """Return the intersection as a fraction of the smaller box."""
         across = min(self.x + self.width / 2, other.x + other.width / 2) - max(
             self.x - self.width / 2, other.x - other.width / 2
         )
@@ -91,10 +95,16 @@ class _Plan:
 
 
 def draw_scene(rng: np.random.Generator, width: int, height: int, group_fraction: float = 0.1) -> Scene:
-    """Draw a scene of 1 to 5 objects, a pure function of the generator's state.
+    """Draw a scene of 1 to 5 objects. Poles of lights and signs belong to the background.
 
-    width, height: pixels, each at least 64. group_fraction: the part of scenes with a crowd as well.
-    Poles of lights and signs belong to the background. ValueError for a picture too small to draw in.
+    Args:
+        rng: the scene is a pure function of its state.
+        width: in pixels, at least 64.
+        height: likewise.
+        group_fraction: share of scenes that contain a crowd as well.
+
+    Raises:
+        ValueError: the picture is too small.
     """
     if min(width, height) < 64:
         raise ValueError(f"draw_scene: {width}x{height} pixels is too small for a street; give at least 64x64")
@@ -129,7 +139,7 @@ def _choose(rng: np.random.Generator, choices: tuple[tuple[str, float], ...]) ->
 
 
 def _arrange(rng: np.random.Generator, width: int, height: int, horizon: float, crowd: bool) -> list[_Plan]:
-    """Decide what stands where, the farthest first."""
+    """Choose and place the objects, the farthest first."""
     kinds = ["crowd"] if crowd else []
     kinds += [_choose(rng, _KINDS) for _ in range(1 + int(rng.choice(len(_COUNTS), p=_COUNTS)))]
     unit = min(width, height)
@@ -146,7 +156,7 @@ def _arrange(rng: np.random.Generator, width: int, height: int, horizon: float, 
 
 
 def _place(rng: np.random.Generator, kind: str, width: int, height: int, horizon: float, unit: int) -> _Plan:
-    """One way to put an object of this kind: its size first, then the ground that fits the size."""
+    """Place an object of this kind at random: first its size, then the ground that fits the size."""
     if kind == "person":
         name, tall = _choose(rng, _PEOPLE), unit * rng.uniform(0.3, 0.8)
         tall *= 0.75 if name in ("Boy", "Girl") else 1.0
@@ -165,17 +175,17 @@ def _place(rng: np.random.Generator, kind: str, width: int, height: int, horizon
     else:
         name, tall = _choose(rng, _SIGNS), unit * rng.uniform(0.2, 0.42)
         base, wide = height * rng.uniform(0.05, 0.28) + tall, tall
-    margin = min(wide * 0.38, width / 2)  # a part may lie outside
+    margin = min(wide * 0.38, width / 2)  # a part may be outside the picture
     return _Plan(kind, name, float(rng.uniform(margin, width - margin)), min(base, height * 1.04), wide, tall)
 
 
 def _foot(plan: _Plan, horizon: float) -> float:
-    """Where the pole of a light or sign meets the ground: the larger the plate, the nearer."""
+    """Return where the pole of a light or sign meets the ground: the larger the plate, the nearer."""
     return horizon + plan.height * 0.95
 
 
 def _shadow(canvas: Canvas, plan: _Plan) -> None:
-    """Darken the ground under what stands on it; before all objects, so that it never covers one."""
+    """Darken the ground under an object; before all objects are drawn, so that no shadow covers one."""
     if plan.kind in ("person", "car", "crowd"):
         canvas.ellipse(plan.x, plan.base, plan.width * 0.54, max(1.5, plan.height * 0.05), (52, 52, 56))
 
@@ -216,7 +226,7 @@ def _draw(canvas: Canvas, rng: np.random.Generator, plan: _Plan, number: int) ->
 
 
 def _backdrop(canvas: Canvas, rng: np.random.Generator, horizon: float) -> None:
-    """Sky with clouds, a row of buildings and trees, pavement and a road with lines."""
+    """Draw a sky with clouds, buildings and trees, pavement and a road with lines."""
     width, height = canvas.width, canvas.height
     sky = paint.pick(rng, ((120, 170, 225), (170, 195, 215), (200, 205, 210), (228, 190, 160), (96, 120, 168)))
     rows = np.linspace(0.8, 1.25, 12)[:, None, None]
@@ -247,7 +257,7 @@ def _backdrop(canvas: Canvas, rng: np.random.Generator, horizon: float) -> None:
 
 
 def _lines(canvas: Canvas, rng: np.random.Generator, vanishing: float, near: float, horizon: float) -> None:
-    """Kerbs and a dashed middle line, which meet at the horizon."""
+    """Draw kerbs and a dashed centre line, which meet at the horizon."""
     height = canvas.height
 
     def at(across: float, down: float) -> tuple[float, float]:
@@ -270,11 +280,11 @@ def _building(canvas: Canvas, rng: np.random.Generator, left: float, top: float,
     canvas.rectangle(left, top, right, top + 3, paint.shade(wall, 0.7))
     columns, floors = int(rng.integers(2, 6)), max(2, int((bottom - top) / rng.uniform(12, 20)))
     across, down = (right - left) / columns, (bottom - top - 5) / floors
-    dark, lit = paint.shade((70, 84, 100), rng.uniform(0.7, 1.3)), (238, 214, 150)
+    dark, bright = paint.shade((70, 84, 100), rng.uniform(0.7, 1.3)), (238, 214, 150)
     for column in range(columns):
         for floor in range(floors):
             x, y = left + (column + 0.25) * across, top + 5 + (floor + 0.2) * down
-            canvas.rectangle(x, y, x + across * 0.5, y + down * 0.6, lit if rng.random() < 0.08 else dark)
+            canvas.rectangle(x, y, x + across * 0.5, y + down * 0.6, bright if rng.random() < 0.08 else dark)
 
 
 def _tree(canvas: Canvas, rng: np.random.Generator, x: float, base: float, height: float) -> None:
@@ -287,7 +297,7 @@ def _tree(canvas: Canvas, rng: np.random.Generator, x: float, base: float, heigh
 
 
 def _develop(pixels: NDArray[np.uint8], owners: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Light and texture: uneven light over the whole, a grain for each object, a colour cast, a sunny side, noise."""
+    """Add uneven light, a grain per object, a colour cast, a sunny side and noise."""
     height, width = owners.shape
     light = _smooth(rng.uniform(0.84, 1.16, (7, 9)), width, height)
     grain = _smooth(rng.uniform(0.9, 1.1, (math.ceil(height / 4), math.ceil(width / 4))), width, height)
@@ -302,5 +312,5 @@ def _develop(pixels: NDArray[np.uint8], owners: NDArray[np.uint8], rng: np.rando
 
 
 def _smooth(values: NDArray[np.float64], width: int, height: int) -> NDArray[np.float32]:
-    """A coarse grid enlarged to float32 [height, width]."""
+    """Enlarge a coarse grid to float32 [height, width]."""
     return np.array(Image.fromarray(values.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
