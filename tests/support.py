@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import pyarrow as pa
 from PIL import Image
 
 from shards.format import rle
-from shards.format.dataset import Category, Dataset, open_dataset
+from shards.format.dataset import Category, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import finish_dataset
 from shards.format.index import Index
-from shards.format.index_schema import INDEX_SCHEMA
+from shards.format.index_schema import INDEX_SCHEMA, IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
@@ -59,10 +59,11 @@ def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True
     )
 
 
-def write_dataset(root: str | Path, splits: dict[str, Sequence[Sample]], *, per_shard: int = 8) -> Dataset:
+def write_dataset(root: str | Path, splits: Mapping[str, Sequence[Sample]], *, per_shard: int = 8) -> Dataset:
     """Pack samples into a finished dataset at `root` and open it."""
     location = Location(str(root))
-    rows, shards = [], []
+    rows: list[IndexRow] = []
+    shards: list[Shard] = []
     for split, samples in splits.items():
         for number, first in enumerate(range(0, len(samples), per_shard)):
             packed = pack_shard(samples[first : first + per_shard], split=split, path=shard_path(split, number))
@@ -77,7 +78,7 @@ def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
     """Write a dataset of one sample with a changed JSON member and the right checksums; return the sample's key."""
     packed = pack_shard([sample(1)], split="train", path=shard_path("train", 0))
     with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
-        (jpg, picture), (member, content) = ((each, tar.extractfile(each).read()) for each in tar)
+        (jpg, picture), (member, content) = ((each, tar.extractfile(each).read()) for each in tar)  # type: ignore[union-attr]
     value = json.loads(content)
     edit(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
