@@ -312,7 +312,7 @@ def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) ->
             tasks += fresh
             accounts = [account for result in results.values() for account in result.accounts]
             failures = {split: failed_images(accounts, split) for split in SPLITS}
-            fresh = next_round(preparation, tasks, failures.__getitem__, preparation.images_per_shard)
+            fresh = next_round(preparation.replacements, tasks, failures.__getitem__, preparation.images_per_shard)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
                 lost = sum(map(len, failures.values()))

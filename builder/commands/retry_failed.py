@@ -183,7 +183,7 @@ def _repairs(
     def failed_so_far(split: str) -> set[str]:
         return failed[split] & {image.image_id for task in tasks if task.split == split for image in task.images}
 
-    while fresh := next_round(preparation, tasks, failed_so_far, preparation.images_per_shard):
+    while fresh := next_round(preparation.replacements, tasks, failed_so_far, preparation.images_per_shard):
         tasks += fresh
     unknown = {account.key for account in preparation.unknown}
     by_image: dict[tuple[str, str], list[Account]] = {}

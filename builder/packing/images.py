@@ -43,7 +43,8 @@ def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rl
 
     Args:
         data: the PNG, or why it could not be read; None if no zip holds it.
-        width, height: size of the image in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
     """
     if data is None:
         return Failure("mask-missing", "not in its zip")

@@ -25,7 +25,8 @@ def encode_inline(place: InlineMask, width: int, height: int) -> rle.Rle | Failu
 
     Args:
         place: the mask as the annotations contain it.
-        width, height: size of the image in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
     """
     size = (place.width, place.height)
     if min(size) <= 0 or size[0] * size[1] > MAX_PIXELS:

@@ -7,22 +7,13 @@ round depends on nothing but the plan and the failures before it, so a resumed b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol
 
 from builder.tasks.plan import PlannedImage, ShardTask, cut_tasks
 from shards.format.dataset import SPLITS
 
 
-class Reserve(Protocol):
-    """Source of replacements, such as `builder.planning.prepare.Preparation`."""
-
-    def replacements(self, split: str, failed: Collection[str]) -> Sequence[PlannedImage]:
-        """Return further images for a split; `failed` are the image ids that failed in all rounds so far."""
-        ...
-
-
 def next_round(
-    reserve: Reserve,
+    replacements: Callable[[str, Collection[str]], Sequence[PlannedImage]],
     tasks: Iterable[ShardTask],
     failed: Callable[[str], set[str]],
     images_per_shard: int,
@@ -30,7 +21,7 @@ def next_round(
     """Return the tasks that replace failed images.
 
     Args:
-        reserve: queried once per split and round, always with all failures so far.
+        replacements: returns further images for a split, given its failures so far; called once per split and round.
         tasks: tasks of all rounds so far.
         failed: split -> image ids that failed in any of these tasks.
         images_per_shard: images per new shard.
@@ -42,6 +33,6 @@ def next_round(
         missing = failed(split) if of_split else set()
         if missing:
             requested = {image.image_id for task in of_split for image in task.images}
-            images = [image for image in reserve.replacements(split, missing) if image.image_id not in requested]
+            images = [image for image in replacements(split, missing) if image.image_id not in requested]
             fresh += cut_tasks(split, images, images_per_shard, first=1 + max(task.number for task in of_split))
     return fresh

@@ -19,7 +19,7 @@ from builder.fetching.fetch import Refusal, Request, fetch
 from builder.packing.pack import RECORDS, TaskResult, index_row, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
-from shards.common.errors import DatasetError, UserError
+from shards.common.errors import UserError
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, README_FILE, SPLITS, Dataset, DatasetInfo
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
@@ -127,21 +127,6 @@ def finish_retry(root: Location) -> bool:
     return True
 
 
-def read_info(root: Location) -> DatasetInfo | None:
-    """Return the content of `dataset.json`; None if there is none.
-
-    Raises:
-        DatasetError: damaged, or of another format.
-    """
-    [answer] = fetch([Request(root / DATASET_FILE)])
-    if isinstance(answer, Refusal):
-        return None
-    try:
-        return DatasetInfo.from_json(json.loads(answer), str(root / DATASET_FILE))
-    except ValueError as error:
-        raise DatasetError(f"{root / DATASET_FILE}: not JSON ({error}): choose another --out") from error
-
-
 def read_rows(dataset: Dataset) -> list[IndexRow]:
     """Return the rows of the index."""
     return list(map(index_row, dataset.table.to_pylist()))
@@ -164,17 +149,17 @@ def _split_sizes(root: Location) -> dict[str, int]:
 
 
 def _occupant(root: Location) -> _Occupant | None:
-    info = read_info(root)
-    if info is not None:
-        return _Occupant(info.plan or "none", finished=True)
-    [answer] = fetch([Request(root / RECORDS / PLAN_FILE)])
-    if isinstance(answer, Refusal):
-        return None
+    dataset, plan = fetch([Request(root / DATASET_FILE), Request(root / RECORDS / PLAN_FILE)])
     try:
-        value = json.loads(answer)
-        return _Occupant(str(value["fingerprint"]), finished=False, command=str(value["command"]))
+        if not isinstance(dataset, Refusal):
+            info = DatasetInfo.from_json(json.loads(dataset), str(root / DATASET_FILE))
+            return _Occupant(info.plan or "none", finished=True)
+        if not isinstance(plan, Refusal):
+            value = json.loads(plan)
+            return _Occupant(str(value["fingerprint"]), finished=False, command=str(value["command"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{root}: contains damaged files of a dataset ({error!r}): choose another --out") from error
+    return None
 
 
 def _discard(root: Location) -> None:

@@ -58,7 +58,7 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
     def asked() -> list[str]:
         return [image.image_id for task in tasks for image in task.images]
 
-    while fresh := next_round(reserve, tasks, lambda _: bad & set(asked()), per_shard):
+    while fresh := next_round(reserve.replacements, tasks, lambda _: bad & set(asked()), per_shard):
         tasks += fresh
     assert len(asked()) == len(set(asked()))
     assert [task.number for task in tasks] == list(range(len(tasks)))
