@@ -1,11 +1,11 @@
 """Train with several settings on the same data and budget; one table and one plot of their AP.
 
-    python trainer/compare.py configs/compare-layers.yaml --data.shards s3://bucket/prefix --run.dir runs/layers \
+    python trainer/compare.py compare-layers --data.shards s3://bucket/prefix --run.dir runs/layers \
         --launch "--multi_gpu --num_processes 8"
 
 A comparison is a YAML file:
 
-    base: traffic-coco.yaml         # a recipe in the same folder, or an absolute path or URL; --config names another
+    base: traffic-coco              # a recipe, a file in the same folder, or an absolute path or URL; or --config NAME
     settings:                       # what each run changes in it, by the name that the table shows
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}
@@ -30,14 +30,23 @@ from typing import Any
 
 import yaml
 
-from shards.commands.options import update
-from shards.common.errors import StorageError, UserError
+from shards.commands.options import add_options, from_arguments, update
+from shards.common.errors import UserError
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.commands.launcher import launch, noted_signals
+from trainer.config.command_options import CompareOptions
 from trainer.config.schedule import total_steps
 from trainer.config.settings import Config, ConfigError, validate
-from trainer.config.yaml_config import add_arguments, config_path, load_config, overrides_of, save_config
+from trainer.config.yaml_config import (
+    add_arguments,
+    config_path,
+    load_config,
+    overrides_of,
+    read_config,
+    recipes,
+    save_config,
+)
 from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -86,22 +95,21 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
     Raises:
         UserError: a wrong argument or comparison.
     """
-    parser = command.Parser(prog="compare.py", description="Train with several settings and compare their AP.")
-    parser.add_argument(
-        "comparison",
-        metavar="NAME",
-        help="comparison: a name such as compare-layers, or the path or URL of a YAML file",
+    parser = command.Parser(
+        prog="compare.py",
+        description="Train with several settings and compare their AP.",
+        usage="compare.py [options] NAME",
     )
-    parser.add_argument("--launch", default="", metavar="TEXT", help="arguments of accelerate launch, as one text")
+    add_options(parser, CompareOptions)
     add_arguments(parser, hidden=["run.resume"])
-    options = parser.parse_args(arguments)
-    configs = read_comparison(options)
+    given = parser.parse_args(arguments)
+    configs = read_comparison(given)
     if not all(config.data.shards for config in configs.values()):
         raise ConfigError("data.shards is empty: give --data.shards, such as s3://bucket/prefix")
     folder = Location(next(iter(configs.values())).run.dir)
     for name, config in configs.items():
         config.run.dir = (folder / folder_name(name)).url
-    return configs, folder, shlex.split(options.launch)
+    return configs, folder, shlex.split(from_arguments(CompareOptions, given).launch)
 
 
 def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
@@ -112,8 +120,8 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     """
     path = config_path(options.comparison)
     try:
-        value = yaml.safe_load(Location(path).read())
-    except (StorageError, yaml.YAMLError) as error:
+        value = yaml.safe_load(read_config(options.comparison, "comparison"))
+    except yaml.YAMLError as error:
         raise ConfigError(f"comparison {path}: cannot be read: {' '.join(str(error).split())}") from error
     if (
         not isinstance(value, dict)
@@ -126,7 +134,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     base = options.config
     if base is None and "base" in value:
         base = str(value["base"])
-        if not base.startswith("/") and "://" not in base:
+        if base not in recipes() and not base.startswith("/") and "://" not in base:
             base = f"{path.rpartition('/')[0] or '.'}/{base}"
     overrides = overrides_of(options)
     configs: dict[str, Config] = {}

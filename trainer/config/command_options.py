@@ -1,4 +1,4 @@
-"""Options of the commands `evaluate` and `predict`. Imports no torch."""
+"""Options of the commands `evaluate`, `predict` and `compare`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -79,3 +79,16 @@ class PredictOptions:
         low=1,
         group=_A_DATASET,
     )
+
+
+@dataclass
+class CompareOptions:
+    """Options of `compare`, besides the settings of the runs."""
+
+    comparison: str = option(
+        "",
+        "comparison: a name such as compare-layers, or the path or URL of a YAML file",
+        positional=True,
+        metavar="NAME",
+    )
+    launch: str = option("", "arguments of accelerate launch, as one text", metavar="TEXT")

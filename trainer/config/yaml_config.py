@@ -53,21 +53,17 @@ def recipes() -> list[str]:
     return [name for name in _packaged() if not name.startswith("compare-")]
 
 
-def comparisons() -> list[str]:
-    """Return the names of the comparisons for `compare.py` that are installed with the package."""
-    return [name for name in _packaged() if name.startswith("compare-")]
-
-
 def config_path(name: str) -> str:
     """Return the path of a packaged file by its name; anything else is a path or URL and is returned unchanged."""
     return str(resources.files("configs") / f"{name}.yaml") if name in _packaged() else name
 
 
-def read_config(name: str) -> bytes:
+def read_config(name: str, kind: str = "config") -> bytes:
     """Return the bytes of a YAML file.
 
     Args:
-        name: recipe, path or URL.
+        name: packaged file, path or URL.
+        kind: `config` or `comparison`.
 
     Raises:
         ConfigError: it cannot be read.
@@ -77,10 +73,10 @@ def read_config(name: str) -> bytes:
     except StorageError as error:
         hint = ""
         if error.missing:
-            near = did_you_mean(name.rpartition("/")[2].removesuffix(".yaml"), recipes())
-            hint = f": {near} " if near else ": "
-            hint += f"Recipes are {', '.join(recipes())}"
-        raise ConfigError(f"config {name}: cannot be read: {error}{hint}") from error
+            known = recipes() if kind == "config" else [one for one in _packaged() if one not in recipes()]
+            near = did_you_mean(name.rpartition("/")[2].removesuffix(".yaml"), known)
+            hint = f": {near + ' ' if near else ''}Names of the package are {', '.join(known)}"
+        raise ConfigError(f"{kind} {name}: cannot be read: {error}{hint}") from error
 
 
 def _packaged() -> list[str]:

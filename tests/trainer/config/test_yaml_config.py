@@ -7,7 +7,7 @@ from shards.common.errors import UserError
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 from trainer.config.settings import Config, ConfigError, StageConfig
-from trainer.config.yaml_config import add_arguments, from_arguments, load_config, recipes, save_config
+from trainer.config.yaml_config import add_arguments, from_arguments, load_config, read_config, recipes, save_config
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -31,10 +31,15 @@ def test_a_path_is_read_even_if_a_recipe_has_its_name(tmp_path, monkeypatch):
         ("./none.yaml", "no such object"),
     ],
 )
-def test_a_missing_file_is_named_with_the_recipes(name, hint, tmp_path, monkeypatch):
+def test_a_missing_file_is_an_error_that_lists_the_recipes(name, hint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"config {name}: cannot be read: .*{hint}.*Recipes are coco, demo, fast,"):
+    with pytest.raises(
+        ConfigError, match=rf"config {name}: cannot be read: .*{hint}.*Names of the package are coco, demo,"
+    ):
         load_config(name)
+    assert b"last 10%" in read_config("compare-layers", "comparison")
+    with pytest.raises(ConfigError, match="comparison compare-layer: .*did you mean compare-layers"):
+        read_config("compare-layer", "comparison")
 
 
 def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path):
