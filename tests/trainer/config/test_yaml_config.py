@@ -38,7 +38,7 @@ def test_a_missing_file_is_an_error_that_lists_the_recipes(name, hint, tmp_path,
     ):
         load_config(name)
     assert b"last 10%" in read_config("compare-layers", "comparison")
-    with pytest.raises(ConfigError, match="comparison compare-layer: .*did you mean compare-layers"):
+    with pytest.raises(ConfigError, match=r"comparison compare-layer: .*did you mean compare-layers"):
         read_config("compare-layer", "comparison")
 
 
