@@ -104,6 +104,8 @@ class S3Proxy:
         self._times_matched: Counter[Fault] = Counter()
         self._thread: threading.Thread | None = None
 
+    _sleep = staticmethod(asyncio.sleep)  # tests replace it
+
     def __enter__(self) -> Self:
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._port = listener.getsockname()[1]
@@ -164,7 +166,7 @@ class S3Proxy:
             if self._on_request is not None:
                 self._on_request(seen)
             fault = self._draw(seen)
-            await asyncio.sleep(self._latency)
+            await self._sleep(self._latency)
             if fault is None:
                 await self._pass(request, response)
             elif fault.kind in _ANSWERS:

@@ -30,7 +30,7 @@ def wait_until_gone(pid: int, seconds: float = 10.0) -> bool:
         os.close(descriptor)
 
 
-def test_signed_clients_write_and_read_by_the_environment_alone(s3: S3Server, bucket: str) -> None:
+def test_signed_clients_read_and_write_with_the_environment(s3: S3Server, bucket: str) -> None:
     filesystem = s3fs.S3FileSystem()
     filesystem.pipe_file(f"{bucket}/some/key.bin", b"0123456789")
     assert filesystem.cat_file(f"{bucket}/some/key.bin", start=3, end=6) == b"345"
@@ -58,7 +58,7 @@ def test_plain_http_serves_ranges(s3: S3Server, bucket: str) -> None:
         assert reply.read() == (bytes(range(256)) * 100)[1000:1010]
 
 
-def test_a_child_process_finds_it_by_the_environment(s3: S3Server, bucket: str) -> None:
+def test_a_child_process_uses_the_environment(s3: S3Server, bucket: str) -> None:
     code = f"import s3fs; s3fs.S3FileSystem().pipe_file('{bucket}/child', b'hello')"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     subprocess.run([sys.executable, "-c", code], env={**clean, **s3.environment()}, check=True, timeout=60)
@@ -78,7 +78,7 @@ def test_upload_copies_a_tree(s3: S3Server, bucket: str, tmp_path: Path) -> None
         s3.upload(tmp_path / "nowhere", bucket)
 
 
-def test_buckets_must_be_made_and_only_once(s3: S3Server, bucket: str) -> None:
+def test_a_bucket_must_be_created_once(s3: S3Server, bucket: str) -> None:
     with pytest.raises(FileExistsError, match="already has a bucket"):
         s3.make_bucket(bucket)
     with pytest.raises(FileNotFoundError):
@@ -115,7 +115,7 @@ def test_the_command_prints_exports_and_stops_at_ctrl_c(tmp_path: Path) -> None:
 
 
 @linux
-def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_the_server_dies_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import sys; from demo.s3server import S3Server\n"
         "with S3Server(sys.argv[1]) as server: print(server.pid, *server.sockets, flush=True); sys.stdin.read()"
@@ -130,7 +130,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         Path(path).unlink()
 
 
-def test_a_server_that_is_not_ready_in_time_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_in_time_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"not ready after 0\.1 s") as caught, S3Server(tmp_path, timeout=0.1):
         pass
     assert "\n" not in str(caught.value)

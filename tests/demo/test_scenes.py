@@ -1,4 +1,4 @@
-"""The drawn scenes and their files: what a builder that knows Open Images relies on."""
+"""The drawn scenes and their files have the properties of Open Images that the builder relies on."""
 
 import csv
 import io
@@ -116,7 +116,7 @@ def test_every_mask_row_has_its_box_row_and_its_zip_member(scenes: SceneTruth, s
     assert len({(row["ImageID"], row["BoxID"]) for row in rows}) == len(rows)
 
 
-def test_the_tables_write_the_same_coordinates_as_other_text(scenes: SceneTruth) -> None:
+def test_mask_and_box_tables_format_coordinates_differently(scenes: SceneTruth) -> None:
     boxes = {row[side] for row in table(scenes, BOXES["train"]) for side in ("XMin", "XMax", "YMin", "YMax")}
     rows = table(scenes, "v5/train-annotations-object-segmentation.csv")
     texts = [row[f"Box{side}"] for row in rows for side in ("XMin", "XMax", "YMin", "YMax")]
@@ -156,7 +156,7 @@ def test_jpegs_decode_at_the_stated_size_to_the_drawn_picture(scenes: SceneTruth
         decoded = Image.open(scenes.images / split / f"{name}.jpg")
         drawn = Image.fromarray(scene_of(CONFIG, split, index).image)
         assert (decoded.format, decoded.mode, decoded.size, drawn.size) == ("JPEG", "RGB", size, size)
-        # Without the noise, of which JPEG keeps little.
+        # Reduced, because JPEG removes most of the noise.
         difference = np.asarray(decoded.reduce(8), int) - np.asarray(drawn.reduce(8), int)
         assert np.abs(difference).mean() < 1.5
 
@@ -204,7 +204,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_two_runs_are_the_same_bytes_with_any_number_of_processes(tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     config = SceneConfig(train=18, validation=3, test=2, seed=5)
     for name, processes in (("one", 1), ("two", 2)):
         write_open_images(tmp_path / name, config, processes)
@@ -213,7 +213,7 @@ def test_two_runs_are_the_same_bytes_with_any_number_of_processes(tmp_path: Path
     assert files(tmp_path / "one") != files(tmp_path / "other")
 
 
-def test_more_images_leave_the_first_ones_as_they_were(tmp_path: Path) -> None:
+def test_more_images_do_not_change_the_first_ones(tmp_path: Path) -> None:
     few = write_open_images(tmp_path / "few", SceneConfig(train=3, validation=0, test=0))
     more = write_open_images(tmp_path / "more", SceneConfig(train=6, validation=0, test=0))
     assert more.splits["train"].image_ids[:3] == few.splits["train"].image_ids
@@ -237,7 +237,7 @@ def test_objects_are_visible_disjoint_and_tightly_boxed(width: int, height: int)
             assert thing.name == "Person" or not thing.is_group_of
 
 
-def test_wrong_settings_name_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="unmasked_fraction is 2"):
         SceneConfig(unmasked_fraction=2)
     with pytest.raises(ValueError, match="no split 'val'"):
