@@ -23,7 +23,7 @@ from shards.storage.ranges import (
 )
 
 IN_FLIGHT = 32  # concurrent requests
-OBJECT_BYTES = 256 << 20  # the largest object that is read whole: Open Images' images have about half a megabyte
+OBJECT_BYTES = 256 << 20  # the largest object that is read whole: an image of Open Images has about half a megabyte
 
 # S3 error codes of wrong or expired credentials: every request would be refused, whatever the object.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html

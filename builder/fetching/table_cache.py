@@ -10,8 +10,8 @@ source when it was read:
 - the size alone for a web server that sends neither ETag nor Last-Modified. A change of such a source that keeps its
   length is not noticed; `--no-cache` reads it again.
 
-Files appear whole, so any number of processes may share a folder. Every page has a checksum: a damaged file is
-reported, deleted and read again from the source. If the folder cannot be written, the build continues with a warning.
+Files are written atomically, so any number of processes may share a folder. Every page has a checksum: a damaged file
+is reported, deleted and read again from the source. A folder that cannot be written causes a warning and no error.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from shards.storage.location import Location
 from shards.storage.ranges import Description
 
 FORMAT = 1  # part of every file name: files of other versions of the cache are not read
+ROWS = 1 << 18  # at least, in a row group: the unit of writing, reading and filtering, a few tens of MB in memory
 SUFFIX, UNFINISHED = ".parquet", ".tmp"
 ABANDONED_S = 24 * 3600  # an unfinished file of this age belongs to a process that was killed
 STATE_KEY = b"source"
@@ -113,7 +114,7 @@ class Cache:
     def keep(self, content: Content, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Yield the tables and write them; the file appears once all have been consumed without an exception.
 
-        Each table becomes a row group. A folder that cannot be written or a full disk causes one warning and no error.
+        A folder that cannot be written or a full disk causes one warning and no error.
         """
         if not self.folder:
             yield from tables
@@ -128,12 +129,13 @@ NO_CACHE = Cache("")
 
 
 class _Writer:
-    """Writes a file of the cache; does nothing more after the first failure."""
+    """Gathers tables to row groups and writes them; does nothing more after the first failure."""
 
     def __init__(self, folder: str, content: Content) -> None:
         self._folder = folder
         self._files = ExitStack()
         self._parquet: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
         self._metadata = {STATE_KEY: content.state.encode()}
         self._schema = content.schema.with_metadata(self._metadata)
         self._path = os.path.join(folder, content.file_name)
@@ -151,15 +153,23 @@ class _Writer:
         return self
 
     def add(self, table: pa.Table) -> None:
-        if self._parquet is not None:
+        self._waiting.append(table)
+        if sum(part.num_rows for part in self._waiting) >= ROWS:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if self._parquet is not None and waiting:
             try:
                 # One dictionary per row group: with several, Parquet writes the values themselves.
-                rows = table.replace_schema_metadata(self._metadata).unify_dictionaries()
+                rows = pa.concat_tables(waiting).replace_schema_metadata(self._metadata).unify_dictionaries()
                 self._parquet.write_table(rows)
             except OSError as error:
                 self._give_up(error)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._write_waiting()
         try:
             self._files.__exit__(kind, error, trace)
         except OSError as failure:
