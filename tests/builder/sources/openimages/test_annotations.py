@@ -123,8 +123,8 @@ def test_objects_keep_the_order_of_the_table(tmp_path: Path) -> None:
 
 
 def test_unusable_rows_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bad = ("0.5,0.4,0.1,0.2", "nan,0.4,0.1,0.2", ",0.4,0.1,0.2", "1.1,1.4,0.1,0.2", "0.1,1e9,0.1,0.2")
-    bad += ("0.1,inf,0.1,0.2", "10,90,10,90")
+    bad = ["0.5,0.4,0.1,0.2", "nan,0.4,0.1,0.2", ",0.4,0.1,0.2", "1.1,1.4,0.1,0.2", "0.1,1e9,0.1,0.2"]
+    bad += ["0.1,inf,0.1,0.2", "10,90,10,90"]
     split = opened(
         tmp_path,
         boxes=[
