@@ -8,19 +8,17 @@ replacement is completed by the next command.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from builder.commands.build import PreparedBuild, Summary, summarise
 from builder.commands.progress import Progress
+from builder.fetching import zip_members
 from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.traffic import Meter, Traffic
-from builder.fetching.zip_members import read_members
 from builder.packing.executors import Engine, execute
 from builder.packing.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
 from builder.planning.prepare import Preparation
@@ -34,7 +32,7 @@ from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, Shard, open_da
 from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
-from shards.format.shard_tar import pack_shard
+from shards.format.shard_tar import pack_shard, read_members
 from shards.storage.location import Location
 from shards.storage.retry import delete, retrying, write
 
@@ -217,9 +215,7 @@ def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
         raise DatasetError(f"{where}: its sha256 is not the one in dataset.json: build the dataset again")
     samples = {}
     for row in repair.rows:
-        with tarfile.open(fileobj=io.BytesIO(data[row.offset : row.offset + row.nbytes])) as tar:
-            files = {entry.name.rpartition(".")[2]: tar.extractfile(entry) for entry in tar}
-            members = {name: file.read() for name, file in files.items() if file is not None}
+        members = read_members(data[row.offset : row.offset + row.nbytes], row.image_id, where=str(where))
         samples[row.image_id] = Sample.from_members(row.image_id, members, where=str(where))
     return samples
 
@@ -235,7 +231,7 @@ def _with_masks(
     """Return packed images with the masks that failed fetched again; the rest comes from their samples."""
     known = [_known_masks(image, samples[image.image_id], old) for image in images]
     members = members_of(known)
-    contents = read_members(members, anonymous=job.anonymous_masks, spare=0, meter=meter)
+    contents = zip_members.read_members(members, anonymous=job.anonymous_masks, spare=0, meter=meter)
     found = dict(zip(members, contents, strict=True))
     return {image.image_id: pack_image(image, samples[image.image_id].image, found, split) for image in known}
 
