@@ -32,14 +32,15 @@ from trainer.run.distributed import main_can_write, start_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
     from torchvision.models.detection import MaskRCNN
 
     from shards.stream.streams import EvalStream
     from trainer.data.collate import EvalBatch
-    from trainer.metrics import Gather
     from trainer.metrics.confusion import Confusion
+    from trainer.metrics.metric import Gather
     from trainer.metrics.openimages import Parents
-    from trainer.model.inference import Detections
+    from trainer.metrics.overlaps import Comparison
 
 log = logging.getLogger("trainer.commands.evaluate")
 
@@ -77,7 +78,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     from trainer.metrics.hierarchy import read_parents
     from trainer.model.build import rebuild
     from trainer.model.checkpoint import open_checkpoint
-    from trainer.report.best_worst_page import Gallery
+    from trainer.report.best_worst_page import BestWorstPage
 
     accelerator = start_accelerator()
     out = Location(options.out or f"{Location(options.checkpoint)}/evaluation-{options.split}")
@@ -96,18 +97,18 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     config.data.cache_dir = ""  # it belongs to the machine that trained
     config.data.workers, config.train.eval_batch_size = options.workers, options.batch_size
     confusion = ConfusionMetric(dataset.categories, options.score)
-    gallery = Gallery(dataset.categories, parents, options.pictures, options.score)
+    pictures = BestWorstPage(dataset.categories, parents, options.pictures, options.score)
 
-    def watch(batch: EvalBatch, found: list[Detections]) -> None:
-        confusion.process(batch.samples, found)
-        gallery.add(batch, found)
+    def watch(pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+        confusion.process(images)
+        pictures.add(pixels, images)
 
     result = evaluate(
         network, dataset, options.split, accelerator, config.data, config.train, parents=parents, watch=watch
     )
     gather = gather_to_main(accelerator)
     title = f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}"
-    matrix, page = confusion.evaluate(gather), gallery.page(title, gather)
+    matrix, page = confusion.evaluate(gather), pictures.render(title, gather)
     if result is not None and matrix is not None and page is not None:
         context = {
             "checkpoint": options.checkpoint,
@@ -218,7 +219,7 @@ def evaluate(
     train: TrainConfig,
     *,
     parents: Parents | None = None,
-    watch: Callable[[EvalBatch, list[Detections]], None] | None = None,
+    watch: Callable[[Sequence[Tensor], Sequence[Comparison]], None] | None = None,
 ) -> Evaluation | None:
     """Evaluate a network on every image of a split, shared over the ranks; every rank must call this.
 
@@ -230,7 +231,7 @@ def evaluate(
         data: `workers`, `read_ahead_mb`, `stall_s` and the cache's options are used.
         train: `eval_batch_size` is used.
         parents: for the Open Images AP, of classes that are kinds of others.
-        watch: called with each batch of this rank and its detections.
+        watch: called with each batch of this rank: the pixels, and the images with their detections.
 
     Returns:
         The result on the main rank, None on the others.
@@ -238,6 +239,7 @@ def evaluate(
     from shards.stream.loader import loader
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
+    from trainer.metrics.overlaps import compare
     from trainer.model.inference import detect
 
     stream = open_eval_stream(dataset, split, accelerator, data, train)
@@ -245,11 +247,11 @@ def evaluate(
     was_training = network.training
     network.eval()
     for batch in loader(stream, workers=data.workers):
-        found = detect(network, batch.images, accelerator.device)
-        coco.process(batch.samples, found)
-        open_images.process(batch.samples, found)
+        images = compare(batch.samples, detect(network, batch.images, accelerator.device))
+        coco.process(images)
+        open_images.process(images)
         if watch is not None:
-            watch(batch, found)
+            watch(batch.images, images)
     network.train(was_training)
 
     gather = gather_to_main(accelerator)

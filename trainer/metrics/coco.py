@@ -1,20 +1,20 @@
 """COCO's average precision of boxes and masks, computed by pycocotools.
 
-Two sets of annotations are rated, because an Open Images object often has a box and no mask:
-  - boxes: every annotated box counts; sizes (small, medium, large) go by the box's area;
-  - masks: objects without a mask are left out. Sizes go by the mask's area. COCO's rules know no "unknown", so a
-    correct detection of an object without a mask counts as an error here: read mask AP with that in mind.
-A group-of region is COCO's crowd: detections in it are neither right nor wrong. Without a mask its rectangle serves.
+Boxes and masks are evaluated against different annotations, because many Open Images objects have a box and no mask:
+  - boxes: every annotated box counts; small, medium and large are by the area of the box;
+  - masks: objects without a mask are left out; sizes are by the area of the mask. COCO has no "unknown", so a correct
+    detection of an object without a mask counts as an error here: read mask AP with that in mind.
+A group-of region is COCO's crowd: detections inside it are ignored. If it has no mask, its box is used.
 
-pycocotools compares an image when it comes in, on the rank that has it. What is kept and gathered are scores and bits,
-no masks; pycocotools accumulates them one class at a time.
+pycocotools matches each image on the rank that processes it. Scores and bits are kept and gathered, no masks;
+pycocotools accumulates them one class at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,19 +27,20 @@ from pycocotools.cocoeval import COCOeval
 from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
-from trainer.metrics import Gather, alone, images_of_all_ranks
+from trainer.metrics.metric import PerImageMetric
+from trainer.metrics.overlaps import Comparison
 
 if TYPE_CHECKING:
     from trainer.model.inference import Detections
 
 Task = Literal["bbox", "segm"]
 TASKS: tuple[Task, ...] = ("bbox", "segm")
-RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads the precision
+RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO samples the precision
 
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """One class's average precision, None where no object of the class is annotated; and how many are."""
+    """Average precision of one class, None where no object of the class is annotated, and how many are."""
 
     category_id: int
     name: str
@@ -53,11 +54,11 @@ class Scores:
     """COCO's twelve numbers, 0 to 1, in COCO's order; None where nothing of that kind is annotated.
 
     Attributes:
-        ap: average precision, averaged over IoU 0.50 to 0.95 and the classes; `ap50`, `ap75` at one IoU.
+        ap: average precision, the mean over IoU 0.50 to 0.95 and the classes; `ap50` and `ap75` are at one IoU.
         ap_small, ap_medium, ap_large: `ap` of objects below 32 x 32, up to 96 x 96, and above 96 x 96 pixels.
-        ar1, ar10, ar100: average recall with that many detections an image; `ar_small` ... as above, with 100.
-        classes: one entry a class, in the dataset's order.
-        precision50: float64 (classes, 101), precision at IoU 0.5 over RECALLS; -1 where nothing is annotated.
+        ar1, ar10, ar100: average recall with that many detections per image; `ar_small` etc. with 100.
+        classes: one entry per class, in the dataset's order.
+        precision50: float64 [classes, 101] precision at IoU 0.5 over RECALLS; -1 where nothing is annotated.
     """
 
     ap: float | None
@@ -76,7 +77,7 @@ class Scores:
     precision50: NDArray[np.float64] = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the curves."""
+        """Return plain values, without the curves."""
         return {**{name: getattr(self, name) for name in SUMMARY}, "classes": [asdict(c) for c in self.classes]}
 
 
@@ -85,11 +86,11 @@ SUMMARY = tuple(item.name for item in fields(Scores) if item.name not in ("class
 
 @dataclass(frozen=True, slots=True)
 class CocoResult:
-    """Box and mask scores, and over how much they were computed.
+    """Box and mask scores.
 
     Attributes:
-        images, detections: how many were rated.
-        boxes, masks: annotated objects, and those of them that have a mask; group-of regions are not counted.
+        images, detections: how many were evaluated.
+        boxes, masks: annotated objects, and those of them that have a mask, without group-of regions.
     """
 
     bbox: Scores
@@ -100,104 +101,86 @@ class CocoResult:
     masks: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         counts = {name: getattr(self, name) for name in ("images", "detections", "boxes", "masks")}
         return {"bbox": self.bbox.to_json(), "segm": self.segm.to_json(), **counts}
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """What pycocotools found for one class in one image: its `evalImgs` over all sizes, as bits.
+class _Matches:
+    """pycocotools' matches for one class in one image: its `evalImgs` of all sizes, as bits.
 
     Attributes:
-        scores: float32 (D,), the best first.
-        matched, ignored: bool (sizes, IoU thresholds, D), packed.
-        left_out: bool (sizes, G), packed: annotations that do not count.
+        scores: float32 [D], descending.
+        matched, ignored: bool [sizes, IoU thresholds, D], packed.
+        gt_ignored: bool [sizes, G], packed: annotations that do not count.
+        objects: G.
     """
 
     scores: NDArray[np.float32]
     matched: NDArray[np.uint8]
     ignored: NDArray[np.uint8]
-    left_out: NDArray[np.uint8]
+    gt_ignored: NDArray[np.uint8]
     objects: int
 
     @classmethod
-    def pack(cls, of_sizes: Sequence[dict[str, Any]]) -> _Entry:
-        """From pycocotools' entries, one a size."""
+    def pack(cls, by_size: Sequence[dict[str, Any]]) -> _Matches:
+        """Convert pycocotools' entries, one per size."""
         return cls(
-            np.array(of_sizes[0]["dtScores"], np.float32),
-            np.packbits([entry["dtMatches"] != 0 for entry in of_sizes]),
-            np.packbits([entry["dtIgnore"] != 0 for entry in of_sizes]),
-            np.packbits([np.asarray(entry["gtIgnore"]) != 0 for entry in of_sizes]),
-            len(of_sizes[0]["gtIgnore"]),
+            np.array(by_size[0]["dtScores"], np.float32),
+            np.packbits([entry["dtMatches"] != 0 for entry in by_size]),
+            np.packbits([entry["dtIgnore"] != 0 for entry in by_size]),
+            np.packbits([np.asarray(entry["gtIgnore"]) != 0 for entry in by_size]),
+            len(by_size[0]["gtIgnore"]),
         )
 
     def unpack(self, sizes: int, thresholds: int) -> list[dict[str, Any]]:
-        """What `accumulate` reads of pycocotools' entries, one a size."""
+        """Return what `COCOeval.accumulate` reads, one entry per size."""
         shape = (sizes, thresholds, len(self.scores))
-        matched, ignored = (_bits(packed, shape) for packed in (self.matched, self.ignored))
-        left_out = _bits(self.left_out, (sizes, self.objects))
+        matched, ignored = (_unpack_bits(packed, shape) for packed in (self.matched, self.ignored))
+        gt_ignored = _unpack_bits(self.gt_ignored, (sizes, self.objects))
         return [
-            {"dtScores": self.scores, "dtMatches": matched[i], "dtIgnore": ignored[i], "gtIgnore": left_out[i]}
+            {"dtScores": self.scores, "dtMatches": matched[i], "dtIgnore": ignored[i], "gtIgnore": gt_ignored[i]}
             for i in range(sizes)
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
-    """One image as it travels between ranks: no masks, no pixels."""
-
+class _Record:
     image_id: str
     detections: int
     boxes: int
     masks: int
-    entries: dict[Task, dict[int, _Entry]]
+    matches: dict[Task, dict[int, _Matches]]  # by category id
 
 
-class CocoMetric:
-    """COCO AP over the images that every rank processes; each image must be processed once, on one rank.
+class CocoMetric(PerImageMetric[_Record, CocoResult]):
+    """COCO AP.
 
-    Memory: some 10 KB an image with 100 detections of ten classes, held by every rank after gathering; and about 2 KB a
-    detection of the class with the most of them while that is accumulated. Masks are let go as images come in.
+    Memory: about 10 KB per image with 100 detections of ten classes, on every rank after gathering; and about 2 KB per
+    detection of the most frequent class while that is accumulated.
     """
 
-    def __init__(self, categories: Sequence[Category]) -> None:
-        self.categories = tuple(categories)
-        self._images: list[_Image] = []
+    def _record(self, image: Comparison) -> _Record:
+        sample, found = image.sample, image.detections
+        objects = [instance for instance in sample.instances if not instance.is_group_of]
+        masks = sum(instance.segmentation is not None for instance in objects)
+        matches = {task: _match(task, sample, found) for task in TASKS}
+        return _Record(sample.image_id, len(found), len(objects), masks, matches)
 
-    def reset(self) -> None:
-        """Forget every image."""
-        self._images = []
-
-    def process(self, samples: Sequence[Sample], detections: Sequence[Detections]) -> None:
-        """Take in images and what was found in them, in pixels of the image as stored."""
-        for sample, found in zip(samples, detections, strict=True):
-            objects = [instance for instance in sample.instances if not instance.is_group_of]
-            masks = sum(instance.segmentation is not None for instance in objects)
-            entries = {task: _compare(task, sample, found) for task in TASKS}
-            self._images.append(_Image(sample.image_id, len(found), len(objects), masks, entries))
-
-    def evaluate(self, gather: Gather = alone) -> CocoResult | None:
-        """The scores over all ranks' images; None on ranks that `gather` gives nothing.
-
-        Raises:
-            RuntimeError: an image was processed twice.
-        """
-        images = images_of_all_ranks(self._images, gather)
-        if images is None:
-            return None
+    def _result(self, records: Sequence[_Record]) -> CocoResult:
         return CocoResult(
-            bbox=_scores("bbox", images, self.categories),
-            segm=_scores("segm", images, self.categories),
-            images=len(images),
-            detections=sum(image.detections for image in images),
-            boxes=sum(image.boxes for image in images),
-            masks=sum(image.masks for image in images),
+            bbox=_scores("bbox", records, self.categories),
+            segm=_scores("segm", records, self.categories),
+            images=len(records),
+            detections=sum(record.detections for record in records),
+            boxes=sum(record.boxes for record in records),
+            masks=sum(record.masks for record in records),
         )
 
 
 def ground_truth(task: Task, instance: Instance, height: int, width: int) -> dict[str, Any] | None:
-    """One COCO annotation (without ids) of an object in an image of this size; None when the task leaves it out."""
+    """Return the COCO annotation (without ids) of an object in an image of this size; None if the task ignores it."""
     x, y, w, h = instance.bbox
     annotation: dict[str, Any] = {
         "category_id": instance.category_id,
@@ -208,43 +191,43 @@ def ground_truth(task: Task, instance: Instance, height: int, width: int) -> dic
     if task == "bbox":
         return annotation
     if instance.segmentation is not None:
-        return {
-            **annotation,
-            "segmentation": instance.segmentation.to_coco(),
-            "area": float(rle.area(instance.segmentation)),
-        }
+        mask = instance.segmentation
+        return {**annotation, "segmentation": mask.to_coco(), "area": float(rle.area(mask))}
     if not instance.is_group_of:
         return None
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
     return {**annotation, "segmentation": coco_mask.frPyObjects([polygon], height, width)[0]}
 
 
-def _compare(task: Task, sample: Sample, detections: Detections) -> dict[int, _Entry]:
-    """What pycocotools finds in one image, by category id; classes without objects and detections are left out."""
+def _match(task: Task, sample: Sample, detections: Detections) -> dict[int, _Matches]:
+    """Return pycocotools' matches in one image, by category id, for classes with annotations or detections.
+
+    pycocotools computes its own overlaps: within a class, of the network's boxes, and of at most 100 detections.
+    """
     annotations = (ground_truth(task, instance, sample.height, sample.width) for instance in sample.instances)
     truth = [annotation for annotation in annotations if annotation is not None]
-    found = _detected(task, detections)
+    found = _coco_detections(task, detections)
     present = sorted({row["category_id"] for row in (*truth, *found)})
-    evaluation = COCOeval(_coco(sample, truth), _coco(sample, found), task)
+    evaluation = COCOeval(_coco_dataset(sample, truth), _coco_dataset(sample, found), task)
     evaluation.params.imgIds, evaluation.params.catIds = [1], present
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation.evaluate()
     sizes = len(evaluation.params.areaRng)
-    rows = evaluation.evalImgs  # class after class, size after size
-    return {category: _Entry.pack(rows[k * sizes : (k + 1) * sizes]) for k, category in enumerate(present)}
+    rows = evaluation.evalImgs  # for each class, for each size
+    return {category: _Matches.pack(rows[k * sizes : (k + 1) * sizes]) for k, category in enumerate(present)}
 
 
-def _scores(task: Task, images: Sequence[_Image], categories: Sequence[Category]) -> Scores:
+def _scores(task: Task, records: Sequence[_Record], categories: Sequence[Category]) -> Scores:
     tables: list[tuple[Any, Any, int]] = []
     with contextlib.redirect_stdout(io.StringIO()):
         for category in categories:
-            of_images = [image.entries[task].get(category.id) for image in images]
-            tables.append(_accumulate(task, category.id, [entry for entry in of_images if entry is not None]))
+            of_images = [record.matches[task].get(category.id) for record in records]
+            tables.append(_accumulate(task, category.id, [matches for matches in of_images if matches is not None]))
         evaluation = COCOeval(iouType=task)
         precision = np.concatenate([p for p, _, _ in tables], axis=2)
         evaluation.eval = {"precision": precision, "recall": np.concatenate([r for _, r, _ in tables], axis=1)}
         evaluation.summarize()
-    # Axes: IoU thresholds, recall thresholds, classes, sizes (the first: all), detections an image (the last: 100).
+    # [IoU thresholds, recalls, classes, sizes (first: all), detections per image (last: 100)] -> [IoUs, recalls, C]
     precision = precision[:, :, :, 0, -1]
     classes = tuple(
         ClassScores(c.id, c.name, _mean(precision[:, :, k]), _mean(precision[0, :, k]), tables[k][2])
@@ -254,46 +237,39 @@ def _scores(task: Task, images: Sequence[_Image], categories: Sequence[Category]
     return Scores(**numbers, classes=classes, precision50=precision[0].T.copy())
 
 
-def _accumulate(task: Task, category: int, entries: Iterable[_Entry]) -> tuple[Any, Any, int]:
-    """pycocotools' tables of precision and recall of one class, and its objects; images in the order of their ids."""
+def _accumulate(task: Task, category: int, matches: Sequence[_Matches]) -> tuple[Any, Any, int]:
+    """Return pycocotools' tables of precision and recall of one class, and its number of objects."""
     evaluation = COCOeval(iouType=task)
     params = evaluation.params
     sizes, thresholds = len(params.areaRng), len(params.iouThrs)
-    rows = [entry.unpack(sizes, thresholds) for entry in entries]
+    rows = [each.unpack(sizes, thresholds) for each in matches]
     params.imgIds, params.catIds = list(range(len(rows))), [category]
-    evaluation._paramsEval = params  # what `evaluate` would have left there
+    evaluation._paramsEval = params  # as `COCOeval.evaluate` would set it
     evaluation.evalImgs = [row[size] for size in range(sizes) for row in rows]
     evaluation.accumulate()
     objects = sum(int((~row[0]["gtIgnore"]).sum()) for row in rows)
     return evaluation.eval["precision"], evaluation.eval["recall"], objects
 
 
-def _bits(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _unpack_bits(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=int(np.prod(shape))).view(np.bool_).reshape(shape)
 
 
-def _detected(task: Task, detections: Detections) -> list[dict[str, Any]]:
-    """COCO's form of the detections of one image (without ids)."""
+def _coco_detections(task: Task, detections: Detections) -> list[dict[str, Any]]:
+    """Return the detections of one image in COCO's form, without ids."""
     rows: list[dict[str, Any]] = []
-    for i in range(len(detections)):
-        left, top, right, bottom = (float(value) for value in detections.boxes[i])
-        row: dict[str, Any] = {
-            "category_id": int(detections.labels[i]),
-            "score": float(detections.scores[i]),
-            "bbox": [left, top, right - left, bottom - top],
-            "area": (right - left) * (bottom - top),
-            "iscrowd": 0,
-        }
-        if task == "segm":
-            row["segmentation"] = detections.masks[i].to_coco()
-            row["area"] = float(rle.area(detections.masks[i]))
-        rows.append(row)
+    columns = (detections.boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), detections.masks)
+    for (left, top, right, bottom), label, score, mask in zip(*columns, strict=True):
+        instance = Instance(label, (left, top, right - left, bottom - top), mask)
+        rows.append({**(ground_truth(task, instance, mask.height, mask.width) or {}), "score": score})
     return rows
 
 
-def _coco(sample: Sample, annotations: Sequence[dict[str, Any]]) -> COCO:
-    """pycocotools' object of one image; by hand, because its `loadRes` fails on an empty list and rates masks by box
-    area."""
+def _coco_dataset(sample: Sample, annotations: Sequence[dict[str, Any]]) -> COCO:
+    """Return pycocotools' dataset of one image.
+
+    Its `loadRes` is not used: it fails on an empty list, and takes the area of a mask's box for that of the mask.
+    """
     coco = COCO()
     coco.dataset = {
         "images": [{"id": 1, "width": sample.width, "height": sample.height}],
@@ -306,6 +282,6 @@ def _coco(sample: Sample, annotations: Sequence[dict[str, Any]]) -> COCO:
 
 
 def _mean(precision: Any) -> float | None:
-    """The mean of precisions; COCO marks the undefined ones with -1."""
+    """Return the mean of the defined precisions; COCO marks undefined ones with -1."""
     defined = precision[precision > -1]
     return float(np.mean(defined)) if defined.size else None

@@ -1,32 +1,29 @@
-"""What is taken for what: annotated objects against detections, counted over a split."""
+"""Confusion matrix: how often objects of each class were detected as which class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.format.dataset import Category
-from shards.format.sample import Sample
-from trainer.metrics import Gather, alone
+from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import IOU, verified_classes
-from trainer.metrics.overlaps import Overlaps, compute_overlaps, pair
-
-if TYPE_CHECKING:
-    from trainer.model.inference import Detections
+from trainer.metrics.overlaps import Comparison, match_greedily
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """
+    """Counts of annotated against detected classes.
+
     Attributes:
         names: of the C classes.
-        counts: int64 (C + 1, C + 1). Row: what is annotated, the last one nothing. Column: what was found there, the
-            last one nothing.
-        score: the lowest score that counted.
+        counts: int64 [C + 1, C + 1]. Row: the annotated class, the last one for nothing annotated. Column: the detected
+            class, the last one for nothing found.
+        score: lowest score of the detections that are counted.
     """
 
     names: tuple[str, ...]
@@ -34,39 +31,39 @@ class Confusion:
     score: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {"score": self.score, "names": list(self.names), "counts": self.counts.tolist()}
 
 
 class ConfusionMetric:
-    """Pairs detections and objects one to one at IoU 0.5, by masks, or boxes where an object has no mask.
+    """Matches detections and objects one to one at IoU 0.5, of masks, or of boxes where an object has no mask.
 
-    The best score chooses first, among the objects of its own class, and only then among those of others. A detection
-    that is left is a false one, unless it lies in a group-of region of its class, or nobody verified its class in the
-    image: such a one is not counted.
+    Detections are matched in the order of their scores, first with objects of their own class, the remaining ones with
+    those of other classes. An unmatched detection is a false positive, unless it is in a group-of region of its class,
+    or its class is not verified in the image: these are not counted.
 
     Args:
         categories: the classes.
-        score: detections below it are not counted.
+        score: detections with a lower score are ignored.
     """
 
     def __init__(self, categories: Sequence[Category], score: float) -> None:
         self.categories, self.score = tuple(categories), score
-        self._place = {category.id: i for i, category in enumerate(self.categories)}
+        self._position = {category.id: i for i, category in enumerate(self.categories)}
         self.reset()
 
     def reset(self) -> None:
         """Forget every image."""
         self._counts = np.zeros((len(self.categories) + 1,) * 2, dtype=np.int64)
 
-    def process(self, samples: Sequence[Sample], detections: Sequence[Detections]) -> None:
-        """Take in images and what was found in them, in pixels of the image as stored."""
-        for sample, found in zip(samples, detections, strict=True):
-            for annotated, label in pairs(sample, found, compute_overlaps(sample.instances, found), self.score):
-                self._counts[self._place.get(annotated, -1), self._place.get(label, -1)] += 1
+    def process(self, images: Sequence[Comparison]) -> None:
+        """Add images with their detections."""
+        for image in images:
+            for annotated, label in matched_classes(image, self.score):
+                self._counts[self._position.get(annotated, -1), self._position.get(label, -1)] += 1
 
-    def evaluate(self, gather: Gather = alone) -> Confusion | None:
-        """The counts over all ranks' images; None on ranks that `gather` gives nothing."""
+    def evaluate(self, gather: Gather = single_process) -> Confusion | None:
+        """Return the counts over the images of all ranks; None on ranks for which `gather` returns None."""
         gathered = gather([self._counts])
         if gathered is None:
             return None
@@ -74,27 +71,28 @@ class ConfusionMetric:
         return Confusion(tuple(category.name for category in self.categories), counts, self.score)
 
 
-def pairs(sample: Sample, found: Detections, overlaps: Overlaps, score: float) -> list[tuple[int, int]]:
-    """The category ids (annotated, found) of each pair of one image; 0 for nothing. See `ConfusionMetric`."""
-    sure = np.flatnonzero((found.scores >= score) & ~overlaps.empty)
-    sure = sure[np.argsort(-found.scores[sure], kind="stable")]
-    labels, objects = found.labels[sure], np.flatnonzero(~overlaps.groups)
-    values = overlaps.values[np.ix_(sure, objects)]
-    same = labels[:, None] == overlaps.labels[objects][None, :]
-    paired = pair(np.where(same, values, 0.0), IOU)
-    left = np.flatnonzero(paired < 0)
-    free = np.setdiff1d(np.arange(len(objects)), paired)
-    others = pair(values[np.ix_(left, free)], IOU)
-    paired[left[others >= 0]] = free[others[others >= 0]]
+def matched_classes(image: Comparison, score: float) -> list[tuple[int, int]]:
+    """Return the category ids (annotated, found) of each match of one image, 0 for nothing; see `ConfusionMetric`."""
+    found, overlaps = image.detections, image.overlaps
+    counted = np.flatnonzero((found.scores >= score) & ~overlaps.empty)
+    counted = counted[np.argsort(-found.scores[counted], kind="stable")]
+    labels, objects = found.labels[counted], np.flatnonzero(~overlaps.groups)
+    values = overlaps.values[np.ix_(counted, objects)]
+    same = labels[:, None] == overlaps.labels[objects][None, :]  # [detections, objects]
+    matched = match_greedily(np.where(same, values, 0.0), IOU)
+    left = np.flatnonzero(matched < 0)
+    free = np.setdiff1d(np.arange(len(objects)), matched)
+    others = match_greedily(values[np.ix_(left, free)], IOU)
+    matched[left[others >= 0]] = free[others[others >= 0]]
 
-    known = verified_classes(sample, {}) | set(overlaps.labels.tolist())
+    verified = verified_classes(image.sample, {}) | set(overlaps.labels.tolist())
     regions = overlaps.groups[None, :] & (labels[:, None] == overlaps.labels[None, :])
-    inside = (regions & (overlaps.values[sure] >= IOU)).any(axis=1)
+    in_group = (regions & (overlaps.values[counted] >= IOU)).any(axis=1)
     result = []
     for i, label in enumerate(labels.tolist()):
-        if paired[i] >= 0:
-            result.append((int(overlaps.labels[objects[paired[i]]]), label))
-        elif label in known and not inside[i]:
+        if matched[i] >= 0:
+            result.append((int(overlaps.labels[objects[matched[i]]]), label))
+        elif label in verified and not in_group[i]:
             result.append((0, label))
-    missed = np.setdiff1d(np.arange(len(objects)), paired)
+    missed = np.setdiff1d(np.arange(len(objects)), matched)
     return result + [(label, 0) for label in overlaps.labels[objects[missed]].tolist()]

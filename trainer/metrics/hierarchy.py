@@ -1,4 +1,4 @@
-"""Which of a dataset's classes are kinds of another, by Open Images' own tree."""
+"""Ancestors of a dataset's classes in the class hierarchy of Open Images."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from shards.storage.location import Location
 
 
 def read_parents(location: Location, categories: Sequence[Category]) -> dict[int, tuple[int, ...]]:
-    """Category id -> ids of its ancestors among the categories, ascending; classes without any are left out.
+    """Return category id -> sorted ids of its ancestors among the categories, without classes that have none.
 
     Args:
-        location: `bbox_labels_600_hierarchy.json`, or `challenge-2019-label300-segmentable-hierarchy.json` (nodes of
-            LabelName, Subcategory and Part; a Part is no kind of its whole).
-        categories: the classes, joined by their MID.
+        location: `bbox_labels_600_hierarchy.json`, or `challenge-2019-label300-segmentable-hierarchy.json`.
+        categories: the classes, found in the hierarchy by their MIDs.
 
     Raises:
         StorageError: the file cannot be read.
-        UserError: it holds something else, or none of the categories.
+        UserError: the file is no hierarchy, or contains none of the categories.
     """
     ids = {category.mid: category.id for category in categories}
     found: dict[int, set[int]] = {}
     for node in parse_hierarchy(location.read(), str(location)):
         if (own := ids.get(node.label)) is not None:
-            above = {ids[label] for label in node.ancestors if label in ids}
-            found.setdefault(own, set()).update(above - {own})
+            ancestors = {ids[label] for label in node.ancestors if label in ids}
+            found.setdefault(own, set()).update(ancestors - {own})
     if not found:
         raise UserError(
             f"{location}: none of the dataset's classes ({len(categories)}) is in this hierarchy, "
             f"such as {categories[0].mid!r}: is it the hierarchy of another dataset?"
         )
-    return {child: tuple(sorted(above)) for child, above in sorted(found.items()) if above}
+    return {child: tuple(sorted(ancestors)) for child, ancestors in sorted(found.items()) if ancestors}

@@ -1,21 +1,22 @@
-"""matterport Mask_RCNN's metrics of an image, by its names, arguments and return values (`mrcnn/utils.py`), put right.
+"""The per-image metrics of matterport's Mask_RCNN (`mrcnn/utils.py`), with their names, arguments and return values.
 
     from trainer.metrics.matterport import compute_ap
     AP, precisions, recalls, overlaps = compute_ap(
         gt_bbox, gt_class_id, gt_mask, r["rois"], r["class_ids"], r["scores"], r["masks"])
 
-Boxes are y1, x1, y2, x2 in pixels, masks (H, W, N), as there; rows of zeros are padding. What differs from matterport:
+Boxes are y1, x1, y2, x2 in pixels, masks [H, W, N]; rows of zeros are padding. Some errors of matterport are fixed:
 
-- An object is found once. There, the one that the first prediction found could be found again (`gt_match[j] > 0`), so
-  that doubles raised the AP.
-- Padding is left out wherever it stands, with its class, score and mask; there, scores and objects' masks were cut at
-  the end, classes not at all.
-- Predictions of equal score keep their order; there, it was turned round.
-- An image without objects has no AP and no recall: NaN, to be averaged by `np.nanmean`. There, the AP was 0 or NaN, by
-  whether something was predicted, and the recall an error.
-- `compute_ap_range` takes arrays of thresholds. Its own hold 0.8, where `np.arange(0.5, 1.0, 0.05)` is a little above.
-- `compute_recall` pairs boxes one to one, so that an object is not lost because a prediction that covers two went to
-  the other.
+- An object is found once. In matterport, the object found by the first prediction can be found again
+  (`gt_match[j] > 0`), so that duplicates raise the AP.
+- Padding may be at any position, and is removed with its class, score and mask. matterport cuts scores and the masks of
+  objects at the end, and classes not at all.
+- Predictions of equal score keep their order; matterport reverses it.
+- An image without objects has no AP and no recall: NaN, to be averaged by `np.nanmean`. In matterport the AP is 0 or
+  NaN, depending on the predictions, and the recall an error.
+- `compute_ap_range` takes arrays of thresholds. Its default contains 0.8, where `np.arange(0.5, 1.0, 0.05)` is slightly
+  above.
+- `compute_recall` matches boxes one to one: a prediction that overlaps two objects does not take one that another
+  prediction needs.
 
 The mean of such APs over images is not COCO's or Open Images' AP, which rank the detections of all images together.
 """
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco_mask
 
-from trainer.metrics.overlaps import pair
+from trainer.metrics.overlaps import compute_iou, match_greedily
 
 Floats = NDArray[np.float64]
 
@@ -44,22 +45,22 @@ def compute_ap(
     pred_masks: ArrayLike,
     iou_threshold: float = 0.5,
 ) -> tuple[float, Floats, Floats, Floats]:
-    """The average precision of one image at one mask IoU, over all its classes together.
+    """Compute the average precision of one image at one mask IoU, over all classes together.
 
     Args:
-        gt_boxes: (M, 4) y1, x1, y2, x2; rows of zeros are padding.
-        gt_class_ids: (M,) int.
-        gt_masks: (H, W, M), bool or numbers; above 0.5 is the object.
+        gt_boxes: [M, 4] y1, x1, y2, x2; rows of zeros are padding.
+        gt_class_ids: int [M].
+        gt_masks: [H, W, M], bool or numbers; an object is where they are above 0.5.
         pred_boxes, pred_class_ids, pred_masks: likewise, of N predictions.
-        pred_scores: (N,).
-        iou_threshold: of masks, above 0 and up to 1.
+        pred_scores: [N].
+        iou_threshold: smallest mask IoU of a match, above 0 and up to 1.
 
     Returns:
         mAP: the area under the precision envelope, 0 to 1; NaN without objects.
-        precisions: (N + 2,) the envelope after each prediction, the best score first, padded with what stands at recall
-            0 and 1.
-        recalls: (N + 2,) likewise.
-        overlaps: (N, M) mask IoU, predictions in the order of their scores.
+        precisions: [N + 2] the envelope after each prediction by descending score, with the values at recall 0 and 1
+            around it.
+        recalls: [N + 2] likewise.
+        overlaps: [N, M] mask IoU, predictions by descending score.
 
     Raises:
         ValueError: arrays of different lengths, masks of different sizes, a score that is NaN, an IoU out of range.
@@ -89,7 +90,7 @@ def compute_ap_range(
     iou_thresholds: Sequence[float] | Floats | None = None,
     verbose: int = 1,
 ) -> float:
-    """The mean of `compute_ap` over several IoUs: 0.50, 0.55 ... 0.95 unless others are given.
+    """Compute the mean of `compute_ap` over several IoUs, 0.50, 0.55 ... 0.95 by default.
 
     Args:
         verbose: print each AP and their mean.
@@ -115,17 +116,17 @@ def compute_ap_range(
 
 
 def compute_recall(pred_boxes: ArrayLike, gt_boxes: ArrayLike, iou: float) -> tuple[float, NDArray[np.int64]]:
-    """How many objects some boxes cover, whatever their classes.
+    """Compute the share of objects that boxes overlap, whatever their classes.
 
     Args:
-        pred_boxes: (N, 4) y1, x1, y2, x2 in pixels, the most trusted first: each takes the free object that it overlaps
-            most.
-        gt_boxes: (M, 4) likewise; in both, rows of zeros are padding.
-        iou: of boxes, above 0 and up to 1.
+        pred_boxes: [N, 4] y1, x1, y2, x2 in pixels, by descending score: each is matched with the free object that it
+            overlaps most.
+        gt_boxes: [M, 4]; in both, rows of zeros are padding.
+        iou: smallest box IoU of a match, above 0 and up to 1.
 
     Returns:
-        recall: the share of the objects that a box was paired with; NaN without objects.
-        positive_ids: (P,) which predictions (rows of `pred_boxes`) overlap any object by `iou` or more, free or not.
+        recall: the share of the objects that are matched; NaN without objects.
+        positive_ids: [P] the rows of `pred_boxes` that overlap any object by `iou` or more, free or not.
 
     Raises:
         ValueError: `iou` is out of range.
@@ -135,13 +136,13 @@ def compute_recall(pred_boxes: ArrayLike, gt_boxes: ArrayLike, iou: float) -> tu
     truth = truth[_present(truth)]  # padding among the predictions overlaps nothing
     if not len(truth):
         return float("nan"), np.empty(0, dtype=np.int64)
-    overlaps = _iou(_as_xywh(predicted), _as_xywh(truth))
-    paired = pair(overlaps, iou)
-    return float((paired >= 0).sum() / len(truth)), np.flatnonzero(overlaps.max(axis=1, initial=0.0) >= iou)
+    overlaps = compute_iou(_as_xywh(predicted), _as_xywh(truth))
+    recall = float((match_greedily(overlaps, iou) >= 0).sum() / len(truth))
+    return recall, np.flatnonzero(overlaps.max(axis=1, initial=0.0) >= iou)
 
 
 def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> tuple[NDArray[np.bool_], Floats]:
-    """Whether each prediction finds an object of its class, and all overlaps; the best score first."""
+    """Return whether each prediction finds an object of its class, bool [N], and all overlaps, by descending score."""
     _, gt_ids, gt_masks = _without_padding(*truth, name="gt")
     kept, pred_ids, pred_masks = _without_padding(*predicted, name="pred")
     scores = np.asarray(scores, dtype=np.float64)
@@ -149,7 +150,7 @@ def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> t
         raise ValueError(f"{len(scores)} pred_scores for {len(kept)} pred_boxes")
     scores = scores[: len(kept)][kept]
     if np.isnan(scores).any():
-        raise ValueError(f"pred_scores holds NaN, {np.isnan(scores).sum()} of {len(scores)}: they have no order")
+        raise ValueError(f"pred_scores contains NaN, {np.isnan(scores).sum()} of {len(scores)}: NaN cannot be sorted")
     sizes = [masks.shape[:2] for masks in (gt_masks, pred_masks)]
     if len(gt_ids) and len(pred_ids) and sizes[0] != sizes[1]:
         raise ValueError(
@@ -157,15 +158,15 @@ def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> t
             "both must have the image's size"
         )
     order = np.argsort(-scores, kind="stable")
-    overlaps = _iou(_encode(pred_masks[..., order]), _encode(gt_masks))
+    overlaps = compute_iou(_encode(pred_masks[..., order]), _encode(gt_masks))
     same = pred_ids[order][:, None] == gt_ids[None, :]
-    return pair(np.where(same, overlaps, 0.0), threshold) >= 0, overlaps
+    return match_greedily(np.where(same, overlaps, 0.0), threshold) >= 0, overlaps
 
 
 def _without_padding(
     boxes: ArrayLike, ids: ArrayLike, masks: ArrayLike, *, name: str
 ) -> tuple[NDArray[np.bool_], NDArray[Any], NDArray[Any]]:
-    """Which boxes are not all zeros, and their classes and masks."""
+    """Return which boxes are not padding, and the classes and masks of these."""
     boxes, ids, masks = np.asarray(boxes).reshape(-1, 4), np.asarray(ids).reshape(-1), np.asarray(masks)
     kept = _present(boxes)
     count = len(kept)
@@ -179,7 +180,6 @@ def _without_padding(
 
 
 def _present(boxes: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which rows are not padding."""
     return np.asarray((boxes != 0).any(axis=1))
 
 
@@ -195,10 +195,3 @@ def _encode(masks: NDArray[Any]) -> list[Any]:
 
 def _as_xywh(boxes: Floats) -> Floats:
     return np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
-
-
-def _iou(predicted: Any, truth: Any) -> Floats:
-    """pycocotools' IoU (N, M) of masks or of boxes x, y, w, h."""
-    if not len(predicted) or not len(truth):
-        return np.zeros((len(predicted), len(truth)))
-    return np.asarray(coco_mask.iou(predicted, truth, [0] * len(truth)), dtype=np.float64)

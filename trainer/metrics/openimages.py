@@ -4,40 +4,37 @@ Rules: https://storage.googleapis.com/openimages/web/evaluation.html. The steps 
 official evaluator (`per_image_evaluation.py` of the TensorFlow Object Detection API). In each image:
 
   1. Classes. An object, a verified label and a detection count for their class and its ancestors, as far as these are
-     evaluated too. A class is evaluated in an image where it is verified, present or absent, or has an annotation;
-     detections of other classes are left out.
-  2. Masks. Each detection, the best score first, is held against the object of its class that it overlaps most. At IoU
-     0.5 or more it is right, unless a better one has taken that object.
-  3. Boxes. Most objects of Open Images have a box and no mask. One detection for each, by box IoU 0.5 or more, is left
-     out: neither right nor wrong. A second one is wrong.
-  4. Groups. A detection that lies in a group-of region of its class with half of its own area or more is left out.
-     Regions with a mask come before step 3, those with only a box after it.
-  5. What is left is wrong. The recall is of the objects that have a mask.
+     among the dataset's classes. A class is evaluated in an image where it is verified, present or absent, or has an
+     annotation; detections of other classes are ignored.
+  2. Masks. Each detection, by descending score, is compared with the object of its class that it overlaps most. At IoU
+     0.5 or more it is right, unless a detection with a higher score was matched with that object.
+  3. Boxes. Most objects of Open Images have a box and no mask. One detection for each, by box IoU 0.5 or more, is
+     ignored: neither right nor wrong. A second one is wrong.
+  4. Groups. A detection with at least half of its area inside a group-of region of its class is ignored. Regions with a
+     mask come before step 3, those with only a box after it.
+  5. The remaining detections are wrong. Recall is over the objects that have a mask.
 
-AP is the area under the precision envelope, as PASCAL VOC has it since 2010; the mean is over the classes that have an
-object with a mask. A detection without a pixel is none. Detections of equal score count in the order of their images'
-ids, so that the numbers are the same for any number of ranks.
+AP is the area under the precision envelope, as in PASCAL VOC since 2010; the mean is over the classes that have an
+object with a mask. A detection without a pixel is ignored. Detections of equal score count in the order of the ids of
+their images, so that the numbers do not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.format.dataset import Category
 from shards.format.sample import Sample
-from trainer.metrics import Gather, alone, images_of_all_ranks
-from trainer.metrics.overlaps import Overlaps, compute_overlaps
-
-if TYPE_CHECKING:
-    from trainer.model.inference import Detections
+from trainer.metrics.metric import PerImageMetric
+from trainer.metrics.overlaps import Comparison
 
 IOU = 0.5
-# What becomes of a detection; all but the first two are left out of the precision.
+# The outcomes of a detection; only the first two count for the precision.
 OUTCOMES = ("right", "wrong", "unmasked", "group", "unverified")
 RIGHT, WRONG, UNMASKED, GROUP, UNVERIFIED = range(len(OUTCOMES))
 
@@ -46,14 +43,14 @@ Parents = Mapping[int, Sequence[int]]  # category id -> ids of all its ancestors
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """What became of the detections of one image; one row for each class that a detection counts for, best score first.
+    """Outcomes of the detections in one image: a row per detection and class that it counts for, by descending score.
 
     Attributes:
-        detections: int64 (K,), which detection it is.
-        labels: int64 (K,), the category it counts for.
-        scores: float32 (K,).
-        outcomes: uint8 (K,), of OUTCOMES.
-        objects: int64 (G,), the category of each object that has a mask, once for each class that it counts for.
+        detections: int64 [K] index of the detection.
+        labels: int64 [K] category id that it counts for.
+        scores: float32 [K].
+        outcomes: uint8 [K] position in OUTCOMES.
+        objects: int64 [G] category id of each object that has a mask, once per class that it counts for.
     """
 
     detections: NDArray[np.int64]
@@ -65,13 +62,13 @@ class Matches:
 
 @dataclass(frozen=True, slots=True)
 class ClassResult:
-    """One class.
+    """Result of one class.
 
     Attributes:
         ap: None where no object of the class has a mask.
-        objects: those with a mask, the class's children among them.
-        outcomes: how many detections became what, by the names of OUTCOMES.
-        recall, precision: float64, a point a counted detection, the best score first; without the envelope.
+        objects: those with a mask, including those of descendants.
+        outcomes: number of detections by outcome, a name of OUTCOMES.
+        recall, precision: float64, after each counted detection by descending score; without the envelope.
     """
 
     category_id: int
@@ -83,30 +80,30 @@ class ClassResult:
     precision: NDArray[np.float64] = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the curves."""
+        """Return plain values, without the curves."""
         return {name: getattr(self, name) for name in ("category_id", "name", "ap", "objects", "outcomes")}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenImagesResult:
-    """The mean AP, 0 to 1, None where no object has a mask; and each class in the dataset's order."""
+    """Mean AP, 0 to 1, None where no object has a mask; and each class in the dataset's order."""
 
     ap: float | None
     images: int
     classes: tuple[ClassResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the curves."""
+        """Return plain values, without the curves."""
         return {"ap": self.ap, "images": self.images, "classes": [one.to_json() for one in self.classes]}
 
     def count(self, outcome: int) -> int:
-        """Detections of all classes that became this."""
+        """Return the number of detections of all classes with this outcome."""
         return sum(one.outcomes[OUTCOMES[outcome]] for one in self.classes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
-    """One image as it travels between ranks; see `Matches`."""
+class _Record:
+    """Outcomes in one image; see `Matches`."""
 
     image_id: str
     labels: NDArray[np.int32]
@@ -115,133 +112,99 @@ class _Image:
     objects: NDArray[np.int32]
 
 
-class OpenImagesMetric:
-    """The challenge's AP over the images that every rank processes; each image must be processed once, on one rank.
+class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
+    """AP of the Open Images Challenge.
 
-    Memory: nine bytes a detection and half a kilobyte an image, held by every rank after gathering, and three times as
-    much on the main one while it sorts: some 20 MB for 5,000 images of 100. Masks are let go as images come in.
+    Memory: nine bytes per detection and half a kilobyte per image on every rank after gathering, and three times as
+    much on the main one while it sorts: about 20 MB for 5,000 images of 100 detections.
 
     Args:
         categories: the classes.
-        parents: see `Parents`; of `read_parents`. Without it, a class's objects are those that the dataset gives it.
-            (A dataset whose builder took a class with its children has the children's objects under that class, and its
-            verified labels say so: nothing is missing. Only where a class and its child are both in the dataset, the
-            child's objects are not the parent's.)
+        parents: ancestors of classes, from `read_parents`. Only needed where the dataset has a class and its child:
+            without it, an object of the child is not one of the class. (Where the dataset has a class without its
+            children, their objects and verified labels were put under the class when the dataset was built.)
     """
 
     def __init__(self, categories: Sequence[Category], parents: Parents | None = None) -> None:
-        self.categories = tuple(categories)
+        super().__init__(categories)
         self.parents = dict(parents or {})
-        self._images: list[_Image] = []
 
-    def reset(self) -> None:
-        """Forget every image."""
-        self._images = []
+    def _record(self, image: Comparison) -> _Record:
+        matches = match(image, self.parents)
+        labels, objects = matches.labels.astype(np.int32), matches.objects.astype(np.int32)
+        return _Record(image.sample.image_id, labels, matches.scores, matches.outcomes, objects)
 
-    def process(self, samples: Sequence[Sample], detections: Sequence[Detections]) -> None:
-        """Take in images and what was found in them, in pixels of the image as stored."""
-        for sample, found in zip(samples, detections, strict=True):
-            matches = match(sample, found, compute_overlaps(sample.instances, found), self.parents)
-            self._images.append(
-                _Image(
-                    sample.image_id,
-                    matches.labels.astype(np.int32),
-                    matches.scores,
-                    matches.outcomes,
-                    matches.objects.astype(np.int32),
-                )
-            )
-
-    def evaluate(self, gather: Gather = alone) -> OpenImagesResult | None:
-        """The result over all ranks' images; None on ranks that `gather` gives nothing.
-
-        Raises:
-            RuntimeError: an image was processed twice.
-        """
-        images = images_of_all_ranks(self._images, gather)
-        if images is None:
-            return None
-        labels = _joined([image.labels for image in images], np.int32)
-        scores = _joined([image.scores for image in images], np.float32)
-        outcomes = _joined([image.outcomes for image in images], np.uint8)
-        objects = _joined([image.objects for image in images], np.int32)
+    def _result(self, records: Sequence[_Record]) -> OpenImagesResult:
+        labels = _concatenate([record.labels for record in records], np.int32)
+        scores = _concatenate([record.scores for record in records], np.float32)
+        outcomes = _concatenate([record.outcomes for record in records], np.uint8)
+        objects = _concatenate([record.objects for record in records], np.int32)
         order = np.argsort(-scores, kind="stable")
         labels, outcomes = labels[order], outcomes[order]
         classes = tuple(
-            _rate(category, outcomes[labels == category.id], int((objects == category.id).sum()))
+            _class_result(category, outcomes[labels == category.id], int((objects == category.id).sum()))
             for category in self.categories
         )
         defined = [one.ap for one in classes if one.ap is not None]
-        return OpenImagesResult(float(np.mean(defined)) if defined else None, len(images), classes)
+        return OpenImagesResult(float(np.mean(defined)) if defined else None, len(records), classes)
 
 
-def match(sample: Sample, found: Detections, overlaps: Overlaps, parents: Parents) -> Matches:
-    """What becomes of each detection of one image; see the module's text for the rules.
-
-    Args:
-        overlaps: of the sample's instances and `found`.
-        parents: see `Parents`.
-    """
-    rows, labels = _expanded(found.labels, parents)
-    columns, truth = _expanded(overlaps.labels, parents)
+def match(image: Comparison, parents: Parents) -> Matches:
+    """Return the outcome of each detection of one image, by the rules in the docstring of this module."""
+    found, overlaps = image.detections, image.overlaps
+    rows, labels = _with_ancestors(found.labels, parents)
+    columns, truth = _with_ancestors(overlaps.labels, parents)
     order = np.argsort(-found.scores[rows], kind="stable")
     order = order[~overlaps.empty[rows[order]]]
     rows, labels = rows[order], labels[order]
     masked, groups = overlaps.masked[columns], overlaps.groups[columns]
-    # Held against annotations of its own class only.
+    # Annotations of other classes do not match. [K, annotations]
     values = np.where(labels[:, None] == truth[None, :], overlaps.values[np.ix_(rows, columns)], -1.0)
 
     outcomes = np.full(len(rows), WRONG, dtype=np.uint8)
-    outcomes[~np.isin(labels, [*verified_classes(sample, parents), *truth])] = UNVERIFIED
-    outcomes[_first_of_each(values[:, masked & ~groups], outcomes == WRONG)] = RIGHT
-    outcomes[_inside(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
-    outcomes[_first_of_each(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
-    outcomes[_inside(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
+    outcomes[~np.isin(labels, [*verified_classes(image.sample, parents), *truth])] = UNVERIFIED
+    outcomes[_match_rows(values[:, masked & ~groups], outcomes == WRONG)] = RIGHT
+    outcomes[_in_region(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
+    outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
+    outcomes[_in_region(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
     return Matches(rows, labels, found.scores[rows], outcomes, truth[masked & ~groups])
 
 
 def verified_classes(sample: Sample, parents: Parents) -> set[int]:
-    """Present classes with their ancestors, absent ones with their descendants."""
+    """Return the present classes with their ancestors, and the absent ones with their descendants."""
     present = {own for label in sample.verified_present for own in (label, *parents.get(label, ()))}
     absent = set(sample.verified_absent)
-    return present | absent | {child for child, above in parents.items() if absent.intersection(above)}
+    return present | absent | {child for child, ancestors in parents.items() if absent.intersection(ancestors)}
 
 
 def precision_recall(right: NDArray[np.bool_], objects: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision and recall after each detection, float64 (K,) each.
+    """Return precision and recall after each detection, float64 [K] each.
 
     Args:
-        right: (K,) whether each counted detection is, the best score first.
-        objects: how many there are to find, at least 1.
+        right: [K] whether each counted detection is right, by descending score.
+        objects: number of objects to find, at least 1.
     """
     hits = np.cumsum(right, dtype=np.float64)
     return hits / np.arange(1, len(right) + 1), hits / objects
 
 
 def average_precision(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> float:
-    """The area under the precision envelope (PASCAL VOC 2010 and later); both as from `precision_recall`."""
+    """Return the area under the precision envelope (PASCAL VOC 2010 and later)."""
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
 
-def _rate(category: Category, outcomes: NDArray[np.uint8], objects: int) -> ClassResult:
-    """One class from the outcomes of its detections, the best score first."""
+def _class_result(category: Category, outcomes: NDArray[np.uint8], objects: int) -> ClassResult:
+    """Return the result of one class from the outcomes of its detections, by descending score."""
     right = outcomes[(outcomes == RIGHT) | (outcomes == WRONG)] == RIGHT
     precision, recall = precision_recall(right, max(objects, 1))
-    counts = np.bincount(outcomes, minlength=len(OUTCOMES)).tolist()
-    return ClassResult(
-        category.id,
-        category.name,
-        average_precision(precision, recall) if objects else None,
-        objects,
-        dict(zip(OUTCOMES, counts, strict=True)),
-        recall,
-        precision,
-    )
+    counts = dict(zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)).tolist(), strict=True))
+    ap = average_precision(precision, recall) if objects else None
+    return ClassResult(category.id, category.name, ap, objects, counts, recall, precision)
 
 
-def _expanded(labels: NDArray[np.int64], parents: Parents) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each entry once for its class and once for each ancestor: its position, and the class."""
+def _with_ancestors(labels: NDArray[np.int64], parents: Parents) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Repeat each entry for its class and each ancestor: return its position and the class."""
     if not parents:
         return np.arange(len(labels)), labels
     pairs = [(i, label) for i, own in enumerate(labels.tolist()) for label in (own, *parents.get(own, ()))]
@@ -249,8 +212,8 @@ def _expanded(labels: NDArray[np.int64], parents: Parents) -> tuple[NDArray[np.i
     return table[:, 0], table[:, 1]
 
 
-def _first_of_each(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The rows that match: among the candidates, the first for each column, held against their largest value only."""
+def _match_rows(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the first candidate row of each column whose largest value is in that column and at least IOU."""
     if not values.shape[1]:
         return np.empty(0, dtype=np.int64)
     best = values.argmax(axis=1)
@@ -259,10 +222,9 @@ def _first_of_each(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -
     return reach[first]
 
 
-def _inside(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows lie in a region."""
+def _in_region(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray((values >= IOU).any(axis=1))
 
 
-def _joined(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+def _concatenate(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *arrays])

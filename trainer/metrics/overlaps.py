@@ -1,9 +1,10 @@
-"""How the detections of one image lie over its annotated objects."""
+"""Overlaps of the detections in an image with its annotations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from shards.format import rle
-from shards.format.sample import Instance
+from shards.format.sample import Instance, Sample
 
 if TYPE_CHECKING:
     from trainer.model.inference import Detections
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Overlaps:
-    """N detections against M annotations of one image.
+    """N detections compared with M annotations of one image.
 
     Attributes:
-        values: float64 (N, M), 0 to 1. Against an object intersection over union, against a group-of region
-            intersection over the detection's own area; of masks where the annotation has one, else of boxes.
-        labels: int64 (M,) category ids of the annotations.
-        masked: bool (M,): the annotation has a mask with a pixel in it.
-        groups: bool (M,): the annotation is a group-of region.
-        empty: bool (N,): the detection's mask has no pixel.
+        values: float64 [N, M], 0 to 1. Of an object, intersection over union; of a group-of region, intersection over
+            the detection's area. Of masks where the annotation has one, else of boxes.
+        labels: int64 [M] category ids of the annotations.
+        masked: bool [M], whether the annotation has a mask of at least one pixel.
+        groups: bool [M], whether the annotation is a group-of region.
+        empty: bool [N], whether the detection's mask has no pixel.
     """
 
     values: NDArray[np.float64]
@@ -37,10 +38,29 @@ class Overlaps:
     empty: NDArray[np.bool_]
 
 
-def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> Overlaps:
-    """Compare by pycocotools, all pairs at once.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """One image with its detections, in pixels of the image as stored."""
 
-    A detection's box is its mask's extent, as in the official evaluation, whose submissions hold masks alone.
+    sample: Sample
+    detections: Detections
+
+    @cached_property
+    def overlaps(self) -> Overlaps:
+        """Overlaps of the detections with the annotations, computed once for all metrics."""
+        return compute_overlaps(self.sample.instances, self.detections)
+
+
+def compare(samples: Sequence[Sample], detections: Sequence[Detections]) -> list[Comparison]:
+    """Return a comparison per image of a batch."""
+    return [Comparison(sample, found) for sample, found in zip(samples, detections, strict=True)]
+
+
+def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> Overlaps:
+    """Compute the overlaps of all pairs by pycocotools.
+
+    A detection's box is the extent of its mask, as in the official Open Images evaluation, where submissions have no
+    boxes.
     """
     masks = [None if i.segmentation is None else i.segmentation.to_coco() for i in instances]
     found = [mask.to_coco() for mask in detections.masks]
@@ -49,38 +69,48 @@ def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> O
     values = np.zeros((len(found), len(masks)))
     if values.size:
         with_mask, without = np.flatnonzero(masked), np.flatnonzero(~masked)
-        values[:, with_mask] = _compare(found, [masks[i] for i in with_mask], groups[with_mask])
+        values[:, with_mask] = compute_iou(found, [masks[i] for i in with_mask], groups[with_mask])
         boxes = np.array([instances[i].bbox for i in without.tolist()], dtype=np.float64).reshape(-1, 4)
-        values[:, without] = _compare(coco_mask.toBbox(found), boxes, groups[without])
+        values[:, without] = compute_iou(coco_mask.toBbox(found), boxes, groups[without])
     return Overlaps(
         values=values,
         labels=np.array([instance.category_id for instance in instances], dtype=np.int64),
         masked=masked,
         groups=groups,
-        # One by one: of more than 255 masks, pycocotools' own `area` is an OverflowError under NumPy 2.
+        # One by one: for more than 255 masks, pycocotools' `area` raises an OverflowError under NumPy 2.
         empty=np.array([rle.area(mask) == 0 for mask in detections.masks], dtype=np.bool_),
     )
 
 
-def pair(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Row after row, the free column with the largest overlap of at least `threshold`; -1 where there is none.
+def compute_iou(found: Any, annotated: Any, groups: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Return pycocotools' IoU, float64 [N, M], of masks or of boxes x, y, w, h.
 
     Args:
-        overlaps: (N, M).
-        threshold: above 0.
+        found: N masks as COCO's RLE, or boxes.
+        annotated: M masks or boxes.
+        groups: bool [M], for which of them the intersection is divided by the area of `found` alone.
+    """
+    if not len(found) or not len(annotated):
+        return np.zeros((len(found), len(annotated)))
+    crowds = [0] * len(annotated) if groups is None else groups.astype(np.uint8).tolist()
+    return np.asarray(coco_mask.iou(found, annotated, crowds), dtype=np.float64)
+
+
+def match_greedily(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Match each row, in order, with the free column that it overlaps most.
+
+    Args:
+        overlaps: [N, M].
+        threshold: the smallest overlap of a match, above 0.
+
+    Returns:
+        The column of each row [N], -1 where no free one reaches the threshold.
     """
     free = np.ones(overlaps.shape[1], dtype=np.bool_)
-    paired = np.full(len(overlaps), -1, dtype=np.int64)
+    matched = np.full(len(overlaps), -1, dtype=np.int64)
     for i, row in enumerate(overlaps):
         candidates = np.where(free & (row >= threshold), row, 0.0)
         if candidates.any():
-            paired[i] = candidates.argmax()
-            free[paired[i]] = False
-    return paired
-
-
-def _compare(found: Any, annotated: Any, groups: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """pycocotools' `iou` of masks, or of boxes x, y, w, h; an annotation that is a crowd is measured as a region is."""
-    if not len(annotated):
-        return np.zeros((len(found), 0))
-    return np.asarray(coco_mask.iou(found, annotated, groups.astype(np.uint8).tolist()), dtype=np.float64)
+            matched[i] = candidates.argmax()
+            free[matched[i]] = False
+    return matched

@@ -1,1 +1,1 @@
-"""Results for people: tables, plots, pictures, a page of the best and worst images. Nothing here computes a metric."""
+"""Results for people: tables, plots, pictures, and a page of the best and worst images. No metric is computed here."""

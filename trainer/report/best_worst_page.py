@@ -1,40 +1,39 @@
-"""The images of a split that went worst and best, as one self-contained HTML page.
+"""A self-contained HTML page of the images of a split with the worst and the best results.
 
-How an image went is told by the F1 of its detections from a score on, matched by the rules of Open Images: what these
-leave out (objects without a mask, groups, classes that nobody verified) is neither good nor bad.
+Images are ranked by the F1 of their detections with at least a given score, matched by the rules of Open Images:
+detections that these ignore (on objects without a mask, in groups, of unverified classes) count neither way.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from shards.format.dataset import Category
-from shards.format.sample import Sample
-from trainer.metrics import Gather, alone
+from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
-from trainer.metrics.overlaps import compute_overlaps
-from trainer.report.pictures import annotated_and_found
+from trainer.metrics.overlaps import Comparison
+from trainer.report.pictures import draw_comparison, encode_jpeg
 
 if TYPE_CHECKING:
-    from trainer.data.collate import EvalBatch
+    from torch import Tensor
+
     from trainer.model.inference import Detections
 
-LONGEST = 800  # pixels of a picture
+LONGER_SIDE = 800  # pixels of a picture
+NO_IMAGES = {"worst": "an error", "best": "a right detection"}
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 1500px; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .75rem; }
-p { margin: .5rem 0; max-width: 90ch; } .rated { font-weight: 600; }
+p { margin: .5rem 0; max-width: 90ch; } .title { font-weight: 600; }
 .grid { display: grid; gap: 1.5rem 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; } figure:has(:checked) { grid-column: 1 / -1; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; position: relative; cursor: zoom-in; }
@@ -42,7 +41,7 @@ figure { margin: 0; } figure:has(:checked) { grid-column: 1 / -1; }
 .pair input { position: absolute; opacity: 0; }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
 .pair span, figcaption { display: block; font-size: .875rem; }
-.what { opacity: .75; } .what, figcaption, .rated { unicode-bidi: isolate; } figcaption { margin-top: .15rem; }
+.what { opacity: .75; } .what, figcaption, .title { unicode-bidi: isolate; } figcaption { margin-top: .15rem; }
 @media (max-width: 700px) {
   .pair { grid-template-columns: 1fr; cursor: auto; } .pair input, .enlarge { display: none; }
 }
@@ -50,8 +49,8 @@ img { display: block; width: 100%; height: auto; border-radius: 4px; }
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """How one image went: detections that are right and wrong, objects that were missed."""
+class ImageScore:
+    """Number of right and wrong detections in an image, and of missed objects."""
 
     image_id: str
     right: int
@@ -60,40 +59,39 @@ class Verdict:
 
     @property
     def f1(self) -> float:
-        """0 to 1; 1 where there was nothing to find and nothing found."""
+        """F1, 0 to 1; 1 if there is no object and no detection."""
         total = 2 * self.right + self.wrong + self.missed
         return 2 * self.right / total if total else 1.0
 
     @property
-    def worst_first(self) -> tuple[float, int, str]:
-        """Sorts the worst image first; of equal ones that with more errors."""
+    def worst(self) -> tuple[float, int, str]:
+        """Sort key, the worst image first; of equal ones the one with more errors."""
         return self.f1, -self.wrong - self.missed, self.image_id
 
     @property
-    def best_first(self) -> tuple[float, int, str]:
-        """Sorts the best image first; of equal ones that with more objects found."""
+    def best(self) -> tuple[float, int, str]:
+        """Sort key, the best image first; of equal ones the one with more objects found."""
         return -self.f1, -self.right, self.image_id
 
 
-def judge(image_id: str, matches: Matches, score: float) -> Verdict:
-    """The verdict on the detections of `score` or more."""
+def score_image(image_id: str, matches: Matches, score: float) -> ImageScore:
+    """Count the detections with at least this score."""
     outcomes = matches.outcomes[matches.scores >= score]
     right = int((outcomes == RIGHT).sum())
-    return Verdict(image_id, right, int((outcomes == WRONG).sum()), len(matches.objects) - right)
+    return ImageScore(image_id, right, int((outcomes == WRONG).sum()), len(matches.objects) - right)
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    verdict: Verdict
-    pixels: NDArray[np.uint8]
-    sample: Sample
-    found: Detections
+    score: ImageScore
+    pixels: Tensor
+    image: Comparison
     matches: Matches
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A picture as it travels between ranks: a JPEG, its size, and what is drawn on it in words."""
+    """A picture as it is sent between ranks: a JPEG, its size, and a description of what is drawn on it."""
 
     jpeg: bytes
     width: int
@@ -101,7 +99,7 @@ class _Picture:
     shows: str
 
 
-class Gallery:
+class BestWorstPage:
     """Collects the images of one rank that may be among the worst or best of all.
 
     Memory: the pixels of at most 2 x `count` images.
@@ -109,36 +107,40 @@ class Gallery:
     Args:
         categories: the classes.
         parents: see `openimages.Parents`.
-        count: how many of the worst and of the best are shown.
-        score: detections below it are neither judged nor drawn.
+        count: number of worst images, and of best images, on the page.
+        score: detections with a lower score are neither counted nor drawn.
     """
 
     def __init__(self, categories: Sequence[Category], parents: Parents, count: int, score: float) -> None:
         self.categories, self.parents, self.count, self.score = tuple(categories), parents, count, score
-        self.worst: list[_Candidate] = []
-        self.best: list[_Candidate] = []
+        self._candidates: dict[str, list[_Candidate]] = {"worst": [], "best": []}
 
-    def add(self, batch: EvalBatch, found: Sequence[Detections]) -> None:
-        """Judge a batch; what cannot come onto the page any more is let go."""
-        for image, sample, detections in zip(batch.images, batch.samples, found, strict=True):
-            matches = match(sample, detections, compute_overlaps(sample.instances, detections), self.parents)
-            verdict = judge(sample.image_id, matches, self.score)
-            candidate = _Candidate(verdict, image.permute(1, 2, 0).numpy(), sample, detections, matches)
-            if verdict.wrong + verdict.missed:
-                self.worst = sorted([*self.worst, candidate], key=lambda c: c.verdict.worst_first)[: self.count]
-            if verdict.right:
-                self.best = sorted([*self.best, candidate], key=lambda c: c.verdict.best_first)[: self.count]
+    def add(self, pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+        """Add a batch; images that can no longer get onto the page are dropped.
 
-    def page(self, title: str, gather: Gather = alone) -> str | None:
-        """The HTML of all ranks' worst and best; None on ranks that `gather` gives nothing."""
-        own = [(kind, c.verdict, self._draw(c)) for kind in ("worst", "best") for c in getattr(self, kind)]
+        Args:
+            pixels: uint8 [3, H, W] RGB each.
+            images: the same images with their detections.
+        """
+        for array, image in zip(pixels, images, strict=True):
+            matches = match(image, self.parents)
+            score = score_image(image.sample.image_id, matches, self.score)
+            candidate = _Candidate(score, array, image, matches)
+            for kind, eligible in (("worst", score.wrong + score.missed), ("best", score.right)):
+                if eligible:
+                    kept = sorted([*self._candidates[kind], candidate], key=attrgetter(f"score.{kind}"))
+                    self._candidates[kind] = kept[: self.count]
+
+    def render(self, title: str, gather: Gather = single_process) -> str | None:
+        """Return the page with the worst and best images of all ranks; None where `gather` returns None."""
+        own = [(kind, c.score, self._draw(c)) for kind, kept in self._candidates.items() for c in kept]
         gathered = gather(own)
         if gathered is None:
             return None
         sections = []
-        for kind, key, nothing in (("worst", "worst_first", "an error"), ("best", "best_first", "a right detection")):
-            entries = [(verdict, pictures) for of_kind, verdict, pictures in gathered if of_kind == kind]
-            ranked = sorted(entries, key=lambda entry: getattr(entry[0], key))[: self.count]
+        for kind, nothing in NO_IMAGES.items():
+            entries = [(score, pictures) for of_kind, score, pictures in gathered if of_kind == kind]
+            ranked = sorted(entries, key=lambda entry: getattr(entry[0], kind))[: self.count]
             if ranked:
                 sections.append(_section(f"The {len(ranked)} {kind}" if len(ranked) > 1 else f"The {kind}", ranked))
             elif self.count:
@@ -146,45 +148,40 @@ class Gallery:
         return _page(title, self.score, sections)
 
     def _draw(self, candidate: _Candidate) -> tuple[_Picture, _Picture]:
-        """What is annotated, and what was found."""
-        sample, found = candidate.sample, candidate.found
-        captions = told_outcomes(found, candidate.matches, self.categories)
-        pictures = annotated_and_found(candidate.pixels, sample, found, self.categories, self.score, captions)
-        annotated = (instance.category_id for instance in sample.instances)
-        shows = (
-            f"annotated: {count_classes(annotated, self.categories)}",
-            f"found: {count_classes(found.labels[found.scores >= self.score].tolist(), self.categories)}",
+        """Draw what is annotated, and what was found."""
+        image, found = candidate.image, candidate.image.detections
+        captions = outcome_captions(found, candidate.matches, self.categories)
+        annotated, detected = draw_comparison(candidate.pixels, image, self.categories, self.score, captions)
+        labels = [instance.category_id for instance in image.sample.instances]
+        found_labels = found.labels[found.scores >= self.score].tolist()
+        return (
+            _encode(annotated, f"annotated: {count_classes(labels, self.categories)}"),
+            _encode(detected, f"found: {count_classes(found_labels, self.categories)}"),
         )
-        one, other = (_encode(picture, words) for picture, words in zip(pictures, shows, strict=True))
-        return one, other
 
 
-def told_outcomes(found: Detections, matches: Matches, categories: Sequence[Category]) -> list[str]:
-    """A caption for each detection: name and score, and whether it is wrong; in brackets what does not count."""
+def outcome_captions(found: Detections, matches: Matches, categories: Sequence[Category]) -> list[str]:
+    """Return a caption per detection: name, score, and `wrong` if it is; in brackets if it does not count."""
     names = {category.id: category.name for category in categories}
     rows = zip(matches.detections.tolist(), matches.labels.tolist(), matches.outcomes.tolist(), strict=True)
-    outcomes = {place: outcome for place, label, outcome in rows if label == found.labels[place]}
+    outcomes = {i: outcome for i, label, outcome in rows if label == found.labels[i]}
     captions = []
-    for place, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True)):
-        text, outcome = f"{names.get(label, f'class {label}')} {score:.2f}", outcomes.get(place)
+    for i, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True)):
+        text, outcome = f"{names.get(label, f'class {label}')} {score:.2f}", outcomes.get(i)
         captions.append(text if outcome == RIGHT else f"{text} wrong" if outcome == WRONG else f"({text})")
     return captions
 
 
 def count_classes(labels: Iterable[int], categories: Sequence[Category]) -> str:
-    """Such as `2 × Person, Car`, in the order of the categories; `nothing` for none."""
+    """Return text such as `2 × Person, Car`, in the order of the categories; `nothing` without labels."""
     counts = Counter(labels)
-    told = [(counts[category.id], category.name) for category in categories if counts[category.id]]
-    return (
-        ", ".join(f"{count} \N{MULTIPLICATION SIGN} {name}" if count > 1 else name for count, name in told) or "nothing"
-    )
+    present = [(counts[category.id], category.name) for category in categories if counts[category.id]]
+    return ", ".join(f"{count} × {name}" if count > 1 else name for count, name in present) or "nothing"
 
 
 def _encode(picture: Image.Image, shows: str) -> _Picture:
-    picture.thumbnail((LONGEST, LONGEST))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return _Picture(buffer.getvalue(), *picture.size, shows)
+    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    return _Picture(encode_jpeg(picture, 85), *picture.size, shows)
 
 
 def _page(title: str, score: float, sections: Sequence[str]) -> str:
@@ -200,32 +197,32 @@ def _page(title: str, score: float, sections: Sequence[str]) -> str:
 </head>
 <body>
 <h1>Worst and best images</h1>
-<p class="rated">{title}</p>
+<p class="title">{title}</p>
 <p>Images are ranked by the F1 of their detections at mask IoU 0.5. Annotated: boxes without a mask are dashed, groups
-hatched; neither counts. Found: detections with a score of {score:g} or more; those in brackets do not count, for they
-lie on such a box or group, or nobody verified their class in the image.</p>
-<p class="enlarge">A pair of pictures is enlarged by a click, or by Tab and Space.</p>
+hatched; neither counts. Found: detections with a score of {score:g} or more; those in brackets do not count, because
+they are on such a box or group, or their class is not verified in the image.</p>
+<p class="enlarge">Click a pair of pictures to enlarge it, or use Tab and Space.</p>
 {"".join(sections)}
 </body>
 </html>
 """
 
 
-def _section(title: str, ranked: Sequence[tuple[Verdict, tuple[_Picture, _Picture]]]) -> str:
+def _section(title: str, ranked: Sequence[tuple[ImageScore, tuple[_Picture, _Picture]]]) -> str:
     figures = []
-    for verdict, pictures in ranked:
-        name = html.escape(verdict.image_id)
+    for score, pictures in ranked:
+        name = html.escape(score.image_id)
         figures.append(
             f'<figure><label class="pair"><input type="checkbox" aria-label="enlarge {name}">'
             f"{''.join(_half(name, picture) for picture in pictures)}</label>\n"
-            f"<figcaption><b>{name}</b>: F1 {verdict.f1:.2f}, {verdict.right} right, {verdict.wrong} wrong, "
-            f"{verdict.missed} missed</figcaption></figure>\n"
+            f"<figcaption><b>{name}</b>: F1 {score.f1:.2f}, {score.right} right, {score.wrong} wrong, "
+            f"{score.missed} missed</figcaption></figure>\n"
         )
     return f'<h2>{html.escape(title)}</h2>\n<div class="grid">\n{"".join(figures)}</div>\n'
 
 
 def _half(name: str, picture: _Picture) -> str:
-    """One picture of a pair, over its words; `name` is HTML already."""
+    """Return one picture of a pair above its description; `name` is HTML already."""
     shows, data = html.escape(picture.shows), base64.b64encode(picture.jpeg).decode("ascii")
     return (
         f'<span><img loading="lazy" width="{picture.width}" height="{picture.height}" alt="{name}, {shows}" '

@@ -1,4 +1,4 @@
-"""What the network sees: validation images, ground truth on the left and predictions on the right.
+"""Pictures of validation images with annotations on the left and detections on the right.
 
 <run>/pictures/step-000100/<ImageID>.jpg
 """
@@ -9,87 +9,85 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from shards.drawing.overlay import draw_instances, legible_scale, titled_picture
 from shards.format.dataset import Category
-from shards.format.sample import Sample
 from shards.storage.location import Location
-from trainer.data.collate import EvalBatch
-from trainer.model.inference import Detections
+from trainer.metrics.overlaps import Comparison
 
 FOLDER = "pictures"
-SHOWN = 0.5  # detections below this score are left out
+SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 GAP = 8  # pixels between the two halves
 
 
-def annotated_and_found(
-    pixels: NDArray[np.uint8],
-    sample: Sample,
-    found: Detections,
+def draw_comparison(
+    pixels: Tensor,
+    image: Comparison,
     categories: Sequence[Category],
     score: float,
     captions: Sequence[str] | None = None,
 ) -> tuple[Image.Image, Image.Image]:
-    """A picture of what is annotated, and one of the detections of `score` or more; small images are enlarged.
+    """Draw the annotations, and the detections with at least a score, on two copies of an image.
 
     Args:
-        pixels: uint8 (H, W, 3) RGB.
-        captions: one a detection of `found`, in place of name and score.
+        pixels: uint8 [3, H, W] RGB; a small image is enlarged.
+        image: the annotations and detections.
+        categories: the classes.
+        score: the lowest score that is drawn.
+        captions: one per detection, drawn instead of name and score.
     """
-    scale = legible_scale(sample.width, sample.height)
-    sure = [i for i, value in enumerate(found.scores) if value >= score]
-    instances, scores = found.instances(), found.scores.tolist()
-    truth = draw_instances(pixels, sample.instances, categories, scale=scale)
-    predicted = draw_instances(
-        pixels,
-        [instances[i] for i in sure],
+    array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
+    scale = legible_scale(image.sample.width, image.sample.height)
+    shown = np.flatnonzero(image.detections.scores >= score).tolist()
+    instances, scores = image.detections.instances(), image.detections.scores.tolist()
+    annotated = draw_instances(array, image.sample.instances, categories, scale=scale)
+    found = draw_instances(
+        array,
+        [instances[i] for i in shown],
         categories,
-        scores=[scores[i] for i in sure],
-        captions=None if captions is None else [captions[i] for i in sure],
+        scores=[scores[i] for i in shown],
+        captions=None if captions is None else [captions[i] for i in shown],
         scale=scale,
     )
-    return truth, predicted
+    return annotated, found
 
 
-def side_by_side(
-    pixels: NDArray[np.uint8], sample: Sample, found: Detections, categories: Sequence[Category], score: float
-) -> Image.Image:
-    """The pictures of `annotated_and_found`, left and right, under a line of text each."""
-    truth, predicted = annotated_and_found(pixels, sample, found, categories, score)
-    sure = sum(value >= score for value in found.scores.tolist())
-    truth = titled_picture(truth, f"annotated: {len(sample.instances)}")
-    predicted = titled_picture(predicted, f"predicted with a score of {score:g} or more: {sure}")
-    both = Image.new("RGB", (truth.width + GAP + predicted.width, truth.height), "white")
-    both.paste(truth, (0, 0))
-    both.paste(predicted, (truth.width + GAP, 0))
-    return both
+def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
+    """Return a picture as JPEG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 class Pictures:
-    """Draws the first images of an evaluation: the same ones each time, for the order is fixed.
+    """Draws the first images of an evaluation, which are the same in every evaluation of a run.
 
     Args:
         categories: the classes.
-        count: how many images.
+        count: number of images.
     """
 
     def __init__(self, categories: Sequence[Category], count: int) -> None:
         self.categories, self.count = categories, count
         self.drawn: dict[str, bytes] = {}
 
-    def add(self, batch: EvalBatch, found: Sequence[Detections]) -> None:
-        """Draw those of a batch that are still wanted."""
-        for image, sample, detections in zip(batch.images, batch.samples, found):
+    def add(self, pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+        """Draw the images of a batch until `count` are drawn."""
+        for array, image in zip(pixels, images, strict=True):
             if len(self.drawn) >= self.count:
                 return
-            both = side_by_side(image.permute(1, 2, 0).numpy(), sample, detections, self.categories, SHOWN)
-            buffer = io.BytesIO()
-            both.save(buffer, "JPEG", quality=90)
-            self.drawn[sample.image_id] = buffer.getvalue()
+            annotated, found = draw_comparison(array, image, self.categories, SHOWN_SCORE)
+            shown = int((image.detections.scores >= SHOWN_SCORE).sum())
+            left = titled_picture(annotated, f"annotated: {len(image.sample.instances)}")
+            right = titled_picture(found, f"predicted with a score of {SHOWN_SCORE:g} or more: {shown}")
+            both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
+            both.paste(left, (0, 0))
+            both.paste(right, (left.width + GAP, 0))
+            self.drawn[image.sample.image_id] = encode_jpeg(both, 90)
 
     def write(self, run: Location, step: int) -> None:
-        """Write what was drawn into the run's folder."""
+        """Write the pictures into the folder of a run."""
         for image_id, data in self.drawn.items():
             (run / FOLDER / f"step-{step:06d}" / f"{image_id}.jpg").write(data)

@@ -1,107 +1,117 @@
-"""An evaluation's numbers for people and for programs: a table, JSON values, a CSV a class."""
+"""The results of an evaluation as a text table, JSON values, and one CSV row per class."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shards.common.tables import text_table
 from shards.common.text import counted
 from shards.format.dataset import Category
 from trainer.metrics.coco import SUMMARY, CocoResult
 from trainer.metrics.confusion import Confusion
-from trainer.metrics.openimages import GROUP, OUTCOMES, UNMASKED, UNVERIFIED, OpenImagesResult
+from trainer.metrics.openimages import GROUP, UNMASKED, UNVERIFIED, OpenImagesResult
 
-TITLES = ("AP", "AP50", "AP75", "small", "medium", "large", "AR1", "AR10", "AR100", "small", "medium", "large")
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLES = [("", "AP"), ("", "AP50"), ("", "AP75"), ("AP", "small"), ("AP", "medium"), ("AP", "large")]
+TITLES += [("", "AR1"), ("", "AR10"), ("", "AR100"), ("AR", "small"), ("AR", "medium"), ("AR", "large")]
+CLASS_TITLES = [("", "class"), ("", "objects"), ("", "masks"), ("COCO boxes", "AP"), ("COCO boxes", "AP50")]
+CLASS_TITLES += [("COCO masks", "AP"), ("COCO masks", "AP50"), ("Open Images masks", "AP50")]
 NOTHING, MISSED = "(nothing annotated)", "(nothing found)"
+IGNORED = {  # by the Open Images AP, with what COCO's mask AP does instead
+    UNMASKED: "on an object that has a box and no mask: COCO's mask AP counts each as an error, although it is right",
+    UNVERIFIED: "of a class that nobody verified in the image: COCO counts each as an error, although it may be right",
+    GROUP: "in a group-of region of the same class: COCO ignores them as well",
+}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One set of detections by two metrics."""
+    """One set of detections evaluated by two metrics."""
 
     coco: CocoResult
     open_images: OpenImagesResult
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `bbox` and `segm` are COCO's."""
+        """Return plain values: `bbox` and `segm` are COCO's."""
         return {**self.coco.to_json(), "open_images": self.open_images.to_json()}
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The evaluation as a table for people, in per cent."""
+    """Return the evaluation as tables, in per cent."""
+    import pandas as pd
+
     coco = evaluation.coco
-    rated, objects = counted(coco.images, "image"), counted(coco.boxes, "object")
-    lines = [f"{rated}, {objects}, {coco.masks} with a mask, {counted(coco.detections, 'detection')}", ""]
-    lines.append(f"{'COCO':<16}" + "".join(f"{title:>7}" for title in TITLES))
-    for name, scores in (("boxes", coco.bbox), ("masks", coco.segm)):
-        lines.append(f"{name:<16}" + "".join(_percent(getattr(scores, column), 7) for column in SUMMARY))
-    lines += ["", *class_table(evaluation), "", *differences(evaluation)]
-    return "\n".join(lines)
+    images, objects = counted(coco.images, "image"), counted(coco.boxes, "object")
+    kinds = {"boxes": coco.bbox, "masks": coco.segm}
+    rows = [[kind, *(getattr(scores, name) for name in SUMMARY)] for kind, scores in kinds.items()]
+    table = pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples([("", "COCO"), *TITLES]))
+    lines = [f"{images}, {objects}, {coco.masks} with a mask, {counted(coco.detections, 'detection')}", ""]
+    lines += [*text_table(table, dict.fromkeys(TITLES, in_percent)), "", *class_table(evaluation), ""]
+    return "\n".join([*lines, *ignored_detections(evaluation)])
+
+
+def class_scores(evaluation: Evaluation) -> pd.DataFrame:
+    """Return COCO's and Open Images' results side by side, one row per class; missing where nothing is annotated."""
+    import pandas as pd
+
+    coco, open_images = evaluation.coco, evaluation.open_images
+    rows = [
+        {
+            "category_id": box.category_id,
+            "name": box.name,
+            "objects": box.objects,
+            "masks": mask.objects,
+            "box_ap": box.ap,
+            "box_ap50": box.ap50,
+            "mask_ap": mask.ap,
+            "mask_ap50": mask.ap50,
+            "open_images_ap": result.ap,
+            "open_images_objects": result.objects,
+            **result.outcomes,
+        }
+        for box, mask, result in zip(coco.bbox.classes, coco.segm.classes, open_images.classes, strict=True)
+    ]
+    return pd.DataFrame(rows)
 
 
 def class_table(evaluation: Evaluation) -> list[str]:
-    """COCO and Open Images side by side, a line a class."""
-    coco, open_images = evaluation.coco, evaluation.open_images
-    names = [entry.name for entry in coco.bbox.classes]
-    width = max(16, *(len(name) + 2 for name in names)) if names else 16
-    lines = [
-        f"{'':<{width}}{'':>18}{'COCO boxes':>16}{'COCO masks':>16}{'Open Images masks':>20}",
-        f"{'class':<{width}}{'objects':>9}{'masks':>9}" + f"{'AP':>8}{'AP50':>8}" * 2 + f"{'AP50':>20}",
-    ]
-    for name, box, mask, ours in zip(names, coco.bbox.classes, coco.segm.classes, open_images.classes, strict=True):
-        numbers = "".join(_percent(v, 8) for v in (box.ap, box.ap50, mask.ap, mask.ap50))
-        lines.append(f"{name:<{width}}{box.objects:>9}{mask.objects:>9}{numbers}{_percent(ours.ap, 20)}")
-    numbers = "".join(_percent(v, 8) for v in (coco.bbox.ap, coco.bbox.ap50, coco.segm.ap, coco.segm.ap50))
-    return [*lines, f"{'mean':<{width}}{coco.boxes:>9}{coco.masks:>9}{numbers}{_percent(open_images.ap, 20)}"]
+    """Return the lines of a table of the classes and their mean."""
+    import pandas as pd
+
+    box, mask = evaluation.coco.bbox, evaluation.coco.segm
+    mean = ["mean", evaluation.coco.boxes, evaluation.coco.masks, box.ap, box.ap50, mask.ap, mask.ap50]
+    table = class_scores(evaluation).loc[:, "name":"open_images_ap"]  # type: ignore[misc]
+    table.loc[len(table)] = [*mean, evaluation.open_images.ap]
+    table.columns = pd.MultiIndex.from_tuples(CLASS_TITLES)
+    return text_table(table, dict.fromkeys(CLASS_TITLES[3:], in_percent))
 
 
-def differences(evaluation: Evaluation) -> list[str]:
-    """Why COCO's mask AP and the Open Images AP are not the same, with the numbers of this evaluation."""
-    left_out = {outcome: evaluation.open_images.count(outcome) for outcome in (UNMASKED, UNVERIFIED, GROUP)}
-    lines = [f"Detections that the Open Images AP leaves out: {sum(left_out.values())}"]
-    if left_out[UNMASKED]:
-        lines.append(
-            f"  {left_out[UNMASKED]} on an object that has a box and no mask: COCO's mask AP counts each as an error, "
-            "right as it is"
-        )
-    if left_out[UNVERIFIED]:
-        lines.append(
-            f"  {left_out[UNVERIFIED]} of a class that nobody verified in the image: COCO counts each as an error, "
-            "though the object may be there"
-        )
-    if left_out[GROUP]:
-        lines.append(f"  {left_out[GROUP]} in a group-of region of the same class: COCO leaves such out, too")
-    return lines
+def ignored_detections(evaluation: Evaluation) -> list[str]:
+    """Return why COCO's mask AP and the Open Images AP differ, with the counts of this evaluation."""
+    counts = {outcome: evaluation.open_images.count(outcome) for outcome in IGNORED}
+    lines = [f"Detections that the Open Images AP leaves out: {sum(counts.values())}"]
+    return lines + [f"  {count} {IGNORED[outcome]}" for outcome, count in counts.items() if count]
 
 
 def class_csv(evaluation: Evaluation, categories: Sequence[Category]) -> str:
-    """A row a class; fractions from 0 to 1, empty where nothing is annotated."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    columns = ("category_id", "name", "mid", "objects", "masks", "box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    table.writerow([*columns, "open_images_ap", "open_images_objects", *OUTCOMES])
-    coco = evaluation.coco
-    for category, box, mask, ours in zip(
-        categories, coco.bbox.classes, coco.segm.classes, evaluation.open_images.classes, strict=True
-    ):
-        scores = (box.ap, box.ap50, mask.ap, mask.ap50, ours.ap)
-        counts = (ours.objects, *(ours.outcomes[outcome] for outcome in OUTCOMES))
-        table.writerow([category.id, category.name, category.mid, box.objects, mask.objects, *scores, *counts])
-    return buffer.getvalue()
+    """Return one CSV row per class; fractions from 0 to 1, empty where nothing is annotated."""
+    table = class_scores(evaluation)
+    table.insert(2, "mid", [category.mid for category in categories])
+    return str(table.to_csv(index=False, lineterminator="\n"))
 
 
 def confusion_csv(confusion: Confusion) -> str:
-    """A row for what is annotated, a column for what was found."""
-    buffer = io.StringIO()
-    table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["annotated / found", *confusion.names, MISSED])
-    for name, row in zip((*confusion.names, NOTHING), confusion.counts.tolist(), strict=True):
-        table.writerow([name, *row])
-    return buffer.getvalue()
+    """Return a CSV with a row per annotated class and a column per detected class."""
+    import pandas as pd
+
+    table = pd.DataFrame(confusion.counts, [*confusion.names, NOTHING], [*confusion.names, MISSED])
+    return str(table.to_csv(index_label="annotated / found", lineterminator="\n"))
 
 
-def _percent(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else format(100 * value, '.1f'):>{width}}"
+def in_percent(value: float | None) -> str:
+    """Return a fraction in per cent with one decimal, `-` for None."""
+    return "-" if value is None else f"{100 * value:.1f}"

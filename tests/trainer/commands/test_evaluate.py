@@ -17,13 +17,13 @@ from shards.format.dataset import Category
 from tests.trainer import tiny
 from tests.trainer.metrics.test_coco import detections, instance, random_pairs, sample
 from trainer.commands import evaluate
-from trainer.data.collate import EvalBatch
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.confusion import ConfusionMetric
 from trainer.metrics.openimages import OpenImagesMetric
+from trainer.metrics.overlaps import compare
 from trainer.model.inference import Detections
-from trainer.report.best_worst_page import Gallery, Verdict
-from trainer.report.score_plots import draw_confusion, draw_precision_recall, read_curve
+from trainer.report.best_worst_page import BestWorstPage, ImageScore
+from trainer.report.score_plots import draw_confusion, draw_precision_recall, precision_curve
 from trainer.report.scorecard import Evaluation, class_csv, confusion_csv, summary
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"), Category(5, "A $ & <b>sign</b>", "/m/s"))
@@ -34,8 +34,9 @@ A, B, C = (20.0, 20.0, 50.0, 50.0), (100.0, 20.0, 50.0, 50.0), (20.0, 100.0, 50.
 def evaluation_of(pairs: Any) -> Evaluation:
     coco, open_images = CocoMetric(CATEGORIES), OpenImagesMetric(CATEGORIES)
     for one, found in pairs:
-        coco.process([one], [found])
-        open_images.process([one], [found])
+        images = compare([one], [found])
+        coco.process(images)
+        open_images.process(images)
     by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
     assert by_coco is not None
     assert by_open_images is not None
@@ -160,7 +161,7 @@ def test_summary_counts_detections_that_only_coco_counts_as_errors() -> None:
     assert "Detections that the Open Images AP leaves out: 3\n" in table
     assert "1 on an object that has a box and no mask: COCO's mask AP counts each as an error" in table
     assert "1 of a class that nobody verified in the image: COCO counts each as an error" in table
-    assert "1 in a group-of region of the same class: COCO leaves such out, too" in table
+    assert "1 in a group-of region of the same class: COCO ignores them as well" in table
     assert re.search(r"^Person +2 +1 +\S+ +\S+ +50\.0 +50\.0 +100\.0$", table, re.M)
     rows = list(csv.DictReader(io.StringIO(class_csv(evaluation, CATEGORIES))))
     assert (rows[0]["right"], rows[0]["unmasked"], rows[1]["group"], rows[2]["unverified"]) == ("1", "1", "1", "1")
@@ -172,7 +173,7 @@ def test_the_mean_of_a_curve_is_the_ap() -> None:
     evaluation = evaluation_of(random_pairs(12))
     for k, scores in enumerate(evaluation.open_images.classes):
         assert scores.ap is not None
-        curve = read_curve(scores)
+        curve = precision_curve(scores)
         assert curve.shape == (101,)
         assert (np.diff(curve) <= 0).all()
         assert curve.mean() == pytest.approx(scores.ap, abs=0.02)
@@ -185,20 +186,19 @@ def test_the_mean_of_a_curve_is_the_ap() -> None:
 
 def test_a_confusion_matrix_computed_by_hand() -> None:
     metric = ConfusionMetric(CATEGORIES, 0.5)
-    metric.process(
-        [
-            # A car detected as a person; a person found, but also detected as a car; a missed person.
-            sample("a", instance(2, A), instance(1, B), instance(1, C)),
-            # Found by its box; a duplicate; nothing there; below the score; an unverified class.
-            sample("b", instance(1, A, mask=False)),
-            sample("c", instance(1, A, group=True)),
-        ],
-        [
-            detections((1, A, 0.9), (2, B, 0.8), (1, B, 0.7)),
-            detections((1, A, 0.9), (1, A, 0.8), (1, C, 0.7), (1, B, 0.4), (5, B, 0.9)),
-            detections((1, (30.0, 30.0, 20.0, 20.0), 0.9)),
-        ],
-    )
+    samples = [
+        # A car detected as a person; a person found, but also detected as a car; a missed person.
+        sample("a", instance(2, A), instance(1, B), instance(1, C)),
+        # Found by its box; a duplicate; nothing there; below the score; an unverified class.
+        sample("b", instance(1, A, mask=False)),
+        sample("c", instance(1, A, group=True)),
+    ]
+    found = [
+        detections((1, A, 0.9), (2, B, 0.8), (1, B, 0.7)),
+        detections((1, A, 0.9), (1, A, 0.8), (1, C, 0.7), (1, B, 0.4), (5, B, 0.9)),
+        detections((1, (30.0, 30.0, 20.0, 20.0), 0.9)),
+    ]
+    metric.process(compare(samples, found))
     result = metric.evaluate()
     assert result is not None
     assert result.counts.tolist() == [[2, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [2, 1, 0, 0]]
@@ -236,18 +236,18 @@ def test_the_page_shows_the_worst_and_the_best_of_all_ranks() -> None:
         found = Detections(boxes, labels, scores, tuple(o.segmentation for o in kept if o.segmentation))
         pixels = np.asarray(Image.open(io.BytesIO(one.image)).convert("RGB"))
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        batches.append((EvalBatch([image], [replace(one, image=b"")]), [found]))
-    whole = Gallery(categories, {}, 3, 0.5)
-    ranks = [Gallery(categories, {}, 3, 0.5) for _ in range(2)]
-    for i, (batch, detected) in enumerate(batches):
-        whole.add(batch, detected)
-        ranks[i % 2].add(batch, detected)
+        batches.append(([image], compare([replace(one, image=b"")], [found])))
+    whole = BestWorstPage(categories, {}, 3, 0.5)
+    ranks = [BestWorstPage(categories, {}, 3, 0.5) for _ in range(2)]
+    for i, batch in enumerate(batches):
+        whole.add(*batch)
+        ranks[i % 2].add(*batch)
     title = 'run <script>alert(1)</script> & "co"'
-    page = whole.page(title)
+    page = whole.render(title)
     assert page is not None
     others: list[Any] = []
-    assert ranks[1].page(title, lambda own: others.extend(own)) is None
-    assert ranks[0].page(title, lambda own: [*own, *others]) == page
+    assert ranks[1].render(title, lambda own: others.extend(own)) is None
+    assert ranks[0].render(title, lambda own: [*own, *others]) == page
 
     tags = Tags(page)
     pictures = [attributes for tag, attributes in tags.tags if tag == "img"]
@@ -262,11 +262,11 @@ def test_the_page_shows_the_worst_and_the_best_of_all_ranks() -> None:
 
 def test_verdicts_are_sorted_by_f1() -> None:
     good, fair, bad, awful = (
-        Verdict("g", 5, 0, 0),
-        Verdict("f", 1, 1, 0),
-        Verdict("b", 0, 0, 1),
-        Verdict("a", 0, 3, 2),
+        ImageScore("g", 5, 0, 0),
+        ImageScore("f", 1, 1, 0),
+        ImageScore("b", 0, 0, 1),
+        ImageScore("a", 0, 3, 2),
     )
     assert (good.f1, fair.f1, bad.f1) == pytest.approx((1, 2 / 3, 0))
-    assert sorted([good, fair, bad, awful], key=lambda v: v.worst_first) == [awful, bad, fair, good]
-    assert sorted([fair, Verdict("h", 6, 0, 0), good], key=lambda v: v.best_first)[0].right == 6
+    assert sorted([good, fair, bad, awful], key=lambda v: v.worst) == [awful, bad, fair, good]
+    assert sorted([fair, ImageScore("h", 6, 0, 0), good], key=lambda v: v.best)[0].right == 6

@@ -1,4 +1,4 @@
-"""matterport's metrics, against pixels and loops, and where they differ from matterport's own code."""
+"""matterport's metrics: worked by hand, compared with loops over pixels, and where they differ from matterport."""
 
 import inspect
 from typing import Any
@@ -24,82 +24,77 @@ def arrays(*entries: tuple[int, Box]) -> tuple[NDArray[Any], NDArray[Any], NDArr
     return np.array([b for _, b in entries]).reshape(-1, 4), np.array([c for c, _ in entries], int), masks
 
 
-def rate(truth: list[tuple[int, Box]], predicted: list[tuple[int, Box, float]], **more: Any) -> Any:
+def score(truth: list[tuple[int, Box]], predicted: list[tuple[int, Box, float]], **more: Any) -> Any:
     boxes, ids, masks = arrays(*[(c, b) for c, b, _ in predicted])
     return compute_ap(*arrays(*truth), boxes, ids, np.array([s for _, _, s in predicted]), masks, **more)
 
 
-def test_by_hand() -> None:
-    value, precisions, recalls, overlaps = rate([(1, A), (1, B)], [(1, B, 0.7), (1, A, 0.9), (1, C, 0.8)])
+def test_compute_ap_by_hand() -> None:
+    value, precisions, recalls, overlaps = score([(1, A), (1, B)], [(1, B, 0.7), (1, A, 0.9), (1, C, 0.8)])
     assert value == pytest.approx(1 / 2 + 1 / 3)
     np.testing.assert_allclose(precisions, [1, 1, 2 / 3, 2 / 3, 0])
     np.testing.assert_allclose(recalls, [0, 0.5, 0.5, 1, 1])
     np.testing.assert_allclose(overlaps, [[1, 0], [0, 0], [0, 1]])  # in the order of the scores
-    assert rate([(1, A)], [(2, A, 0.9)])[0] == 0
-    assert rate([(1, A)], [(1, (0, 0, 10, 5), 0.9)])[0] == 1  # half is enough
-    assert rate([(1, A)], [(1, (0, 0, 10, 5), 0.9)], iou_threshold=0.51)[0] == 0
+    assert score([(1, A)], [(2, A, 0.9)])[0] == 0
+    assert score([(1, A)], [(1, (0, 0, 10, 5), 0.9)])[0] == 1  # half is enough
+    assert score([(1, A)], [(1, (0, 0, 10, 5), 0.9)], iou_threshold=0.51)[0] == 0
 
 
 def test_an_object_is_found_once() -> None:
     # matterport finds A twice here, because the first prediction has the number 0, and says 1.0 at recall 2 of 2.
-    value, _, recalls, _ = rate([(1, A), (1, B)], [(1, A, 0.9), (1, A, 0.8)])
+    value, _, recalls, _ = score([(1, A), (1, B)], [(1, A, 0.9), (1, A, 0.8)])
     assert value == 0.5
     assert recalls[2] == 0.5
     # The second may take another object that it covers as well.
     double = [(1, (0, 0, 10, 10)), (1, (0, 1, 10, 11))]
-    assert rate(double, [(1, (0, 0, 10, 10), 0.9), (1, (0, 0, 10, 10), 0.8)])[0] == 1
+    assert score(double, [(1, (0, 0, 10, 10), 0.9), (1, (0, 0, 10, 10), 0.8)])[0] == 1
 
 
-def test_padding_is_left_out_wherever_it_stands() -> None:
+def test_padding_is_removed_at_any_position() -> None:
     pad = (0, 0, 0, 0)
-    plain = rate([(1, A), (2, B)], [(1, A, 0.9), (2, B, 0.8), (1, C, 0.85)])
-    padded = rate([(0, pad), (1, A), (2, B)], [(1, A, 0.9), (0, pad, 0.0), (2, B, 0.8), (1, C, 0.85), (0, pad, 0.0)])
-    for ours, theirs in zip(padded, plain, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_padding_is_no_object_of_the_recall() -> None:
-    pad = (0, 0, 0, 0)
+    plain = score([(1, A), (2, B)], [(1, A, 0.9), (2, B, 0.8), (1, C, 0.85)])
+    padded = score([(0, pad), (1, A), (2, B)], [(1, A, 0.9), (0, pad, 0.0), (2, B, 0.8), (1, C, 0.85), (0, pad, 0.0)])
+    for value, expected in zip(padded, plain, strict=True):
+        np.testing.assert_array_equal(value, expected)
     recall, positive = compute_recall([pad, A, B], [A, pad, C, pad], 0.5)
     assert (recall, positive.tolist()) == (0.5, [1])
     assert np.isnan(compute_recall([A], [pad], 0.5)[0])
 
 
 @pytest.mark.parametrize("threshold", [0, -0.5, 1.01, float("nan")])
-def test_an_iou_out_of_range_is_refused(threshold: float) -> None:
-    told = "is {}: it must be above 0 and up to 1".format
-    with pytest.raises(ValueError, match="iou_threshold " + told(threshold)):
-        rate([(1, A)], [(1, A, 0.9)], iou_threshold=threshold)
-    with pytest.raises(ValueError, match="iou " + told(threshold)):
+def test_an_iou_out_of_range_is_an_error(threshold: float) -> None:
+    with pytest.raises(ValueError, match=f"iou_threshold is {threshold}: it must be above 0 and up to 1"):
+        score([(1, A)], [(1, A, 0.9)], iou_threshold=threshold)
+    with pytest.raises(ValueError, match=f"iou is {threshold}: it must be above 0 and up to 1"):
         compute_recall([A], [A], threshold)
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_arrays_that_do_not_fit_together_are_an_error() -> None:
     boxes, ids, masks = arrays((1, A), (1, B))
     with pytest.raises(ValueError, match=r"pred_masks 30 x 40: both must have the image's size"):
         compute_ap(boxes, ids, masks, boxes, ids, [0.9, 0.8], masks[:30])
-    with pytest.raises(ValueError, match="pred_scores holds NaN, 1 of 2"):
+    with pytest.raises(ValueError, match="pred_scores contains NaN, 1 of 2"):
         compute_ap(boxes, ids, masks, boxes, ids, [0.9, np.nan], masks)
     with pytest.raises(ValueError, match=r"gt_masks has the shape \(40, 40\): it must be \(H, W, 1\)"):
         compute_ap(boxes[:1], ids[:1], masks[:, :, 0], boxes, ids, [0.9, 0.8], masks)
-    # Nothing is compared where there is nothing: of no size, and a score of padding.
+    with pytest.raises(ValueError, match="1 gt_boxes, 0 gt_class_ids, 1 gt_masks"):
+        compute_ap([A], [], np.zeros((4, 4, 1)), [], [], [], np.zeros((4, 4, 0)))
+    # Without predictions, or in padding, sizes and scores do not matter.
     assert compute_ap(boxes, ids, masks, [], [], [], np.zeros((9, 9, 0)))[0] == 0
     padded = np.concatenate([boxes, np.zeros((1, 4))])
     assert compute_ap(boxes, ids, masks, padded, [1, 1, 0], [0.9, 0.8, np.nan], masks[:, :, [0, 1, 0]])[0] == 1
 
 
-def test_nothing_there_and_nothing_found() -> None:
-    value, precisions, recalls, overlaps = rate([(1, A)], [])
+def test_compute_ap_without_objects_or_predictions() -> None:
+    value, precisions, recalls, overlaps = score([(1, A)], [])
     assert (value, precisions.tolist(), recalls.tolist(), overlaps.shape) == (0, [0, 0], [0, 1], (0, 1))
     for predicted in ([], [(1, A, 0.9)]):
-        value, _, _, overlaps = rate([], predicted)
+        value, _, _, overlaps = score([], predicted)
         assert np.isnan(value)
         assert overlaps.shape == (len(predicted), 0)
-    with pytest.raises(ValueError, match="1 gt_boxes, 0 gt_class_ids, 1 gt_masks"):
-        compute_ap([A], [], np.zeros((4, 4, 1)), [], [], [], np.zeros((4, 4, 0)))
 
 
-def test_the_range(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compute_ap_range(capsys: pytest.CaptureFixture[str]) -> None:
     truth, predicted = arrays((1, A)), arrays((1, (0, 0, 10, 8)))  # IoU 0.8
     boxes, ids, masks = predicted
     assert compute_ap_range(*truth, boxes, ids, [0.9], masks) == pytest.approx(0.7)  # 0.50 to 0.80
@@ -111,7 +106,7 @@ def test_the_range(capsys: pytest.CaptureFixture[str]) -> None:
         compute_ap_range(*truth, boxes, ids, [0.9], masks, iou_thresholds=[])
 
 
-def test_recall_pairs_boxes_one_to_one() -> None:
+def test_compute_recall_matches_boxes_one_to_one() -> None:
     recall, positive = compute_recall([A, A, C], [A, B], 0.5)
     assert (recall, positive.tolist()) == (0.5, [0, 1])
     # Both predictions overlap the first object most; matterport loses the second one.
@@ -158,10 +153,12 @@ def test_agrees_with_the_slow_version(seed: int) -> None:
     truth = [(int(rng.integers(1, 3)), box()) for _ in range(rng.integers(1, 5))]
     predicted = [(int(rng.integers(1, 3)), box(b), float(np.round(rng.random(), 1))) for _, b in truth * 2]
     for threshold in (0.3, 0.5, 0.75):
-        assert rate(truth, predicted, iou_threshold=threshold)[0] == pytest.approx(slow_ap(truth, predicted, threshold))
+        assert score(truth, predicted, iou_threshold=threshold)[0] == pytest.approx(
+            slow_ap(truth, predicted, threshold)
+        )
 
 
-def test_the_arguments_are_matterports() -> None:
+def test_arguments_are_those_of_matterport() -> None:
     """Names, order and defaults, as calls by position rely on them."""
     arrays_of = "gt_box{0} gt_class_id{1} gt_mask{1} pred_box{0} pred_class_id{1} pred_score{1} pred_mask{1}"
     for function, names in (
@@ -169,8 +166,8 @@ def test_the_arguments_are_matterports() -> None:
         (compute_ap_range, arrays_of.format("", "") + " iou_thresholds=None verbose=1"),
         (compute_recall, "pred_boxes gt_boxes iou"),
     ):
-        told = []
+        parameters = []
         for one in inspect.signature(function).parameters.values():
             assert one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            told.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}")
-        assert " ".join(told) == names
+            parameters.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}")
+        assert " ".join(parameters) == names

@@ -1,4 +1,4 @@
-"""The metrics on real annotations: their masks moved, doubled and mislabelled serve as detections."""
+"""The metrics on real annotations, whose shifted, duplicated and mislabelled masks serve as detections."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,19 @@ from shards.format.dataset import Category, open_dataset
 from shards.format.sample import Sample
 from shards.stream.streams import EvalStream
 from tests.trainer import tiny
-from tests.trainer.metrics.test_coco import by_pycocotools, numbers
-from tests.trainer.metrics.test_openimages import slow_ap
+from tests.trainer.metrics.reference import open_images_ap, pycocotools_stats
+from tests.trainer.metrics.test_coco import numbers
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
+from trainer.metrics.overlaps import compare
 from trainer.model.inference import Detections
 
 SAMPLE = tiny.ROOT / ".." / "shared" / "openimages-sample"
 Pairs = list[tuple[Sample, Detections]]
 
 
-def shaken(sample: Sample, categories: Sequence[Category]) -> Detections:
-    """What a fair detector might find in an image: most objects, in about their places, and some twice or as others."""
+def detect_roughly(sample: Sample, categories: Sequence[Category]) -> Detections:
+    """Detections of most objects, near their positions, some of them twice or as other classes."""
     rng = np.random.default_rng([int(c, 16) for c in sample.image_id])
     masks, labels = [], []
     for instance in sample.instances:
@@ -44,8 +45,8 @@ def shaken(sample: Sample, categories: Sequence[Category]) -> Detections:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not here")
-def test_real_annotations(tmp_path: Path) -> None:
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} does not exist")
+def test_metrics_agree_with_the_references_on_real_annotations(tmp_path: Path) -> None:
     sources = ["--images", str(SAMPLE / "open-images-dataset"), "--annotations", str(SAMPLE / "openimages")]
     built = tiny.run(
         "-m", ["builder.commands.cli", "--per-class", "1000", *sources, "--no-cache", "--out", str(tmp_path / "s")]
@@ -55,20 +56,20 @@ def test_real_annotations(tmp_path: Path) -> None:
     pairs: Pairs = []
     for split in ("train", "val", "test"):
         for batch in EvalStream(dataset, split, batch_size=4, rank=0, world=1):
-            pairs.extend((sample, shaken(sample, dataset.categories)) for sample in batch)
+            pairs.extend((sample, detect_roughly(sample, dataset.categories)) for sample in batch)
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories)
-    for sample, found in pairs:
-        coco.process([sample], [found])
-        open_images.process([sample], [found])
+    images = compare(*zip(*pairs, strict=True))
+    coco.process(images)
+    open_images.process(images)
     by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
     assert by_coco is not None
     assert by_open_images is not None
     assert by_coco.boxes > 1.2 * by_coco.masks > 60
     pairs.sort(key=lambda pair: pair[0].image_id)
-    for task, scores in (("bbox", by_coco.bbox), ("segm", by_coco.segm)):
-        assert numbers(scores) == pytest.approx(by_pycocotools(task, pairs, dataset.categories), abs=1e-9)
-        assert 0.05 < (scores.ap or 0) < 0.95
-    for ours in by_open_images.classes:
-        assert ours.ap == pytest.approx(slow_ap(pairs, ours.category_id, set()), abs=1e-12)
-    assert sum(ours.outcomes["unmasked"] for ours in by_open_images.classes) > 10
+    assert numbers(by_coco.bbox) == pytest.approx(pycocotools_stats("bbox", pairs, dataset.categories), abs=1e-9)
+    assert numbers(by_coco.segm) == pytest.approx(pycocotools_stats("segm", pairs, dataset.categories), abs=1e-9)
+    assert 0.05 < (by_coco.segm.ap or 0) < (by_coco.bbox.ap or 0) < 0.95
+    for one in by_open_images.classes:
+        assert one.ap == pytest.approx(open_images_ap(pairs, one.category_id, set()), abs=1e-12)
+    assert sum(one.outcomes["unmasked"] for one in by_open_images.classes) > 10
     assert (by_open_images.ap or 0) > (by_coco.segm.ap50 or 0)

@@ -1,14 +1,63 @@
-"""`inference.paste` gives torchvision's masks in bounded memory."""
+"""`detect` and `paste` give torchvision's detections in bounded memory, and handle thin images."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from shards.format import rle
+from tests.trainer import tiny
+from trainer.commands import train
+from trainer.data.augment import scaled_size
 from trainer.model import inference
-from trainer.model.inference import paste
+from trainer.model.build import build_model
+from trainer.model.inference import detect, paste
+
+
+def small_network(**changes: object) -> MaskRCNN:
+    """An untrained network for images of 64 pixels."""
+    config = train.parse(tiny.arguments(tiny.ROOT, tiny.ROOT, **changes))
+    torch.manual_seed(0)
+    return build_model(config.model, config.data, 3).eval()
+
+
+@pytest.mark.parametrize("limit", [1, 2**30])
+def test_detect_gives_the_detections_of_torchvision(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "PASTE_BYTES", limit)  # one mask at a time, or all at once
+    network = small_network()
+    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((90, 130), (64, 64))]
+    with torch.no_grad():
+        expected = network([image / 255 for image in images])
+    for found, entry in zip(detect(network, images, "cpu"), expected, strict=True):
+        assert len(found) > 5
+        for name in ("boxes", "labels", "scores"):
+            np.testing.assert_array_equal(getattr(found, name), entry[name].numpy())
+        masks = np.stack([rle.decode(mask) for mask in found.masks])
+        np.testing.assert_array_equal(masks, (entry["masks"][:, 0] >= 0.5).numpy())
+    with pytest.raises(RuntimeError, match="call eval"):
+        detect(network.train(), images, "cpu")
+
+
+@pytest.mark.parametrize("thin", [(3, 600), (600, 1), (5, 600), (1, 1)])
+def test_detect_resizes_a_thin_image_as_training_does(thin: tuple[int, int]) -> None:
+    network = small_network(model__score_threshold=0.0)
+    seen: list[tuple[int, int]] = []
+    network.rpn.register_forward_pre_hook(lambda _, given: seen.extend(given[0].image_sizes))
+    image, other = (torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in (thin, (48, 64)))
+    found = detect(network, [image, other], "cpu")
+    assert seen == [scaled_size(*size, 64, 64) for size in (thin, (48, 64))]
+    assert len(found[1]) > 0
+    assert np.isfinite(found[0].boxes).all()
+    assert all((mask.height, mask.width) == thin for mask in found[0].masks)
+    assert (found[0].boxes <= np.array([thin[1], thin[0]] * 2)).all()
+
+
+def test_detect_without_detections() -> None:
+    (found,) = detect(small_network(model__score_threshold=1.0), [torch.zeros((3, 40, 50), dtype=torch.uint8)], "cpu")
+    assert (len(found), found.boxes.shape, found.masks, found.instances()) == (0, (0, 4), (), [])
 
 
 def random_masks(count: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,11 +14,10 @@ from shards.format.dataset import Category
 from shards.format.sample import Sample
 from tests.browser import console, in_browser, press, requests, resize
 from tests.trainer import tiny
-from trainer.data.collate import EvalBatch
 from trainer.metrics.openimages import match
-from trainer.metrics.overlaps import compute_overlaps
+from trainer.metrics.overlaps import compare
 from trainer.model.inference import Detections
-from trainer.report.best_worst_page import Gallery, count_classes, told_outcomes
+from trainer.report.best_worst_page import BestWorstPage, count_classes, outcome_captions
 
 HOSTILE = "</style></title><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'&amp;<!--"
 CATEGORIES = (Category(1, HOSTILE, HOSTILE), Category(2, "Disc", "/m/di"))
@@ -39,14 +38,13 @@ def found_in(sample: Sample, count: int) -> Detections:
 
 
 def write_page(path: Path, samples: list[Sample], count: int = 3) -> Path:
-    gallery = Gallery(CATEGORIES, {}, count, 0.5)
+    page = BestWorstPage(CATEGORIES, {}, count, 0.5)
     for number, sample in enumerate(samples):
         pixels = np.array(Image.open(io.BytesIO(sample.image)).convert("RGB"))
-        batch = EvalBatch([torch.from_numpy(pixels).permute(2, 0, 1)], [sample])
-        gallery.add(batch, [found_in(sample, number % 4)])
-    page = gallery.page(TITLE)
-    assert page is not None
-    path.write_text(page, "utf-8")
+        page.add([torch.from_numpy(pixels).permute(2, 0, 1)], compare([sample], [found_in(sample, number % 4)]))
+    text = page.render(TITLE)
+    assert text is not None
+    path.write_text(text, "utf-8")
     return path
 
 
@@ -72,7 +70,7 @@ def widths(driver: Any, selector: str) -> list[float]:
 
 
 @in_browser
-def test_it_renders_and_loads_nothing(page: Any, written: Path) -> None:
+def test_the_page_shows_all_pictures_and_loads_nothing(page: Any, written: Path) -> None:
     assert [one.text for one in page.find_elements("css selector", "h2")] == ["The 3 worst", "The 3 best"]
     # Pictures are decoded when they come near the viewport.
     page.execute_script("for (const one of document.images) one.loading = 'eager'")
@@ -87,23 +85,23 @@ def test_it_renders_and_loads_nothing(page: Any, written: Path) -> None:
 
 
 @in_browser
-def test_text_of_the_data_is_text(page: Any) -> None:
+def test_names_and_ids_are_never_markup(page: Any) -> None:
     assert page.execute_script("return window.broken") is None
     assert page.execute_script("return document.querySelectorAll('script, img:not([width]), iframe, link').length") == 0
     assert page.title.startswith("Worst and best images: s3://bucket/")
-    assert page.find_element("css selector", ".rated").get_property("textContent") == TITLE
+    assert page.find_element("css selector", ".title").get_property("textContent") == TITLE
     names = {one.get_property("textContent") for one in page.find_elements("css selector", "figcaption b")}
     assert len(names) >= 3
     assert all(name.endswith(HOSTILE) for name in names)
-    told = [one.get_property("textContent") for one in page.find_elements("css selector", ".what")]
-    assert any(text.startswith("annotated: ") and HOSTILE in text for text in told)
+    shown = [one.get_property("textContent") for one in page.find_elements("css selector", ".what")]
+    assert any(text.startswith("annotated: ") and HOSTILE in text for text in shown)
     alts = [one.get_attribute("alt") for one in page.find_elements("css selector", "img")]
-    assert all(alt.endswith(text) for alt, text in zip(alts, told, strict=True))
+    assert all(alt.endswith(text) for alt, text in zip(alts, shown, strict=True))
 
 
 @in_browser
 @pytest.mark.parametrize("width", [1280, 390, 320])
-def test_nothing_is_cut_off(page: Any, width: int) -> None:
+def test_the_page_fits_any_width(page: Any, width: int) -> None:
     resize(page, width, 844, phone=width < 700)
     assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
     one, other = (half.rect for half in page.find_elements("css selector", ".pair > span")[:2])
@@ -143,7 +141,7 @@ def test_every_picture_and_control_has_a_name(page: Any) -> None:
 
 
 @in_browser
-def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, written: Path) -> None:
+def test_the_content_security_policy_forbids_scripts(browser: Any, written: Path) -> None:
     browser.get(written.as_uri())
     browser.execute_script(
         "const script = document.createElement('script'); script.textContent = 'window.broken = 1';"
@@ -153,7 +151,7 @@ def test_the_policy_forbids_what_is_not_of_the_page(browser: Any, written: Path)
     assert all("Content Security Policy" in message for message in console(browser))
 
 
-def test_where_nothing_is_right_or_nothing_wrong(tmp_path: Path) -> None:
+def test_the_page_without_right_or_wrong_detections(tmp_path: Path) -> None:
     sample = tiny.draw_sample(1)
     assert "No image has a right detection." in write_page(tmp_path / "worst.html", [sample]).read_text()
     empty = replace(sample, instances=())
@@ -163,7 +161,7 @@ def test_where_nothing_is_right_or_nothing_wrong(tmp_path: Path) -> None:
     assert "<h2>" not in write_page(tmp_path / "unasked.html", [sample], count=0).read_text()
 
 
-def test_detections_are_told_right_wrong_or_left_out() -> None:
+def test_outcome_captions() -> None:
     sample = replace(tiny.draw_sample(3), verified_present=(), verified_absent=())
     masked = [one for one in sample.instances if one.segmentation is not None]
     x, y, w, h = masked[0].bbox
@@ -176,16 +174,13 @@ def test_detections_are_told_right_wrong_or_left_out() -> None:
         np.array([0.9, 0.8, 0.7], np.float32),
         (masked[0].segmentation,) * 3,
     )
-    matches = match(sample, found, compute_overlaps(sample.instances, found), {})
+    (image,) = compare([sample], [found])
     names = {one.id: one.name for one in tiny.CATEGORIES}
     own = names[masked[0].category_id]
-    assert told_outcomes(found, matches, tiny.CATEGORIES) == [
-        f"{own} 0.90",
-        f"{own} 0.80 wrong",
-        f"({names[other]} 0.70)",
-    ]
+    captions = outcome_captions(found, match(image, {}), tiny.CATEGORIES)
+    assert captions == [f"{own} 0.90", f"{own} 0.80 wrong", f"({names[other]} 0.70)"]
 
 
-def test_counts_in_words() -> None:
+def test_count_classes() -> None:
     assert count_classes([2, 1, 2], tiny.CATEGORIES) == "Square, 2 × Disc"
     assert count_classes([], tiny.CATEGORIES) == "nothing"

@@ -1,0 +1,72 @@
+"""What the metrics that keep a record per image have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from shards.format.dataset import Category
+from trainer.metrics.overlaps import Comparison
+
+# Joins the lists of all ranks on the main rank, and returns None on the others.
+Gather = Callable[[list[Any]], list[Any] | None]
+
+
+def single_process(items: list[Any]) -> list[Any]:
+    """Return the list: the `Gather` of a single process."""
+    return items
+
+
+class ImageRecord(Protocol):
+    """What a metric keeps of one image."""
+
+    @property
+    def image_id(self) -> str: ...
+
+
+Record = TypeVar("Record", bound=ImageRecord)
+Result = TypeVar("Result")
+
+
+class PerImageMetric(ABC, Generic[Record, Result]):
+    """A metric over the images that every rank processes. Each image must be processed once, on one rank.
+
+    Masks are not kept: a record holds scores and outcomes.
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        self.categories = tuple(categories)
+        self._records: list[Record] = []
+
+    def reset(self) -> None:
+        """Forget every image."""
+        self._records = []
+
+    def process(self, images: Sequence[Comparison]) -> None:
+        """Add images with their detections."""
+        self._records.extend(map(self._record, images))
+
+    def evaluate(self, gather: Gather = single_process) -> Result | None:
+        """Return the result over the images of all ranks; None on ranks for which `gather` returns None.
+
+        Raises:
+            RuntimeError: an image was processed twice.
+        """
+        gathered: list[Record] | None = gather(self._records)
+        if gathered is None:
+            return None
+        repeated = [key for key, count in Counter(record.image_id for record in gathered).items() if count > 1]
+        if repeated:
+            raise RuntimeError(f"{len(repeated)} images were processed more than once, such as {min(repeated)}")
+        # In the order of their ids, which does not depend on the number of ranks.
+        return self._result(sorted(gathered, key=lambda record: record.image_id))
+
+    @abstractmethod
+    def _record(self, image: Comparison) -> Record:
+        """Return what is kept of an image."""
+
+    @abstractmethod
+    def _result(self, records: Sequence[Record]) -> Result:
+        """Return the result over all records, which are sorted by image id."""
