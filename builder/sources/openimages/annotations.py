@@ -46,10 +46,7 @@ class OpenImagesSplit:
     """One split, restricted to the chosen classes and the filters (a `builder.sources.base.SourceSplit`).
 
     Attributes:
-        layout: Of the mirror.
         name: Of the split, as Open Images names it.
-        classes: The chosen classes.
-        filters: Which annotations and masks are left out.
         cache: Keeps tables and zip directories.
         inventory: The versions of tables and zips, requested once; no other version is read.
     """
@@ -73,7 +70,7 @@ class OpenImagesSplit:
         if boxes is not None and self.filters.drop:
             dropped = _flagged(boxes, self.filters.drop)  # [boxes]
             of_box = np.append(dropped, False)  # [boxes + 1]: the row of a mask without a box is -1
-            masks = masks.filter(pa.array(~of_box[join(masks, boxes)]))
+            masks = masks.filter(pa.array(~of_box[_join(masks, boxes)]))
             boxes = boxes.filter(pa.array(~dropped))
         masks = masks.filter(pc.fill_null(pc.greater_equal(_estimate(masks), self.filters.min_predicted_iou), True))
         boxed = {} if boxes is None else self._images_by_class(boxes)
@@ -93,7 +90,7 @@ class OpenImagesSplit:
         }
         masks = _distinct(self._masks(where), ["MaskPath"], self.layout.masks(self.name))
         boxes = _distinct(self._boxes(where), BOX_KEY, self.layout.boxes(self.name))
-        annotations = annotate(masks, boxes, self.classes, image_ids)
+        annotations = _annotate(masks, boxes, self.classes, image_ids)
         # Three reads that mostly wait for the network.
         with ThreadPoolExecutor(2) as pool:
             verified_read = pool.submit(self.verified, image_ids)
@@ -180,16 +177,8 @@ class OpenImagesSplit:
         return locate_members(wanted, cache=self.cache, inventory=self.inventory)
 
 
-def join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
-    """Return the row of each mask's box: the nearest of the same image and label, or -1 without one.
-
-    Args:
-        masks: M rows with `MASK_COLUMNS`.
-        boxes: Rows with `BOX_COLUMNS`.
-
-    Returns:
-        int64 [M].
-    """
+def _join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
+    """The row of each mask's box, the nearest of the same image and label, or -1 without one: [masks]."""
     keys = [
         pc.binary_join_element_wise(table["ImageID"], table["LabelName"], " ").combine_chunks()
         for table in (masks, boxes)
@@ -204,18 +193,11 @@ def join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
     )
 
 
-def annotate(
+def _annotate(
     masks: pa.Table, boxes: pa.Table, classes: Classes, image_ids: Collection[str]
 ) -> dict[str, tuple[Annotation, ...]]:
-    """Image -> its annotations: boxes in the order of their table, then masks without a box.
-
-    Args:
-        masks: Rows with `MASK_COLUMNS`, all of `image_ids`.
-        boxes: Rows with `BOX_COLUMNS`, all of `image_ids`.
-        classes: The chosen classes.
-        image_ids: The images, with or without annotations.
-    """
-    box_of_mask = join(masks, boxes)
+    """Image -> its annotations: boxes in the order of their table, then masks without a box."""
+    box_of_mask = _join(masks, boxes)
     mask_rows = masks.to_pylist()
     mask_of_box = {int(box): mask_rows[mask] for mask, box in enumerate(box_of_mask) if box >= 0}
     found: dict[str, list[Annotation]] = {image_id: [] for image_id in sorted(image_ids)}
