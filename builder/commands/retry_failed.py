@@ -83,11 +83,7 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         delete(stage, recursive=True)
         job = Job(root, dataset.info.plan, source.images.anonymous, source.annotations.anonymous)
         results = _run(repairs, job, begun.engine, lock)
-        recovered = sum(
-            account.status == PACKED and old.failed
-            for repair in repairs
-            for old, account in zip(repair.accounts, results[repair.name].accounts, strict=True)
-        )
+        recovered = sum(_recovered(repair.accounts, results[repair.name].accounts) for repair in repairs)
         if recovered:
             rows, shards, accounts = _replaced(rows, dataset.info.shards, accounts, repairs, results)
             lock.check()
@@ -136,7 +132,7 @@ def repair_task(repair: Repair, job: Job) -> TaskResult:
     outcomes |= _with_masks(_by_id(task, maskless), samples, old, job, masks, task.split)
     new = {account.key: _merged(old[account.key], account) for _, found in outcomes.values() for account in found}
     accounts = tuple(new.get(account.key, account) for account in repair.accounts)
-    if not any(a.status == PACKED and before.failed for a, before in zip(accounts, repair.accounts, strict=True)):
+    if not _recovered(repair.accounts, accounts):
         return TaskResult(repair.shard, repair.rows, accounts, images.total, masks.total)
     for image_id, (sample, _) in outcomes.items():
         if sample is not None:
@@ -146,6 +142,10 @@ def repair_task(repair: Repair, job: Job) -> TaskResult:
     _check_untouched(repair, packed.rows, outcomes)
     write(retry_stage(job.root) / task.path, packed.data)
     return TaskResult(packed.shard, packed.rows, accounts, images.total, masks.total)
+
+
+def _recovered(before: Sequence[Account], after: Sequence[Account]) -> int:
+    return sum(new.status == PACKED and old.failed for old, new in zip(before, after, strict=True))
 
 
 def _by_id(task: ShardTask, image_ids: set[str]) -> list[PlannedImage]:

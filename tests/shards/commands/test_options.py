@@ -1,6 +1,8 @@
 """Options of a flat dataclass, as `build-shards` has them; sections are tested with the trainer's settings."""
 
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -146,6 +148,16 @@ def test_every_command_shows_its_version(capsys: pytest.CaptureFixture[str]) -> 
         parser().parse_args(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"try {__version__}\n"
+
+
+def test_completion_is_left_to_argcomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    completed: list[str] = []
+    fake = SimpleNamespace(autocomplete=lambda parser: completed.append(parser.prog))
+    monkeypatch.setitem(sys.modules, "argcomplete", fake)
+    parse()
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    parse()
+    assert completed == ["try"]
 
 
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
