@@ -79,9 +79,9 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
     proposals, _ = network.rpn(batch, features)
     found, _ = network.roi_heads(features, proposals, batch.image_sizes)
     results = []
-    for image, seen, entry in zip(images, batch.image_sizes, found, strict=True):
+    for image, input_size, entry in zip(images, batch.image_sizes, found, strict=True):
         height, width = int(image.shape[-2]), int(image.shape[-1])
-        boxes = resize_boxes(entry["boxes"], list(seen), [height, width])
+        boxes = resize_boxes(entry["boxes"], list(input_size), [height, width])
         results.append(
             Detections(
                 boxes=boxes.float().cpu().numpy(),

@@ -21,7 +21,7 @@ def network():
 
 
 def torchvision_losses(network, scenes, batch: Batch) -> dict[str, Tensor]:
-    """The same images through torchvision's forward, without its resizing, masks at full size."""
+    """The losses of torchvision's forward for the same images, without its resizing, with full-size masks."""
     stock = copy.deepcopy(network)
     stock.transform._skip_resize = True
     targets = [
@@ -39,15 +39,6 @@ def test_losses_are_torchvisions(network):
         assert torch.equal(found[name], expected[name]), name
     assert found["loss_mask"].item() > 0.3
     assert found["loss_mask"].item() == pytest.approx(expected["loss_mask"].item(), rel=5e-3)
-
-
-def test_image_list_is_what_torchvision_passes_to_its_backbone(network):
-    transform = copy.deepcopy(network.transform)
-    transform._skip_resize = True
-    expected, _ = transform([image.float() / 255 for image, _, _ in SCENES])
-    found = image_list(batch_of(SCENES), network)
-    assert torch.equal(found.tensors, expected.tensors)
-    assert found.image_sizes == [tuple(size) for size in expected.image_sizes]
 
 
 def test_a_box_without_a_mask_trains_class_and_box_only(network):

@@ -87,12 +87,6 @@ def test_are_inside_equals_a_loop(some, regions):
     assert found.tolist() == [slow_is_inside(box, regions) for box in some]
 
 
-def test_are_inside_compares_half_of_the_boxs_own_area():
-    region = torch.tensor([[0.0, 0, 100, 100]])
-    some = torch.tensor([[10.0, 10, 20, 20], [95.0, 0, 105, 10], [95.1, 0, 105.1, 10], [0.0, 0, 300, 300]])
-    assert are_inside(some, region).tolist() == [True, True, False, False]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_ignore_regions_changes_background_only(dtype):
     region = torch.tensor([[0.0, 0, 100, 100]])
