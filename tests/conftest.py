@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import s3fs
+from hypothesis import settings
 
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
 from tests.browser import chromium
+
+# Examples have no deadline, because the machine may be busy, and are the same in every run.
+settings.register_profile("maskstream", deadline=None, derandomize=True)
+settings.load_profile("maskstream")
 
 
 def pytest_configure() -> None:

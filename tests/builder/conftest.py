@@ -1,13 +1,8 @@
 """Settings of all tests of the builder."""
 
 import pytest
-from hypothesis import settings
 
 from builder.fetching import log_once
-
-# Examples have no deadline, because the machine may be busy, and are the same in every run.
-settings.register_profile("maskstream", deadline=None, derandomize=True)
-settings.load_profile("maskstream")
 
 
 @pytest.fixture(autouse=True)
