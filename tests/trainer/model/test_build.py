@@ -90,13 +90,7 @@ def documented_stock_model():
 
 @pytest.mark.parametrize(
     ("backbone", "norm", "version"),
-    [
-        ("resnet18", "batch", "v1"),
-        ("resnet18", "group", "v1"),
-        ("resnet18", "frozen", "v2"),
-        ("mobilenet_v3_large", "frozen", "v1"),
-        ("mobilenet_v2", "group", "v2"),
-    ],
+    [("resnet18", "batch", "v1"), ("resnet18", "frozen", "v2"), ("mobilenet_v2", "group", "v2")],
 )
 def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_path, backbone, norm, version):
     """Every setting that inference uses is away from its default."""
