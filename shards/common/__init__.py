@@ -1,4 +1,4 @@
-"""What every folder uses: errors, text and tables, argument checks, back-off, hashed random numbers.
+"""Errors, text and tables, argument checks, back-off, and random numbers by hashing, for every folder.
 
 It imports nothing else of the project.
 """

@@ -1,4 +1,4 @@
-"""What a sample, a shard and a dataset are, on disk and in memory.
+"""The format of samples, shards and datasets, on disk and in memory.
 
-`dataset.json`, `index.parquet` and the tars are read and written here.
+`dataset.json`, `index.parquet`, `accounts.parquet`, the card and the tars are read, written and checked here.
 """

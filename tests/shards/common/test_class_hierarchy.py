@@ -6,7 +6,7 @@ from shards.common.class_hierarchy import HierarchyNode, parse_hierarchy
 from shards.common.errors import UserError
 
 
-def test_nodes_come_with_the_labels_above_them_and_a_part_is_not_a_kind() -> None:
+def test_parse_hierarchy_returns_ancestors_that_end_at_a_part() -> None:
     tree = {
         "LabelName": "/m/root",
         "Subcategory": [
@@ -22,6 +22,6 @@ def test_nodes_come_with_the_labels_above_them_and_a_part_is_not_a_kind() -> Non
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"LabelName": 1, "Subcategory": 3}', "[" * 100_000, b"\xff"])
-def test_another_form_is_an_error_that_names_the_file(text: str | bytes) -> None:
+def test_parse_hierarchy_refuses_another_form(text: str | bytes) -> None:
     with pytest.raises(UserError, match=r"^tree.json: not Open Images' class hierarchy"):
         parse_hierarchy(text, "tree.json")

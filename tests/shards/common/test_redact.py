@@ -19,17 +19,17 @@ PLAIN = ["s3://bucket/a@b/c.jpg", "https://host/x?part=3&design=5", "Zoë <z@x.o
 
 
 @pytest.mark.parametrize(("text", "safe"), SECRETS)
-def test_credentials_go_and_the_rest_stays(text: str, safe: str) -> None:
+def test_redact_replaces_credentials(text: str, safe: str) -> None:
     assert redact(text) == safe
     assert redact(f"error: {text}: cannot be read") == f"error: {safe}: cannot be read"
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_redact_keeps_everything_else(text: str) -> None:
     assert redact(text) == text
 
 
 @given(st.text(max_size=60))
-def test_nothing_is_left_to_redact(text: str) -> None:
+def test_redact_is_idempotent(text: str) -> None:
     once = redact(f"https://{text}")
     assert redact(once) == once

@@ -15,7 +15,7 @@ NAMES = ["Person", "Car", "Land vehicle", "Vehicle registration plate"]
         ("", ""),
     ],
 )
-def test_near_names_are_suggested_whatever_their_case(name: str, hint: str) -> None:
+def test_did_you_mean_ignores_case(name: str, hint: str) -> None:
     assert did_you_mean(name, NAMES) == hint
     assert did_you_mean(name, NAMES, "see --help") == (hint or "see --help")
     assert did_you_mean(name, NAMES, limit=1) == hint.split(" or ")[0].rstrip("?") + ("?" if hint else "")

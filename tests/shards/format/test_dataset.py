@@ -85,7 +85,7 @@ def test_a_wrong_dataset_json_is_refused(dataset, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000])
-def test_what_is_not_json_is_refused(tmp_path, text):
+def test_a_dataset_json_that_is_not_json_is_refused(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(DatasetError, match="not JSON"):
         open_dataset(str(tmp_path))
@@ -129,7 +129,7 @@ def test_to_pandas_has_a_column_per_class(dataset):
     assert list(replace(dataset, info=renamed).to_pandas("val"))[-2:] == ["width (1)", "Car"]
 
 
-def test_accounts_are_a_data_frame_and_missing_or_damaged_ones_an_error(tmp_path):
+def test_accounts_are_a_data_frame_or_an_error(tmp_path):
     dataset = write_dataset(tmp_path, {"train": [sample(0)]})
     with pytest.raises(DatasetError, match=r"there is no accounts\.parquet"):
         dataset.accounts()

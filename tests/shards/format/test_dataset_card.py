@@ -10,7 +10,7 @@ SHARD = Shard("val/000000.tar", "val", 1, 10240, "00")
 ROW = IndexRow("a", "val", "val/000000.tar", 0, 2048, 7, 4, 3, (1, 3), (2, 1), (1, 0), (0, 1))
 
 
-def test_counts_a_split_and_class() -> None:
+def test_count_classes_per_split() -> None:
     assert count_classes([ROW, ROW], CATEGORIES) == [
         ClassCounts("val", "Dog", 2, 2, 4, 0),
         ClassCounts("val", "Cat", 0, 0, 0, 0),
@@ -25,7 +25,7 @@ def test_counts_a_split_and_class() -> None:
         ("COCO", None, "under the licences of their source"),
     ],
 )
-def test_the_card_names_source_licence_and_the_classes_that_there_are(
+def test_render_card_has_source_licence_and_packed_classes(
     source: str, licenses: list[str] | None, expected: str
 ) -> None:
     counts = count_classes([ROW], CATEGORIES)
