@@ -1,10 +1,10 @@
-"""What a dataset's size costs a reader: opening it, the memory of loader processes, round trips to the first batch.
+"""The cost of a dataset's size: opening it, the memory of loader processes, round trips to the first batch.
 
     python benchmarks/opening.py
 
-An index of two thousand and one of a million samples (no shards: nothing of them is read), from local disk; then two
-thousand small samples in a real S3 server (SeaweedFS) behind a proxy that adds latency: the slope of the time over the
-latency is the number of round trips, one after the other, to the first batch of a fresh process. Prints Markdown.
+Measures an index of two thousand and one of a million samples (without shards, which are not read) from local disk;
+then two thousand small samples in a real S3 server (SeaweedFS) behind a proxy that adds latency: the slope of the time
+over the latency is the number of sequential round trips to the first batch of a fresh process. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ COUNTS = (2_000, 1_000_000)
 PER_SHARD = 1500
 CLASSES = 20
 WORKERS = 4
-BATCHES = 4000  # that a worker walks through, half of them before the end of an epoch
+BATCHES = 4000  # per worker, half of them before the end of an epoch
 LATENCIES = (0.0, 0.5, 1.0)
 
 
 class Walk(IterableDataset):
-    """Does all that a loader process does with the index, but for the reads; yields its memory (bytes, by kind)."""
+    """Does everything that a loader process does with the index, except for reading; yields its memory by kind."""
 
     def __init__(self, stream: ShardStream[Any]) -> None:
         self.stream = stream
@@ -67,13 +67,13 @@ class Walk(IterableDataset):
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process by kind, of Linux' /proc/self/smaps_rollup."""
+    """Return the memory of this process by kind in bytes, from Linux' /proc/self/smaps_rollup."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 
 
 def write_index(root: Path, count: int) -> None:
-    """A dataset of random samples of 100 to 500 kB, without its shards."""
+    """Write a dataset of random samples of 100 to 500 kB, without its shards."""
     rng = np.random.default_rng(0)
     nbytes = rng.integers(100_000, 500_000, count)
     number = np.arange(count) // PER_SHARD
@@ -113,7 +113,7 @@ def write_index(root: Path, count: int) -> None:
 
 
 def measure_index(root: str) -> dict[str, Any]:
-    """Seconds and bytes of one index; run it in a fresh process."""
+    """Return seconds and bytes of one index; run it in a fresh process."""
     found: dict[str, Any] = {}
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
@@ -140,7 +140,7 @@ def measure_index(root: str) -> dict[str, Any]:
 
 
 def print_index_costs() -> None:
-    """The table of two index sizes."""
+    """Print the table of two index sizes."""
     columns = []
     with tempfile.TemporaryDirectory() as folder:
         for count in COUNTS:
@@ -155,13 +155,13 @@ def print_index_costs() -> None:
 
 
 def in_fresh_process(*arguments: str) -> Any:
-    """What this script prints when it is asked for one measurement."""
+    """Run one measurement in a fresh process, and return what it prints."""
     command = [sys.executable, __file__, *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def write_small_samples(root: str) -> None:
-    """Two thousand samples of one small picture each."""
+    """Write two thousand samples of one small picture each."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((32, 48, 3), 99, np.uint8)).save(buffer, "JPEG")
     instance = Instance(1, (1.0, 1.0, 20.0, 20.0), None)
@@ -177,14 +177,14 @@ def write_small_samples(root: str) -> None:
 
 
 def measure_first_batch(root: str) -> float:
-    """Seconds from nothing to the first batch."""
+    """Return the seconds from opening the dataset to the first batch."""
     began = time.perf_counter()
     next(iter(ShardStream(open_at(root), "train", batch_size=8)))
     return time.perf_counter() - began
 
 
 def print_round_trips() -> None:
-    """The table of latencies, and the slope."""
+    """Print the table of latencies, and the slope."""
     with S3Server() as server:
         os.environ.update(server.environment())
         server.make_bucket("opening")

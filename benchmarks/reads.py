@@ -1,9 +1,9 @@
-"""Processor time of one small read: ours beside s3fs, threads, and webdataset's tar reader, in one run on one machine.
+"""Processor time of one small read, compared with s3fs, threads, and webdataset's tar reader, in one run.
 
     python benchmarks/reads.py
 
-A real S3 server (SeaweedFS) on loopback without added latency; the time is this process's own, all threads, so the
-server does not count. Files are in the page cache; both ways check a sample's crc32. Prints a Markdown table.
+A real S3 server (SeaweedFS) on loopback without added latency; the time is that of all threads of this process, without
+the server. Files are in the page cache; both sides check a sample's crc32. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main() -> int:
         server.make_bucket("reads")
         (Location("s3://reads") / "zip").write(os.urandom(RANGE * COUNT))
         (Location("s3://reads") / "jpg").write(os.urandom(WHOLE))
-        print(f"{COUNT} reads, 32 in flight, {os.cpu_count()} cores; ms of processor time a read\n")
-        print("| | other | ours | ratio |")
+        print(f"{COUNT} reads, 32 in flight, {os.cpu_count()} cores; ms of processor time per read\n")
+        print("| | other | maskstream | ratio |")
         print("| --- | ---: | ---: | ---: |")
         starts = [n * RANGE for n in range(COUNT)]
         ends = [start + RANGE for start in starts]
@@ -79,12 +79,12 @@ def main() -> int:
 
 
 def sample_tar() -> bytes:
-    """A shard of one sample of random bytes."""
+    """Return a shard of one sample of random bytes."""
     return pack_shard([Sample(f"{0:016x}", os.urandom(WHOLE), 640, 480)], split="train", path="t").data
 
 
 def in_threads(path: str, places: list[tuple[int, int]]) -> None:
-    """Samples are held in memory from the time a thread has read them until they are needed."""
+    """Read in threads, and hold samples in memory until they are needed."""
     with ThreadPoolExecutor(8) as pool:
         ahead = [pool.submit(read_file, path, *place) for place in places[:64]]
         for place in places[64:] + [(0, 0)] * 64:
@@ -93,16 +93,16 @@ def in_threads(path: str, places: list[tuple[int, int]]) -> None:
 
 
 def as_needed(path: str, places: list[tuple[int, int]]) -> None:
-    """The kernel is told of each sample 64 before it is needed."""
+    """Read each sample when it is needed, and advise the kernel 64 samples before."""
     for now, later in zip(places, places[64:] + [(0, 0)] * 64, strict=True):
         expect(path, *later)
         zlib.crc32(read_file(path, *now))
 
 
-def row(name: str, theirs: Callable[[], object], ours: Callable[[], object]) -> None:
+def row(name: str, other: Callable[[], object], own: Callable[[], object]) -> None:
     """Time both, each once to warm up and once to measure."""
     times = []
-    for function in (theirs, ours):
+    for function in (other, own):
         function()
         start = time.process_time()
         function()

@@ -1,22 +1,22 @@
-"""Streaming training data: ours beside webdataset, mosaicml-streaming, LitData and Hugging Face `datasets`, in one run.
+"""Streaming of training data, compared with webdataset, mosaicml-streaming, LitData and Hugging Face `datasets`.
 
     python -m venv peers && peers/bin/pip install torch torchvision pycocotools webdataset mosaicml-streaming litdata \
         datasets s3fs torchdata
     python benchmarks/streaming.py --peers peers/bin/python --json results.json
 
-The same samples for all (real photographs where `--photographs` has them, else drawn scenes, repeated under new
-keys), read from a real S3 server (SeaweedFS) on loopback, with and without a proxy that adds latency to every request,
-and from the local disk. Every measurement is a process of its own; the table has the medians of `--repeats`, the JSON
-every value. Server and proxy share the machine with what is measured, for all alike.
+All read the same samples (real photographs if `--photographs` has them, drawn scenes otherwise, repeated under new
+keys), from a real S3 server (SeaweedFS) on loopback, with and without a proxy that adds latency to every request, and
+from the local disk. Every measurement runs in its own process; the table has the medians of `--repeats`, the JSON every
+value. Server and proxy share the machine with what is measured, equally for all.
 
-- raw: samples a second as bytes, from the first batch on, over one epoch, nothing decoded, nothing cached before.
+- raw: samples per second as bytes, after the first batch, over one epoch, nothing decoded, nothing cached before.
 - first batch: from the end of the imports to the first batch, with empty caches.
 - resume: the same in the middle of an epoch, from the state that the loader saved there in another process.
-- memory and disk: the largest sum of proportional set sizes (PSS) of the processes over a raw epoch, and what is left
+- memory and disk: the largest sum of proportional set sizes (PSS) of the processes over a raw epoch, and what remains
   on disk after it. Measured in runs that are not timed.
-- CPU: processor time a sample, of the loader's processes together; the server's is not in it.
-- training batches: decoded and resized; ours by `TrainCollate`, the peers by torchvision's reference pipeline.
-- the limit: decoding and resizing the same JPEGs from memory, on as many processes, with our decoder (Pillow).
+- CPU: processor time per sample of all processes of the loader, without the server.
+- training batches: decoded and resized, by `TrainCollate` or by torchvision's reference pipeline for the peers.
+- the limit: decoding and resizing the same JPEGs from memory, on the same number of processes, by Pillow.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from demo.s3server import S3Server
 
 ROOT = Path(__file__).parents[1]
 OURS = "maskstream"
-FORMATS = {  # where a loader finds its data below the root of all
+FORMATS = {  # the folder of each loader's data
     OURS: "shards",
     "webdataset": "shards/train",
     "mosaicml-streaming": "mds",
@@ -70,7 +70,7 @@ BUCKET = "streaming"
 
 @dataclass(frozen=True)
 class Source:
-    """A place to read from: its name in the table, the root of all formats, and the variables that lead there."""
+    """A place to read from: its name in the table, the root of all formats, and the environment variables for it."""
 
     name: str
     root: str
@@ -79,7 +79,7 @@ class Source:
 
 @dataclass
 class Figures:
-    """What was measured of one loader at one source: a list a measure, one value a repeat."""
+    """The measurements of one loader at one source: a list per measure, one value per repeat."""
 
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
@@ -165,7 +165,7 @@ def prepare(data: Path, folder: Path, options: argparse.Namespace) -> tuple[str,
             command = [sys.executable, "-m", "builder.commands.cli", *quotas, *sources, "--out", str(shards)]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             mean = bucket.image_bytes / 1e6 / options.samples
-            what = f"{options.samples} samples, {bucket.what}, {mean:.3f} MB a JPEG"
+            what = f"{options.samples} samples, {bucket.what}, {mean:.3f} MB per JPEG"
         tars = sorted((shards / "train").glob("*.tar"))
         job = Job("convert", str(shards / "train"), scratch=str(data))
         sizes = {"shards": sum(path.stat().st_size for path in tars), **run(options.peers, job, folder, {})[0]}
@@ -178,7 +178,7 @@ def prepare(data: Path, folder: Path, options: argparse.Namespace) -> tuple[str,
 def measure(
     figures: Figures, loader: str, source: Source, options: argparse.Namespace, folder: Path, *, first: bool
 ) -> None:
-    """One repeat of everything for one loader and source."""
+    """Measure everything once for one loader and source."""
     python = sys.executable if loader == OURS else options.peers
     root = f"{source.root}/{FORMATS[loader]}"
     whole = options.samples // options.batch_size * options.batch_size - options.batch_size * options.workers
@@ -220,7 +220,7 @@ def measure(
 
 
 def decoding_limit(data: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Samples a second (`rate`) and processor time (`cpu_ms`) of nothing but decoding and resizing."""
+    """Return samples per second (`rate`) and processor time (`cpu_ms`) of decoding and resizing alone."""
     job = Job("limit", str(data / "shards"), samples=options.decoded, workers=options.workers)
     return dict(run(sys.executable, job, folder, {})[0])
 
@@ -228,13 +228,14 @@ def decoding_limit(data: Path, folder: Path, options: argparse.Namespace) -> dic
 def run(
     python: str, job: Job, folder: Path, environment: dict[str, str], *, watch: bool = False
 ) -> tuple[Any, float, int]:
-    """A measurement in a process of its own, which may keep nothing from one before.
+    """Run a measurement in its own process, with empty folders.
 
     Returns:
-        its answer, the peak of the processes' memory in bytes (0 without `watch`), and the bytes it left on disk.
+        its result, the peak memory of its processes in bytes (0 without `watch`), and the bytes that it left on disk.
 
     Raises:
-        subprocess.CalledProcessError, subprocess.TimeoutExpired: with what it said.
+        subprocess.CalledProcessError: it failed.
+        subprocess.TimeoutExpired: it took too long.
     """
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -271,12 +272,12 @@ def run(
 
 
 def pointed(environment: dict[str, str]) -> dict[str, str]:
-    """With the variable that mosaicml-streaming wants beside the usual ones."""
+    """Add the variable that mosaicml-streaming needs."""
     return {**environment, "S3_ENDPOINT_URL": environment["AWS_ENDPOINT_URL"]}
 
 
 def group_memory(group: int) -> float:
-    """Bytes of PSS of the processes of a session."""
+    """Return the PSS of the processes of a session, in bytes."""
     total = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -289,7 +290,7 @@ def group_memory(group: int) -> float:
 
 @contextlib.contextmanager
 def proxy(upstream: str, latency: float) -> Iterator[dict[str, str]]:
-    """The proxy in a process of its own; yields the variables that lead to it."""
+    """Run the proxy in its own process; yield the environment variables for it."""
     command = [sys.executable, "-m", "demo.s3proxy", "--upstream", upstream, "--latency", str(latency)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -313,7 +314,7 @@ def render(results: dict[str, Any], table: Table, options: argparse.Namespace) -
         f"of {options.repeats}. " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "",
         f"The limit of decoding and resizing on {options.workers} processes: {limit:.0f} samples/s, "
-        f"{limit_cpu:.2f} ms of processor time a sample.",
+        f"{limit_cpu:.2f} ms of processor time per sample.",
     ]
     for source in dict.fromkeys(source for _, source in table):
         lines += [
@@ -350,7 +351,7 @@ def shown(value: float | None, digits: int, factor: float = 1) -> str:
 
 
 def versions(python: str) -> dict[str, str]:
-    """Of the packages that the peers' Python has."""
+    """Return the versions of the packages of the peers' Python."""
     code = (
         "import json, sys; from importlib import metadata as m\n"
         "def v(n):\n try: return m.version(n)\n except m.PackageNotFoundError: return '-'\n"

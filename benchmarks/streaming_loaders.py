@@ -1,10 +1,10 @@
-"""One measurement of `benchmarks/streaming.py`, in a process of its own.
+"""One measurement of `benchmarks/streaming.py`, in its own process.
 
     python -m benchmarks.streaming_loaders '<a Job as JSON>'
 
-Every loader gives the same samples (bytes of JPEG and JSON) in batches of the same size, shuffled, by the same number
-of worker processes, with the settings that its own documentation recommends. What a loader needs is imported by it
-alone, so that the peers can live in an environment of their own.
+Every loader yields the same samples (bytes of JPEG and JSON) in batches of the same size, shuffled, by the same number
+of worker processes, with the settings that its own documentation recommends. Each imports only what it needs, so that
+the peers can be installed in a separate environment.
 
 Prints one line of JSON on stdout, a `Result`.
 """
@@ -34,8 +34,8 @@ class Job:
     Attributes:
         loader: a name of `LOADERS`, "convert" or "limit".
         root: URL or path of the data in the loader's format.
-        decode: training batches; otherwise the bytes.
-        samples: after so many the measurement ends.
+        decode: measure training batches; otherwise the bytes.
+        samples: the number of samples to read.
         batch_size, workers: of the loader.
         min_size, max_size: of the images in training batches.
         scratch: an empty folder for what the loader keeps on disk.
@@ -69,10 +69,10 @@ class Result:
     Attributes:
         start_s: from the start of the process until everything is imported.
         first_s: from there to the first batch.
-        rate: samples a second from the first batch on.
-        cpu_ms: processor time a sample, of all processes together, from the first batch on.
-        samples: how many there were.
-        keys: of the first batch; after a stop at `save`: of the batch that follows.
+        rate: samples per second after the first batch.
+        cpu_ms: processor time per sample of all processes, after the first batch.
+        samples: the number of samples.
+        keys: of the first batch; with `save`: of the batch after the saved state.
     """
 
     start_s: float
@@ -85,11 +85,11 @@ class Result:
 
 @dataclass
 class Opened:
-    """A loader that is ready to be read: its batches, the keys of one, and its state once it was read so far."""
+    """An opened loader: its batches, the keys of a batch, and its state."""
 
     batches: Iterable[Any]
     keys: Callable[[Any], list[str]]
-    state: Callable[[int], Any]  # of the number of batches that were taken
+    state: Callable[[int], Any]  # after a number of batches
 
 
 def main() -> int:
@@ -105,7 +105,7 @@ def main() -> int:
         import torchvision.transforms.v2  # noqa: F401 - not a part of the time to the first batch
     imported = time.time()
     print(json.dumps(asdict(measure(job, load, imported - job.started))), flush=True)
-    os._exit(0)  # nobody waits for the end of threads and workers; the parent ends what is left
+    os._exit(0)  # without waiting for threads and workers; the parent ends those that are left
 
 
 def measure(job: Job, load: Callable[[Job], Opened], start_s: float) -> Result:
@@ -127,12 +127,12 @@ def measure(job: Job, load: Callable[[Job], Opened], start_s: float) -> Result:
         _save(opened.state(taken), job.save)
         keys = opened.keys(next(batches))
     elif taken > 1:
-        opened.keys(keys_now)  # fails where a loader gave something else in the end
+        opened.keys(keys_now)  # fails if a loader yielded something else at the end
     return Result(start_s, first_s, rate, cpu_ms, taken * size, keys)
 
 
 def processor_time() -> float:
-    """Seconds that the processes of this session have computed for."""
+    """Return the processor time of all processes of this session, in seconds."""
     ticks = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -144,7 +144,7 @@ def processor_time() -> float:
 
 
 def _save(state: Any, path: str) -> None:
-    import pickle  # torch's StatefulDataLoader has states with objects of its own
+    import pickle  # the state of torch's StatefulDataLoader contains its own objects
 
     Path(path).write_bytes(pickle.dumps(state))
 
@@ -158,7 +158,7 @@ def _state(job: Job) -> Any:
 # --- the loaders: each function imports its package and returns what opens the data
 
 
-def ours() -> Callable[[Job], Opened]:
+def maskstream() -> Callable[[Job], Opened]:
     """`shards.stream.streams`; training batches by `trainer.data.collate`."""
     from shards.format.dataset import open_dataset
     from shards.stream.loader import loader
@@ -194,7 +194,7 @@ def ours() -> Callable[[Job], Opened]:
 
 
 def webdataset() -> Callable[[Job], Opened]:
-    """webdataset on the same tars; over HTTP by curl, its own way for URLs. It resumes by reading up to the place."""
+    """webdataset on the same tars; over HTTP by curl, as it does itself. It resumes by reading up to the position."""
     import webdataset as wds
 
     def load(job: Job) -> Opened:
@@ -235,7 +235,7 @@ def litdata() -> Callable[[Job], Opened]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import downloader
 
-    # Its quick way to S3 takes https only, for which it has no setting; the server here speaks http.
+    # Its fast S3 client only accepts https, and has no setting for that; the server here uses http.
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
 
     def load(job: Job) -> Opened:
@@ -252,7 +252,7 @@ def litdata() -> Callable[[Job], Opened]:
 
 
 def datasets_tars() -> Callable[[Job], Opened]:
-    """Hugging Face `datasets` on the same tars, streamed; over HTTP, for its tar reader gives s3fs a wrong option."""
+    """Hugging Face `datasets` on the same tars, streamed over HTTP: its tar reader passes s3fs a wrong option."""
     import datasets
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -278,7 +278,7 @@ def datasets_parquet() -> Callable[[Job], Opened]:
 
 
 LOADERS: dict[str, Callable[[], Callable[[Job], Opened]]] = {
-    "maskstream": ours,
+    "maskstream": maskstream,
     "webdataset": webdataset,
     "mosaicml-streaming": mosaicml,
     "litdata": litdata,
@@ -288,7 +288,7 @@ LOADERS: dict[str, Callable[[], Callable[[Job], Opened]]] = {
 
 
 def _hugging_face(stored: Any, job: Job, loader_type: Any) -> Opened:
-    # Each worker needs files of its own; by default ten feed one buffer.
+    # Each worker needs its own files; by default ten share one buffer.
     files = max(1, len(_tar_names()) // max(job.workers, 1))
     shuffled = stored.shuffle(seed=SEED, buffer_size=WINDOW, max_buffer_input_shards=files)
     loader = loader_type(
@@ -331,7 +331,7 @@ def _collate_dicts(job: Job) -> Callable[[Sequence[dict[str, Any]]], list[Any]]:
 
 @dataclass
 class FromDicts:
-    """A collate of dicts, which the peers' formats hold."""
+    """A collate of dicts, which the peers' formats contain."""
 
     collate: Callable[[Sequence[Raw]], list[Any]]
 
@@ -344,7 +344,7 @@ def _key(sample: dict[str, Any]) -> str:
 
 
 def _bytes(value: Any) -> bytes:
-    """`datasets` without decoding has the bytes in a dict; it parses JSON always."""
+    """Return bytes: `datasets` without decoding has them in a dict, and always parses JSON."""
     if isinstance(value, dict) and set(value) == {"bytes", "path"}:
         value = value["bytes"]
     return value if isinstance(value, bytes) else json.dumps(value).encode()

@@ -1,5 +1,7 @@
-"""What `benchmarks/streaming.py` needs beside the loaders: torchvision's reference pipeline, the machine's limit, and
-the conversion of the tars into the peers' own formats."""
+"""torchvision's reference pipeline, the limit of the machine, and the conversion into the peers' formats.
+
+For `benchmarks/streaming.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.streaming_loaders import Job, Raw
 
-CHUNK_BYTES = 64 * 2**20  # of the peers' own formats: what both use by default
+CHUNK_BYTES = 64 * 2**20  # of the peers' own formats, the default of both
 
 
 class ReferencePipeline:
-    """torchvision's reference for detection: PIL, a full-size mask an object, transforms v2, lists of tensors.
+    """torchvision's reference for detection: PIL, a full-size mask per object, transforms v2, lists of tensors.
 
     https://github.com/pytorch/vision/blob/main/references/detection/presets.py (`hflip`, backend `pil`, `use_v2`), and
-    its resizing, which GeneralizedRCNNTransform does in the model, here in the worker. Images stay uint8, which is to
-    the peers' advantage: the reference hands over float32, four times the bytes.
+    its resizing, which GeneralizedRCNNTransform does in the model, is done in the worker. Images stay uint8, to the
+    advantage of the peers: the reference sends float32, four times the bytes.
     """
 
     def __init__(self, min_size: int, max_size: int) -> None:
@@ -52,7 +54,7 @@ class ReferencePipeline:
         value = json.loads(text)
         size = (value["height"], value["width"])
         annotations = value["annotations"]
-        # An object without a mask gets an empty one: the reference knows no others.
+        # An object without a mask gets an empty one: the reference requires a mask.
         masks = np.zeros((len(annotations), *size), np.uint8)
         for mask, annotation in zip(masks, annotations):
             if annotation["segmentation"] is not None:
@@ -71,7 +73,7 @@ class ReferencePipeline:
 
 
 def limit(job: Job) -> dict[str, float]:
-    """Decoding and resizing in `workers` processes, JPEGs in memory, by the same decoder and resizing as ours."""
+    """Measure decoding and resizing of JPEGs in memory, in `workers` processes, as `TrainCollate` does it."""
     import torch.multiprocessing as mp
 
     from shards.format.dataset import open_dataset
@@ -110,7 +112,7 @@ def _decode_all(job: Job, images: list[bytes], barrier: Any, times: Any) -> None
 
 
 def convert(job: Job) -> dict[str, int]:
-    """The tars in `root` into the peers' formats, below `scratch`: same keys, same bytes. Returns bytes of each."""
+    """Convert the tars in `root` to the peers' formats, in `scratch`: same keys, same bytes. Return bytes of each."""
     out = Path(job.scratch)
     tars = sorted(Path(job.root).glob("*.tar"))
     _to_mds(_members(tars), out / "mds")
@@ -149,7 +151,7 @@ def _to_parquet(tars: list[Path], out: Path) -> None:
 
     out.mkdir()
     for path in tars:
-        # Row groups as `datasets` writes them for images: 100 rows. A dictionary would store the repeated JPEGs once.
+        # Row groups of 100 rows, as `datasets` writes them for images. A dictionary would store repeated JPEGs once.
         table = pa.Table.from_pylist(list(_members([path])))
         pq.write_table(
             table, out / f"{path.stem}.parquet", compression="none", use_dictionary=False, row_group_size=100

@@ -30,7 +30,7 @@ def yards(tmp_path_factory):
 
 
 def test_a_rare_dataset_is_read_without_searching_far_ahead(streets, yards):
-    """Its next 2048 samples lie in two and a half million batches."""
+    """Its next 2048 samples are spread over two and a half million batches."""
     mix = Mix([streets, yards], [9999, 1])
     stream = ShardStream(mix, "train", batch_size=8)
     expected, looked_at = MixedOrder(mix.indexes("train"), mix.weights, stream.order.settings), Counter()

@@ -13,7 +13,7 @@ from shards.stream.read_plan import HORIZON, MAX_GAP, MAX_RANGE, Plan
 
 
 def make_index(shard, nbytes, gaps):
-    """An index of samples in a row, with so many bytes before each that are none of it (a subset leaves such gaps)."""
+    """An index of consecutive samples, with `gaps` bytes before each, as a subset leaves them."""
     shard, nbytes, gaps = np.array(shard, np.int32), np.array(nbytes, np.int64), np.array(gaps, np.int64)
     ends = np.cumsum(nbytes + gaps)
     zeros = np.zeros(len(shard), np.int32)
@@ -23,19 +23,19 @@ def make_index(shard, nbytes, gaps):
 
 
 def carry_out(index, rows, budget, cached=frozenset()):
-    """All requests of a plan, and the samples as they were taken; checks that each was asked for before, and memory."""
+    """Return all requests of a plan, and the rows as they were taken; check memory, and that each was requested."""
     plan = Plan(index, iter(rows), budget, cached.__contains__)
     spans, taken, held = [], [], Counter()
     while True:
         for span in plan.ask():
             spans.append(span)
             for row in span.rows:
-                assert not held[row], "asked for while it is there"
+                assert not held[row], "requested while it is in memory"
                 held[row] = int(index.nbytes[row])
         assert plan.held == sum(held.values())
         assert plan.held <= max(budget, max(held.values(), default=0))
         if (step := plan.take()) is None:
-            assert not +held, "asked for in vain"
+            assert not +held, "requested in vain"
             return spans, taken
         row, done = step
         taken.append(row)
@@ -51,7 +51,7 @@ samples = st.lists(
 
 @settings(deadline=None)
 @given(places=samples, data=st.data(), budget=st.integers(1, 2**25))
-def test_every_sample_is_asked_for_in_time_and_within_the_budget(places, data, budget):
+def test_every_sample_is_requested_in_time_and_within_the_budget(places, data, budget):
     new_shard, nbytes, gaps = zip(*places, strict=True)
     index = make_index(np.cumsum(new_shard), nbytes, gaps)
     number = st.integers(0, len(index) - 1)
@@ -72,13 +72,13 @@ def test_every_sample_is_asked_for_in_time_and_within_the_budget(places, data, b
 
 
 @pytest.mark.parametrize(("gap", "requests"), [(MAX_GAP, 1), (MAX_GAP + 1, 2)])
-def test_a_gap_is_read_where_that_costs_less_than_to_ask_around_it(gap, requests):
+def test_neighbours_share_a_request_up_to_a_maximum_gap(gap, requests):
     assert len(carry_out(make_index([0, 0], [300_000] * 2, [0, gap]), [0, 1], 2**26)[0]) == requests
     small = make_index([0, 0], [1000] * 2, [0, 251])  # more than a quarter of the second one
     assert len(carry_out(small, [0, 1], 2**26)[0]) == 2
 
 
-def test_the_first_requests_are_small_and_grow():
+def test_requests_start_small_and_grow():
     index = make_index(np.zeros(4000, np.int32), [100_000] * 4000, [0] * 4000)
     plan = Plan(index, iter(range(4000)), 2**26, lambda row: False)
     sizes = []
@@ -92,7 +92,7 @@ def test_the_first_requests_are_small_and_grow():
 
 @pytest.mark.parametrize(("workers", "most"), [(2, 0.45), (4, 0.25), (8, 0.25)])
 def test_shuffled_windows_are_read_as_runs_of_neighbours(workers, most):
-    """At the defaults, with samples of Open Images' size; read-ahead holds a part of the windows only."""
+    """At the defaults, with samples of Open Images' size; the read-ahead holds only a part of the windows."""
     nbytes = np.random.default_rng(0).integers(80_000, 250_000, 8000)
     index = make_index(np.arange(8000) // 1500, nbytes, np.zeros(8000))
     order = Order(index, OrderSettings(8))
@@ -102,7 +102,7 @@ def test_shuffled_windows_are_read_as_runs_of_neighbours(workers, most):
     assert len(spans) < most * len(rows)
 
 
-def test_an_endless_future_is_known_only_so_far():
+def test_an_endless_sequence_is_read_in_bounded_memory():
     index = make_index([0], [1000], [0])
     plan = Plan(index, repeat(0), 2**20, lambda row: False)
     for _ in range(5000):
@@ -111,7 +111,7 @@ def test_an_endless_future_is_known_only_so_far():
         plan.take()
 
 
-def test_a_sample_in_a_million_batches_is_not_searched_far_ahead():
+def test_a_rare_sample_is_not_searched_far_ahead():
     searched = 0
 
     def rows():
@@ -128,7 +128,7 @@ def test_a_sample_in_a_million_batches_is_not_searched_far_ahead():
     assert searched > 2 * 10**6
 
 
-def test_all_of_the_horizon_is_known_soon_where_one_batch_in_nine_has_a_sample():
+def test_the_horizon_is_found_soon_if_one_batch_in_nine_has_a_sample():
     index = make_index([0] * HORIZON, [1000] * HORIZON, [0] * HORIZON)
     rows = chain.from_iterable((row, *[None] * 8) for row in range(HORIZON))
     plan = Plan(index, rows, 2**26, lambda row: False)

@@ -2,10 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.common.errors import DatasetError, SampleError
+from shards.common.errors import SampleError
 from shards.storage.location import Location
 from shards.stream.reader import SampleReader
-from shards.stream.streams import ShardStream
 from tests.support import sample, write_dataset
 
 
@@ -18,7 +17,7 @@ def dataset(tmp_path_factory):
 
 @settings(deadline=None)
 @given(order=st.lists(st.integers(0, 39), max_size=80), read_ahead=st.sampled_from([1, 10**4, 10**6]))
-def test_samples_come_in_the_order_asked_whatever_the_memory(dataset, order, read_ahead):
+def test_samples_are_read_in_order_with_any_read_ahead(dataset, order, read_ahead):
     index = dataset.index("train")
     read = list(SampleReader(dataset.root, index, read_ahead).read(order))
     assert [row for row, _ in read] == order
@@ -32,7 +31,7 @@ def test_samples_come_in_the_order_asked_whatever_the_memory(dataset, order, rea
 def test_a_whole_split_takes_few_requests(dataset):
     reader = SampleReader(dataset.root, dataset.index("train"))
     assert len(list(reader.read(range(40)))) == 40
-    assert reader.statistics.requests == 3  # one a shard: the split is smaller than the first look-ahead
+    assert reader.statistics.requests == 3  # one per shard: the split is smaller than the first look-ahead
     assert reader.statistics.nbytes == int(dataset.index("train").nbytes.sum())
     assert reader.statistics.retries == 0
 
@@ -61,16 +60,10 @@ def flip_a_byte(shard):
     ],
     ids=["flipped byte", "truncated", "deleted"],
 )
-def test_a_sample_that_cannot_be_had_names_shard_key_and_offset(dataset, tmp_path, monkeypatch, change, message):
+def test_an_unreadable_sample_is_an_error_with_shard_key_and_offset(dataset, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr("shards.common.back_off.SCALE", 0)
     reader = damaged(dataset, tmp_path, change)
     with pytest.raises(SampleError, match=rf"train/000000.tar: sample {0:016x} at offset 0.*{message}"):
         list(reader.read([0]))
-    # What is whole can still be read.
+    # The intact samples can still be read.
     assert [row for row, _ in reader.read([20, 39])] == [20, 39]
-
-
-@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
-def test_a_wait_that_is_told_is_longer_than_none(dataset, wrong):
-    with pytest.raises(DatasetError, match=f"^stall_s is {wrong}: it must be a number of seconds above 0$"):
-        ShardStream(dataset, "train", batch_size=4, stall_s=wrong)

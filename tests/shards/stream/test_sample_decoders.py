@@ -42,16 +42,16 @@ def tar(files, **options):
     st.dictionaries(st.sampled_from(["jpg", "json", "seg.png", "txt"]), st.binary(max_size=2000), max_size=4),
     st.booleans(),
 )
-def test_members_are_those_that_webdatasets_iterator_gives(one, values, ended):
+def test_members_are_those_of_webdatasets_iterator(one, values, ended):
     _, _, made = one
     data = tar({f"{made.image_id}.{extension}": value for extension, value in values.items()})
     if not ended:  # as in the middle of a shard
         data = data[: sum(512 + -(-len(value) // 512) * 512 for value in values.values())]
-    theirs = (
+    expected = (
         {base_plus_ext(f["fname"])[1]: bytes(f["data"]) for f in tar_file_iterator(io.BytesIO(data))} if data else {}
     )
     found = read_members(memoryview(data), made.image_id, where="")
-    assert {extension: bytes(value) for extension, value in found.items()} == theirs == values
+    assert {extension: bytes(value) for extension, value in found.items()} == expected == values
     assert all(value.obj is data for value in found.values())  # none is a copy
 
 
@@ -64,7 +64,7 @@ def test_both_forms_of_a_sample(one):
     assert parse_sample(raw) == made
 
 
-def test_both_forms_of_a_sample_have_the_chosen_classes_alone(one):
+def test_both_forms_of_a_sample_have_only_the_chosen_classes(one):
     index, data, made = one
     raw = read_sample(memoryview(data), replace(index, category_ids={1: 7}), 0, "s3://b/d")
     assert parse_sample(raw) == with_categories(made, {1: 7}) != made
@@ -90,7 +90,7 @@ KEY = f"{0:016x}"
     ],
     ids=["another key", "a folder", "cut after", "cut in", "no file", "no ustar", "checksum", "no tar", "nothing"],
 )
-def test_what_is_not_the_sample_is_refused_in_one_line(one, data, message):
+def test_other_bytes_are_refused_in_one_line(one, data, message):
     with pytest.raises(SampleError, match=rf"^[^\n]*s3://b/d/train/000000.tar[^\n]*{message}[^\n]*$"):
         parse_sample(read_sample(memoryview(data), one[0], 0, "s3://b/d"))
 
@@ -98,7 +98,7 @@ def test_what_is_not_the_sample_is_refused_in_one_line(one, data, message):
 @settings(deadline=None)
 @given(st.integers(0, 1023), st.binary(min_size=1, max_size=16))
 def test_a_damaged_header_gives_an_error_or_the_same_members(one, place, change):
-    """Never another exception: the checksum finds what changes a header."""
+    """The checksum detects what changes a header; there is no other exception."""
     index, data, made = one
     damaged = bytearray(data)
     damaged[place : place + len(change)] = change
