@@ -202,12 +202,12 @@ def _select(
             def eligible(image_ids: Sequence[str], split: str = split) -> tuple[str, ...]:
                 return tuple(i for i in image_ids if parts is None or parts.split_of(i) == split)
 
-            mine = {
+            own = {
                 category: Candidates(eligible(found.masked), () if filters.require_mask else eligible(found.boxed))
                 for category, found in candidates.items()
             }
             quota = quotas.of(split)
-            states[split] = _SplitState(opened, mine, quota, set(select_images(mine, quota, seed)))
+            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, seed)))
     return states
 
 

@@ -83,10 +83,8 @@ class BuildLock:
             StorageError: the root cannot be read or written.
         """
         stale = refuse_if_held(self._root, self._now)
-        if stale is not None:
-            logger.info("taking over the lock of process %d on %s, started %s", stale.pid, stale.host, stale.started)
         if stale is not None or not retry.create(self._root / LOCK_FILE, self._content()):
-            self._overwrite()
+            self._overwrite(stale)
         self._thread.start()
         return self
 
@@ -121,16 +119,20 @@ class BuildLock:
         while not self._lost and not self._released.wait(BEAT_S):
             self.beat()
 
-    def _overwrite(self) -> None:
-        self._sleep(SETTLE_S)  # another build may have created the lock and not yet written its content
-        if not self._is_mine():
-            refuse_if_held(self._root, self._now)
+    def _overwrite(self, stale: Holder | None) -> None:
+        if stale is not None and stale.token:
+            logger.info("taking over the lock of process %d on %s, started %s", stale.pid, stale.host, stale.started)
+        else:
+            self._sleep(SETTLE_S)  # another build may have created the lock and not yet written its content
+            if not self._is_mine():
+                refuse_if_held(self._root, self._now)
         retry.write(self._root / LOCK_FILE, self._content())
         self._sleep(SETTLE_S)  # every build that read the lock before this write has written by now
         if not self._is_mine():
             raise UserError(f"{self._root}: another build started at the same moment: run the command again")
 
     def _is_mine(self) -> bool:
+        """Whether no other build holds the lock."""
         found = read_lock(self._root)
         return found is None or found.token == self._holder.token
 
