@@ -110,13 +110,17 @@ def poor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
 
 
 @pytest.mark.parametrize(
-    "ways", [["short", "short"], ["without a length"] * 2, ["half, then a trickle", "trickle"]], ids=str
+    ("ways", "timeout_s"),
+    [(["short", "short"], 60), (["without a length"] * 2, 60), (["half, then a trickle", "trickle"], 0.5)],
 )
-def test_an_answer_that_breaks_is_continued(poor: Location, monkeypatch: pytest.MonkeyPatch, ways: list[str]) -> None:
-    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
+def test_an_answer_that_breaks_is_continued(
+    poor: Location, monkeypatch: pytest.MonkeyPatch, ways: list[str], timeout_s: float
+) -> None:
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", timeout_s)
     Poor.ways, done = ways, ReadStatistics()
     assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
-    assert (done.requests, done.retries, done.nbytes) == (3, 2, 8000)
+    assert done.nbytes == 8000
+    assert done.requests == done.retries + 1 >= 3  # more if the machine is busy for longer than the timeout
 
 
 def test_a_range_beyond_the_end_of_the_object_is_shorter(poor: Location) -> None:
@@ -126,16 +130,19 @@ def test_a_range_beyond_the_end_of_the_object_is_shorter(poor: Location) -> None
 
 
 @pytest.mark.parametrize(
-    ("way", "message"),
-    [("nothing", "the answer ended 8000 bytes early"), ("trickle", r"only \d+ bytes? came in 0.5 s")],
+    ("way", "timeout_s", "message"),
+    [
+        ("nothing", 60, "the answer ended 8000 bytes early"),
+        ("trickle", 0.5, r"only \d+ bytes? came in 0.5 s|Timeout on reading.*"),
+    ],
 )
 def test_answers_without_a_packet_of_data_are_an_error_in_the_end(
-    poor: Location, monkeypatch: pytest.MonkeyPatch, way: str, message: str
+    poor: Location, monkeypatch: pytest.MonkeyPatch, way: str, timeout_s: float, message: str
 ) -> None:
-    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", timeout_s)
     Poor.ways, done = [way] * 9, ReadStatistics()
     [error] = read_many([Read(poor, 1000, 9000)], statistics=done)
-    assert isinstance(error, TransientError)
+    assert isinstance(error, TransientError | TimeoutError)
     assert re.fullmatch(message, str(error))
     assert done.requests == 5
 
