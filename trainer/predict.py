@@ -3,13 +3,9 @@
 import sys
 from pathlib import Path
 
-# Import the packages next to this script's folder, even if another copy is installed. The folder itself, which python
-# puts first (not with -P), must not be importable: `import data` would find trainer/data.
-folder = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == folder:
-    del sys.path[0]
-if sys.path[:1] != [str(folder.parent)]:
-    sys.path.insert(0, str(folder.parent))
+# Import this checkout even if another copy is installed, and never trainer/data as `data`.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "trainer"))]
 
 from trainer.commands.predict import main  # noqa: E402
 

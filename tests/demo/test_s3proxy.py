@@ -190,7 +190,7 @@ def test_an_answer_has_the_headers_of_the_store(s3: S3Server, stored: str) -> No
 
 
 def test_aws_chunked_bodies_pass(s3: S3Server, bucket: str) -> None:
-    """The AWS tools upload like this: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming-trailers.html"""
+    # The AWS tools upload like this: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming-trailers.html
     checksum = base64.b64encode(zlib.crc32(BODY).to_bytes(4))
     body = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\nx-amz-checksum-crc32:" + checksum + b"\r\n\r\n"
     with S3Proxy(s3.endpoint_url) as proxy:

@@ -1,4 +1,4 @@
-"""What the trainer's tests share."""
+"""Fixtures of the trainer's tests."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.trainer import tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # Several threads on tiny tensors wait for each other more than they work, above all on a busy machine.
+    # On tiny tensors several threads mostly wait for each other.
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""A dataset of drawn shapes and a network small enough for two CPU cores; and training in real processes."""
+"""A dataset of drawn shapes, a network small enough for two CPU cores, and trainings in separate processes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def send_sigterm(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A child's environment: this checkout's packages, one thread, no accelerator."""
+    """Return the environment of a child process: this checkout's packages, one thread, no GPU."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "CUDA_"))}
     return {
         **kept,
@@ -159,7 +159,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def launch_options(ranks: int) -> list[str]:
-    """Arguments of `accelerate launch` for that many CPU processes."""
+    """Return the arguments of `accelerate launch` for a number of CPU processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -169,8 +169,10 @@ def launch_options(ranks: int) -> list[str]:
 
 
 def start(script: Path | str, options: list[str], *, ranks: int = 1, group: int | None = None) -> subprocess.Popen[str]:
-    """Start a script under `accelerate launch` with that many CPU processes; with one, by itself. With group 0 it leads
-    a process group of its own, as a command in a terminal does."""
+    """Start a script under `accelerate launch` with that many CPU processes; a single one without a launcher.
+
+    With group 0 it leads a new process group, as a command in a terminal does.
+    """
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "accelerate.commands.launch", *launch_options(ranks)]
@@ -186,12 +188,12 @@ def start(script: Path | str, options: list[str], *, ranks: int = 1, group: int 
 
 
 def run(script: Path | str, options: list[str], *, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`start`, and wait for the end."""
+    """Run a script as `start` does, and wait until no process has its output open any more."""
     process = start(script, options, ranks=ranks)
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
+    """Return the rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]

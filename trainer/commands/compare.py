@@ -24,7 +24,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,37 +50,6 @@ from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 FILES = ("metrics.jsonl", "evaluations.jsonl")
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of one setting.
-
-    Attributes:
-        name: as in the comparison.
-        evaluations: the rows of its evaluations.jsonl, at least one.
-        images_per_s: images divided by the seconds of all steps.
-        minutes: of all steps together.
-    """
-
-    name: str
-    evaluations: list[dict[str, Any]]
-    images_per_s: float
-    minutes: float
-
-    def row(self) -> dict[str, Any]:
-        """Return the row of the table; AP from 0 to 1, None where the split has nothing to find."""
-        last, best = self.evaluations[-1], best_evaluation(self.evaluations)
-        return {
-            "setting": self.name,
-            "box AP": last["bbox"]["ap"],
-            "mask AP": last["segm"]["ap"],
-            "mask AP50": last["segm"]["ap50"],
-            "best mask AP": best["segm"]["ap"],
-            "at step": best["step"],
-            "images/s": self.images_per_s,
-            "minutes": self.minutes,
-        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,14 +152,15 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
     command.start_logging()
     check_writable(folder, "--run.dir")
     train_all(configs, options)
-    results = [read_result(name, Location(config.run.dir)) for name, config in configs.items()]
+    runs = {name: read_run(name, Location(config.run.dir)) for name, config in configs.items()}
 
     from trainer.run.plots import draw_comparison
 
-    text = table(results)
+    rows = [summarize(name, *run) for name, run in runs.items()]
+    text = table(rows)
     (folder / "compare.md").write(text.encode("utf-8"))
-    (folder / "compare.json").write(json.dumps([result.row() for result in results], indent=1).encode("utf-8"))
-    (folder / "compare.png").write(draw_comparison({result.name: result.evaluations for result in results}))
+    (folder / "compare.json").write(json.dumps(rows, indent=1).encode("utf-8"))
+    (folder / "compare.png").write(draw_comparison({name: evaluations for name, (_, evaluations) in runs.items()}))
     print(f"\n{text}\nalso in {folder}: compare.md, compare.json, compare.png")
 
 
@@ -221,8 +190,8 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
                 )
 
 
-def read_result(name: str, run: Location) -> Result:
-    """Read the result of a finished run.
+def read_run(name: str, run: Location) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of metrics.jsonl and evaluations.jsonl of a finished run, each at least one.
 
     Raises:
         UserError: it was never evaluated.
@@ -230,17 +199,32 @@ def read_result(name: str, run: Location) -> Result:
     steps, evaluations = ([json.loads(line) for line in (run / file).read().splitlines()] for file in FILES)
     if not evaluations:
         raise UserError(f"{name}: {run} has no evaluation to compare: set data.val_split")
+    return steps, evaluations
+
+
+def summarize(name: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a run's row of the table; AP from 0 to 1, None where the split has nothing to find."""
+    last, best = evaluations[-1], best_evaluation(evaluations)
     seconds = sum(row["seconds"] for row in steps)
-    return Result(name, evaluations, sum(row["images"] for row in steps) / seconds, seconds / 60)
+    return {
+        "setting": name,
+        "box AP": last["bbox"]["ap"],
+        "mask AP": last["segm"]["ap"],
+        "mask AP50": last["segm"]["ap50"],
+        "best mask AP": best["segm"]["ap"],
+        "at step": best["step"],
+        "images/s": sum(row["images"] for row in steps) / seconds,
+        "minutes": seconds / 60,
+    }
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return all results as a table in Markdown, AP in per cent."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows of all runs as a table in Markdown, AP in per cent."""
     import pandas as pd
 
     from shards.common.tables import markdown_table
 
-    frame = pd.DataFrame([result.row() for result in results])
+    frame = pd.DataFrame(rows)
     formats = {column: lambda ap: f"{100 * ap:.1f}" for column in frame if "AP" in column}
     return "\n".join(markdown_table(frame, formats)) + "\n"
 

@@ -91,7 +91,7 @@ def test_the_table_has_the_last_and_the_best_evaluation(
     run = Location(str(tmp_path))
     (run / "evaluations.jsonl").write("\n".join(map(json.dumps, evaluations)).encode())
     (run / "metrics.jsonl").write(b'{"images": 8, "seconds": 30}\n{"images": 8, "seconds": 90}\n')
-    lines = script.table([script.read_result("heads", run)]).splitlines()
+    lines = script.table([script.summarize("heads", *script.read_run("heads", run))]).splitlines()
     assert lines[0].startswith("| setting | box AP | mask AP |")
     assert lines[2] == f"| heads | {cells} | 0.1 | 2.0 |"
 
