@@ -21,13 +21,10 @@ from typing import TYPE_CHECKING, Any
 from shards.commands.options import add_options, from_arguments
 from shards.common.errors import DatasetError
 from shards.common.text import counted
-from shards.format.dataset import Category, Dataset, open_dataset
 from shards.storage.location import Location
 from trainer.commands import command_line as command
 from trainer.config.command_options import LOWEST_EVALUATED_SCORE, EvaluateOptions
 from trainer.config.settings import DataConfig, ModelConfig, TrainConfig
-from trainer.report.scorecard import Evaluation, class_csv, confusion_csv
-from trainer.report.scorecard import summary as summary  # the training loop prints it as well
 from trainer.run.distributed import main_can_write, start_accelerator
 
 if TYPE_CHECKING:
@@ -35,12 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchvision.models.detection import MaskRCNN
 
+    from shards.format.dataset import Category, Dataset
     from shards.stream.streams import EvalStream
     from trainer.data.collate import EvalBatch
     from trainer.metrics.confusion import Confusion
     from trainer.metrics.metric import Gather
     from trainer.metrics.openimages import Parents
     from trainer.metrics.overlaps import Comparison
+    from trainer.report.scorecard import Evaluation
 
 log = logging.getLogger("trainer.commands.evaluate")
 
@@ -69,6 +68,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     Raises:
         UserError: checkpoint, dataset or hierarchy are unavailable or do not fit together, or --out cannot be written.
     """
+    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
+
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
     if dataset is not None:
@@ -79,6 +80,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     from trainer.model.build import rebuild
     from trainer.model.checkpoint import open_checkpoint
     from trainer.report.best_worst_page import BestWorstPage
+    from trainer.report.scorecard import summary
 
     accelerator = start_accelerator()
     out = Location(options.out or f"{Location(options.checkpoint)}/evaluation-{options.split}")
@@ -147,6 +149,7 @@ def write_results(
         The names of the files other than evaluation.json.
     """
     from trainer.report.score_plots import draw_confusion, draw_precision_recall
+    from trainer.report.scorecard import class_csv, confusion_csv
 
     files = {
         "classes.csv": class_csv(result, categories).encode("utf-8"),
@@ -241,6 +244,7 @@ def evaluate(
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.metrics.overlaps import compare
     from trainer.model.inference import detect
+    from trainer.report.scorecard import Evaluation
 
     stream = open_eval_stream(dataset, split, accelerator, data, train)
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from shards.commands.options import add_options, from_arguments
 from shards.common.errors import UserError
 from shards.common.text import counted
-from shards.format.dataset import open_dataset
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.config.command_options import PredictOptions
@@ -81,6 +80,8 @@ def predict(options: PredictOptions) -> int:
     Raises:
         UserError: checkpoint, dataset or images are unavailable or do not fit together, or --out cannot be written.
     """
+    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
+
     command.start_logging()
     dataset = open_dataset(options.shards) if options.shards else None
     if dataset is not None:

@@ -225,8 +225,9 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
     """Evaluate the current weights on all ranks; the main rank draws pictures and keeps the best weights."""
     import torch
 
-    from trainer.commands.evaluate import evaluate, summary
+    from trainer.commands.evaluate import evaluate
     from trainer.report.pictures import Pictures
+    from trainer.report.scorecard import summary
 
     split, data = t.config.data.val_split, t.config.data
     pictures = Pictures(t.dataset.categories, t.config.run.pictures if record else 0)

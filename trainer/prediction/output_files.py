@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from shards.common.errors import UserError
 from shards.common.text import counted
-from shards.format.dataset import Category
 from shards.storage.explain import storage_errors
 from shards.storage.local_files import atomic_write
 from shards.storage.location import Location
@@ -30,6 +29,7 @@ from shards.storage.location import Location
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shards.format.dataset import Category
     from shards.format.sample import Instance
     from trainer.model.inference import Detections
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shards.common.text import counted
-from shards.format.dataset import Dataset, open_dataset
 from shards.storage.location import Location
 from trainer.config.schedule import Stage, stage_of, stages
 from trainer.config.settings import Config, ConfigError
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
     from torchvision.models.detection import MaskRCNN
 
+    from shards.format.dataset import Dataset
     from shards.stream.streams import ShardStream
     from trainer.data.instances import Batch
 
@@ -55,6 +55,8 @@ def set_up(config: Config) -> Training:
     Raises:
         UserError: as `train`; nothing has been written that stays.
     """
+    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
+
     dataset = open_dataset(config.data.shards).select(classes=config.data.classes or None)
     run = Location(config.run.dir)
     if config.data.val_split and config.data.val_split not in dataset.splits:

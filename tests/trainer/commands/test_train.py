@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,6 @@ from trainer.commands import evaluate, train
 from trainer.config.yaml_config import load_config
 from trainer.model.checkpoint import open_checkpoint
 from trainer.run.distributed import tracker_folder
-
-
-def test_a_wrong_argument_is_one_line_without_importing_torch() -> None:
-    code = "import sys; from trainer.commands import train; status = train.main(sys.argv[1:]); "
-    code += "assert 'torch' not in sys.modules; exit(status)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--data.batchsize", "3"], env=tiny.environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "train: error: unknown argument --data.batchsize: did you mean --data.batch_size? (see --help)\n"
-    )
 
 
 @pytest.mark.parametrize(

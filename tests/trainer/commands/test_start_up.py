@@ -1,0 +1,25 @@
+"""Help and wrong arguments of the trainer's commands."""
+
+import subprocess
+import sys
+
+from tests.trainer import tiny
+
+
+def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
+    code = """if True:
+        import sys
+        from contextlib import suppress
+        from trainer.commands import compare, evaluate, predict, train
+        for command in (compare, evaluate, predict, train):
+            assert command.main(["--data.shard=3", "--checkpoint=x", "--out=x", "x"]) == 2
+            with suppress(SystemExit):
+                command.main(["--help"])
+        print([name for name in ("torch", "pandas", "pyarrow", "numpy") if name in sys.modules], file=sys.stderr)
+        """
+    done = subprocess.run([sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True)
+    *errors, modules = done.stderr.splitlines()
+    message = "error: unknown argument --data.shard: did you mean --data.shards? (see --help)"
+    assert errors == [f"{name}: {message}" for name in ("compare", "evaluate", "predict", "train")]
+    assert modules == "[]"
+    assert done.stdout.count("show this help message") == 4
