@@ -73,7 +73,7 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
     """
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
-    inputs = [_at_least_a_pixel(_as_float(image.to(device, non_blocking=True)), network) for image in images]
+    inputs = [_network_input(image.to(device, non_blocking=True), network) for image in images]
     batch, _ = network.transform(inputs)
     features: Any = network.backbone(batch.tensors)
     proposals, _ = network.rpn(batch, features)
@@ -124,7 +124,10 @@ def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, wi
     encoded = []
     for shape, place, piece in zip(shapes, places, np.split(bits, ends[:-1]), strict=True):
         left, top, *_ = _window(place, height, width)
-        encoded.append(_encode(piece.reshape(shape), left, top, height, width))
+        if piece.size:
+            encoded.append(rle.encode_part(piece.reshape(shape).view(np.uint8).T, left, top, height, width))
+        else:  # outside the image
+            encoded.append(rle.encode_part(np.zeros((1, 1), np.uint8), 0, 0, height, width))
     return encoded
 
 
@@ -156,22 +159,14 @@ def _paste_part(mask: Tensor, place: Sequence[int], height: int, width: int) -> 
     return (full[max(y0 - top, 0) : max(y1 - top, 0), max(x0 - left, 0) : max(x1 - left, 0)] >= MASK_THRESHOLD).T
 
 
-def _encode(columns: NDArray[np.bool_], left: int, top: int, height: int, width: int) -> Rle:
-    if not columns.size:
-        return rle.encode_part(np.zeros((1, 1), np.uint8), 0, 0, height, width)
-    return rle.encode_part(columns.view(np.uint8).T, left, top, height, width)
-
-
-def _as_float(image: Tensor) -> Tensor:
-    return image.float().div_(255) if image.dtype == torch.uint8 else image
-
-
-def _at_least_a_pixel(image: Tensor, network: MaskRCNN) -> Tensor:
-    """Resize a very thin image as in training, to at least one pixel.
+def _network_input(image: Tensor, network: MaskRCNN) -> Tensor:
+    """Convert an image to float, 0 to 1, and resize a very thin one as in training, to at least one pixel.
 
     torchvision would round its shorter side down to 0 (for 3000 x 3 pixels resized to a width of 1024) and fail. It
     does not resize an image that already has its final size.
     """
+    if image.dtype == torch.uint8:
+        image = image.float().div_(255)
     height, width = image.shape[-2:]
     size = scaled_size(height, width, network.transform.min_size[-1], network.transform.max_size)
     if 1 not in size:
