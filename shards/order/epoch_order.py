@@ -158,12 +158,8 @@ class Order:
 
     def rows(self, position: int, number: int = 0) -> NDArray[np.int64]:
         """Return the rows, int64 [B], of the index of dataset `number` (0) in global batch `position`."""
-        return self.batch(position)
-
-    def batch(self, position: int) -> NDArray[np.int64]:
-        """Return the rows of the index, int64 [B], of global batch `position`."""
-        epoch, number = divmod(position, self.batches_per_epoch)
-        size, (turn, lane) = self.settings.batch_size, divmod(number, self.lanes)
+        epoch, batch = divmod(position, self.batches_per_epoch)
+        size, (turn, lane) = self.settings.batch_size, divmod(batch, self.lanes)
         return self._lane_rows(epoch, lane, turn * size, (turn + 1) * size)
 
     def endless_lane(self, lane: int, start: int, stop: int) -> NDArray[np.int64]:

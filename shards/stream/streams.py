@@ -316,7 +316,10 @@ def _readers(
     stall_s: float,
     statistics: SampleStatistics,
 ) -> list[SampleReader]:
-    """Return a reader per dataset, which share the read-ahead and the statistics.
+    """Return a reader per dataset.
+
+    Each has a read-ahead of two of its largest samples, because one may be waiting in memory while another is needed,
+    and its share of the rest by weight.
 
     Raises:
         DatasetError: an argument has the wrong type, or the read-ahead is too small.
@@ -325,27 +328,15 @@ def _readers(
     real("stall_s", stall_s)
     if isinstance(cache, str | os.PathLike):
         raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
-    budgets = share_read_ahead(read_ahead, datasets, indexes, weights)
-    return [
-        SampleReader(dataset.root, index, budget, cache, stall_s, statistics)
-        for dataset, index, budget in zip(datasets, indexes, budgets)
-    ]
-
-
-def share_read_ahead(
-    total: int, datasets: Sequence[Dataset], indexes: Sequence[Index], weights: Sequence[float]
-) -> list[int]:
-    """Return the read-ahead of each dataset in bytes: two of its largest samples, and its share of the rest by weight.
-
-    Two, because one may be waiting in memory while another is needed.
-
-    Raises:
-        DatasetError: `total` is not enough for that.
-    """
     least = [2 * int(index.nbytes.max(initial=0)) for index in indexes]
-    if total < max(1, sum(least)):
+    if read_ahead < max(1, sum(least)):
         where = " + ".join(str(dataset.root) for dataset in datasets)
         raise DatasetError(
-            f"{where}: read_ahead is {total} bytes, twice the largest sample is {sum(least)}: give at least as many"
+            f"{where}: read_ahead is {read_ahead} bytes, twice the largest sample is {sum(least)}: give at least as "
+            "many"
         )
-    return [own + int((total - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
+    shares = [own + int((read_ahead - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
+    return [
+        SampleReader(dataset.root, index, share, cache, stall_s, statistics)
+        for dataset, index, share in zip(datasets, indexes, shares)
+    ]

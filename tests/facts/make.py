@@ -257,7 +257,7 @@ def order_facts() -> dict[str, Any]:
         for name, options in ORDERS.items():
             settings = order.OrderSettings(batch_size=4, seed=seed, **options)
             alone = order.Order(indexes[0], settings)
-            facts[f"{name}, seed {seed}"] = _text(alone.batch(position) for position in range(50))
+            facts[f"{name}, seed {seed}"] = _text(alone.rows(position) for position in range(50))
             if "group_by_aspect" not in options:  # not possible in a mix
                 both = mixed(indexes, (3, 1), settings)
                 rows = ([f"{'ab'[part]}{row}" for part in (0, 1) for row in both.rows(p, part)] for p in range(50))

@@ -28,7 +28,6 @@ def orders(draw):
     return Order(make_index(nbytes, draw(st.integers(1, 40))), chosen)
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_an_epoch_visits_every_sample_once_except_for_less_than_a_batch(order, epoch):
     rows = whole_epoch(order, epoch)
@@ -55,13 +54,13 @@ def test_positions_deal_the_batches_to_ranks_and_workers(world, workers, start):
 
 
 @given(orders(), st.lists(st.integers(0, 400), min_size=1, max_size=12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_batch_depends_on_its_position_alone(order, visited):
-    fresh = {position: Order.batch(order, position).copy() for position in visited}
+    fresh = {position: Order.rows(order, position).copy() for position in visited}
     order._epochs.values.clear()
     order._pieces.values.clear()
     for position in sorted(visited, reverse=True):
-        assert np.array_equal(order.batch(position), fresh[position])
+        assert np.array_equal(order.rows(position), fresh[position])
 
 
 @pytest.mark.parametrize("group_by_aspect", [False, True])
@@ -133,7 +132,7 @@ def definition(order, epoch):
 
 
 @given(orders(), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_batches_are_those_of_the_definition(order, epoch):
     assert whole_epoch(order, epoch).tolist() == definition(order, epoch)
 
@@ -194,7 +193,7 @@ def test_memory_does_not_depend_on_the_size_of_the_dataset():
     for count in (2_000, 200_000):
         order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
         for position in range(0, 3 * order.batches_per_epoch, order.batches_per_epoch // 50):
-            order.batch(position)
+            order.rows(position)
         sizes[count] = sum(piece.nbytes for piece in order._pieces.values.values())
     assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
 
@@ -205,12 +204,12 @@ def test_threads_can_share_an_order(repeat_threshold):
     index = make_index(np.full(40, 10), classes=[[1, 2] if n % 8 == 0 else [1] for n in range(40)])
     chosen = OrderSettings(4, window=4, repeat_threshold=repeat_threshold)
     shared, alone = Order(index, chosen), Order(index, chosen)
-    expected = [alone.batch(position).tolist() for position in range(300)]
+    expected = [alone.rows(position).tolist() for position in range(300)]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: [shared.batch(position).tolist() for position in range(300)], range(12)))
+            found = list(pool.map(lambda _: [shared.rows(position).tolist() for position in range(300)], range(12)))
     finally:
         sys.setswitchinterval(before)
     assert all(one == expected for one in found)

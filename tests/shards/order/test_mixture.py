@@ -53,7 +53,6 @@ def take(mix, count, *, workers=0, **options):
     return [keys(batch) for batch in take_from(stream, count, workers)]
 
 
-@settings(deadline=None)
 @given(weights_of, st.integers(0, 10_000))
 @example([7, 39, 4, 37], 757)  # more than two off
 def test_apportion_is_exact_monotonic_and_in_proportion(weights, total):
@@ -86,7 +85,7 @@ def mixes(draw):
     return MixedOrder([make_index(np.full(n, 10)) for n in lengths], weights, chosen), lengths, weights
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mixes())
 def test_each_dataset_has_its_own_epochs_and_its_share_of_every_stretch(mix):
     order, lengths, weights = mix
@@ -106,7 +105,7 @@ def test_each_dataset_has_its_own_epochs_and_its_share_of_every_stretch(mix):
     assert all(sum(order.sizes(position)) == order.settings.batch_size for position in range(batches))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mixes(), st.lists(st.integers(0, 500), min_size=1, max_size=8))
 def test_a_batch_of_a_mix_depends_on_its_position_alone(mix, positions):
     order, lengths, weights = mix

@@ -32,14 +32,12 @@ def rare_ones(count=400):
     return make_index(np.full(count, 1000), per_shard=50, classes=classes)
 
 
-@settings(deadline=None)
 @given(labels, st.floats(0.001, 1))
 def test_factors_are_those_of_lvis(classes, threshold):
     index = make_index(np.full(len(classes), 10), classes=classes)
     assert repeat_factors(index, threshold) == pytest.approx(lvis(classes, threshold))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(UNIT, 5 * UNIT), min_size=1, max_size=50), st.integers(0, 2**64 - 1))
 def test_factors_are_rounded_down_or_up_and_totals_differ_by_at_most_one(units, key):
     units = np.array(units)
@@ -63,7 +61,6 @@ def test_roundings_of_two_samples_are_independent_over_epochs():
     assert 0.44 < pairs < 0.56  # 0 or 1 with one offset over a fixed order
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
 def test_passes_contain_each_row_as_often_as_it_is_visited(visits):
     rows = passes(np.array(visits))
@@ -71,7 +68,7 @@ def test_passes_contain_each_row_as_often_as_it_is_visited(visits):
     assert (np.diff(rows) <= 0).sum() == max(max(visits) - 1, 0)  # each pass ascends
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(labels, st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 3))
 def test_an_epoch_visits_every_sample_as_often_as_its_factor_says(classes, size, lanes, window, threshold, epoch):
     index = make_index(np.full(len(classes), 10), classes=classes)
@@ -88,8 +85,8 @@ def test_an_epoch_visits_every_sample_as_often_as_its_factor_says(classes, size,
 
 def test_a_position_does_not_depend_on_what_was_read_before():
     order, other = (Order(rare_ones(), OrderSettings(4, 3, 4, 32, repeat_threshold=0.5)) for _ in range(2))
-    ahead = {position: order.batch(position).tolist() for position in range(0, 900, 7)}
-    assert ahead == {position: other.batch(position).tolist() for position in sorted(ahead, reverse=True)}
+    ahead = {position: order.rows(position).tolist() for position in range(0, 900, 7)}
+    assert ahead == {position: other.rows(position).tolist() for position in sorted(ahead, reverse=True)}
     first = order.batches_per_epoch
     assert [order.epoch_of(position) for position in (0, first - 1, first, 5 * first)] == [0, 0, 1, 5]
     assert order.visit(first) == first

@@ -4,7 +4,7 @@ from itertools import chain, cycle, islice, repeat
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.format.index import Index
@@ -49,7 +49,6 @@ samples = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(places=samples, data=st.data(), budget=st.integers(1, 2**25))
 def test_every_sample_is_requested_in_time_and_within_the_budget(places, data, budget):
     new_shard, nbytes, gaps = zip(*places, strict=True)
@@ -97,7 +96,7 @@ def test_shuffled_windows_are_read_as_runs_of_neighbours(workers, most):
     index = make_index(np.arange(8000) // 1500, nbytes, np.zeros(8000))
     order = Order(index, OrderSettings(8))
     batches = islice(positions(0, rank=0, world=1, worker=0, workers=workers), 500 // workers)
-    rows = [int(row) for position in batches for row in order.batch(position)]
+    rows = [int(row) for position in batches for row in order.rows(position)]
     spans, _ = carry_out(index, rows, 64 * 2**20)
     assert len(spans) < most * len(rows)
 

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.common.errors import SampleError
@@ -15,7 +15,6 @@ def dataset(tmp_path_factory):
     )
 
 
-@settings(deadline=None)
 @given(order=st.lists(st.integers(0, 39), max_size=80), read_ahead=st.sampled_from([1, 10**4, 10**6]))
 def test_samples_are_read_in_order_with_any_read_ahead(dataset, order, read_ahead):
     index = dataset.index("train")

@@ -3,7 +3,7 @@ import tarfile
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
@@ -37,7 +37,6 @@ def tar(files, **options):
     return buffer.getvalue()
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["jpg", "json", "seg.png", "txt"]), st.binary(max_size=2000), max_size=4),
     st.booleans(),
@@ -95,7 +94,6 @@ def test_other_bytes_are_refused_in_one_line(one, data, message):
         parse_sample(read_sample(memoryview(data), one[0], 0, "s3://b/d"))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1023), st.binary(min_size=1, max_size=16))
 def test_a_damaged_header_gives_an_error_or_the_same_members(one, place, change):
     """The checksum detects what changes a header; there is no other exception."""
