@@ -189,7 +189,7 @@ def predict_images(
                 write_picture(out / name, pixels, found, state.categories)
             files.add(record)
             print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
-    print(f"{out / COCO_FILE}: {files.told()}", flush=True)
+    print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
     return 1 if failures else 0
 
 

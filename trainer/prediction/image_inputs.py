@@ -1,4 +1,4 @@
-"""Which images a command line means, and what their pictures are called."""
+"""Images that are named on a command line, and file names of their pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from shards.common.errors import UserError
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # what is an image in a folder
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of images in folders and globs
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """The images that paths, URLs, folders and globs stand for; what a folder or a glob finds is sorted.
+    """Return the images of paths, URLs, folders and globs, each once.
 
-    A folder stands for the images directly in it, `**` in a glob for folders of any depth. An http URL is one image.
-    An image that several of them stand for comes once, where it is first.
+    A folder means the images directly in it, `**` in a glob folders of any depth; both are sorted. An http URL is one
+    image.
 
     Raises:
         UserError: a folder without images, a glob that matches nothing.
-        StorageError: a place could not be asked.
+        StorageError: a folder cannot be listed.
     """
     first: dict[str, str] = {}
     for name in names:
@@ -32,7 +32,7 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def _place(image: str) -> str:
-    """Equal for one path however it is written; a link to a file is another path."""
+    """Return a key that is equal for all spellings of a path. A symbolic link is another path."""
     place = Location(image)
     if place.protocol in ("http", "https"):
         return image
@@ -62,13 +62,13 @@ def _images(paths: Sequence[str]) -> list[str]:
 
 
 def stem(image: str) -> str:
-    """The name of an image without folders and suffix: of an Open Images file, its ImageID."""
+    """Return the name of an image without folders and suffix, which is the ImageID of an Open Images file."""
     path = unquote(urlsplit(image).path) if "://" in image else image
     return posixpath.splitext(posixpath.basename(path))[0] or "image"
 
 
 def check_image_ids(images: Sequence[str]) -> None:
-    """Whether a submission can tell these images apart.
+    """Check that images have different ImageIDs in a submission.
 
     Raises:
         UserError: two would have the same ImageID.
@@ -84,9 +84,9 @@ def check_image_ids(images: Sequence[str]) -> None:
 
 
 def picture_names(images: Sequence[str], out: str) -> list[str]:
-    """A file name in `out` for each image's picture: its own name with .jpg, numbered where two would meet.
+    """Return a file name in `out` for each image's picture: its own name with .jpg, numbered if it is taken.
 
-    No picture takes the place of an image that is asked for, even when images lie in `out`.
+    No picture replaces one of the images, even if these are in `out`.
     """
     taken = {_key(image) for image in images}
     names = []
@@ -101,7 +101,7 @@ def picture_names(images: Sequence[str], out: str) -> list[str]:
 
 
 def _key(url: str) -> str:
-    """Equal for equal places, also where letters of both cases are one file."""
+    """Return a key that is equal for paths that may be one file, also if the file system ignores case."""
     if "://" in url and not url.startswith("file://"):
         return url.casefold()
     return os.path.realpath(url.removeprefix("file://")).casefold()

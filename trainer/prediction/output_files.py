@@ -1,10 +1,10 @@
-"""What was found, as files: a COCO dataset with scores, the Open Images Challenge's submission, pictures.
+"""Output files of predictions: a COCO dataset with scores, the submission to the Open Images Challenge, pictures.
 
-The submission's format is that of the Challenge's instance segmentation track of 2019, which takes results at Kaggle
+The submission has the format of the Challenge's instance segmentation track of 2019
 (https://www.kaggle.com/c/open-images-2019-instance-segmentation/overview/evaluation): a CSV with the columns `ImageID`,
-`ImageWidth`, `ImageHeight` and `PredictionString`, the latter `LabelName Confidence EncodedMask` for each object, all
-parted by spaces. EncodedMask is base64 of zlib of the ASCII counts of COCO's RLE; TensorFlow's
-`object_detection/metrics/oid_challenge_evaluation_utils.py` decodes the same.
+`ImageWidth`, `ImageHeight` and `PredictionString`, which is `LabelName Confidence EncodedMask` for each object,
+separated by spaces. EncodedMask is base64 of zlib of the ASCII counts of COCO's RLE, as decoded by TensorFlow's
+`object_detection/metrics/oid_challenge_evaluation_utils.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shards.format.dataset import Category
-    from shards.format.sample import Instance
     from trainer.model.inference import Detections
 
 COCO_FILE = "predictions.json"
@@ -38,75 +37,63 @@ SUBMISSION_FILE = "submission.csv"
 COLUMNS = ("ImageID", "ImageWidth", "ImageHeight", "PredictionString")
 JPEG_QUALITY = 92
 
-Labels = Mapping[int, Sequence[str]]  # the MIDs under which a class is submitted: its own, then its ancestors'
+Labels = Mapping[int, Sequence[str]]  # category id -> the MIDs it is submitted as: its own, then its ancestors'
 
 
 def image_record(image_id: str, file_name: str, width: int, height: int, found: Detections) -> dict[str, Any]:
-    """All that the files tell of an image: `image_id`, `image` (COCO's entry) and `annotations`; `id`s come later."""
-    return {
-        "image_id": image_id,
-        "image": {"file_name": file_name, "width": width, "height": height},
-        "annotations": [
-            annotation(instance, float(score)) for instance, score in zip(found.instances(), found.scores, strict=True)
-        ],
-    }
+    """Return `image_id`, COCO's entry `image` and COCO's `annotations` of an image, without their ids.
 
-
-def annotation(instance: Instance, score: float) -> dict[str, Any]:
-    """A detection as a COCO annotation with a score, which is also COCO's form of a result."""
+    An annotation with its `score` is also COCO's form of a result.
+    """
     from shards.format import rle
 
-    mask = instance.segmentation
-    assert mask is not None  # every detection has one
-    return {
-        "category_id": instance.category_id,
-        "bbox": [round(value, 2) for value in instance.bbox],
-        "score": round(score, 5),
-        "segmentation": mask.to_json(),
-        "area": rle.area(mask),
-        "iscrowd": 0,
-    }
+    annotations = [
+        {
+            "category_id": instance.category_id,
+            "bbox": [round(value, 2) for value in instance.bbox],
+            "score": round(score, 5),
+            "segmentation": mask.to_json(),
+            "area": rle.area(mask),
+            "iscrowd": 0,
+        }
+        for instance, mask, score in zip(found.instances(), found.masks, found.scores.tolist(), strict=True)
+    ]
+    image = {"file_name": file_name, "width": width, "height": height}
+    return {"image_id": image_id, "image": image, "annotations": annotations}
 
 
 def submission_labels(categories: Sequence[Category], parents: Mapping[int, Sequence[int]]) -> dict[int, list[str]]:
-    """The MIDs that each class is submitted as: its own and those of its ancestors, which the Challenge asks for.
+    """Return the MIDs that each class is submitted as: its own and, as the Challenge requires, its ancestors'.
 
     Raises:
-        UserError: a class without a MID.
+        UserError: a class has no MID.
     """
     mids = {category.id: category.mid for category in categories}
     for category in categories:
         if not category.mid:
-            raise UserError(f"--submission: class {category.name} has no MID, by which Open Images knows its classes")
+            raise UserError(f"--submission: class {category.name} has no MID, by which Open Images identifies classes")
     return {number: [mid, *(mids[above] for above in parents.get(number, ()))] for number, mid in mids.items()}
 
 
 def prediction_string(annotations: Iterable[Mapping[str, Any]], labels: Labels) -> str:
-    """`LabelName Confidence EncodedMask` of each annotation under each of its labels; empty where there is none."""
+    """Return `LabelName Confidence EncodedMask` of each annotation under each of its labels, separated by spaces."""
     parts = []
     for one in annotations:
-        mask = encode_mask(one["segmentation"]["counts"])
+        counts = one["segmentation"]["counts"].encode("ascii")
+        mask = base64.b64encode(zlib.compress(counts, zlib.Z_BEST_COMPRESSION)).decode("ascii")
         parts += [f"{label} {one['score']:g} {mask}" for label in labels[one["category_id"]]]
     return " ".join(parts)
 
 
-def encode_mask(counts: str) -> str:
-    """COCO's compressed counts as the Challenge's EncodedMask."""
-    return base64.b64encode(zlib.compress(counts.encode("ascii"), zlib.Z_BEST_COMPRESSION)).decode("ascii")
-
-
 class PredictionFiles:
-    """Writes predictions.json, and submission.csv where labels are given, an image at a time, in constant memory.
+    """Context manager that writes predictions.json and submission.csv, image by image, in constant memory.
 
-    Both are there whole when the `with` block ends, or not at all where it fails.
+    The files appear whole at the end of the `with` block, or not at all after an exception.
 
     Args:
         out: the folder.
         categories: the network's classes.
-        labels: of the submission; None for no submission.
-
-    Attributes:
-        images, objects: how many were added.
+        labels: for the submission; None if there is none.
     """
 
     def __init__(self, out: Location, categories: Sequence[Category], labels: Labels | None) -> None:
@@ -126,7 +113,7 @@ class PredictionFiles:
         return self
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """One image, as `image_record` made it; ids are given in the order of the calls, from 1."""
+        """Add an image from `image_record`; ids count from 1 in the order of the calls."""
         self._coco.write("," if self.images else "")
         self.images += 1
         self._coco.write(_dump({"id": self.images, **record["image"]}))
@@ -139,8 +126,8 @@ class PredictionFiles:
             string = prediction_string(record["annotations"], self._labels)
             self._rows.writerow((record["image_id"], image["width"], image["height"], string))
 
-    def told(self) -> str:
-        """What was added so far, such as `3 objects in 1 image`."""
+    def counts(self) -> str:
+        """Return what was added so far, such as `3 objects in 1 image`."""
         return f"{counted(self.objects, 'object')} in {counted(self.images, 'image')}"
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -164,31 +151,29 @@ class PredictionFiles:
 
 
 def write_picture(place: Location, pixels: Tensor, found: Detections, categories: Sequence[Category]) -> None:
-    """The image with what was found drawn over it, as JPEG.
+    """Write an image with its detections as JPEG.
 
     Args:
         place: where to write.
-        pixels: uint8 (3, H, W) RGB.
-        found: in this image.
+        pixels: uint8 [3, H, W] RGB.
+        found: the detections.
         categories: the network's classes.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the file cannot be written.
     """
-    from PIL import Image
-
     from shards.drawing.overlay import draw_instances, legible_scale
 
     height, width = pixels.shape[-2:]
     picture = draw_instances(
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()),
+        pixels.permute(1, 2, 0).contiguous().numpy(),
         found.instances(),
         categories,
         scores=found.scores.tolist(),
         scale=legible_scale(width, height),
     )
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # thin coloured lines stay sharp
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # keeps thin coloured lines sharp
     place.write(buffer.getvalue())
 
 
@@ -197,7 +182,7 @@ def _dump(value: Any) -> str:
 
 
 def _publish(source: str, place: Location) -> None:
-    """Put a file of any length to its place, whole or not at all."""
+    """Copy a file of any length to its place, whole or not at all."""
     with storage_errors(place.url):
         if not place.is_local:
             place.fs.put_file(source, place.path)

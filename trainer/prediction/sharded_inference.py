@@ -1,10 +1,10 @@
-"""Inference over a split of a shard dataset, on any number of ranks, that can be stopped and goes on.
+"""Inference over a split of a shard dataset, on any number of ranks, which can be stopped and resumed.
 
-    <out>/parts/<key>/part-00003.jsonl      a line an image, as `image_record` made it; written whole or not at all
+    <out>/parts/<key>/part-00003.jsonl      one line per image, an `image_record`; written whole or not at all
 
-The split's images are cut into parts of neighbours. What a part is depends on no rank: the parts that are not there yet
-are dealt out, each rank writes its own, and when all are there the main rank joins them in the order of the index. The
-key is a hash of everything that the parts' content comes from, so that no part of another run is taken for one's own.
+The images of the split are divided into parts of consecutive images, independently of the ranks. Each rank writes its
+share of the missing parts; when all exist, the main rank joins them in the order of the index. The key is a hash of
+everything that determines the content of the parts, so that parts of another run are never used.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PICTURES = "pictures"
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A split cut into parts.
+    """A split divided into parts.
 
     Attributes:
-        folder: where they lie.
-        images: of the split.
-        size: images a part, a multiple of the batch size: a batch never spans two. The last part may be smaller.
+        folder: of the files.
+        images: number of images of the split.
+        size: images per part, except for the last one. A multiple of the batch size: no batch spans two parts.
     """
 
     folder: Location
@@ -55,18 +55,18 @@ class Parts:
         return -(-self.images // self.size)
 
     def place(self, number: int) -> Location:
-        """Where a part lies."""
+        """Return the file of a part."""
         return self.folder / f"part-{number:05d}.jsonl"
 
     def rows(self, number: int) -> NDArray[np.int64]:
-        """The rows of the split's index that a part is of."""
+        """Return the rows of the split's index that are in a part."""
         return np.arange(number * self.size, min((number + 1) * self.size, self.images), dtype=np.int64)
 
     def missing(self) -> list[int]:
-        """The parts that are not written, ascending.
+        """Return the parts that are not written, ascending.
 
         Raises:
-            StorageError: the folder could not be listed.
+            StorageError: the folder cannot be listed.
         """
         with storage_errors(self.folder.url):
             try:
@@ -83,21 +83,18 @@ class Parts:
         self.place(number).write("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
     def read(self, number: int) -> list[dict[str, Any]]:
-        """The records of a part.
+        """Return the records of a part.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
-        place = self.place(number)
+        place, images = self.place(number), len(self.rows(number))
         try:
             records = [json.loads(line) for line in place.read().splitlines()]
+            if len(records) != images:
+                raise ValueError(f"{counted(len(records), 'image')} instead of {images}")
         except ValueError as error:
-            raise UserError(f"{place} is damaged ({error}): delete it and give the command again") from error
-        if len(records) != len(self.rows(number)):
-            raise UserError(
-                f"{place} is damaged ({counted(len(records), 'image')} instead of {len(self.rows(number))}): "
-                "delete it and give the command again"
-            )
+            raise UserError(f"{place} is damaged ({error}): delete it and run the command again") from error
         return records
 
 
@@ -109,20 +106,18 @@ def predict_shards(
     accelerator: Accelerator,
     labels: Labels | None,
 ) -> None:
-    """Do the parts that are missing, and join all; each rank must call this.
+    """Process the missing parts and join all of them. Every rank must call this; only the main one joins.
 
     Args:
-        options: `split`, `score`, `batch_size`, `part_images`, `workers`, `pictures` and `out`.
-        dataset: only its images are looked at.
-        state: of the checkpoint.
+        options: of the command.
+        dataset: the annotations are not used.
+        state: the checkpoint.
         network: on the device, in evaluation mode.
         accelerator: of this rank.
-        labels: of the submission; None for no submission.
-
-    The ranks part when all parts are there: the others do not wait for the main one to join them.
+        labels: for the submission; None if there is none.
 
     Raises:
-        UserError: a sample cannot be had, a part is damaged, or `out` cannot be written.
+        UserError: a sample is unavailable, a part is damaged, or `options.out` cannot be written.
     """
     from trainer.run.distributed import from_main
 
@@ -132,25 +127,24 @@ def predict_shards(
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     missing: list[int] = from_main(parts.missing() if main else None)
     if main:
-        done = len(parts) - len(missing)
-        told = f"{done} of {counted(len(parts), 'part')} done already"
-        print(f"{counted(images, 'image')} of {options.split}: {told}", flush=True)
+        done = f"{len(parts) - len(missing)} of {counted(len(parts), 'part')} done already"
+        print(f"{counted(images, 'image')} of {options.split}: {done}", flush=True)
     for number, records in _predict_parts(options, dataset, state, network, accelerator, parts, missing[rank::world]):
         parts.write(number, records)
         objects = sum(len(record["annotations"]) for record in records)
         print(f"{parts.place(number)}: {counted(objects, 'object')}", flush=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.end_training()  # the other ranks do not wait until the parts are joined
     if main:
         with PredictionFiles(out, state.categories, labels) as files:
             for number in range(len(parts)):
                 for record in parts.read(number):
                     files.add(record)
-        print(f"{out / COCO_FILE}: {files.told()}", flush=True)
+        print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
 
 
 def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:
-    """A hash of what parts come from: weights and settings of the network, the index, and how they are put together."""
+    """Hash what determines the parts: weights and settings of the network, the index, and the options."""
     import torch
 
     digest = hashlib.blake2b(digest_size=8)
@@ -174,7 +168,7 @@ def _predict_parts(
     parts: Parts,
     numbers: Sequence[int],
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """This rank's parts with their records, one after the other, from one loader that reads ahead of them."""
+    """Yield this rank's parts with their records, from one loader that reads ahead across parts."""
     from shards.stream.loader import loader
     from shards.stream.streams import EvalStream
     from trainer.data.collate import EvalCollate

@@ -30,7 +30,7 @@ def pycocotools_stats(task: Task, pairs: Pairs, categories: Sequence[Category]) 
             if annotation is not None:
                 truth.append({**annotation, "id": len(truth) + 1, "image_id": number})
         for obj, score in zip(detections.instances(), detections.scores, strict=True):
-            entry = {"image_id": number, "category_id": obj.category_id, "score": float(score)}
+            entry: dict = {"image_id": number, "category_id": obj.category_id, "score": float(score)}
             assert obj.segmentation is not None
             entry |= {"bbox": list(obj.bbox)} if task == "bbox" else {"segmentation": obj.segmentation.to_coco()}
             found.append(entry)

@@ -9,7 +9,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from tests.trainer.metrics.reference import pycocotools_stats
 from trainer.metrics.coco import SUMMARY, CocoMetric, CocoResult, Scores
-from trainer.metrics.overlaps import compare
+from trainer.metrics.overlaps import Comparison
 from trainer.model.inference import Detections
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"), Category(5, "Sign", "/m/s"))
@@ -40,7 +40,7 @@ def detections(*found: tuple[int, tuple[float, float, float, float], float]) -> 
 
 def score(*pairs: tuple[Sample, Detections]) -> CocoResult:
     metric = CocoMetric(CATEGORIES)
-    metric.process(compare(*zip(*pairs, strict=True)))
+    metric.process([Comparison(*pair) for pair in pairs])
     result = metric.evaluate()
     assert result is not None
     return result
@@ -54,7 +54,7 @@ def random_pairs(images: int = 25) -> list[tuple[Sample, Detections]]:
         objects, found = [], []
         for _ in range(int(rng.integers(0, 7))):
             side = rng.choice([20.0, 60.0, 120.0])
-            x, y, w, h = (*rng.uniform(0, SIZE - side, 2), *(side * rng.uniform(0.6, 1.0, 2)))
+            (x, y), (w, h) = rng.uniform(0, SIZE - side, 2), side * rng.uniform(0.6, 1.0, 2)
             category = int(rng.choice([1, 2, 5]))
             objects.append(instance(category, (x, y, w, h), mask=rng.random() < 0.8, group=rng.random() < 0.1))
             for _ in range(int(rng.integers(0, 3))):

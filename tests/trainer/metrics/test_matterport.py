@@ -118,27 +118,20 @@ def test_compute_recall_matches_boxes_one_to_one() -> None:
 
 
 def slow_ap(truth: list[tuple[int, Box]], predicted: list[tuple[int, Box, float]], threshold: float) -> float:
-    ranked = sorted(predicted, key=lambda p: -p[2])
     free, hits, points = list(range(len(truth))), 0, []
-    for rank, (label, box, _) in enumerate(ranked, start=1):
-        reach = [
-            (iou(box, truth[j][1]), -j) for j in free if truth[j][0] == label and iou(box, truth[j][1]) >= threshold
-        ]
-        if reach:
+    for rank, (label, box, _) in enumerate(sorted(predicted, key=lambda p: -p[2]), start=1):
+        reach = [(iou(box, truth[j][1]), -j) for j in free if truth[j][0] == label]
+        if reach and max(reach)[0] >= threshold:
             free.remove(-max(reach)[1])
             hits += 1
-        points.append((hits / len(truth), hits / rank))
-    # The area, object after object: the best precision at or after the recall at which it is found.
-    return sum(
-        max([p for r, p in points if r >= k / len(truth) - 1e-12], default=0.0) for k in range(1, len(truth) + 1)
-    ) / len(truth)
+        points.append((hits, hits / rank))
+    # The mean over the objects of the best precision at or after the recall at which each is found.
+    return sum(max([p for h, p in points if h >= k], default=0.0) for k in range(1, len(truth) + 1)) / len(truth)
 
 
 def iou(a: Box, b: Box) -> float:
-    one, other = (np.zeros((SIZE, SIZE), bool) for _ in range(2))
-    one[a[0] : a[2], a[1] : a[3]] = True
-    other[b[0] : b[2], b[1] : b[3]] = True
-    return float((one & other).sum() / (one | other).sum())
+    _, _, masks = arrays((1, a), (1, b))
+    return float(masks.all(axis=2).sum() / masks.any(axis=2).sum())
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ import pytest
 from tests.trainer.metrics import test_coco, test_openimages
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import compare
+from trainer.metrics.overlaps import Comparison
 
 CASES: list[Any] = [
     (CocoMetric, test_coco.CATEGORIES, test_coco.random_pairs(9)),
@@ -20,7 +20,7 @@ CASES: list[Any] = [
 def test_evaluate_does_not_depend_on_the_number_of_ranks(
     world: int, metric_class: Any, categories: Any, pairs: Any
 ) -> None:
-    images = compare(*zip(*pairs, strict=True))
+    images = [Comparison(*pair) for pair in pairs]
     whole = metric_class(categories)
     whole.process(images)
     ranks = [metric_class(categories) for _ in range(world)]
@@ -36,7 +36,7 @@ def test_evaluate_does_not_depend_on_the_number_of_ranks(
 def test_an_image_processed_twice_is_an_error_and_reset_forgets_it(
     metric_class: Any, categories: Any, pairs: Any
 ) -> None:
-    images = compare(*zip(*pairs, strict=True))
+    images = [Comparison(*pair) for pair in pairs]
     metric = metric_class(categories)
     metric.process([*images, images[0]])
     with pytest.raises(RuntimeError, match=f"1 images were processed more than once, such as {pairs[0][0].image_id}"):

@@ -16,15 +16,16 @@ from shards.format.sample import Instance, Sample
 from shards.storage.location import Location
 from tests.trainer.metrics.reference import open_images_ap
 from trainer.metrics.hierarchy import read_parents
-from trainer.metrics.openimages import UNVERIFIED, OpenImagesMetric, OpenImagesResult
-from trainer.metrics.overlaps import compare, compute_overlaps
+from trainer.metrics.openimages import OUTCOMES, UNVERIFIED, OpenImagesMetric, OpenImagesResult, Parents, match
+from trainer.metrics.overlaps import Comparison, compute_overlaps
 from trainer.model.inference import Detections
 
 PERSON, CAR, MAN = 1, 2, 3
 CATEGORIES = (Category(PERSON, "Person", "/m/p"), Category(CAR, "Car", "/m/c"), Category(MAN, "Man", "/m/m"))
-PARENTS = {MAN: (PERSON,)}
+PARENTS: Parents = {MAN: (PERSON,)}
 SIZE = 40
 Box = tuple[int, int, int, int]  # x, y, w, h
+Pair = tuple[Sample, Detections]
 A, B, C, D = (0, 0, 10, 10), (20, 0, 10, 10), (0, 20, 10, 10), (20, 20, 10, 10)
 NO_PIXEL = rle.encode(np.zeros((SIZE, SIZE), np.uint8))
 
@@ -37,7 +38,8 @@ def filled(box: Box) -> rle.Rle:
 
 
 def instance(label: int, box: Box, *, mask: bool = True, group: bool = False) -> Instance:
-    return Instance(label, tuple(map(float, box)), filled(box) if mask else None, is_group_of=group)
+    x, y, w, h = map(float, box)
+    return Instance(label, (x, y, w, h), filled(box) if mask else None, is_group_of=group)
 
 
 def sample(
@@ -57,108 +59,85 @@ def persons(*boxes: Box) -> Detections:
     return found(*((PERSON, box, 0.9 - 0.1 * i) for i, box in enumerate(boxes)))
 
 
-def score(*pairs: tuple[Sample, Detections], parents: dict[int, tuple[int, ...]] | None = None) -> OpenImagesResult:
+def score(*pairs: Pair, parents: Parents | None = None) -> OpenImagesResult:
     metric = OpenImagesMetric(CATEGORIES, parents)
-    metric.process(compare(*zip(*pairs, strict=True)))
+    metric.process([Comparison(*pair) for pair in pairs])
     result = metric.evaluate()
     assert result is not None
     return result
 
 
-def aps(*pairs: tuple[Sample, Detections], parents: dict[int, tuple[int, ...]] | None = None) -> list[float | None]:
+def aps(*pairs: Pair, parents: Parents | None = None) -> list[float | None]:
     return [one.ap for one in score(*pairs, parents=parents).classes]
 
 
 TWO = (instance(PERSON, A), instance(PERSON, B))
-UNMASKED_B = (instance(PERSON, A), instance(PERSON, B, mask=False))
-GROUPS = {mask: instance(PERSON, (20, 20, 20, 20), mask=mask, group=True) for mask in (True, False)}
+B_UNMASKED = (instance(PERSON, A), instance(PERSON, B, mask=False))
+# Annotations, detections, AP, and the outcome of each detection by descending score.
+CASES = {
+    "all found": (TWO, persons(A, B), 1, "right right"),
+    "nothing found": (TWO, persons(), 0, ""),
+    # Precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1. The envelope: 1 up to 1/2, then 2/3.
+    "area as in VOC 2010": (TWO, persons(A, C, B), 1 / 2 + 1 / 3, "right wrong right"),
+    "half of the recall is not reached": (TWO, persons(C, A), 1 / 4, "wrong right"),
+    "IoU of half is enough": (TWO[:1], persons((0, 0, 5, 10)), 1, "right"),
+    "IoU below half": (TWO[:1], persons((0, 0, 10, 4)), 0, "wrong"),
+    "found once, by the best score": (TWO, found((PERSON, A, 0.8), (PERSON, A, 0.9)), 1 / 2, "right wrong"),
+    "only the largest overlap counts, as in VOC": (
+        (instance(PERSON, (0, 0, 10, 10)), instance(PERSON, (0, 1, 10, 10))),
+        persons((0, 0, 10, 10), (0, 0, 10, 9)),
+        1 / 2,
+        "right wrong",
+    ),
+    "an object without a mask is not in the recall": (B_UNMASKED, persons(A), 1, "right"),
+    "one detection of it is ignored": (B_UNMASKED, persons(B, B, A), 1 / 2, "unmasked wrong right"),
+    "masks are matched before boxes": (
+        (instance(PERSON, A, mask=False), instance(PERSON, A)),
+        persons(A, A, A),
+        1,
+        "right unmasked wrong",
+    ),
+    "an annotated mask without a pixel is none": (
+        (TWO[0], replace(TWO[1], segmentation=NO_PIXEL)),
+        persons(B, A),
+        1,
+        "unmasked right",
+    ),
+    "a detection without a pixel": (TWO[:1], replace(persons(C), masks=(NO_PIXEL,)), 0, ""),
+    "an object inside a group": (
+        (instance(PERSON, D), instance(PERSON, (15, 15, 25, 25), mask=False, group=True)),
+        persons(D, D),
+        1,
+        "right group",
+    ),
+}
 
 
+@pytest.mark.parametrize(("instances", "detections", "ap", "outcomes"), CASES.values(), ids=CASES)
+def test_outcomes_in_one_image(
+    instances: tuple[Instance, ...], detections: Detections, ap: float, outcomes: str
+) -> None:
+    one = sample(*instances)
+    assert aps((one, detections))[0] == pytest.approx(ap)
+    assert " ".join(OUTCOMES[i] for i in match(Comparison(one, detections), {}).outcomes) == outcomes
+
+
+@pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize(
-    ("instances", "detections", "ap", "outcomes"),
+    ("label", "boxes", "ap", "ignored"),
     [
-        pytest.param(TWO, persons(A, B), 1, {"right": 2}, id="all found"),
-        pytest.param(TWO, persons(), 0, {}, id="nothing found"),
-        # Precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1. The envelope: 1 up to 1/2, then 2/3.
-        pytest.param(TWO, persons(A, C, B), 1 / 2 + 1 / 3, {"right": 2, "wrong": 1}, id="area as in VOC 2010"),
-        pytest.param(TWO, persons(C, A), 1 / 4, {"right": 1, "wrong": 1}, id="half of the recall is not reached"),
-        pytest.param(TWO[:1], persons((0, 0, 5, 10)), 1, {"right": 1}, id="IoU of half is enough"),
-        pytest.param(TWO[:1], persons((0, 0, 10, 4)), 0, {"wrong": 1}, id="IoU below half"),
-        pytest.param(
-            TWO,
-            found((PERSON, A, 0.8), (PERSON, A, 0.9), (PERSON, B, 0.7)),
-            1 / 2 + 1 / 3,
-            {"right": 2, "wrong": 1},
-            id="an object is found once, by the best score",
-        ),
-        pytest.param(
-            (instance(PERSON, (0, 0, 10, 10)), instance(PERSON, (0, 1, 10, 10))),
-            persons((0, 0, 10, 10), (0, 0, 10, 9)),
-            1 / 2,
-            {"right": 1, "wrong": 1},
-            id="only the object with the largest overlap counts, as in VOC",
-        ),
-        pytest.param(UNMASKED_B, persons(A), 1, {"right": 1}, id="an object without a mask is not in the recall"),
-        pytest.param(UNMASKED_B, persons(B, A), 1, {"right": 1, "unmasked": 1}, id="its detection is ignored"),
-        pytest.param(
-            UNMASKED_B, persons(B, B, A), 1 / 2, {"right": 1, "unmasked": 1, "wrong": 1}, id="the second one is wrong"
-        ),
-        pytest.param(
-            (instance(PERSON, A, mask=False), instance(PERSON, A)),
-            persons(A, A, A),
-            1,
-            {"right": 1, "unmasked": 1, "wrong": 1},
-            id="masks are matched before boxes",
-        ),
-        pytest.param(
-            (TWO[0], replace(TWO[1], segmentation=NO_PIXEL)),
-            persons(B, A),
-            1,
-            {"right": 1, "unmasked": 1},
-            id="an annotated mask without a pixel is no mask",
-        ),
-        pytest.param(TWO[:1], replace(persons(C), masks=(NO_PIXEL,)), 0, {}, id="a detection without a pixel"),
-        *(
-            case
-            for mask, group in GROUPS.items()
-            for case in (
-                pytest.param(
-                    (TWO[0], group),
-                    persons((20, 20, 4, 4), (25, 20, 4, 4), (30, 20, 4, 4), A),
-                    1,
-                    {"right": 1, "group": 3},
-                    id=f"in a group, mask {mask}",
-                ),
-                pytest.param(
-                    (TWO[0], group), persons((18, 20, 4, 4), A), 1, {"right": 1, "group": 1}, id=f"half in it {mask}"
-                ),
-                pytest.param(
-                    (TWO[0], group), persons((17, 20, 4, 4), A), 1 / 2, {"right": 1, "wrong": 1}, id=f"less {mask}"
-                ),
-                pytest.param(
-                    (TWO[0], replace(group, category_id=CAR)),
-                    persons((20, 20, 4, 4), A),
-                    1 / 2,
-                    {"right": 1, "wrong": 1},
-                    id=f"in a group of another class, mask {mask}",
-                ),
-            )
-        ),
-        pytest.param(
-            (instance(PERSON, D), instance(PERSON, (15, 15, 25, 25), mask=False, group=True)),
-            persons(D, D),
-            1,
-            {"right": 1, "group": 1},
-            id="an object inside a group",
-        ),
+        (PERSON, [(20, 20, 4, 4), (25, 20, 4, 4), (30, 20, 4, 4)], 1, 3),
+        (PERSON, [(18, 20, 4, 4)], 1, 1),  # half of its own area inside
+        (PERSON, [(17, 20, 4, 4)], 0.5, 0),
+        (CAR, [(20, 20, 4, 4)], 0.5, 0),  # a group of another class
     ],
 )
-def test_outcomes_in_one_image(
-    instances: tuple[Instance, ...], detections: Detections, ap: float, outcomes: dict[str, int]
+def test_detections_inside_a_group_are_ignored(
+    label: int, boxes: list[Box], ap: float, ignored: int, mask: bool
 ) -> None:
-    person = score((sample(*instances), detections)).classes[0]
-    assert person.ap == pytest.approx(ap)
-    assert {name: count for name, count in person.outcomes.items() if count} == outcomes
+    group = instance(label, (20, 20, 20, 20), mask=mask, group=True)
+    person = score((sample(TWO[0], group), persons(*boxes, A))).classes[0]
+    assert (person.ap, person.outcomes["group"], person.objects) == (ap, ignored, 1)
 
 
 def test_classes_without_an_object_with_a_mask_have_no_ap() -> None:
@@ -227,8 +206,8 @@ def test_read_parents_of_the_official_tree(tmp_path: Path) -> None:
 def test_compute_overlaps_of_more_than_255_detections() -> None:
     """pycocotools counts masks in a byte where it returns their areas."""
     rng = np.random.default_rng(1)
-    boxes: list[Box] = [(*rng.integers(0, 30, 2).tolist(), *rng.integers(1, 10, 2).tolist()) for _ in range(300)]
-    one = sample(*UNMASKED_B, instance(PERSON, C, group=True))
+    boxes = [(int(rng.integers(30)), int(rng.integers(30)), int(rng.integers(1, 10)), 5) for _ in range(300)]
+    one = sample(*B_UNMASKED, instance(PERSON, C, group=True))
     many = found(*((PERSON, box, 1 - i / 300) for i, box in enumerate(boxes)))
     many = replace(many, masks=(*many.masks[:-1], NO_PIXEL))
     overlaps = compute_overlaps(one.instances, many)
@@ -239,11 +218,11 @@ def test_compute_overlaps_of_more_than_255_detections() -> None:
     assert sum(score((one, many)).classes[0].outcomes.values()) == 299  # without the empty one
 
 
-def random_pairs(seed: int, images: int) -> list[tuple[Sample, Detections]]:
+def random_pairs(seed: int, images: int) -> list[Pair]:
     """Crowded images: overlapping objects of all kinds, detections near and far, and equal scores."""
     rng: np.random.Generator = np.random.default_rng(seed)
 
-    def box(near: Box | None = None) -> Box:
+    def box(near: tuple[float, ...] | None = None) -> Box:
         if near is None:
             x, y, w, h = (int(v) for v in (*rng.integers(0, SIZE - 12, 2), *rng.integers(4, 13, 2)))
         else:
@@ -260,7 +239,7 @@ def random_pairs(seed: int, images: int) -> list[tuple[Sample, Detections]]:
         near: list[tuple[int, Box]] = []
         for one in objects * 2:
             label = one.category_id if rng.random() < 0.8 else int(rng.integers(1, 4))
-            near.append((label, box(tuple(map(int, one.bbox)))))
+            near.append((label, box(one.bbox)))
         far = [(int(rng.integers(1, 4)), box()) for _ in range(rng.integers(0, 4))]
         detections = found(*((label, b, round(float(rng.random()), 2)) for label, b in [*near, *far]))
         verified = rng.random(3)

@@ -1,6 +1,7 @@
 """The page of worst and best images that `evaluate.py` writes, in a browser."""
 
-import io
+import html
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from shards.format.dataset import Category
 from shards.format.sample import Sample
@@ -17,7 +17,7 @@ from tests.trainer import tiny
 from trainer.metrics.openimages import match
 from trainer.metrics.overlaps import compare
 from trainer.model.inference import Detections
-from trainer.report.best_worst_page import BestWorstPage, count_classes, outcome_captions
+from trainer.report.best_worst_page import BestWorstPage, ImageScore, count_classes, outcome_captions
 
 HOSTILE = "</style></title><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'&amp;<!--"
 CATEGORIES = (Category(1, HOSTILE, HOSTILE), Category(2, "Disc", "/m/di"))
@@ -37,22 +37,28 @@ def found_in(sample: Sample, count: int) -> Detections:
     )
 
 
-def write_page(path: Path, samples: list[Sample], count: int = 3) -> Path:
-    page = BestWorstPage(CATEGORIES, {}, count, 0.5)
+def render(samples: list[Sample], count: int = 3, ranks: int = 1) -> str:
+    pages = [BestWorstPage(CATEGORIES, {}, count, 0.5) for _ in range(ranks)]
     for number, sample in enumerate(samples):
-        pixels = np.array(Image.open(io.BytesIO(sample.image)).convert("RGB"))
-        page.add([torch.from_numpy(pixels).permute(2, 0, 1)], compare([sample], [found_in(sample, number % 4)]))
-    text = page.render(TITLE)
+        pixels = torch.from_numpy(np.array(sample.picture())).permute(2, 0, 1)
+        pages[number % ranks].add([pixels], compare([sample], [found_in(sample, number % 4)]))
+    gathered: list[Any] = []
+    for page in pages:
+        assert page.render(TITLE, lambda own: gathered.extend(own)) is None
+    text = pages[0].render(TITLE, lambda own: gathered)
     assert text is not None
-    path.write_text(text, "utf-8")
-    return path
+    return text
+
+
+# Ids and classes are markup. The images are small: names are drawn on enlarged pictures.
+SAMPLES = [replace(tiny.draw_sample(n), image_id=f"{n}{HOSTILE}") for n in range(1, 13)]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of samples whose ids and classes are markup; all of them small, so that names are drawn on enlarged pictures."""
-    samples = [replace(tiny.draw_sample(n), image_id=f"{n}{HOSTILE}") for n in range(1, 13)]
-    return write_page(tmp_path_factory.mktemp("images") / "images.html", samples)
+    path = tmp_path_factory.mktemp("images") / "images.html"
+    path.write_text(render(SAMPLES), "utf-8")
+    return path
 
 
 @pytest.fixture
@@ -151,34 +157,45 @@ def test_the_content_security_policy_forbids_scripts(browser: Any, written: Path
     assert all("Content Security Policy" in message for message in console(browser))
 
 
-def test_the_page_without_right_or_wrong_detections(tmp_path: Path) -> None:
+def test_the_page_shows_the_worst_and_the_best_of_all_ranks(written: Path) -> None:
+    page = written.read_text("utf-8")
+    assert render(SAMPLES, ranks=3) == page
+    assert page.count('src="data:image/jpeg;base64,') == page.count("<img ") == 2 * 6
+    assert not re.search(r"<script|<link|<iframe|(src|href)=[\"'](?!data:)", page)
+    assert html.escape(TITLE) in page
+    assert "F1 0.00, 0 right, " in page
+    assert "The 3 best" in page
+
+
+def test_the_page_without_right_or_wrong_detections() -> None:
     sample = tiny.draw_sample(1)
-    assert "No image has a right detection." in write_page(tmp_path / "worst.html", [sample]).read_text()
-    empty = replace(sample, instances=())
-    page = write_page(tmp_path / "none.html", [empty]).read_text()
+    assert "No image has a right detection." in render([sample])
+    page = render([replace(sample, instances=())])
     assert "No image has an error." in page
     assert "<figure>" not in page
-    assert "<h2>" not in write_page(tmp_path / "unasked.html", [sample], count=0).read_text()
+    assert "<h2>" not in render([sample], count=0)
+
+
+def test_images_are_sorted_by_f1_then_by_counts() -> None:
+    counts = {"good": (5, 0, 0), "fair": (1, 1, 0), "bad": (0, 0, 1), "awful": (0, 3, 2)}
+    good, fair, bad, awful = (ImageScore(name, *numbers) for name, numbers in counts.items())
+    assert (good.f1, fair.f1, bad.f1) == pytest.approx((1, 2 / 3, 0))
+    assert sorted([good, fair, bad, awful], key=lambda v: v.worst) == [awful, bad, fair, good]
+    assert sorted([fair, ImageScore("h", 6, 0, 0), good], key=lambda v: v.best)[0].right == 6
 
 
 def test_outcome_captions() -> None:
-    sample = replace(tiny.draw_sample(3), verified_present=(), verified_absent=())
-    masked = [one for one in sample.instances if one.segmentation is not None]
-    x, y, w, h = masked[0].bbox
-    box, other = (x, y, x + w, y + h), 3 - masked[0].category_id
-    sample = replace(sample, instances=(masked[0],))
-    assert masked[0].segmentation is not None
-    found = Detections(
-        np.array([box] * 3, np.float32),
-        np.array([masked[0].category_id, masked[0].category_id, other]),
-        np.array([0.9, 0.8, 0.7], np.float32),
-        (masked[0].segmentation,) * 3,
-    )
+    masked = next(one for one in tiny.draw_sample(3).instances if one.segmentation is not None)
+    sample = replace(tiny.draw_sample(3), instances=(masked,), verified_present=(), verified_absent=())
+    assert masked.segmentation is not None
+    x, y, w, h = masked.bbox
+    own, other = masked.category_id, 3 - masked.category_id
+    boxes, scores = np.array([(x, y, x + w, y + h)] * 3, np.float32), np.array([0.9, 0.8, 0.7], np.float32)
+    found = Detections(boxes, np.array([own, own, other]), scores, (masked.segmentation,) * 3)
     (image,) = compare([sample], [found])
     names = {one.id: one.name for one in tiny.CATEGORIES}
-    own = names[masked[0].category_id]
     captions = outcome_captions(found, match(image, {}), tiny.CATEGORIES)
-    assert captions == [f"{own} 0.90", f"{own} 0.80 wrong", f"({names[other]} 0.70)"]
+    assert captions == [f"{names[own]} 0.90", f"{names[own]} 0.80 wrong", f"({names[other]} 0.70)"]
 
 
 def test_count_classes() -> None:
