@@ -56,10 +56,10 @@ def explain(error: BaseException, url: str) -> str | None:
         return f"{url}: {_file_above(url)} is a file, not a folder: correct the path"
     if isinstance(error, IsADirectoryError):
         return f"{url}: it is a folder, not a file: correct the path"
+    if isinstance(error, PermissionError) and "://" not in url.removeprefix("file://"):
+        return f"{url}: access was refused ({text}): check the permissions of the file and its folder"
     if isinstance(error, PermissionError):
-        remote = "://" in url.removeprefix("file://")
-        remedy = "credentials and the bucket's policy" if remote else "permissions of the file and its folder"
-        return f"{url}: access was refused ({text}): check the {remedy}"
+        return f"{url}: access was refused ({text}): check the credentials and the bucket's policy"
     library = type(error).__module__.split(".")[0]
     if isinstance(error, OSError | TimeoutError) or library in ("aiohttp", "botocore", "aiobotocore", "s3fs"):
         return f"{url}: {kind}: {text or 'no further reason was given'}"
