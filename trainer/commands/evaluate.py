@@ -68,13 +68,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     Raises:
         UserError: checkpoint, dataset or hierarchy are unavailable or do not fit together, or --out cannot be written.
     """
-    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
-
     command.start_logging()
-    dataset = open_dataset(options.shards) if options.shards else None
-    if dataset is not None:
-        dataset.index(options.split)  # reports a wrong split before seconds of loading
+    dataset = _dataset_of(options)
 
+    from shards.format.dataset import open_dataset
     from trainer.metrics.confusion import ConfusionMetric
     from trainer.metrics.hierarchy import read_parents
     from trainer.model.build import rebuild
@@ -125,6 +122,16 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
         print(f"all numbers: {out / 'evaluation.json'}; in the same folder: {', '.join(names)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _dataset_of(options: EvaluateOptions) -> Dataset | None:
+    """Return the dataset of --data.shards, if given. A wrong split is reported here, before seconds of loading."""
+    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
+
+    dataset = open_dataset(options.shards) if options.shards else None
+    if dataset is not None:
+        dataset.index(options.split)
+    return dataset
 
 
 def write_results(
