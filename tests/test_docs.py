@@ -14,6 +14,7 @@ import pytest
 
 import builder.commands.cli
 import builder.commands.options
+import maskstream.cli
 import shards.inspect.cli
 import trainer.commands.compare
 import trainer.commands.evaluate
@@ -36,7 +37,7 @@ TRAINER = {
     "trainer/predict.py": trainer.commands.predict.parse,
     "trainer/compare.py": trainer.commands.compare.parse,
 }
-OURS = ("build-shards", "inspect-shards", "accelerate", "python")
+OURS = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")
 OTHERS = ("aws", "cd", "export", "git", "make", "pip", "tensorboard")
 
 
@@ -82,6 +83,13 @@ def test_a_command_is_one_that_its_parser_takes(words: list[str], monkeypatch: p
     if "..." in words:  # what the pages before have in full
         at = words.index("...")
         words = [*words[:at], "--data.shards", "s3://bucket/prefix", *words[at + 1 :]]
+    if words[0] == "maskstream":
+        name = words[1]
+        words = (
+            [f"{name}-shards", *words[2:]]
+            if name in ("build", "inspect")
+            else ["python", f"trainer/{name}.py", *words[2:]]
+        )
     if words[0] == "build-shards":
         parse(builder.commands.options.make_parser(), words[1:])
     elif words[0] == "inspect-shards":
@@ -221,25 +229,17 @@ SMALL = shlex.split(
 def test_getting_started_from_the_build_to_pictures(
     s3: S3Server, s3_scenes: SceneTruth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     picture = next(Path(s3_scenes.images, "test").iterdir())
     (tmp_path / "street.jpg").write_bytes(picture.read_bytes())
     monkeypatch.chdir(tmp_path)
-    mains = {
-        "build-shards": builder.commands.cli.main,
-        "inspect-shards": shards.inspect.cli.main,
-        "trainer/train.py": trainer.commands.train.main,
-        "trainer/evaluate.py": trainer.commands.evaluate.main,
-        "trainer/predict.py": trainer.commands.predict.main,
-    }
+    monkeypatch.delenv("RANK", raising=False)
     for words in lines_of(DOCS / "getting-started.md"):
         words = at_the_test_server(words, s3)
-        if "runs/first-gpu" in words or words[0] not in OURS or words[:3] == ["python", "-m", "venv"]:
+        if "runs/first-gpu" in words or words[0] not in ("maskstream", "build-shards", "inspect-shards"):
             continue
-        while words[0] not in mains:
-            words = words[1:]
-        more = {"trainer/train.py": SMALL, "trainer/evaluate.py": ["--data.workers", "0"]}.get(words[0], [])
-        assert mains[words[0]]([*words[1:], *more]) == 0, shlex.join(words)
+        words = words[1:] if words[0] == "maskstream" else [words[0].removesuffix("-shards"), *words[1:]]
+        more = {"train": SMALL, "evaluate": ["--data.workers", "0"]}.get(words[0], [])
+        assert maskstream.cli.main([*words, *more]) == 0, shlex.join(words)
     assert os.path.getsize("look.html") > 10_000
     assert (tmp_path / "runs/first/evaluation-val/evaluation.json").exists()
     assert any((tmp_path / "predictions").iterdir())
