@@ -4,11 +4,10 @@ other classes.
     python benchmarks/layers.py --out layers-out             # some ten minutes
     python benchmarks/layers.py --out layers-out --scenes 30 --steps 1
 
-A network of the demo's widths on a ResNet-34 learns Person and Car on scenes of one seed, from nothing.
+A network with the demo's widths and a ResNet-34 learns Person and Car on scenes of one seed, from scratch.
 `trainer/compare.py` then trains it on scenes of another seed with two classes more (Traffic light, Traffic sign), once
-for each setting of configs/compare-layers.yaml and configs/compare-heads-all.yaml: the same weights to start from, the
-same batches, 30 short epochs each. All on one process with one thread, on this machine's disk. The same command again
-goes on.
+for each setting of configs/compare-layers.yaml and configs/compare-heads-all.yaml: the same initial weights, the same
+batches, 30 short epochs each. All in one process with one thread, from local disk. The same command resumes a run.
 """
 
 from __future__ import annotations

