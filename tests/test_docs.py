@@ -37,7 +37,7 @@ TRAINER = {
     "trainer/predict.py": trainer.commands.predict.parse,
     "trainer/compare.py": trainer.commands.compare.parse,
 }
-OURS = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")
+COMMAND_NAMES = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")
 OTHERS = ("aws", "cd", "export", "git", "make", "pip", "tensorboard")
 
 
@@ -67,14 +67,14 @@ def lines_of(page: Path) -> Iterator[list[str]]:
 COMMANDS = [
     pytest.param(words, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, words in enumerate(words for words in lines_of(page) if words[0] in OURS)
+    for number, words in enumerate(words for words in lines_of(page) if words[0] in COMMAND_NAMES)
 ]
 
 
 @pytest.mark.parametrize("page", GUIDES)
 def test_indented_lines_of_a_guide_are_commands(page: str) -> None:
     for words in lines_of(DOCS / f"{page}.md"):
-        assert words[0] in OURS + OTHERS + (".",), shlex.join(words)
+        assert words[0] in COMMAND_NAMES + OTHERS + (".",), shlex.join(words)
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -186,7 +186,7 @@ def my_bucket(s3_scenes: SceneTruth, s3: S3Server) -> Iterator[str]:
 
 
 def at_the_test_server(words: list[str], s3: S3Server) -> list[str]:
-    """A command of names with the places that the demo server stands in for."""
+    """A command of the pages with the places that the demo server stands in for."""
     public = "https://open-images-dataset.s3.us-east-1.amazonaws.com"
     words = [word.replace(public, f"{s3.endpoint_url}/open-images-dataset") for word in words]
     return [*words, "--annotations", "s3://openimages", "--workers", "1"] if words[0] == "build-shards" else words
