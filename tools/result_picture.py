@@ -37,7 +37,8 @@ def picture(path: Path) -> str:
 
 def detection(found: dict[str, Any], name: str, scale: tuple[float, float]) -> str:
     """The mask, box and score of a detection."""
-    mask = Image.fromarray(rle.decode(found["segmentation"]).astype(np.uint8) * 255).resize((WIDTH, HEIGHT))
+    bits = rle.decode(rle.Rle.from_json(found["segmentation"]))
+    mask = Image.fromarray(bits * 255).resize((WIDTH, HEIGHT))
     red, green, blue = class_colour(found["category_id"])
     colour = f"#{red:02x}{green:02x}{blue:02x}"
     path = svg_path([simplify(ring, 0.5) for ring in contours(np.array(mask) > 127)])
