@@ -1,15 +1,15 @@
-"""What rating 5,000 images of 100 detections costs: our metrics beside pycocotools' own, in one run on one machine.
+"""Cost of evaluating 5,000 images of 100 detections: this package's metrics compared with pycocotools.
 
     python benchmarks/evaluating.py                    # some minutes, about 4 GB for pycocotools
     python benchmarks/evaluating.py --images 500
 
-Images of 1024 x 768 with ten objects each, of ten classes, six of them with a mask; detections near them and far, all
-masks as RLE, seeded. (The shapes repeat after 20 images, the scores do not.) Each line of the Markdown table is a
-process of its own: its processor time, and how far its memory rose (VmHWM) above what it had with everything imported
-and the shapes drawn.
+Images of 1024 x 768 with ten objects each, of ten classes, six of them with a mask; detections near them and far away,
+all masks as RLE, seeded. (The shapes repeat after 20 images, the scores do not.) Each line of the Markdown table is a
+separate process: its processor time, and the increase of its peak memory (VmHWM) over the memory before.
 
-Ours are given image after image, as evaluation has them. pycocotools is given what its documentation says: all
-annotations, all results through `loadRes`. Its twelve numbers and ours must agree to 1e-9, or the benchmark fails.
+This package's metrics process one image after the other, as in an evaluation. pycocotools is used as in its
+documentation: all annotations, all results through `loadRes`. The twelve numbers must agree to 1e-9, or the benchmark
+fails. It needs Linux (/proc/self/status).
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from trainer.metrics.coco import SUMMARY, TASKS, CocoMetric, ground_truth
 from trainer.metrics.openimages import OpenImagesMetric
+from trainer.metrics.overlaps import Comparison
 from trainer.model.inference import Detections
 
 WIDTH, HEIGHT, DETECTIONS, OBJECTS, SHAPES = 1024, 768, 100, 10, 20
 CATEGORIES = tuple(Category(i, f"class {i}", f"/m/{i}") for i in range(1, 11))
 PARTS = {
     "pycocotools, boxes and masks": "peer",
-    "ours: COCO, boxes and masks": "coco",
+    "COCO, boxes and masks": "coco",
     "pycocotools, masks only": "peer-masks",
-    "ours: Open Images": "open-images",
+    "Open Images": "open-images",
 }
 
 
 def shape(rng: np.random.Generator, x: float, y: float, w: float, h: float) -> tuple[tuple[float, ...], rle.Rle]:
-    """A blob in a box that is clipped to the image: its box x, y, w, h, and its mask."""
+    """Return the box x, y, w, h and the mask of a blob that is clipped to the image."""
     left, top = int(min(max(x, 0), WIDTH - 9)), int(min(max(y, 0), HEIGHT - 9))
     w, h = int(min(max(w, 8), WIDTH - left)), int(min(max(h, 8), HEIGHT - top))
     rows, columns = np.mgrid[:h, :w]
@@ -65,7 +66,7 @@ def shape(rng: np.random.Generator, x: float, y: float, w: float, h: float) -> t
 
 @functools.cache
 def shapes(number: int) -> tuple[tuple[Instance, ...], list[tuple[int, tuple[float, ...], rle.Rle]]]:
-    """The objects and the detections of one image, without scores."""
+    """Return the objects and the detections of one image, without scores."""
     rng = np.random.default_rng([7, number])
     instances, found = [], []
     for i in range(OBJECTS):
@@ -81,7 +82,7 @@ def shapes(number: int) -> tuple[tuple[Instance, ...], list[tuple[int, tuple[flo
 
 
 def images(count: int) -> Iterator[tuple[Sample, Detections]]:
-    """Seeded images, one at a time."""
+    """Yield seeded images."""
     for number in range(count):
         instances, found = shapes(number % SHAPES)
         rng = np.random.default_rng([11, number])
@@ -92,20 +93,20 @@ def images(count: int) -> Iterator[tuple[Sample, Detections]]:
             f"{number:06d}", b"", WIDTH, HEIGHT, instances, verified_present=(1, 2, 3), verified_absent=(4, 5)
         )
         labels = np.array([label for label, _, _ in found], np.int64)
-        # As they come from a network: no object is shared with another image.
+        # Copies, because a network does not share masks between images.
         masks = tuple(rle.Rle(HEIGHT, WIDTH, found[i][2].counts[:1] + found[i][2].counts[1:]) for i in order)
         yield sample, Detections(boxes[order], labels[order], scores[order], masks)
 
 
-def ours(metric: Any, count: int) -> Any:
-    """Rate image after image."""
+def evaluate(metric: Any, count: int) -> Any:
+    """Process image after image."""
     for sample, found in images(count):
-        metric.process([sample], [found])
+        metric.process([Comparison(sample, found)])
     return metric.evaluate()
 
 
 def peer(count: int, tasks: tuple[Any, ...]) -> dict[str, list[float]]:
-    """pycocotools by its documentation; the twelve numbers of each task."""
+    """Return the twelve numbers of each task by pycocotools."""
     everything = list(images(count))
     result = {}
     for task in tasks:
@@ -143,7 +144,7 @@ def peer(count: int, tasks: tuple[Any, ...]) -> dict[str, list[float]]:
 
 
 def run_part(part: str, count: int) -> dict[str, Any]:
-    """One line of the table, measured in this process."""
+    """Measure one line of the table in this process."""
     for _ in images(SHAPES):
         pass
     before, made = memory("VmRSS"), time.process_time()
@@ -154,24 +155,24 @@ def run_part(part: str, count: int) -> dict[str, Any]:
     numbers: Any = None
     with contextlib.redirect_stdout(io.StringIO()):
         if part == "coco":
-            result = ours(CocoMetric(CATEGORIES), count)
+            result = evaluate(CocoMetric(CATEGORIES), count)
             numbers = {task: [getattr(getattr(result, task), name) for name in SUMMARY] for task in TASKS}
         elif part == "open-images":
-            numbers = ours(OpenImagesMetric(CATEGORIES), count).ap
+            numbers = evaluate(OpenImagesMetric(CATEGORIES), count).ap
         else:
             numbers = peer(count, TASKS if part == "peer" else ("segm",))
-    # Every line makes the images, of the shapes: that is taken off again.
+    # Without the time for generating the images.
     return {"seconds": time.process_time() - started - made, "bytes": memory("VmHWM") - before, "numbers": numbers}
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return an entry of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> int:
-    """Measure and print."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=5000, metavar="N", help="images of 100 detections [5000]")
     parser.add_argument("--part", choices=PARTS.values(), help=argparse.SUPPRESS)
@@ -195,12 +196,12 @@ def main() -> int:
             seconds, size = measured[part]["seconds"], measured[part]["bytes"]
             ratios = seconds / measured[reference]["seconds"], size / measured[reference]["bytes"]
             print(f"| {name} | {seconds:.1f} s | {ratios[0]:.2f} | {size / 1e6:.0f} MB | {ratios[1]:.2f} |")
-    print("\npycocotools' twelve numbers and ours agree to 1e-9.")
+    print("\nThe twelve numbers agree to 1e-9.")
     return 0
 
 
 def machine() -> str:
-    """The processor's name and how many cores."""
+    """Return the name of the processor and its number of cores."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, one process at a time"
