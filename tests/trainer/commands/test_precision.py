@@ -19,7 +19,6 @@ from trainer.run import run_state
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 QUICK: dict[str, Any] = {"train__steps_per_epoch": 3, "data__val_split": ""}
-FP16: dict[str, Any] = {"train__steps_per_epoch": 4, "train__checkpoint_steps": 4, "data__val_split": ""}
 
 
 @pytest.fixture
@@ -43,18 +42,19 @@ def test_an_fp16_run_resumes_with_its_scale(
     dataset: Path, tmp_path: Path, scalers: list[torch.amp.GradScaler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert train.main(tiny.arguments(dataset, unbroken, **FP16)) == 0
-    tiny.send_sigterm(monkeypatch, step=3)  # the scale grew at step 2, and would grow at step 4
-    assert train.main(tiny.arguments(dataset, broken, **FP16)) == 128 + 15
-    saved = load(Location(str(broken)) / "checkpoints/step-000003").scaler
+    assert train.main(tiny.arguments(dataset, unbroken, **QUICK)) == 0
+    tiny.send_sigterm(monkeypatch, step=1)  # the scale grows at step 2, because step 1 counts
+    assert train.main(tiny.arguments(dataset, broken, **QUICK)) == 128 + 15
+    saved = load(Location(str(broken)) / "checkpoints/step-000001").scaler
     assert saved == scalers[1].state_dict()
-    assert (saved["scale"], saved["_growth_tracker"]) == (2.0**9, 1)
-    assert train.main(tiny.arguments(dataset, broken, **FP16)) == 0
+    assert (saved["scale"], saved["_growth_tracker"]) == (2.0**8, 1)
+    assert train.main(tiny.arguments(dataset, broken, **QUICK)) == 0
+    assert scalers[0].state_dict()["scale"] == 2.0**9
     assert scalers[2].state_dict() == scalers[0].state_dict()
     one, other = (tiny.rows(run / "metrics.jsonl") for run in (unbroken, broken))
     for key in ("losses", "grad_norm"):
         assert [row[key] for row in one] == [row[key] for row in other]
-    states = [load(Location(str(run)) / "checkpoints/step-000004") for run in (unbroken, broken)]
+    states = [load(Location(str(run)) / "checkpoints/step-000003") for run in (unbroken, broken)]
     assert states[0].scaler == states[1].scaler
     assert all(torch.equal(value, states[1].weights[name]) for name, value in states[0].weights.items())
 
@@ -67,12 +67,12 @@ def test_an_fp16_run_may_skip_a_step(
     def failing(self: Trainable, batch: Any) -> Any:
         calls.append(batch)
         found = forward(self, batch)
-        return found | ({"loss_mask": found["loss_mask"] * torch.nan} if len(calls) == 3 else {})
+        return found | ({"loss_mask": found["loss_mask"] * torch.nan} if len(calls) == 2 else {})
 
     monkeypatch.setattr(Trainable, "forward", failing)
-    assert train.main(tiny.arguments(dataset, tmp_path, **FP16, train__skip_nonfinite=1)) == 0
-    assert ["skipped" in row for row in tiny.rows(tmp_path / "metrics.jsonl")] == [False, False, True, False]
-    assert scalers[0].state_dict()["scale"] == 2.0**8  # doubled after step 2, halved by step 3
+    assert train.main(tiny.arguments(dataset, tmp_path, **QUICK, train__skip_nonfinite=1)) == 0
+    assert ["skipped" in row for row in tiny.rows(tmp_path / "metrics.jsonl")] == [False, True, False]
+    assert scalers[0].state_dict()["scale"] == 2.0**7  # halved by step 2
 
 
 def test_fp16_without_a_gpu_is_one_line(
