@@ -194,7 +194,7 @@ def maskstream() -> Callable[[Job], Opened]:
 
 
 def webdataset() -> Callable[[Job], Opened]:
-    """webdataset on the same tars; over HTTP by curl, as it does itself. It resumes by reading up to the position."""
+    """The package webdataset on the same tars, over HTTP by curl as it does itself; it resumes by skipping."""
     import webdataset as wds
 
     def load(job: Job) -> Opened:

@@ -276,8 +276,10 @@ def positions(
 
     Args:
         start: the first position of all ranks.
-        rank, world: of the process, and their number.
-        worker, workers: of the loader process, and their number.
+        rank: of the process.
+        world: number of ranks.
+        worker: of the loader process.
+        workers: number of loader processes of the rank.
         stop: the end of all positions, exclusive; None for an endless sequence.
     """
     first, step = start + rank + world * worker, world * workers

@@ -35,14 +35,14 @@ class BatchReader(Generic[T]):
         order: what is in each batch.
         positions: returns the positions of the batches, from the first one at each call.
         readers: one per dataset.
-        collate: makes a batch of a list of samples; None for the list.
+        collate: makes a batch of a list of samples.
         who: named in the log if storage stalls.
     """
 
     order: AnyOrder
     positions: Callable[[], Iterator[int]]
     readers: Sequence[SampleReader]
-    collate: Collate[T] | None
+    collate: Collate[T]
     who: str
     _read: int = 0  # samples that the first stage has yielded
     _taken: int = 0  # samples that the last stage has received
@@ -65,7 +65,8 @@ class BatchReader(Generic[T]):
         for position in self.positions():
             for number, size in enumerate(self.order.sizes(position)):
                 for row, data in islice(sources[number], size):
-                    self._check_stages()
+                    if self._read != self._taken:
+                        raise self._stage_error()
                     self._read += 1
                     yield read_sample(data, self.readers[number].index, row, roots[number])
 
@@ -78,20 +79,20 @@ class BatchReader(Generic[T]):
         """Yield batches of the order's sizes, as webdataset's `batched` does for a fixed size.
 
         Raises:
-            DatasetError: the stages ended early.
+            DatasetError: the stages ended early, or passed on too few or too many samples.
         """
         for position in self.positions():
-            batch: Any = []
-            for sample in islice(samples, sum(self.order.sizes(position))):
+            size, batch = sum(self.order.sizes(position)), list[Any]()
+            for sample in islice(samples, size):
                 self._taken += 1
                 batch.append(sample)
-            self._check_stages(ended=len(batch) < sum(self.order.sizes(position)))
-            yield batch if self.collate is None else self.collate(batch, self.order.visit(position))
+            if self._read != self._taken or len(batch) < size:
+                raise self._stage_error()
+            yield self.collate(batch, self.order.visit(position))
 
-    def _check_stages(self, ended: bool = False) -> None:
-        if self._read != self._taken or ended:
-            raise DatasetError(
-                f"a stage (or parse) received {counted(self._read, 'sample')} and passed on {self._taken}: it must "
-                "yield one sample for each, in order, so that positions keep their meaning; leave samples out with "
-                "dataset.select(), or in a webdataset pipeline of your own behind the stream"
-            )
+    def _stage_error(self) -> DatasetError:
+        return DatasetError(
+            f"a stage (or parse) received {counted(self._read, 'sample')} and passed on {self._taken}: it must "
+            "yield one sample for each, in order, so that positions keep their meaning; leave samples out with "
+            "dataset.select(), or in a webdataset pipeline of your own behind the stream"
+        )

@@ -101,7 +101,8 @@ class Stream(IterableDataset[T]):
             raise DatasetError(f"batch_size is {self.batch_size}: it must be at least 1")
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self.pipeline())
+        # `iter` of a pipeline, which can repeat it, would keep each batch in memory until the next one is made.
+        return iter(self.pipeline().iterator1())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._place}, batch_size={self.batch_size}, rank {self.rank} of {self.world})"
@@ -114,7 +115,8 @@ class Stream(IterableDataset[T]):
         own = partial(
             positions, self.start, rank=self.rank, world=self.world, worker=worker, workers=workers, stop=self._stop
         )
-        return BatchReader(self.order, own, self._readers, self.collate, who).pipeline(self.stages, self.parse)
+        collate: Collate[Any] = self.collate or _as_list
+        return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse: `accelerate` calls this when it reads a loader that it has prepared.
@@ -290,6 +292,10 @@ class EvalStream(Stream[T]):
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
         return len(range(self.rank, len(self.order), self.world))
+
+
+def _as_list(samples: list[Any], visit: int) -> list[Any]:
+    return samples
 
 
 def _check_dataset(given: Any, *, mixes: bool) -> None:
