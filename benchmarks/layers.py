@@ -1,5 +1,4 @@
-"""How much of the network is worth training, on drawn scenes: both comparisons of configs/, from a network that knows
-other classes.
+"""How much of the network is worth training, on drawn scenes: both comparisons of configs/.
 
     python benchmarks/layers.py --out layers-out             # some ten minutes
     python benchmarks/layers.py --out layers-out --scenes 30 --steps 1

@@ -23,7 +23,9 @@ class ImageRecord(Protocol):
     """What a metric keeps of one image."""
 
     @property
-    def image_id(self) -> str: ...
+    def image_id(self) -> str:
+        """The key of the sample."""
+        ...
 
 
 Record = TypeVar("Record", bound=ImageRecord)
