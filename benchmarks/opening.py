@@ -36,7 +36,7 @@ from demo.s3server import S3Server
 from shards.format.dataset import DATASET_FILE, INDEX_FILE, Category, DatasetInfo, Shard
 from shards.format.dataset import open_dataset as open_at
 from shards.format.dataset_writer import finish_dataset
-from shards.format.index_schema import INDEX_SCHEMA
+from shards.format.index_schema import INDEX_SCHEMA, IndexRow
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
@@ -165,7 +165,8 @@ def write_small_samples(root: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((32, 48, 3), 99, np.uint8)).save(buffer, "JPEG")
     instance = Instance(1, (1.0, 1.0, 20.0, 20.0), None)
-    rows, shards = [], []
+    rows: list[IndexRow] = []
+    shards = []
     for number in range(2):
         keys = range(number * 1000, number * 1000 + 1000)
         samples = [Sample(f"{key:016x}", buffer.getvalue(), 48, 32, (instance,)) for key in keys]

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from webdataset.tariterators import tar_file_iterator
@@ -51,13 +52,13 @@ def main() -> int:
             kind = "unsigned" if anonymous else "signed"
             row(
                 f"S3, ranges of {RANGE} bytes, {kind}, by s3fs",
-                lambda part=part: part.fs.cat_ranges([part.path] * COUNT, starts, ends, batch_size=32),
-                lambda part=part: read_many([Read(part, s, e) for s, e in zip(starts, ends, strict=True)]),
+                partial(part.fs.cat_ranges, [part.path] * COUNT, starts, ends, batch_size=32),
+                partial(read_many, [Read(part, s, e) for s, e in zip(starts, ends, strict=True)]),
             )
             row(
                 f"S3, objects of {WHOLE} bytes, {kind}, by s3fs",
-                lambda whole=whole: whole.fs.cat_ranges([whole.path] * COUNT, None, None, batch_size=32),
-                lambda whole=whole: read_many([Read(whole)] * COUNT),
+                partial(whole.fs.cat_ranges, [whole.path] * COUNT, None, None, batch_size=32),
+                partial(read_many, [Read(whole)] * COUNT),
             )
     with tempfile.NamedTemporaryFile() as file:
         samples = [sample_tar() for _ in range(COUNT // 10)]

@@ -106,7 +106,8 @@ def _decode_all(job: Job, images: list[bytes], barrier: Any, times: Any) -> None
     begin, spent = time.perf_counter(), time.process_time()
     for data in images:
         image = decode_image(data)
-        size = scaled_size(*image.shape[-2:], job.min_size, job.max_size)
+        height, width = image.shape[-2:]
+        size = scaled_size(height, width, job.min_size, job.max_size)
         transforms.resize(image, list(size), antialias=False)
     times.put((begin, time.perf_counter(), time.process_time() - spent))
 
