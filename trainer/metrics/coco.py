@@ -147,7 +147,6 @@ class _Matches:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    image_id: str
     detections: int
     boxes: int
     masks: int
@@ -166,7 +165,7 @@ class CocoMetric(PerImageMetric[_Record, CocoResult]):
         objects = [instance for instance in sample.instances if not instance.is_group_of]
         masks = sum(instance.segmentation is not None for instance in objects)
         matches = {task: _match(task, sample, found) for task in TASKS}
-        return _Record(sample.image_id, len(found), len(objects), masks, matches)
+        return _Record(len(found), len(objects), masks, matches)
 
     def _result(self, records: Sequence[_Record]) -> CocoResult:
         return CocoResult(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from shards.format.dataset import Category
 from trainer.metrics.overlaps import Comparison
@@ -19,16 +19,7 @@ def single_process(items: list[Any]) -> list[Any]:
     return items
 
 
-class ImageRecord(Protocol):
-    """What a metric keeps of one image."""
-
-    @property
-    def image_id(self) -> str:
-        """The key of the sample."""
-        ...
-
-
-Record = TypeVar("Record", bound=ImageRecord)
+Record = TypeVar("Record")
 Result = TypeVar("Result")
 
 
@@ -40,7 +31,7 @@ class PerImageMetric(ABC, Generic[Record, Result]):
 
     def __init__(self, categories: Sequence[Category]) -> None:
         self.categories = tuple(categories)
-        self._records: list[Record] = []
+        self._records: list[tuple[str, Record]] = []  # image id, what is kept of the image
 
     def reset(self) -> None:
         """Forget every image."""
@@ -48,7 +39,7 @@ class PerImageMetric(ABC, Generic[Record, Result]):
 
     def process(self, images: Sequence[Comparison]) -> None:
         """Add images with their detections."""
-        self._records.extend(map(self._record, images))
+        self._records.extend((image.sample.image_id, self._record(image)) for image in images)
 
     def evaluate(self, gather: Gather = single_process) -> Result | None:
         """Return the result over the images of all ranks; None on ranks for which `gather` returns None.
@@ -56,14 +47,14 @@ class PerImageMetric(ABC, Generic[Record, Result]):
         Raises:
             RuntimeError: an image was processed twice.
         """
-        gathered: list[Record] | None = gather(self._records)
+        gathered: list[tuple[str, Record]] | None = gather(self._records)
         if gathered is None:
             return None
-        repeated = [key for key, count in Counter(record.image_id for record in gathered).items() if count > 1]
+        repeated = [image_id for image_id, count in Counter(key for key, _ in gathered).items() if count > 1]
         if repeated:
             raise RuntimeError(f"{len(repeated)} images were processed more than once, such as {min(repeated)}")
         # In the order of their ids, which does not depend on the number of ranks.
-        return self._result(sorted(gathered, key=lambda record: record.image_id))
+        return self._result([record for _, record in sorted(gathered, key=lambda entry: entry[0])])
 
     @abstractmethod
     def _record(self, image: Comparison) -> Record:

@@ -105,7 +105,6 @@ class OpenImagesResult:
 class _Record:
     """Outcomes in one image; see `Matches`."""
 
-    image_id: str
     labels: NDArray[np.int32]
     scores: NDArray[np.float32]
     outcomes: NDArray[np.uint8]
@@ -132,13 +131,14 @@ class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
     def _record(self, image: Comparison) -> _Record:
         matches = match(image, self.parents)
         labels, objects = matches.labels.astype(np.int32), matches.objects.astype(np.int32)
-        return _Record(image.sample.image_id, labels, matches.scores, matches.outcomes, objects)
+        return _Record(labels, matches.scores, matches.outcomes, objects)
 
     def _result(self, records: Sequence[_Record]) -> OpenImagesResult:
-        labels = _concatenate([record.labels for record in records], np.int32)
-        scores = _concatenate([record.scores for record in records], np.float32)
-        outcomes = _concatenate([record.outcomes for record in records], np.uint8)
-        objects = _concatenate([record.objects for record in records], np.int32)
+        # An empty array first, because there may be no records.
+        labels = np.concatenate([np.empty(0, np.int32), *(record.labels for record in records)])
+        scores = np.concatenate([np.empty(0, np.float32), *(record.scores for record in records)])
+        outcomes = np.concatenate([np.empty(0, np.uint8), *(record.outcomes for record in records)])
+        objects = np.concatenate([np.empty(0, np.int32), *(record.objects for record in records)])
         order = np.argsort(-scores, kind="stable")
         labels, outcomes = labels[order], outcomes[order]
         classes = tuple(
@@ -177,29 +177,14 @@ def verified_classes(sample: Sample, parents: Parents) -> set[int]:
     return present | absent | {child for child, ancestors in parents.items() if absent.intersection(ancestors)}
 
 
-def precision_recall(right: NDArray[np.bool_], objects: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision and recall after each detection, float64 [K] each.
-
-    Args:
-        right: [K] whether each counted detection is right, by descending score.
-        objects: number of objects to find, at least 1.
-    """
-    hits = np.cumsum(right, dtype=np.float64)
-    return hits / np.arange(1, len(right) + 1), hits / objects
-
-
-def average_precision(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> float:
-    """Return the area under the precision envelope (PASCAL VOC 2010 and later)."""
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
-
-
 def _class_result(category: Category, outcomes: NDArray[np.uint8], objects: int) -> ClassResult:
     """Return the result of one class from the outcomes of its detections, by descending score."""
     right = outcomes[(outcomes == RIGHT) | (outcomes == WRONG)] == RIGHT
-    precision, recall = precision_recall(right, max(objects, 1))
+    hits = np.cumsum(right, dtype=np.float64)
+    precision, recall = hits / np.arange(1, len(right) + 1), hits / max(objects, 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    ap = float(np.sum(np.diff(recall, prepend=0.0) * envelope)) if objects else None
     counts = dict(zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)).tolist(), strict=True))
-    ap = average_precision(precision, recall) if objects else None
     return ClassResult(category.id, category.name, ap, objects, counts, recall, precision)
 
 
@@ -224,7 +209,3 @@ def _match_rows(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -> N
 
 def _in_region(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray((values >= IOU).any(axis=1))
-
-
-def _concatenate(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype), *arrays])

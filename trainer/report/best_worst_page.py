@@ -89,16 +89,6 @@ class _Candidate:
     matches: Matches
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """A picture as it is sent between ranks: a JPEG, its size, and a description of what is drawn on it."""
-
-    jpeg: bytes
-    width: int
-    height: int
-    shows: str
-
-
 class BestWorstPage:
     """Collects the images of one rank that may be among the worst or best of all.
 
@@ -133,30 +123,35 @@ class BestWorstPage:
 
     def render(self, title: str, gather: Gather = single_process) -> str | None:
         """Return the page with the worst and best images of all ranks; None where `gather` returns None."""
-        own = [(kind, c.score, self._draw(c)) for kind, kept in self._candidates.items() for c in kept]
+        own = [(kind, c.score, self._figure(c)) for kind, kept in self._candidates.items() for c in kept]
         gathered = gather(own)
         if gathered is None:
             return None
         sections = []
         for kind, nothing in NO_IMAGES.items():
-            entries = [(score, pictures) for of_kind, score, pictures in gathered if of_kind == kind]
-            ranked = sorted(entries, key=lambda entry: getattr(entry[0], kind))[: self.count]
-            if ranked:
-                sections.append(_section(f"The {len(ranked)} {kind}" if len(ranked) > 1 else f"The {kind}", ranked))
+            entries = sorted((getattr(score, kind), figure) for of_kind, score, figure in gathered if of_kind == kind)
+            figures = [figure for _, figure in entries[: self.count]]
+            if figures:
+                heading = f"The {len(figures)} {kind}" if len(figures) > 1 else f"The {kind}"
+                sections.append(f'<h2>{heading}</h2>\n<div class="grid">\n{"".join(figures)}</div>\n')
             elif self.count:
                 sections.append(f"<h2>The {kind}</h2>\n<p>No image has {nothing}.</p>\n")
         return _page(title, self.score, sections)
 
-    def _draw(self, candidate: _Candidate) -> tuple[_Picture, _Picture]:
-        """Draw what is annotated, and what was found."""
-        image, found = candidate.image, candidate.image.detections
+    def _figure(self, candidate: _Candidate) -> str:
+        """Return the HTML of an image: what is annotated next to what was found."""
+        score, found = candidate.score, candidate.image.detections
         captions = outcome_captions(found, candidate.matches, self.categories)
-        annotated, detected = draw_comparison(candidate.pixels, image, self.categories, self.score, captions)
-        labels = [instance.category_id for instance in image.sample.instances]
-        found_labels = found.labels[found.scores >= self.score].tolist()
+        pictures = draw_comparison(candidate.pixels, candidate.image, self.categories, self.score, captions)
+        annotated = count_classes((i.category_id for i in candidate.image.sample.instances), self.categories)
+        detected = count_classes(found.labels[found.scores >= self.score].tolist(), self.categories)
+        texts = f"annotated: {annotated}", f"found: {detected}"
+        name = html.escape(score.image_id)
         return (
-            _encode(annotated, f"annotated: {count_classes(labels, self.categories)}"),
-            _encode(detected, f"found: {count_classes(found_labels, self.categories)}"),
+            f'<figure><label class="pair"><input type="checkbox" aria-label="enlarge {name}">'
+            f"{''.join(_half(name, picture, text) for picture, text in zip(pictures, texts, strict=True))}</label>\n"
+            f"<figcaption><b>{name}</b>: F1 {score.f1:.2f}, {score.right} right, {score.wrong} wrong, "
+            f"{score.missed} missed</figcaption></figure>\n"
         )
 
 
@@ -177,11 +172,6 @@ def count_classes(labels: Iterable[int], categories: Sequence[Category]) -> str:
     counts = Counter(labels)
     present = [(counts[category.id], category.name) for category in categories if counts[category.id]]
     return ", ".join(f"{count} × {name}" if count > 1 else name for count, name in present) or "nothing"
-
-
-def _encode(picture: Image.Image, shows: str) -> _Picture:
-    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
-    return _Picture(encode_jpeg(picture, 85), *picture.size, shows)
 
 
 def _page(title: str, score: float, sections: Sequence[str]) -> str:
@@ -208,22 +198,10 @@ they are on such a box or group, or their class is not verified in the image.</p
 """
 
 
-def _section(title: str, ranked: Sequence[tuple[ImageScore, tuple[_Picture, _Picture]]]) -> str:
-    figures = []
-    for score, pictures in ranked:
-        name = html.escape(score.image_id)
-        figures.append(
-            f'<figure><label class="pair"><input type="checkbox" aria-label="enlarge {name}">'
-            f"{''.join(_half(name, picture) for picture in pictures)}</label>\n"
-            f"<figcaption><b>{name}</b>: F1 {score.f1:.2f}, {score.right} right, {score.wrong} wrong, "
-            f"{score.missed} missed</figcaption></figure>\n"
-        )
-    return f'<h2>{html.escape(title)}</h2>\n<div class="grid">\n{"".join(figures)}</div>\n'
-
-
-def _half(name: str, picture: _Picture) -> str:
+def _half(name: str, picture: Image.Image, text: str) -> str:
     """Return one picture of a pair above its description; `name` is HTML already."""
-    shows, data = html.escape(picture.shows), base64.b64encode(picture.jpeg).decode("ascii")
+    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    shows, data = html.escape(text), base64.b64encode(encode_jpeg(picture, 85)).decode("ascii")
     return (
         f'<span><img loading="lazy" width="{picture.width}" height="{picture.height}" alt="{name}, {shows}" '
         f'src="data:image/jpeg;base64,{data}"><span class="what">{shows}</span></span>\n'
