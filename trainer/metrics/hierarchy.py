@@ -13,9 +13,7 @@ from shards.storage.location import Location
 def read_parents(location: Location, categories: Sequence[Category]) -> dict[int, tuple[int, ...]]:
     """Return category id -> sorted ids of its ancestors among the categories, without classes that have none.
 
-    Args:
-        location: `bbox_labels_600_hierarchy.json`, or `challenge-2019-label300-segmentable-hierarchy.json`.
-        categories: the classes, found in the hierarchy by their MIDs.
+    Categories are found in the hierarchy (see `parse_hierarchy`) by their MIDs.
 
     Raises:
         StorageError: the file cannot be read.

@@ -166,7 +166,7 @@ def _match(truth: Any, predicted: Any, scores: ArrayLike, threshold: float) -> t
 def _without_padding(
     boxes: ArrayLike, ids: ArrayLike, masks: ArrayLike, *, name: str
 ) -> tuple[NDArray[np.bool_], NDArray[Any], NDArray[Any]]:
-    """Return which boxes are not padding, and the classes and masks of these."""
+    """Return which boxes are not padding, and their classes and masks."""
     boxes, ids, masks = np.asarray(boxes).reshape(-1, 4), np.asarray(ids).reshape(-1), np.asarray(masks)
     kept = _present(boxes)
     count = len(kept)

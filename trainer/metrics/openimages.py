@@ -117,11 +117,9 @@ class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
     Memory: nine bytes per detection and half a kilobyte per image on every rank after gathering, and three times as
     much on the main one while it sorts: about 20 MB for 5,000 images of 100 detections.
 
-    Args:
-        categories: the classes.
-        parents: ancestors of classes, from `read_parents`. Only needed where the dataset has a class and its child:
-            without it, an object of the child is not one of the class. (Where the dataset has a class without its
-            children, their objects and verified labels were put under the class when the dataset was built.)
+    `parents` is from `read_parents`. It is needed where the dataset has a class and its child: without it, an object of
+    the child is not one of the class. (Where the dataset has a class without its children, their objects and verified
+    labels were put under the class when the dataset was built.)
     """
 
     def __init__(self, categories: Sequence[Category], parents: Parents | None = None) -> None:

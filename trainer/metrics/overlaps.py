@@ -52,7 +52,7 @@ class Comparison:
 
 
 def compare(samples: Sequence[Sample], detections: Sequence[Detections]) -> list[Comparison]:
-    """Return a comparison per image of a batch."""
+    """Return one comparison per image of a batch."""
     return [Comparison(sample, found) for sample, found in zip(samples, detections, strict=True)]
 
 
@@ -83,12 +83,9 @@ def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> O
 
 
 def compute_iou(found: Any, annotated: Any, groups: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-    """Return pycocotools' IoU, float64 [N, M], of masks or of boxes x, y, w, h.
+    """Return pycocotools' IoU, float64 [N, M], of masks as COCO's RLE or of boxes x, y, w, h.
 
-    Args:
-        found: N masks as COCO's RLE, or boxes.
-        annotated: M masks or boxes.
-        groups: bool [M], for which of them the intersection is divided by the area of `found` alone.
+    For annotations in `groups`, bool [M], the intersection is divided by the area of `found` alone.
     """
     if not len(found) or not len(annotated):
         return np.zeros((len(found), len(annotated)))
@@ -97,14 +94,10 @@ def compute_iou(found: Any, annotated: Any, groups: NDArray[np.bool_] | None = N
 
 
 def match_greedily(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Match each row, in order, with the free column that it overlaps most.
-
-    Args:
-        overlaps: [N, M].
-        threshold: the smallest overlap of a match, above 0.
+    """Match each row of overlaps [N, M], in order, with the free column that it overlaps most.
 
     Returns:
-        The column of each row [N], -1 where no free one reaches the threshold.
+        The column of each row [N], -1 where no free one reaches the threshold, which is above 0.
     """
     free = np.ones(overlaps.shape[1], dtype=np.bool_)
     matched = np.full(len(overlaps), -1, dtype=np.int64)

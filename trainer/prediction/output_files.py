@@ -88,12 +88,8 @@ def prediction_string(annotations: Iterable[Mapping[str, Any]], labels: Labels) 
 class PredictionFiles:
     """Context manager that writes predictions.json and submission.csv, image by image, in constant memory.
 
-    The files appear whole at the end of the `with` block, or not at all after an exception.
-
-    Args:
-        out: the folder.
-        categories: the network's classes.
-        labels: for the submission; None if there is none.
+    The files appear whole at the end of the `with` block, or not at all after an exception. Without `labels` there is
+    no submission.
     """
 
     def __init__(self, out: Location, categories: Sequence[Category], labels: Labels | None) -> None:
@@ -151,13 +147,7 @@ class PredictionFiles:
 
 
 def write_picture(place: Location, pixels: Tensor, found: Detections, categories: Sequence[Category]) -> None:
-    """Write an image with its detections as JPEG.
-
-    Args:
-        place: where to write.
-        pixels: uint8 [3, H, W] RGB.
-        found: the detections.
-        categories: the network's classes.
+    """Write an image, uint8 [3, H, W] RGB, with its detections as JPEG.
 
     Raises:
         StorageError: the file cannot be written.

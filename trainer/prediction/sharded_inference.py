@@ -108,13 +108,8 @@ def predict_shards(
 ) -> None:
     """Process the missing parts and join all of them. Every rank must call this; only the main one joins.
 
-    Args:
-        options: of the command.
-        dataset: the annotations are not used.
-        state: the checkpoint.
-        network: on the device, in evaluation mode.
-        accelerator: of this rank.
-        labels: for the submission; None if there is none.
+    `network` is that of the checkpoint `state`, on the device and in evaluation mode. Without `labels` there is no
+    submission.
 
     Raises:
         UserError: a sample is unavailable, a part is damaged, or `options.out` cannot be written.

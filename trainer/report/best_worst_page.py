@@ -92,13 +92,8 @@ class _Candidate:
 class BestWorstPage:
     """Collects the images of one rank that may be among the worst or best of all.
 
-    Memory: the pixels of at most 2 x `count` images.
-
-    Args:
-        categories: the classes.
-        parents: see `openimages.Parents`.
-        count: number of worst images, and of best images, on the page.
-        score: detections with a lower score are neither counted nor drawn.
+    The page shows `count` of the worst and `count` of the best images. Detections with a lower score than `score` are
+    neither counted nor drawn. Memory: the pixels of at most 2 x `count` images.
     """
 
     def __init__(self, categories: Sequence[Category], parents: Parents, count: int, score: float) -> None:
@@ -106,12 +101,7 @@ class BestWorstPage:
         self._candidates: dict[str, list[_Candidate]] = {"worst": [], "best": []}
 
     def add(self, pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
-        """Add a batch; images that can no longer get onto the page are dropped.
-
-        Args:
-            pixels: uint8 [3, H, W] RGB each.
-            images: the same images with their detections.
-        """
+        """Add a batch, with pixels uint8 [3, H, W] RGB; images that can no longer get onto the page are dropped."""
         for array, image in zip(pixels, images, strict=True):
             matches = match(image, self.parents)
             score = score_image(image.sample.image_id, matches, self.score)

@@ -31,12 +31,7 @@ def draw_comparison(
 ) -> tuple[Image.Image, Image.Image]:
     """Draw the annotations, and the detections with at least a score, on two copies of an image.
 
-    Args:
-        pixels: uint8 [3, H, W] RGB; a small image is enlarged.
-        image: the annotations and detections.
-        categories: the classes.
-        score: the lowest score that is drawn.
-        captions: one per detection, drawn instead of name and score.
+    `pixels` is uint8 [3, H, W] RGB; a small image is enlarged. `captions`, one per detection, replace name and score.
     """
     array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
     scale = legible_scale(image.sample.width, image.sample.height)
@@ -62,12 +57,7 @@ def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 class Pictures:
-    """Draws the first images of an evaluation, which are the same in every evaluation of a run.
-
-    Args:
-        categories: the classes.
-        count: number of images.
-    """
+    """Draws the first `count` images of an evaluation, which are the same in every evaluation of a run."""
 
     def __init__(self, categories: Sequence[Category], count: int) -> None:
         self.categories, self.count = categories, count
