@@ -12,46 +12,30 @@ from hypothesis import strategies as st
 from shards.common.errors import UserError
 from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance
 from shards.storage.location import Location
 from tests.trainer.metrics.reference import open_images_ap
+from tests.trainer.metrics.scenes import (
+    CAR,
+    CATEGORIES,
+    MAN,
+    PERSON,
+    SIZE,
+    Box,
+    Pair,
+    found,
+    instance,
+    random_pairs,
+    sample,
+)
 from trainer.metrics.hierarchy import read_parents
 from trainer.metrics.openimages import OUTCOMES, UNVERIFIED, OpenImagesMetric, OpenImagesResult, Parents, match
 from trainer.metrics.overlaps import Comparison, compute_overlaps
 from trainer.model.inference import Detections
 
-PERSON, CAR, MAN = 1, 2, 3
-CATEGORIES = (Category(PERSON, "Person", "/m/p"), Category(CAR, "Car", "/m/c"), Category(MAN, "Man", "/m/m"))
 PARENTS: Parents = {MAN: (PERSON,)}
-SIZE = 40
-Box = tuple[int, int, int, int]  # x, y, w, h
-Pair = tuple[Sample, Detections]
 A, B, C, D = (0, 0, 10, 10), (20, 0, 10, 10), (0, 20, 10, 10), (20, 20, 10, 10)
 NO_PIXEL = rle.encode(np.zeros((SIZE, SIZE), np.uint8))
-
-
-def filled(box: Box) -> rle.Rle:
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    x, y, w, h = box
-    mask[y : y + h, x : x + w] = 1
-    return rle.encode(mask)
-
-
-def instance(label: int, box: Box, *, mask: bool = True, group: bool = False) -> Instance:
-    x, y, w, h = map(float, box)
-    return Instance(label, (x, y, w, h), filled(box) if mask else None, is_group_of=group)
-
-
-def sample(
-    *instances: Instance, name: str = "a", present: tuple[int, ...] = (), absent: tuple[int, ...] = ()
-) -> Sample:
-    return Sample(name, b"", SIZE, SIZE, instances, verified_present=present, verified_absent=absent)
-
-
-def found(*entries: tuple[int, Box, float]) -> Detections:
-    boxes = np.array([(x, y, x + w, y + h) for _, (x, y, w, h), _ in entries], np.float32).reshape(-1, 4)
-    labels, scores = np.array([e[0] for e in entries], np.int64), np.array([e[2] for e in entries], np.float32)
-    return Detections(boxes, labels, scores, tuple(filled(box) for _, box, _ in entries))
 
 
 def persons(*boxes: Box) -> Detections:
@@ -216,37 +200,6 @@ def test_compute_overlaps_of_more_than_255_detections() -> None:
         assert np.array_equal(overlaps.values[i], single.values[0])
     assert np.flatnonzero(overlaps.empty).tolist() == [299]
     assert sum(score((one, many)).classes[0].outcomes.values()) == 299  # without the empty one
-
-
-def random_pairs(seed: int, images: int) -> list[Pair]:
-    """Crowded images: overlapping objects of all kinds, detections near and far, and equal scores."""
-    rng: np.random.Generator = np.random.default_rng(seed)
-
-    def box(near: tuple[float, ...] | None = None) -> Box:
-        if near is None:
-            x, y, w, h = (int(v) for v in (*rng.integers(0, SIZE - 12, 2), *rng.integers(4, 13, 2)))
-        else:
-            x, y, w, h = (int(v) for v in np.array(near) + rng.integers(-2, 3, 4))
-        x, y = min(max(x, 0), SIZE - 3), min(max(y, 0), SIZE - 3)
-        return x, y, min(max(w, 2), SIZE - x), min(max(h, 2), SIZE - y)
-
-    pairs = []
-    for number in rng.permutation(images):
-        objects = [
-            instance(int(rng.integers(1, 4)), box(), mask=bool(rng.random() < 0.6), group=bool(rng.random() < 0.2))
-            for _ in range(rng.integers(0, 7))
-        ]
-        near: list[tuple[int, Box]] = []
-        for one in objects * 2:
-            label = one.category_id if rng.random() < 0.8 else int(rng.integers(1, 4))
-            near.append((label, box(one.bbox)))
-        far = [(int(rng.integers(1, 4)), box()) for _ in range(rng.integers(0, 4))]
-        detections = found(*((label, b, round(float(rng.random()), 2)) for label, b in [*near, *far]))
-        verified = rng.random(3)
-        present = tuple(c for c in (1, 2, 3) if verified[c - 1] < 0.3)
-        absent = tuple(c for c in (1, 2, 3) if verified[c - 1] > 0.8)
-        pairs.append((sample(*objects, name=f"image{number}", present=present, absent=absent), detections))
-    return pairs
 
 
 @settings(max_examples=60, deadline=None)

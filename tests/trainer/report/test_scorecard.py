@@ -10,13 +10,11 @@ import pytest
 from PIL import Image
 
 from shards.format.dataset import Category
-from shards.format.sample import Sample
-from tests.trainer.metrics.test_coco import detections, instance, random_pairs, sample
+from tests.trainer.metrics.scenes import Pair, found, instance, random_pairs, sample
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.confusion import ConfusionMetric
 from trainer.metrics.openimages import OpenImagesMetric
 from trainer.metrics.overlaps import Comparison, compare
-from trainer.model.inference import Detections
 from trainer.report.score_plots import draw_confusion, draw_precision_recall, precision_curve
 from trainer.report.scorecard import Evaluation, class_csv, confusion_csv, summary
 
@@ -24,7 +22,7 @@ CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"), Categor
 A, B, C = (20.0, 20.0, 50.0, 50.0), (100.0, 20.0, 50.0, 50.0), (20.0, 100.0, 50.0, 50.0)
 
 
-def evaluation_of(pairs: Sequence[tuple[Sample, Detections]]) -> Evaluation:
+def evaluation_of(pairs: Sequence[Pair]) -> Evaluation:
     coco, open_images = CocoMetric(CATEGORIES), OpenImagesMetric(CATEGORIES)
     images = [Comparison(*pair) for pair in pairs]
     coco.process(images)
@@ -36,9 +34,9 @@ def evaluation_of(pairs: Sequence[tuple[Sample, Detections]]) -> Evaluation:
 
 
 def test_summary_and_class_csv_count_the_detections_that_only_coco_counts_as_errors() -> None:
-    unmasked = sample("a", instance(1, A), instance(1, B, mask=False), instance(2, C, mask=False, group=True))
-    found = detections((1, A, 0.6), (1, B, 0.9), (5, C, 0.8), (2, (30.0, 110.0, 20.0, 20.0), 0.7))
-    evaluation = evaluation_of([(unmasked, found)])
+    unmasked = sample(instance(1, A), instance(1, B, mask=False), instance(2, C, mask=False, group=True))
+    detections = found((1, A, 0.6), (1, B, 0.9), (5, C, 0.8), (2, (30.0, 110.0, 20.0, 20.0), 0.7))
+    evaluation = evaluation_of([(unmasked, detections)])
     table = summary(evaluation)
     assert table.startswith("1 image, 2 objects, 1 with a mask, 4 detections\n")
     assert "Detections that the Open Images AP leaves out: 3\n" in table
@@ -58,7 +56,7 @@ def test_summary_and_class_csv_count_the_detections_that_only_coco_counts_as_err
 
 
 def test_the_mean_of_a_curve_is_the_ap() -> None:
-    evaluation = evaluation_of(random_pairs(12))
+    evaluation = evaluation_of(random_pairs(3, 12))
     for k, scores in enumerate(evaluation.open_images.classes):
         assert scores.ap is not None
         curve = precision_curve(scores)
@@ -76,17 +74,17 @@ def test_a_confusion_matrix_computed_by_hand() -> None:
     metric = ConfusionMetric(CATEGORIES, 0.5)
     samples = [
         # A car detected as a person; a person found, but also detected as a car; a missed person.
-        sample("a", instance(2, A), instance(1, B), instance(1, C)),
+        sample(instance(2, A), instance(1, B), instance(1, C)),
         # Found by its box; a duplicate; nothing there; below the score; an unverified class.
-        sample("b", instance(1, A, mask=False)),
-        sample("c", instance(1, A, group=True)),
+        sample(instance(1, A, mask=False)),
+        sample(instance(1, A, group=True)),
     ]
-    found = [
-        detections((1, A, 0.9), (2, B, 0.8), (1, B, 0.7)),
-        detections((1, A, 0.9), (1, A, 0.8), (1, C, 0.7), (1, B, 0.4), (5, B, 0.9)),
-        detections((1, (30.0, 30.0, 20.0, 20.0), 0.9)),
+    detected = [
+        found((1, A, 0.9), (2, B, 0.8), (1, B, 0.7)),
+        found((1, A, 0.9), (1, A, 0.8), (1, C, 0.7), (1, B, 0.4), (5, B, 0.9)),
+        found((1, (30.0, 30.0, 20.0, 20.0), 0.9)),
     ]
-    metric.process(compare(samples, found))
+    metric.process(compare(samples, detected))
     result = metric.evaluate()
     assert result is not None
     assert result.counts.tolist() == [[2, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [2, 1, 0, 0]]
