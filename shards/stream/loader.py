@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -77,7 +77,7 @@ class Loader(Generic[T]):
     def __repr__(self) -> str:
         return f"Loader({self._stream}, workers={self.inner.num_workers})"
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Generator[T, None, None]:
         before, newest = self.statistics, dict[int, SampleStatistics]()
         waited, began = 0.0, time.perf_counter()
         with torch_internals.running(self.inner) as iterator:

@@ -33,13 +33,13 @@ def test_a_rare_dataset_is_read_without_searching_far_ahead(streets, yards):
     """Its next 2048 samples are spread over two and a half million batches."""
     mix = Mix([streets, yards], [9999, 1])
     stream = ShardStream(mix, "train", batch_size=8)
-    expected, looked_at = MixedOrder(mix.indexes("train"), mix.weights, stream.order.settings), Counter()
+    expected, looked_at = MixedOrder(mix.indexes("train"), mix.weights, stream.order.settings), Counter[int]()
 
     def rows(position, number):
         looked_at[number] += 1
         return expected.rows(position, number)
 
-    stream.order.rows = rows
+    stream.order.rows = rows  # type: ignore[method-assign]
     ids, rare = [index.image_id for index in expected.indexes], 0
     for position, batch in enumerate(itertools.islice(stream, 1000)):
         assert keys(batch) == tuple(ids[n](row) for n in range(2) for row in expected.rows(position, n))

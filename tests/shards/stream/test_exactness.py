@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,7 +32,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def stream(dataset: Dataset, rank: int = 0, world: int = 1, start: int = 0) -> ShardStream:
-    options = {"batch_size": SIZE, "seed": 9, "lanes": 3, "window": 10, "read_ahead": 40_000}
+    options: dict[str, Any] = {"batch_size": SIZE, "seed": 9, "lanes": 3, "window": 10, "read_ahead": 40_000}
     return ShardStream(dataset, "train", rank=rank, world=world, start=start, **options)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards.format.index import Index
 from shards.order.epoch_order import Order, OrderSettings, positions
-from shards.stream.read_plan import HORIZON, MAX_GAP, MAX_RANGE, Plan
+from shards.stream.read_plan import HORIZON, MAX_GAP, MAX_RANGE, Plan, Span
 
 
 def make_index(shard, nbytes, gaps):
@@ -25,7 +25,9 @@ def make_index(shard, nbytes, gaps):
 def carry_out(index, rows, budget, cached=frozenset()):
     """Return all requests of a plan, and the rows as they were taken; check memory, and that each was requested."""
     plan = Plan(index, iter(rows), budget, cached.__contains__)
-    spans, taken, held = [], [], Counter()
+    spans: list[Span] = []
+    taken: list[int] = []
+    held = Counter[int]()
     while True:
         for span in plan.ask():
             spans.append(span)
@@ -80,7 +82,7 @@ def test_neighbours_share_a_request_up_to_a_maximum_gap(gap, requests):
 def test_requests_start_small_and_grow():
     index = make_index(np.zeros(4000, np.int32), [100_000] * 4000, [0] * 4000)
     plan = Plan(index, iter(range(4000)), 2**26, lambda row: False)
-    sizes = []
+    sizes: list[int] = []
     for _ in range(3000):
         sizes.extend(span.end - span.start for span in plan.ask())
         plan.take()

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset as wds
 
@@ -81,7 +82,8 @@ def test_collate_receives_the_epoch(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("rows", [None, [0, 2, 3, 4, 6]])
 def test_evaluation_visits_every_sample_once_over_ranks_and_workers(dataset: Dataset, rows: list[int] | None) -> None:
-    streams = [EvalStream(dataset, "val", batch_size=2, rank=rank, world=3, rows=rows) for rank in range(3)]
+    chosen = None if rows is None else np.array(rows)
+    streams = [EvalStream(dataset, "val", batch_size=2, rank=rank, world=3, rows=chosen) for rank in range(3)]
     batches = [list(loader(one, workers=2)) for one in streams]
     seen = [key for own in batches for batch in own for key in keys(batch)]
     assert sorted(seen) == [f"{100 + n:016x}" for n in (rows or range(7))]
