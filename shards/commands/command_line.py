@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shards.commands.output import print_to_reader
 from shards.common.errors import UserError
 from shards.common.text import did_you_mean
 from shards.common.version import __version__
+
+UNREAD = 141  # a shell's exit status for a process that SIGPIPE (13) ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,11 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments.
-
-        Raises:
-            UserError: a wrong argument.
-        """
+        """Parse arguments; raises UserError for a wrong one."""
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete  # type: ignore[import-not-found]
 
@@ -86,3 +84,27 @@ def run(
             return 130
 
     return print_to_reader(guarded)
+
+
+def print_to_reader(command: Callable[[], int]) -> int:
+    """Run a command and return its exit status; `UNREAD`, without a message, if the reader of its output is gone."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # another pipe or connection
+        # Otherwise the rest of the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+def _reader_is_gone() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no `poll` on this system, or stdout is not a file
+        return False

@@ -52,7 +52,7 @@ def option(
         low: smallest value; of a list, of each of its values.
         high: largest value.
         flag: the flag without `--`, if it does not follow from the field's name.
-        group: title in the help of the group of a flat dataclass that the option belongs to.
+        group: title of its group in the help, for a flat dataclass.
         exclusive: name of a set of options of which at most one may be given.
         metavar: placeholder of the value in the help.
         commas: a list is given as one argument with commas.
@@ -70,19 +70,12 @@ def option(
 
 @dataclass(frozen=True)
 class Entry:
-    """One option: its place in the dataclass and its type.
+    """One option: its place in the dataclass and its type."""
 
-    Attributes:
-        section: field of the dataclass that holds the option's dataclass; empty for a flat dataclass.
-        item: the field.
-        hint: type of the value, without `| None`.
-        optional: whether the type has `| None`.
-    """
-
-    section: str
+    section: str  # field that holds the option's dataclass; "" in a flat dataclass
     item: dataclasses.Field[Any]
-    hint: Any
-    optional: bool
+    hint: Any  # type of the value, without `| None`
+    optional: bool  # whether the type has `| None`
 
     @property
     def name(self) -> str:
@@ -105,22 +98,19 @@ class Entry:
         """Return the value."""
         return getattr(self.owner(options), self.item.name)
 
+    def set(self, options: Any, value: Any) -> None:
+        """Replace the value."""
+        setattr(self.owner(options), self.item.name, value)
+
 
 def _find_entries(kind: type) -> dict[str, Entry]:
     """Return the options of a dataclass by name."""
-    found = {}
-    hints = typing.get_type_hints(kind)
-    for outer in fields(kind):
-        inner = hints[outer.name]
-        if not dataclasses.is_dataclass(inner):
-            entry = Entry("", outer, *_optional(inner))
-            found[entry.name] = entry
-            continue
-        inner_hints = typing.get_type_hints(inner)
-        for item in fields(inner):
-            entry = Entry(outer.name, item, *_optional(inner_hints[item.name]))
-            found[entry.name] = entry
-    return found
+    found = [
+        Entry(section, item, *_optional(hint))
+        for section, holder in (sections(kind) or {"": kind}).items()
+        for item, hint in zip(fields(holder), typing.get_type_hints(holder).values(), strict=True)
+    ]
+    return {entry.name: entry for entry in found}
 
 
 entries: Callable[[Any], dict[str, Entry]] = functools.cache(_find_entries)
@@ -133,13 +123,7 @@ def sections(kind: type) -> dict[str, type]:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, hidden: Collection[str] = ()) -> None:
-    """Add the options of a dataclass to a parser.
-
-    Args:
-        parser: parser of the command.
-        kind: a dataclass whose fields are made by `option`, or a dataclass of such dataclasses.
-        hidden: names of options that the help omits.
-    """
+    """Add the options of a dataclass to a parser; the help omits those whose names are `hidden`."""
     groups: dict[str, Any] = {"": parser}
     for name, cls in sections(kind).items():
         groups[name] = parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
@@ -157,11 +141,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type, hidden: Collection[
 
 
 def from_arguments(kind: type[T], given: argparse.Namespace) -> T:
-    """Return the options of a parsed command line.
-
-    Raises:
-        ConfigError: a value of a wrong type or out of range, or options that exclude each other.
-    """
+    """Return the options of a parsed command line; raises ConfigError as `set_from_arguments` and `check` do."""
     options = kind()
     set_from_arguments(options, given)
     check(options)
@@ -169,11 +149,7 @@ def from_arguments(kind: type[T], given: argparse.Namespace) -> T:
 
 
 def set_from_arguments(options: Any, given: argparse.Namespace) -> None:
-    """Set the options that a command line gives.
-
-    Raises:
-        ConfigError: a value of a wrong type.
-    """
+    """Set the options that a command line gives; raises ConfigError for a value of a wrong type."""
     for name in entries(type(options)):
         if hasattr(given, name):
             set_from_words(options, name, getattr(given, name))
@@ -186,7 +162,7 @@ def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -
         ConfigError: no such option, or a value of a wrong type.
     """
     entry = _entry(options, name, "command line")
-    setattr(entry.owner(options), entry.item.name, _from_words(words, entry, f"--{name}"))
+    entry.set(options, _from_words(words, entry, f"--{name}"))
 
 
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
@@ -218,22 +194,17 @@ def update(options: Any, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: holds {type(value).__name__}, not {example}")
     for key, entry in value.items():
         if not parts:
-            set_option(options, str(key).replace("_", "-"), entry, where)
+            _set_option(options, str(key).replace("_", "-"), entry, where)
         elif key not in parts:
             raise ConfigError(f"{where}: unknown section {key!r}: {nearest(str(key), parts)}")
         elif not isinstance(entry, dict):
             raise ConfigError(f"{where}: section {key!r} holds {entry!r}, not keys and values")
         else:
             for inner, one in entry.items():
-                set_option(options, f"{key}.{inner}", one, where)
+                _set_option(options, f"{key}.{inner}", one, where)
 
 
-def set_option(options: Any, name: str, value: Any, where: str) -> None:
-    """Set one option by name.
-
-    Raises:
-        ConfigError: no such option, or a value of a wrong type.
-    """
+def _set_option(options: Any, name: str, value: Any, where: str) -> None:
     entry, place = _entry(options, name, where), f"{where}: {name}"
     if not entry.section:
         if value is None:
@@ -242,7 +213,7 @@ def set_option(options: Any, name: str, value: Any, where: str) -> None:
             value = _split(value)
         elif typing.get_origin(entry.hint) is list and not isinstance(value, list):
             value = [value]
-    setattr(entry.owner(options), entry.item.name, checked(value, entry.hint, place))
+    entry.set(options, checked(value, entry.hint, place))
 
 
 def check(options: Any) -> None:
@@ -264,11 +235,7 @@ def check(options: Any) -> None:
 
 
 def check_range(name: str, value: Any, item: dataclasses.Field[Any]) -> None:
-    """Check the range of a value, or of each value of a list.
-
-    Raises:
-        ConfigError: out of range, or not finite.
-    """
+    """Check the range of a value, or of each value of a list; raises ConfigError, also for one that is not finite."""
     low, high = item.metadata["low"], item.metadata["high"]
     for one in value if isinstance(value, list | tuple) else [value]:
         if isinstance(one, float) and not math.isfinite(one):
@@ -280,10 +247,7 @@ def check_range(name: str, value: Any, item: dataclasses.Field[Any]) -> None:
 def to_words(options: Any, names: Collection[str], always: Collection[str] = ()) -> list[str]:
     """Return the command-line arguments that set options of a flat dataclass, in the order of its fields.
 
-    Args:
-        options: instance of the dataclass.
-        names: options to write if they differ from their defaults.
-        always: options to write in any case.
+    Of `names`, only those that differ from their defaults are written; those of `always` in any case.
     """
     words: list[str] = []
     for name, entry in entries(type(options)).items():
@@ -354,7 +318,6 @@ def _help(entry: Entry) -> str:
 
 
 def _from_words(words: str | bool | Sequence[str], entry: Entry, where: str) -> Any:
-    """Return the value of an option from its arguments on a command line."""
     if isinstance(words, bool):
         return words
     if entry.item.metadata["commas"] and isinstance(words, str):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shards.commands.command_line import Parser as Parser
-from shards.commands.output import print_to_reader
+from shards.commands.command_line import print_to_reader
 from shards.common.errors import UserError
 from trainer.commands.launcher import register_rank
 

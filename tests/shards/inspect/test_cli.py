@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from shards.commands.output import print_to_reader
+from shards.commands.command_line import print_to_reader
 from shards.common.text import columns_of
 from shards.format.dataset import Category
 from shards.format.dataset_writer import DatasetWriter
