@@ -15,27 +15,16 @@ from typing import TYPE_CHECKING, Any
 from shards.common.version import __version__
 
 if TYPE_CHECKING:
-    from shards.common.errors import UserError
-    from shards.format.dataset import Dataset, open_dataset
-    from shards.format.dataset_writer import DatasetWriter
-    from shards.format.sample import Instance, Sample
-    from shards.order.mixture import Mix
-    from shards.stream.loader import loader
-    from shards.stream.streams import EvalStream, ShardStream
-
-__all__ = [
-    "Dataset",
-    "DatasetWriter",
-    "EvalStream",
-    "Instance",
-    "Mix",
-    "Sample",
-    "ShardStream",
-    "UserError",
-    "__version__",
-    "loader",
-    "open_dataset",
-]
+    from shards.common.errors import UserError as UserError
+    from shards.format.dataset import Dataset as Dataset
+    from shards.format.dataset import open_dataset as open_dataset
+    from shards.format.dataset_writer import DatasetWriter as DatasetWriter
+    from shards.format.sample import Instance as Instance
+    from shards.format.sample import Sample as Sample
+    from shards.order.mixture import Mix as Mix
+    from shards.stream.loader import loader as loader
+    from shards.stream.streams import EvalStream as EvalStream
+    from shards.stream.streams import ShardStream as ShardStream
 
 _MODULES = {
     "Dataset": "shards.format.dataset",
@@ -49,6 +38,7 @@ _MODULES = {
     "loader": "shards.stream.loader",
     "open_dataset": "shards.format.dataset",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

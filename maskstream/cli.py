@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from shards.common.errors import UserError
+from shards.common.text import did_you_mean
 from shards.common.version import __version__
 
 # Command -> its module, and its line of help.
@@ -26,43 +28,30 @@ COMMANDS = {
 }
 LAUNCHED = ("train", "evaluate", "predict")  # on every GPU
 
-USAGE = "usage: maskstream [--version] [--help] COMMAND [ARGUMENTS]"
+_COMMAND_LINES = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
+HELP = f"""\
+usage: maskstream [--version] [--help] COMMAND [ARGUMENTS]
 
+Mask R-CNN on a few classes of Open Images, streamed from tar shards in cloud storage.
 
-def help_text() -> str:
-    """The text of `maskstream --help`."""
-    lines = [f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join(
-        [
-            USAGE,
-            "",
-            "Mask R-CNN on a few classes of Open Images, streamed from tar shards in cloud storage.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`maskstream COMMAND --help` describes a command. train, evaluate and predict use every GPU;",
-            "for several machines, or to choose GPUs, run `accelerate config` first.",
-        ]
-    )
+commands:
+{_COMMAND_LINES}
+
+`maskstream COMMAND --help` describes a command. train, evaluate and predict use every GPU;
+for several machines, or to choose GPUs, run `accelerate config` first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, 2 for a wrong argument."""
+    """Run the command and return its exit status, 2 for a wrong argument."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] in (["--version"], ["-V"]):
-        print(f"maskstream {__version__}")
-        return 0
-    if given[:1] in (["--help"], ["-h"]):
-        print(help_text())
-        return 0
     if not given:
-        print(help_text(), file=sys.stderr)
+        print(HELP, file=sys.stderr)
         return 2
     name, *rest = given
+    if name in ("--version", "-V", "--help", "-h"):
+        print(HELP if name in ("--help", "-h") else f"maskstream {__version__}")
+        return 0
     if name not in COMMANDS:
-        from shards.common.text import did_you_mean
-
         hint = did_you_mean(name, COMMANDS, f"the commands are {', '.join(COMMANDS)}")
         print(f"maskstream: error: unknown command {name!r}: {hint} (see --help)", file=sys.stderr)
         return 2
@@ -73,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train_command(
     run: Callable[[Sequence[str]], int], parse: Callable[[Sequence[str]], object], name: str, arguments: list[str]
 ) -> int:
-    """Run a command of the trainer, under accelerate's launcher if there is reason to."""
-    from shards.common.errors import UserError
-
+    """Run a command of the trainer, under accelerate's launcher if there are several GPUs or a configuration."""
     if "RANK" in os.environ:  # started by a launcher already
         return run(arguments)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Collection
@@ -37,10 +38,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     Args:
         value: as YAML reads it.
         hint: `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
-        where: beginning of error messages.
-
-    Raises:
-        ConfigError: the value does not fit the type.
+        where: beginning of the ConfigError about a value that does not fit.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -51,19 +49,16 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         return _checked_list(value, origin, arguments, where)
     if dataclasses.is_dataclass(hint):
         return _checked_mapping(value, hint, where)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-4 (no dot) as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is str and value is None:
-        return ""
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        quotes = ": write it in quotes" if hint is str and isinstance(value, bool) else ""  # YAML reads No as false
+    if isinstance(value, bool) and hint is not bool:
+        quotes = ": write it in quotes" if hint is str else ""  # YAML reads No as false
         raise ConfigError(f"{where}: {value!r} is not {_KINDS[hint]}{quotes}")
+    if hint is float and isinstance(value, int | str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 (no dot) as text
+            return float(value)
+    if hint is str and (value is None or isinstance(value, int | float)):
+        return "" if value is None else str(value)
+    if not isinstance(value, hint):
+        raise ConfigError(f"{where}: {value!r} is not {_KINDS[hint]}")
     return value
 
 

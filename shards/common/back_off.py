@@ -12,8 +12,7 @@ SCALE = 1.0  # multiplies every delay; tests set it to 0
 def delay(failures: int, first_s: float = 0.2, longest_s: float = 4.0) -> float:
     """Return the seconds to wait after a number of failures in a row.
 
-    Jitter keeps many processes from asking an overloaded server again at the same moment. It decides nothing but the
-    time of a request, so results do not depend on it.
+    Jitter keeps many processes from asking an overloaded server again at the same moment.
 
     Args:
         failures: at least 1.
@@ -24,13 +23,7 @@ def delay(failures: int, first_s: float = 0.2, longest_s: float = 4.0) -> float:
 
 
 def attempts(count: int, first_s: float = 0.2, longest_s: float = 4.0) -> Iterator[int]:
-    """Yield 1, 2, ..., `count`, and sleep before each attempt after the first.
-
-    Args:
-        count: attempts in all, at least 1. The caller ends the loop at the first success.
-        first_s: see `delay`.
-        longest_s: see `delay`.
-    """
+    """Yield 1, 2, ..., `count`, and sleep for `delay` seconds before each attempt after the first."""
     for number in range(1, count + 1):
         if number > 1:
             time.sleep(delay(number - 1, first_s, longest_s))

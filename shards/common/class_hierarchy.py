@@ -15,12 +15,10 @@ from shards.common.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class HierarchyNode:
-    """One node of the tree. A label may occur at several nodes.
+    """One node of the tree: its label, and the labels above it by `Subcategory`, from the root down.
 
-    Attributes:
-        label: its MID.
-        ancestors: the MIDs above it by `Subcategory`, from the root down. A part is not a kind of its whole, so
-            neither a part nor anything under it has the whole as an ancestor.
+    A label may occur at several nodes. A part is not a kind of its whole, so neither a part nor anything under it has
+    the whole as an ancestor.
     """
 
     label: str
@@ -28,15 +26,7 @@ class HierarchyNode:
 
 
 def parse_hierarchy(text: str | bytes, where: str) -> list[HierarchyNode]:
-    """Return all nodes of a hierarchy, each after its ancestors.
-
-    Args:
-        text: the JSON.
-        where: the file, named in the error.
-
-    Raises:
-        UserError: `text` is not such a tree.
-    """
+    """Return all nodes of a hierarchy, each after its ancestors; a UserError names the file `where`."""
     nodes: list[HierarchyNode] = []
 
     def visit(node: Any, ancestors: tuple[str, ...]) -> None:

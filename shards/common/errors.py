@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class UserError(Exception):
     """Bad input, a bad location or a bad object in storage; its text is the whole message.
@@ -24,13 +22,6 @@ class StorageError(UserError):
         super().__init__(message)
         self.missing = missing
         self.permanent = permanent or missing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _storage_error, (str(self), self.missing, self.permanent)
-
-
-def _storage_error(message: str, missing: bool, permanent: bool) -> StorageError:
-    return StorageError(message, missing=missing, permanent=permanent)
 
 
 class DatasetError(UserError):

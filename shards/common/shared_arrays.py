@@ -18,11 +18,7 @@ from numpy.typing import NDArray
 
 
 class SharedArrays:
-    """One-dimensional arrays in shared memory, which can be pickled only while a process is being started.
-
-    Args:
-        arrays: the arrays; they are copied.
-    """
+    """Copies of one-dimensional arrays in shared memory, which can be pickled only while a process is being started."""
 
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
         self._file = os.fdopen(os.memfd_create("maskstream"), "wb")

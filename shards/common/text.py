@@ -9,13 +9,7 @@ from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number with its noun: `1 image`, `2 images`, `0 images`.
-
-    Args:
-        number: not negative.
-        one: the singular.
-        many: the plural, if it is not `one` with an s.
-    """
+    """Return a number with its noun, `1 image` or `2 images`; `many` is the plural if it is not `one` with an s."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
