@@ -22,8 +22,8 @@ def contours(mask: NDArray[np.bool_]) -> list[Points]:
     """Trace the closed contours of a mask [H, W], including those of holes.
 
     Returns:
-        Per contour the corners of pixels [n, 2] x, y, from 0 to W and 0 to H, without points on straight lines; the
-        last is joined to the first. The even-odd rule fills exactly the mask.
+        Per contour the corners of pixels [n, 2] x, y, without points on straight lines; the last is joined to the
+        first. The even-odd rule fills exactly the mask.
     """
     inside = np.pad(mask, 1)
     core = inside[1:-1, 1:-1]
@@ -41,13 +41,13 @@ def contours(mask: NDArray[np.bool_]) -> list[Points]:
             leaving.setdefault(corner, []).append(direction)
     found = []
     while leaving:
-        corner, directions = next(iter(leaving.items()))
-        found.append(_follow(leaving, corner, directions[0]))
+        found.append(_follow(leaving))
     return found
 
 
-def _follow(leaving: dict[tuple[int, int], list[int]], start: tuple[int, int], direction: int) -> Points:
-    """Trace one contour from a corner and remove its edges from `leaving`, the directions of edges by their corner."""
+def _follow(leaving: dict[tuple[int, int], list[int]]) -> Points:
+    """Trace one contour and remove its edges from `leaving`, the directions of edges by their corner."""
+    start, (direction, *_) = next(iter(leaving.items()))
     corner, last, points = start, -1, []
     while True:
         ways = leaving[corner]

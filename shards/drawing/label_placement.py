@@ -11,12 +11,7 @@ Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels, inc
 
 
 class Labels:
-    """Draws names, the first of which get the best places.
-
-    Args:
-        canvas: the canvas of the picture.
-        size: width and height of the picture in pixels.
-    """
+    """Draws names on a picture of `size`, (width, height); the first get the best places."""
 
     def __init__(self, canvas: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
         self.canvas, self.size = canvas, size
@@ -59,13 +54,12 @@ def _place(
         (right + 1, top),
         (left - width, top),
     )
-    candidates: list[tuple[int, int, Rectangle]] = []
-    for rank, (x, y) in enumerate(places):
+    candidates: list[tuple[int, Rectangle]] = []
+    for x, y in places:
         x, y = min(max(x, 0), max(size[0] - width, 0)), min(max(y, 0), max(size[1] - height, 0))
         rectangle = (x, y, x + width - 1, y + height - 1)
-        candidates.append((sum(_overlap(rectangle, other) for other in taken), rank, rectangle))
-    covered, _, rectangle = min(candidates)
-    return covered, rectangle
+        candidates.append((sum(_overlap(rectangle, other) for other in taken), rectangle))
+    return min(candidates, key=lambda candidate: candidate[0])
 
 
 def _overlap(one: Rectangle, other: Rectangle) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from shards.drawing.label_placement import Colour, Labels, Rectangle
 from shards.format import rle
@@ -21,18 +21,10 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance
 
 # Distinct hues, bright enough for photographs.
-PALETTE: tuple[Colour, ...] = (
-    (255, 92, 72),
-    (52, 152, 255),
-    (255, 200, 40),
-    (60, 205, 110),
-    (205, 110, 255),
-    (255, 140, 30),
-    (40, 215, 215),
-    (255, 115, 190),
-    (170, 215, 50),
-    (140, 140, 255),
-)
+PALETTE: list[Colour] = [
+    ImageColor.getrgb(f"#{colour}")[:3]
+    for colour in "ff5c48 3498ff ffc828 3ccd6e cd6eff ff8c1e 28d7d7 ff73be aad732 8c8cff".split()
+]
 GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
 LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names
 FILL_OPACITY = 0.40  # of masks
@@ -147,14 +139,12 @@ def display_instances(
         masks: [H, W, N], nonzero in the object.
         class_ids: [N] indices of `class_names`, in which 0 is the background.
         class_names: one name per class.
-        scores: [N], or None.
+        scores: [N].
         title: text above the picture.
         figsize: ignored; the picture has the size of the image.
-        ax: matplotlib axes to draw the picture and its title into, or None.
-        show_mask: whether masks are drawn.
-        show_bbox: whether boxes are drawn; names always are.
+        ax: matplotlib axes to draw the picture and its title into.
+        show_mask, show_bbox, captions: as for `draw_instances`.
         colors: one per instance: R, G, B from 0 to 1.
-        captions: as for `draw_instances`.
 
     Returns:
         An RGB image. Without `ax`, a notebook displays it: end the last line of a cell with a semicolon, or it is
@@ -169,7 +159,7 @@ def display_instances(
     kept = np.flatnonzero(boxes.any(axis=1)).tolist()
     picture = draw_instances(
         picture,
-        [_instance(class_ids[i], boxes[i], masks[:, :, i]) for i in kept],
+        [Instance(int(class_ids[i]), _xywh(boxes[i]), rle.encode(masks[:, :, i])) for i in kept],
         [Category(number, name, "") for number, name in enumerate(class_names)],
         scores=None if scores is None else [float(scores[i]) for i in kept],
         captions=None if captions is None else [str(captions[i]) for i in kept],
@@ -186,22 +176,12 @@ def display_instances(
 
 
 def display_top_masks(
-    image: ImageLike,
-    mask: NDArray[Any],
-    class_ids: NDArray[Any],
-    class_names: Sequence[str],
-    limit: int = 4,
+    image: ImageLike, mask: NDArray[Any], class_ids: NDArray[Any], class_names: Sequence[str], limit: int = 4
 ) -> Image.Image:
     """Draw an image and next to it the masks of the classes with the largest area, one pane per class.
 
-    The arguments are those of matterport's `visualize.display_top_masks`.
-
-    Args:
-        image: as for `draw_instances`.
-        mask: [H, W, N], nonzero in the object.
-        class_ids: [N] indices of `class_names`.
-        class_names: one name per class.
-        limit: number of panes next to the image; empty ones have the title "-".
+    The arguments are those of matterport's `visualize.display_top_masks`, as for `display_instances`; `limit` is the
+    number of panes next to the image, of which empty ones have the title "-".
 
     Returns:
         An RGB image of `limit` + 1 panes, which a notebook displays as for `display_instances`.
@@ -266,7 +246,7 @@ def _checked_masks(name: str, masks: NDArray[Any], picture: Image.Image, count: 
 
 
 def _as_picture(image: ImageLike) -> Image.Image:
-    """Convert an image to a Pillow image in RGB; ValueError for an array of another shape or dtype."""
+    """Convert an image to RGB; ValueError for an array of another shape or dtype."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     pixels = np.asarray(image)
@@ -287,9 +267,9 @@ def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _instance(class_id: Any, box: NDArray[np.float64], mask: NDArray[Any]) -> Instance:
+def _xywh(box: NDArray[np.float64]) -> tuple[float, float, float, float]:
     y1, x1, y2, x2 = box.tolist()
-    return Instance(int(class_id), (x1, y1, x2 - x1, y2 - y1), rle.encode(mask))
+    return x1, y1, x2 - x1, y2 - y1
 
 
 def _colour_of_floats(colour: Sequence[float]) -> Colour:
@@ -327,10 +307,10 @@ def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, s
         mask = _enlarged_mask(rle.decode(instance.segmentation), scale)
         if mask.shape != (height, width):
             raise ValueError(f"a mask is {mask.shape[1]}x{mask.shape[0]}, the picture {width}x{height}")
+        # Only the object's own rectangle is computed, which keeps many masks on a large photograph fast.
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(rows):
             return
-        # Only the object's own rectangle is computed, which keeps many masks on a large photograph fast.
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         inside = mask[window]
         _blend(pixels[window], inside, colour, FILL_OPACITY)

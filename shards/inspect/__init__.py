@@ -1,4 +1,1 @@
-"""The command `inspect-shards`: count, verify and show a finished dataset, or extract samples from it.
-
-Nothing in the dataset is changed. Everything runs without torch.
-"""
+"""The command `inspect-shards`: count, verify and show a finished dataset, or extract samples from it."""

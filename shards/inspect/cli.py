@@ -14,8 +14,6 @@ from shards.commands.options import add_options, from_arguments, option
 from shards.common.text import counted, printable
 
 if TYPE_CHECKING:
-    from shards.format.dataset import Dataset
-    from shards.inspect.statistics import SplitCounts
     from shards.storage.location import Location
 
 _EPILOG = """\
@@ -74,9 +72,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `inspect-shards` and return its exit status."""
     return run(
-        "inspect-shards",
-        lambda: _run(from_arguments(InspectOptions, make_parser().parse_args(argv))),
-        show=printable,
+        "inspect-shards", lambda: _run(from_arguments(InspectOptions, make_parser().parse_args(argv))), show=printable
     )
 
 
@@ -91,11 +87,19 @@ def _run(options: InspectOptions) -> int:
         return _verify(root, as_json=options.json)
     dataset = open_dataset(root)
     if options.extract:
-        return _extract(dataset, options.extract, Location(options.out))
+        from shards.inspect.extract import extract
+
+        for image_id in options.extract:
+            print(*extract(dataset, image_id, Location(options.out)), sep="\n")
+        return 0
     splits = count(dataset, label_images=options.label_images, seed=options.seed)
     if options.html:
-        return _write_page(dataset, splits, options)
+        from shards.inspect.html_page import make_page
 
+        page, target = make_page(dataset, splits, samples=options.samples, seed=options.seed), Location(options.html)
+        target.write(page)
+        print(f"{target}: {len(page) / 1e6:.1f} MB")
+        return 0
     from shards.inspect.text_report import json_report, text_report
 
     print(json_report(dataset, splits) if options.json else text_report(dataset, splits))
@@ -129,26 +133,6 @@ def _verify(root: Location, *, as_json: bool) -> int:
             f"{checked.nbytes / 1e6:.1f} MB read in {time.monotonic() - started:.1f} s"
         )
     return 1 if checked.faults else 0
-
-
-def _extract(dataset: Dataset, image_ids: Sequence[str], out: Location) -> int:
-    from shards.inspect.extract import extract
-
-    for image_id in image_ids:
-        for written in extract(dataset, image_id, out):
-            print(written)
-    return 0
-
-
-def _write_page(dataset: Dataset, splits: Sequence[SplitCounts], options: InspectOptions) -> int:
-    from shards.inspect.html_page import make_page
-    from shards.storage.location import Location
-
-    page = make_page(dataset, splits, samples=options.samples, seed=options.seed)
-    target = Location(options.html)
-    target.write(page)
-    print(f"{target}: {len(page) / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
     """
     [(_, sample)] = read_samples(dataset, [find(dataset, image_id)])
     files = {f"{sample.image_id}.{extension}": data for extension, data in sample.to_members().items()}
-    names = mask_names(sample, dataset.categories)
-    for name, instance in zip(names, sample.instances):
+    for name, instance in zip(mask_names(sample, dataset.categories), sample.instances):
         if instance.segmentation is not None:
             files[name] = _png(instance.segmentation)
     for name, data in files.items():
@@ -56,9 +55,8 @@ def mask_names(sample: Sample, categories: Sequence[Category]) -> list[str]:
 
 def _mask_path(image_id: str, instance: Instance, category_mid: str) -> str:
     mid = instance.label or category_mid
-    if not MID.fullmatch(mid) or not BOX_ID.fullmatch(instance.box_id):
-        return ""
-    return f"{image_id}_{mid.replace('/', '')}_{instance.box_id}.png"
+    named = MID.fullmatch(mid) and BOX_ID.fullmatch(instance.box_id)
+    return f"{image_id}_{mid.replace('/', '')}_{instance.box_id}.png" if named else ""
 
 
 def _png(mask: rle.Rle) -> bytes:
