@@ -22,8 +22,8 @@ from shards.format.sample import Instance
 
 # Distinct hues, bright enough for photographs.
 PALETTE: list[Colour] = [
-    ImageColor.getrgb(f"#{colour}")[:3]
-    for colour in "ff5c48 3498ff ffc828 3ccd6e cd6eff ff8c1e 28d7d7 ff73be aad732 8c8cff".split()
+    ImageColor.getrgb(f"#{name}")[:3]
+    for name in ("ff5c48", "3498ff", "ffc828", "3ccd6e", "cd6eff", "ff8c1e", "28d7d7", "ff73be", "aad732", "8c8cff")
 ]
 GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
 LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names

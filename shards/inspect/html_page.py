@@ -38,13 +38,7 @@ QUALITIES = (80, 70, 60, 50, 40)
 
 
 def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, seed: int = 0) -> bytes:
-    """Return the page in UTF-8.
-
-    Args:
-        dataset: the dataset, whose samples are read.
-        splits: its counts.
-        samples: number of samples in the gallery, chosen by `shards.inspect.preview_samples.choose`.
-        seed: of the choice.
+    """Return the page in UTF-8, with a gallery of `samples` images that a hash with the seed chooses.
 
     Raises:
         SampleError: a sample cannot be read or is damaged.
@@ -135,10 +129,8 @@ def small_picture(sample: Sample) -> tuple[tuple[int, int], bytes]:
 
 def _outlines(sample: Sample, size: tuple[int, int]) -> list[str]:
     """Return an SVG path per annotation, "" without a mask, simplified until all of them keep the limit."""
-    rings = [
-        [] if instance.segmentation is None else contours(small_mask(instance.segmentation, size))
-        for instance in sample.instances
-    ]
+    masks = [instance.segmentation for instance in sample.instances]
+    rings = [[] if mask is None else contours(small_mask(mask, size)) for mask in masks]
     for tolerance in TOLERANCES:
         paths = [svg_path(simplify(ring, tolerance) for ring in _large(own, tolerance)) for own in rings]
         if sum(map(len, paths)) <= OUTLINE_BYTES:
@@ -147,7 +139,7 @@ def _outlines(sample: Sample, size: tuple[int, int]) -> list[str]:
 
 
 def _large(rings: Sequence[Points], tolerance: float) -> list[Points]:
-    """Leave out parts and holes that are smaller than the tolerance, but never the largest part."""
+    """Omit parts and holes that are smaller than the tolerance, but never the largest part."""
     extents = [int(np.ptp(ring, axis=0).max()) for ring in rings]
     return [ring for ring, extent in zip(rings, extents) if extent > tolerance or extent == max(extents)]
 

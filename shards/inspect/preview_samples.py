@@ -1,7 +1,6 @@
-"""A few samples of a dataset, chosen by a seeded hash from the index alone and fetched by range requests.
+"""A few samples of a dataset, chosen by a seeded hash of their keys and fetched by range requests.
 
-The choice depends on the seed, the keys and the classes, not on positions: a dataset that is built again with another
-shard size shows the same samples.
+The choice does not depend on positions: a dataset that is built again with another shard size shows the same samples.
 """
 
 from __future__ import annotations
@@ -36,11 +35,7 @@ class Row:
 
 
 def find(dataset: Dataset, image_id: str) -> Row:
-    """Return the row of a sample.
-
-    Raises:
-        DatasetError: no split has such a sample.
-    """
+    """Return the row of a sample; raises DatasetError if no split has it."""
     for split in dataset.splits:
         row = pc.index(dataset.index(split).image_ids, image_id).as_py()
         if row >= 0:
@@ -59,8 +54,8 @@ def first_rows(index: Index, count: int, seed: int = 0) -> NDArray[np.int64]:
 def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
     """Choose up to `count` samples of all splits so that rare classes occur as often as frequent ones.
 
-    Each pair of a split and a class has a queue of its samples in the order of the hash, and so have the samples of a
-    split without a class. The queues take turns; samples that were chosen before are skipped.
+    The samples of each class of each split, and those without a class, wait in a queue in the order of the hash. The
+    queues take turns; samples that were chosen before are skipped.
     """
     queues: list[tuple[np.uint64, list[Row]]] = []  # each with the hash of its first sample
     for split in dataset.splits:
@@ -110,18 +105,13 @@ def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> l
     Each takes two small requests: the header of the JPEG, whose size says where the JSON begins, and the JSON. Their
     crc32 is not checked.
 
-    Args:
-        root: the root of the dataset.
-        index: the index of the split.
-        rows: rows of that index.
-
     Raises:
         SampleError: a sample cannot be read or is not in the shard format.
     """
     keys = [index.image_id(row) for row in rows]
     shards = [root / index.shard_paths[shard] for shard in index.shard[rows].tolist()]
     starts, ends = index.offset[rows].tolist(), (index.offset[rows] + index.nbytes[rows]).tolist()
-    tails = []
+    tails, samples = [], []
     headers = _received([Read(shard, start, start + BLOCK) for shard, start in zip(shards, starts)], keys)
     for shard, start, end, key, block in zip(shards, starts, ends, keys, headers):
         try:
@@ -130,15 +120,15 @@ def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> l
             raise SampleError(f"{shard}: sample {key} at offset {start}: no tar header ({error})") from error
         skipped = BLOCK + (header.padded if header is not None else 0)
         tails.append(Read(shard, min(start + skipped, end), end))
-    samples = [
-        Sample.from_members(key, {"jpg": b"", **read_members(data, key, where=str(shard))}, where=str(shard))
-        for shard, key, data in zip(shards, keys, _received(tails, keys))
-    ]
-    return [with_categories(sample, index.category_ids) for sample in samples]
+    for shard, key, data in zip(shards, keys, _received(tails, keys)):
+        json = read_members(data, key, where=str(shard))
+        sample = Sample.from_members(key, {"jpg": b"", **json}, where=str(shard))
+        samples.append(with_categories(sample, index.category_ids))
+    return samples
 
 
 def _received(reads: Sequence[Read], keys: Sequence[str]) -> Iterator[bytes]:
-    """Yield the bytes of each read; SampleError names the first that failed."""
+    """Yield the bytes of each read; a SampleError names the first that failed."""
     for read, key, answer in zip(reads, keys, read_many(reads)):
         if isinstance(answer, Exception):
             reason = explain(answer, str(read.location)) or repr(answer)

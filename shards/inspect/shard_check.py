@@ -19,19 +19,12 @@ from shards.storage.location import Location
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of a dataset.
-
-    Attributes:
-        file: the path of the shard or file, relative to the root.
-        what: what is wrong with it.
-        key: the sample; "" if it concerns none or an unknown one.
-        offset: of the sample in the shard, in bytes; None if it concerns none.
-    """
+    """One fault of a shard or another file, whose path is relative to the root."""
 
     file: str
     what: str
-    key: str = ""
-    offset: int | None = None
+    key: str = ""  # the sample, if it concerns one that is known
+    offset: int | None = None  # of the sample in the shard, in bytes
 
     def __str__(self) -> str:
         key = f" sample {self.key}" if self.key else ""
@@ -59,28 +52,19 @@ class Checked:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """The check of one shard.
-
-    Attributes:
-        root: the root of the dataset.
-        shard: its entry in `dataset.json`.
-        rows: its rows of the index by key; None if the index is not to be compared with the shard.
-        categories: the ids of the dataset's classes.
-        paths: the path of every shard of the dataset by its sha256.
-    """
+    """The check of one shard of the dataset at `root`."""
 
     root: Location
     shard: Shard
-    rows: Mapping[str, IndexRow] | None
-    categories: Set[int]
-    paths: Mapping[str, str]
+    rows: Mapping[str, IndexRow] | None  # of the index by key; None if the index is not to be compared with the shard
+    categories: Set[int]  # the ids of the dataset's classes
+    paths: Mapping[str, str]  # the path of every shard of the dataset by its sha256
 
     def run(self, on_bytes: Callable[[int], None]) -> Checked:
         """Read the shard once and check it; `on_bytes` receives the number of bytes of each chunk."""
         checked, index_faults = Checked(shards=1), []
         missing = dict(self.rows or {})  # rows of the index whose samples have not been read yet
-        location = self.root / self.shard.path
-        source = ShardBytes(location, self.shard.nbytes, on_bytes)
+        source = ShardBytes(self.root / self.shard.path, self.shard.nbytes, on_bytes)
         try:
             for item in walk(source, sorted(row.offset for row in missing.values())):
                 if isinstance(item, Broken):
@@ -91,7 +75,7 @@ class ShardCheck:
                     found = self._index_faults(item, sample, missing.pop(item.key, None))
                     index_faults += [self._fault(what, item.key, item.offset) for what in found]
         except Exception as error:
-            reason = explain(error, str(location))
+            reason = explain(error, str(self.root / self.shard.path))
             if reason is None:
                 raise
             unread = self._fault(f"cannot be read: {reason}", offset=source.received or None)

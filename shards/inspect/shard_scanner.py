@@ -47,7 +47,7 @@ class ShardBytes:
     Args:
         location: the object.
         size: its expected length in bytes; one more is requested, to detect an object that is longer.
-        on_bytes: receives the number of bytes of each chunk.
+        on_bytes: called with the number of bytes of each chunk.
     """
 
     def __init__(self, location: Location, size: int, on_bytes: Callable[[int], None]) -> None:
@@ -112,18 +112,12 @@ class ShardBytes:
 def walk(source: ShardBytes, starts: Sequence[int]) -> Iterator[Found | Broken]:
     """Yield everything in a shard, in order, and read `source` to its end.
 
-    Args:
-        source: the shard, from its first byte.
-        starts: offsets where samples should begin, ascending: the scan continues there after a broken place.
+    After a broken place the scan continues at the next of `starts`, offsets where samples should begin, ascending.
     """
-    while True:
-        offset = source.position
-        item = _read_sample(source)
-        if item is None:
-            break
+    while (item := _read_sample(source)) is not None:
         yield item
         if isinstance(item, Broken):
-            later = bisect_left(starts, max(source.position, offset + 1))
+            later = bisect_left(starts, max(source.position, item.offset + 1))
             if later == len(starts):
                 break
             source.skip_to(starts[later])
@@ -171,6 +165,4 @@ def _read_end(source: ShardBytes, offset: int) -> Broken | None:
     """Read what follows the first block of zeros, which must be zeros up to a multiple of a tar record."""
     end = -(-(offset + 2 * BLOCK) // TAR_RECORD) * TAR_RECORD
     rest = source.take(end - source.position)
-    if rest.count(0) != len(rest):
-        return Broken("", offset, "the tar ends here, but more follows")
-    return None
+    return Broken("", offset, "the tar ends here, but more follows") if any(rest) else None

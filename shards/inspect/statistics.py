@@ -32,41 +32,29 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class LabelCounts:
-    """Counts of the annotations of some images of a split.
+    """Counts of the annotations of some images of a split."""
 
-    Attributes:
-        images: number of images whose annotations were read.
-        classes: by category id, the number of images in which the class is verified as `present` and as `absent`.
-        objects: number of annotations of these images.
-        flags: number of annotations that have each flag.
-    """
-
-    images: int
-    classes: dict[int, dict[str, int]]
-    objects: int
-    flags: dict[str, int]
+    images: int  # whose annotations were read
+    classes: dict[int, dict[str, int]]  # by category id, the images in which it is verified as `present` and `absent`
+    objects: int  # annotations of these images
+    flags: dict[str, int]  # annotations that have each flag
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
     """Counts of one split.
 
-    Attributes:
-        split: its name.
-        images, shards, nbytes: numbers of images, of shards and of their bytes.
-        sizes: None if there are no images.
-        classes: one row per class, ids ascending: `id`, `name`, and the numbers of `images` that have it, of `boxes`,
-            of `masks`, and of `groups`, boxes that are group-of regions.
-        labels: None if no annotations were read.
+    `classes` has one row per class, ids ascending: `id`, `name`, and the numbers of `images` that have it, of `boxes`,
+    of `masks`, and of `groups`, boxes that are group-of regions.
     """
 
     split: str
     images: int
     shards: int
-    nbytes: int
-    sizes: Sizes | None
+    nbytes: int  # of all shards
+    sizes: Sizes | None  # None if there are no images
     classes: pd.DataFrame
-    labels: LabelCounts | None
+    labels: LabelCounts | None  # None if no annotations were read
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, with a list of objects for `classes`."""
@@ -76,11 +64,8 @@ class SplitCounts:
 def count(dataset: Dataset, *, label_images: int = 0, seed: int = 0) -> tuple[SplitCounts, ...]:
     """Count every split of a dataset from its index.
 
-    Args:
-        dataset: the dataset.
-        label_images: number of images per split, chosen by a hash, whose annotations are read for verified labels and
-            flags: two small requests per image.
-        seed: of the hash.
+    Verified labels and flags are counted in the annotations of `label_images` images per split, chosen by a hash with
+    the seed: two small requests per image.
 
     Raises:
         SampleError: the annotations of an image cannot be read.
@@ -116,26 +101,18 @@ def _count_split(dataset: Dataset, split: str, label_images: int, seed: int) -> 
     classes = pd.DataFrame([(category.id, category.name) for category in dataset.categories], columns=["id", "name"])
     for name, column in COUNTS.items():
         classes[name] = classes["id"].map(index.counts(column, dataset.categories))
-    shards = [shard for shard in dataset.info.shards if shard.split == split]
-    labels = None
-    if label_images and len(index):
-        labels = _count_labels(read_annotations(dataset.root, index, first_rows(index, label_images, seed)))
-    return SplitCounts(
-        split=split,
-        images=len(index),
-        shards=len(shards),
-        nbytes=sum(shard.nbytes for shard in shards),
-        sizes=_sizes(index.width, index.height) if len(index) else None,
-        classes=classes,
-        labels=labels,
-    )
+    shards = [shard.nbytes for shard in dataset.info.shards if shard.split == split]
+    sizes = labels = None
+    if len(index):
+        portrait = float(np.mean(index.height > index.width))
+        sizes = Sizes(_spread(index.width), _spread(index.height), portrait)
+        if label_images:
+            labels = _count_labels(read_annotations(dataset.root, index, first_rows(index, label_images, seed)))
+    return SplitCounts(split, len(index), len(shards), sum(shards), sizes, classes, labels)
 
 
-def _sizes(width: NDArray[np.int32], height: NDArray[np.int32]) -> Sizes:
-    def spread(values: NDArray[np.int32]) -> tuple[int, int, int]:
-        return int(values.min()), int(np.median(values)), int(values.max())
-
-    return Sizes(spread(width), spread(height), float(np.mean(height > width)))
+def _spread(values: NDArray[np.int32]) -> tuple[int, int, int]:
+    return int(values.min()), int(np.median(values)), int(values.max())
 
 
 def _count_labels(samples: Sequence[Sample]) -> LabelCounts:

@@ -81,10 +81,8 @@ def _box_only_lines(classes: pd.DataFrame) -> list[str]:
         f"{printable(row.name)}: {row.box_only_share:.0%} of objects have a box only ({row.box_only} of {row.objects})"
         for row in gaps.head(MOST_BOX_ONLY).itertuples(index=False)
     ]
-    if len(gaps) > MOST_BOX_ONLY:
-        lines.append(
-            counted(len(gaps) - MOST_BOX_ONLY, "more class has such objects", "more classes have such objects")
-        )
+    if (more := len(gaps) - MOST_BOX_ONLY) > 0:
+        lines.append(counted(more, "more class has such objects", "more classes have such objects"))
     if len(gaps):
         lines.append("box only: trains class and box, but no mask; COCO's mask AP counts its detection as an error")
     return [*lines, "boxes: all annotations; group-of: regions of several objects, which are not counted in box only"]

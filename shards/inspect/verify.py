@@ -36,14 +36,6 @@ LISTS = ("classes", "instances", "masks", "groups")  # columns of the index
 class Verification:
     """The check of one dataset.
 
-    Args:
-        root: the root of the dataset.
-
-    Attributes:
-        info: the contents of `dataset.json`.
-        total: the number of bytes that its shards should have.
-        note: what could not be checked, and why; "" for nothing.
-
     Raises:
         DatasetError, StorageError: there is no `dataset.json` that can be checked.
     """
@@ -52,16 +44,15 @@ class Verification:
         self.root = root
         self._value = read_value(root)
         self.info = DatasetInfo.from_json(self._value, str(root / DATASET_FILE))
-        self.total = sum(shard.nbytes for shard in self.info.shards)
-        self.note = ""
+        self.total = sum(shard.nbytes for shard in self.info.shards)  # bytes that the shards should have
+        self.note = ""  # what could not be checked, and why
 
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Checked]:
         """Check the dataset as a whole, then each shard in the order of `dataset.json`.
 
-        Args:
-            on_bytes: receives the number of bytes of each chunk of a shard; called by one thread at a time.
+        `on_bytes` receives the number of bytes of each chunk of a shard; it is called by one thread at a time.
         """
-        faults: list[Fault] = list(self._info_faults())
+        faults = list(self._info_faults())
         table = self._read_index(faults)
         rows: dict[str, NDArray[np.int64]] = {}
         if table is not None:
