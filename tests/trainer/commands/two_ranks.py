@@ -121,7 +121,7 @@ def main() -> None:
     facts["prepared"] = outcomes_of_prepared_loaders(accelerator, FOLDER / "data")
     facts["unbroken"] = run("unbroken", **EVERYTHING)
     facts["status"], facts["broken"] = stopped_and_crashed()
-    facts["sgd"] = run("sgd", **tiny.STAGES, optim__base_batch=4)
+    facts["sgd"] = run("sgd", **tiny.STAGES, optim__base_batch=4, data__val_split="")
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(facts))
