@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trainer.metrics.matterport import compute_ap, compute_ap_range, compute_recall
@@ -134,21 +132,19 @@ def iou(a: Box, b: Box) -> float:
     return float(masks.all(axis=2).sum() / masks.any(axis=2).sum())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32))
-def test_agrees_with_the_slow_version(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_agrees_with_the_slow_version() -> None:
+    rng = np.random.default_rng(1)
 
     def box(near: Box = (8, 8, 16, 16)) -> Box:
         y1, x1, y2, x2 = (int(v) for v in np.array(near) + rng.integers(-3, 4, 4))
         return max(y1, 0), max(x1, 0), max(y2, y1 + 2, 2), max(x2, x1 + 2, 2)
 
-    truth = [(int(rng.integers(1, 3)), box()) for _ in range(rng.integers(1, 5))]
-    predicted = [(int(rng.integers(1, 3)), box(b), float(np.round(rng.random(), 1))) for _, b in truth * 2]
-    for threshold in (0.3, 0.5, 0.75):
-        assert score(truth, predicted, iou_threshold=threshold)[0] == pytest.approx(
-            slow_ap(truth, predicted, threshold)
-        )
+    for _ in range(60):
+        truth = [(int(rng.integers(1, 3)), box()) for _ in range(rng.integers(1, 5))]
+        predicted = [(int(rng.integers(1, 3)), box(b), float(np.round(rng.random(), 1))) for _, b in truth * 2]
+        for threshold in (0.3, 0.5, 0.75):
+            expected = slow_ap(truth, predicted, threshold)
+            assert score(truth, predicted, iou_threshold=threshold)[0] == pytest.approx(expected)
 
 
 def test_arguments_are_those_of_matterport() -> None:
