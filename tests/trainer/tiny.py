@@ -121,6 +121,12 @@ def arguments(dataset: Path | str, run: Path, **changes: Any) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
+def predict_options(checkpoint: Path, dataset: Path) -> list[str]:
+    """Arguments of predict.py for the 24 images of the training split, in 6 parts of 4."""
+    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--data.split", "train", "--submission"]
+    return [*command, "--score", "0.1", "--data.workers", "0", "--batch-size", "2", "--part-images", "3"]
+
+
 def write_checkpoint(run: Path, dataset: Path) -> Path:
     """A run folder with one checkpoint, of the untrained network of `SETTINGS`."""
     config = train.parse(arguments(dataset, run))

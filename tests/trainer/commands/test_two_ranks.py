@@ -10,7 +10,7 @@ import torch
 
 from shards.storage.location import Location
 from tests.trainer import tiny
-from trainer.commands import evaluate, train
+from trainer.commands import evaluate, predict, train
 from trainer.model.checkpoint import State, flatten_optimizer, load, steps_of
 from trainer.run.distributed import TIMEOUT, TRAINING_TIMEOUT
 
@@ -124,3 +124,11 @@ def test_evaluate_writes_the_same_files_on_two_ranks_as_on_one(two_ranks: Path, 
     assert names == {path.name for path in (two_ranks / "evaluation").iterdir()}
     for name in names:
         assert (two_ranks / "evaluation" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_predict_writes_the_same_files_on_two_ranks_after_an_interruption(two_ranks: Path, tmp_path: Path) -> None:
+    options = tiny.predict_options(two_ranks / "unbroken", two_ranks / "data")
+    assert predict.main([*options, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+    for name in ("predictions.json", "submission.csv"):
+        assert (two_ranks / "predicted" / name).read_bytes() == (tmp_path / name).read_bytes(), name

@@ -21,7 +21,7 @@ from shards.common.errors import StorageError
 from shards.storage.location import Location, check_writable
 from tests.trainer import tiny
 from tests.trainer.run.prepared import outcomes_of_prepared_loaders
-from trainer.commands import evaluate, train
+from trainer.commands import evaluate, predict, train
 from trainer.run import distributed
 from trainer.run.run_state import begin_stage
 
@@ -110,6 +110,19 @@ def writable() -> str:
     return ""
 
 
+def predict_twice(accelerator: Accelerator) -> None:
+    """Predict on a split, and again after some of the parts are lost."""
+    options = predict.parse(
+        [*tiny.predict_options(FOLDER / "unbroken", FOLDER / "data"), "--out", f"{FOLDER}/predicted"]
+    )
+    predict.predict(options)
+    if RANK == 0:
+        for part in sorted((FOLDER / "predicted").glob("parts/*/*"))[1::3]:
+            part.unlink()
+    accelerator.wait_for_everyone()
+    predict.predict(options)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     Accelerator.end_training = lambda self: None  # it would end the group of processes
@@ -124,6 +137,7 @@ def main() -> None:
     facts["sgd"] = run("sgd", **tiny.STAGES, optim__base_batch=4, data__val_split="")
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
+    predict_twice(accelerator)
     (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(facts))
 
 

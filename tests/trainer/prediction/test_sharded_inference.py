@@ -19,21 +19,6 @@ FILES = ("predictions.json", "submission.csv")
 LABELS = {1: ["/m/sq"], 2: ["/m/di"]}
 
 
-def options(checkpoint: Path, dataset: Path, out: Path, *more: str) -> list[str]:
-    """The 24 images of the training split, in 6 parts of 4."""
-    command = [
-        "--checkpoint",
-        str(checkpoint),
-        "--data.shards",
-        str(dataset),
-        "--data.split",
-        "train",
-        "--score",
-        "0.1",
-    ]
-    return [*command, "--data.workers", "0", "--batch-size", "2", "--part-images", "3", "--out", str(out), *more]
-
-
 def parts_of(out: Path) -> list[Path]:
     return sorted((out / "parts").glob("*/*.jsonl"))
 
@@ -42,7 +27,7 @@ def parts_of(out: Path) -> list[Path]:
 def done(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run in one process. Read only."""
     out = tmp_path_factory.mktemp("done")
-    assert predict.main(options(checkpoint, dataset, out, "--submission")) == 0
+    assert predict.main([*tiny.predict_options(checkpoint, dataset), "--out", str(out)]) == 0
     return out
 
 
@@ -86,7 +71,7 @@ def test_the_same_command_processes_the_missing_parts(
     checkpoint: Path, dataset: Path, done: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = {path: path.stat().st_mtime_ns for path in parts_of(stopped)}
-    command = options(checkpoint, dataset, stopped, "--submission")
+    command = [*tiny.predict_options(checkpoint, dataset), "--out", str(stopped)]
     assert predict.main(command) == 0
     output = capsys.readouterr().out
     assert "24 images of train: 4 of 6 parts done already" in output
@@ -105,18 +90,6 @@ def test_the_same_command_processes_the_missing_parts(
         error = capsys.readouterr().err
         assert f"{parts[2]} is damaged ({problem}" in error
         assert error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_two_ranks_resume_what_one_process_started(checkpoint: Path, dataset: Path, done: Path, stopped: Path) -> None:
-    script = tiny.ROOT / "trainer" / "predict.py"
-    result = tiny.run(script, options(checkpoint, dataset, stopped, "--submission"), ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert "4 of 6 parts done already" in result.stdout
-    assert result.stdout.count(".jsonl: ") == 2
-    assert result.stdout.count("predictions.json") == 1
-    for name in FILES:
-        assert (stopped / name).read_bytes() == (done / name).read_bytes(), name
 
 
 def test_predict_reads_and_writes_a_bucket(
@@ -152,7 +125,9 @@ def test_predict_reads_and_writes_a_bucket(
 def test_an_unknown_split_is_a_one_line_error(
     checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict.main([*options(checkpoint, dataset, tmp_path), "--data.split", "test"]) == 2
+    assert (
+        predict.main([*tiny.predict_options(checkpoint, dataset), "--out", str(tmp_path), "--data.split", "test"]) == 2
+    )
     error = capsys.readouterr().err
     assert "there is no split 'test'" in error
     assert error.count("\n") == 1
