@@ -6,6 +6,7 @@ All randomness comes from the generator that is passed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -39,26 +40,20 @@ def resize(image: Tensor, instances: Instances, height: int, width: int) -> tupl
 
 
 def scale_jitter(
-    image: Tensor, instances: Instances, size: int, scales: tuple[float, float], rng: np.random.Generator
+    image: Tensor, instances: Instances, size: int, scales: Sequence[float], rng: np.random.Generator
 ) -> tuple[Tensor, Instances]:
     """Resize by a random factor and crop a random window: large-scale jitter.
 
     Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021;
-    torchvision's `ScaleJitter` and `FixedSizeCrop`.
-
-    Args:
-        image: uint8 [3, H, W].
-        instances: in pixels of `image`.
-        size: side of the square that the window must fit into.
-        scales: range of the factor, uniform, relative to the size at which the image just fits into the square.
-        rng: draws the factor and the window.
+    torchvision's `ScaleJitter` and `FixedSizeCrop`. The factor is uniform in `scales`; at 1 the image just fits into
+    the square of `size`.
 
     Returns:
         uint8 [3, h, w], no side over `size`, and the instances in its pixels; boxes with less than a pixel left are
         dropped.
     """
     height, width = image.shape[-2:]
-    factor = min(size / height, size / width) * rng.uniform(*scales)
+    factor = min(size / height, size / width) * rng.uniform(scales[0], scales[1])
     image, instances = resize(image, instances, max(1, int(height * factor)), max(1, int(width * factor)))
     height, width = image.shape[-2:]
     top, left = (int(rng.integers(0, max(side - size, 0) + 1)) for side in (height, width))
@@ -70,12 +65,7 @@ def photometric(image: Tensor, probability: float, rng: np.random.Generator) -> 
     """Change brightness, contrast, saturation and hue of an image, each with the given probability.
 
     Ranges and order are those of torchvision's `RandomPhotometricDistort` (Liu et al., "SSD", ECCV 2016), which cannot
-    be seeded per sample.
-
-    Args:
-        image: uint8 [3, H, W] RGB.
-        probability: of each change, 0 to 1.
-        rng: draws which changes are made, their factors, and whether contrast comes first or last.
+    be seeded per sample. The image is uint8 [3, H, W] RGB.
     """
     changed = rng.random(4) < probability
     contrast_first = rng.random() < 0.5
@@ -100,26 +90,19 @@ def flip(image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:
 def empty_images(count: int, height: int, width: int) -> Tensor:
     """Allocate the images of a batch, not initialised, for `pad_into` to fill.
 
-    Args:
-        count: number of images.
-        height: of the tallest image; rounded up to a multiple of STRIDE.
-        width: of the widest image; likewise.
-
     Returns:
-        uint8 [count, 3, H, W], a view of count x H x W x 3 memory, as images are decoded, so that rows are copied
-        whole. In a loader process it is in the shared memory that carries the batch to the training process.
+        uint8 [count, 3, H, W], with height and width rounded up to multiples of STRIDE: a view of count x H x W x 3
+        memory, as images are decoded, so that rows are copied whole. In a loader process it is in the shared memory
+        that carries the batch to the training process.
     """
     height, width = (math.ceil(side / STRIDE) * STRIDE for side in (height, width))
     return batch_transport.empty((count, height, width, 3)).permute(0, 3, 1, 2)
 
 
 def pad_into(image: Tensor, slot: Tensor) -> Tensor:
-    """Copy an image, [3, h, w], to the top left of a slot, [3, H, W], and fill the rest with zeros.
+    """Copy an image, [3, h, w], to the top left of a slot, [3, H, W], zero the rest, and return the copy, a view.
 
     matterport centres an image in its square; torchvision, and so the network at inference, puts it at the top left.
-
-    Returns:
-        The copy, a view of `slot`.
     """
     height, width = image.shape[-2:]
     copy = slot[:, :height, :width]

@@ -47,12 +47,7 @@ class EvalBatch:
 
 
 class TrainCollate:
-    """Decode, resize, augment and pad samples to a training `Batch`.
-
-    Args:
-        data: the settings, from `resize` on.
-        seed: of the augmentation.
-    """
+    """Decode, resize, augment and pad samples to a training `Batch`; `seed` is that of the augmentation."""
 
     def __init__(self, data: DataConfig, seed: int) -> None:
         self.data = data
@@ -102,8 +97,7 @@ class TrainCollate:
         if rng.random() < data.flip:
             image, instances = augment.flip(image, instances)
         if data.resize == "scale_jitter":
-            low, high = data.scale_range
-            image, instances = augment.scale_jitter(image, instances, data.max_size, (low, high), rng)
+            image, instances = augment.scale_jitter(image, instances, data.max_size, data.scale_range, rng)
         else:
             image, instances = augment.resize(image, instances, *size)
         if data.photometric:
@@ -147,7 +141,7 @@ def decode_sample(sample: Sample) -> Tensor:
     """Decode the image of a sample to uint8 [3, H, W] RGB.
 
     Raises:
-        SampleError: the image cannot be decoded, or has another size than the sample says.
+        SampleError: as `TrainCollate`.
     """
     try:
         image = decode_image(sample.image)
@@ -188,11 +182,7 @@ def decode_image(data: bytes) -> Tensor:
 
 
 def _rgb(image: Image.Image, nbytes: int) -> NDArray[np.uint8]:
-    """Convert an image of any mode to uint8 [H, W, 3].
-
-    Raises:
-        SampleError: the image has 32 bits per channel, whose range the format does not define.
-    """
+    """Convert an image of any mode to uint8 [H, W, 3]."""
     # Pillow reads 16-bit grey PNG and PGM as `I;16` or `I`, depending on its version, and `convert` clips them to 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = (np.asarray(image) >> 8).astype(np.uint8)  # as Pillow itself converts 16-bit colours

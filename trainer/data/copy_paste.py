@@ -32,16 +32,7 @@ def paste_some(
     probability: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Instances]:
-    """Paste a random half of the donor's objects with the given probability; only objects with a mask are pasted.
-
-    Args:
-        image: uint8 [3, H, W]; not modified.
-        instances: in pixels of `image`; not modified.
-        donor: uint8 [3, h, w].
-        donor_instances: in pixels of `donor`.
-        probability: that anything is pasted, 0 to 1.
-        rng: draws whether to paste, and which objects.
-    """
+    """With the given probability, `paste` a random half of the donor's objects with a mask."""
     if rng.random() >= probability:
         return image, instances
     usable = (donor_instances.flags & (HAS_MASK | GROUP_OF | IGNORED)) == HAS_MASK
@@ -91,16 +82,11 @@ def _draw(cover: Tensor, bitmap: Tensor, frame: Tensor) -> None:
 
 
 def occlude(instances: Instances, cover: Tensor) -> Instances:
-    """Remove the part of each instance that an opaque layer covers.
+    """Return what is visible of each instance under a layer of opacity `cover`, float32 [H, W], 0 to 1.
 
-    Args:
-        instances: in pixels of `cover`; not modified.
-        cover: float32 [H, W], opacity of the layer, 0 to 1.
-
-    Returns:
-        The instances that are still visible. Masks lose their covered cells, and their boxes shrink to the rest. An
-        object with less than MIN_VISIBLE_MASK of its mask (MIN_VISIBLE_BOX of its box, without a mask) is IGNORED and
-        keeps its box, because something of it may be visible anywhere in there. Group-of regions stay.
+    Masks lose their covered cells, and their boxes shrink to the rest. An object with less than MIN_VISIBLE_MASK of its
+    mask (MIN_VISIBLE_BOX of its box, without a mask) is IGNORED and keeps its box, because something of it may be
+    visible anywhere in there. Group-of regions stay.
     """
     if len(instances) == 0:
         return instances

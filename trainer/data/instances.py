@@ -56,12 +56,8 @@ class Instances:
 
     def flip(self, width: float) -> Instances:
         """Mirror left and right in an image of `width` pixels."""
-        return replace(
-            self,
-            boxes=_mirror(self.boxes, width),
-            frames=_mirror(self.frames, width),
-            bitmaps=self.bitmaps.flip(-1),
-        )
+        boxes, frames = _mirror(self.boxes, width), _mirror(self.frames, width)
+        return replace(self, boxes=boxes, frames=frames, bitmaps=self.bitmaps.flip(-1))
 
     def scale(self, x: float, y: float) -> Instances:
         """Resize by a horizontal and a vertical factor."""

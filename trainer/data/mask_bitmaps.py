@@ -39,10 +39,6 @@ def rasterise(mask: Rle, side: int = BITMAP) -> tuple[Tensor, tuple[float, float
                      a                 b
           |      |      |      |      |      |      |    cell borders
 
-    Args:
-        mask: the mask.
-        side: cells per side.
-
     Returns:
         uint8 [side, side], 0 to 255, and its frame x0, y0, x1, y1 in pixels: the mask's own extent (which may exceed
         the annotated box) with one empty cell on every side. None for a mask without a pixel.

@@ -49,28 +49,16 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def norm_layer(norm: NormName, eps: float) -> Norm:
-    """Return the constructor of a norm from its number of channels, as torchvision expects it.
-
-    Args:
-        norm: frozen (statistics and weights stay as loaded), batch, or group.
-        eps: added to the variance.
-    """
-    kinds: dict[str, Callable[..., nn.Module]] = {
-        "frozen": FrozenBatchNorm2d,
-        "batch": BatchNorm2d,
-        "group": group_norm,
-    }
+    """Return the constructor of a norm from its number of channels, as torchvision expects it."""
+    kinds: dict[str, Callable[..., nn.Module]]
+    kinds = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm2d, "group": group_norm}
     return partial(kinds[norm], eps=eps)
 
 
 def backbone_with_fpn(name: str, norm: Norm, fpn_channels: int, fpn_norm: Norm | None) -> BackboneWithFPN:
-    """Build a backbone with an FPN, with random weights.
+    """Build a backbone by torchvision's name, such as resnet50, with an FPN, with random weights.
 
-    Args:
-        name: torchvision's name, such as resnet50 or mobilenet_v2.
-        norm: of the backbone.
-        fpn_channels: channels of each map of the FPN.
-        fpn_norm: of the FPN; None for no norm, as in the first version of torchvision's detectors.
+    Without `fpn_norm` the FPN has no norms, as in the first version of torchvision's detectors.
     """
     classifier = get_model(name, weights=None, norm_layer=norm)
     if name.startswith("resnet"):

@@ -36,12 +36,8 @@ def num_classes(categories: Iterable[Category]) -> int:
 def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskRCNN:
     """Build a Mask R-CNN with random weights, all of them trainable.
 
-    `weights.load_weights` loads weights, `freeze.set_trainable` chooses what trains.
-
-    Args:
-        model: the settings; `weights` is not used.
-        data: `min_size` and `max_size` are the sizes that inference resizes to.
-        num_classes: including the background.
+    `weights.load_weights` loads `model.weights`, `freeze.set_trainable` chooses what trains. Inference resizes to
+    `data.min_size` and `data.max_size`. The background is one of the classes.
     """
     norm = norm_layer(model.norm, model.norm_eps)
     # Frozen norms need statistics, and weights of a backbone have none for FPN and heads.
@@ -51,8 +47,7 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
         min_size=data.min_size,
         max_size=data.max_size,
         rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in model.anchor_sizes),
-            (tuple(model.anchor_ratios),) * len(model.anchor_sizes),
+            tuple((size,) for size in model.anchor_sizes), (tuple(model.anchor_ratios),) * len(model.anchor_sizes)
         ),
         rpn_pre_nms_top_n_train=model.rpn_pre_nms[0],
         rpn_pre_nms_top_n_test=model.rpn_pre_nms[1],
@@ -122,9 +117,8 @@ def _set_pooling_scales(network: MaskRCNN) -> None:
     squares of 1024), the strides are permanently wrong by a factor of two.
     """
     side = 8 * STRIDES[-1]
-    channels = network.backbone.out_channels
     maps: dict[str, Any] = {
-        str(level): torch.zeros(1, channels, side // stride, side // stride) for level, stride in enumerate(STRIDES)
+        str(level): torch.zeros(1, 1, side // stride, side // stride) for level, stride in enumerate(STRIDES)
     }
     for pool in (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool):
         pool(maps, [torch.zeros(1, 4)], [(side, side)])

@@ -49,7 +49,6 @@ DESCRIPTION = "maskstream"  # the entry of model.safetensors' metadata that desc
 
 log = logging.getLogger("trainer.model.checkpoint")
 
-
 # The options that determine the order, by the names in `Order.identity`.
 ORDER_OPTIONS = {
     "seed": "train.seed",
@@ -100,7 +99,7 @@ class State:
 
 
 def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
-    """Return the folder of the checkpoint after `step` steps."""
+    """Return the folder of the checkpoint after `step` steps, in the subfolder FOLDER or BEST of the run."""
     return run / folder / f"step-{step:06d}"
 
 
@@ -117,12 +116,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
     """Write a checkpoint, then remove all but the newest `keep`.
 
     A crash leaves the older checkpoints complete, and at worst a folder without state.json, which is not a checkpoint.
-
-    Args:
-        run: the run's folder.
-        state: the state to save; training resumes only with `optimizer`.
-        keep: checkpoints to keep, at least 1.
-        folder: the subfolder of the run, FOLDER or BEST.
+    Training resumes only from a checkpoint with `state.optimizer`.
 
     Returns:
         The checkpoint's folder.
@@ -133,14 +127,21 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
     place = step_folder(run, state.step, folder)
     # If this step is saved again, after a damaged checkpoint, old and new files must not be mixed.
     (place / STATE_FILE).delete()
+    categories, data = [asdict(category) for category in state.categories], state.config.data
+    # The classes and settings that rebuild the network from model.safetensors alone.
+    description = {
+        "categories": categories,
+        "model": asdict(state.config.model),
+        "data": {"min_size": data.min_size, "max_size": data.max_size},
+    }
     tensors, structure = flatten_optimizer(state.optimizer or {})
-    files = {MODEL_FILE: _to_bytes(state.weights, **{DESCRIPTION: json.dumps(_describe(state))})}
+    files = {MODEL_FILE: _to_bytes(state.weights, **{DESCRIPTION: json.dumps(description)})}
     if state.optimizer is not None:
         files[OPTIMIZER_FILE] = _to_bytes(tensors)
     if state.raw is not None:
         files[RAW_FILE] = _to_bytes(state.raw)
-    for name, data in files.items():
-        (place / name).write(data)
+    for name, content in files.items():
+        (place / name).write(content)
     value = {
         "format": FORMAT,
         "version": VERSION,
@@ -149,7 +150,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "skipped": state.skipped,
         "scaler": state.scaler,
         "order": state.order,
-        "categories": [asdict(category) for category in state.categories],
+        "categories": categories,
         "config": state.config.to_dict(),
         "optimizer": structure,
         "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
@@ -160,11 +161,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
 
 
 def load(folder: Location, *, optimizer: bool = True) -> State:
-    """Read one checkpoint and check it against its hashes.
-
-    Args:
-        folder: the checkpoint's folder.
-        optimizer: whether to read the optimizer and the raw weights, if they were saved, to resume training.
+    """Read one checkpoint and check it against its hashes; without `optimizer` only what inference needs.
 
     Raises:
         CheckpointError: it is damaged or has another format.
@@ -197,10 +194,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
 
 
 def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) -> tuple[Location, State] | None:
-    """Read the newest intact checkpoint of a run; None if the run has no checkpoint.
-
-    Returns:
-        The checkpoint's folder, and its state.
+    """Read the newest intact checkpoint of a run: its folder and its state; None if the run has no checkpoint.
 
     Raises:
         CheckpointError: every checkpoint is damaged.
@@ -243,8 +237,8 @@ def find(run: Location, resume: str) -> tuple[Location, State] | None:
         The checkpoint's folder, and its state; None for a new run.
 
     Raises:
-        CheckpointError: `resume` is `last` and there is no checkpoint; or there is no checkpoint with an optimizer at
-            the place that it names; or it names one of this run that is not its newest.
+        CheckpointError: `last` without a checkpoint, a place without one that has an optimizer, or a checkpoint of this
+            run that is not its newest.
     """
     newest = load_newest(run)
     if resume == "last" and newest is None:
@@ -279,16 +273,6 @@ def _open(place: Location, *, optimizer: bool) -> tuple[Location, State]:
     )
 
 
-def _describe(state: State) -> dict[str, Any]:
-    """Return the classes and settings that rebuild the network from model.safetensors alone."""
-    data = state.config.data
-    return {
-        "categories": [asdict(category) for category in state.categories],
-        "model": asdict(state.config.model),
-        "data": {"min_size": data.min_size, "max_size": data.max_size},
-    }
-
-
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state_dict into named tensors and JSON values."""
     tensors: dict[str, Tensor] = {}
@@ -315,7 +299,7 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
     """Check that a run may continue from `state`: same model, same classes, same order of samples.
 
     Raises:
-        CheckpointError: they differ; the message gives the first key that differs with both values.
+        CheckpointError: they differ; the message names the first option that differs, with both values.
     """
     before = _identity(state.config, state.order, state.categories)
     now = _identity(config, order, categories)

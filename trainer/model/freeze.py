@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.models.detection import MaskRCNN
 
 from shards.common.errors import UserError
-from trainer.config.layer_names import LAST_STAGE, STEM_STAGE, parse_layers
+from trainer.config.layer_names import STEM_STAGE, parse_layers
 
 BODY = "backbone.body."
 # The output layers, in the order in which they are counted.
@@ -41,12 +41,8 @@ HEADS = ("roi_heads.mask_", "roi_heads.box_", "rpn.")  # in the order of layers 
 def trainable_parameters(network: MaskRCNN, layers: str) -> list[str]:
     """Return the names of the parameters that `layers` selects, in the network's order; nothing is changed.
 
-    Args:
-        network: from `build_model`.
-        layers: see the docstring of this module.
-
     Raises:
-        UserError: `layers` is not valid.
+        UserError: `layers` is not one of the values in the docstring of this module.
     """
     part = parse_layers(layers)
     owners = _layers(network)
@@ -55,38 +51,28 @@ def trainable_parameters(network: MaskRCNN, layers: str) -> list[str]:
         chosen = set(ordered[: math.ceil(part.share * len(ordered))])
     else:
         stages = _stages(network)
-        chosen = {name for name in set(owners.values()) if _stage_of(name, stages) >= part.stage}
+        names = ((name, name.removeprefix(BODY).partition(".")[0]) for name in set(owners.values()))
+        chosen = {name for name, child in names if not name.startswith(BODY) or stages[child] >= part.stage}
     return [name for name, _ in network.named_parameters() if owners[name.rpartition(".")[0]] in chosen]
 
 
 def set_trainable(network: MaskRCNN, layers: str) -> list[str]:
-    """Set `requires_grad` of every parameter so that only these layers train.
+    """Set `requires_grad` of every parameter so that only these layers train, and return the names of their parameters.
 
-    Args:
-        network: changed in place. Call this before wrapping the network, because DDP reads `requires_grad` only then.
-        layers: see the docstring of this module.
-
-    Returns:
-        The names of the parameters that train.
+    Call this before wrapping the network, because DDP reads `requires_grad` only then.
 
     Raises:
-        UserError: `layers` is not valid.
+        UserError: as `trainable_parameters`.
     """
     names = trainable_parameters(network, layers)
-    chosen = set(names)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in names)
     network.train(network.training)  # batch norms set their mode by `requires_grad` of their weights
     return names
 
 
 def check_all_learned(network: MaskRCNN, missing: Iterable[str], trained: Iterable[str]) -> None:
-    """Check that every parameter is loaded or trained.
-
-    Args:
-        network: the model.
-        missing: names that the starting weights do not contain (`LoadReport.missing`).
-        trained: names that train, in any stage.
+    """Check that every parameter is loaded (not in `LoadReport.missing`) or trained, in any stage.
 
     Raises:
         UserError: some parameters would stay random.
@@ -135,7 +121,3 @@ def _stages(network: MaskRCNN) -> dict[str, int]:
         stage = int(name[5:]) + 1 if name.startswith("layer") else stage + bool(getattr(module, "_is_cn", False))
         stages[name] = stage
     return stages
-
-
-def _stage_of(layer: str, stages: dict[str, int]) -> int:
-    return stages[layer.removeprefix(BODY).partition(".")[0]] if layer.startswith(BODY) else LAST_STAGE + 1

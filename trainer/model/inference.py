@@ -58,15 +58,7 @@ class Detections:
 
 @torch.no_grad()
 def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | str) -> list[Detections]:
-    """Run the network on a batch.
-
-    Args:
-        network: in evaluation mode, on `device`.
-        images: [3, H, W] RGB each, uint8 or float from 0 to 1, of any sizes.
-        device: where to compute.
-
-    Returns:
-        One entry per image.
+    """Run the network, which is on `device`, on RGB images of any sizes, [3, H, W] each, uint8 or float from 0 to 1.
 
     Raises:
         RuntimeError: the network is in training mode.
@@ -97,13 +89,8 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[Rle]:
     """Paste masks into the image as torchvision's `paste_masks_in_image`, threshold and encode them.
 
     For any number of masks this takes less than 2 * PASTE_BYTES plus 10 bytes per pixel of the image, for the mask that
-    is being resized or encoded: 154 MB for 4000 x 3000 pixels.
-
-    Args:
-        masks: float [N, 1, M, M] probabilities.
-        boxes: float [N, 4] left, top, right, bottom in pixels of the image.
-        height: of the image.
-        width: of the image.
+    is being resized or encoded: 154 MB for 4000 x 3000 pixels. `masks` are probabilities, float [N, 1, M, M], `boxes`
+    float [N, 4] left, top, right, bottom in pixels of the image.
     """
     padded, scale = expand_masks(masks, padding=1)
     places = expand_boxes(boxes, scale).to(torch.int64).tolist()
@@ -124,10 +111,9 @@ def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, wi
     encoded = []
     for shape, place, piece in zip(shapes, places, np.split(bits, ends[:-1]), strict=True):
         left, top, *_ = _window(place, height, width)
-        if piece.size:
-            encoded.append(rle.encode_part(piece.reshape(shape).view(np.uint8).T, left, top, height, width))
-        else:  # outside the image
-            encoded.append(rle.encode_part(np.zeros((1, 1), np.uint8), 0, 0, height, width))
+        if not piece.size:  # outside the image
+            left, top, shape, piece = 0, 0, torch.Size((1, 1)), np.zeros(1, np.bool_)
+        encoded.append(rle.encode_part(piece.reshape(shape).view(np.uint8).T, left, top, height, width))
     return encoded
 
 

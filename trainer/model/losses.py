@@ -33,11 +33,8 @@ Target = dict[str, Tensor]
 class Trainable(nn.Module):
     """A Mask R-CNN as a function from a batch to its losses, for `accelerate` to wrap.
 
-    For inference call `network` with a list of float images, as in torchvision.
-
-    Args:
-        network: the model; not copied. Checkpoints contain its `state_dict`.
-        loss: how incomplete annotations are treated.
+    For inference call `network`, which is not copied, with a list of float images, as in torchvision. Checkpoints
+    contain its `state_dict`. `loss` says how incomplete annotations are treated.
     """
 
     def __init__(self, network: MaskRCNN, loss: LossConfig | None = None) -> None:
@@ -102,13 +99,7 @@ def targets_of(batch: Batch, loss: LossConfig) -> list[Target]:
 
 
 def _split(column: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-    """Return the chosen rows of a column, [M, ...], of each image.
-
-    Args:
-        column: on any device.
-        chosen: bool [M] on the host.
-        counts: int64 [B] rows of each image, on the host.
-    """
+    """Split the chosen rows, bool [M] on the host, of a column, [M, ...] on any device, by image."""
     if not bool(chosen.all()):
         column = column[torch.where(chosen)[0].to(column.device, non_blocking=True)]
         counts = torch.stack([part.sum() for part in chosen.split(counts.tolist())])
@@ -169,13 +160,7 @@ def roi_losses(
 ) -> dict[str, Tensor]:
     """Run the second stage: `RoIHeads.forward` in training, with masks sampled from bitmaps.
 
-    Args:
-        heads: torchvision's.
-        features: the maps of the FPN.
-        proposals: float32 [P, 4] of each image.
-        sizes: (height, width) of each image inside the padding.
-        targets: see `targets_of`.
-        verified: see `Batch`.
+    `proposals` are float32 [P, 4] per image, `sizes` those inside the padding; for `verified` see `Batch`.
     """
     rois = sample_rois(heads, proposals, targets)
     logits, deltas = heads.box_predictor(heads.box_head(pool(heads.box_roi_pool, features, rois.boxes, sizes)))
@@ -210,13 +195,7 @@ def box_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute cross-entropy of the classes and smooth L1 of the boxes, averaged over RoIs; 0 without RoIs.
 
-    Args:
-        heads: torchvision's.
-        logits: float [R, C] from the box head.
-        deltas: float [R, 4 C] from the box head.
-        rois: from `sample_rois`.
-        targets: see `targets_of`.
-        verified: see `Batch`.
+    The box predictor's `logits` are float [R, C], its `deltas` float [R, 4 C].
     """
     if len(logits) == 0:  # regions cover every image
         return logits.float().sum() * 0, deltas.float().sum() * 0
@@ -231,13 +210,7 @@ def box_losses(
 
 
 def rois_with_mask(labels: Tensor, objects: Tensor, target: Target) -> Tensor:
-    """Return the indices of an image's RoIs that match an object with a mask, int64 [K], ascending.
-
-    Args:
-        labels: int64 [R] the target class, 0 for background.
-        objects: int64 [R] the matched object.
-        target: the image's objects.
-    """
+    """Return the indices, int64 [K], of an image's RoIs that match an object with a mask."""
     positive = torch.where(labels > 0)[0]
     return positive[target["has_mask"][objects[positive]]]
 
@@ -247,8 +220,8 @@ def mask_loss(logits: Tensor, rois: list[Tensor], objects: list[Tensor], targets
 
     Args:
         logits: float [R, C, S, S] of all images' RoIs, in their order.
-        rois: float32 [R_i, 4] of each image.
-        objects: int64 [R_i] of each image, indices into its target.
+        rois: float32 [R_i, 4] per image.
+        objects: int64 [R_i] per image, indices into its target.
         targets: see `targets_of`.
     """
     if len(logits) == 0:  # still depends on the mask head, whose gradient every rank waits for

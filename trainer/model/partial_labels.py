@@ -18,14 +18,9 @@ _REGIONS_AT_A_TIME = 16  # bounds the memory: about 50 MB with 250,000 anchors
 
 
 def are_inside(boxes: Tensor, regions: Tensor) -> Tensor:
-    """Return which boxes have at least MIN_SHARE of their area inside one of the regions.
+    """Return which boxes have at least MIN_SHARE of their area inside one of the regions, bool [N].
 
-    Args:
-        boxes: float32 [N, 4] x0, y0, x1, y1.
-        regions: float32 [G, 4].
-
-    Returns:
-        bool [N].
+    Boxes, float32 [N, 4], and regions, float32 [G, 4], are x0, y0, x1, y1.
     """
     needed = MIN_SHARE * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     inside = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
@@ -41,12 +36,8 @@ def are_inside(boxes: Tensor, regions: Tensor) -> Tensor:
 def ignore_regions(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
     """Set the labels of background in regions to -1, which torchvision's samplers ignore.
 
-    A box that matches an object stays positive even in a region, because that object is annotated.
-
-    Args:
-        labels: [N] of anchors or proposals: above 0 positive, 0 negative, -1 ignored already.
-        boxes: float32 [N, 4] x0, y0, x1, y1.
-        regions: float32 [G, 4] of the image.
+    A box that matches an object stays positive even in a region, because that object is annotated. `labels`, [N], are
+    above 0 for positive anchors or proposals, 0 for negative ones, and -1 for those that are ignored already.
     """
     if len(regions) == 0:
         return labels
@@ -54,14 +45,9 @@ def ignore_regions(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
 
 
 def verified_table(verified: Sequence[Sequence[int] | None], classes: int) -> Tensor | None:
-    """Return which classes are verified in each image.
+    """Return which classes are verified in each image, bool [B, classes]; None if all are in all images.
 
-    Args:
-        verified: for each image the ids of the verified classes, None for all.
-        classes: number of logits; 0 is the background, which counts as verified.
-
-    Returns:
-        bool [B, classes] on the host; None if all classes are verified in all images.
+    `verified` has the ids of an image's verified classes, None for all. Class 0, the background, counts as verified.
     """
     table = torch.ones((len(verified), classes), dtype=torch.bool)
     for row, known in zip(table, verified):

@@ -24,14 +24,7 @@ def pool(
 ) -> Tensor:
     """Call `pooler(features, boxes, sizes)`, with the faster backward pass on a CPU.
 
-    Args:
-        pooler: torchvision's; its own backward pass is used if it has an adaptive `sampling_ratio` (0).
-        features: float [B, C, H, W] maps by name.
-        boxes: float32 [R_i, 4] x0, y0, x1, y1 of each image, in pixels.
-        sizes: (height, width) of each image inside the padding.
-
-    Returns:
-        float [R, C, S, S], of all images' boxes in their order. As in torchvision, boxes get no gradient.
+    Poolers with an adaptive `sampling_ratio` (0) keep torchvision's backward pass. As there, boxes get no gradient.
     """
     maps = {name: features[name] for name in pooler.featmap_names if name in features}
     if pooler.sampling_ratio < 1 or any(of_level.device.type != "cpu" for of_level in maps.values()):
@@ -78,10 +71,8 @@ class _Pool(torch.autograd.Function):
 
 def _levels(pooler: MultiScaleRoIAlign, boxes: list[Tensor], count: int) -> Tensor:
     """Return the map that each box is read from, int64 [R]."""
-    if count == 1 or pooler.map_levels is None:
-        return torch.zeros(sum(map(len, boxes)), dtype=torch.int64)
-    levels: Tensor = pooler.map_levels(boxes)
-    return levels
+    single = count == 1 or pooler.map_levels is None
+    return torch.zeros(sum(map(len, boxes)), dtype=torch.int64) if single else pooler.map_levels(boxes)
 
 
 def _gradient(
@@ -92,7 +83,7 @@ def _gradient(
     sizes: Sequence[tuple[int, int]],
     samples: int,
 ) -> Tensor:
-    """Compute the gradient of the maps of one image.
+    """Compute the gradient of the maps of one image, float32 [P, C]: the pixels of all maps, one after the other.
 
     Args:
         gradient: float [R, C, S, S] of the bins.
@@ -101,9 +92,6 @@ def _gradient(
         scales: pixels of each map per pixel of the image.
         sizes: (height, width) of each map.
         samples: sampling points per side of a bin.
-
-    Returns:
-        float32 [P, C]: the pixels of all maps, one after the other.
     """
     count, channels, side = gradient.shape[:3]
     heights, widths = torch.tensor(sizes).unbind(1)
@@ -133,7 +121,7 @@ def _bilinear_weights(start: Tensor, end: Tensor, limit: Tensor, side: int, samp
 
     Args:
         start: float32 [R] of each box on its map.
-        end: float32 [R] of each box on its map.
+        end: float32 [R].
         limit: int64 [R] pixels of that map.
         side: bins per box.
         samples: sampling points per bin.

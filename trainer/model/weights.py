@@ -86,9 +86,9 @@ class LoadReport:
 
     Attributes:
         source: none, imagenet, coco, or the path or URL.
-        loaded: tensors that were loaded from the source.
+        loaded: tensors from the source.
         missing: tensors of the network that keep their initial values.
-        left_out: tensors of the source that were not loaded: of another name or shape, or for other classes.
+        left_out: tensors of the source of another name or shape, or for other classes.
         remark: why the class-specific layers were loaded or not; empty if the source has none, or the same classes.
     """
 
@@ -108,16 +108,10 @@ class LoadReport:
                 kept = f", initial values in {_layers(missing)}" if loaded and missing else ""
                 lines.append(f"  {part:<25}{len(loaded):>4} of {len(loaded) + len(missing)}{kept}")
         statistics = [name for name in self.left_out if name.endswith((".running_mean", ".running_var"))]
-        if statistics:
-            lines.append(
-                f"  not loaded from the source: the statistics of {counted(len(statistics) // 2, 'batch norm')}"
-            )
-        others = [name for name in self.left_out if name not in set(statistics)]
-        if others:
-            lines.append(f"  not loaded from the source: {_layers(others)}")
-        if self.remark:
-            lines.append(f"  {self.remark}")
-        return "\n".join(lines)
+        norms = f"the statistics of {counted(len(statistics) // 2, 'batch norm')}" if statistics else ""
+        others = _layers(name for name in self.left_out if name not in set(statistics))
+        lines += [f"  not loaded from the source: {what}" for what in (norms, others) if what]
+        return "\n".join([*lines, f"  {self.remark}"] if self.remark else lines)
 
 
 def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Category]) -> LoadReport:
@@ -126,12 +120,9 @@ def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Cat
     A tensor is loaded if its name and shape agree. The class-specific layers (box classifier and regressor, mask
     logits) are loaded only for the same classes: compared by name if the source has names, else by number.
 
-    Args:
-        network: from `build_model(model, ...)`; changed in place.
-        model: `weights` is `none`; `imagenet` (torchvision's weights of the backbone); `coco` (torchvision's weights
-            of Mask R-CNN with resnet50); a run's folder or a checkpoint; or the path or URL of a safetensors or torch
-            file with a `state_dict` of a Mask R-CNN, or of a classifier for the backbone.
-        categories: the classes of the network.
+    `model.weights` is `none`; `imagenet` (torchvision's weights of the backbone); `coco` (torchvision's weights of Mask
+    R-CNN with resnet50); a run's folder or a checkpoint; or the path or URL of a safetensors or torch file with a
+    `state_dict` of a Mask R-CNN, or of a classifier for the backbone.
 
     Raises:
         UserError: the weights are unavailable or unreadable, share nothing with the network, or leave frozen norms
@@ -200,15 +191,9 @@ def _load(network: MaskRCNN, model: ModelConfig, source: Source, categories: Seq
 
 
 def with_eps(state: Mapping[str, Tensor], old: float, new: float) -> dict[str, Tensor]:
-    """Convert norms so that they compute with the epsilon `new` what they computed with `old`.
+    """Return tensors with new weights for norms, which compute with the epsilon `new` what they computed with `old`.
 
-    Args:
-        state: tensors by name. Norms are recognised by their `running_var`.
-        old: epsilon that the norms were trained with.
-        new: epsilon of the network.
-
-    Returns:
-        The tensors, with new weights for the norms.
+    Norms are recognised by their `running_var`.
     """
     converted = dict(state)
     for name, variance in state.items():
@@ -282,13 +267,13 @@ def _description(data: bytes) -> dict[str, Any] | None:
 
 def _by_current_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors to torchvision's current names, and drop the counters of batch norms, which are never read."""
-    return {_current_name(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def _current_name(name: str) -> str:
-    for pattern, replacement in RENAMED:
-        name = pattern.sub(replacement, name)
-    return name
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in RENAMED:
+            name = pattern.sub(replacement, name)
+        if not name.endswith("num_batches_tracked"):
+            renamed[name] = value
+    return renamed
 
 
 def _class_difference(classes: Mapping[int, str], categories: Sequence[Category]) -> str:
