@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shards.commands.options import option
-from trainer.config.settings import DataConfig, TrainConfig
+from trainer.config.settings import DROPPED_BY_NMS, DataConfig, TrainConfig
 
 LOWEST_EVALUATED_SCORE = 0.05  # detections below this score change no AP that matters
 
@@ -29,18 +29,9 @@ class EvaluateOptions:
         low=0,
         high=1,
     )
-    nms_threshold: float | None = option(
-        None,
-        "IoU above which NMS drops the lower-scoring one of two detections of a class",
-        default_help="the checkpoint's",
-        low=0,
-        high=1,
-    )
+    nms_threshold: float | None = option(None, DROPPED_BY_NMS, default_help="the checkpoint's", low=0, high=1)
     detections: int | None = option(
-        None,
-        "maximum number of detections per image; COCO evaluates 100 per class",
-        low=1,
-        default_help="the checkpoint's",
+        None, "maximum detections per image; COCO evaluates 100 per class", low=1, default_help="the checkpoint's"
     )
     hierarchy: str = option(
         "",
@@ -61,9 +52,7 @@ class PredictOptions:
     checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
     out: str = option("", "folder for the pictures and predictions.json", required=True, metavar="URL")
     score: float = option(0.5, "lowest score of a detection", low=0, high=1)
-    device: str = option(
-        "", "device for images, such as cuda or cpu", default_help="a GPU if available", metavar="NAME"
-    )
+    device: str = option("", "device for images: cuda or cpu", default_help="a GPU if available", metavar="NAME")
     pictures: bool | None = option(None, "draw the detections", default_help="yes for images, no for --data.shards")
     submission: bool = option(False, "write submission.csv in the format of the Open Images Challenge")
     hierarchy: str = option(
@@ -75,7 +64,7 @@ class PredictOptions:
     batch_size: int = option(4, "images per batch on each rank", low=1, group=_A_DATASET)
     part_images: int = option(
         256,
-        "images per part, rounded up to whole batches: an interruption loses at most one part per rank",
+        "images per part, in whole batches; an interruption loses at most one part per rank",
         low=1,
         group=_A_DATASET,
     )
@@ -86,9 +75,6 @@ class CompareOptions:
     """Options of `compare`, besides the settings of the runs."""
 
     comparison: str = option(
-        "",
-        "comparison: a name such as compare-layers, or the path or URL of a YAML file",
-        positional=True,
-        metavar="NAME",
+        "", "a name such as compare-layers, or the path or URL of a YAML file", positional=True, metavar="NAME"
     )
     launch: str = option("", "arguments of accelerate launch, as one text", metavar="TEXT")

@@ -14,11 +14,11 @@ STEM_STAGE, LAST_STAGE = 1, 5
 
 @dataclass(frozen=True)
 class Part:
-    """The trained part of the network: the heads, and the backbone from a stage on.
+    """The trained part of the network: a share of its layers, or else the heads, and the backbone from a stage on.
 
     Attributes:
         stage: first trained stage of the backbone, 1 (all stages) to 6 (none).
-        share: share of the layers to train, counted from the output, above 0 and at most 1; None to go by `stage`.
+        share: of the layers, counted from the output, above 0 and at most 1; None to go by `stage`.
     """
 
     stage: int = STEM_STAGE

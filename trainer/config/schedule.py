@@ -12,11 +12,9 @@ from trainer.config.settings import OptimConfig, StageConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of a run during which the same layers are trained.
+    """Steps of a run during which the same layers are trained; stages are numbered from 1.
 
     Attributes:
-        number: number of the stage, from 1.
-        of: number of stages.
         layers: see `train.layers`.
         lr: factor on the learning rate.
         start: first step, from 0.
@@ -54,17 +52,11 @@ def total_steps(train: TrainConfig) -> int:
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, images: int) -> float:
-    """Return the learning rate of the step that follows `step` steps.
+    """Return the learning rate of the step that follows `step` steps, with `images` per step on all ranks.
 
     The product of `optim.lr`, a linear warm-up from 1/1000 in each stage (which has a new optimizer), the schedule over
     the whole run, the factor of the stage and, if `base_batch` is set, the linear scaling rule (Goyal et al.,
     "Accurate, Large Minibatch SGD", 2017).
-
-    Args:
-        optim: settings of the optimizer.
-        train: settings of the run.
-        step: completed steps.
-        images: images per step on all ranks.
     """
     stage = stage_of(train, step)
     warm = min((step - stage.start) / optim.warmup_steps, 1.0) if optim.warmup_steps else 1.0

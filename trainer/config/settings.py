@@ -14,6 +14,8 @@ from shards.commands.options import check, check_range, option
 from shards.common.text import counted
 from trainer.config.layer_names import parse_layers
 
+DROPPED_BY_NMS = "IoU above which NMS drops the lower-scoring one of two detections of a class"
+
 
 @dataclass
 class DataConfig:
@@ -23,12 +25,9 @@ class DataConfig:
     split: str = option("train", "split to train on")
     val_split: str = option("val", "split to evaluate during training; empty for no evaluation")
     classes: list[str] = option(
-        [],
-        "classes to train and evaluate on, by name, MID or id; annotations of other classes are ignored; empty for all",
+        [], "classes by name, MID or id; annotations of other classes are ignored; empty for all"
     )
-    fraction: float = option(
-        1.0, "share of the training split to train on, above 0; chosen by a hash of ImageID", low=0, high=1
-    )
+    fraction: float = option(1.0, "share of the training split to use, above 0, by a hash of ImageID", low=0, high=1)
     repeat_threshold: float = option(
         0.0,
         "threshold t of LVIS's repeat factors: images of classes in less than this share of the images are repeated; 0 "
@@ -39,9 +38,7 @@ class DataConfig:
     batch_size: int = option(8, "images per batch on each GPU", low=1)
     workers: int = option(2, "loader processes per GPU; 0 to load in the training process", low=0)
     lanes: int = option(
-        8,
-        "independent sequential reads of an epoch that batches are mixed from; best a multiple of GPUs x workers",
-        low=1,
+        8, "independent sequential reads that batches are mixed from; best a multiple of GPUs x workers", low=1
     )
     window: int = option(128, "samples of a lane that are shuffled together", low=1)
     group_by_aspect: bool = option(False, "put portrait and landscape images into separate batches")
@@ -74,9 +71,7 @@ class DataConfig:
     photometric: float = option(
         0.0, "probability of each change of brightness, contrast, saturation and hue", low=0, high=1
     )
-    copy_paste: float = option(
-        0.0, "probability that objects of the next image of the batch are pasted into an image", low=0, high=1
-    )
+    copy_paste: float = option(0.0, "probability of pasting objects of the next image of the batch", low=0, high=1)
 
 
 @dataclass
@@ -94,9 +89,7 @@ class ModelConfig:
         "norm layers of the backbone: batch norm with frozen statistics, batch norm, or group norm (heads of v2: batch "
         "norm, or group norm with group)",
     )
-    norm_eps: float = option(
-        1e-5, "epsilon of the norm layers; weights trained with another epsilon are converted", low=1e-12
-    )
+    norm_eps: float = option(1e-5, "epsilon of the norms; weights trained with another are converted", low=1e-12)
     weights: str = option(
         "imagenet",
         "initial weights: none, imagenet (backbone), coco (resnet50), a run folder, or path or URL of a state dict",
@@ -111,9 +104,7 @@ class ModelConfig:
     rois_per_image: int = option(512, "RoIs per image that the box head is trained on", low=1)
     positive_fraction: float = option(0.25, "maximum share of positive RoIs among them", low=0, high=1)
     score_threshold: float = option(0.05, "lowest score of a detection", low=0, high=1)
-    nms_threshold: float = option(
-        0.5, "IoU above which NMS drops the lower-scoring one of two detections of a class", low=0, high=1
-    )
+    nms_threshold: float = option(0.5, DROPPED_BY_NMS, low=0, high=1)
     detections_per_image: int = option(100, "maximum number of detections per image", low=1)
 
 
@@ -146,10 +137,7 @@ class OptimConfig:
     optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum, or AdamW")
     lr: float = option(0.001, "learning rate after the warm-up", low=0)
     base_batch: int = option(
-        0,
-        "images per step, on all GPUs, that lr is meant for: lr is scaled linearly with the actual number; 0 for no "
-        "scaling",
-        low=0,
+        0, "images per step, on all GPUs, that lr is meant for: lr is scaled linearly; 0 for no scaling", low=0
     )
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
     betas: list[float] = option([0.9, 0.999], "decay rates of adamw's two moments, below 1", low=0, high=0.999999)
@@ -219,9 +207,7 @@ class RunConfig:
     )
     log_steps: int = option(10, "steps between lines of progress (metrics.jsonl has every step)", low=1)
     pictures: int = option(4, "images drawn at each evaluation, with ground truth and predictions side by side", low=0)
-    trackers: list[str] = option(
-        ["tensorboard"], "accelerate's experiment trackers by name, such as [wandb]; [] for none"
-    )
+    trackers: list[str] = option(["tensorboard"], "accelerate's experiment trackers, such as [wandb]; [] for none")
 
 
 @dataclass
@@ -240,7 +226,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-# Options that hold two numbers, and the meaning of the two.
+# Options of two numbers, and what these are.
 _PAIRS = {
     "model.rpn_pre_nms": "[training, inference]",
     "model.rpn_post_nms": "[training, inference]",

@@ -30,11 +30,9 @@ def from_dict(value: Any, where: str) -> Config:
 
 
 def load_config(name: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Return the defaults with a YAML file over them, and overrides over both.
+    """Return the defaults with a recipe or YAML file (path or URL) over them, and overrides over both.
 
-    Args:
-        name: recipe, path or URL of the file; None for the defaults.
-        overrides: pairs such as `("optim.lr", "0.01")`.
+    Overrides are pairs such as `("optim.lr", "0.01")`.
 
     Raises:
         ConfigError: the file cannot be read, or a setting is wrong.
@@ -59,11 +57,7 @@ def config_path(name: str) -> str:
 
 
 def read_config(name: str, kind: str = "config") -> bytes:
-    """Return the bytes of a YAML file.
-
-    Args:
-        name: packaged file, path or URL.
-        kind: `config` or `comparison`.
+    """Return the bytes of a YAML file, by its name in the package, path or URL; `kind` is `config` or `comparison`.
 
     Raises:
         ConfigError: it cannot be read.
@@ -87,15 +81,10 @@ def _packaged() -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
     """Add `--config`, `--resume` and every `--section.key` to a parser.
 
-    Args:
-        parser: parser of the command.
-        hidden: names of options that the help omits, because the command refuses them with a message of its own.
+    The help omits the `hidden` ones, which the command refuses with a message of its own.
     """
-    parser.add_argument(
-        "--config",
-        metavar="NAME",
-        help=f"settings: a recipe ({', '.join(recipes())}), or the path or URL of a YAML file",
-    )
+    settings = f"settings: a recipe ({', '.join(recipes())}), or the path or URL of a YAML file"
+    parser.add_argument("--config", metavar="NAME", help=settings)
     parser.add_argument(
         "--resume",
         dest="run.resume",
@@ -114,11 +103,7 @@ def overrides_of(given: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def from_arguments(given: argparse.Namespace) -> Config:
-    """Return the settings of a command that has `add_arguments`.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """Return the settings of a command that has `add_arguments`; errors as in `load_config`."""
     return load_config(given.config, overrides_of(given))
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,13 +20,11 @@ from torch import Tensor
 
 from shards.common.errors import SampleError
 from shards.format.sample import Sample
+from shards.stream.sample_cache import SampleCache
 from trainer.config.settings import DataConfig
 from trainer.data import augment
 from trainer.data.copy_paste import paste_some
 from trainer.data.instances import Batch, Instances, read_instances
-
-if TYPE_CHECKING:
-    from shards.stream.sample_cache import SampleCache
 
 
 @dataclass(frozen=True)
@@ -202,8 +199,4 @@ def sample_cache(data: DataConfig) -> SampleCache | None:
     Raises:
         StorageError: the folder cannot be used.
     """
-    if not data.cache_dir:
-        return None
-    from shards.stream.sample_cache import SampleCache
-
-    return SampleCache(data.cache_dir, data.cache_mb * 2**20)
+    return SampleCache(data.cache_dir, data.cache_mb * 2**20) if data.cache_dir else None

@@ -39,11 +39,12 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
     `weights.load_weights` loads `model.weights`, `freeze.set_trainable` chooses what trains. Inference resizes to
     `data.min_size` and `data.max_size`. The background is one of the classes.
     """
-    norm = norm_layer(model.norm, model.norm_eps)
-    # Frozen norms need statistics, and weights of a backbone have none for FPN and heads.
-    head_norm = norm_layer("group" if model.norm == "group" else "batch", model.norm_eps)
+    norm, head_norm, channels = norm_layer(model.norm, model.norm_eps), None, model.fpn_channels
+    if model.version == "v2":
+        # Frozen norms need statistics, and weights of a backbone have none for FPN and heads.
+        head_norm = norm_layer("group" if model.norm == "group" else "batch", model.norm_eps)
     network = MaskRCNN(
-        backbone_with_fpn(model.backbone, norm, model.fpn_channels, head_norm if model.version == "v2" else None),
+        backbone_with_fpn(model.backbone, norm, channels, head_norm),
         min_size=data.min_size,
         max_size=data.max_size,
         rpn_anchor_generator=AnchorGenerator(
@@ -60,7 +61,9 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
         box_nms_thresh=model.nms_threshold,
         box_detections_per_img=model.detections_per_image,
         mask_predictor=MaskRCNNPredictor(model.mask_head_channels[-1], model.mask_head_channels[-1], num_classes),
-        **(_v2_heads(model, head_norm) if model.version == "v2" else _v1_heads(model)),
+        rpn_head=RPNHead(channels, len(model.anchor_ratios), conv_depth=1 if head_norm is None else 2),
+        box_head=_box_head(channels, model.box_head_features, head_norm),
+        mask_head=MaskRCNNHeads(channels, model.mask_head_channels, dilation=1, norm_layer=head_norm),
     )
     _set_pooling_scales(network)
     return network
@@ -87,26 +90,15 @@ def rebuild(state: State) -> MaskRCNN:
     return network
 
 
-def _v1_heads(model: ModelConfig) -> dict[str, nn.Module]:
-    return {
-        "rpn_head": RPNHead(model.fpn_channels, len(model.anchor_ratios)),
-        "box_head": TwoMLPHead(model.fpn_channels * BOX_POOL**2, model.box_head_features),
-        "mask_head": MaskRCNNHeads(model.fpn_channels, model.mask_head_channels, dilation=1),
-    }
-
-
-def _v2_heads(model: ModelConfig, norm: Norm) -> dict[str, nn.Module]:
-    """Build the heads of `maskrcnn_resnet50_fpn_v2`."""
-    return {
-        "rpn_head": RPNHead(model.fpn_channels, len(model.anchor_ratios), conv_depth=2),
-        "box_head": FastRCNNConvFCHead(
-            (model.fpn_channels, BOX_POOL, BOX_POOL),
-            [model.fpn_channels] * V2_BOX_CONVOLUTIONS,
-            [model.box_head_features],
-            norm_layer=norm,
-        ),
-        "mask_head": MaskRCNNHeads(model.fpn_channels, model.mask_head_channels, dilation=1, norm_layer=norm),
-    }
+def _box_head(channels: int, features: int, norm: Norm | None) -> nn.Module:
+    """Build the box head of torchvision's first version, or with norms that of v2."""
+    head: nn.Module
+    if norm is None:
+        head = TwoMLPHead(channels * BOX_POOL**2, features)
+    else:
+        convolutions = [channels] * V2_BOX_CONVOLUTIONS
+        head = FastRCNNConvFCHead((channels, BOX_POOL, BOX_POOL), convolutions, [features], norm_layer=norm)
+    return head
 
 
 def _set_pooling_scales(network: MaskRCNN) -> None:
