@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from shards.format.dataset import ACCOUNTS_SCHEMA, SPLITS, accounts_table
+from shards.format.index_schema import parquet_bytes
 
 PACKED = "packed"
 FILTERED = "mask-filtered"  # left out by the command's own filters: requested at the source, and not a failure
@@ -21,9 +18,10 @@ RECOVERED = "at first "  # prefix of the detail of what failed in the build and 
 class Account:
     """What became of one image or mask; the columns of `ACCOUNTS_SCHEMA`.
 
-    `status` is `packed`, or one of image-unknown, image-missing, image-refused, image-undecodable, image-too-large;
-    mask-missing, mask-undecodable, mask-empty, mask-shape; image-failed for the masks of an image that was not packed;
-    and mask-filtered for what the command itself leaves out.
+    `kind` is image or mask, `box_id` "" for an image, `source` the name of the file at the source. `status` is
+    `packed`, or one of image-unknown, image-missing, image-refused, image-undecodable, image-too-large; mask-missing,
+    mask-undecodable, mask-empty, mask-shape; image-failed for the masks of an image that was not packed; and
+    mask-filtered for what the command itself leaves out.
     """
 
     kind: str
@@ -64,16 +62,9 @@ def reasons(accounts: Iterable[Account]) -> dict[str, int]:
 def write_accounts(accounts: Iterable[Account]) -> bytes:
     """Return the bytes of `accounts.parquet`; the same rows in any order give the same bytes."""
     ordered = sorted(accounts, key=lambda a: (SPLITS.index(a.split), a.image_id, a.kind, a.source, a.box_id))
-    columns = {name: [getattr(account, name) for account in ordered] for name in ACCOUNTS_SCHEMA.names}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=ACCOUNTS_SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()
+    return parquet_bytes(ordered, ACCOUNTS_SCHEMA)
 
 
 def read_accounts(data: bytes, where: str) -> list[Account]:
-    """Parse the bytes of `accounts.parquet`; `where` is named in errors.
-
-    Raises:
-        DatasetError: the data is not such a table.
-    """
+    """Parse the bytes of `accounts.parquet`; a DatasetError that names `where` if they are not such a table."""
     return [Account(**row) for row in accounts_table(data, where).to_pylist()]

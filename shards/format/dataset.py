@@ -39,17 +39,9 @@ ACCOUNTS_FILE = "accounts.parquet"
 README_FILE = "README.md"
 SPLITS = ("train", "val", "test")
 
-ACCOUNTS_SCHEMA = pa.schema(
-    [
-        ("kind", pa.string()),  # "image" or "mask"
-        ("split", pa.string()),
-        ("image_id", pa.string()),
-        ("box_id", pa.string()),  # "" for an image
-        ("source", pa.string()),  # file name at the source: <ImageID>.jpg or the MaskPath
-        ("status", pa.string()),  # "packed", or the reason why not
-        ("detail", pa.string()),
-    ]
-)
+# The columns are the fields of `shards.format.accounts.Account`.
+_ACCOUNT_FIELDS = ("kind", "split", "image_id", "box_id", "source", "status", "detail")
+ACCOUNTS_SCHEMA = pa.schema([(name, pa.string()) for name in _ACCOUNT_FIELDS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,7 @@ class DatasetInfo:
     Attributes:
         categories: the classes, ids ascending.
         shards: every shard, in the order (split, path).
-        index_sha256: hash of `index.parquet`, which ties the two files together.
+        index_sha256: hash of `index.parquet`.
         plan: fingerprint of the builder's plan; "" without one.
         source: where the data came from.
     """
@@ -94,12 +86,11 @@ class DatasetInfo:
         """Return the JSON object of `dataset.json`."""
         splits = {
             split: {
-                "shards": len(shards),
-                "samples": sum(shard.samples for shard in shards),
+                "shards": len(shards := self.shards_of(split)),
+                "samples": self.samples(split),
                 "nbytes": sum(shard.nbytes for shard in shards),
             }
-            for split in SPLITS
-            if (shards := [shard for shard in self.shards if shard.split == split])
+            for split in self.splits
         }
         return {
             "format": FORMAT,
@@ -112,9 +103,18 @@ class DatasetInfo:
             "source": self.source,
         }
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a shard, in the order of `SPLITS`."""
+        return tuple(split for split in SPLITS if self.shards_of(split))
+
+    def shards_of(self, split: str) -> list[Shard]:
+        """Return the shards of a split."""
+        return [shard for shard in self.shards if shard.split == split]
+
     def samples(self, split: str) -> int:
         """Return the number of samples of a split."""
-        return sum(shard.samples for shard in self.shards if shard.split == split)
+        return sum(shard.samples for shard in self.shards_of(split))
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> DatasetInfo:
@@ -161,14 +161,7 @@ def _check_values(info: DatasetInfo) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
-    """A finished dataset: where it is, its `dataset.json`, and its index.
-
-    Attributes:
-        root: where it is.
-        info: the contents of `dataset.json`.
-        columns: the index; a column is decoded when it is first used.
-        selection: which samples, with which of their annotations; everything unless `select` was called.
-    """
+    """A finished dataset: its location, `dataset.json`, the index, and what `select` chose of it."""
 
     root: Location
     info: DatasetInfo
@@ -192,15 +185,11 @@ class Dataset:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have a shard, in the order of `SPLITS`."""
-        return tuple(split for split in SPLITS if any(shard.split == split for shard in self.info.shards))
+        return self.info.splits
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows and columns of the index, schema `INDEX_SCHEMA`, whatever was selected.
-
-        Raises:
-            DatasetError: the index is damaged.
-        """
+        """All rows and columns of the index (`INDEX_SCHEMA`), selected or not; a DatasetError if it is damaged."""
         return self.columns.table()
 
     def index(self, split: str) -> Index:
@@ -211,8 +200,8 @@ class Dataset:
         """
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
-        paths = [shard.path for shard in self.info.shards if shard.split == split]
-        index = Index.read(self.columns, paths, str(self.root / INDEX_FILE))
+        paths = [shard.path for shard in self.info.shards_of(split)]
+        index = Index.read(self.columns, paths, self.columns.where)
         return select_rows(index, self.selection, f"{self.root}: split {split!r}")
 
     def to_pandas(self, split: str) -> pd.DataFrame:

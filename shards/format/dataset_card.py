@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from shards.common.text import counted
 from shards.format.dataset import SPLITS, Category, Shard
 from shards.format.index_schema import IndexRow
-from shards.format.sample import FLAGS
+from shards.format.sample import ATTRIBUTION, FLAGS
 
 # Names of splits, and those of Hugging Face's tools.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -38,7 +40,7 @@ FEATURES = [
         "struct": [
             _field("image_id", "string"),
             *(_field(name, "int32") for name in ("width", "height", "rotation")),
-            *(_field(name, "string") for name in ("license", "author", "author_url", "original_url", "title")),
+            *(_field(name, "string") for name in ATTRIBUTION),
             _ints("verified_present"),
             _ints("verified_absent"),
             {
@@ -61,39 +63,15 @@ FEATURES = [
 
 @dataclass(frozen=True)
 class _About:
-    """The text of the card that depends on the source.
+    """The text of the card that depends on the source."""
 
-    Attributes:
-        title: name of the data.
-        heading: of the card, before the names of the classes.
-        origin: how the shards were made, in Markdown.
-        licenses: identifiers of Hugging Face's front matter; none if the licence depends on the image.
-        tag: for Hugging Face's search.
-        attribution: the section on licences, in Markdown.
-    """
+    title: str  # name of the data
+    heading: str  # of the card, before the names of the classes
+    origin: str  # how the shards were made, in Markdown
+    licenses: tuple[str, ...]  # identifiers of Hugging Face's front matter; none if the licence depends on the image
+    tag: str  # for Hugging Face's search
+    attribution: str  # the section on licences, in Markdown
 
-    title: str
-    heading: str
-    origin: str
-    licenses: tuple[str, ...]
-    tag: str
-    attribution: str
-
-
-_OPEN_IMAGES = """\
-Open Images lists the images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample has its
-`license`, `author`, `author_url` and `original_url`, which must accompany the image. There is no warranty for the
-licence of a single image: check it at its URL. The annotations are by Google LLC under
-[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
-sense of that licence."""
-
-_COCO = """\
-Images and annotations are under the licences of their source; each sample has the `license` and `original_url` of
-its annotations, and in `title` the name of its file. Check them before you distribute the data."""
-
-_OWN = """\
-Each sample has the `license`, `author`, `author_url` and `original_url` with which it was added. Complete this section
-before you distribute the data."""
 
 # By the source's `name` in `dataset.json`.
 _ABOUT = {
@@ -103,7 +81,12 @@ _ABOUT = {
         "cut out of\n[Open Images](https://storage.googleapis.com/openimages/web/index.html) by `build-shards`",
         ("cc-by-2.0", "cc-by-4.0"),
         "open-images",
-        _OPEN_IMAGES,
+        """\
+Open Images lists the images as [CC BY 2.0](https://creativecommons.org/licenses/by/2.0/); each sample has its
+`license`, `author`, `author_url` and `original_url`, which must accompany the image. There is no warranty for the
+licence of a single image: check it at its URL. The annotations are by Google LLC under
+[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
+sense of that licence.""",
     ),
     "COCO": _About(
         "a dataset in COCO's format",
@@ -111,7 +94,9 @@ _ABOUT = {
         "cut out of\n[a dataset in COCO's format](https://cocodataset.org/#format-data) by `build-shards`",
         (),
         "coco",
-        _COCO,
+        """\
+Images and annotations are under the licences of their source; each sample has the `license` and `original_url` of
+its annotations, and in `title` the name of its file. Check them before you distribute the data.""",
     ),
     "DatasetWriter": _About(
         "images and instance masks",
@@ -119,7 +104,9 @@ _ABOUT = {
         "packed with maskstream's\n`DatasetWriter`",
         (),
         "object-detection",
-        _OWN,
+        """\
+Each sample has the `license`, `author`, `author_url` and `original_url` with which it was added. Complete this section
+before you distribute the data.""",
     ),
 }
 
@@ -178,20 +165,17 @@ class ClassCounts:
 
 def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> list[ClassCounts]:
     """Count images, masks, boxes and group-of regions per split and class, in the order of `SPLITS` and of the ids."""
-    totals: dict[tuple[str, int], Counter[str]] = {}
+    totals: defaultdict[tuple[str, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(4, np.int64))
     for row in rows:
-        for number, boxes, masks, groups in zip(row.classes, row.instances, row.masks, row.groups, strict=True):
-            entry = totals.setdefault((row.split, number), Counter())
-            entry.update(images=1, boxes=boxes, masks=masks, groups=groups)
+        for number, *counts in zip(row.classes, row.masks, row.instances, row.groups, strict=True):
+            totals[row.split, number] += (1, *counts)
     found = {row.split for row in rows}
-    counts = []
-    for split in (split for split in SPLITS if split in found):
-        for category in categories:
-            entry = totals.get((split, category.id), Counter())
-            counts.append(
-                ClassCounts(split, category.name, entry["images"], entry["masks"], entry["boxes"], entry["groups"])
-            )
-    return counts
+    return [
+        ClassCounts(split, category.name, *totals[split, category.id].tolist())
+        for split in SPLITS
+        if split in found
+        for category in categories
+    ]
 
 
 def render_card(
@@ -204,40 +188,35 @@ def render_card(
 ) -> str:
     """Return the text of `README.md`: front matter, counts, format, licence, and the command that made it.
 
-    Args:
-        categories: the classes; those without a packed object are not listed.
-        counts: of `count_classes`.
-        shards: every shard.
-        command: what made the dataset.
-        failures: number of images and masks by the reason why they were not packed.
-        source: name of the source.
+    Classes without a packed object are not listed. `failures` has the number of images and masks for each reason why
+    they were not packed; `source` is a key of `_ABOUT`.
     """
     about = _ABOUT[source]
     packed = {c.name for c in counts if c.boxes}
     categories = [category for category in categories if category.name in packed]
-    counts = [c for c in counts if c.name in packed]
+    classes = ", ".join(category.name for category in categories)
     splits = [split for split in SPLITS if any(shard.split == split for shard in shards)]
     samples = sum(shard.samples for shard in shards)
+    files = [{"split": HUB_SPLITS[split], "path": f"{split}/*.tar"} for split in splits]
     front = {
-        "pretty_name": f"{about.title}: {', '.join(category.name for category in categories)}",
+        "pretty_name": f"{about.title}: {classes}",
         **({"license": list(about.licenses)} if about.licenses else {}),
         "task_categories": ["image-segmentation", "object-detection"],
         "tags": ["webdataset", about.tag, "instance-segmentation"],
         "size_categories": [_size_category(samples)],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": HUB_SPLITS[split], "path": f"{split}/*.tar"} for split in splits],
-            }
-        ],
+        "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {"config_name": "default", "features": FEATURES},
     }
-    rows = [f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |" for c in counts]
+    rows = [
+        f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |"
+        for c in counts
+        if c.name in packed
+    ]
     text = _TEXT.format(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
-        classes=", ".join(category.name for category in categories),
+        classes=classes,
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),
         megabytes=sum(shard.nbytes for shard in shards) / 1e6,

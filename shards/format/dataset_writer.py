@@ -126,9 +126,11 @@ class DatasetWriter:
         return sum(map(len, self._places.values()))
 
     def __enter__(self) -> DatasetWriter:
-        for name in (DATASET_FILE, *SPLITS):
-            if (self.root / name).exists():
-                raise DatasetError(f"{self.root}: already contains {name}: choose another root, or delete it first")
+        found = [name for name in (DATASET_FILE, *SPLITS) if (self.root / name).exists()]
+        if found:
+            what = "a dataset" if DATASET_FILE in found else f"parts of an unfinished dataset (no {DATASET_FILE})"
+            places = ", ".join(str(self.root / name) for name in found)
+            raise DatasetError(f"{self.root}: already contains {what}: choose another root, or delete {places} first")
         check_writable(self.root, "root")
         self._spool = tempfile.TemporaryFile()
         return self
@@ -229,10 +231,9 @@ class DatasetWriter:
         if not isinstance(value, Mapping) or "category" not in value:
             raise DatasetError(f"{where}: an instance is {shown(value)}: give a dict with category, and bbox or mask")
         known = list(Annotation.__annotations__)
-        for key in value:
-            if key not in known:
-                hint = did_you_mean(key, known, f"known are {', '.join(known)}")
-                raise DatasetError(f"{where}: an instance has the unknown key {key!r}: {hint}")
+        if unknown := [key for key in value if key not in known]:
+            hint = did_you_mean(unknown[0], known, f"known are {', '.join(known)}")
+            raise DatasetError(f"{where}: an instance has the unknown key {unknown[0]!r}: {hint}")
         category = find_class(self.categories, value["category"], where)
         mask, bbox = value.get("mask"), value.get("bbox")
         segmentation = None
@@ -288,10 +289,8 @@ class DatasetWriter:
 def _categories(classes: Sequence[str | Category]) -> tuple[Category, ...]:
     if isinstance(classes, str) or not all(isinstance(each, str | Category) for each in classes) or not len(classes):
         raise DatasetError(f"classes is {shown(classes)}: give a list of names, such as ['cat', 'dog']")
-    categories = tuple(
-        each if isinstance(each, Category) else Category(number, each, each)
-        for number, each in enumerate(classes, start=1)
-    )
+    numbered = enumerate(classes, start=1)
+    categories = tuple(c if isinstance(c, Category) else Category(number, c, c) for number, c in numbered)
     for number, name in ((category.id, category.name) for category in categories):
         if not 1 <= number <= LARGEST_ID:
             raise DatasetError(f"class {name!r} has the id {number}: ids are from 1 to {LARGEST_ID}")
@@ -322,15 +321,8 @@ def write_tables(
 ) -> DatasetInfo:
     """Write accounts, card, index and `dataset.json`, in this order, without credentials of URLs.
 
-    Args:
-        root: where the shards already are.
-        rows: every sample of every shard.
-        shards: every shard.
-        categories: the classes.
-        accounts: what became of every image and mask.
-        plan: fingerprint of the plan.
-        source: where the data came from; JSON values only. Its `name` selects the text of the card.
-        command: what made the dataset, for the card.
+    The shards are there already. `source`, where the data came from, is JSON; its `name` selects the text of the card,
+    which shows `command`.
 
     Raises:
         DatasetError: rows and shards contradict each other.
@@ -355,13 +347,7 @@ def finish_dataset(
 ) -> DatasetInfo:
     """Write `index.parquet`, then `dataset.json`: the dataset is finished when this returns.
 
-    Args:
-        root: where the shards already are.
-        rows: every sample of every shard, in any order.
-        shards: every shard, in any order.
-        categories: the classes.
-        plan: fingerprint of the builder's plan.
-        source: where the data came from; JSON values only.
+    The shards are there already. Rows, shards and categories may be in any order; `source` is JSON.
 
     Raises:
         DatasetError: rows and shards contradict each other.

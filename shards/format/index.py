@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,19 +28,9 @@ LARGEST_ID = 1_000_000  # of a class: counts per class are arrays of up to this 
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
 
 
-class Columns(Protocol):
-    """Arrow columns by name: an `IndexFile` or a table."""
-
-    def __getitem__(self, name: str) -> Any: ...
-
-
 @dataclass(frozen=True)
 class IndexFile:
-    """The bytes of `index.parquet`, of which a column is decoded when it is used.
-
-    Attributes:
-        data: the bytes of the file.
-        where: the file, named in errors.
+    """The bytes of `index.parquet`, of which a column is decoded when it is used; `where` is named in errors.
 
     Raises:
         DatasetError: it is not Parquet or has other columns; when a column is read: it has rows without a value.
@@ -93,7 +83,7 @@ class Labels:
     """The number of annotations of each class in each sample, from list columns with one list per sample.
 
     Attributes:
-        columns: source of `classes`, `instances`, `masks` and `groups`.
+        columns: the source of `classes`, `instances`, `masks` and `groups`; see `Index.read`.
         rows: (N,) the rows of `columns` that belong to the samples, ascending.
         where: the file, named in errors.
 
@@ -101,7 +91,7 @@ class Labels:
         DatasetError: on access to an attribute whose column is not in the format.
     """
 
-    columns: Columns = field(repr=False)
+    columns: IndexFile | pa.Table = field(repr=False)
     rows: NDArray[np.int64] = field(repr=False)
     where: str = "index"
 
@@ -135,15 +125,11 @@ class Labels:
         return values, lengths
 
     def _flat(self, column: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        lists = self._lists(column)
+        lists = self.columns[column]
+        if len(self.rows) != len(lists):
+            lists = lists.combine_chunks().take(pa.array(self.rows))
         values = np.asarray(pc.list_flatten(lists).to_numpy(), dtype=np.int32)
         return values, pc.list_value_length(lists).to_numpy()
-
-    def _lists(self, column: str) -> Any:
-        lists = self.columns[column]
-        if len(self.rows) == len(lists):
-            return lists
-        return lists.combine_chunks().take(pa.array(self.rows))
 
 
 @dataclass(frozen=True, repr=False)
@@ -181,7 +167,7 @@ class Index:
         return f"Index({counted(len(self), 'sample')} in {counted(len(self.shard_paths), 'shard')})"
 
     @classmethod
-    def read(cls, columns: Columns, shard_paths: Sequence[str], where: str = "index") -> Index:
+    def read(cls, columns: IndexFile | pa.Table, shard_paths: Sequence[str], where: str = "index") -> Index:
         """Read the rows of some shards.
 
         Args:
@@ -223,13 +209,9 @@ class Index:
 
     def take(self, rows: NDArray[np.int64]) -> Index:
         """Return the index of some of the samples, (n,) rows ascending."""
-        arrays = {name: getattr(self, name)[rows] for name in ("shard", "offset", "nbytes", "crc32", "width", "height")}
-        return replace(
-            self,
-            **arrays,
-            image_ids=self.image_ids.take(pa.array(rows)),
-            labels=None if self.labels is None else self.labels.take(rows),
-        )
+        arrays = {name: getattr(self, name)[rows] for name in _ARRAYS}
+        labels = None if self.labels is None else self.labels.take(rows)
+        return replace(self, **arrays, image_ids=self.image_ids.take(pa.array(rows)), labels=labels)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "shared"}
@@ -270,11 +252,9 @@ class Index:
         return digest.hexdigest()[:16]
 
     def counts(self, column: str, categories: Sequence[Any]) -> dict[int, int]:
-        """Return a total for each category id.
+        """Return a total for each category id, as in the shards.
 
-        Args:
-            column: `instances`, `masks`, `groups`, or `images` for the number of samples that have the class.
-            categories: the classes, with their ids in the shards.
+        `column` is `instances`, `masks`, `groups`, or `images` for the number of samples that have the class.
         """
         assert self.labels is not None, "an index without labels counts nothing"
         weights = None if column == "images" else self.labels.flat(column).astype(np.int64)
@@ -284,14 +264,10 @@ class Index:
 
 
 def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
-    """Return row numbers (n,) of an index, ascending and without duplicates, as int64.
-
-    Args:
-        rows: a sequence or an array of integers.
-        samples: the length of the index.
+    """Return row numbers (n,) of an index of that many samples, ascending and without duplicates, as int64.
 
     Raises:
-        DatasetError: `rows` is something else, out of range, or not in order.
+        DatasetError: `rows` are not integers, out of range, or not in order.
     """
     found = np.asarray(rows)
     if found.ndim != 1 or not (len(found) == 0 or np.issubdtype(found.dtype, np.integer)):
@@ -335,20 +311,11 @@ def _to_numpy(column: Any) -> NDArray[Any]:
     Arrow's own `to_numpy` imports pandas (as do `pq.read_table` and `pa.array` of a list), which takes a quarter of a
     second: longer than everything else before the first batch.
     """
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    return np.concatenate(
-        [np.zeros(0, dtype=str(column.type))]
-        + [
-            np.frombuffer(chunk.buffers()[1], dtype=str(column.type))[chunk.offset : chunk.offset + len(chunk)]
-            for chunk in chunks
-            if len(chunk)
-        ]
-    )
+    values = _contiguous(column)
+    return np.frombuffer(values.buffers()[1] if len(values) else b"", dtype=str(column.type), count=len(values))
 
 
 def _contiguous(column: Any) -> pa.Array:
     """Return one array with memory of its own: a slice is pickled with everything that it was cut from."""
-    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(combined, pa.ChunkedArray):
-        combined = combined.chunk(0) if combined.num_chunks else pa.array([], column.type)
-    return pa.concat_arrays([combined, combined.slice(0, 0)])
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return pa.concat_arrays([*chunks, pa.nulls(0, column.type)])

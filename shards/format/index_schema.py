@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,10 @@ class IndexRow:
 
 
 def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
-    """Return the bytes of `index.parquet`.
+    """Return the bytes of `index.parquet`, from rows in any order.
 
     Args:
-        rows: every sample of every shard, in any order.
+        rows: every sample of every shard.
         shards: path and number of samples of every shard, in the order of the index.
 
     Raises:
@@ -61,21 +62,25 @@ def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
     """
     position = {path: number for number, path in enumerate(shards)}
     ordered = sorted(rows, key=lambda row: (position.get(row.shard, -1), row.offset))
-    counts = dict.fromkeys(shards, 0)
+    counts = Counter(row.shard for row in ordered)
     seen: set[str] = set()
     for row in ordered:
-        if row.shard not in counts:
+        if row.shard not in position:
             raise DatasetError(f"sample {row.image_id} is in {row.shard}, which is not a shard of this dataset")
         if row.image_id in seen:
             raise DatasetError(f"sample {row.image_id} occurs twice: an ImageID keys one sample of a dataset")
-        counts[row.shard] += 1
         seen.add(row.image_id)
     for path, samples in shards.items():
         if counts[path] != samples:
             raise DatasetError(f"{path} has {counted(samples, 'sample')}, the index {counts[path]}")
-    columns = {name: [getattr(row, name) for row in ordered] for name in INDEX_SCHEMA.names}
+    return parquet_bytes(ordered, INDEX_SCHEMA)
+
+
+def parquet_bytes(rows: Sequence[Any], schema: pa.Schema) -> bytes:
+    """Return the bytes of a Parquet file with a row for each object, whose attributes are the columns of `schema`."""
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
 
 
@@ -96,11 +101,11 @@ def column_fault(name: str, column: pa.ChunkedArray) -> str:
     Raises:
         pyarrow.ArrowInvalid: strings are not UTF-8.
     """
-    if not pa.types.is_list(column.type):
-        column.validate(full=True)
     empty = column.null_count
     if pa.types.is_list(column.type):
         empty += sum(chunk.values.null_count for chunk in column.chunks)
+    else:
+        column.validate(full=True)
     return f"column {name} has rows without a value" if empty else ""
 
 
@@ -110,7 +115,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    # Writers name the entries of lists differently, and that name is part of Arrow's type.
+    # Writers differ in the name of a list's entries and in whether they may be null, which is part of Arrow's type.
     if pa.types.is_list(one) and pa.types.is_list(other):
         return bool(one.value_type == other.value_type)
     return bool(one == other)

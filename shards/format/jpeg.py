@@ -12,11 +12,7 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 
 
 class JpegError(ValueError):
-    """Bytes that are not a whole JPEG, or too large a one; the message is the reason.
-
-    Attributes:
-        too_large: the picture has more pixels than allowed.
-    """
+    """Bytes that are not a whole JPEG, or one of more pixels than allowed (`too_large`); the message is the reason."""
 
     def __init__(self, reason: str, *, too_large: bool = False) -> None:
         super().__init__(reason)

@@ -16,12 +16,7 @@ from pycocotools import mask as coco_mask
 
 @dataclass(frozen=True, slots=True)
 class Rle:
-    """A binary mask.
-
-    Attributes:
-        height, width: the image's size in pixels.
-        counts: COCO's compressed runs, ASCII.
-    """
+    """A binary mask of the image's height and width in pixels, as COCO's compressed runs (ASCII)."""
 
     height: int
     width: int
@@ -34,8 +29,7 @@ class Rle:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Rle:
         """Parse what `to_json` returns; KeyError, TypeError or ValueError if `value` has another form."""
-        height, width = value["size"]
-        counts = value["counts"]
+        (height, width), counts = value["size"], value["counts"]
         if not isinstance(counts, str):
             raise TypeError(f"counts is {type(counts).__name__}, not a compressed RLE string")
         return cls(int(height), int(width), counts)
@@ -53,14 +47,9 @@ def encode(mask: NDArray[Any]) -> Rle:
 
 
 def encode_part(bits: NDArray[np.uint8], left: int, top: int, height: int, width: int) -> Rle:
-    """Encode a mask of which only a part is given; everything around it is 0.
+    """Encode a mask of the given height and width that is 0 outside of a part of it.
 
-    Args:
-        bits: uint8 [h, w] of 0 and 1, h and w at least 1.
-        left: first column of the part in the mask.
-        top: first row of the part in the mask.
-        height: height of the mask.
-        width: width of the mask.
+    The part is `bits`, uint8 [h, w] of 0 and 1, h and w at least 1; its first column and row are `left` and `top`.
     """
     part_height, part_width = bits.shape
     # The columns of the part, flattened, with a background pixel at either end, so that every change is inside.

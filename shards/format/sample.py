@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 FLAGS = ("is_group_of", "is_occluded", "is_truncated", "is_depiction", "is_inside")
+ATTRIBUTION = ("license", "author", "author_url", "original_url", "title")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +56,12 @@ class Instance:
 
     def to_json(self) -> dict[str, Any]:
         """Return COCO's annotation with the additional fields of Open Images."""
-        value: dict[str, Any] = {
-            "category_id": self.category_id,
+        return {
+            **{name: getattr(self, name) for name in ("category_id", "box_id", "label", "predicted_iou", *FLAGS)},
             "bbox": list(self.bbox),
             "iscrowd": int(self.is_group_of),
             "segmentation": None if self.segmentation is None else self.segmentation.to_json(),
-            "box_id": self.box_id,
-            "label": self.label,
-            "predicted_iou": self.predicted_iou,
         }
-        for flag in FLAGS:
-            value[flag] = getattr(self, flag)
-        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Instance:
@@ -162,15 +157,7 @@ class Sample:
                     f"the image {self.width}x{self.height}: resize the mask to the image first"
                 )
         value = {
-            "image_id": self.image_id,
-            "width": self.width,
-            "height": self.height,
-            "rotation": self.rotation,
-            "license": self.license,
-            "author": self.author,
-            "author_url": self.author_url,
-            "original_url": self.original_url,
-            "title": self.title,
+            **{name: getattr(self, name) for name in ("image_id", "width", "height", "rotation", *ATTRIBUTION)},
             "verified_present": list(self.verified_present),
             "verified_absent": list(self.verified_absent),
             "annotations": [instance.to_json() for instance in self.instances],
@@ -179,12 +166,7 @@ class Sample:
 
     @classmethod
     def from_members(cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "") -> Sample:
-        """Parse a sample.
-
-        Args:
-            image_id: the key.
-            members: bytes by extension: `jpg` and `json`; others are ignored.
-            where: named in errors, such as the shard's URL.
+        """Parse the members `jpg` and `json` (others are ignored); `where` is named in errors, such as the shard's URL.
 
         Raises:
             SampleError: a member is missing or not in the format.
@@ -204,7 +186,7 @@ class Sample:
                 verified_present=tuple(int(v) for v in value["verified_present"]),
                 verified_absent=tuple(int(v) for v in value["verified_absent"]),
                 rotation=int(value["rotation"]),
-                **{name: str(value[name]) for name in ("license", "author", "author_url", "original_url", "title")},
+                **{name: str(value[name]) for name in ATTRIBUTION},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             # The repr of a UnicodeError begins with all of the bytes.
@@ -215,10 +197,7 @@ class Sample:
 def canonical_json(value: Any) -> bytes:
     """Return UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
-    A dataclass becomes an object of its fields, a number of numpy a plain one.
-
-    Raises:
-        ValueError: NaN or an infinity.
+    A dataclass becomes an object of its fields, a number of numpy a plain one; NaN and infinities are a ValueError.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,9 @@ from shards.common.splitmix import fold, splitmix64
 from shards.common.text import did_you_mean
 from shards.format.index import Index
 from shards.format.sample import Sample
+
+if TYPE_CHECKING:
+    from shards.format.dataset import Category
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +65,7 @@ class Selection:
         return asked
 
 
-class _Named(Protocol):
-    @property
-    def id(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def mid(self) -> str: ...
-
-
-C = TypeVar("C", bound=_Named)
-
-
-def find_class(categories: Sequence[C], wanted: str | int, where: str) -> C:
+def find_class(categories: Sequence[Category], wanted: str | int, where: str) -> Category:
     """Return the class with a name (in any case), a MID or an id.
 
     Raises:
@@ -119,11 +110,7 @@ def select_rows(index: Index, selection: Selection, where: str) -> Index:
 def hash_keys(image_ids: pa.Array, seed: int) -> NDArray[np.uint64]:
     """Return uint64 (N,), a hash of each key and the seed; the same in any dataset that has the key.
 
-    Splitmix64 over the key's bytes, eight at a time (little-endian, the last word padded with zeros).
-
-    Args:
-        image_ids: (N,) Arrow strings, ASCII.
-        seed: not negative.
+    Splitmix64 over the key's ASCII bytes, eight at a time (little-endian, the last word padded with zeros).
     """
     hashes = np.full(len(image_ids), fold(seed), dtype=np.uint64)
     width = -(-int(pc.max(pc.binary_length(image_ids)).as_py() or 1) // 8) * 8 if len(image_ids) else 8
@@ -136,12 +123,7 @@ def hash_keys(image_ids: pa.Array, seed: int) -> NDArray[np.uint64]:
 
 
 def with_categories(sample: Sample, category_ids: Mapping[int, int] | None) -> Sample:
-    """Return the sample with other category ids; annotations of categories without one are dropped.
-
-    Args:
-        sample: as stored in the shard.
-        category_ids: see `Index.category_ids`; None returns the sample itself.
-    """
+    """Return a sample of a shard with the ids of `Index.category_ids`; annotations of other categories are dropped."""
     if category_ids is None:
         return sample
 

@@ -38,10 +38,7 @@ def shard_path(split: str, number: int) -> str:
 
 
 def seeded_order(image_ids: Iterable[str], seed: int) -> list[str]:
-    """Sort images by a seeded hash: the first n of them are a random sample, for any n.
-
-    This is the order in which samples of a split are stored.
-    """
+    """Sort images as a split stores them, by a seeded hash: the first n are a random sample, for any n."""
 
     def rank(image_id: str) -> tuple[bytes, str]:
         return hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=16).digest(), image_id
@@ -144,15 +141,10 @@ def parse_header(block: bytes | memoryview) -> Header | None:
 
 
 def read_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, memoryview]:
-    """Return the members of one sample by extension, as views of `data`: nothing is copied.
+    """Return the members of one sample by extension, as views of `data`: its bytes, as delimited by the index.
 
     Only the name and size of the format's own headers are parsed. `tarfile`, which knows every kind of tar, takes ten
-    times as long (`benchmarks/reads.py`), and training does this for every sample.
-
-    Args:
-        data: the sample's bytes, as delimited by its index row.
-        image_id: its key.
-        where: the shard, named in errors.
+    times as long (`benchmarks/reads.py`), and training does this for every sample. `where` is the shard, for errors.
 
     Raises:
         SampleError: the bytes are not members of this sample.

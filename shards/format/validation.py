@@ -18,16 +18,7 @@ MARGIN = 1.0  # extended by a pixel on every side: the mask of a small object ha
 
 
 def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
-    """Check a sample before it is drawn or extracted: numbers in a shard may come from any writer.
-
-    Args:
-        sample: the sample as read.
-        categories: ids of the dataset's classes.
-        where: the shard, named in the error.
-
-    Raises:
-        SampleError: the first fault of the sample.
-    """
+    """Raise a SampleError for the first fault of a sample of the shard `where`, before it is drawn or extracted."""
     for fault in content_faults(sample, None, categories):
         raise SampleError(f"{where}: sample {sample.image_id}: {fault}")
 

@@ -72,8 +72,7 @@ class Location:
     def __post_init__(self) -> None:
         if not self.url:
             raise StorageError("a location is empty: give a local path or a URL such as s3://bucket/prefix")
-        nowhere = _NOWHERE.match(self.url)
-        if nowhere:
+        if nowhere := _NOWHERE.match(self.url):
             scheme = nowhere[1]
             what = "host" if scheme.startswith("http") else "bucket"
             raise StorageError(f"{self.url}: it names no {what}: give {scheme}://{what}/path", permanent=True)
@@ -160,14 +159,10 @@ class Location:
 
 
 def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
-    """Check before hours of work that files can be written under a folder, and leave nothing behind.
+    """Check before hours of work that files can be written under a folder, which need not exist.
 
-    On a local disk no named file and no folder is created. Elsewhere an object is put and removed.
-
-    Args:
-        folder: need not exist.
-        option: the option that names it, for the message.
-        probe: name of the object.
+    On a local disk nothing is created there. Elsewhere the object `probe` is put and removed. `option` is the option
+    that names the folder, for the message.
 
     Raises:
         StorageError: nothing can be written there; remotely also if nothing can be removed.

@@ -40,11 +40,7 @@ def retrying(action: Callable[[], T]) -> T:
 
 
 def write(location: Location, data: bytes) -> None:
-    """Call `Location.write` with retries.
-
-    Raises:
-        StorageError: see `retrying`.
-    """
+    """Call `Location.write` with retries."""
     retrying(lambda: location.write(data))
 
 
@@ -54,9 +50,6 @@ def create(location: Location, data: bytes) -> bool:
     Returns:
         Whether the object was written. False also if the store has no conditional puts, or if an earlier attempt
         succeeded and its answer was lost.
-
-    Raises:
-        StorageError: see `retrying`.
     """
 
     def put() -> bool:
@@ -80,9 +73,5 @@ def create(location: Location, data: bytes) -> bool:
 
 
 def delete(location: Location, *, recursive: bool = False) -> None:
-    """Call `Location.delete` with retries.
-
-    Raises:
-        StorageError: see `retrying`.
-    """
+    """Call `Location.delete` with retries."""
     retrying(lambda: location.delete(recursive=recursive))
