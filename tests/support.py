@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import tarfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -42,9 +39,8 @@ def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True
     """Return a sample with a masked person and, for odd numbers, a car with a box and no mask."""
     mask = np.zeros((height, width), np.uint8)
     mask[4:20, 6:30] = 1
-    person = Instance(
-        1, (6.0, 4.0, 24.0, 16.0), rle.encode(mask) if masks else None, "b0", "/m/01g317", predicted_iou=0.8
-    )
+    encoded = rle.encode(mask) if masks else None
+    person = Instance(1, (6.0, 4.0, 24.0, 16.0), encoded, "b0", "/m/01g317", predicted_iou=0.8)
     car = Instance(2, (10.0, 2.0, 20.0, 25.0), None, "", "/m/0k4j", is_occluded=True)
     return Sample(
         image_id=f"{number:016x}",
@@ -76,25 +72,15 @@ def write_dataset(root: str | Path, splits: Mapping[str, Sequence[Sample]], *, p
 
 def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
     """Write a dataset of one sample with a changed JSON member and the right checksums; return the sample's key."""
-    packed = pack_shard([sample(1)], split="train", path=shard_path("train", 0))
-    with tarfile.open(fileobj=io.BytesIO(packed.data)) as tar:
-        (jpg, picture), (member, content) = ((each, tar.extractfile(each).read()) for each in tar)  # type: ignore[union-attr]
-    value = json.loads(content)
+    good = sample(1)
+    members = good.to_members()
+    value = json.loads(members["json"])
     edit(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    content = text.encode("utf-8", "surrogatepass")
-    member.size = len(content)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        tar.addfile(jpg, io.BytesIO(picture))
-        tar.addfile(member, io.BytesIO(content))
-        end = tar.offset
-    data = buffer.getvalue()
-    row = replace(packed.rows[0], nbytes=end, crc32=zlib.crc32(data[:end]))
-    shard = replace(packed.shard, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (Location(str(root)) / shard.path).write(data)
-    finish_dataset(Location(str(root)), [row], [shard], CATEGORIES)
-    return row.image_id
+    members["json"] = text.encode("utf-8", "surrogatepass")
+    with patch.object(Sample, "to_members", lambda _: members):
+        write_dataset(root, {"train": [good]})
+    return good.image_id
 
 
 def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: Sequence | None = None) -> Index:
@@ -103,12 +89,12 @@ def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: 
     Every third image is a portrait.
     """
     count = len(nbytes)
-    shard = [f"train/{n // per_shard:06d}.tar" for n in range(count)]
+    shards = [f"train/{n // per_shard:06d}.tar" for n in range(count)]
     classes = [sorted(own) for own in classes] if classes is not None else [[1]] * count
     columns = {
         "image_id": [f"{n:016x}" for n in range(count)],
         "split": ["train"] * count,
-        "shard": shard,
+        "shard": shards,
         "offset": np.cumsum(nbytes) - nbytes,
         "nbytes": nbytes,
         "crc32": np.arange(count),
@@ -118,4 +104,4 @@ def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: 
         **{name: [[1] * len(own) for own in classes] for name in ("instances", "masks", "groups")},
     }
     table = pa.table({name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names})
-    return Index.read(table, tuple(dict.fromkeys(shard)))
+    return Index.read(table, tuple(dict.fromkeys(shards)))

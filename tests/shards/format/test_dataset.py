@@ -37,17 +37,6 @@ def test_an_opened_dataset_has_what_was_written(dataset):
         dataset.index("test")
 
 
-def test_the_same_samples_give_the_same_bytes_and_fingerprint(tmp_path):
-    one, same, other = (
-        write_dataset(tmp_path / name, {"train": [sample(n) for n in range(first, first + 4)]})
-        for name, first in (("a", 0), ("b", 0), ("c", 1))
-    )
-    for file in ("dataset.json", "index.parquet", "train/000000.tar"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    prints = [dataset.index("train").fingerprint for dataset in (one, same, other)]
-    assert prints[0] == prints[1] != prints[2]
-
-
 def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
     with pytest.raises(DatasetError, match=r"there is no dataset.json.*run the same build-shards command again"):
         open_dataset(str(tmp_path))
@@ -109,10 +98,8 @@ def test_a_dataset_prints_as_one_line(dataset):
     assert repr(dataset) == f"Dataset('{root}', classes: Person, Car; train: 10 samples, val: 4 samples)"
     part = repr(dataset.select(classes=["Car"], fraction=0.5))
     assert "classes: Car; train: 10 samples, val: 4 samples; of these, Selection(classes=(2,), fraction=0.5" in part
-    many = tuple(Category(number, f"C{number}", "") for number in range(1, 9))
-    assert "classes: C1, C2, C3, C4, C5 and 3 more;" in repr(
-        replace(dataset, info=replace(dataset.info, categories=many))
-    )
+    many = replace(dataset.info, categories=tuple(Category(number, f"C{number}", "") for number in range(1, 9)))
+    assert "classes: C1, C2, C3, C4, C5 and 3 more;" in repr(replace(dataset, info=many))
     assert repr(dataset.index("train")) == "Index(10 samples in 2 shards)"
 
 
@@ -133,9 +120,8 @@ def test_accounts_are_a_data_frame_or_an_error(tmp_path):
     dataset = write_dataset(tmp_path, {"train": [sample(0)]})
     with pytest.raises(DatasetError, match=r"there is no accounts\.parquet"):
         dataset.accounts()
-    (tmp_path / "accounts.parquet").write_bytes(
-        write_accounts([Account("image", "train", "a", "", "a.jpg", "image-missing")])
-    )
+    missing = Account("image", "train", "a", "", "a.jpg", "image-missing")
+    (tmp_path / "accounts.parquet").write_bytes(write_accounts([missing]))
     assert dataset.accounts()[["image_id", "status"]].to_numpy().tolist() == [["a", "image-missing"]]
     (tmp_path / "accounts.parquet").write_bytes(b"nothing")
     with pytest.raises(DatasetError, match=r"accounts.parquet: damaged \("):

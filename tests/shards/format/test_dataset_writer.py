@@ -1,4 +1,3 @@
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
@@ -38,12 +36,8 @@ def samples(root: str, split: str) -> list[Sample]:
 def test_images_boxes_and_masks_become_a_finished_dataset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with DatasetWriter(tmp_path / "pets", classes=["cat", "dog"]) as writer:
         writer.add_image("rex", PICTURE, [{"category": "dog", "mask": MASK}], license="CC0")
-        crowd: Any = {
-            "category": 1,
-            "bbox": np.array([1, 2, 3, 4]),
-            "is_group_of": True,
-            "predicted_iou": np.float32(0.5),
-        }
+        numbers = {"bbox": np.array([1, 2, 3, 4]), "predicted_iou": np.float32(0.5)}
+        crowd: Any = {"category": 1, "is_group_of": True, **numbers}
         writer.add_image("tom", PICTURE, [crowd], split="val", verified_absent=[])
         assert repr(writer) == f"DatasetWriter('{tmp_path}/pets', 2 samples)"
         assert not (tmp_path / "pets").exists()
@@ -130,12 +124,6 @@ def test_a_failing_write_leaves_no_dataset_json(tmp_path: Path, monkeypatch: pyt
         DatasetWriter(tmp_path, CATEGORIES).__enter__()
 
 
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (48, 32)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
     return [{"category": "cat", "bbox": bbox, **more}]
 
@@ -143,7 +131,7 @@ def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("a", png()), "sample a: the image cannot be read (not a JPEG): convert it to JPEG first"),
+        (("a", b"\x89PNG\r\n\x1a\n"), "sample a: the image cannot be read (not a JPEG): convert it to JPEG first"),
         (("a", PICTURE[:-300]), "sample a: a.jpg cannot be decoded: "),
         (("a", "cat.jpg"), "sample a: image is 'cat.jpg': give the bytes of a JPEG"),
         (("a/b", PICTURE), "only 1 to 64 letters, digits, '_' and '-'"),
@@ -155,10 +143,7 @@ def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
         (("a", PICTURE, [{"category": "cow", "mask": MASK}]), "there is no class 'cow': it has cat, dog"),
         (("a", PICTURE, [{"bbox": (1, 1, 2, 2)}]), "give a dict with category, and bbox or mask"),
         (("a", PICTURE, box(1, 1, 2, 2, masc=MASK)), "unknown key 'masc': did you mean mask?"),
-        (
-            ("a", PICTURE, [{"category": "cat", "mask": MASK.T}]),
-            "shape (48, 32), the image is [H, W] = (32, 48)",
-        ),
+        (("a", PICTURE, [{"category": "cat", "mask": MASK.T}]), "shape (48, 32), the image is [H, W] = (32, 48)"),
         (("a", PICTURE, [{"category": "cat", "mask": ~MASK & MASK}]), "a mask of cat has no pixel"),
         (("a", PICTURE, box(1, 1, 2, 2, predicted_iou=2.0)), "predicted_iou 2 is not from 0 to 1"),
         (("a", PICTURE, [Instance(7, (1, 1, 2, 2), None)]), "category_id 7 is not the id of a class"),

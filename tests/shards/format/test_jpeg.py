@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,26 +11,24 @@ from tests.support import jpeg
 PICTURE = jpeg(48, 32, 0)
 
 
-def png() -> bytes:
+def saved(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def test_the_size_is_that_of_the_stored_pixels() -> None:
     assert check_jpeg(PICTURE, 48 * 32) == (48, 32)
-    buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.new("RGB", (48, 32)).save(buffer, "JPEG", exif=exif)
-    assert check_jpeg(buffer.getvalue()) == (48, 32)
+    assert check_jpeg(saved(Image.new("RGB", (48, 32)), exif=exif)) == (48, 32)
 
 
 @pytest.mark.parametrize(
     ("data", "limit", "reason", "too_large"),
     [
         (b"", None, "not a JPEG", False),
-        (png(), None, "not a JPEG", False),
+        (saved(Image.new("RGB", (4, 4)), "PNG"), None, "not a JPEG", False),
         (PICTURE[:-200], None, "truncated", False),
         (PICTURE, 48 * 32 - 1, "48x32 pixels, the limit is 1535", True),
     ],
@@ -52,9 +51,7 @@ def _passes(data: bytes) -> bool:
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_the_same_damage_is_found_as_at_full_size(progressive: bool) -> None:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(160, 100, 1))).save(buffer, "JPEG", progressive=progressive)
-    good = buffer.getvalue()
+    good = saved(Image.open(io.BytesIO(jpeg(160, 100, 1))), progressive=progressive)
     generator = np.random.default_rng(0)
     verdicts = set()
     for _ in range(80):
@@ -76,6 +73,4 @@ def test_the_same_damage_is_found_as_at_full_size(progressive: bool) -> None:
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 3), (8, 8)])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_jpegs_of_any_size_and_mode_pass(width: int, height: int, mode: str) -> None:
-    buffer = io.BytesIO()
-    Image.new(mode, (width, height)).save(buffer, "JPEG")
-    assert check_jpeg(buffer.getvalue()) == (width, height)
+    assert check_jpeg(saved(Image.new(mode, (width, height)))) == (width, height)
