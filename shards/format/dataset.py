@@ -315,12 +315,7 @@ def root_location(root: str | os.PathLike[str] | Location) -> Location:
 
 
 def read_value(root: Location) -> Any:
-    """Return the JSON of `dataset.json`, which `DatasetInfo.from_json` parses.
-
-    Raises:
-        DatasetError: it is missing, or not JSON.
-        StorageError: the root cannot be reached.
-    """
+    """Return the JSON of `dataset.json`, for `DatasetInfo.from_json`; a DatasetError if it is missing or not JSON."""
     [answer] = read_many([Read(root / DATASET_FILE)])
     return _value_of(root, answer)
 
@@ -350,11 +345,7 @@ def _read(location: Location, answer: bytes | Exception) -> bytes:
 
 
 def accounts_table(data: bytes, where: str) -> pa.Table:
-    """Parse the bytes of `accounts.parquet`; `where` is named in errors.
-
-    Raises:
-        DatasetError: the data is not such a table.
-    """
+    """Parse the bytes of `accounts.parquet`; a DatasetError that names `where` if they are not such a table."""
     try:
         return pq.read_table(pa.BufferReader(data), schema=ACCOUNTS_SCHEMA)
     except (pa.ArrowException, OSError) as error:

@@ -20,8 +20,8 @@ from shards.format.sample import ATTRIBUTION, FLAGS
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
-def _field(name: str, kind: str) -> dict[str, Any]:
-    return {"name": name, "dtype": kind}
+def _fields(kind: str, *names: str) -> list[dict[str, Any]]:
+    return [{"name": name, "dtype": kind} for name in names]
 
 
 def _ints(name: str) -> dict[str, Any]:
@@ -32,28 +32,26 @@ def _ints(name: str) -> dict[str, Any]:
 # fails on the first field that is null or empty in all of them.
 # Format: `Features._to_yaml_list` of https://github.com/huggingface/datasets
 FEATURES = [
-    _field("__key__", "string"),
-    _field("__url__", "string"),
-    _field("jpg", "image"),
+    *_fields("string", "__key__", "__url__"),
+    *_fields("image", "jpg"),
     {
         "name": "json",
         "struct": [
-            _field("image_id", "string"),
-            *(_field(name, "int32") for name in ("width", "height", "rotation")),
-            *(_field(name, "string") for name in ATTRIBUTION),
+            *_fields("string", "image_id"),
+            *_fields("int32", "width", "height", "rotation"),
+            *_fields("string", *ATTRIBUTION),
             _ints("verified_present"),
             _ints("verified_absent"),
             {
                 "name": "annotations",
                 "list": [
-                    _field("category_id", "int32"),
+                    *_fields("int32", "category_id"),
                     {"name": "bbox", "list": "float64"},
-                    _field("iscrowd", "int32"),
-                    {"name": "segmentation", "struct": [_ints("size"), _field("counts", "string")]},
-                    _field("box_id", "string"),
-                    _field("label", "string"),
-                    _field("predicted_iou", "float64"),
-                    *(_field(name, "bool") for name in FLAGS),
+                    *_fields("int32", "iscrowd"),
+                    {"name": "segmentation", "struct": [_ints("size"), *_fields("string", "counts")]},
+                    *_fields("string", "box_id", "label"),
+                    *_fields("float64", "predicted_iou"),
+                    *_fields("bool", *FLAGS),
                 ],
             },
         ],

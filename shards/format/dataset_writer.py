@@ -323,10 +323,6 @@ def write_tables(
 
     The shards are there already. `source`, where the data came from, is JSON; its `name` selects the text of the card,
     which shows `command`.
-
-    Raises:
-        DatasetError: rows and shards contradict each other.
-        StorageError: a file cannot be written.
     """
     write(root / ACCOUNTS_FILE, write_accounts(accounts))
     counts = count_classes(rows, categories)
@@ -347,11 +343,8 @@ def finish_dataset(
 ) -> DatasetInfo:
     """Write `index.parquet`, then `dataset.json`: the dataset is finished when this returns.
 
-    The shards are there already. Rows, shards and categories may be in any order; `source` is JSON.
-
-    Raises:
-        DatasetError: rows and shards contradict each other.
-        StorageError: a file could not be written.
+    The shards are there already. Rows, shards and categories may be in any order; `source` is JSON. A DatasetError is
+    raised if rows and shards contradict each other.
     """
     shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.path))
     index = index_bytes(rows, {shard.path: shard.samples for shard in shards})

@@ -48,11 +48,7 @@ class Selection:
             raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
 
     def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
-        """Return a part of this selection: some of its classes, and a fraction.
-
-        Raises:
-            DatasetError: it is a fraction already; `where` is named.
-        """
+        """Return some of the classes, and a fraction, of this selection; a DatasetError if it is a fraction already."""
         asked = Selection(classes, fraction, seed)
         if asked.fraction == 1:
             return replace(asked, fraction=self.fraction, seed=self.seed)
@@ -66,11 +62,7 @@ class Selection:
 
 
 def find_class(categories: Sequence[Category], wanted: str | int, where: str) -> Category:
-    """Return the class with a name (in any case), a MID or an id.
-
-    Raises:
-        DatasetError: there is none; the message has `where` and the nearest names.
-    """
+    """Return the class with a name (in any case), a MID or an id; a DatasetError with the nearest names if none has."""
     text = str(wanted)
     for matches in (
         lambda c: c.name == text,
@@ -88,11 +80,7 @@ def find_class(categories: Sequence[Category], wanted: str | int, where: str) ->
 
 
 def select_rows(index: Index, selection: Selection, where: str) -> Index:
-    """Return the index of the selected samples.
-
-    Raises:
-        DatasetError: nothing is left; `where` is named.
-    """
+    """Return the index of the selected samples; a DatasetError if there are none."""
     if selection.classes is not None:
         assert index.labels is not None, "an index of a dataset has labels"
         has = np.isin(index.labels.classes, selection.classes)

@@ -24,13 +24,7 @@ def check_contents(sample: Sample, categories: Set[int], where: str) -> None:
 
 
 def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -> Iterator[str]:
-    """Yield each fault of a sample, on one line.
-
-    Args:
-        sample: the sample as read.
-        stored: its JSON member; None to skip the check that it is canonical.
-        categories: ids of the dataset's classes.
-    """
+    """Yield each fault of a sample, on one line; `stored` is its JSON member, None if that is not to be compared."""
     yield from _picture_faults(sample)
     if sample.rotation not in ROTATIONS:
         yield f"rotation is {sample.rotation}, not one of {', '.join(map(str, ROTATIONS))}"

@@ -22,9 +22,8 @@ def storage_errors(url: str) -> Iterator[None]:
             raise
         no_bucket = is_missing_bucket(error)
         missing = isinstance(error, FileNotFoundError) and not no_bucket
-        refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
-        wrong_kind = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
-        permanent = refused or no_bucket or wrong_kind or _is_wrong_endpoint(error)
+        permanent = isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError)
+        permanent |= no_bucket or type(error).__name__ == "NoCredentialsError" or _is_wrong_endpoint(error)
         raise StorageError(message, missing=missing, permanent=permanent) from error
 
 

@@ -22,9 +22,6 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
 
     Its folder is created. The bytes go to a temporary name in that folder, which is renamed at the end of the `with`
     block, or removed after an exception. A kill leaves the temporary file and what was at `path` before.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -41,26 +38,16 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
 
 
 def expect(path: str, start: int, end: int) -> None:
-    """Announce to the kernel that bytes `start` to `end` of a file will be read.
-
-    A file that cannot be opened is ignored here: reading it raises the error.
-    """
+    """Announce to the kernel that bytes `start` to `end` of a file will be read; reading raises any error."""
     if not hasattr(os, "posix_fadvise"):
         return
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for place in range(start, end, ADVICE):
-                os.posix_fadvise(file.fileno(), place, min(ADVICE, end - place), os.POSIX_FADV_WILLNEED)
-    except OSError:
-        return
+    with suppress(OSError), open(path, "rb", buffering=0) as file:
+        for place in range(start, end, ADVICE):
+            os.posix_fadvise(file.fileno(), place, min(ADVICE, end - place), os.POSIX_FADV_WILLNEED)
 
 
 def read_file(path: str, start: int, end: int) -> bytes:
-    """Return bytes `start` to `end` (exclusive) of a file, or fewer if it ends before.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return bytes `start` to `end` (exclusive) of a file, or fewer if it ends before."""
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         data = file.read(end - start)

@@ -63,7 +63,8 @@ class Location:
         anonymous: do not sign S3 requests. Never guessed: set by the user or by the default of a public source.
 
     Raises:
-        StorageError: the URL is empty, or names no bucket or host.
+        StorageError: the URL is empty, or names no bucket or host; from the methods: the store could not be reached, or
+            the object could not be read, written or removed.
     """
 
     url: str
@@ -109,29 +110,17 @@ class Location:
         return self.protocol in ("file", "local")
 
     def exists(self) -> bool:
-        """Return whether there is an object or folder at this location.
-
-        Raises:
-            StorageError: the store could not be asked.
-        """
+        """Return whether there is an object or folder at this location."""
         with storage_errors(self.url):
             return bool(self.fs.exists(self.path))
 
     def read(self) -> bytes:
-        """Return the whole object.
-
-        Raises:
-            StorageError: it is missing or could not be read.
-        """
+        """Return the whole object."""
         with storage_errors(self.url):
             return bytes(self.fs.cat_file(self.path))
 
     def write(self, data: bytes) -> None:
-        """Write the whole object or nothing, by one put or, on a local disk, a temporary name and a rename.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Write the whole object or nothing, by one put or, on a local disk, a temporary name and a rename."""
         with storage_errors(self.url):
             if not self.is_local:
                 # botocore sends `Expect: 100-continue`, and aiohttp's read timeout does not run while it waits for the
@@ -148,11 +137,7 @@ class Location:
                 ) from error
 
     def delete(self, *, recursive: bool = False) -> None:
-        """Remove the object, or recursively a folder, if it exists.
-
-        Raises:
-            StorageError: it could not be removed.
-        """
+        """Remove the object, or recursively a folder, if it exists."""
         with storage_errors(self.url):
             if self.fs.exists(self.path):
                 self.fs.rm(self.path, recursive=recursive)

@@ -65,6 +65,7 @@ def test_the_fingerprint_depends_on_the_samples():
 
 def test_rows_in_another_order_than_the_shards_are_refused():
     index = make_index(np.full(10, 5))
+    assert index.labels is not None
     with pytest.raises(DatasetError, match="not in the order of the shards: build the dataset again"):
         Index.read(index.labels.columns, index.shard_paths[::-1])
 

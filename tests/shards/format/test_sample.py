@@ -53,7 +53,9 @@ def test_members_are_the_jpeg_untouched_and_coco_annotations():
     assert list(members) == ["jpg", "json"]
     assert members["jpg"] == original.image
     person, car = json.loads(members["json"])["annotations"]
-    assert person["segmentation"] == original.instances[0].segmentation.to_json()
+    mask = original.instances[0].segmentation
+    assert mask is not None
+    assert person["segmentation"] == mask.to_json()
     assert (car["segmentation"], car["iscrowd"]) == (None, 0)
     assert Instance(1, (0, 0, 5, 5), None, is_group_of=True).to_json()["iscrowd"] == 1
 
