@@ -55,7 +55,13 @@ def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True
     )
 
 
-def write_dataset(root: str | Path, splits: Mapping[str, Sequence[Sample]], *, per_shard: int = 8) -> Dataset:
+def write_dataset(
+    root: str | Path,
+    splits: Mapping[str, Sequence[Sample]],
+    *,
+    per_shard: int = 8,
+    categories: Sequence[Category] = CATEGORIES,
+) -> Dataset:
     """Pack samples into a finished dataset at `root` and open it."""
     location = Location(str(root))
     rows: list[IndexRow] = []
@@ -66,7 +72,7 @@ def write_dataset(root: str | Path, splits: Mapping[str, Sequence[Sample]], *, p
             (location / packed.shard.path).write(packed.data)
             rows.extend(packed.rows)
             shards.append(packed.shard)
-    finish_dataset(location, rows, shards, CATEGORIES, plan="test")
+    finish_dataset(location, rows, shards, categories, plan="test")
     return open_dataset(location)
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,23 +18,17 @@ from builder.fetching.traffic import PROCESS, Traffic
 from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
 from builder.planning.class_report import ClassReport
+from builder.planning.image_list import ImageList
 from builder.planning.prepare import Preparation
-from builder.planning.replacements import next_round
 from builder.sources.base import Source
 from builder.target.build_lock import BuildLock, refuse_if_held
-from builder.target.build_state import claim, finished_results, read_rows, remove_strays
+from builder.target.build_state import claim, finished_results, read_tables, remove_strays
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
 from shards.common.text import counted
-from shards.format.accounts import Account, failed_images, read_accounts, reasons
-from shards.format.dataset import (
-    ACCOUNTS_FILE,
-    SPLITS,
-    Category,
-    DatasetInfo,
-    open_dataset,
-)
+from shards.format.accounts import Account, failed_images, reasons
+from shards.format.dataset import SPLITS, Category, DatasetInfo, open_dataset
 from shards.format.dataset_card import ClassCounts, count_classes
 from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
@@ -67,14 +62,10 @@ class Summary:
         shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
         replaced: images that were fetched to replace failed ones.
         recovered: images and masks that `--retry-failed` recovered; None for a build.
-        shards: number of shards of the dataset.
-        samples: number of samples of the dataset.
-        nbytes: size of the shards, in bytes.
+        shards, samples, nbytes: size of the dataset.
         resumed: shards that an earlier run had finished.
         handled: images that this run fetched, packed or not.
-        tables: traffic of this run for tables and zip directories.
-        images: traffic of this run for images.
-        masks: traffic of this run for masks.
+        tables, images, masks: traffic of this run; tables with zip directories.
         seconds: duration of this run.
         packing: duration of the packing in this run, in seconds.
     """
@@ -115,22 +106,11 @@ class PreparedBuild:
     prepared: float
     tables: Traffic
 
-    def measured(self) -> dict[str, Any]:
-        """Return the fields of a `Summary` that measure time and tables, as of now."""
-        now = time.monotonic()
-        return {"tables": self.tables, "seconds": now - self.started, "packing": now - self.prepared}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Tasks and results of all rounds of a build, and the traffic of this run."""
-
-    tasks: tuple[ShardTask, ...]
-    results: tuple[TaskResult, ...]
-    resumed: int
-    handled: int
-    images: Traffic
-    masks: Traffic
+    @property
+    def job(self) -> Job:
+        """What all tasks of the build share."""
+        source, plan = self.source, self.preparation.plan
+        return Job(self.root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
 
 
 def begin(
@@ -148,15 +128,16 @@ def begin(
         root: root of the dataset.
         make_plan: `builder.planning.prepare.prepare` with its arguments; called once the places are known to be usable.
         engine: where shards are going to be packed.
-        writes: whether the command writes to `root`, so that writing has to be possible.
+        writes: whether the command writes to `root`.
 
     Raises:
         UserError: bad input, or another build is at work in `root`.
         StorageError: a place cannot be reached, read or written.
     """
     started, before = time.monotonic(), PROCESS.total
-    root = absolute(root)
-    check_places(source, root, write_to=writes)
+    if root.is_local:
+        root = Location(os.path.abspath(root.path))  # workers may have another current folder
+    _check_places(source, root, writes)
     warm_up(engine)
     refuse_if_held(root)
     preparation = make_plan()
@@ -181,140 +162,128 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
     plan = preparation.plan
     with BuildLock(root) as lock:
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
-            return _already_built(root, preparation)
-        job = Job(root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
-        done = _run(preparation, job, begun.engine, lock)
-        rows = [row for result in done.results for row in result.rows]
-        shards = [result.shard for result in done.results if result.shard is not None]
-        accounts = [*preparation.unknown, *(account for result in done.results for account in result.accounts)]
+            dataset = open_dataset(root)
+            short = shortfalls(preparation, *read_tables(dataset), dataset.categories)
+            return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
+        tasks, by_name, resumed = _run(preparation, begun.job, begun.engine, lock)
+        results = [by_name[task.name] for task in tasks]
+        rows = [row for result in results for row in result.rows]
+        shards = [result.shard for result in results if result.shard is not None]
+        accounts = [*preparation.unknown, *(account for result in results for account in result.accounts)]
         if not rows:
             delete(root / RECORDS, recursive=True)
             found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
             raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
-        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.options))}
+        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.choice.recorded()))}
         info = write_tables(
             root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command
         )
         delete(root / RECORDS, recursive=True)
-    first = {task.name for task in plan.tasks}
     return summarise(
-        preparation,
+        begun,
         info,
         rows,
         accounts,
-        replaced=sum(len(task.images) for task in done.tasks if task.name not in first),
-        resumed=done.resumed,
-        handled=done.handled,
-        images=done.images,
-        masks=done.masks,
-        **begun.measured(),
+        results,
+        replaced=sum(len(task.images) for task in tasks[len(plan.tasks) :]),
+        resumed=len(resumed),
+        handled=sum(len(task.images) for task in tasks if task.name not in resumed),
     )
 
 
-def _already_built(root: Location, preparation: Preparation) -> Summary:
-    dataset = open_dataset(root)
-    accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
-    short = shortfalls(preparation, read_rows(dataset), dataset.categories, accounts)
-    return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
-
-
 def summarise(
-    preparation: Preparation,
+    begun: PreparedBuild,
     info: DatasetInfo,
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
-    **measured: Any,
+    results: Collection[TaskResult],
+    **others: Any,
 ) -> Summary:
-    """Return the `Summary` of a finished dataset; `measured` are the fields that describe this run."""
-    counts = count_classes(rows, preparation.plan.categories)
+    """Return the `Summary` of a finished dataset and of what this run fetched; `others` are further fields."""
+    preparation, now = begun.preparation, time.monotonic()
     return Summary(
         already_built=False,
         chosen=preparation.reports,
-        counts=tuple(counts),
+        counts=tuple(count_classes(rows, preparation.plan.categories)),
         failures=tuple(reasons(accounts).items()),
-        shortfalls=tuple(shortfalls(preparation, rows, info.categories, accounts)),
+        shortfalls=tuple(shortfalls(preparation, rows, accounts, info.categories)),
         shards=len(info.shards),
         samples=sum(shard.samples for shard in info.shards),
         nbytes=sum(shard.nbytes for shard in info.shards),
-        **measured,
+        tables=begun.tables,
+        images=sum((result.images for result in results), Traffic()),
+        masks=sum((result.masks for result in results), Traffic()),
+        seconds=now - begun.started,
+        packing=now - begun.prepared,
+        **others,
     )
 
 
 def shortfalls(
     preparation: Preparation,
-    rows: Sequence[IndexRow],
-    categories: Sequence[Category],
-    accounts: Sequence[Account],
+    rows: Iterable[IndexRow],
+    accounts: Iterable[Account],
+    categories: Iterable[Category],
 ) -> list[Shortfall]:
     """Return the classes with fewer images than requested and than the source has, because images failed."""
-    if preparation.listed:
+    if isinstance(preparation.choice.images, ImageList):
         images = [account for account in accounts if account.kind == "image"]
         failed = sum(account.failed for account in images)
         return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
     ids = {category.name: category.id for category in categories}
-    packed: dict[tuple[str, int], int] = {}
-    for row in rows:
-        for category, masks in zip(row.classes, row.masks, strict=True):
-            if masks or not preparation.require_mask:
-                packed[row.split, category] = packed.get((row.split, category), 0) + 1
-    found = []
-    for report in preparation.reports:
-        wanted, got = min(report.asked, report.available), packed.get((report.split, ids[report.name]), 0)
-        if got < wanted:
-            found.append(Shortfall(report.split, report.name, got, wanted))
-    return found
+    packed = Counter(
+        (row.split, category)
+        for row in rows
+        for category, masks in zip(row.classes, row.masks, strict=True)
+        if masks or not preparation.choice.filters.require_mask
+    )
+    found = [
+        Shortfall(one.split, one.name, packed[one.split, ids[one.name]], min(one.asked, one.available))
+        for one in preparation.reports
+    ]
+    return [short for short in found if short.packed < short.wanted]
 
 
-def absolute(root: Location) -> Location:
-    """Return the root with an absolute path, because workers may have another current folder."""
-    return Location(os.path.abspath(root.path)) if root.is_local else root
-
-
-def check_places(source: Source, root: Location, *, write_to: bool = True) -> None:
-    """Check access to the images and the root before gigabytes of tables are read.
-
-    Raises:
-        StorageError: images cannot be read, or `root` cannot be written.
-    """
+def _check_places(source: Source, root: Location, writes: bool) -> None:
+    """Check access to the images and the root before gigabytes of tables are read."""
     if source.images.is_local and not os.path.isdir(source.images.path):
         raise StorageError(f"{source.images}: there is no such folder: check --images")
     # This key need not exist: a missing bucket, endpoint or credential raises.
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
-    if write_to:
+    if writes:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
 
 
-def _run(preparation: Preparation, job: Job, engine: Engine, lock: BuildLock) -> Outcome:
-    """Pack all rounds, except shards that an earlier run finished."""
+def _run(
+    preparation: Preparation, job: Job, engine: Engine, lock: BuildLock
+) -> tuple[list[ShardTask], dict[str, TaskResult], set[str]]:
+    """Pack all rounds; return tasks, results by the task's name, and names of tasks that an earlier run finished."""
     tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}
-    resumed = handled = 0
-    images = masks = Traffic()
+    resumed: set[str] = set()
     fresh: Sequence[ShardTask] = preparation.plan.tasks
     with Progress() as progress:
         while fresh:
             finished = finished_results(job.root, job.fingerprint, fresh)
             if finished:
                 logger.info("resuming: %d of %s already finished", len(finished), counted(len(fresh), "shard"))
-            resumed += len(finished)
+            resumed |= finished.keys()
             results |= finished
             to_do = [task for task in fresh if task.name not in finished]
             progress.expect(sum(len(task.images) for task in to_do))
             for task, result in execute(partial(pack_task, job=job), to_do, engine):
                 lock.check()
                 results[task.name] = result
-                handled += len(task.images)
-                images, masks = images + result.images, masks + result.masks
                 failed = len(failed_images(result.accounts, task.split))
                 progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
             tasks += fresh
             accounts = [account for result in results.values() for account in result.accounts]
             failures = {split: failed_images(accounts, split) for split in SPLITS}
-            fresh = next_round(preparation.replacements, tasks, failures.__getitem__, preparation.images_per_shard)
+            fresh = preparation.next_round(tasks, failures)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
                 lost = sum(map(len, failures.values()))
                 logger.info("%s failed: trying %s", counted(lost, "image"), counted(count, "replacement"))
-    return Outcome(tuple(tasks), tuple(results[task.name] for task in tasks), resumed, handled, images, masks)
+    return tasks, results, resumed

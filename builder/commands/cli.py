@@ -83,11 +83,7 @@ def _render(result: Summary | Estimate, options: BuildOptions) -> str:
 
 
 def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
-    """Build a dataset, retry what failed in it, or estimate a build.
-
-    Args:
-        options: options of the command.
-        cache: folder that keeps annotation tables.
+    """Build a dataset, retry what failed in it, or estimate a build; annotation tables are kept in `cache`.
 
     Raises:
         UserError: bad input, or a location that cannot be reached, read or written; see `builder.commands.build`.
@@ -97,7 +93,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     from builder.commands.retry_failed import retry_failed
     from builder.packing.executors import Engine
     from builder.planning.image_list import ImageList
-    from builder.planning.prepare import prepare
+    from builder.planning.prepare import Choice, prepare
     from builder.planning.selection import Quotas
     from builder.sources.base import Filters
 
@@ -105,9 +101,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     if eval_per_class is None and options.per_class:
         eval_per_class = max(1, options.per_class // 10)
     source = make_source(options, cache)
-    make_plan = partial(
-        prepare,
-        source,
+    choice = Choice(
         options.class_names,
         ImageList(options.images_list) if options.images_list else Quotas(options.per_class, eval_per_class),
         exact_classes=options.exact_classes,
@@ -119,6 +113,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     )
     workers = 1 if options.dry_run else options.workers or os.cpu_count() or 1
     engine = Engine(workers, options.cluster)
+    make_plan = partial(prepare, source, choice)
     begun = begin(source, Location(options.out), make_plan, engine=engine, writes=not options.dry_run)
     if options.dry_run:
         return estimate(begun)

@@ -39,19 +39,16 @@ class Estimate:
         plan: fingerprint of the plan.
         chosen: reports of the selection, per split and class.
         counts: images, masks and boxes per split and class that would be packed if nothing failed.
-        shards: number of shards.
-        images: number of images.
+        shards, images: numbers of shards and images.
         tables: measured traffic for tables and zip directories that were not in the cache.
         jpegs: estimated traffic for images: the mean length of a sample, times the number of images.
         jpegs_error: one standard error of the bytes of `jpegs`.
-        sampled: images whose length was requested.
-        unavailable: images of the sample that are unavailable.
+        sampled, unavailable: images whose length was requested, and how many of them are unavailable.
         masks: traffic for masks: exact, unless requests have to be repeated.
         masks_wanted: bytes of the masks themselves; the others are read between masks to save requests.
         output: estimated size of the shards, in bytes.
         whole_zips: size of the zips that contain any of these masks, in bytes.
-        whole_tables: size of the tables, in bytes; None if not known for the source.
-        whole_images: size of all images of these splits, in bytes; None if not known for the source.
+        whole_tables, whole_images: size of the tables and of all images of these splits, in bytes; None if unknown.
     """
 
     plan: str
@@ -81,7 +78,7 @@ def estimate(begun: PreparedBuild) -> Estimate:
     source, preparation = begun.source, begun.preparation
     plan = preparation.plan
     images = [image for task in plan.tasks for image in task.images]
-    lengths, unavailable = _sample(images, source.images.anonymous, preparation.seed)
+    lengths, unavailable = _sample(images, source.images.anonymous, preparation.choice.seed)
     mean = sum(lengths) / len(lengths) if lengths else 0.0
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1))
     masks, wanted = _mask_traffic(plan)

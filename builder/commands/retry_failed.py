@@ -16,25 +16,23 @@ from functools import partial
 
 from builder.commands.build import PreparedBuild, Summary, summarise
 from builder.commands.progress import Progress
-from builder.fetching import zip_members
 from builder.fetching.fetch import Request, fetch_one
-from builder.fetching.traffic import Meter, Traffic
+from builder.fetching.traffic import Meter
 from builder.packing.executors import Engine, execute
-from builder.packing.pack import RECORDS, Job, TaskResult, members_of, pack_image, pack_images
+from builder.packing.pack import RECORDS, Job, Outcome, TaskResult, pack_image, pack_images, read_masks
 from builder.planning.prepare import Preparation
-from builder.planning.replacements import next_round
 from builder.target.build_lock import BuildLock
-from builder.target.build_state import finish_retry, read_rows, retry_stage
-from builder.tasks.plan import InlineMask, Member, PlannedImage, PlannedObject, ShardTask
+from builder.target.build_state import finish_retry, read_tables, retry_stage
+from builder.tasks.plan import InlineMask, Member, PlannedImage, ShardTask
 from shards.common.errors import DatasetError, UserError
-from shards.format.accounts import PACKED, RECOVERED, Account, failed_images, read_accounts
-from shards.format.dataset import ACCOUNTS_FILE, SPLITS, Dataset, Shard, open_dataset
+from shards.format.accounts import PACKED, RECOVERED, Account, failed_images
+from shards.format.dataset import SPLITS, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
 from shards.format.shard_tar import pack_shard, read_members
 from shards.storage.location import Location
-from shards.storage.retry import delete, retrying, write
+from shards.storage.retry import delete, write
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +48,6 @@ class Repair:
     rows: tuple[IndexRow, ...]
     accounts: tuple[Account, ...]
 
-    @property
-    def name(self) -> str:
-        """Name of the task."""
-        return self.task.name
-
 
 def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
     """Fetch again what failed in a finished dataset.
@@ -67,7 +60,7 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         UserError: the root holds no finished dataset of this plan, or another build is at work there.
         StorageError: a place cannot be reached, read or written.
     """
-    source, root, preparation = begun.source, begun.root, begun.preparation
+    root, preparation = begun.root, begun.preparation
     with BuildLock(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
@@ -76,14 +69,12 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
                 f"{root}: holds a dataset of another plan: --retry-failed needs the command that built it, and "
                 "unchanged annotations and zips (otherwise build again, with --overwrite or another --out)"
             )
-        accounts = read_accounts(retrying((root / ACCOUNTS_FILE).read), str(root / ACCOUNTS_FILE))
-        rows = read_rows(dataset)
+        rows, accounts = read_tables(dataset)
         repairs = _repairs(preparation, dataset, rows, accounts)
         stage = retry_stage(root)
         delete(stage, recursive=True)
-        job = Job(root, dataset.info.plan, source.images.anonymous, source.annotations.anonymous)
-        results = _run(repairs, job, begun.engine, lock)
-        recovered = sum(_recovered(repair.accounts, results[repair.name].accounts) for repair in repairs)
+        results = _run(repairs, begun.job, begun.engine, lock)
+        recovered = sum(_recovered(repair.accounts, results[repair.task.name].accounts) for repair in repairs)
         if recovered:
             rows, shards, accounts = _replaced(rows, dataset.info.shards, accounts, repairs, results)
             lock.check()
@@ -101,17 +92,8 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         else:
             delete(root / RECORDS, recursive=True)
         info = open_dataset(root).info
-    return summarise(
-        preparation,
-        info,
-        rows,
-        accounts,
-        recovered=recovered,
-        handled=sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs),
-        images=sum((result.images for result in results.values()), Traffic()),
-        masks=sum((result.masks for result in results.values()), Traffic()),
-        **begun.measured(),
-    )
+    handled = sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs)
+    return summarise(begun, info, rows, accounts, results.values(), recovered=recovered, handled=handled)
 
 
 def repair_task(repair: Repair, job: Job) -> TaskResult:
@@ -158,7 +140,7 @@ def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: BuildLock) -
         progress.expect(len(repairs))
         for repair, result in execute(partial(repair_task, job=job), repairs, engine):
             lock.check()
-            results[repair.name] = result
+            results[repair.task.name] = result
             failed = len(failed_images(result.accounts, repair.task.split))
             progress.advance(1, result.images.nbytes + result.masks.nbytes, failed)
     return results
@@ -170,18 +152,10 @@ def _repairs(
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
 ) -> list[Repair]:
-    """Return the tasks in which something failed, from all rounds of the build.
-
-    Raises:
-        UserError: the tables no longer give the images of the build.
-    """
+    """Return the tasks in which something failed, from all rounds of the build."""
     tasks = list(preparation.plan.tasks)
     failed = {split: failed_images(accounts, split, at_first=True) for split in SPLITS}
-
-    def failed_so_far(split: str) -> set[str]:
-        return failed[split] & {image.image_id for task in tasks if task.split == split for image in task.images}
-
-    while fresh := next_round(preparation.replacements, tasks, failed_so_far, preparation.images_per_shard):
+    while fresh := preparation.next_round(tasks, failed):
         tasks += fresh
     unknown = {account.key for account in preparation.unknown}
     by_image: dict[tuple[str, str], list[Account]] = {}
@@ -227,12 +201,10 @@ def _with_masks(
     job: Job,
     meter: Meter,
     split: str,
-) -> dict[str, tuple[Sample | None, list[Account]]]:
+) -> dict[str, Outcome]:
     """Return packed images with the masks that failed fetched again; the rest comes from their samples."""
     known = [_known_masks(image, samples[image.image_id], old) for image in images]
-    members = members_of(known)
-    contents = zip_members.read_members(members, anonymous=job.anonymous_masks, spare=0, meter=meter)
-    found = dict(zip(members, contents, strict=True))
+    found = read_masks(known, job, meter, spare_per_image=0)
     return {image.image_id: pack_image(image, samples[image.image_id].image, found, split) for image in known}
 
 
@@ -248,8 +220,7 @@ def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -
         account = old.get(("mask", image.image_id, note.mask_path, note.box_id)) if note.mask_path else None
         rle = next(packed) if account is not None and account.status == PACKED else None
         if rle is not None and isinstance(planned.mask, Member):
-            inline = InlineMask(rle.width, rle.height, json.dumps(rle.to_json()))
-            planned = PlannedObject(note, inline)
+            planned = replace(planned, mask=InlineMask(rle.width, rle.height, json.dumps(rle.to_json())))
         objects.append(planned)
     return replace(image, objects=tuple(objects))
 
@@ -262,11 +233,7 @@ def _merged(old: Account, new: Account) -> Account:
 
 
 def _check_untouched(repair: Repair, rows: Sequence[IndexRow], touched: dict[str, tuple]) -> None:
-    """Check that samples to which nothing was added are unchanged.
-
-    Raises:
-        DatasetError: one has changed.
-    """
+    """Check that samples to which nothing was added are unchanged."""
     before = {row.image_id: row.crc32 for row in repair.rows}
     for row in rows:
         if row.image_id not in touched and row.crc32 != before[row.image_id]:
@@ -285,15 +252,12 @@ def _replaced(
     """Return the rows, shards and accounts of the dataset with those of the repaired tasks replaced."""
     paths = {repair.task.path for repair in repairs}
     keys = {(account.split, account.key) for repair in repairs for account in repair.accounts}
-    fresh = [results[repair.name] for repair in repairs]
+    fresh = [results[repair.task.name] for repair in repairs]
+    kept_rows = [row for row in rows if row.shard not in paths]
+    kept_shards = [shard for shard in shards if shard.path not in paths]
+    kept_accounts = [account for account in accounts if (account.split, account.key) not in keys]
     return (
-        [*(row for row in rows if row.shard not in paths), *(row for result in fresh for row in result.rows)],
-        [
-            *(shard for shard in shards if shard.path not in paths),
-            *(result.shard for result in fresh if result.shard is not None),
-        ],
-        [
-            *(account for account in accounts if (account.split, account.key) not in keys),
-            *(account for result in fresh for account in result.accounts),
-        ],
+        kept_rows + [row for result in fresh for row in result.rows],
+        kept_shards + [result.shard for result in fresh if result.shard is not None],
+        kept_accounts + [account for result in fresh for account in result.accounts],
     )

@@ -54,11 +54,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A permanent negative answer of the store.
-
-    Attributes:
-        reason: `missing`, `refused`, `too-large`, or `undecodable` (the bytes never matched their checksum).
-    """
+    """A permanent negative answer: `missing`, `refused`, `too-large`, or `undecodable` (never matched its checksum)."""
 
     reason: str
 
@@ -68,10 +64,6 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | R
 
     Timeouts, server errors, broken connections and bytes that do not match their checksum are retried with back-off
     (`shards.storage.ranges`).
-
-    Args:
-        requests: What to read.
-        meter: Counts the requests and bytes.
 
     Raises:
         StorageError: A read failed at every attempt, or cannot succeed (no such bucket, no credentials).
@@ -111,11 +103,7 @@ class Inventory:
     _known: dict[str, Description | Refusal] = field(default_factory=dict)
 
     def load(self, locations: Sequence[Location]) -> None:
-        """Request all descriptions that are not known yet, concurrently; missing objects are remembered as well.
-
-        Raises:
-            StorageError: A request failed at every attempt.
-        """
+        """Request all descriptions that are not known yet, as `describe`; missing objects are remembered as well."""
         unknown = [location for location in locations if location.url not in self._known]
         for location, answer in zip(unknown, describe(unknown), strict=True):
             self._known[location.url] = answer
@@ -134,9 +122,8 @@ class RangeFile(io.RawIOBase):
     """One version of a remote object as a seekable binary file: each read is a range request with retries.
 
     Args:
-        location: The object.
         description: Of the version to read.
-        start: Where the part begins that is read at once and kept. Negative: counted from the end.
+        start: Where the part begins that is read at once and kept; counted from the end if negative.
         nbytes: The length of that part.
 
     Raises:
@@ -198,11 +185,7 @@ class RangeFile(io.RawIOBase):
 
 
 def length_of(location: Location, description: Description) -> int:
-    """Return an object's length in bytes.
-
-    Raises:
-        StorageError: The store does not report it.
-    """
+    """Return an object's length in bytes; a StorageError if the store does not report it."""
     if description.size is None:
         raise StorageError(f"{location}: the server does not report the object's length, which range reads need")
     return description.size
@@ -217,11 +200,7 @@ def _checked(request: Request, answer: bytes | Exception) -> bytes | Refusal:
 
 
 def _answer_or_refusal(url: str, answer: T | Exception) -> T | Refusal:
-    """The answer, or the refusal that an error stands for.
-
-    Raises:
-        StorageError: The error persisted through all attempts, or concerns the whole store rather than the object.
-    """
+    """The answer, or the refusal that an error stands for; other errors are raised."""
     if not isinstance(answer, Exception):
         return answer
     if isinstance(answer, TooLargeError):

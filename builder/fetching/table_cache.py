@@ -50,10 +50,8 @@ class Content:
     """Something that is read from an object and cached as one table.
 
     Attributes:
-        location: The object.
-        description: Its present version.
+        description: The object's present version.
         name: What is read from it, for example the names of the columns.
-        schema: Of the table.
     """
 
     location: Location

@@ -111,23 +111,19 @@ def _read_directory(content: Content) -> Iterator[pa.Table]:
             starts = sorted(info.header_offset for info in archive.infolist())
             following = dict(zip(starts, [*starts[1:], archive.start_dir]))
             infos = list(archive.NameToInfo.values())
-            columns = {
-                "name": [info.filename for info in infos],
-                "start": [info.header_offset for info in infos],
-                # A member ends before the next header, and earlier in a zip with holes.
-                "end": [
-                    min(
-                        following[info.header_offset],
-                        info.header_offset + _LONGEST_HEADER + info.compress_size + _DESCRIPTOR_BYTES,
-                    )
-                    for info in infos
-                ],
-                "method": [info.compress_type for info in infos],
-                "crc32": [info.CRC for info in infos],
-                "compressed": [info.compress_size for info in infos],
-                "size": [info.file_size for info in infos],
-            }
         file.check_unchanged()
+        starts = [info.header_offset for info in infos]
+        # A member ends before the next header, and earlier in a zip with holes.
+        longest = [_LONGEST_HEADER + info.compress_size + _DESCRIPTOR_BYTES for info in infos]
+        columns = {
+            "name": [info.filename for info in infos],
+            "start": starts,
+            "end": [min(following[start], start + length) for start, length in zip(starts, longest, strict=True)],
+            "method": [info.compress_type for info in infos],
+            "crc32": [info.CRC for info in infos],
+            "compressed": [info.compress_size for info in infos],
+            "size": [info.file_size for info in infos],
+        }
         table = pa.table(columns, schema=DIRECTORY)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
         raise UserError(f"{content.location}: not a readable zip ({error}): check --annotations") from error
@@ -144,7 +140,7 @@ def plan_reads(members: Sequence[Member], *, spare: int, gap: int = GAP_BYTES, l
     Args:
         members: Of any zips, in any order.
         spare: Unwanted bytes that may be read in all, except for dense stretches.
-        gap: The longest gap that may be read.
+        gap: The longest gap that may be read, in bytes.
         largest: The most bytes of a span; a longer member is a span of its own.
 
     Returns:
@@ -165,13 +161,12 @@ def _merge(members: Sequence[Member], gap: int, largest: int) -> list[Span]:
     """Merge the members of one zip, in order, across gaps of up to `gap` bytes."""
     spans: list[Span] = []
     for member in members:
-        if spans and member.start - spans[-1].end <= gap:
-            last = spans[-1]
-            end = max(last.end, member.end)
-            if end - last.start <= largest:
-                spans[-1] = Span(last.zip_url, last.start, end, (*last.members, member))
-                continue
-        spans.append(Span(member.zip_url, member.start, member.end, (member,)))
+        last = spans[-1] if spans else None
+        end = member.end if last is None else max(last.end, member.end)
+        if last is not None and member.start - last.end <= gap and end - last.start <= largest:
+            spans[-1] = Span(last.zip_url, last.start, end, (*last.members, member))
+        else:
+            spans.append(Span(member.zip_url, member.start, member.end, (member,)))
     return spans
 
 
@@ -214,7 +209,6 @@ def read_members(
         members: Of zips on one file system.
         anonymous: Do not sign S3 requests.
         spare: Unwanted bytes that may be read to save requests; see `plan_reads`.
-        meter: Counts requests and bytes.
 
     Returns:
         The bytes of each member, or why they are unavailable, in the order of `members`.
@@ -250,11 +244,7 @@ def _read_spans(spans: Sequence[Span], anonymous: bool, meter: Meter) -> dict[Me
 
 
 def extract(data: bytes | memoryview, member: Member) -> bytes:
-    """Return the uncompressed bytes of a member.
-
-    Args:
-        data: The bytes from the member's local header to at least the end of its compressed bytes.
-        member: Its entry in the directory.
+    """Return the uncompressed bytes of a member; `data` begin with its local header.
 
     Raises:
         MemberError: Damaged, encrypted, or compressed by an unsupported method.

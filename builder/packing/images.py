@@ -6,7 +6,6 @@ Images are taken as stored: EXIF orientation is ignored, because Open Images' bo
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +14,10 @@ from PIL import Image, UnidentifiedImageError
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
 from builder.packing.bit_png import BitImage, read_bits
+from builder.tasks.plan import Failure
 from shards.format import jpeg, rle
 
 MAX_PIXELS = 64 << 20  # of an image or mask: 64 Mpx, sixty times the images of Open Images, below Pillow's own limit
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an image or mask cannot be used: status and detail of its account, the same on every run."""
-
-    status: str
-    detail: str
 
 
 def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
@@ -39,13 +31,7 @@ def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
 
 
 def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rle.Rle | Failure:
-    """Decode a mask PNG, resize it to the exact size of its image and encode it.
-
-    Args:
-        data: the PNG, or why it could not be read; None if no zip holds it.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-    """
+    """Decode a mask PNG, resize it to the size of its image in pixels, and encode it; None if no zip holds it."""
     if data is None:
         return Failure("mask-missing", "not in its zip")
     if isinstance(data, MemberError):

@@ -13,21 +13,15 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from builder.packing.images import MAX_PIXELS, Failure, same_shape
-from builder.tasks.plan import InlineMask
+from builder.packing.images import MAX_PIXELS, same_shape
+from builder.tasks.plan import Failure, InlineMask
 from shards.format import rle
 
 MAX_CORNERS = 1 << 20  # of a polygon; thousands are common, more than this is damage
 
 
 def encode_inline(place: InlineMask, width: int, height: int) -> rle.Rle | Failure:
-    """Encode a mask of the annotations, resized if they were made for another size of the image.
-
-    Args:
-        place: the mask as the annotations contain it.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-    """
+    """Encode a mask of the annotations at the size of its image in pixels; they may be made for another size."""
     size = (place.width, place.height)
     if min(size) <= 0 or size[0] * size[1] > MAX_PIXELS:
         return Failure("mask-undecodable", f"{size[0]}x{size[1]} pixels, the limit is {MAX_PIXELS}")

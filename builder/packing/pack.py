@@ -11,16 +11,16 @@ from typing import Any, TypeAlias
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
-from builder.packing.images import Failure, check_jpeg, encode_mask, pixel_box
+from builder.packing.images import check_jpeg, encode_mask, pixel_box
 from builder.packing.inline_masks import encode_inline
 from builder.tasks.plan import (
     Annotation,
+    Failure,
     InlineMask,
-    MaskPlace,
     Member,
     PlannedImage,
+    PlannedObject,
     ShardTask,
-    Withheld,
     task_fingerprint,
 )
 from shards.format import rle
@@ -31,6 +31,8 @@ from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard
 from shards.storage.location import Location
 from shards.storage.retry import write
+
+Masks: TypeAlias = Mapping[Member, bytes | MemberError]  # contents of members of mask zips
 
 RECORDS = ".build"
 
@@ -43,13 +45,7 @@ Outcome: TypeAlias = tuple[Sample | None, list[Account]]
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a build share.
-
-    Attributes:
-        root: root of the dataset.
-        fingerprint: fingerprint of the plan.
-        anonymous_images, anonymous_masks: whether reads of images and of mask zips are unsigned.
-    """
+    """What all tasks of a build share: root, fingerprint of the plan, and whether reads are unsigned."""
 
     root: Location
     fingerprint: str
@@ -65,7 +61,7 @@ class TaskResult:
         shard: None if no image could be packed.
         rows: index rows of the packed images.
         accounts: an account of every image and mask of the task.
-        images, masks: what this run fetched for the task.
+        images, masks: what this run fetched for the task; nothing if an earlier run finished it.
     """
 
     shard: Shard | None
@@ -76,8 +72,7 @@ class TaskResult:
 
     def to_record(self, fingerprint: str) -> bytes:
         """Return the object that marks the task as finished, without the traffic of this run."""
-        value = {"task": fingerprint, "shard": self.shard, "rows": self.rows, "accounts": self.accounts}
-        return canonical_json(value)
+        return canonical_json({"task": fingerprint, "shard": self.shard, "rows": self.rows, "accounts": self.accounts})
 
     @classmethod
     def from_record(cls, data: bytes, fingerprint: str) -> TaskResult | None:
@@ -143,7 +138,7 @@ def pack_images(
     outcomes: list[Outcome] = []
     pool = ThreadPoolExecutor(2)  # images and masks are on different servers
     try:
-        masks_read = pool.submit(read_masks, images, job, mask_meter)
+        masks_read = pool.submit(read_masks, images, job, mask_meter, SPARE_BYTES_PER_IMAGE)
         reads = [pool.submit(_read_images, part, job, image_meter) for part in parts]
         masks = masks_read.result()
         for part, read in zip(parts, reads, strict=True):
@@ -156,7 +151,7 @@ def pack_images(
 def _pack_part(
     images: Sequence[PlannedImage],
     contents: Sequence[bytes | Refusal],
-    masks: Mapping[Member, bytes | MemberError],
+    masks: Masks,
     split: str,
     job: Job,
     meter: Meter,
@@ -170,20 +165,10 @@ def _pack_part(
     return outcomes
 
 
-def pack_image(
-    image: PlannedImage, data: bytes | Refusal, masks: Mapping[Member, bytes | MemberError], split: str
-) -> Outcome:
+def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: str) -> Outcome:
     """Make a sample of an image and its masks, without any I/O.
 
-    Args:
-        image: the planned image.
-        data: the JPEG, or why it could not be fetched.
-        masks: contents of the mask zips' members.
-        split: split of the dataset.
-
-    Returns:
-        The sample, or None if the image cannot be used; and the accounts of the image and of each of its masks. An
-        object whose mask fails stays in the sample as a box without a mask.
+    An object whose mask fails stays in the sample as a box without a mask.
     """
 
     def account(status: str, detail: str, annotation: Annotation | None = None) -> Account:
@@ -202,7 +187,7 @@ def pack_image(
     instances: list[Instance] = []
     for planned in image.objects:
         annotation = planned.annotation
-        mask = resolve_mask(planned.mask, masks, width, height) if annotation.mask_path else None
+        mask = _resolve_mask(planned, masks, width, height) if annotation.mask_path else None
         if isinstance(mask, Failure):
             accounts.append(account(mask.status, mask.detail, annotation))
             mask = None
@@ -225,12 +210,11 @@ def pack_image(
     return sample, accounts
 
 
-def resolve_mask(
-    place: MaskPlace | None, masks: Mapping[Member, bytes | MemberError], width: int, height: int
-) -> rle.Rle | Failure:
+def _resolve_mask(planned: PlannedObject, masks: Masks, width: int, height: int) -> rle.Rle | Failure:
     """Return a mask at the size of its image, from a zip or from the annotations, or why there is none."""
-    if isinstance(place, Withheld):
-        return Failure(place.status, place.detail)
+    place = planned.mask
+    if isinstance(place, Failure):
+        return place
     if isinstance(place, InlineMask):
         return encode_inline(place, width, height)
     return encode_mask(None if place is None else masks[place], width, height)
@@ -262,14 +246,13 @@ def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list
     return fetch([Request(Location(image.url, job.anonymous_images)) for image in images], meter)
 
 
-def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter) -> dict[Member, bytes | MemberError]:
+def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter, spare_per_image: int) -> Masks:
     """Return the contents of all masks of the images that are in zips.
 
     Raises:
         StorageError: a zip cannot be read after several attempts.
     """
-    members = members_of(images)
-    spare = SPARE_BYTES_PER_IMAGE * len(images)
+    members, spare = members_of(images), spare_per_image * len(images)
     contents = read_members(members, anonymous=job.anonymous_masks, spare=spare, meter=meter)
     return dict(zip(members, contents, strict=True))
 

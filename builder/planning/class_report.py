@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from builder.tasks.candidates import Candidates
+from builder.sources.base import Candidates
 from builder.tasks.plan import PlannedImage
 from shards.common.text import counted
 from shards.format.dataset import Category
@@ -43,15 +43,7 @@ def report_classes(
     candidates: Mapping[int, Candidates],
     quota: int | None,
 ) -> list[ClassReport]:
-    """Return one report per class, without reasons.
-
-    Args:
-        split: split of the dataset.
-        categories: the requested classes.
-        images: the selected images.
-        candidates: category id -> images that count for the class.
-        quota: images per class; None for all that count.
-    """
+    """Return a report without a reason per requested class, given a split's selected images and candidates."""
     chosen = {image.image_id for image in images}
     objects = [planned for image in images for planned in image.objects]
     boxes = Counter(planned.annotation.category_id for planned in objects)
@@ -84,20 +76,11 @@ def classes_held(images: Iterable[PlannedImage]) -> dict[int, Candidates]:
 
 
 def explain_shortage(report: ClassReport, where: str, *, require_mask: bool) -> ClassReport:
-    """Return the report with its reason.
-
-    Args:
-        report: a report without a reason.
-        where: words for the place that was searched, such as "at the source".
-        require_mask: whether only images with a mask of the class count for it.
-    """
-    reason = ""
+    """Return the report with its reason; `where` names what was searched, such as "at the source"."""
     if report.available < report.asked:
-        reason = f"{_images(report.available)}{' with a mask' if require_mask else ''} {where}"
+        found, kind = report.available, f"{' with a mask' if require_mask else ''} {where}"
     elif report.masked < report.asked:
-        reason = f"{_images(report.masked)} with a mask {where}, others have boxes only"
-    return replace(report, reason=reason)
-
-
-def _images(count: int) -> str:
-    return f"only {counted(count, 'image')}" if count else "no images"
+        found, kind = report.masked, f" with a mask {where}, others have boxes only"
+    else:
+        return report
+    return replace(report, reason=(f"only {counted(found, 'image')}" if found else "no images") + kind)

@@ -42,10 +42,7 @@ class ImageList:
     url: str
 
     def read(self, splits: Mapping[str, str]) -> tuple[ListedImage, ...]:
-        """Read the list.
-
-        Args:
-            splits: names of the dataset's splits -> the source's names; a line may use either.
+        """Read the list; its lines may use names of the dataset's splits or the source's, the values of `splits`.
 
         Raises:
             UserError: the file is not such a list.
@@ -54,9 +51,8 @@ class ImageList:
         try:
             text = fetch_one(Request(source_location(self.url))).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.url}: not UTF-8 text ({error}): --images-list takes one image id per line"
-            ) from error
+            message = f"{self.url}: not UTF-8 text ({error}): --images-list takes one image id per line"
+            raise UserError(message) from error
         prefixes = {name: name for name in splits.values()} | dict(splits)
         found: dict[ListedImage, None] = {}
         for number, line in enumerate(text.splitlines(), start=1):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from builder.planning.class_report import ClassReport, classes_held, explain_shortage, report_classes
 from builder.planning.image_list import ImageList, ListedImage
 from builder.planning.selection import Partition, Quotas, select_images
-from builder.sources.base import Filters, Source, SourceSplit
+from builder.sources.base import Candidates, Filters, Source, SourceSplit
 from builder.sources.taxonomy import Classes
-from builder.tasks.candidates import Candidates
-from builder.tasks.plan import Plan, PlannedImage, cut_tasks, make_plan
+from builder.tasks.plan import Plan, PlannedImage, ShardTask, cut_tasks, make_plan
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.accounts import Account
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
-
-EVERYTHING = Filters()
 
 logger = logging.getLogger(__name__)
 
@@ -37,28 +34,78 @@ class _SplitState:
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """A plan with what later steps need to know of how it was made.
+class Choice:
+    """What to pack.
 
     Attributes:
-        reports: a report per split and requested class.
-        unknown: accounts of listed images that the source does not have.
-        images_per_shard: images per shard, also of replacements.
-        seed: seed of the selection and order.
-        listed: whether the images come from a list, so that there are no quotas.
-        require_mask: whether only images with a mask of a class count for it.
-        options: the options of the selection, as `dataset.json` records them.
+        class_names: names or MIDs of classes; empty for all classes of the source.
+        images: images per class, or the list of images to pack.
+        exact_classes: do not count the children of a class in the hierarchy.
+        all_annotations: keep annotations of all other classes in the selected images, too.
+        partition: fractions of the source's train split for train, val and test; None for the source's own splits.
+        seed: seed of the selection, of the order in the shards and of the partition.
+        images_per_shard: the last shard of a split may hold fewer.
     """
+
+    class_names: Sequence[str]
+    images: Quotas | ImageList
+    exact_classes: bool = False
+    all_annotations: bool = False
+    filters: Filters = Filters()
+    partition: tuple[float, float, float] | None = None
+    seed: int = 0
+    images_per_shard: int = 256
+
+    @property
+    def parts(self) -> Partition | None:
+        """The partition of the source's train split."""
+        return None if self.partition is None else Partition(self.partition, self.seed)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options under the names that `dataset.json` has for them."""
+        quotas = self.images if isinstance(self.images, Quotas) else Quotas()
+        return {
+            "classes": self.class_names,
+            "per_class": quotas.train,
+            "eval_per_class": quotas.evaluation,
+            "images_list": self.images.url if isinstance(self.images, ImageList) else "",
+            "exact": self.exact_classes,
+            "all_annotations": self.all_annotations,
+            "filters": asdict(self.filters),
+            "partition": self.partition,
+            "seed": self.seed,
+            "images_per_shard": self.images_per_shard,
+        }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A plan, a report per split and requested class, and accounts of listed images that the source does not have."""
 
     plan: Plan
     reports: tuple[ClassReport, ...]
     unknown: tuple[Account, ...]
-    images_per_shard: int
-    seed: int
-    listed: bool
-    require_mask: bool
-    options: Mapping[str, Any]
+    choice: Choice
     splits: Mapping[str, _SplitState]
+
+    def next_round(self, tasks: Sequence[ShardTask], failed: Mapping[str, Set[str]]) -> list[ShardTask]:
+        """Return tasks that pack replacements of failed images; none once quotas are met or candidates run out.
+
+        A round depends on nothing but the plan and the failures before it, so a resumed build repeats the same rounds.
+
+        Args:
+            tasks: tasks of the plan and of all rounds so far.
+            failed: split -> images that failed, also in later rounds.
+        """
+        fresh: list[ShardTask] = []
+        for split in SPLITS:
+            of_split = [task for task in tasks if task.split == split]
+            requested = {image.image_id for task in of_split for image in task.images}
+            if missing := failed[split] & requested:
+                images = [image for image in self.replacements(split, missing) if image.image_id not in requested]
+                first = 1 + max(task.number for task in of_split)
+                fresh += cut_tasks(split, images, self.choice.images_per_shard, first=first)
+        return fresh
 
     def replacements(self, split: str, failed: Collection[str]) -> list[PlannedImage]:
         """Select replacements for the classes that fell below their quota because images failed.
@@ -80,7 +127,7 @@ class Preparation:
             return []  # every candidate was selected, or exactly the listed images
         state.failed.update(failed)
         good = state.chosen - state.failed
-        fresh = select_images(state.candidates, state.quota, self.seed, taken=good, barred=state.failed)
+        fresh = select_images(state.candidates, state.quota, self.choice.seed, taken=good, barred=state.failed)
         if not fresh:
             return []
         state.chosen.update(fresh)
@@ -88,97 +135,35 @@ class Preparation:
         return [described[image_id] for image_id in fresh]
 
 
-def prepare(
-    source: Source,
-    class_names: Sequence[str],
-    images: Quotas | ImageList,
-    *,
-    exact_classes: bool = False,
-    all_annotations: bool = False,
-    filters: Filters = EVERYTHING,
-    partition: tuple[float, float, float] | None = None,
-    seed: int = 0,
-    images_per_shard: int = 256,
-) -> Preparation:
+def prepare(source: Source, choice: Choice) -> Preparation:
     """Read the annotations, select images, locate their masks and plan the shards.
-
-    Args:
-        source: images and annotations.
-        class_names: names or MIDs of classes; empty for all classes of the source.
-        images: images per class, or the list of images to pack.
-        exact_classes: do not count the children of a class in the hierarchy.
-        all_annotations: keep annotations of all other classes in the selected images, too.
-        filters: which annotations and masks to keep.
-        partition: fractions of the source's train split for train, val and test; None for the source's own splits.
-        seed: seed of the selection, of the order in the shards and of the partition.
-        images_per_shard: the last shard of a split may hold fewer.
 
     Raises:
         UserError: an unknown class, damaged annotations, a damaged list, or no image to pack.
         StorageError: a table, list or zip cannot be read.
     """
-    classes = source.taxonomy().choose(class_names, exact=exact_classes, others=all_annotations)
-    layout = _split_layout(source, images, partition)
-    parts = None if partition is None else Partition(partition, seed)
+    classes = source.taxonomy().choose(choice.class_names, exact=choice.exact_classes, others=choice.all_annotations)
+    layout = _split_layout(source, choice)
     unknown: tuple[Account, ...] = ()
-    if isinstance(images, Quotas):
-        states = _select(source, layout, classes, filters, images, parts, seed)
+    if isinstance(choice.images, Quotas):
+        states = _select(source, layout, classes, choice, choice.images)
     else:
-        states, unknown = _take_listed(source, layout, classes, filters, images, parts)
-    planned = _describe(layout, states, seed)
-    tasks = [task for split, of_split in planned.items() for task in cut_tasks(split, of_split, images_per_shard)]
+        states, unknown = _take_listed(source, layout, classes, choice, choice.images)
+    planned = _describe(layout, states, choice.seed)
+    tasks = [task for split, found in planned.items() for task in cut_tasks(split, found, choice.images_per_shard)]
     if not tasks:
-        raise _nothing_to_pack(classes, images, filters, len(unknown))
-    rules = [seed, {split: state.quota for split, state in states.items()}, asdict(filters)]
-    return Preparation(
-        plan=make_plan(classes.categories, tasks, rules),
-        reports=_report(planned, states, classes, images, filters, parts),
-        unknown=unknown,
-        images_per_shard=images_per_shard,
-        seed=seed,
-        listed=isinstance(images, ImageList),
-        require_mask=filters.require_mask,
-        options=_recorded(
-            images, class_names, exact_classes, all_annotations, filters, partition, seed, images_per_shard
-        ),
-        splits=states,
-    )
+        raise _nothing_to_pack(classes, choice, len(unknown))
+    rules = [choice.seed, {split: state.quota for split, state in states.items()}, asdict(choice.filters)]
+    plan = make_plan(classes.categories, tasks, rules)
+    return Preparation(plan, _report(planned, states, classes, choice), unknown, choice, states)
 
 
-def _recorded(
-    images: Quotas | ImageList,
-    class_names: Sequence[str],
-    exact_classes: bool,
-    all_annotations: bool,
-    filters: Filters,
-    partition: tuple[float, float, float] | None,
-    seed: int,
-    images_per_shard: int,
-) -> dict[str, Any]:
-    """Return the options under the names that `dataset.json` has for them."""
-    quotas = images if isinstance(images, Quotas) else Quotas()
-    return {
-        "classes": class_names,
-        "per_class": quotas.train,
-        "eval_per_class": quotas.evaluation,
-        "images_list": images.url if isinstance(images, ImageList) else "",
-        "exact": exact_classes,
-        "all_annotations": all_annotations,
-        "filters": asdict(filters),
-        "partition": partition,
-        "seed": seed,
-        "images_per_shard": images_per_shard,
-    }
-
-
-def _split_layout(
-    source: Source, images: Quotas | ImageList, partition: Sequence[float] | None
-) -> dict[str, tuple[str, ...]]:
+def _split_layout(source: Source, choice: Choice) -> dict[str, tuple[str, ...]]:
     """Return split of the source -> the splits of the dataset that are cut from it."""
-    wanted = [split for split in SPLITS if isinstance(images, ImageList) or images.of(split) != 0]
-    if partition is None:
+    wanted = [split for split in SPLITS if isinstance(choice.images, ImageList) or choice.images.of(split) != 0]
+    if choice.partition is None:
         return {source.splits[split]: (split,) for split in wanted if split in source.splits}
-    fractions = dict(zip(SPLITS, partition, strict=True))
+    fractions = dict(zip(SPLITS, choice.partition, strict=True))
     parts = tuple(split for split in wanted if fractions[split] > 0)
     return {source.splits["train"]: parts} if parts else {}
 
@@ -187,15 +172,14 @@ def _select(
     source: Source,
     layout: Mapping[str, Sequence[str]],
     classes: Classes,
-    filters: Filters,
+    choice: Choice,
     quotas: Quotas,
-    parts: Partition | None,
-    seed: int,
 ) -> dict[str, _SplitState]:
     """Select images by quotas."""
+    parts = choice.parts
     states: dict[str, _SplitState] = {}
     for source_split, splits in layout.items():
-        opened = _open(source, source_split, classes, filters)
+        opened = _open(source, source_split, classes, choice.filters)
         candidates = opened.candidates()
         for split in splits:
 
@@ -203,11 +187,11 @@ def _select(
                 return tuple(i for i in image_ids if parts is None or parts.split_of(i) == split)
 
             own = {
-                category: Candidates(eligible(found.masked), () if filters.require_mask else eligible(found.boxed))
-                for category, found in candidates.items()
+                category: Candidates(eligible(f.masked), () if choice.filters.require_mask else eligible(f.boxed))
+                for category, f in candidates.items()
             }
             quota = quotas.of(split)
-            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, seed)))
+            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, choice.seed)))
     return states
 
 
@@ -215,16 +199,15 @@ def _take_listed(
     source: Source,
     layout: Mapping[str, Sequence[str]],
     classes: Classes,
-    filters: Filters,
+    choice: Choice,
     images: ImageList,
-    parts: Partition | None,
 ) -> tuple[dict[str, _SplitState], tuple[Account, ...]]:
     """Select the listed images, and return accounts of those that the source does not have."""
-    listed = images.read(source.splits)
+    listed, parts = images.read(source.splits), choice.parts
     states: dict[str, _SplitState] = {}
     found: set[ListedImage] = set()
     for source_split, splits in layout.items():
-        opened = _open(source, source_split, classes, filters)
+        opened = _open(source, source_split, classes, choice.filters)
         here = [image for image in listed if image.split in ("", source_split)]
         ids = opened.find({image.name for image in here})
         found.update(image for image in here if image.name in ids)
@@ -269,29 +252,27 @@ def _report(
     planned: Mapping[str, Sequence[PlannedImage]],
     states: Mapping[str, _SplitState],
     classes: Classes,
-    images: Quotas | ImageList,
-    filters: Filters,
-    parts: Partition | None,
+    choice: Choice,
 ) -> tuple[ClassReport, ...]:
     reports: list[ClassReport] = []
+    where = "at the source" if choice.partition is None else "in this part of the source"
     for split, of_split in planned.items():
-        if isinstance(images, ImageList):
+        if isinstance(choice.images, ImageList):
             reports += report_classes(split, classes.wanted, of_split, classes_held(of_split), None)
         else:
             found = report_classes(split, classes.wanted, of_split, states[split].candidates, states[split].quota)
-            where = "at the source" if parts is None else "in this part of the source"
-            reports += [explain_shortage(report, where, require_mask=filters.require_mask) for report in found]
+            reports += [explain_shortage(one, where, require_mask=choice.filters.require_mask) for one in found]
     return tuple(reports)
 
 
-def _nothing_to_pack(classes: Classes, images: Quotas | ImageList, filters: Filters, unknown: int) -> UserError:
-    if isinstance(images, ImageList):
+def _nothing_to_pack(classes: Classes, choice: Choice, unknown: int) -> UserError:
+    if isinstance(choice.images, ImageList):
         return UserError(
-            f"{images.url}: the source has none of the listed images ({unknown}): check the list, --splits and "
+            f"{choice.images.url}: the source has none of the listed images ({unknown}): check the list, --splits and "
             "--annotations"
         )
     names = ", ".join(category.name for category in classes.wanted[:10])
-    what = "a mask" if filters.require_mask else "a mask or a box"
+    what = "a mask" if choice.filters.require_mask else "a mask or a box"
     return UserError(
         f"no image of the requested splits has {what} of {names}: choose other classes or weaker filters, "
         "or check --annotations"

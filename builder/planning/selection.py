@@ -6,19 +6,14 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from builder.tasks.candidates import Candidates
+from builder.sources.base import Candidates
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """Images to select per class; None selects all images that count for the class.
-
-    Attributes:
-        train: images per class in train.
-        evaluation: images per class in val, and in test.
-    """
+    """Images to select per class in train, and in each of val and test; None selects all that count for the class."""
 
     train: int | None = None
     evaluation: int | None = None
@@ -34,7 +29,6 @@ class Partition:
 
     Attributes:
         fractions: of train, val and test; each at least 0, with a positive sum.
-        seed: other seeds give other parts.
     """
 
     fractions: tuple[float, float, float]

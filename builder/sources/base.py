@@ -1,7 +1,6 @@
 """The interface between the builder and the places that images and annotations come from.
 
-A source is opened one split at a time. Selecting images needs only which images count for which class; packing needs
-only `PlannedImage`s. The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
+The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from builder.sources.taxonomy import Classes, Taxonomy
-from builder.tasks.candidates import Candidates
-from builder.tasks.plan import PlannedImage, PlannedObject, Withheld
+from builder.tasks.plan import Failure, PlannedImage, PlannedObject
 from shards.storage.location import Location
 
 FAR = 2.0  # image lengths: a box that reaches further from the image's origin than this is damaged
@@ -43,7 +41,7 @@ class Filters:
     require_mask: bool = False
 
     def apply(self, objects: Iterable[PlannedObject]) -> tuple[PlannedObject, ...]:
-        """Return the remaining objects of an image; a mask that is left out becomes `Withheld`."""
+        """Return the remaining objects of an image; a mask that is left out becomes a `Failure`."""
         dropped = [FLAGS[name] for name in self.drop]
         return tuple(
             self._without_bad_mask(planned)
@@ -56,19 +54,27 @@ class Filters:
         if not planned.annotation.mask_path or iou is None or iou >= self.min_predicted_iou:
             return planned
         detail = f"predicted IoU {iou:g}, --min-predicted-iou is {self.min_predicted_iou:g}"
-        return PlannedObject(planned.annotation, Withheld("mask-filtered", detail))
+        return PlannedObject(planned.annotation, Failure("mask-filtered", detail))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Images that count for a class: those with a mask of it, and those that only have boxes of it; disjoint."""
+
+    masked: tuple[str, ...] = ()
+    boxed: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.masked) + len(self.boxed)
 
 
 def candidates_by_class(
     classes: Classes, masked: Mapping[int, set[str]], boxed: Mapping[int, set[str]]
 ) -> dict[int, Candidates]:
     """Return the candidates of each requested class, sorted, from its images with masks and its images with boxes."""
-    found = {}
-    for category in classes.wanted:
-        with_mask = masked.get(category.id, set())
-        with_box = boxed.get(category.id, set())
-        found[category.id] = Candidates(tuple(sorted(with_mask)), tuple(sorted(with_box - with_mask)))
-    return found
+    none: set[str] = set()
+    pairs = {c.id: (masked.get(c.id, none), boxed.get(c.id, none)) for c in classes.wanted}
+    return {c: Candidates(tuple(sorted(mask)), tuple(sorted(box - mask))) for c, (mask, box) in pairs.items()}
 
 
 class SourceSplit(Protocol):
@@ -78,7 +84,7 @@ class SourceSplit(Protocol):
         """Id of each requested class -> the images that count for it, sorted."""
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
-        """Names of images in a user's list -> image ids; names that are not in the split are left out."""
+        """Names of images in a user's list -> image ids; unknown names are left out."""
 
     def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
         """Image id -> location of the image and its masks, annotations, verified classes, attribution."""

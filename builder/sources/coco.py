@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from builder.fetching.fetch import Request, fetch_one
-from builder.sources.base import Filters, candidates_by_class
+from builder.sources.base import Candidates, Filters, candidates_by_class
 from builder.sources.coco_instances import CocoImage, Instances, fractional_box, parse_instances
 from builder.sources.taxonomy import Classes, Taxonomy
-from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Annotation, InlineMask, PlannedImage, PlannedObject
 from shards.common.errors import UserError
 from shards.storage.location import Location
@@ -29,8 +28,7 @@ class Coco:
     """An image root and instances files (a `builder.sources.base.Source`).
 
     Attributes:
-        images: The root of the files' `file_name`.
-        files: Split name -> its file.
+        files: Pairs of a split and its file.
         named: Whether the user named the splits, so that keys begin with their names.
     """
 
@@ -61,11 +59,10 @@ class Coco:
             names |= {name: name for name in instances.names.values()}
             for name, parent in instances.parents.items():
                 children[parent].add(name)
-        groups = frozenset(children) - frozenset(names)
+        groups = frozenset(children.keys() - names.keys())
         subcategories = {parent: frozenset(found) for parent, found in children.items()}
-        return Taxonomy(
-            names | {name: name for name in groups}, subcategories, groups, "the categories of --annotations"
-        )
+        names |= {name: name for name in groups}
+        return Taxonomy(names, subcategories, groups, "the categories of --annotations")
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> CocoSplit:
         """Open one of `splits`."""

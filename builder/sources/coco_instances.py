@@ -55,12 +55,7 @@ class Instances:
 
 
 def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
-    """Parse an instances file.
-
-    Args:
-        data: The file's bytes.
-        where: Its location, for messages.
-        prefix: Of the keys.
+    """Parse an instances file; `where` is its location for messages, `prefix` begins the keys.
 
     Raises:
         UserError: The data are not such a file, or contradict themselves.
@@ -152,9 +147,8 @@ def _images(
         place = f"{where}: images[{number}]"
         image = _image(row, terms, names, place, prefix)
         if image.key in ids:
-            raise UserError(
-                f"{place}: its id {image.id!r} and the id {ids[image.key]!r} are the same: correct the file"
-            )
+            same = f"its id {image.id!r} and the id {ids[image.key]!r} are the same"
+            raise UserError(f"{place}: {same}: correct the file")
         ids[image.key] = image.id
         images[image.id] = image
     return images

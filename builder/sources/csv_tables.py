@@ -54,15 +54,9 @@ def warn_left_out(location: Location, count: int, what: str) -> None:
 
 
 def leave_out(table: pa.Table, is_good: Callable[[pa.Table], Any], location: Location, what: str) -> pa.Table:
-    """Return the rows for which `is_good` holds; the others are counted in a warning, as rows `what`.
+    """Return the rows for which `is_good` is true; the others are counted in a warning, as rows `what`.
 
     Works block by block and does not copy blocks without bad rows: a table of millions of rows is not held twice.
-
-    Args:
-        table: The rows.
-        is_good: Some rows -> a boolean for each.
-        location: Of the table, for the warning.
-        what: Describes the rows that are left out.
     """
     parts = []
     for batch in table.to_batches():
@@ -86,7 +80,7 @@ def read_table(
     """Return the rows of a CSV whose values in the columns of `where` are among those given, in the file's order.
 
     Args:
-        location: Of the CSV, which has a header line; any fsspec URL.
+        location: Of the CSV, which has a header line.
         columns: Columns to read -> their Arrow types, named as in `pyarrow.type_for_alias`. Empty numbers are null.
         where: Column -> selected values. An empty string is never selected.
         newlines_in_values: Quoted values may span lines.
@@ -208,11 +202,7 @@ def _trimmed(rows: pa.Table) -> pa.Table:
 
 
 def _read_header(location: Location, head: bytes, wanted: Iterable[str]) -> list[str]:
-    """Return the trimmed names of the first line of `head`, the first bytes of the table.
-
-    Raises:
-        UserError: The line is not a header with each wanted column once.
-    """
+    """Return the trimmed names of the first line, which has each wanted column once."""
     line = re.split(rb"[\r\n]", head, maxsplit=1)[0]
     if not head:
         raise _not_a_table(location, "it is empty")

@@ -54,13 +54,9 @@ class Classes:
             absent: Labels that annotators ruled out.
             annotated: Category ids with an object in the image; these classes are never absent.
         """
-        here = [c.id for c in self.categories if self.descendants[c.id] & present]
-        gone = [
-            c.id
-            for c in self.categories
-            if self.ancestors[c.id] & absent and c.id not in here and c.id not in annotated
-        ]
-        return tuple(here), tuple(gone)
+        here = tuple(c.id for c in self.categories if self.descendants[c.id] & present)
+        gone = (c.id for c in self.categories if self.ancestors[c.id] & absent)
+        return here, tuple(category for category in gone if category not in here and category not in annotated)
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Taxonomy:
 
     Attributes:
         names: MID (or whatever the source identifies a class by) -> display name.
-        children: MID -> MIDs of its subcategories; parts are not subcategories.
+        children: MID -> MIDs of its subcategories.
         groups: MIDs that only group subcategories, and that no object has.
         source: Where the names come from, for messages.
     """
@@ -78,10 +74,6 @@ class Taxonomy:
     children: Mapping[str, frozenset[str]]
     groups: frozenset[str] = frozenset()
     source: str = "Open Images' boxable classes, or their MIDs such as /m/01g317"
-
-    def subtree(self, mid: str) -> frozenset[str]:
-        """Return a class and all its descendants."""
-        return _reachable(mid, self.children)
 
     def find(self, wanted: str) -> str:
         """Return the MID of a class given by its name, in any case, or by its MID.
@@ -125,7 +117,7 @@ class Taxonomy:
         requested = len(mids)
 
         def labels_of(mid: str) -> frozenset[str]:
-            return frozenset([mid]) if exact else self.subtree(mid)
+            return frozenset([mid]) if exact else _reachable(mid, self.children)
 
         owners: dict[str, int] = {}
         # A descendant has a smaller subtree than its ancestors: the most specific classes come first.
@@ -151,8 +143,7 @@ class Taxonomy:
 def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]:
     found, to_visit = {start}, [start]
     while to_visit:
-        for label in edges.get(to_visit.pop(), ()):
-            if label not in found:
-                found.add(label)
-                to_visit.append(label)
+        fresh = set(edges.get(to_visit.pop(), ())) - found
+        found |= fresh
+        to_visit += fresh
     return frozenset(found)

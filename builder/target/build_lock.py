@@ -41,7 +41,6 @@ class Holder:
 
     Attributes:
         token: random text, different for each build.
-        host, pid: host name and process id.
         machine: equal for processes that see each other's process ids.
         started: start of the build, UTC, ISO 8601.
         beat: last renewal of the lock, in seconds since 1970.
@@ -56,13 +55,7 @@ class Holder:
 
 
 class BuildLock:
-    """A lock, held while the context manager is entered.
-
-    Args:
-        root: root of the dataset.
-        now: returns the current time in seconds since 1970.
-        sleep: waits for a number of seconds.
-    """
+    """A lock of a root, held while the context manager is entered."""
 
     def __init__(
         self, root: Location, now: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep

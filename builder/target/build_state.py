@@ -20,6 +20,7 @@ from builder.packing.pack import RECORDS, TaskResult, index_row, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import UserError
+from shards.format.accounts import Account, read_accounts
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, README_FILE, SPLITS, Dataset, DatasetInfo
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
@@ -95,8 +96,7 @@ def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask
 def remove_strays(root: Location, shards: Collection[str]) -> None:
     """Remove shards that are not part of the finished dataset.
 
-    A task that is packed again after a kill may have other failures than before, and so need other replacements. The
-    shards of the first replacements must not be taken for a part of the dataset.
+    A task that is packed again after a kill may have other failures than before, and so need other replacements.
     """
     for path in _split_sizes(root):
         if re.fullmatch(_SHARD_PATH, path) and path not in shards:
@@ -118,8 +118,7 @@ def finish_retry(root: Location) -> bool:
     if not retrying((stage / DATASET_FILE).exists):
         return False
     delete(root / DATASET_FILE)
-    names = _sizes(stage) | _split_sizes(stage)
-    for name in sorted(names, key=lambda name: name == DATASET_FILE):  # dataset.json last
+    for name in sorted(_sizes(stage) | _split_sizes(stage), key=lambda name: name == DATASET_FILE):  # dataset.json last
         if name in _FILES or re.fullmatch(_SHARD_PATH, name):
             write(root / name, retrying((stage / name).read))
     delete(stage / DATASET_FILE)  # from here on nothing is left to move
@@ -127,9 +126,10 @@ def finish_retry(root: Location) -> bool:
     return True
 
 
-def read_rows(dataset: Dataset) -> list[IndexRow]:
-    """Return the rows of the index."""
-    return list(map(index_row, dataset.table.to_pylist()))
+def read_tables(dataset: Dataset) -> tuple[list[IndexRow], list[Account]]:
+    """Return the rows of the index, and the accounts."""
+    location = dataset.root / ACCOUNTS_FILE
+    return list(map(index_row, dataset.table.to_pylist())), read_accounts(retrying(location.read), str(location))
 
 
 def _sizes(folder: Location) -> dict[str, int]:

@@ -89,14 +89,14 @@ class InlineMask:
 
 
 @dataclass(frozen=True, slots=True)
-class Withheld:
-    """A mask that the filters of the command exclude, with status and detail of its account."""
+class Failure:
+    """Why an image or mask is not packed: status and detail of its account, the same on every run."""
 
     status: str
     detail: str
 
 
-MaskPlace = Member | InlineMask | Withheld
+MaskPlace = Member | InlineMask | Failure  # a failure if a filter excludes the mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class PlannedObject:
     @property
     def has_mask(self) -> bool:
         """Whether the source has a mask of the object, which no filter excludes."""
-        return bool(self.annotation.mask_path) and not isinstance(self.mask, Withheld)
+        return bool(self.annotation.mask_path) and not isinstance(self.mask, Failure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +129,8 @@ class ShardTask:
     """One shard to pack: the unit of work and of resuming.
 
     Attributes:
-        split: split of the dataset.
         number: of the shard in its split, from 0.
-        images: the images to pack, in order.
-        digest: SHA-256 of all the above, in hex. Computed once, because it takes a tenth of the time of decoding the
-            images.
+        digest: SHA-256 of the other fields, in hex; computed once, because it takes a tenth of the time of decoding.
     """
 
     split: str
@@ -158,13 +155,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """Classes and tasks of a build.
-
-    Attributes:
-        categories: classes of the dataset.
-        tasks: all shards of the first round.
-        fingerprint: SHA-256 in hex, which changes with any byte of the result.
-    """
+    """Classes of a build, its tasks without replacements, and a SHA-256 that changes with any byte of the result."""
 
     categories: tuple[Category, ...]
     tasks: tuple[ShardTask, ...]
@@ -172,14 +163,7 @@ class Plan:
 
 
 def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int, *, first: int = 0) -> list[ShardTask]:
-    """Cut the images of a split, in the given order, into tasks.
-
-    Args:
-        split: split of the dataset.
-        images: the images to pack.
-        images_per_shard: images per task; the last may have fewer.
-        first: number of the first task.
-    """
+    """Cut the images of a split, in the given order, into tasks numbered from `first`."""
     return [
         ShardTask(split, number, tuple(images[start : start + images_per_shard]))
         for number, start in enumerate(range(0, len(images), images_per_shard), start=first)
@@ -187,11 +171,11 @@ def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int,
 
 
 def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules: Any = None) -> Plan:
-    """Return the plan; its fingerprint covers format version, classes, rules and the digests of the tasks.
+    """Return the plan; its fingerprint covers format version, classes, tasks and rules.
 
     Args:
         categories: classes of the dataset.
-        tasks: all shards of the first round.
+        tasks: all tasks of the first round.
         rules: any JSON value that, together with the tasks, decides which images replace those that fail.
     """
     tasks = tuple(tasks)

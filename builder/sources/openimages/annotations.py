@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from builder.fetching.fetch import Inventory
 from builder.fetching.table_cache import NO_CACHE, Cache
 from builder.fetching.zip_members import locate_members
-from builder.sources.base import FAR, FLAGS, Filters, candidates_by_class
+from builder.sources.base import FAR, FLAGS, Candidates, Filters, candidates_by_class
 from builder.sources.csv_tables import leave_out, read_table, warn_left_out
 from builder.sources.openimages import layout as columns
 from builder.sources.openimages.box_matching import match_boxes
 from builder.sources.openimages.layout import Layout
 from builder.sources.taxonomy import Classes
-from builder.tasks.candidates import Candidates
 from builder.tasks.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
 from shards.common.text import counted
 from shards.format.sample import KEY
@@ -47,7 +46,6 @@ class OpenImagesSplit:
 
     Attributes:
         name: Of the split, as Open Images names it.
-        cache: Keeps tables and zip directories.
         inventory: The versions of tables and zips, requested once; no other version is read.
     """
 
@@ -138,8 +136,7 @@ class OpenImagesSplit:
     def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
         """Rows whose ImageID can be the key of a sample and whose MaskPath can name a file in a zip."""
         location = self.layout.masks(self.name)
-        masks = self._table(location, columns.MASK_COLUMNS, where)
-        masks = _matching(masks, "ImageID", KEY.pattern, location)
+        masks = _matching(self._table(location, columns.MASK_COLUMNS, where), "ImageID", KEY.pattern, location)
         return _matching(masks, "MaskPath", MASK_NAME, location)
 
     def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:

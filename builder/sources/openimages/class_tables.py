@@ -29,10 +29,6 @@ def read_taxonomy(layout: Layout) -> Taxonomy:
 def parse_class_names(data: bytes, where: str) -> dict[str, str]:
     """Return MID -> name from lines of `LabelName,DisplayName`, with a header (since v6) or without (v5).
 
-    Args:
-        data: The table, in UTF-8.
-        where: Its location, for messages.
-
     Raises:
         UserError: A line is not a MID and a name, or there is none.
     """

@@ -1,8 +1,7 @@
 """Where Open Images keeps its files: addresses, names of splits, and the columns of its tables.
 
 The layout is that of https://storage.googleapis.com/openimages/web/download_v7.html: the images are in a public S3
-bucket; everything else (tables, mask zips, class names) is under one annotation root, which may be any fsspec URL that
-mirrors the public one.
+bucket, everything else (tables, mask zips, class names) is under one annotation root.
 
 Only light modules are imported here, because the command line needs these addresses to print its help.
 """
@@ -25,8 +24,7 @@ SOURCE_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 BOX_COORDINATES = ("XMin", "XMax", "YMin", "YMax")
 BOX_FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
 BOX_COLUMNS = {
-    "ImageID": "string",
-    "LabelName": "string",
+    **dict.fromkeys(("ImageID", "LabelName"), "string"),
     **dict.fromkeys((*BOX_COORDINATES, *BOX_FLAGS), "float64"),
 }
 MASK_COORDINATES = ("BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax")
@@ -44,11 +42,8 @@ METADATA_COLUMNS = {
 def source_location(url: str, *, anonymous: bool = False) -> Location:
     """Return the location of a source; S3 requests to the public image bucket are never signed.
 
-    A bucket with the public name at another endpoint (`AWS_ENDPOINT_URL`) is not the public bucket.
-
-    Args:
-        url: Any fsspec URL or local path.
-        anonymous: Do not sign S3 requests to other buckets either.
+    A bucket with the public name at another endpoint (`AWS_ENDPOINT_URL`) is not the public bucket. `anonymous`: do not
+    sign requests to other buckets either.
     """
     location = Location(url)
     if location.is_local:
@@ -60,12 +55,7 @@ def source_location(url: str, *, anonymous: bool = False) -> Location:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of Open Images or of a mirror of it. Splits have the names that Open Images gives them.
-
-    Attributes:
-        images: The root of the images.
-        annotations: The root of the tables, the mask zips and the class names.
-    """
+    """The files of Open Images or of a mirror of it, with the names that Open Images gives the splits."""
 
     images: Location
     annotations: Location

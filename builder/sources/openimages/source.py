@@ -16,11 +16,7 @@ from builder.sources.taxonomy import Classes, Taxonomy
 
 @dataclass(frozen=True)
 class OpenImages(Layout):
-    """Open Images or a mirror of it (a `builder.sources.base.Source`).
-
-    Attributes:
-        cache: Keeps the tables and zip directories that were read.
-    """
+    """Open Images or a mirror of it (a `builder.sources.base.Source`); `cache` keeps tables and zip directories."""
 
     cache: Cache = NO_CACHE
 
@@ -38,11 +34,7 @@ class OpenImages(Layout):
         return read_taxonomy(self)
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> OpenImagesSplit:
-        """Open a split by its name in Open Images; its tables are read when they are needed.
-
-        Raises:
-            StorageError: The annotations cannot be reached.
-        """
+        """Open a split by its name in Open Images; its tables are read when they are needed."""
         inventory = Inventory()
         inventory.load([self.boxes(split), self.masks(split), self.labels(split), self.metadata(split)])
         return OpenImagesSplit(self, split, classes, filters, self.cache, inventory)

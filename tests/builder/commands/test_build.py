@@ -94,6 +94,7 @@ def test_an_unfinished_build_is_resumed_and_its_damaged_files_are_replaced(
     records[1].write_bytes(records[1].read_bytes()[:-9])
     records[2].unlink()
     (root / "train" / "000003.tar.12.34.tmp").write_bytes(b"half")
+    (root / "train" / "000099.tar").write_bytes(b"replacements that are no longer needed")
     summary = build(mirror(scenes), EVERYTHING, Location(str(root)))
     assert summary.resumed == summary.shards - 3
     assert tree(root) == tree(unbroken)

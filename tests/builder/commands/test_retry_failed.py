@@ -4,10 +4,11 @@ import shutil
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
-import pyarrow.parquet as pq
 import pytest
 
+from builder.packing import pack
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import BuildLock
@@ -16,7 +17,7 @@ from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import RECOVERED
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import build, quotas, retry_failed, tree
+from tests.builder.builds import accounts_of, build, quotas, retry_failed, tree
 
 CHOICE = quotas(("Person", "Car"), 1000, 0, images_per_shard=8)
 
@@ -25,15 +26,13 @@ class World:
     """A mirror that tests can damage and repair; `damage` breaks two images and a mask of a third."""
 
     def __init__(self, scenes: SceneTruth, folder: Path) -> None:
-        self.good_images, self.good_annotations = scenes.images, scenes.annotations
-        shutil.copytree(scenes.images / "train", folder / "images" / "train")
-        shutil.copytree(scenes.annotations, folder / "annotations")
-        self.images, self.annotations = folder / "images", folder / "annotations"
+        self.scenes, self.images, self.annotations = scenes, folder / "images", folder / "annotations"
+        self.repair()
         self.source = OpenImages(source_location(str(self.images)), source_location(str(self.annotations)))
 
     def damage(self, whole: Path) -> dict[str, str]:
         """Break files, and return image id or name of a mask -> expected status."""
-        accounts = pq.read_table(whole / "accounts.parquet").to_pylist()
+        accounts = accounts_of(whole)
         ids = [row["image_id"] for row in accounts if row["kind"] == "image"]
         (self.images / "train" / f"{ids[1]}.jpg").unlink()
         (self.images / "train" / f"{ids[6]}.jpg").write_bytes(b"<html>")
@@ -42,8 +41,8 @@ class World:
         return {ids[1]: "image-missing", ids[6]: "image-undecodable", mask["source"]: "mask-undecodable"}
 
     def repair(self) -> None:
-        shutil.copytree(self.good_images / "train", self.images / "train", dirs_exist_ok=True)
-        shutil.copytree(self.good_annotations, self.annotations, dirs_exist_ok=True)
+        shutil.copytree(self.scenes.images / "train", self.images / "train", dirs_exist_ok=True)
+        shutil.copytree(self.scenes.annotations, self.annotations, dirs_exist_ok=True)
 
     def _flip(self, name: str, image_id: str) -> None:
         """Invert a byte of a mask in its zip, but not in the zip's directory."""
@@ -61,8 +60,7 @@ def world(scenes: SceneTruth, tmp_path: Path) -> World:
 
 
 def statuses(root: Path) -> dict[str, str]:
-    rows = pq.read_table(root / "accounts.parquet").to_pylist()
-    return {row["image_id"] if row["kind"] == "image" else row["source"]: row["status"] for row in rows}
+    return {row["image_id"] if row["kind"] == "image" else row["source"]: row["status"] for row in accounts_of(root)}
 
 
 def test_recovered_files_are_added_and_other_bytes_are_unchanged(
@@ -80,19 +78,19 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     assert tree(root) == before
 
     world.repair()
-    fetched: list[str] = []
-    monkeypatch.setattr("builder.packing.pack._read_images", _spy(fetched))
+    read_images = Mock(wraps=pack._read_images)
+    monkeypatch.setattr(pack, "_read_images", read_images)
     summary = retry_failed(world.source, CHOICE, Location(str(root)))
-    assert {Path(url).stem for url in fetched} == {name for name in lost if not name.endswith(".png")}
+    fetched = {image.image_id for call in read_images.call_args_list for image in call.args[0]}
+    assert fetched == {name for name in lost if not name.endswith(".png")}
     assert summary.recovered is not None
     assert summary.recovered >= 3
     assert summary.shortfalls == summary.failures == ()
     after, expected = tree(root), tree(tmp_path / "whole")
-    assert {name: data for name, data in after.items() if name.endswith((".tar", "index.parquet"))} == {
-        name: data for name, data in expected.items() if name.endswith((".tar", "index.parquet"))
-    }
+    assert after.keys() == expected.keys()
+    assert all(after[name] == expected[name] for name in after if name.endswith((".tar", "index.parquet")))
     assert set(statuses(root).values()) == {"packed"}
-    details = {row["detail"] for row in pq.read_table(root / "accounts.parquet").to_pylist()}
+    details = {row["detail"] for row in accounts_of(root)}
     assert details == {"", *(f"{RECOVERED}{status}" for status in {*lost.values(), "image-failed"})}
     same = [name for name in before if name.endswith(".tar") and before[name] == expected[name]]
     assert same  # some shards were not affected
@@ -100,18 +98,6 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     again = retry_failed(world.source, CHOICE, Location(str(root)))
     assert (again.recovered, again.handled) == (0, 0)
     assert tree(root) == after
-
-
-def _spy(fetched: list[str]) -> object:
-    from builder.packing import pack
-
-    real = pack._read_images
-
-    def read(images, job, meter):  # type: ignore[no-untyped-def]
-        fetched.extend(image.url for image in images)
-        return real(images, job, meter)
-
-    return read
 
 
 def test_replacements_stay_when_the_replaced_images_are_recovered(world: World, tmp_path: Path) -> None:

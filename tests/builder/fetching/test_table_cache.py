@@ -21,13 +21,12 @@ from builder.fetching.table_cache import Cache, Content
 from builder.fetching.zip_members import locate_members
 from builder.sources import csv_tables
 from builder.sources.csv_tables import read_table
-from builder.sources.openimages.layout import source_location
-from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import StorageError
+from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from shards.storage.ranges import Description
-from tests.builder.builds import build, quotas
+from tests.builder.builds import build, mirror, quotas, tree
 
 COLUMNS = {"ImageID": "string", "LabelName": "string", "XMin": "float64"}
 PEOPLE, CARS = ({"LabelName": pa.array([label])} for label in ("/m/person", "/m/car"))
@@ -284,14 +283,10 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, base: str, folder: 
     assert default_cache_folder() == folder
 
 
-def shards_of(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.tar")}
-
-
 def test_a_build_of_other_classes_reads_no_table_again(
     scenes: SceneTruth, tmp_path: Path, cache: Cache, opened: list[str]
 ) -> None:
-    plain = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
+    plain = mirror(scenes)
     choice = quotas(("Person", "Car"), 100, 0)
     build(replace(plain, cache=cache), choice, Location(str(tmp_path / "first")))
     first = set(opened)
@@ -303,7 +298,7 @@ def test_a_build_of_other_classes_reads_no_table_again(
     assert not first & set(opened)
     assert not any(url.endswith(".csv") for url in opened)
     build(plain, other, Location(str(tmp_path / "plain")))
-    assert shards_of(tmp_path / "cached") == shards_of(tmp_path / "plain")
+    assert tree(tmp_path / "cached") == tree(tmp_path / "plain")
 
 
 def test_the_options_of_the_command(
@@ -321,5 +316,5 @@ def test_the_options_of_the_command(
     caplog.clear()
     assert main([*arguments, "--out", str(tmp_path / "c"), "--cache", str(moved)]) == 0
     assert sum("rows from the cache" in message for message in caplog.messages) >= 4
-    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") == shards_of(tmp_path / "c")
+    assert open_dataset(tmp_path / "a").info == open_dataset(tmp_path / "b").info == open_dataset(tmp_path / "c").info
     assert main([*arguments, "--no-cache", "--cache", str(moved)]) == 2

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.planning.selection import Partition, select_images
-from builder.tasks.candidates import Candidates
+from builder.sources.base import Candidates
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
 
@@ -51,24 +51,6 @@ def test_every_class_gets_its_quota_with_masks_first_and_no_image_more(classes: 
 def test_without_a_quota_every_image_is_selected(classes: Classes, seed: int) -> None:
     everything = set().union(*map(members, classes.values()))
     assert select_images(classes, None, seed) == seeded_order(everything, seed)
-
-
-@given(by_class, st.integers(1, 12), seeds, st.lists(st.sets(st.integers(0, 40)), max_size=4))
-def test_failures_are_replaced_until_the_quota_is_met_or_no_candidate_is_left(
-    classes: Classes, quota: int, seed: int, rounds: list[set[int]]
-) -> None:
-    chosen, failed = set(select_images(classes, quota, seed)), set[str]()
-    for numbers in rounds:
-        failed |= {f"{n:016x}" for n in numbers} & chosen
-        good = chosen - failed
-        fresh = select_images(classes, quota, seed, taken=good, barred=failed)
-        assert fresh == select_images(dict(reversed(classes.items())), quota, seed, taken=sorted(good), barred=failed)
-        assert not set(fresh) & (chosen | failed)
-        assert fresh == [] or good != chosen
-        chosen |= set(fresh)
-    for found in classes.values():
-        packed = members(found) & (chosen - failed)
-        assert len(packed) >= min(quota, len(members(found) - failed))
 
 
 def test_a_shared_image_without_a_mask_counts_only_once_masks_run_out() -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from builder.sources.base import Filters
+from builder.sources.base import Candidates, Filters
 from builder.sources.csv_tables import read_table
 from builder.sources.openimages.annotations import OpenImagesSplit
 from builder.sources.openimages.layout import BOX_FLAGS, MASK_COLUMNS, METADATA_COLUMNS, Layout
 from builder.sources.taxonomy import Classes, Taxonomy
-from builder.tasks.candidates import Candidates
-from builder.tasks.plan import Annotation, Withheld
+from builder.tasks.plan import Annotation, Failure
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 
@@ -198,7 +197,7 @@ def test_a_mask_with_a_low_estimate_leaves_its_box(tmp_path: Path) -> None:
     split = opened(tmp_path, boxes, masks, filters=Filters(min_predicted_iou=0.6))
     assert split.candidates()[2] == Candidates(("a2",), ("a1",))
     [planned] = split.describe(["a1"])["a1"].objects
-    assert planned.mask == Withheld("mask-filtered", "predicted IoU 0.55, --min-predicted-iou is 0.6")
+    assert planned.mask == Failure("mask-filtered", "predicted IoU 0.55, --min-predicted-iou is 0.6")
     assert not planned.has_mask
     assert planned.annotation.box == (0.1, 0.2, 0.1, 0.2)
 
