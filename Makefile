@@ -19,6 +19,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_style.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
