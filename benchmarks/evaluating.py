@@ -53,7 +53,10 @@ PARTS = {
 }
 
 
-def shape(rng: np.random.Generator, x: float, y: float, w: float, h: float) -> tuple[tuple[float, ...], rle.Rle]:
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels
+
+
+def shape(rng: np.random.Generator, x: float, y: float, w: float, h: float) -> tuple[Box, rle.Rle]:
     """Return the box x, y, w, h and the mask of a blob that is clipped to the image."""
     left, top = int(min(max(x, 0), WIDTH - 9)), int(min(max(y, 0), HEIGHT - 9))
     w, h = int(min(max(w, 8), WIDTH - left)), int(min(max(h, 8), HEIGHT - top))
@@ -65,7 +68,7 @@ def shape(rng: np.random.Generator, x: float, y: float, w: float, h: float) -> t
 
 
 @functools.cache
-def shapes(number: int) -> tuple[tuple[Instance, ...], list[tuple[int, tuple[float, ...], rle.Rle]]]:
+def shapes(number: int) -> tuple[tuple[Instance, ...], list[tuple[int, Box, rle.Rle]]]:
     """Return the objects and the detections of one image, without scores."""
     rng = np.random.default_rng([7, number])
     instances, found = [], []
@@ -119,7 +122,7 @@ def peer(count: int, tasks: tuple[Any, ...]) -> dict[str, list[float]]:
                     truth.append({**annotation, "id": len(truth) + 1, "image_id": number})
             for i in range(len(detections)):
                 x0, y0, x1, y1 = (float(v) for v in detections.boxes[i])
-                entry = {"image_id": number, "category_id": int(detections.labels[i])}
+                entry: dict[str, Any] = {"image_id": number, "category_id": int(detections.labels[i])}
                 entry["score"] = float(detections.scores[i])
                 entry |= (
                     {"bbox": [x0, y0, x1 - x0, y1 - y0]}
