@@ -66,21 +66,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The contents of `dataset.json`.
+    """The contents of `dataset.json`."""
 
-    Attributes:
-        categories: the classes, ids ascending.
-        shards: every shard, in the order (split, path).
-        index_sha256: hash of `index.parquet`.
-        plan: fingerprint of the builder's plan; "" without one.
-        source: where the data came from.
-    """
-
-    categories: tuple[Category, ...]
-    shards: tuple[Shard, ...]
-    index_sha256: str
-    plan: str = ""
-    source: dict[str, Any] = field(default_factory=dict)
+    categories: tuple[Category, ...]  # the classes, ids ascending
+    shards: tuple[Shard, ...]  # every shard, in the order (split, path)
+    index_sha256: str  # hash of `index.parquet`
+    plan: str = ""  # fingerprint of the builder's plan; "" without one
+    source: dict[str, Any] = field(default_factory=dict)  # where the data came from
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of `dataset.json`."""

@@ -46,27 +46,18 @@ SAMPLES_PER_SHARD = 256
 
 
 class Annotation(TypedDict, total=False):
-    """One object for `DatasetWriter.add_image`: `category`, and `bbox`, `mask` or both; the rest is optional.
+    """One object for `DatasetWriter.add_image`: `category`, and `bbox`, `mask` or both; the rest is optional."""
 
-    Attributes:
-        category: name or id of its class.
-        bbox: x, y, width, height in pixels; by default the tight box of the mask.
-        mask: array [H, W] of the image's size; non-zero is the object.
-        box_id: an id that is unique within the image.
-        is_group_of, is_occluded, is_truncated, is_depiction, is_inside: see `Instance`.
-        predicted_iou: estimate of the mask's quality, 0 to 1.
-    """
-
-    category: str | int
-    bbox: Sequence[float]
-    mask: Any
-    box_id: str
-    is_group_of: bool
+    category: str | int  # name or id of its class
+    bbox: Sequence[float]  # x, y, width, height in pixels; by default the tight box of the mask
+    mask: Any  # array [H, W] of the image's size; non-zero is the object
+    box_id: str  # unique within the image
+    is_group_of: bool  # for this and the other flags see `Instance`
     is_occluded: bool
     is_truncated: bool
     is_depiction: bool
     is_inside: bool
-    predicted_iou: float
+    predicted_iou: float  # estimate of the mask's quality, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)

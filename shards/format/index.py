@@ -80,45 +80,40 @@ def index_error(where: str, fault: str) -> DatasetError:
 
 @dataclass(frozen=True)
 class Labels:
-    """The number of annotations of each class in each sample, from list columns with one list per sample.
-
-    Attributes:
-        columns: the source of `classes`, `instances`, `masks` and `groups`; see `Index.read`.
-        rows: (N,) the rows of `columns` that belong to the samples, ascending.
-        where: the file, named in errors.
+    """The number of annotations of each class in each of N samples, from list columns with one list per sample.
 
     Raises:
         DatasetError: on access to an attribute whose column is not in the format.
     """
 
-    columns: IndexFile | pa.Table = field(repr=False)
-    rows: NDArray[np.int64] = field(repr=False)
-    where: str = "index"
+    columns: IndexFile | pa.Table = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
+    rows: NDArray[np.int64] = field(repr=False)  # [N] the rows of `columns` that belong to the samples, ascending
+    where: str = "index"  # the file, named in errors
 
     @property
     def classes(self) -> NDArray[np.int32]:
-        """(P,) the classes of sample 0, then those of sample 1, ...: one entry per pair of a sample and a class."""
+        """[P] the classes of sample 0, then those of sample 1, ...: one entry per pair of a sample and a class."""
         return self._classes[0]
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
-        """(P,) the sample of each entry of `classes`, from 0 to N - 1, ascending."""
+        """[P] the sample of each entry of `classes`, from 0 to N - 1, ascending."""
         return np.repeat(np.arange(len(self.rows), dtype=np.int64), self._classes[1])
 
     def flat(self, column: str) -> NDArray[np.int32]:
-        """Return (P,) the entries of a column, parallel to `classes`."""
+        """Return [P] the entries of a column, parallel to `classes`."""
         values, lengths = self._flat(column)
         if not np.array_equal(lengths, self._classes[1]):
             raise index_error(self.where, f"a row has another number of {column} than of classes")
         return values
 
     def take(self, rows: NDArray[np.int64]) -> Labels:
-        """Return the labels of some samples, (n,) rows ascending."""
+        """Return the labels of some samples, [n] rows ascending."""
         return Labels(self.columns, self.rows[rows], self.where)
 
     @cached_property
     def _classes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """`classes`, and (N,) the number of classes of each sample."""
+        """`classes`, and [N] the number of classes of each sample."""
         values, lengths = self._flat("classes")
         if len(values) and not 1 <= values.min() <= values.max() <= LARGEST_ID:
             raise index_error(self.where, f"column classes has ids from {values.min()} to {values.max()}")
@@ -134,30 +129,19 @@ class Labels:
 
 @dataclass(frozen=True, repr=False)
 class Index:
-    """The samples of one split, in the order of the shards.
+    """The N samples of one split, in the order of the shards."""
 
-    Attributes:
-        shard_paths: the split's shards, in order.
-        shard: (N,) position of each sample's shard in `shard_paths`.
-        offset: (N,) start of each sample in its shard, in bytes.
-        nbytes: (N,) length of each sample in its shard, in bytes.
-        crc32: (N,) checksum of each sample's bytes.
-        width, height: (N,) pixels.
-        image_ids: (N,) the keys, Arrow strings.
-        labels: the classes of each sample; None in loader processes, which do not need them.
-        category_ids: maps category ids of the shards to those of the samples that are returned; annotations of other
-            categories are dropped. None: all, unchanged.
-    """
-
-    shard_paths: tuple[str, ...]
-    shard: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    nbytes: NDArray[np.int64]
-    crc32: NDArray[np.uint32]
-    width: NDArray[np.int32]
-    height: NDArray[np.int32]
-    image_ids: Any
-    labels: Labels | None = None
+    shard_paths: tuple[str, ...]  # the split's shards, in order
+    shard: NDArray[np.int32]  # [N] position of each sample's shard in `shard_paths`
+    offset: NDArray[np.int64]  # [N] start of each sample in its shard, in bytes
+    nbytes: NDArray[np.int64]  # [N] length of each sample in its shard, in bytes
+    crc32: NDArray[np.uint32]  # [N] checksum of each sample's bytes
+    width: NDArray[np.int32]  # [N] pixels
+    height: NDArray[np.int32]  # [N] pixels
+    image_ids: Any  # [N] the keys, Arrow strings
+    labels: Labels | None = None  # the classes of each sample; None in loader processes, which do not need them
+    # Maps category ids of the shards to those of the samples that are returned; annotations of other categories are
+    # dropped. None: all, unchanged.
     category_ids: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
@@ -208,7 +192,7 @@ class Index:
         return str(self.image_ids[int(row)].as_py())
 
     def take(self, rows: NDArray[np.int64]) -> Index:
-        """Return the index of some of the samples, (n,) rows ascending."""
+        """Return the index of some of the samples, [n] rows ascending."""
         arrays = {name: getattr(self, name)[rows] for name in _ARRAYS}
         labels = None if self.labels is None else self.labels.take(rows)
         return replace(self, **arrays, image_ids=self.image_ids.take(pa.array(rows)), labels=labels)
@@ -264,7 +248,7 @@ class Index:
 
 
 def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
-    """Return row numbers (n,) of an index of that many samples, ascending and without duplicates, as int64.
+    """Return row numbers [n] of an index of that many samples, ascending and without duplicates, as int64.
 
     Raises:
         DatasetError: `rows` are not integers, out of range, or not in order.

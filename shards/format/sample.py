@@ -6,8 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,10 +209,4 @@ def _fields_of(value: Any) -> Any:
         return value.item()
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
-    kind: Any = type(value)
-    return {name: getattr(value, name) for name in _field_names(kind)}
-
-
-@cache
-def _field_names(kind: Any) -> tuple[str, ...]:
-    return tuple(item.name for item in fields(kind))
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -27,17 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A part of a dataset.
+    """A part of a dataset: samples of some classes, without annotations of the others; and a fraction of those."""
 
-    Attributes:
-        classes: ids, ascending: samples that have one of them, without annotations of other classes. None: all.
-        fraction: above 0 to 1: share of the samples that have such a class.
-        seed: seed of the hash that chooses them.
-    """
-
-    classes: tuple[int, ...] | None = None
-    fraction: float = 1.0
-    seed: int = 0
+    classes: tuple[int, ...] | None = None  # ids, ascending; None: all
+    fraction: float = 1.0  # above 0 to 1
+    seed: int = 0  # of the hash that chooses the fraction
 
     def __post_init__(self) -> None:
         real("fraction", self.fraction)
@@ -96,7 +90,7 @@ def select_rows(index: Index, selection: Selection, where: str) -> Index:
 
 
 def hash_keys(image_ids: pa.Array, seed: int) -> NDArray[np.uint64]:
-    """Return uint64 (N,), a hash of each key and the seed; the same in any dataset that has the key.
+    """Return uint64 [N], a hash of each key and the seed; the same in any dataset that has the key.
 
     Splitmix64 over the key's ASCII bytes, eight at a time (little-endian, the last word padded with zeros).
     """

@@ -95,20 +95,13 @@ def index_row(sample: Sample, split: str, path: str, offset: int, data: bytes | 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of a member's header that the format uses.
+    """The fields of a member's header that the format uses."""
 
-    Attributes:
-        key, extension: the two parts of its name; both "" if no sample can have that name.
-        name: the whole name.
-        size: bytes of the member, without padding.
-        canonical: whether the header is, bit for bit, the one that the format specifies.
-    """
-
-    key: str
+    key: str  # part of the name before the first dot; "", like `extension`, if no sample can have that name
     extension: str
     name: str
-    size: int
-    canonical: bool
+    size: int  # bytes of the member, without padding
+    canonical: bool  # whether the header is, bit for bit, the one that the format specifies
 
     @property
     def padded(self) -> int:

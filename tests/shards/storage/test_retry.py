@@ -35,15 +35,6 @@ def test_errors_that_may_pass_are_retried(
     assert len(done) == attempts
 
 
-def test_write_and_delete(tmp_path: Path) -> None:
-    place = Location(str(tmp_path / "a" / "b"))
-    retry.write(place, b"x")
-    assert place.read() == b"x"
-    retry.delete(place)
-    retry.delete(place)
-    assert not place.exists()
-
-
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_create_never_overwrites(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = f"s3://{request.getfixturevalue('bucket')}" if kind == "s3" else str(tmp_path / "new")
