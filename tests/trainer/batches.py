@@ -1,12 +1,13 @@
-"""Batches of noise with elliptic objects, and a small network."""
+"""Small networks, and batches of noise with elliptic objects."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
 from shards.format import rle
@@ -17,27 +18,34 @@ from trainer.data.instances import HAS_MASK, Batch, Instances, read_instances
 from trainer.model.build import build_model
 from trainer.model.losses import Trainable
 
-SMALL = ModelConfig(
-    backbone="resnet18",
-    weights="none",
-    fpn_channels=16,
-    box_head_features=32,
-    mask_head_channels=[16],
-    anchor_sizes=[16, 32, 64, 128, 256],
-    rpn_pre_nms=[200, 100],
-    rpn_post_nms=[100, 50],
-    rois_per_image=64,
-)
+Module = TypeVar("Module", bound=nn.Module)
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
 
 
-CLASSES = 4  # with the background
+def narrow(**changes: Any) -> ModelConfig:
+    """Settings of a ResNet-18 with narrow heads and random weights."""
+    values: dict[str, Any] = {"backbone": "resnet18", "norm": "batch", "weights": "none", "mask_head_channels": [8]}
+    return ModelConfig(**{**values, "fpn_channels": 8, "box_head_features": 8, **changes})
+
+
+def with_statistics(network: Module, lowest: float = 0.5) -> Module:
+    """Give norms random statistics that keep activations at an ordinary size; variances are at least `lowest`."""
+    rng = torch.Generator().manual_seed(1)
+    for name, value in network.state_dict().items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=rng) + lowest)
+        elif name.endswith("running_mean"):
+            value.copy_(torch.rand(value.shape, generator=rng) * 0.1)
+    return network
 
 
 def small_network() -> MaskRCNN:
-    """A network in training mode whose random weights are always the same."""
+    """A network of four classes in training mode whose random weights are always the same."""
+    widths = {"fpn_channels": 16, "box_head_features": 32, "mask_head_channels": [16]}
+    few = {"rpn_pre_nms": [200, 100], "rpn_post_nms": [100, 50], "rois_per_image": 64}
+    model = narrow(norm="frozen", anchor_sizes=[16, 32, 64, 128, 256], **widths, **few)
     torch.manual_seed(0)
-    return build_model(SMALL, DataConfig(min_size=96, max_size=128), CLASSES).train()
+    return build_model(model, DataConfig(min_size=96, max_size=128), 4).train()
 
 
 def scene(seed: int, height: int, width: int, objects: int) -> tuple[Tensor, list[np.ndarray], Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 from shards.format import rle
@@ -32,33 +33,18 @@ ROOT = Path(__file__).parents[2]
 CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))
 COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}
 
-# --section.key value: a run of seconds.
+# A run of seconds.
+SECTIONS = """
+data: {batch_size: 2, workers: 0, lanes: 2, min_size: 64, max_size: 64}
+model: {backbone: resnet18, norm: batch, weights: none, fpn_channels: 16, box_head_features: 32,
+        mask_head_channels: [16], anchor_sizes: [8, 16, 32, 48, 64], rpn_pre_nms: [100, 100], rpn_post_nms: [50, 30],
+        rois_per_image: 16, detections_per_image: 20}
+optim: {lr: 0.005, warmup_steps: 3}
+train: {epochs: 1, steps_per_epoch: 6, checkpoint_steps: 3, layers: all}
+run: {log_steps: 2, pictures: 0, trackers: []}
+"""
 SETTINGS = {
-    "data.batch_size": 2,
-    "data.workers": 0,
-    "data.lanes": 2,
-    "data.min_size": 64,
-    "data.max_size": 64,
-    "model.backbone": "resnet18",
-    "model.norm": "batch",
-    "model.weights": "none",
-    "model.fpn_channels": 16,
-    "model.box_head_features": 32,
-    "model.mask_head_channels": [16],
-    "model.anchor_sizes": [8, 16, 32, 48, 64],
-    "model.rpn_pre_nms": [100, 100],
-    "model.rpn_post_nms": [50, 30],
-    "model.rois_per_image": 16,
-    "model.detections_per_image": 20,
-    "optim.lr": 0.005,
-    "optim.warmup_steps": 3,
-    "train.epochs": 1,
-    "train.steps_per_epoch": 6,
-    "train.checkpoint_steps": 3,
-    "train.layers": "all",
-    "run.log_steps": 2,
-    "run.pictures": 0,
-    "run.trackers": [],
+    f"{section}.{name}": value for section, values in yaml.safe_load(SECTIONS).items() for name, value in values.items()
 }
 
 # Two stages of three steps, for `arguments`.

@@ -33,6 +33,7 @@ from trainer.run.distributed import tracker_folder
         ({"data__repeat_threshold": 2}, "data.repeat_threshold is 2.0: it must be between 0 and 1"),
         ({"optim__lr": "fast"}, "optim.lr: 'fast' is not a"),
         ({"model__weights": "/nowhere.safetensors"}, "/nowhere.safetensors: there is no such object"),
+        ({"train__layers": "3+"}, "layers would stay random"),
         ({"run__trackers": "[tensorbord]"}, "run.trackers: accelerate does not know 'tensorbord': it knows aim, "),
         ({"run__trackers": "[wandb]"}, "run.trackers: wandb is not installed: pip install wandb, or leave it out"),
     ],

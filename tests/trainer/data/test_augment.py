@@ -43,13 +43,6 @@ def test_resize_gives_pixels_and_boxes_as_at_inference(shape):
     assert torch.allclose(scaled.boxes, expected_target["boxes"], atol=1e-4)
 
 
-def test_flip_mirrors_image_and_boxes():
-    image = picture(60, 80)
-    flipped, instances = augment.flip(image, read_instances([Instance(1, (10, 20, 30, 25), None)]))
-    assert torch.equal(flipped[:, 20:45, 40:70].flip(-1), image[:, 20:45, 10:40])
-    assert instances.boxes.tolist() == [[40, 20, 70, 45]]
-
-
 def test_pad_into_copies_to_the_top_left_and_zeros_the_rest():
     images = [picture(50, 70), picture(64, 33)]
     slots = augment.empty_images(2, 64, 70)

@@ -1,6 +1,5 @@
 """Saving, loading and choosing checkpoints."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 from shards.common.errors import UserError
 from shards.format.dataset import Category
 from shards.storage.location import Location
-from trainer.config.settings import Config
+from trainer.config.settings import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainer.model.checkpoint import (
     CheckpointError,
     State,
@@ -54,10 +53,10 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     return Location(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
 
 
-def newest_step(run: Location) -> int:
+def newest(run: Location) -> State:
     found = load_newest(run)
     assert found is not None
-    return found[1].step
+    return found[1]
 
 
 def flip_a_byte(location: Location) -> None:
@@ -74,6 +73,8 @@ def test_a_loaded_checkpoint_continues_to_the_bit(run: Location) -> None:
     assert found is not None
     folder, loaded = found
     assert folder.url == f"{run}/checkpoints/step-000003"
+    files = {str(name).rpartition("/")[2] for name in run.fs.find(folder.path)}
+    assert files == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert (loaded.step, loaded.position, loaded.order, loaded.categories) == (3, 6, ORDER, CATEGORIES)
     assert loaded.config == Config()
 
@@ -98,7 +99,7 @@ def test_save_keeps_the_newest_and_a_folder_without_state_json_is_no_checkpoint(
     assert {str(name).split("/")[-2] for name in files} == {"step-000015", "step-000020"}
     (run / "checkpoints/step-000020/state.json").delete()
     assert steps_of(run) == [15]
-    assert newest_step(run) == 15
+    assert newest(run).step == 15
     save(run, state(20), keep=1)
     assert steps_of(run) == [20]
 
@@ -114,13 +115,13 @@ def test_load_newest_skips_a_damaged_checkpoint(tmp_path: Path, name: str, caplo
     else:
         flip_a_byte(damaged)
     with caplog.at_level(logging.WARNING):
-        assert newest_step(run) == 5
+        assert newest(run).step == 5
     assert "step-000010" in caplog.text
     assert "damaged" in caplog.text
     with pytest.raises(CheckpointError, match="damaged"):
         load(run / "checkpoints/step-000010")
     damaged.delete()
-    assert newest_step(run) == 5
+    assert newest(run).step == 5
     (run / "checkpoints/step-000005/model.safetensors").write(b"")
     if name != "state.json":
         with pytest.raises(CheckpointError, match="each of the 2 checkpoints is damaged"):
@@ -152,27 +153,16 @@ def test_open_checkpoint_takes_a_run_or_one_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
-def test_a_checkpoint_is_json_and_safetensors(tmp_path: Path) -> None:
-    folder = save(Location(str(tmp_path)), state(5), keep=1)
-    files = sorted(path.name for path in Path(folder.path).iterdir())
-    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
-    value = json.loads((folder / "state.json").read())
-    assert value["categories"][0] == {"id": 1, "name": "Person", "mid": "/m/p"}
-    assert value["config"]["model"]["backbone"] == "resnet50"
-    assert value["order"] == ORDER
-    assert (value["step"], value["position"]) == (5, 10)
-
-
 def test_check_same_run_refuses_another_model_order_or_classes() -> None:
     before = state(5)
     check_same_run(before, Config(), ORDER, CATEGORIES)
-    longer, other = Config(), Config()
-    longer.train.epochs, longer.optim.lr, longer.run.dir = 99, 0.5, "elsewhere"
+    longer = Config(train=TrainConfig(epochs=99), optim=OptimConfig(lr=0.5), run=RunConfig(dir="elsewhere"))
     check_same_run(before, longer, ORDER, CATEGORIES)
-    other.model.backbone = "resnet18"
-    with pytest.raises(CheckpointError, match=r"started with model.backbone 'resnet50', now it is 'resnet18'"):
-        check_same_run(before, other, ORDER, CATEGORIES)
-    with pytest.raises(CheckpointError, match=r"data.batch_size 2, now it is 4"):
-        check_same_run(before, Config(), {**ORDER, "batch_size": 4}, CATEGORIES)
-    with pytest.raises(CheckpointError, match="classes"):
-        check_same_run(before, Config(), ORDER, CATEGORIES[:1])
+    other = Config(model=ModelConfig(backbone="resnet18"))
+    for config, order, categories, message in (
+        (other, ORDER, CATEGORIES, r"started with model.backbone 'resnet50', now it is 'resnet18'"),
+        (Config(), {**ORDER, "batch_size": 4}, CATEGORIES, "data.batch_size 2, now it is 4"),
+        (Config(), ORDER, CATEGORIES[:1], "classes"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check_same_run(before, config, order, categories)

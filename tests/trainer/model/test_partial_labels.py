@@ -21,7 +21,7 @@ from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, losses_of
 from trainer.config.settings import LossConfig
 from trainer.data.instances import GROUP_OF, IGNORED, Batch
 from trainer.model.losses import image_list, sample_rois, targets_of
-from trainer.model.partial_labels import are_inside, ignore_regions, merge_unverified, verified_table
+from trainer.model.partial_labels import are_inside, merge_unverified, verified_table
 
 ALL = 10**6  # a sampler of this size chooses every anchor and RoI
 
@@ -56,11 +56,8 @@ def captured(module: torch.nn.Module) -> Iterator[list[Tensor]]:
     def keep(_module: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
         outputs.extend([output] if isinstance(output, Tensor) else output)
 
-    handle = module.register_forward_hook(keep)
-    try:
+    with module.register_forward_hook(keep):
         yield outputs
-    finally:
-        handle.remove()
 
 
 # Arithmetic
@@ -69,8 +66,7 @@ def captured(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 def slow_is_inside(box: list[float], regions: list[list[float]]) -> bool:
     area = (box[2] - box[0]) * (box[3] - box[1])
     for region in regions:
-        across = min(box[2], region[2]) - max(box[0], region[0])
-        down = min(box[3], region[3]) - max(box[1], region[1])
+        across, down = (min(box[k + 2], region[k + 2]) - max(box[k], region[k]) for k in (0, 1))
         if across > 0 and down > 0 and across * down / area >= 0.5:
             return True
     return False
@@ -87,25 +83,6 @@ def test_are_inside_equals_a_loop(some, regions):
     assert found.tolist() == [slow_is_inside(box, regions) for box in some]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_ignore_regions_changes_background_only(dtype):
-    region = torch.tensor([[0.0, 0, 100, 100]])
-    some = torch.tensor([[10.0, 10, 20, 20]] * 3 + [[210.0, 210, 220, 220]])
-    labels = torch.tensor([0, 1, -1, 0], dtype=dtype)
-    assert ignore_regions(labels, some, region).tolist() == [-1, 1, -1, 0]
-    assert ignore_regions(labels, some, region).dtype == dtype
-    assert ignore_regions(labels, some, region[:0]) is labels
-    assert labels.tolist() == [0, 1, -1, 0]
-
-
-def test_verified_table():
-    table = verified_table([(1, 3), None, (2,)], 4)
-    assert table is not None
-    assert table.int().tolist() == [[1, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 0]]
-    assert verified_table([None, None], 4) is None
-    assert verified_table([None, (1, 2, 3)], 4) is None
-
-
 @settings(max_examples=60)
 @given(st.data())
 def test_cross_entropy_of_merged_logits_equals_a_slow_softmax(data):
@@ -115,6 +92,7 @@ def test_cross_entropy_of_merged_logits_equals_a_slow_softmax(data):
         torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)), dtype=torch.int64) for n in rows
     ]
     table = verified_table(verified, 5)
+    assert (table is None) == all(known is None or len(known) == 4 for known in verified)
     if table is None or not sum(rows):
         return
     logits = torch.randn((sum(rows), 5), generator=torch.Generator().manual_seed(sum(rows)), requires_grad=True)
@@ -141,6 +119,8 @@ BATCH = batch_of(SCENES)
 IS_GROUP = torch.zeros(len(BATCH.labels), dtype=torch.bool)
 IS_GROUP[GROUPS] = True
 UNMASKED = torch.tensor([False, True] * 6)[: len(BATCH.labels)]
+NO_MASKS = without_masks(BATCH, ~UNMASKED)
+PARTLY = replace(BATCH, verified=((), (1,), None, (2, 3)))
 
 
 def crowded() -> Batch:
@@ -150,28 +130,17 @@ def crowded() -> Batch:
     return replace(BATCH, boxes=places, flags=BATCH.flags | IS_GROUP * GROUP_OF)
 
 
-def capped() -> Batch:
-    """`crowded()` with IGNORED instead of GROUP_OF, as beyond `max_instances`."""
-    return replace(crowded(), flags=torch.where(IS_GROUP, IGNORED, BATCH.flags).byte())
-
-
-def verified(*classes: tuple[int, ...] | None) -> Batch:
-    return replace(BATCH, verified=classes)
-
-
+# With IGNORED instead of GROUP_OF, as beyond `max_instances`.
+CAPPED = replace(crowded(), flags=torch.where(IS_GROUP, IGNORED, BATCH.flags).byte())
 EQUIVALENT = {
-    "unmasked objects as background": (
-        without_masks(BATCH, ~UNMASKED),
-        LossConfig(unmasked="background"),
-        without(BATCH, UNMASKED),
-    ),
+    "unmasked as background": (NO_MASKS, LossConfig(unmasked="background"), without(BATCH, UNMASKED)),
     "groups as background": (crowded(), LossConfig(group_of="background"), without(crowded(), IS_GROUP)),
     "groups as objects": (crowded(), LossConfig(group_of="object"), replace(crowded(), flags=BATCH.flags)),
-    "capped, groups ignored": (capped(), LossConfig(), crowded()),
-    "capped, groups as objects": (capped(), LossConfig(group_of="object"), crowded()),
-    "capped, groups as background": (capped(), LossConfig(group_of="background"), crowded()),
-    "all classes verified": (verified(*((1, 2, 3),) * 4), LossConfig(), BATCH),
-    "unverified classes as absent": (verified((), (1,), None, (2, 3)), LossConfig(unverified="absent"), BATCH),
+    "capped, groups ignored": (CAPPED, LossConfig(), crowded()),
+    "capped, groups as objects": (CAPPED, LossConfig(group_of="object"), crowded()),
+    "capped, groups as background": (CAPPED, LossConfig(group_of="background"), crowded()),
+    "all classes verified": (replace(BATCH, verified=((1, 2, 3),) * 4), LossConfig(), BATCH),
+    "unverified classes as absent": (PARTLY, LossConfig(unverified="absent"), BATCH),
 }
 
 
