@@ -8,14 +8,6 @@ from shards.format.sample import Instance
 from shards.format.validation import instance_faults
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_runs_are_those_of_the_mask(height: int, width: int, data: st.DataObject) -> None:
-    bits = data.draw(st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width))
-    mask = np.array(bits, np.uint8).reshape(height, width)
-    runs = rle.runs(rle.encode(mask))
-    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T, mask)
-
-
 @given(st.text(max_size=30), st.integers(1, 40), st.integers(1, 40))
 def test_any_text_as_rle_is_a_fault_or_a_mask(counts: str, height: int, width: int) -> None:
     instance = Instance(1, (0.0, 0.0, 1.0, 1.0), Rle(height, width, counts))
