@@ -13,8 +13,8 @@ import pytest
 import s3fs
 
 from demo.s3server import S3Server
+from tests.support import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfd and prctl")
 
 
@@ -36,6 +36,10 @@ def test_signed_clients_read_and_write_with_the_environment(s3: S3Server, bucket
     assert filesystem.cat_file(f"{bucket}/some/key.bin", start=3, end=6) == b"345"
     with fsspec.open(f"s3://{bucket}/some/key.bin", "rb") as file:
         assert file.read() == b"0123456789"
+    code = f"import s3fs; s3fs.S3FileSystem().pipe_file('{bucket}/child', b'hello')"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    subprocess.run([sys.executable, "-c", code], env={**clean, **s3.environment()}, check=True, timeout=60)
+    assert s3.filesystem().cat_file(f"{bucket}/child") == b"hello"
 
 
 def test_anonymous_clients_read_and_list_but_do_not_write(s3: S3Server, bucket: str) -> None:
@@ -53,16 +57,8 @@ def test_plain_http_serves_ranges(s3: S3Server, bucket: str) -> None:
     s3.filesystem().pipe_file(f"{bucket}/key", bytes(range(256)) * 100)
     request = urllib.request.Request(f"{s3.endpoint_url}/{bucket}/key", headers={"Range": "bytes=1000-1009"})
     with urllib.request.urlopen(request, timeout=10) as reply:
-        assert reply.status == 206
-        assert reply.headers["Content-Range"] == "bytes 1000-1009/25600"
+        assert (reply.status, reply.headers["Content-Range"]) == (206, "bytes 1000-1009/25600")
         assert reply.read() == (bytes(range(256)) * 100)[1000:1010]
-
-
-def test_a_child_process_uses_the_environment(s3: S3Server, bucket: str) -> None:
-    code = f"import s3fs; s3fs.S3FileSystem().pipe_file('{bucket}/child', b'hello')"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    subprocess.run([sys.executable, "-c", code], env={**clean, **s3.environment()}, check=True, timeout=60)
-    assert s3.filesystem().cat_file(f"{bucket}/child") == b"hello"
 
 
 def test_upload_copies_a_tree(s3: S3Server, bucket: str, tmp_path: Path) -> None:
@@ -86,22 +82,7 @@ def test_a_bucket_must_be_created_once(s3: S3Server, bucket: str) -> None:
 
 
 @linux
-def test_stopping_leaves_no_process_folder_or_socket(tmp_path: Path) -> None:
-    with S3Server(tmp_path) as server:
-        pid, folder, sockets = server.pid, server.folder, server.sockets
-        assert all(path.is_socket() for path in sockets)
-        assert folder.parent == tmp_path
-        server.make_bucket("some-bucket")
-    assert not folder.exists()
-    assert not list(tmp_path.iterdir())
-    assert wait_until_gone(pid, 0)
-    assert not any(path.exists() for path in sockets)
-    with pytest.raises(RuntimeError, match="not running"):
-        server.environment()
-
-
-@linux
-def test_the_command_prints_exports_and_stops_at_ctrl_c(tmp_path: Path) -> None:
+def test_the_command_prints_exports_and_stopping_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "demo.s3server", "--dir", str(tmp_path), "--bucket", "play"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -111,7 +92,15 @@ def test_the_command_prints_exports_and_stops_at_ctrl_c(tmp_path: Path) -> None:
             assert b"ListBucketResult" in reply.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
+    with S3Server(tmp_path) as server:
+        pid, sockets = server.pid, server.sockets
+        assert all(path.is_socket() for path in sockets)
+        assert server.folder.parent == tmp_path
     assert not list(tmp_path.iterdir())
+    assert wait_until_gone(pid, 0)
+    assert not any(path.exists() for path in sockets)
+    with pytest.raises(RuntimeError, match="not running"):
+        server.environment()
 
 
 @linux
@@ -131,7 +120,6 @@ def test_the_server_dies_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_ready_in_time_is_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"not ready after 0\.1 s") as caught, S3Server(tmp_path, timeout=0.1):
+    with pytest.raises(RuntimeError, match=r"^[^\n]*not ready after 0\.1 s[^\n]*$"), S3Server(tmp_path, timeout=0.1):
         pass
-    assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
