@@ -61,6 +61,7 @@ def write_dataset(
     *,
     per_shard: int = 8,
     categories: Sequence[Category] = CATEGORIES,
+    plan: str = "test",
 ) -> Dataset:
     """Pack samples into a finished dataset at `root` and open it."""
     location = Location(str(root))
@@ -72,7 +73,7 @@ def write_dataset(
             (location / packed.shard.path).write(packed.data)
             rows.extend(packed.rows)
             shards.append(packed.shard)
-    finish_dataset(location, rows, shards, categories, plan="test")
+    finish_dataset(location, rows, shards, categories, plan=plan)
     return open_dataset(location)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,11 @@ from PIL import Image
 
 from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.dataset_writer import finish_dataset
 from shards.format.sample import Instance, Sample
-from shards.format.shard_tar import pack_shard, shard_path
 from shards.inspect.cli import main
 from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_mask, small_picture
-from shards.storage.location import Location
 from tests.browser import console, in_browser, press, requests, resize
-from tests.support import jpeg, sample, write_dataset
+from tests.support import CATEGORIES, jpeg, sample, write_dataset
 
 HOSTILE = "</script><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'`&amp;{{data}}<!--"
 
@@ -31,18 +29,9 @@ def page_of(root: Path | str, out: Path, *options: str) -> str:
 
 
 def data_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found
-    value: dict[str, Any] = json.loads(found[1])
+    [found] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    value: dict[str, Any] = json.loads(found)
     return value
-
-
-def write_one_shard(root: Path, samples: list[Sample], names: list[str], plan: str = "") -> None:
-    """Write a dataset of one shard with these class names."""
-    packed = pack_shard(samples, split="train", path=shard_path("train", 0))
-    (Location(str(root)) / packed.shard.path).write(packed.data)
-    classes = [Category(number, name, name) for number, name in enumerate(names, 1)]
-    finish_dataset(Location(str(root)), packed.rows, [packed.shard], classes, plan=plan)
 
 
 def hostile_dataset(root: Path) -> None:
@@ -56,7 +45,8 @@ def hostile_dataset(root: Path) -> None:
         original_url="data:text/html,<script>window.broken=1</script>",
         instances=tuple(replace(instance, label=HOSTILE) for instance in sample(1).instances),
     )
-    write_one_shard(root, [one, sample(2)], [HOSTILE, "Car"], plan=HOSTILE)
+    categories = (Category(1, HOSTILE, "/m/01g317"), CATEGORIES[1])
+    write_dataset(root, {"train": [one, sample(2)]}, categories=categories, plan=HOSTILE)
 
 
 def test_the_size_of_a_sample_on_the_page_is_limited(tmp_path: Path) -> None:
@@ -87,12 +77,11 @@ def test_small_pictures_and_masks() -> None:
     mask = np.zeros((500, 2000), np.uint8)
     mask[100:300, 400:1200] = 1
     small = small_mask(rle.encode(mask), size)
-    assert small.shape == (160, 640)
+    assert (small.shape, small.sum()) == ((160, 640), 64 * 256)
     assert small[32:96, 128:384].all()
-    assert small.sum() == 64 * 256
-    mask[:] = 0
-    mask[250, 1000] = 1
-    assert small_mask(rle.encode(mask), size).sum() == 1
+    dot = np.zeros((500, 2000), np.uint8)
+    dot[250, 1000] = 1
+    assert small_mask(rle.encode(dot), size).sum() == 1
 
 
 def test_samples_and_seed_choose_the_gallery(tmp_path: Path) -> None:
@@ -111,8 +100,7 @@ def test_the_file_has_no_markup_from_the_dataset(tmp_path: Path) -> None:
     assert page.count("<script") == page.count("</script>") == 2
     assert "<img" not in page
     assert "<!--" not in page
-    value = data_of(page)
-    assert value["plan"] == value["classes"][0]["name"] == HOSTILE
+    assert data_of(page)["plan"] == data_of(page)["classes"][0]["name"] == HOSTILE
 
 
 def street(number: int) -> Sample:
@@ -131,12 +119,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "page.html"
 
 
+def open_page(driver: Any, file: Path) -> Any:
+    resize(driver, 1280, 900)
+    requests(driver)
+    console(driver)
+    driver.get(file.as_uri())
+    return driver
+
+
 @pytest.fixture
-def page(browser: Any, file: Path) -> Any:
-    resize(browser, 1280, 900)
-    requests(browser)
-    browser.get(file.as_uri())
-    yield browser
+def page(browser: Any, file: Path) -> Iterator[Any]:
+    yield open_page(browser, file)
     assert console(browser) == []
 
 
@@ -154,13 +147,17 @@ def visible(driver: Any, selector: str) -> int:
     return sum(element.is_displayed() for element in driver.find_elements("css selector", selector))
 
 
+def first_card(driver: Any) -> Any:
+    return driver.find_element("css selector", "#gallery .card")
+
+
 @in_browser
 def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, file: Path) -> None:
     value = data_of(file.read_text("utf-8"))
     rows = page.find_elements("css selector", "#classes tbody tr")
     assert [row.text.split("\n")[0].split()[0] for row in rows] == ["Person", "Car"]  # by number of boxes
     page.find_element("xpath", "//*[@id='tabs']/button[text()='val']").click()
-    val = next(split for split in value["splits"] if split["split"] == "val")
+    [val] = [split for split in value["splits"] if split["split"] == "val"]
     rows = page.find_elements("css selector", "#classes tbody tr")
     shown = [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in rows]
     assert {cells[0]: int(cells[3]) for cells in shown} == {row["name"]: row["boxes"] for row in val["classes"]}
@@ -198,7 +195,7 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
     press(page, "b")
     assert (visible(page, "#gallery .box"), boxes.get_attribute("aria-pressed")) == (0, "false")
     # The mask pane, next to the photograph, keeps its masks.
-    page.find_element("css selector", "#gallery .card").click()
+    first_card(page).click()
     assert visible(page, "#photo .area") == 0 < visible(page, "#mask .area")
     photo, mask = (page.find_element("id", name).rect for name in ("photo", "mask"))
     assert photo["y"] == mask["y"]
@@ -243,7 +240,7 @@ def test_every_control_has_an_accessible_name(page: Any) -> None:
     """In Chromium's accessibility tree."""
     from selenium.webdriver.common.keys import Keys
 
-    page.find_element("css selector", "#gallery .card").click()
+    first_card(page).click()
     for _ in range(2):
         nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         roles = ("button", "combobox", "image", "dialog", "link", "region", "search")
@@ -258,9 +255,8 @@ def test_every_control_has_an_accessible_name(page: Any) -> None:
 def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
     resize(page, width, 844, phone=True)
     assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
-    card = page.find_element("css selector", "#gallery .card")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", card)
-    card.click()
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", first_card(page))
+    first_card(page).click()
     photo, mask = (page.find_element("id", name).rect for name in ("photo", "mask"))
     assert photo["y"] + photo["height"] <= mask["y"]  # one below the other
     assert photo["width"] > 0.85 * width
@@ -272,23 +268,21 @@ def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
 
 @in_browser
 def test_the_page_follows_the_dark_mode_of_the_user(page: Any) -> None:
-    def ground() -> list[int]:
+    grounds = []
+    for dark in (False, True):
+        resize(page, 1280, 900, dark=dark)
         colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
-        return [int(part) for part in re.findall(r"\d+", colour)[:3]]
-
-    assert min(ground()) > 200
-    resize(page, 1280, 900, dark=True)
-    assert max(ground()) < 60
+        grounds.append([int(part) for part in re.findall(r"\d+", colour)[:3]])
+    assert min(grounds[0]) > 200
+    assert max(grounds[1]) < 60
 
 
 @in_browser
 def test_markup_in_the_dataset_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
     hostile_dataset(tmp_path / "data")
-    page_of(tmp_path / "data", tmp_path / "page.html")
-    resize(browser, 1280, 900)
-    requests(browser)
-    browser.get((tmp_path / "page.html").as_uri())
-    place = next(n for n, one in enumerate(data_of((tmp_path / "page.html").read_text())["samples"]) if one["title"])
+    value = data_of(page_of(tmp_path / "data", tmp_path / "page.html"))
+    open_page(browser, tmp_path / "page.html")
+    place = next(n for n, one in enumerate(value["samples"]) if one["title"])
     browser.find_elements("css selector", "#gallery .card")[place].click()
     assert browser.execute_script("return window.broken") is None
     about = browser.find_element("id", "about")
@@ -301,23 +295,20 @@ def test_markup_in_the_dataset_is_shown_as_text(browser: Any, tmp_path: Path) ->
 
 @in_browser
 def test_a_direction_mark_in_a_name_does_not_affect_the_next_name(browser: Any, tmp_path: Path) -> None:
-    names = ["\u202eevil", "Car"]
-    write_one_shard(tmp_path, [replace(sample(1), verified_present=(1, 2))], names)
+    categories = (Category(1, "\u202eevil", "/m/01g317"), CATEGORIES[1])
+    write_dataset(tmp_path, {"train": [replace(sample(1), verified_present=(1, 2))]}, categories=categories)
     page_of(tmp_path, tmp_path / "page.html")
-    resize(browser, 1280, 900)
-    browser.get((tmp_path / "page.html").as_uri())
-    browser.find_element("css selector", "#gallery .card").click()
+    open_page(browser, tmp_path / "page.html")
+    first_card(browser).click()
     for where in ("//dt[.='Verified present']/following-sibling::dd[1]//bdi", "//*[@class='caption']//bdi"):
         first, second = browser.find_elements("xpath", where)
-        assert [first.get_property("textContent"), second.get_property("textContent")] == names
+        assert [first.get_property("textContent"), second.get_property("textContent")] == ["\u202eevil", "Car"]
         assert first.rect["x"] + first.rect["width"] <= second.rect["x"]  # left to right
 
 
 @in_browser
 def test_the_policy_forbids_other_scripts_and_images(browser: Any, file: Path) -> None:
-    browser.get(file.as_uri())
-    console(browser)
-    browser.execute_script(
+    open_page(browser, file).execute_script(
         "const image = new Image(); image.src = 'https://example.org/x.png'; document.body.append(image);"
         "const script = document.createElement('script'); script.textContent = 'window.broken = 1';"
         "document.body.append(script);"
