@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,17 +29,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    packages = Path(
-        subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()
-    )  # fmt: skip
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    venv.create(folder / "venv")
+    python = str(folder / "venv" / "bin" / "python")
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", source], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", str(source)], check=True)
     shutil.rmtree(source)
     empty = folder / "empty"
     empty.mkdir()
@@ -65,26 +61,25 @@ def test_the_installed_code_is_used(run: Run) -> None:
 
 
 def test_every_command_in_an_empty_folder(run: Run, scenes: SceneTruth, tmp_path: Path) -> None:
-    sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
     shards, folder = str(tmp_path / "shards"), str(tmp_path / "run")
-    built = run(
-        "build-shards", "--per-class", "4", "--eval-per-class", "2", "--workers", "1", *sources, "--out", shards
-    )
-    assert built.returncode == 0, built.stderr
-    counts = json.loads(run("maskstream", "inspect", shards, "--json").stdout)
-    assert [split["split"] for split in counts["splits"]] == ["train", "val", "test"]
-    page = run("inspect-shards", shards, "--html", str(tmp_path / "page.html"))
-    assert page.returncode == 0, page.stderr
 
-    small = ["--config", "demo", "--data.batch_size", "2", "--data.workers", "0", "--data.min_size", "64"]
-    small += ["--train.epochs", "1", "--train.steps_per_epoch", "1", "--run.trackers", "[]", "--data.shards", shards]
-    trained = run("maskstream", "train", *small, "--run.dir", folder)
-    assert trained.returncode == 0, trained.stderr
-    scored = run("maskstream", "evaluate", "--checkpoint", folder, "--data.shards", shards, "--data.split", "val")
-    assert scored.returncode == 0, scored.stderr
+    def output(command: str, *arguments: str) -> str:
+        done = run(*command.split(), *arguments)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
+    output("build-shards --per-class 4 --eval-per-class 2 --workers 1", *sources, "--out", shards)
+    counts = json.loads(output("maskstream inspect --json", shards))
+    assert [split["split"] for split in counts["splits"]] == ["train", "val", "test"]
+    output("inspect-shards", shards, "--html", str(tmp_path / "page.html"))
+
+    small = "--config demo --data.batch_size 2 --data.workers 0 --data.min_size 64"
+    small += " --train.epochs 1 --train.steps_per_epoch 1 --run.trackers []"
+    output(f"maskstream train {small}", "--data.shards", shards, "--run.dir", folder)
+    output("maskstream evaluate --data.split val", "--checkpoint", folder, "--data.shards", shards)
     picture = next(Path(scenes.images).rglob("*.jpg"))
-    found = run("maskstream", "predict", "--checkpoint", folder, "--out", str(tmp_path / "found"), str(picture))
-    assert found.returncode == 0, found.stderr
+    output("maskstream predict", "--checkpoint", folder, "--out", str(tmp_path / "found"), str(picture))
     assert list((tmp_path / "found").iterdir())
 
 

@@ -15,18 +15,13 @@ SECRETS = [
     ("{'url': 'https://a:b@h/x'} and 'https://c:d@h'", "{'url': 'https://***@h/x'} and 'https://***@h'"),
     ("https://h/x?x-goog-signature=aa&token=bb", "https://h/x?x-goog-signature=***&token=***"),
 ]
-PLAIN = ["s3://bucket/a@b/c.jpg", "https://host/x?part=3&design=5", "Zoë <z@x.org> asks: who?", "/data/a b/@c"]
+UNCHANGED = ["s3://bucket/a@b/c.jpg", "https://host/x?part=3&design=5", "Zoë <z@x.org> asks: who?", "/data/a b/@c"]
 
 
-@pytest.mark.parametrize(("text", "safe"), SECRETS)
-def test_redact_replaces_credentials(text: str, safe: str) -> None:
+@pytest.mark.parametrize(("text", "safe"), [*SECRETS, *zip(UNCHANGED, UNCHANGED)])
+def test_redact_replaces_credentials_only(text: str, safe: str) -> None:
     assert redact(text) == safe
     assert redact(f"error: {text}: cannot be read") == f"error: {safe}: cannot be read"
-
-
-@pytest.mark.parametrize("text", PLAIN)
-def test_redact_keeps_everything_else(text: str) -> None:
-    assert redact(text) == text
 
 
 @given(st.text(max_size=60))

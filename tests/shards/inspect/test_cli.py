@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,10 +15,9 @@ import pytest
 from shards.commands.command_line import print_to_reader
 from shards.common.text import columns_of
 from shards.format.dataset import Category
-from shards.format.dataset_writer import DatasetWriter
 from shards.inspect.cli import main
 from shards.inspect.shard_check import Fault
-from tests.support import sample, write_dataset
+from tests.support import REPOSITORY, sample, write_dataset
 
 Capture = pytest.CaptureFixture[str]
 
@@ -76,18 +78,17 @@ def test_without_label_images_no_shard_is_read(root: str, capsys: Capture) -> No
 def test_a_folder_without_a_dataset_is_a_one_line_error(tmp_path: Path, capsys: Capture, option: str) -> None:
     assert main([str(tmp_path), option]) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
     assert captured.err.startswith("inspect-shards: error: ")
-    assert captured.err.count("\n") == 1
 
 
 def test_text_aligns_and_escapes_names(tmp_path: Path, capsys: Capture) -> None:
-    with DatasetWriter(tmp_path, [Category(1, "\x1b[2J\n\u202eCar", ""), Category(2, "人" * 20, "")]) as writer:
-        writer.add(sample(1), split="train")
+    categories = [Category(1, "\x1b[2J\n\u202eCar", ""), Category(2, "人" * 20, "")]
+    write_dataset(tmp_path, {"train": [sample(1)]}, categories=categories)
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(map(str.isprintable, lines))
-    head = next(number for number, line in enumerate(lines) if line.startswith("  class "))
+    [head] = [number for number, line in enumerate(lines) if line.startswith("  class ")]
     assert len({columns_of(line) for line in lines[head : head + 3]}) == 1
     assert str(Fault("a", "box \n\x1b[2J")) == r"a: box \n\x1b[2J"
 
@@ -107,6 +108,19 @@ def test_a_closed_pipe_ends_the_command_quietly(root: str, options: list[str], u
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writer)
     assert (done.stderr, done.returncode) == ("", 141)
+
+
+COMMANDS = re.findall(r"^    (inspect-shards .*)$", (REPOSITORY / "docs/inspecting.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_guide(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = replace(sample(1), image_id="000a1249af2bc5f0")
+    write_dataset("traffic", {"train": [sample(0), named], "val": [sample(2)]})
+    assert main(shlex.split(command.replace("s3://bucket/traffic", "traffic"))[1:]) == 0
+    written = {path.name for path in tmp_path.iterdir()} - {"traffic"}
+    assert written == ({"traffic.html"} if "--html" in command else {"look"} if "--extract" in command else set())
 
 
 def test_a_broken_pipe_of_something_else_is_raised() -> None:

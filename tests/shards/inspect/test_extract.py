@@ -1,6 +1,7 @@
 """`inspect-shards --extract`: the files of one image."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +61,7 @@ def test_mask_names_stay_in_the_folder(label: str) -> None:
 def test_an_unknown_image_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(tmp_path / "data", {"train": [sample(0)]})
     assert main([str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--extract", "../../x"]) == 2
-    error = capsys.readouterr().err
-    assert "there is no sample '../../x'" in error
-    assert error.count("\n") == 1
+    assert re.search(r"^[^\n]*there is no sample '../../x'[^\n]*\n$", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,4 @@
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +41,8 @@ def test_choose_represents_every_class_and_split(root: Path) -> None:
 
 
 def test_choose_depends_on_keys_and_seed_only(root: Path, tmp_path: Path) -> None:
-    splits: dict[str, Sequence[Sample]] = {
-        "train": [rare(n) for n in reversed(range(100))],
-        "val": [rare(n) for n in range(100, 120)],
-    }
-    write_dataset(tmp_path, splits, per_shard=33)
+    splits = {"train": reversed(range(100)), "val": range(100, 120)}
+    write_dataset(tmp_path, {split: [rare(n) for n in numbers] for split, numbers in splits.items()}, per_shard=33)
     assert keys(root, 20) == keys(tmp_path, 20)
     assert keys(root, 20)[:5] == keys(root, 5)
     assert keys(root, 20) != keys(root, 20, seed=1)
@@ -55,13 +51,13 @@ def test_choose_depends_on_keys_and_seed_only(root: Path, tmp_path: Path) -> Non
 
 
 def test_first_rows_is_a_random_sample_of_a_split(root: Path) -> None:
-    dataset = open_dataset(str(root))
-    rows = first_rows(dataset.index("train"), 30)
-    assert rows.tolist() == sorted(set(rows.tolist()))
+    train, val = (open_dataset(str(root)).index(split) for split in ("train", "val"))
+    rows = first_rows(train, 30).tolist()
+    assert rows == sorted(set(rows))
     assert len(rows) == 30
-    assert set(first_rows(dataset.index("train"), 20).tolist()) < set(rows.tolist())
-    assert first_rows(dataset.index("val"), 30).tolist() == list(range(20))
-    assert rows.tolist() != first_rows(dataset.index("train"), 30, seed=1).tolist()
+    assert set(first_rows(train, 20).tolist()) < set(rows)
+    assert first_rows(val, 30).tolist() == list(range(20))
+    assert rows != first_rows(train, 30, seed=1).tolist()
 
 
 def test_read_annotations_equals_read_samples_without_pictures(root: Path) -> None:
