@@ -2,9 +2,9 @@
 
 import csv
 import io
-import json
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 
 from demo.scenes import SceneConfig, SceneTruth, draw_scene, image_id, main, scene_of, write_open_images
 from demo.street import MIDS, MIN_VISIBLE
+from shards.common.class_hierarchy import parse_hierarchy
 
 CONFIG = SceneConfig(train=40, validation=10, test=6, seed=1)  # of the fixture `scenes`
 BOXES = {
@@ -35,6 +36,7 @@ IMAGE_COLUMNS = (
     "Thumbnail300KURL,Rotation"
 )
 SPLITS = ("train", "validation", "test")
+SIDES = ("XMin", "YMin", "XMax", "YMax")
 
 
 def table(scenes: SceneTruth, name: str) -> list[dict[str, str]]:
@@ -47,14 +49,17 @@ def header(scenes: SceneTruth, name: str) -> str:
 
 
 def box(row: dict[str, str], prefix: str = "") -> np.ndarray:
-    return np.array([float(row[f"{prefix}{side}"]) for side in ("XMin", "YMin", "XMax", "YMax")])
+    return np.array([float(row[f"{prefix}{side}"]) for side in SIDES])
+
+
+def mask_rows(scenes: SceneTruth, split: str) -> list[dict[str, str]]:
+    return table(scenes, f"v5/{split}-annotations-object-segmentation.csv")
 
 
 def masks(scenes: SceneTruth, split: str) -> dict[str, Image.Image]:
-    found = {}
+    found: dict[str, Image.Image] = {}
     for digit in "0123456789abcdef":
-        path = scenes.annotations / "v5" / f"{split}-masks" / f"{split}-masks-{digit}.zip"
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(scenes.annotations / f"v5/{split}-masks/{split}-masks-{digit}.zip") as archive:
             for name in archive.namelist():
                 assert name[0] == digit
                 found[name] = Image.open(io.BytesIO(archive.read(name)))
@@ -77,16 +82,12 @@ def test_class_files_and_hierarchy(scenes: SceneTruth) -> None:
     assert {name: mid for mid, name in described.items()}.items() >= MIDS.items()
     segmentable = (scenes.annotations / "v5" / "classes-segmentation.txt").read_text().split()
     assert set(MIDS.values()) <= set(segmentable) <= set(described)
-    tree = json.loads((scenes.annotations / "2018_04" / "bbox_labels_600_hierarchy.json").read_text())
-    kinds: dict[str, set[str]] = {}
-
-    def walk(node: dict) -> None:
-        for child in node.get("Subcategory", []):
-            kinds.setdefault(described.get(node["LabelName"], "Entity"), set()).add(described[child["LabelName"]])
-            walk(child)
-
-    walk(tree)
-    assert tree["LabelName"] == "/m/0bl9f"
+    nodes = parse_hierarchy((scenes.annotations / "2018_04/bbox_labels_600_hierarchy.json").read_text(), "tree")
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
+    for node in nodes:
+        if node.ancestors:
+            kinds[described.get(node.ancestors[-1], "Entity")].add(described[node.label])
+    assert nodes[0].label == "/m/0bl9f"
     assert kinds["Person"] == {"Man", "Woman", "Boy", "Girl"}
     assert kinds["Car"] == {"Limousine", "Van"}
     assert kinds["Traffic sign"] == {"Stop sign"}
@@ -95,40 +96,30 @@ def test_class_files_and_hierarchy(scenes: SceneTruth) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_mask_row_has_its_box_row_and_its_zip_member(scenes: SceneTruth, split: str) -> None:
-    members = masks(scenes, split)
-    boxes = table(scenes, BOXES[split])
-    rows = table(scenes, f"v5/{split}-annotations-object-segmentation.csv")
+    members, boxes, rows = masks(scenes, split), table(scenes, BOXES[split]), mask_rows(scenes, split)
     assert sorted(members) == sorted(row["MaskPath"] for row in rows)
     taken = set()
     for row in rows:
         key = (row["ImageID"], row["LabelName"])
-        near = [
-            number
-            for number, other in enumerate(boxes)
-            if (other["ImageID"], other["LabelName"]) == key and np.allclose(box(other), box(row, "Box"), atol=2e-6)
-        ]
-        assert len(near) == 1
-        assert boxes[near[0]]["IsGroupOf"] == "0"
-        taken.add(near[0])
+        same = [number for number, other in enumerate(boxes) if (other["ImageID"], other["LabelName"]) == key]
+        [near] = [number for number in same if np.allclose(box(boxes[number]), box(row, "Box"), atol=2e-6)]
+        assert boxes[near]["IsGroupOf"] == "0"
+        taken.add(near)
         assert row["MaskPath"] == f"{key[0]}_{key[1].replace('/', '')}_{row['BoxID']}.png"
         assert members[row["MaskPath"]].mode == "1"
-    assert len(taken) == len(rows)
-    assert len({(row["ImageID"], row["BoxID"]) for row in rows}) == len(rows)
+    assert len(taken) == len({(row["ImageID"], row["BoxID"]) for row in rows}) == len(rows)
 
 
 def test_mask_and_box_tables_format_coordinates_differently(scenes: SceneTruth) -> None:
-    boxes = {row[side] for row in table(scenes, BOXES["train"]) for side in ("XMin", "XMax", "YMin", "YMax")}
-    rows = table(scenes, "v5/train-annotations-object-segmentation.csv")
-    texts = [row[f"Box{side}"] for row in rows for side in ("XMin", "XMax", "YMin", "YMax")]
+    boxes = {row[side] for row in table(scenes, BOXES["train"]) for side in SIDES}
+    texts = [row[f"Box{side}"] for row in mask_rows(scenes, "train") for side in SIDES]
     assert sum(text not in boxes for text in texts) > len(texts) / 4
     assert any(len(text) > 15 for text in texts)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_masks_resized_to_the_image_are_the_drawn_objects(scenes: SceneTruth, split: str) -> None:
-    members = masks(scenes, split)
-    rows = table(scenes, f"v5/{split}-annotations-object-segmentation.csv")
-    truth = scenes.splits[split]
+    members, rows, truth = masks(scenes, split), mask_rows(scenes, split), scenes.splits[split]
     drawn = {name: scene_of(CONFIG, split, index) for index, name in enumerate(truth.image_ids)}
     other_size = 0
     for row in rows:
@@ -174,30 +165,31 @@ def test_boxes_masks_and_crowds_are_counted(scenes: SceneTruth) -> None:
 
 
 def test_verified_labels_agree_with_the_boxes(scenes: SceneTruth) -> None:
-    present: dict[str, set[str]] = {}
-    absent: dict[str, set[str]] = {}
-    for row in table(scenes, "v5/train-annotations-human-imagelabels-boxable.csv"):
-        (present if row["Confidence"] == "1" else absent).setdefault(row["ImageID"], set()).add(row["LabelName"])
-    boxed: dict[str, set[str]] = {}
-    for row in table(scenes, BOXES["train"]):
-        boxed.setdefault(row["ImageID"], set()).add(row["LabelName"])
+    def labels_of(rows: Iterable[dict[str, str]]) -> dict[str, set[str]]:
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            found[row["ImageID"]].add(row["LabelName"])
+        return found
+
+    verified = table(scenes, "v5/train-annotations-human-imagelabels-boxable.csv")
+    present, absent = (labels_of(row for row in verified if row["Confidence"] == known) for known in "10")
+    boxed = labels_of(table(scenes, BOXES["train"]))
     assert present == boxed
     kinds = {"/m/01g317": {"Man", "Woman", "Boy", "Girl"}, "/m/0k4j": {"Van", "Limousine"}, "/m/01mqdt": {"Stop sign"}}
     for name, labels in absent.items():
         assert not labels & boxed.get(name, set())
-        for parent, children in kinds.items():
-            assert parent not in labels or not {MIDS[child] for child in children} & boxed.get(name, set())
+        for parent in kinds.keys() & labels:
+            assert not {MIDS[child] for child in kinds[parent]} & boxed.get(name, set())
     unknown = [set(MIDS.values()) - present.get(name, set()) - absent[name] for name in absent]
     assert sum(map(bool, unknown)) > len(unknown) / 2
 
 
 def test_rotation_is_metadata_only_and_rarely_not_zero(scenes: SceneTruth) -> None:
-    rotations = Counter(row["Rotation"] for row in table(scenes, METADATA["train"]))
+    rows = table(scenes, METADATA["train"])
+    rotations = Counter(row["Rotation"] for row in rows)
     assert set(rotations) <= {"0.0", "90.0", "180.0", "270.0"}
     assert 0 < rotations.total() - rotations["0.0"] < 8
-    for row in table(scenes, METADATA["train"]):
-        assert row["Author"]
-        assert row["License"].startswith("https://creativecommons.org/")
+    assert all(row["Author"] and row["License"].startswith("https://creativecommons.org/") for row in rows)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -224,15 +216,13 @@ def test_more_images_do_not_change_the_first_ones(tmp_path: Path) -> None:
 def test_objects_are_visible_disjoint_and_tightly_boxed(width: int, height: int) -> None:
     for seed in range(12):
         scene = draw_scene(np.random.default_rng(seed), width, height, group_fraction=0.5)
-        assert scene.image.shape == (height, width, 3)
-        assert scene.image.dtype == np.uint8
+        assert (scene.image.shape, scene.image.dtype.name) == ((height, width, 3), "uint8")
         stack = np.array([thing.mask for thing in scene.objects]).reshape(-1, height, width)
         assert stack.sum(axis=0).max(initial=0) <= 1
         for thing in scene.objects:
             left, top, right, bottom = thing.box
-            assert thing.mask.sum() >= MIN_VISIBLE
-            assert thing.mask.sum() == thing.mask[top:bottom, left:right].sum()
             inside = thing.mask[top:bottom, left:right]
+            assert thing.mask.sum() == inside.sum() >= MIN_VISIBLE
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()  # noqa: PT018
             assert thing.name == "Person" or not thing.is_group_of
 

@@ -2,8 +2,8 @@
 
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -47,31 +47,18 @@ def from_file(text: str) -> Options:
     return options
 
 
-def test_a_command_line_becomes_a_dataclass() -> None:
+def test_a_command_line_and_a_file_become_a_dataclass() -> None:
     assert parse() == Options()
     words = "a.jpg b.jpg --per-class 010 --score 1e-1 --splits partition --partition .5 .25 .25 --drop inside,occluded"
     words += " --exact-classes --no-pictures --data.shards 007 --dry-run --classes Person 1"
-    assert parse(*words.split()) == Options(
-        ["a.jpg", "b.jpg"],
-        ["Person", "1"],
-        10,
-        0.1,
-        "partition",
-        (0.5, 0.25, 0.25),
-        ["inside", "occluded"],
-        True,
-        False,
-        "007",
-        True,
-    )
-
-
-def test_a_file_becomes_the_same_dataclass() -> None:
+    options = parse(*words.split())
+    same: dict[str, Any] = {"score": 0.1, "splits": "partition", "partition": (0.5, 0.25, 0.25), "exact_classes": True}
+    files: dict[str, Any] = {"images": ["a.jpg", "b.jpg"], "shards": "007", "pictures": False, "dry_run": True}
+    assert options == Options(classes=["Person", "1"], per_class=10, drop=["inside", "occluded"], **same, **files)
     text = "classes: [Person, Traffic light]\nper_class: 7\nscore: 1e-1\npartition: [0.5, 0.25, 0.25]\ndrop: inside"
     text += "\nexact-classes: true\nsplits: partition\ndata.shards: --strange"
-    assert from_file(text) == Options(
-        [], ["Person", "Traffic light"], 7, 0.1, "partition", (0.5, 0.25, 0.25), ["inside"], True, shards="--strange"
-    )
+    classes = ["Person", "Traffic light"]
+    assert from_file(text) == Options(classes=classes, per_class=7, drop=["inside"], shards="--strange", **same)
     assert from_file("") == Options()
     assert from_file("classes: Dog").classes == ["Dog"]
     assert from_file("drop: [inside, occluded]").drop == ["inside", "occluded"]
@@ -85,7 +72,6 @@ def test_a_file_becomes_the_same_dataclass() -> None:
         ("--per-class many", "--per-class: 'many' is not a whole number"),
         ("--per-class 2.5", "--per-class: 2.5 is not a whole number"),
         ("--per-class 0", "--per-class is 0: it must be at least 1"),
-        ("--per-class -3", "--per-class is -3: it must be at least 1"),
         ("--score 80", "--score is 80.0: it must be between 0 and 1"),
         ("--score nan", "--score is nan: give a finite number"),
         ("--splits all", "argument --splits: invalid choice: 'all'"),
@@ -109,7 +95,6 @@ def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) ->
         ("xyzzy: 1", "unknown option 'xyzzy': known are classes, data.shards"),
         ("[1, 2]", "holds list, not a mapping of options to values"),
         ("per-class: {a: 1}", r"per-class: {'a': 1} is not a whole number"),
-        ("per-class: [1, 2]", r"per-class: \[1, 2\] is not a whole number"),
         ("per-class:", "per-class has no value"),
         ("per-class: -3", "--per-class is -3: it must be at least 1"),
         ("classes: [Person, No]", "classes: False is not text: write it in quotes"),
@@ -134,37 +119,29 @@ def test_words_set_the_same_options() -> None:
     assert words == "--per-class 3 --score 0.5 --partition 0.5 0.25 0.25 --drop inside --exact-classes"
 
 
-def test_help_shows_choices_ranges_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parser().parse_args(["--help"])
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--help", "--version"):
+        with pytest.raises(SystemExit, match="0"):
+            parser().parse_args([word])
     text = " ".join(capsys.readouterr().out.split())
     assert "--splits {official,partition}" in text
     assert "--score X lowest score (between 0 and 1; default: 0.5)" in text
     assert "a dataset: --data.shards" in text
-
-
-def test_every_command_shows_its_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parser().parse_args(["--version"])
-    assert caught.value.code == 0
-    assert capsys.readouterr().out == f"try {__version__}\n"
+    assert text.endswith(f" try {__version__}")
 
 
 def test_completion_is_left_to_argcomplete(monkeypatch: pytest.MonkeyPatch) -> None:
-    completed: list[str] = []
-    fake = SimpleNamespace(autocomplete=lambda parser: completed.append(parser.prog))
+    fake = Mock()
     monkeypatch.setitem(sys.modules, "argcomplete", fake)
     parse()
+    assert not fake.autocomplete.called
     monkeypatch.setenv("_ARGCOMPLETE", "1")
     parse()
-    assert completed == ["try"]
+    assert fake.autocomplete.call_args.args[0].prog == "try"
 
 
 def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(error: BaseException) -> int:
-        raise error
-
     assert run("try", lambda: 3) == 3
-    assert run("try", lambda: fail(UserError("two\nlines")), show=lambda text: one_line(text).upper()) == 2
-    assert run("try", lambda: fail(KeyboardInterrupt()), interrupted="run it again") == 130
+    assert run("try", Mock(side_effect=UserError("two\nlines")), show=lambda text: one_line(text).upper()) == 2
+    assert run("try", Mock(side_effect=KeyboardInterrupt), interrupted="run it again") == 130
     assert capsys.readouterr().err == "try: error: TWO LINES\ntry: run it again\n"

@@ -29,16 +29,13 @@ def filled(rings: list[NDArray[np.int64]], height: int, width: int) -> Mask:
 
 
 @given(masks())
-def test_contours_fill_exactly_the_mask(mask: Mask) -> None:
-    assert np.array_equal(filled(contours(mask), *mask.shape), mask)
-
-
-@given(masks())
-def test_contours_turn_at_every_point(mask: Mask) -> None:
-    for ring in contours(mask):
+def test_contours_fill_exactly_the_mask_and_turn_at_every_point(mask: Mask) -> None:
+    rings = contours(mask)
+    assert np.array_equal(filled(rings, *mask.shape), mask)
+    for ring in rings:
         steps = np.sign(np.roll(ring, -1, axis=0) - ring)
         assert (np.abs(steps).sum(axis=1) == 1).all()  # along the edges of pixels
-        assert (steps * np.roll(steps, 1, axis=0) == 0).all()  # a turn at every point
+        assert (steps * np.roll(steps, 1, axis=0) == 0).all()
 
 
 def disc(radius: int) -> Mask:
