@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from builder.fetching.cache_folder import default_cache_folder
 from builder.sources.openimages.layout import PUBLIC_ANNOTATIONS, PUBLIC_IMAGES
 from shards.commands.command_line import Parser
 from shards.commands.options import (
@@ -63,6 +63,13 @@ lock next to the shards marks a running build. The lock of a build that died on 
 on another machine expires after ten minutes. S3 endpoints and credentials come from the usual AWS variables and files
 (AWS_ENDPOINT_URL, AWS_PROFILE, ...) and are never printed or stored.
 """
+
+
+def default_cache_folder() -> str:
+    """`$XDG_CACHE_HOME/maskstream` or `~/.cache/maskstream` (https://specifications.freedesktop.org/basedir-spec/)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says to ignore a relative path.
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "maskstream")
 
 
 @dataclass

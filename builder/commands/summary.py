@@ -87,32 +87,22 @@ def to_json(result: Summary | Estimate, out: str) -> str:
     return json.dumps(value, indent=2, allow_nan=False)
 
 
-def class_table(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts]) -> pd.DataFrame:
-    """Return a table of the requested classes: split, class, requested, available, images, masks, boxes, reason.
-
-    Args:
-        chosen: reports of the selection.
-        counts: counts of what is packed; classes that were not requested are left out.
-    """
+def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
+    """Return a table of the requested classes and what is packed of them, and a line for each shortage and the rest."""
     import pandas as pd
 
     reports = {(report.split, report.name): report for report in chosen}
-    rows = [
-        (one.split, one.name, report.asked, report.available, one.images, one.masks, one.boxes, report.reason)
-        for one in counts
-        if (report := reports.get((one.split, one.name))) is not None
-    ]
-    columns = ["split", "class", "requested", "available", "images", "masks", "boxes", "reason"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
-    table = class_table(chosen, counts)
-    lines = text_table(table.drop(columns="reason"))
+    requested = [one for one in counts if (one.split, one.name) in reports]
+    rows = []
+    for one in requested:
+        report = reports[one.split, one.name]
+        rows.append((one.split, one.name, report.asked, report.available, one.images, one.masks, one.boxes))
+    columns = ["split", "class", "requested", "available", "images", "masks", "boxes"]
+    lines = text_table(pd.DataFrame(rows, columns=columns))
     lines.append(f"requested: images; available: images of the class at the source; images, masks, boxes: {state}")
-    lines += [f"{row.split} {row[1]}: {row.reason}" for row in table.itertuples(index=False) if row.reason]
-    requested = {(report.split, report.name) for report in chosen}
-    others = [one for one in counts if (one.split, one.name) not in requested]
+    reasons = ((one.split, one.name, reports[one.split, one.name].reason) for one in requested)
+    lines += [f"{split} {name}: {reason}" for split, name, reason in reasons if reason]
+    others = [one for one in counts if (one.split, one.name) not in reports]
     if others:
         masks, boxes = sum(one.masks for one in others), sum(one.boxes for one in others)
         lines.append(f"other classes in these images: {counted(masks, 'mask')}, {counted(boxes, 'box', 'boxes')}")
@@ -149,12 +139,9 @@ def _whole_downloads(found: Estimate) -> pd.DataFrame:
 def _recovered(summary: Summary) -> str:
     if summary.recovered:
         return f"recovered: {counted(summary.recovered, 'image or mask', 'images and masks')}"
-    failed = any(reason != FILTERED for reason, _ in summary.failures)
-    return (
-        "recovered: nothing, because the same images and masks failed again"
-        if failed
-        else "recovered: nothing had failed"
-    )
+    if any(reason != FILTERED for reason, _ in summary.failures):
+        return "recovered: nothing, because the same images and masks failed again"
+    return "recovered: nothing had failed"
 
 
 def _shortfalls(summary: Summary) -> list[str]:

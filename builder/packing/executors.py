@@ -59,8 +59,9 @@ def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: E
         for task in tasks:
             yield task, function(task)
         return
+    pool = _dask(engine.cluster) if engine.cluster else _processes(min(engine.workers, len(tasks)))
     try:
-        with _executor(engine, len(tasks)) as (executor, workers):
+        with pool as (executor, workers):
             yield from _run_all(executor, function, tasks, TASKS_PER_WORKER * workers)
     except BrokenProcessPool as error:
         raise UserError(
@@ -83,19 +84,8 @@ def _run_all(
 
 
 @contextmanager
-def _executor(engine: Engine, tasks: int) -> Iterator[tuple[Executor, int]]:
-    """Yield an executor and its number of workers."""
-    if engine.cluster:
-        with _dask(engine.cluster) as found:
-            yield found
-    else:
-        workers = min(engine.workers, tasks)
-        with _processes(workers) as executor:
-            yield executor, workers
-
-
-@contextmanager
 def _dask(address: str) -> Iterator[tuple[Executor, int]]:
+    """Yield an executor and its number of workers."""
     try:
         from distributed import Client
     except ImportError as error:
@@ -132,12 +122,12 @@ def warm_up(engine: Engine) -> None:
 
 
 @contextmanager
-def _processes(workers: int) -> Iterator[Executor]:
+def _processes(workers: int) -> Iterator[tuple[Executor, int]]:
     """Yield a pool of fresh processes: file systems own threads and sockets, which must not be shared by a fork."""
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
     try:
-        yield executor
+        yield executor, workers
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:

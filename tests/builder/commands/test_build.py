@@ -2,7 +2,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from builder.packing.executors import Engine
@@ -11,7 +10,7 @@ from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.format.jpeg import check_jpeg
 from shards.storage.location import Location
-from tests.builder.builds import build, mirror, quotas, tree
+from tests.builder.builds import accounts_of, build, mirror, quotas, tree
 from tests.builder.commands.conftest import CLASSES, EVERYTHING
 
 
@@ -31,8 +30,7 @@ def test_build_packs_the_drawn_scenes(scenes: SceneTruth, unbroken: Path) -> Non
         assert counts["instances"] == sum(truth.boxes.values()) + truth.group_boxes
     masks = dataset.index("train").counts("masks", dataset.categories)
     assert sum(masks.values()) == sum(scenes.splits["train"].masks.values())
-    accounts = pq.read_table(unbroken / "accounts.parquet").to_pylist()
-    packed = Counter((row["split"], row["kind"]) for row in accounts if row["status"] == "packed")
+    packed = Counter((row["split"], row["kind"]) for row in accounts_of(unbroken) if row["status"] == "packed")
     for split in dataset.splits:
         index = dataset.index(split)
         assert packed[split, "image"] == len(index)

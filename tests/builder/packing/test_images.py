@@ -45,12 +45,11 @@ def test_pixel_boxes_are_clipped_to_the_image(box: tuple[float, float, float, fl
 def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
     width: int, height: int, long_a: int, long_b: int
 ) -> None:
-    def resized(long_side: int, rounding: type[math.floor] = round) -> tuple[int, int]:  # type: ignore[valid-type]
-        scale = long_side / max(width, height)
-        return max(1, rounding(width * scale)), max(1, rounding(height * scale))
-
-    assert same_shape(resized(long_a), resized(long_b))
-    assert same_shape(resized(long_a, math.floor), resized(long_b, math.ceil))
+    one, other = (
+        [max(1.0, side * length / max(width, height)) for side in (width, height)] for length in (long_a, long_b)
+    )
+    for first, second in ((round, round), (math.floor, math.ceil)):
+        assert same_shape((first(one[0]), first(one[1])), (second(other[0]), second(other[1])))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,3 @@
-import io
-
-import numpy as np
-from PIL import Image
-
 from builder.fetching.fetch import Refusal
 from builder.fetching.traffic import Traffic
 from builder.packing.pack import TaskResult, pack_image
@@ -11,15 +6,8 @@ from shards.format import rle
 from shards.format.accounts import Account
 from shards.format.dataset import Shard
 from shards.format.index_schema import IndexRow
+from tests.builder.packing.test_images import blob, png
 from tests.support import jpeg
-
-
-def png(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.zeros((height, width), bool)
-    pixels[height // 4 : height // 2, width // 5 : width // 3] = True
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def member(name: str) -> Member:
@@ -37,7 +25,7 @@ def planned() -> PlannedImage:
 
 
 def test_pack_image_keeps_every_object_and_accounts_for_every_mask() -> None:
-    data, mask = jpeg(640, 480, 1), png(1600, 1200)
+    data, mask = jpeg(640, 480, 1), png(blob(1600, 1200))
     sample, accounts = pack_image(planned(), data, {member("good.png"): mask, member("boxless.png"): mask}, "train")
     assert sample is not None
     assert sample.image is data
