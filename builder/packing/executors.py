@@ -1,7 +1,4 @@
-"""Run tasks in this process, in local processes or on a Dask cluster.
-
-Each of these is a `concurrent.futures.Executor`; which one is used never changes a result.
-"""
+"""Run tasks in this process, in local processes or on a Dask cluster; this never changes a result."""
 
 from __future__ import annotations
 
@@ -11,21 +8,21 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection, forkserver
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from shards.common.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TASKS_PER_WORKER = 2  # submitted at a time: one runs, one waits; more would only occupy memory
+TASKS_PER_WORKER = 2  # of a cluster: one runs, one waits; more would only occupy memory
 CLUSTER_TIMEOUT_S = 20
 PRELOADED = ["builder.packing.pack", "aiohttp", "botocore.auth", "botocore.session"]
 
@@ -55,32 +52,97 @@ def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: E
     Raises:
         UserError: a worker died, or the cluster cannot be reached.
     """
-    if not engine.cluster and min(engine.workers, len(tasks)) <= 1:
+    workers = min(engine.workers, len(tasks))
+    if engine.cluster:
+        yield from _run_on_cluster(function, tasks, engine.cluster)
+    elif workers > 1:
+        yield from _run_in_processes(function, tasks, workers)
+    else:
         for task in tasks:
             yield task, function(task)
-        return
-    pool = _dask(engine.cluster) if engine.cluster else _processes(min(engine.workers, len(tasks)))
+
+
+def _run_in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Run tasks in fresh processes: file systems own threads and sockets, which must not be shared by a fork.
+
+    A worker shares only a pipe with this process, and no lock or thread: it can be terminated at any time.
+    """
+    context, left = _context(), iter(tasks)
+    processes = []
+    running: dict[connection.Connection, Task] = {}
     try:
-        with pool as (executor, workers):
-            yield from _run_all(executor, function, tasks, TASKS_PER_WORKER * workers)
-    except BrokenProcessPool as error:
+        for task in islice(left, workers):
+            pipe, other_end = context.Pipe()
+            processes.append(context.Process(target=_work, args=(other_end, function), daemon=True))
+            processes[-1].start()
+            other_end.close()
+            running[pipe] = task
+            with _death_reported():
+                pipe.send(task)
+        while running:
+            for pipe in cast("list[connection.Connection]", connection.wait(list(running))):
+                task = running.pop(pipe)
+                with _death_reported():
+                    error, result = pipe.recv()
+                    for following in islice(left, 1):
+                        pipe.send(following)
+                        running[pipe] = following
+                if error is not None:
+                    raise error
+                yield task, result
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()  # a half-finished shard is packed again by the build that resumes
+                process.join()
+
+
+@contextmanager
+def _death_reported() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
         raise UserError(
             "a worker process died, perhaps because memory ran out: run the same command again to resume, with fewer "
             "--workers or a smaller --images-per-shard (the latter starts a new build)"
         ) from error
 
 
-def _run_all(
-    executor: Executor, function: Callable[[Task], Result], tasks: Sequence[Task], ahead: int
+def _work(pipe: connection.Connection, function: Callable[[Task], Result]) -> None:
+    """Answer each task with an error, or None, and a result."""
+    gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # Exit with the parent even if it is killed.
+    threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    while True:
+        task = pipe.recv()
+        answer: tuple[Exception | None, Result | None]
+        try:
+            answer = None, function(task)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note(traceback.format_exc())
+            answer = error, None
+        pipe.send(answer)
+
+
+def _run_on_cluster(
+    function: Callable[[Task], Result], tasks: Sequence[Task], address: str
 ) -> Iterator[tuple[Task, Result]]:
     left = iter(tasks)
-    running: dict[Future[Result], Task] = {executor.submit(function, task): task for task in islice(left, ahead)}
-    while running:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            task = running.pop(future)
-            yield task, future.result()
-            running |= {executor.submit(function, following): following for following in islice(left, 1)}
+    with _dask(address) as (executor, workers):
+        ahead = islice(left, TASKS_PER_WORKER * workers)
+        running: dict[Future[Result], Task] = {executor.submit(function, task): task for task in ahead}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                yield task, future.result()
+                running |= {executor.submit(function, following): following for following in islice(left, 1)}
 
 
 @contextmanager
@@ -121,33 +183,9 @@ def warm_up(engine: Engine) -> None:
         forkserver.ensure_running()
 
 
-@contextmanager
-def _processes(workers: int) -> Iterator[tuple[Executor, int]]:
-    """Yield a pool of fresh processes: file systems own threads and sockets, which must not be shared by a fork."""
-    others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start_worker)
-    try:
-        yield executor, workers
-    except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # a half-finished shard is packed again by the build that resumes
-        raise
-    executor.shutdown()
-
-
 def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # imported once, not once per worker
     return context
-
-
-def _start_worker() -> None:
-    """Initialise a worker: ignore Ctrl-C, which the parent handles, and exit with the parent even if it is killed."""
-    gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
