@@ -66,7 +66,7 @@ def test_same_shape(one: tuple[int, int], other: tuple[int, int], expected: bool
     assert same_shape(one, other) is expected
 
 
-@pytest.mark.parametrize("size", [(1600, 1200), (640, 480), (128, 96), (1024, 768)])
+@pytest.mark.parametrize("size", [(1600, 1200), (640, 480), (128, 96)])
 def test_masks_are_resized_to_the_image(size: tuple[int, int]) -> None:
     data = png(blob(*size))
     encoded = encode_mask(data, 640, 480)
@@ -79,13 +79,8 @@ def test_masks_are_resized_to_the_image(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
 def test_non_zero_pixels_are_the_object_in_every_kind_of_png(mode: str) -> None:
     pixels = blob(64, 48)
-    if mode == "I;16":
-        buffer = io.BytesIO()
-        Image.fromarray((pixels * 300).astype(np.uint16)).save(buffer, "PNG")
-        data = buffer.getvalue()
-    else:
-        data = png((pixels * 7).astype(np.uint8), mode) if mode != "1" else png(pixels)
-    encoded = encode_mask(data, 64, 48)
+    scaled = {"1": pixels, "I;16": (pixels * 300).astype(np.uint16)}.get(mode, (pixels * 7).astype(np.uint8))
+    encoded = encode_mask(png(scaled, mode), 64, 48)
     assert isinstance(encoded, rle.Rle)
     assert (rle.decode(encoded) == pixels).all()
 

@@ -181,14 +181,10 @@ def test_dropped_boxes_take_their_masks_and_empty_images_along(
     tmp_path: Path, drop: tuple[str, ...], masked: tuple[str, ...], boxed: tuple[str, ...], left: int
 ) -> None:
     masks = [mask(image, "/m/0k4j", "b1") for image in ("a1", "a2")]
+    masks.append(mask("a4", "/m/0k4j", "b1"))  # without a box, so without flags
     split = opened(tmp_path, FLAGGED, masks, filters=Filters(drop=drop))
-    assert split.candidates()[2] == Candidates(masked, boxed)
+    assert split.candidates()[2] == Candidates((*masked, "a4"), boxed)
     assert len(annotations(split)) == left
-
-
-def test_masks_without_a_box_have_no_flags(tmp_path: Path) -> None:
-    split = opened(tmp_path, masks=[mask("a1", "/m/0k4j", "b1")], filters=Filters(drop=("occluded",)))
-    assert split.candidates()[2] == Candidates(("a1",))
 
 
 def test_a_mask_with_a_low_estimate_leaves_its_box(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builder.planning.image_list import ImageList
 from builder.sources.base import Filters
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
@@ -209,22 +208,3 @@ def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict,
     low = [row for row in accounts_of(tmp_path) if row["status"] == "mask-filtered"]
     assert low
     assert all("--min-predicted-iou is 0.8" in row["detail"] for row in low)
-
-
-def test_a_list_of_images_with_all_annotations(tmp_path: Path) -> None:
-    table = boxes_of("train")
-    counts = Counter(row["ImageID"] for row in table)
-    ids = sorted(counts, key=lambda image: (-counts[image], image))[:4]
-    ids = [image for image in ids if (SAMPLE / "open-images-dataset" / "train" / f"{image}.jpg").is_file()]
-    (tmp_path / "ids.txt").write_text("\n".join([f"train/{ids[0]}", *ids[1:], "ffffffffffffffff", f"val/{ids[0]}"]))
-    choice = {"class_names": ("Dog",), "images": ImageList(str(tmp_path / "ids.txt")), "all_annotations": True}
-    build(source(), choice, Location(str(tmp_path / "out")))
-    dataset = open_dataset(str(tmp_path / "out"))
-    assert len(dataset.categories) > 500
-    found = samples_of(tmp_path / "out")["train"]
-    assert set(found) == set(ids)
-    labels = {category.id: category.mid for category in dataset.categories}
-    for image_id, sample in found.items():
-        boxes = Counter(row["LabelName"] for row in table if row["ImageID"] == image_id)
-        assert boxes <= Counter(instance.label for instance in sample.instances)
-        assert all(labels[i.category_id] == i.label for i in sample.instances)
