@@ -12,9 +12,9 @@ An epoch
   3. shuffles each lane within windows of `window` samples;
   4. optionally forms batches of portrait or landscape images only (except for at most one mixed batch per lane).
 
-A batch is computed from its position alone, from the permutation of the chunks and the windows that it touches. A
-loader process therefore holds a few kilobytes whatever the dataset's size (but whole lanes if images are grouped, and
-the visits of an epoch if samples are repeated).
+A batch is computed from the permutation of the chunks and the windows that it touches. A loader process therefore holds
+a few kilobytes whatever the dataset's size (but whole lanes if images are grouped, and all visits of an epoch if
+samples are repeated).
 
 With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample as often, on average, as its factor, and
 always the same number of samples in total: the number of batches per epoch is constant, and `epoch_of` is a division.
@@ -101,8 +101,9 @@ class Order:
         samples: N, the number of samples of the split.
         visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
         fingerprint: of the index.
-        index: the index without labels.
+        indexes: the index of each dataset, here a single one, without labels.
         lanes: `settings.lanes`, or the number of batches of an epoch if that is smaller.
+        batches_per_epoch: whole batches of an epoch.
 
     Raises:
         DatasetError: an epoch has fewer samples than one batch.
@@ -119,7 +120,8 @@ class Order:
                 f"the split has {counted(self.samples, 'sample')}, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
-        self.index = index.without_labels()
+        self.indexes = (index.without_labels(),)
+        self.batches_per_epoch = self.visits // settings.batch_size
         self._starts = chunk_starts(index.shard, index.nbytes, settings.chunk_bytes)
         self._portrait = index.height > index.width if settings.group_by_aspect else None
         self.lanes = min(settings.lanes, self.batches_per_epoch)
@@ -127,21 +129,8 @@ class Order:
         self._epochs = _Recent[EpochPermutation](2)
         self._pieces = _Recent[NDArray[np.int64]](2 * self.lanes)
 
-    @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The index of each dataset, here a single one."""
-        return (self.index,)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Whole batches of an epoch."""
-        return self.visits // self.settings.batch_size
-
     def identity(self) -> dict[str, Any]:
-        """Return everything that determines the order, JSON-serialisable.
-
-        A position G means the same batch only under an equal identity.
-        """
+        """Return everything that determines which batch a position means, JSON-serialisable."""
         return {**asdict(self.settings), "index": self.fingerprint}
 
     def epoch_of(self, position: int) -> int:
@@ -174,10 +163,7 @@ class Order:
         return np.concatenate(parts)
 
     def _lane(self, lane: int) -> tuple[int, int]:
-        """Return the first and last place (exclusive) of a lane in an epoch.
-
-        Lanes hold whole batches; the first ones hold one more.
-        """
+        """Return the first and last place (exclusive) of a lane in an epoch; the first lanes hold one batch more."""
         batches, more = divmod(self.batches_per_epoch, self.lanes)
         first = lane * batches + min(lane, more)
         size = self.settings.batch_size
@@ -217,8 +203,9 @@ class Order:
         rows = passes(rounded(self._units, fold(key, _ROUNDING)))
         # A new pass begins a chunk, as a new shard does: wherever a row is not above the previous one.
         number_of_pass = np.cumsum(np.diff(rows, prepend=-1) <= 0)
-        shard = number_of_pass * (int(self.index.shard.max()) + 1) + self.index.shard[rows]
-        starts = chunk_starts(shard, self.index.nbytes[rows], self.settings.chunk_bytes)
+        (index,) = self.indexes
+        shard = number_of_pass * (int(index.shard.max()) + 1) + index.shard[rows]
+        starts = chunk_starts(shard, index.nbytes[rows], self.settings.chunk_bytes)
         return EpochPermutation.of(key, starts, len(rows), rows)
 
 
@@ -228,28 +215,21 @@ class EvaluationOrder:
     Batches are runs of neighbours; the last one may be smaller.
 
     Attributes:
-        index: the index without labels.
-        samples: the number of samples.
+        indexes: the index of each dataset, here a single one, without labels.
 
     Args:
         index: of the split.
         batch_size: at least 1.
-        rows: the rows of the index to visit, int64 [samples], ascending; None for all.
+        rows: the rows of the index to visit, int64 [n], ascending; None for all.
     """
 
     def __init__(self, index: Index, batch_size: int, rows: NDArray[np.int64] | None = None) -> None:
-        self.index = index.without_labels()
-        self.samples = len(index) if rows is None else len(rows)
-        self._batch_size, self._rows = batch_size, rows
+        self.indexes = (index.without_labels(),)
+        self._batch_size, self._rows = batch_size, np.arange(len(index)) if rows is None else rows
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return -(-self.samples // self._batch_size)
-
-    @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The index of each dataset, here a single one."""
-        return (self.index,)
+        return -(-len(self._rows) // self._batch_size)
 
     def visit(self, position: int) -> int:
         """Return 0: each sample is visited once."""
@@ -257,14 +237,11 @@ class EvaluationOrder:
 
     def sizes(self, position: int) -> tuple[int, ...]:
         """Return the number of samples of each dataset in batch `position`."""
-        start = position * self._batch_size
-        return (min(self._batch_size, self.samples - start),)
+        return (min(self._batch_size, len(self._rows) - position * self._batch_size),)
 
     def rows(self, position: int, number: int = 0) -> NDArray[np.int64]:
         """Return the rows, int64 [B], of the index of dataset `number` (0) in batch `position`."""
-        start = position * self._batch_size
-        stop = min(start + self._batch_size, self.samples)
-        return np.arange(start, stop, dtype=np.int64) if self._rows is None else self._rows[start:stop]
+        return self._rows[position * self._batch_size : (position + 1) * self._batch_size]
 
 
 def positions(
@@ -276,10 +253,8 @@ def positions(
 
     Args:
         start: the first position of all ranks.
-        rank: of the process.
-        world: number of ranks.
-        worker: of the loader process.
-        workers: number of loader processes of the rank.
+        rank, world: of the process, and the number of ranks.
+        worker, workers: of the loader process, and the number of loader processes of the rank.
         stop: the end of all positions, exclusive; None for an endless sequence.
     """
     first, step = start + rank + world * worker, world * workers
@@ -288,11 +263,7 @@ def positions(
 
 @dataclass
 class _Recent(Generic[T]):
-    """The values that were computed last.
-
-    Several threads may read one stream. Each returns what it has found or computed, so that another thread may drop a
-    value at any time.
-    """
+    """The values that were computed last; threads that share a stream may drop them at any time."""
 
     limit: int
     values: dict[Hashable, T] = field(default_factory=dict)
@@ -302,7 +273,6 @@ class _Recent(Generic[T]):
         value = self.values.get(key)
         if value is None:
             value = self.values[key] = make()
-            oldest_first = list(self.values)
-            for old in oldest_first[: max(0, len(oldest_first) - self.limit)]:
+            for old in list(self.values)[: -self.limit]:  # the oldest first
                 self.values.pop(old, None)
         return value

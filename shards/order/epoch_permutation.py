@@ -14,23 +14,14 @@ _CHUNKS, _TURN = 1, 2  # the purpose of a hash: no two uses of an epoch's key ar
 
 @dataclass(frozen=True)
 class EpochPermutation:
-    """The permuted chunks of an epoch.
+    """The permuted chunks of an epoch."""
 
-    Attributes:
-        key: of all its random numbers.
-        first: int64 [C], where each chunk begins in the unpermuted sequence of visits, in permuted order.
-        ends: int64 [C], where each chunk ends in the permuted sequence.
-        turn: by how many places the permuted sequence is rotated.
-        visits: the length of the sequence.
-        rows: int64 [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
-    """
-
-    key: np.uint64
-    first: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    turn: int
-    visits: int
-    rows: NDArray[np.int64] | None
+    key: np.uint64  # of all its random numbers
+    first: NDArray[np.int64]  # [C], where each chunk begins in the unpermuted sequence of visits, in permuted order
+    ends: NDArray[np.int64]  # [C], where each chunk ends in the permuted sequence
+    turn: int  # by how many places the permuted sequence is rotated
+    visits: int  # the length of the sequence
+    rows: NDArray[np.int64] | None  # [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
 
     @classmethod
     def of(
@@ -54,12 +45,10 @@ def chunk_starts(shard: NDArray[np.integer], nbytes: NDArray[np.int64], chunk_by
     """Return the first row of each chunk, int64 [C], ascending; a chunk is a run of about `chunk_bytes` in one shard.
 
     Args:
-        shard: [N], the shard of each row; equal values are neighbours.
+        shard: [N], the shard of each row, N at least 1; equal values are neighbours.
         nbytes: [N], the length of each row in its shard.
         chunk_bytes: at least 1.
     """
-    if len(shard) == 0:
-        return np.zeros(0, dtype=np.int64)
     before = np.cumsum(nbytes) - nbytes
     new_shard = np.flatnonzero(np.diff(shard, prepend=shard[0] - 1))
     lengths = np.diff(new_shard, append=len(shard))
@@ -94,17 +83,10 @@ def grouped(kind: NDArray[np.bool_], batch_size: int) -> NDArray[np.int64]:
 def passes(visits: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the rows of an epoch in which row i occurs `visits[i]` times.
 
-    First all rows that occur at all, ascending, then those that occur twice or more, and so on.
-
-    Args:
-        visits: int64 [N], not negative.
+    First all rows that occur at all, ascending, then those that occur twice or more, and so on. `visits`, int64 [N], is
+    1 or more somewhere.
     """
-    parts = []
-    rows = np.flatnonzero(visits > 0)
-    while len(rows):
-        parts.append(rows)
-        rows = rows[visits[rows] > len(parts)]
-    return np.concatenate(parts) if parts else rows
+    return np.concatenate([np.flatnonzero(visits > number) for number in range(visits.max())])
 
 
 def apart(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -114,8 +96,6 @@ def apart(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     first occurrence is in the second half, so that half the length is between the two.
     """
     _, first = np.unique(rows, return_index=True)
-    if len(first) == len(rows):
-        return rows
     is_first = np.zeros(len(rows), dtype=bool)
     is_first[first] = True
     once, more = rows[is_first], rows[~is_first]

@@ -10,10 +10,7 @@ from shards.common.text import shown
 
 
 def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first key with two different values, the saved value and the current one.
-
-    A missing value is None. The result is None if all values are equal.
-    """
+    """Return the first key whose values differ, and both values (None if missing); None if all are equal."""
     for key in {**saved, **now}:
         if saved.get(key) != now.get(key):
             return key, saved.get(key), now.get(key)
@@ -32,8 +29,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     if not isinstance(saved, Mapping):
         raise DatasetError(f"identity is {shown(saved)}: give what order.identity() returned")
-    found = first_difference(saved, now)
-    if found is not None:
+    if (found := first_difference(saved, now)) is not None:
         key, before, current = found
         what = "index (the fingerprint of dataset, split and selection)" if key == "index" else key
         raise DatasetError(

@@ -93,6 +93,8 @@ class MixedOrder:
         settings: what determines the order, apart from the indexes and the weights.
         weights: the smallest whole numbers in the same proportion.
         lanes: `settings.lanes`, or fewer, so that a lane of every split holds its share of at least two batches.
+        indexes: the index of each dataset, without labels.
+        batches_per_epoch: batches that hold as many samples as one epoch of every dataset: a measure, not a boundary.
 
     Raises:
         DatasetError: `group_by_aspect` is set, which needs batches of one dataset.
@@ -109,16 +111,8 @@ class MixedOrder:
             Order(index, replace(settings, batch_size=1, lanes=self.lanes, seed=int(fold(settings.seed, number))))
             for number, index in enumerate(indexes)
         ]
-
-    @property
-    def indexes(self) -> tuple[Index, ...]:
-        """The index of each dataset, without labels."""
-        return tuple(order.index for order in self._orders)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that hold as many samples as one epoch of every dataset together: a measure, not a boundary."""
-        return max(1, sum(order.visits for order in self._orders) // self.settings.batch_size)
+        self.indexes = tuple(order.indexes[0] for order in self._orders)
+        self.batches_per_epoch = max(1, sum(order.visits for order in self._orders) // settings.batch_size)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the order, JSON-serialisable; see `Order.identity`."""
@@ -161,9 +155,8 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     whole = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
     common = int(np.gcd.reduce(whole))
     if min(whole) < 1:
-        raise DatasetError(
-            f"weights of a mix {tuple(weights)}: the smallest is below a millionth: leave that dataset out"
-        )
+        problem = "the smallest is below a millionth: leave that dataset out"
+        raise DatasetError(f"weights of a mix {tuple(weights)}: {problem}")
     return tuple(number // common for number in whole)
 
 
@@ -173,10 +166,7 @@ def apportion(total: int, weights: Sequence[int]) -> tuple[int, ...]:
     Each dataset takes its share, rounded down, of what the datasets before it have left. The counts therefore add up to
     `total`, and no count decreases when `total` grows: sample number `total` belongs to the count that grows next. The
     rounding errors accumulate, so that the last of n counts may differ from its share by up to n - 1, and none by more.
-
-    Args:
-        total: not negative.
-        weights: whole numbers above 0.
+    `total` is not negative; the weights are above 0.
     """
     counts = []
     left, weight_left = total, sum(weights)

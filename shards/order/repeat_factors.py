@@ -65,9 +65,7 @@ def visits_of_an_epoch(units: NDArray[np.int64]) -> int:
 def rounded(units: NDArray[np.int64], key: np.uint64) -> NDArray[np.int64]:
     """Return how often each sample is visited in one epoch, int64 [N]: its factor rounded down or up.
 
-    Args:
-        units: int64 [N], the factors in units of 1 / `UNIT`.
-        key: of the epoch's random numbers.
+    `units`, int64 [N], are the factors in units of 1 / `UNIT`; `key` is that of the epoch's random numbers.
     """
     order = np.argsort(hashes(np.arange(len(units)), fold(key, 1)))
     sums = (np.cumsum(units[order]) + int(fold(key, 2) % np.uint64(UNIT))) // UNIT

@@ -12,6 +12,7 @@ processes. On other systems batches cross as torch sends them.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import pickle
@@ -95,16 +96,14 @@ def begin() -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Return an uninitialised tensor for the largest part of a batch.
+    """Return an uninitialised tensor for the largest part of the batch that is being made.
 
-    In a loader process it is in the memory in which the batch is sent, which saves a copy. It belongs to that batch
-    alone.
+    In a loader process it is in the memory in which the batch is sent, which saves a copy.
     """
-    tensor = torch.empty(0, dtype=dtype)
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if _segments is None or count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    segment = _segments.take(count * tensor.itemsize)
+    segment = _segments.take(count * dtype.itemsize)
     return torch.frombuffer(segment.memory, dtype=dtype, count=count, offset=ALIGN).view(tuple(shape))
 
 
@@ -124,11 +123,9 @@ class _Parcel:
         text = io.BytesIO()
         _Packer(text, pickle.HIGHEST_PROTOCOL, True, arrays.append).dump(batch)
         arrays.append(text.getbuffer())
-        segment = segments.settle()
-        self.segment = segment
+        self.segment = segment = segments.settle()
         self.places: list[tuple[int, int]] = []  # offset and length of each part
-        mapped = len(segment.memory)
-        end = mapped
+        mapped = end = len(segment.memory)
         for array in (np.frombuffer(one, np.uint8) for one in arrays):
             offset = array.__array_interface__["data"][0] - segment.address
             if not 0 < offset < mapped:  # a part that was not made by `empty` is appended to the file
@@ -174,14 +171,10 @@ def _write(file: int, values: Any, offset: int) -> None:
 
 
 def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any:
-    """Return the batch in the process that reads it, or a LoaderError if the loader process has ended.
-
-    The loader process holds the file until now. The error is returned and not raised: if memory is pinned, torch
-    receives in a thread, which an exception would end.
-    """
+    """Return the batch in the process that reads it, or a LoaderError if the loader process has ended."""
     try:
         file = duplicate.detach()
-    except (OSError, EOFError):
+    except (OSError, EOFError):  # returned: if memory is pinned, an exception would end the thread that receives
         return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
     try:
         memory = mmap.mmap(file, 0)

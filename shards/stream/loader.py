@@ -2,7 +2,6 @@
 
 batches = loader(ShardStream(open_dataset("s3://bucket/prefix"), "train", batch_size=8), workers=4)
 for batch in batches:
-    ...
     print(batches.statistics.mb_per_s, batches.statistics.wait_share)
 """
 
@@ -83,11 +82,13 @@ class Loader(Generic[T]):
         with torch_internals.running(self.inner) as iterator:
             while True:
                 asked = time.perf_counter()
-                item = _next(iterator)
+                item: _Item | None = torch_internals.receive(iterator)
                 now = time.perf_counter()
                 waited += now - asked
                 if item is None:
                     return
+                if isinstance(item.batch, LoaderError):  # its sender died while it was received
+                    raise torch_internals.dead_worker(iterator) or item.batch
                 newest[item.worker] = item.statistics
                 totals = asdict(sum(newest.values(), SampleStatistics()))
                 self.statistics = before + LoaderStatistics(**totals, seconds=now - began, waited_s=waited)
@@ -98,11 +99,7 @@ class Loader(Generic[T]):
 
 
 def loader(
-    stream: Stream[T],
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    start_method: str | None = None,
+    stream: Stream[T], *, workers: int = 0, pin_memory: bool = False, start_method: str | None = None
 ) -> Loader[T]:
     """Read a stream with loader processes.
 
@@ -175,15 +172,3 @@ class _Reporting(IterableDataset):
                 del batch
         except UserError as error:
             yield _Item(None, error, worker, self.stream.statistics.since(before))
-
-
-def _next(iterator: Iterator[_Item]) -> _Item | None:
-    """Return the next item, None at the end.
-
-    Raises:
-        LoaderError: a worker has died.
-    """
-    item: _Item | None = torch_internals.receive(iterator)
-    if item is not None and isinstance(item.batch, LoaderError):  # its sender died while it was received
-        raise torch_internals.dead_worker(iterator) or item.batch
-    return item

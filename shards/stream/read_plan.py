@@ -44,6 +44,12 @@ class Span:
     end: int
     rows: range
 
+    @classmethod
+    def of(cls, index: Index, row: int) -> Span:
+        """Return the range of one sample."""
+        start = int(index.offset[row])
+        return cls(int(index.shard[row]), start, start + int(index.nbytes[row]), range(row, row + 1))
+
 
 class Plan:
     """The requests for samples of one split in a given order.
@@ -80,8 +86,7 @@ class Plan:
         self._look_out()
         look_ahead = min(self._budget // 4, FIRST_LOOK_AHEAD + 2 * self._taken_bytes)
         due = self._advance(look_ahead)
-        spans: list[Span] = []
-        pending = set(due)
+        spans, pending = list[Span](), set(due)
         for row in due:
             if row in pending:
                 free = min(self._budget - self._largest - self.held, look_ahead)
@@ -138,13 +143,10 @@ class Plan:
     def _range_around(self, row: int, pending: set[int], room: int) -> Span:
         """Return the range of a row and of those neighbours that can be read along with it.
 
-        Args:
-            row: a row that must be requested.
-            pending: the rows that must be requested and are in no range yet; those of this range are removed.
-            room: bytes for neighbours that are only needed later.
+        The rows of the range are removed from `pending`; `room` is the bytes for neighbours that are only needed later.
         """
         pending.remove(row)
-        span = self._span_of(row)
+        span = Span.of(self._index, row)
         for step in (1, -1):
             neighbour = row + step
             while (wider := self._joined(span, neighbour)) is not None:
@@ -163,7 +165,7 @@ class Plan:
         """Return the range with the row before or after it; None if they are better read apart."""
         if not 0 <= neighbour < len(self._index):
             return None
-        other = self._span_of(neighbour)
+        other = Span.of(self._index, neighbour)
         start, end = min(span.start, other.start), max(span.end, other.end)
         gap = max(span.start, other.start) - min(span.end, other.end)
         if other.shard != span.shard or gap > min(MAX_GAP, (other.end - other.start) // 4) or end - start > MAX_RANGE:
@@ -181,16 +183,8 @@ class Plan:
     def _size(self, row: int) -> int:
         return int(self._index.nbytes[row])
 
-    def _span_of(self, row: int) -> Span:
-        start = int(self._index.offset[row])
-        return Span(int(self._index.shard[row]), start, start + self._size(row), range(row, row + 1))
-
 
 def _decrease(counter: Counter[int], row: int) -> int:
     """Decrease the count of a row and return it; a row with none leaves the counter."""
-    left = counter[row] - 1
-    if left:
-        counter[row] = left
-    else:
-        del counter[row]
-    return left
+    counter[row] -= 1
+    return counter[row] or counter.pop(row)

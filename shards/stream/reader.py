@@ -54,12 +54,6 @@ class SampleStatistics:
     nbytes: int = 0
     retries: int = 0
 
-    def add(self, read: ReadStatistics) -> None:
-        """Count a range that has arrived, or failed."""
-        self.requests += read.requests
-        self.nbytes += read.nbytes
-        self.retries += read.retries
-
     def __add__(self, other: Self) -> Self:
         return type(self)(*map(add, astuple(self), astuple(other)))
 
@@ -135,7 +129,7 @@ class SampleReader:
         if data is not None:
             self.statistics.cache_hits += 1
         else:
-            data = self._checked(row, self._from_range(requested or self._alone(row), row, done, who), who)
+            data = self._checked(row, self._from_range(requested, row, done, who), who)
             if self.cache is not None:
                 self.cache.put(self.cache.key(self.index, row), data)
         self.statistics.samples += 1
@@ -151,16 +145,19 @@ class SampleReader:
             data = None
         return None if data is None else memoryview(data)
 
-    def _from_range(self, requested: _Range, row: int, done: bool, who: str) -> memoryview:
-        """Return the bytes of one sample, as soon as its range has arrived."""
+    def _from_range(self, requested: _Range | None, row: int, done: bool, who: str) -> memoryview:
+        """Return the bytes of one sample, as soon as its range (if None: one for this sample alone) has arrived."""
+        requested = requested or self._request(Span.of(self.index, row))
         try:
             data = requested.sample(self.index, row, done, who)
         except Exception as error:
             reason = explain(error, str(requested.place)) or repr(error)
             raise SampleError(f"{self._where(row)}: cannot be read: {reason}") from error
         finally:
-            self.statistics.add(requested.statistics)
-            requested.statistics = ReadStatistics()  # a range serves many samples and is counted once
+            read, requested.statistics = requested.statistics, ReadStatistics()  # counted once
+            self.statistics.requests += read.requests
+            self.statistics.nbytes += read.nbytes
+            self.statistics.retries += read.retries
         nbytes = int(self.index.nbytes[row])
         if len(data) != nbytes:
             raise SampleError(
@@ -175,19 +172,13 @@ class SampleReader:
         for attempt in attempts(ATTEMPTS):
             if attempt > 1:
                 self.statistics.retries += 1
-                data = self._from_range(self._alone(row), row, True, who)
+                data = self._from_range(None, row, True, who)
             if (found := zlib.crc32(data)) == wanted:
                 return data
         raise SampleError(
             f"{self._where(row)}: crc32 is {found:08x}, the index says {wanted:08x}, "
             f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
         )
-
-    def _alone(self, row: int) -> _Range:
-        """Request one sample in a range of its own."""
-        start = int(self.index.offset[row])
-        end = start + int(self.index.nbytes[row])
-        return self._request(Span(int(self.index.shard[row]), start, end, range(row, row + 1)))
 
     def _where(self, row: int) -> str:
         shard = self.root / self.index.shard_paths[int(self.index.shard[row])]
@@ -243,13 +234,10 @@ class _RemoteRange:
         rows = self.span.rows
         if len(rows) == 1:
             return {rows[0]: data}
-        starts = (index.offset[rows.start : rows.stop] - self.span.start).tolist()
-        lengths = index.nbytes[rows.start : rows.stop].tolist()
+        starts = index.offset[rows] - self.span.start
+        ends = starts + index.nbytes[rows]
         # Copies, so that each sample can be freed on its own.
-        return {
-            row: memoryview(bytes(data[start : start + size]))
-            for row, start, size in zip(rows, starts, lengths, strict=True)
-        }
+        return {row: memoryview(bytes(data[start:end])) for row, start, end in zip(rows, starts, ends)}
 
     def _wait(self, future: Future[Bytes], who: str) -> None:
         """Wait until the range has arrived or failed; log a long wait, and its end."""
@@ -259,17 +247,9 @@ class _RemoteRange:
         while not wait([future], timeout=timeout).done:
             stalled, timeout = True, 2 * timeout
             trouble = f", the last because of: {self.statistics.trouble}" if self.statistics.trouble else ""
-            log.warning(
-                "%s has waited %.0f s for bytes %d to %d of %s: %d received, %s%s",
-                who,
-                time.monotonic() - began,
-                self.span.start,
-                self.span.end,
-                self.place,
-                self.statistics.nbytes,
-                counted(self.statistics.retries, "retry", "retries"),
-                trouble,
-            )
+            what = f"bytes {self.span.start} to {self.span.end} of {self.place}"
+            so_far = f"{self.statistics.nbytes} received, {counted(self.statistics.retries, 'retry', 'retries')}"
+            log.warning("%s has waited %.0f s for %s: %s%s", who, time.monotonic() - began, what, so_far, trouble)
         if stalled and future.exception() is None:
             log.warning("%s has data again, after %.0f s", who, time.monotonic() - began)
 

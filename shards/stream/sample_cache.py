@@ -11,16 +11,13 @@ kill leaves it whole or absent; the reader detects what a crash of the machine d
 with the index.
 
 A writer holds one lock (flock of `state`, released with its process), and counts the bytes of a sample before it writes
-them: the files are within the limit at every moment, whatever is killed. A killed writer can leave one more sample, in
-`incoming`, which the next one overwrites. Readers take no lock.
+them: the files are within the limit even if it is killed. A killed writer can leave one more sample, in `incoming`,
+which the next one overwrites. Readers take no lock.
 
 When the disk is full, the samples with the lowest names are kept, among those used within a day. Names are hashes, so
 this is a fixed random part of the dataset. A cache that holds a share f of the dataset then serves f of every epoch;
 dropping the least recently used instead would serve f + (1 - f) ln(1 - f) of a shuffled epoch: 0.15 for f = 0.5.
 Samples that were not used for a day, mostly of other datasets, are dropped first.
-
-`diskcache` is not used because it queries SQLite, which every hit would write to, keeps its limit only approximately,
-and pickles.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ import re
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shards.common.argument_checks import real
@@ -48,24 +45,17 @@ SLACK = 0.05  # share of the limit that is freed at once, so that the disk is no
 BLOCK = 4096  # bytes; a file is counted in whole blocks of the disk
 
 _NAME = re.compile(r"[0-9a-f]{32}")
-_ALL = 2**64 - 1
 
 log = logging.getLogger("shards.stream.sample_cache")
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """The content of the file `state`.
+    """The content of the file `state`."""
 
-    Attributes:
-        nbytes: bytes counted so far.
-        refused: the lowest name that is refused, as its first 64 bits.
-        counted: when the files were last counted, in seconds since 1970.
-    """
-
-    nbytes: int
-    refused: int
-    counted: float
+    nbytes: int  # counted so far
+    refused: int  # the first 64 bits of the lowest name that is refused
+    counted: float  # when the files were last counted, in seconds since 1970
 
     LAYOUT = struct.Struct("<QQd")
 
@@ -125,18 +115,15 @@ class SampleCache:
     def has(self, key: str) -> bool:
         """Return whether the sample is in the cache; if so, the kernel starts to read it for `get`."""
         try:
-            file = os.open(self._path(key), os.O_RDONLY)
-            try:
-                if time.time() - os.fstat(file).st_mtime > TOUCH_S:
+            with open(self._path(key), "rb", buffering=0) as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime > TOUCH_S:
                     with contextlib.suppress(OSError):  # another user's file, or a disk that became read-only
-                        os.utime(file)
+                        os.utime(file.fileno())
                 if hasattr(os, "posix_fadvise"):  # not on macOS
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            return True
         except OSError:
             return False
-        return True
 
     def get(self, key: str) -> bytes | None:
         """Return the bytes of a sample, unchecked; None if they are gone or the disk fails."""
@@ -173,7 +160,7 @@ class SampleCache:
                 if _rank(key) >= state.refused or state.nbytes + taken > self.limit:
                     return
                 # Counted first: a kill before the rename leaves a count that is too high, until the next count.
-                _State(state.nbytes + taken, state.refused, state.counted).write(file)
+                replace(state, nbytes=state.nbytes + taken).write(file)
                 incoming = self._root / "incoming"
                 try:
                     incoming.write_bytes(data)
@@ -202,7 +189,7 @@ class SampleCache:
             for entry in os.scandir(folder)
             if _NAME.fullmatch(entry.name) and (status := entry.stat())
         ]
-        now, total, refused = time.time(), sum(taken for _, taken, _ in entries), _ALL
+        now, total, refused = time.time(), sum(taken for _, taken, _ in entries), 2**64 - 1
         if total + needed > self.limit:
             room = int((1 - SLACK) * self.limit) - needed
             # Dropped from the end: first the stale samples, then those with the highest names.

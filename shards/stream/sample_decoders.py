@@ -25,8 +25,7 @@ def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str
 
     Args:
         data: the bytes of the sample in its shard, a small tar.
-        index: of the split.
-        row: of the sample.
+        index, row: of the split, and of the sample in it.
         root: URL of the dataset.
 
     Raises:

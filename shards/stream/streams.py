@@ -25,7 +25,7 @@ from shards.common.argument_checks import real, whole
 from shards.common.errors import DatasetError
 from shards.common.text import counted, shown
 from shards.format.dataset import Dataset
-from shards.format.index import Index, row_numbers
+from shards.format.index import row_numbers
 from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
 from shards.order.identity import check_identity
 from shards.order.mixture import Mix, MixedOrder
@@ -82,8 +82,6 @@ class Stream(IterableDataset[T]):
     statistics: SampleStatistics
     start: int = 0
     _stop: int | None = None  # the end of all positions
-    _place: str  # dataset and split
-    _readers: list[SampleReader]
 
     def __init__(
         self, batch_size: int, rank: int, world: int, stages: Sequence[Stage], parse: Parse, collate: Collate[T] | None
@@ -117,6 +115,39 @@ class Stream(IterableDataset[T]):
         )
         collate: Collate[Any] = self.collate or _as_list
         return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
+
+    def _open(
+        self,
+        datasets: Sequence[Dataset],
+        split: str,
+        weights: Sequence[float],
+        read_ahead: int,
+        cache: SampleCache | None,
+        stall_s: float,
+    ) -> None:
+        """Make a reader per dataset.
+
+        Each has a read-ahead of two of its largest samples, because one may be waiting in memory while another is
+        needed, and its share of the rest by weight.
+        """
+        real("read_ahead", read_ahead)
+        real("stall_s", stall_s)
+        if isinstance(cache, str | os.PathLike):
+            raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
+        self._place = f"{_roots(datasets)}, {split!r}"
+        self.statistics = SampleStatistics()
+        least = [2 * int(index.nbytes.max(initial=0)) for index in self.order.indexes]
+        rest = read_ahead - sum(least)
+        if rest < 0 or read_ahead < 1:
+            raise DatasetError(
+                f"{_roots(datasets)}: read_ahead is {read_ahead} bytes, twice the largest sample is {sum(least)}: give "
+                "at least as many"
+            )
+        shares = [own + int(rest * weight / sum(weights)) for own, weight in zip(least, weights)]
+        self._readers = [
+            SampleReader(dataset.root, index, share, cache, stall_s, self.statistics)
+            for dataset, index, share in zip(datasets, self.order.indexes, shares)
+        ]
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse: `accelerate` calls this when it reads a loader that it has prepared.
@@ -215,19 +246,18 @@ class ShardStream(Stream[T]):
             datasets, weights, indexes = dataset.datasets, dataset.weights, dataset.indexes(split)
         else:
             datasets, weights, indexes = (dataset,), (1,), (dataset.index(split),)
-        samples, roots = sum(map(len, indexes)), " + ".join(str(one.root) for one in datasets)
+        samples = sum(map(len, indexes))
         if samples < self.batch_size * self.world:
             raise DatasetError(
-                f"{roots}: split {split!r} has {counted(samples, 'sample')}, fewer than one batch of {self.batch_size} "
-                f"on each of {counted(self.world, 'rank')}: lower the batch size or build more samples"
+                f"{_roots(datasets)}: split {split!r} has {counted(samples, 'sample')}, fewer than one batch of "
+                f"{self.batch_size} on each of {counted(self.world, 'rank')}: lower the batch size or build "
+                "more samples"
             )
         self.order: Order | MixedOrder
         self.order = MixedOrder(indexes, weights, settings) if isinstance(dataset, Mix) else Order(indexes[0], settings)
         if identity is not None:
             check_identity(identity, self.order.identity())
-        self._place = f"{roots}, {split!r}"
-        self.statistics = SampleStatistics()
-        self._readers = _readers(datasets, self.order.indexes, weights, read_ahead, cache, stall_s, self.statistics)
+        self._open(datasets, split, weights, read_ahead, cache, stall_s)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -281,13 +311,10 @@ class EvalStream(Stream[T]):
         _check_dataset(dataset, mixes=False)
         super().__init__(batch_size, rank, world, stages, parse, collate)
         index = dataset.index(split)
-        self.order: EvaluationOrder = EvaluationOrder(
-            index, self.batch_size, None if rows is None else row_numbers(rows, len(index))
-        )
+        chosen = None if rows is None else row_numbers(rows, len(index))
+        self.order: EvaluationOrder = EvaluationOrder(index, self.batch_size, chosen)
         self._stop = len(self.order)
-        self._place = f"{dataset.root}, {split!r}"
-        self.statistics = SampleStatistics()
-        self._readers = _readers((dataset,), self.order.indexes, (1,), read_ahead, cache, stall_s, self.statistics)
+        self._open((dataset,), split, (1,), read_ahead, cache, stall_s)
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -296,6 +323,10 @@ class EvalStream(Stream[T]):
 
 def _as_list(samples: list[Any], visit: int) -> list[Any]:
     return samples
+
+
+def _roots(datasets: Sequence[Dataset]) -> str:
+    return " + ".join(str(dataset.root) for dataset in datasets)
 
 
 def _check_dataset(given: Any, *, mixes: bool) -> None:
@@ -311,38 +342,3 @@ def _check_dataset(given: Any, *, mixes: bool) -> None:
     else:
         problem = f"a {type(given).__name__}: give what open_dataset returns"
     raise DatasetError(f"the dataset of a stream is {problem}")
-
-
-def _readers(
-    datasets: Sequence[Dataset],
-    indexes: Sequence[Index],
-    weights: Sequence[float],
-    read_ahead: int,
-    cache: SampleCache | None,
-    stall_s: float,
-    statistics: SampleStatistics,
-) -> list[SampleReader]:
-    """Return a reader per dataset.
-
-    Each has a read-ahead of two of its largest samples, because one may be waiting in memory while another is needed,
-    and its share of the rest by weight.
-
-    Raises:
-        DatasetError: an argument has the wrong type, or the read-ahead is too small.
-    """
-    real("read_ahead", read_ahead)
-    real("stall_s", stall_s)
-    if isinstance(cache, str | os.PathLike):
-        raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
-    least = [2 * int(index.nbytes.max(initial=0)) for index in indexes]
-    if read_ahead < max(1, sum(least)):
-        where = " + ".join(str(dataset.root) for dataset in datasets)
-        raise DatasetError(
-            f"{where}: read_ahead is {read_ahead} bytes, twice the largest sample is {sum(least)}: give at least as "
-            "many"
-        )
-    shares = [own + int((read_ahead - sum(least)) * weight / sum(weights)) for own, weight in zip(least, weights)]
-    return [
-        SampleReader(dataset.root, index, share, cache, stall_s, statistics)
-        for dataset, index, share in zip(datasets, indexes, shares)
-    ]

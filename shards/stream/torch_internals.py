@@ -31,8 +31,7 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? ")
 def running(loader: Any) -> Iterator[Iterator[Any]]:
     """Start the workers of a `DataLoader`, yield its iterator, and end the workers with the block.
 
-    The garbage collector would end them too. But an exception may keep the iterator alive until it runs, and it closes
-    the queues of the workers before it asks them to end: each is then waited for 5 s.
+    The garbage collector would end them late, and after it has closed their queues: it then waits 5 s for each.
     """
     iterator = iter(loader)
     _ignore_sigchld_errors()
@@ -68,10 +67,10 @@ def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:
 
 
 def _ignore_sigchld_errors() -> None:
-    """Keep torch from raising the death of a worker wherever the main thread happens to be.
+    """Keep torch from raising the death of a worker wherever the main thread happens to be; `receive` reports it.
 
-    torch raises it from a handler of SIGCHLD. Inside a finalizer it would be lost, and inside a library it may surface
-    as any other error. `receive` reports it instead. Handlers of others stay in place.
+    Raised by torch's handler of SIGCHLD inside a finalizer it would be lost, and inside a library it may surface as any
+    other error.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return
@@ -97,8 +96,7 @@ class _WithoutWorkerDeaths:
 def ignore_lost_readers() -> None:
     """In a loader process: print no traceback if the process that reads its batches is gone.
 
-    `multiprocessing` sends file descriptors in a thread, and reports an error there through `sys.excepthook`. The
-    message of the reading process says why it ended.
+    `multiprocessing` sends file descriptors in a thread, and reports an error there through `sys.excepthook`.
     """
     previous = sys.excepthook
 

@@ -61,11 +61,11 @@ def test_roundings_of_two_samples_are_independent_over_epochs():
     assert 0.44 < pairs < 0.56  # 0 or 1 with one offset over a fixed order
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40).filter(any))
 def test_passes_contain_each_row_as_often_as_it_is_visited(visits):
     rows = passes(np.array(visits))
     assert Counter(rows.tolist()) == Counter({row: times for row, times in enumerate(visits) if times})
-    assert (np.diff(rows) <= 0).sum() == max(max(visits) - 1, 0)  # each pass ascends
+    assert (np.diff(rows) <= 0).sum() == max(visits) - 1  # each pass ascends
 
 
 @settings(max_examples=40)
