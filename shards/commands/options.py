@@ -2,10 +2,8 @@
 
 A dataclass of options is flat: the field `per_class` is the flag `--per-class` and the YAML key `per-class`. A
 dataclass of dataclasses has sections: the field `batch_size` of the field `data` is `--data.batch_size`, in YAML
-`data: {batch_size: 8}`, and its value on the command line is YAML. `jsonargparse` was tried (4.53) and cannot carry
-these commands: it has neither `--per-class` (only `--per_class`) nor `--classes Person Car` nor `--dry-run` without a
-value, and accepts `--data.batch` for `--data.batch_size`; YAML with an unknown section is accepted; a wrong name gets
-no suggestion; and a `--config` after another option overrides it.
+`data: {batch_size: 8}`, and its value on the command line is YAML. `jsonargparse` (4.53) has neither `--per-class` nor
+`--classes Person Car` nor `--dry-run` without a value, and accepts abbreviations and unknown sections.
 """
 
 from __future__ import annotations
@@ -156,21 +154,13 @@ def set_from_arguments(options: Any, given: argparse.Namespace) -> None:
 
 
 def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -> None:
-    """Set one option from its argument or arguments on a command line; of a flag, from whether it is set.
-
-    Raises:
-        ConfigError: no such option, or a value of a wrong type.
-    """
+    """Set one option from its argument or arguments on a command line; of a flag, from whether it is set."""
     entry = _entry(options, name, "command line")
     entry.set(options, _from_words(words, entry, f"--{name}"))
 
 
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
-    """Set the options in the content of a YAML file; `where` names the file in errors.
-
-    Raises:
-        ConfigError: not YAML, an unknown option, or a value of a wrong type.
-    """
+    """Set the options in the content of a YAML file; `where` names the file in a ConfigError about it."""
     try:
         value = yaml.safe_load(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -181,11 +171,7 @@ def set_from_yaml(options: Any, data: bytes, where: str) -> None:
 
 
 def update(options: Any, value: Any, where: str) -> None:
-    """Set the options that a mapping holds, as a YAML file has it; None sets nothing.
-
-    Raises:
-        ConfigError: an unknown option, or a value of a wrong type.
-    """
+    """Set the options that a mapping from YAML holds, if any; raises ConfigError for an unknown one or a wrong type."""
     if value is None:
         return
     parts = sections(type(options))
@@ -217,11 +203,7 @@ def _set_option(options: Any, name: str, value: Any, where: str) -> None:
 
 
 def check(options: Any) -> None:
-    """Check ranges, and options that exclude each other.
-
-    Raises:
-        ConfigError: a value out of its range, or two options that cannot be combined.
-    """
+    """Raise ConfigError for a value out of its range, or two options that cannot be combined."""
     given: dict[str, str] = {}
     for name, entry in entries(type(options)).items():
         value = entry.value(options)

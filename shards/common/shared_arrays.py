@@ -1,7 +1,7 @@
 """Arrays in shared memory for processes that are started by "spawn" or "forkserver".
 
-The arrays are in an anonymous file (Linux' memfd, which limits of /dev/shm do not affect) whose descriptor is sent to
-the new process along with its pickled arguments. The memory is freed when the last process that has it open ends.
+They are in an anonymous file (Linux' memfd, which limits of /dev/shm do not affect) whose descriptor is sent to the
+new process along with its pickled arguments. The memory is freed when the last process that has it open ends.
 """
 
 from __future__ import annotations

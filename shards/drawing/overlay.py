@@ -89,8 +89,7 @@ def draw_instances(
         An RGB image of `scale` times the size.
 
     Raises:
-        ValueError: `scores`, `captions` or `colours` has another length than `instances`, a mask has another size than
-            the image, or the image has another shape or dtype.
+        ValueError: the length, shape or dtype of an argument does not match the others.
     """
     _check_lengths(len(instances), scores=scores, captions=captions, colours=colours)
     colours = colours or [class_colour(instance.category_id) for instance in instances]
@@ -180,14 +179,8 @@ def display_top_masks(
 ) -> Image.Image:
     """Draw an image and next to it the masks of the classes with the largest area, one pane per class.
 
-    The arguments are those of matterport's `visualize.display_top_masks`, as for `display_instances`; `limit` is the
-    number of panes next to the image, of which empty ones have the title "-".
-
-    Returns:
-        An RGB image of `limit` + 1 panes, which a notebook displays as for `display_instances`.
-
-    Raises:
-        ValueError: `mask` has another size than the image or another length than `class_ids`, or `limit` is negative.
+    The arguments are those of matterport's `visualize.display_top_masks`; image, result and errors are as for
+    `display_instances`. `limit` is the number of panes next to the image, of which empty ones have the title "-".
     """
     if limit < 0:
         raise ValueError(f"limit is {limit}: it must be 0 or more")
@@ -323,7 +316,7 @@ def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, s
 
 
 def _enlarged_mask(mask: NDArray[np.uint8], scale: int) -> NDArray[np.bool_]:
-    """Enlarge a mask with smooth edges instead of steps; bool."""
+    """Enlarge a mask with smooth edges instead of steps."""
     if scale > 1:
         picture = Image.fromarray(mask * np.uint8(255))
         size = (picture.width * scale, picture.height * scale)

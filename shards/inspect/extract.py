@@ -23,12 +23,8 @@ BOX_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
     """Write a sample's files to the folder `out`, replacing files of the same names, and return their locations.
 
-    Masks are 1-bit PNGs of the image's size, white where the object is.
-
-    Raises:
-        DatasetError: there is no such sample.
-        SampleError: the sample cannot be read or is damaged.
-        StorageError: a file cannot be written.
+    Masks are 1-bit PNGs of the image's size, white where the object is. Raises DatasetError if there is no such sample,
+    SampleError if it cannot be read or is damaged, and StorageError if a file cannot be written.
     """
     [(_, sample)] = read_samples(dataset, [find(dataset, image_id)])
     files = {f"{sample.image_id}.{extension}": data for extension, data in sample.to_members().items()}

@@ -44,10 +44,8 @@ class Broken:
 class ShardBytes:
     """Sequential reader of an object that prefetches one chunk and computes the sha256.
 
-    Args:
-        location: the object.
-        size: its expected length in bytes; one more is requested, to detect an object that is longer.
-        on_bytes: called with the number of bytes of each chunk.
+    One byte more than `size` is requested, to detect an object that is longer. `on_bytes` receives the number of bytes
+    of each chunk.
     """
 
     def __init__(self, location: Location, size: int, on_bytes: Callable[[int], None]) -> None:

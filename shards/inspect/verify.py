@@ -1,8 +1,4 @@
-"""The check of a whole dataset, every byte of it: `inspect-shards --verify`.
-
-Several shards are read at a time, each once and from the front. Memory holds the index, and two chunks and one sample
-per shard.
-"""
+"""The check of every byte of a dataset, `inspect-shards --verify`, in memory for the index and a few chunks."""
 
 from __future__ import annotations
 

@@ -208,7 +208,6 @@ def test_an_extra_shard(root: Path) -> None:
         (lambda info: info["splits"]["train"].update(samples=999), "dataset.json: split train is {"),
         (lambda info: info["splits"].pop("val"), "its shards are of train, val"),
         (lambda info: info.update(splits={"nonsense": 3}), "splits are {'nonsense': 3}, its shards are of train, val"),
-        (lambda info: info.pop("splits"), "dataset.json: splits are None, its shards are of train, val"),
         (lambda info: info["shards"][0].update(path="../x.tar"), "../x.tar is not a shard's path, train/ and six"),
     ],
 )
@@ -230,7 +229,6 @@ def box(number: int, **values: object) -> Edit:
     [
         (rle_of(counts="PPPP1"), "the RLE has runs of "),
         (rle_of(counts="abc\x01"), "the RLE cannot be decoded"),
-        (rle_of(counts="P\\o"), "the RLE cannot be decoded"),
         (rle_of(size=[48, 32]), "annotation 0 (box b0): the RLE is of 32x48, the image 48x32"),
         (box(0, segmentation=rle.encode(np.zeros((32, 48))).to_json()), "the RLE is empty"),
         (box(0, bbox=[40.0, 20.0, 8.0, 12.0]), "mostly outside its bbox [40, 20, 8, 12]"),
@@ -240,14 +238,12 @@ def box(number: int, **values: object) -> Edit:
         (box(1, bbox=[4.0, 2.0]), "is not in the shard format"),
         (box(1, bbox=[10**400, 0, 1, 1]), "is not in the shard format (OverflowError"),
         (box(1, category_id=3), "category_id 3 is not the id of a class"),
-        (box(1, category_id=float("inf")), "is not in the shard format (OverflowError"),
         (lambda v: v["verified_present"].append(9), "verified_present has 9"),
         (lambda v: v["verified_present"].append(1), "verified_present has 1 more than once"),
         (lambda v: v["verified_absent"].append(1), "class 1 is verified as present and as absent"),
         (lambda v: v.update(rotation=-90), "rotation is -90, not one of 0, 90, 180, 270"),
         (lambda v: v.update(width=47), "is 48x32, "),
         (lambda v: v.update(image_id="another"), "is not the canonical JSON of the format, or of another image"),
-        (lambda v: v.update(remark="new"), "is not the canonical JSON of the format"),
         (lambda v: v.pop("title"), "is not in the shard format (KeyError('title'))"),
     ],
 )
