@@ -19,6 +19,9 @@ from trainer.model.build import build_model
 from trainer.model.losses import Trainable
 
 Module = TypeVar("Module", bound=nn.Module)
+# Few proposals and detections: the heads of full width are slow on one thread.
+FEW: dict[str, Any] = {"rpn_pre_nms": [60, 60], "rpn_post_nms": [30, 30]}
+FEW |= {"detections_per_image": 8, "score_threshold": 0.0}
 LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
 
 
@@ -103,8 +106,8 @@ def losses_of(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -
     return losses
 
 
-def gradients(network: MaskRCNN, losses: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of the sum of the losses with respect to every trainable parameter."""
-    network.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+def gradients(network: MaskRCNN, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the sum of the losses with respect to every trainable parameter; each must be reached."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), list(trained.values()))
+    return dict(zip(trained, found, strict=True))

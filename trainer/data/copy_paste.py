@@ -41,13 +41,9 @@ def paste_some(
 
 
 def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances) -> tuple[Tensor, Instances]:
-    """Paste objects over an image, at the same pixels.
+    """Paste objects of the donor over an image, at the same pixels, clipped to where both have pixels.
 
-    Args:
-        image: uint8 [3, H, W]; not modified.
-        instances: in pixels of `image`; not modified.
-        donor: uint8 [3, h, w], the image of the objects.
-        objects: the objects to paste, each with a mask; clipped to where both images have pixels.
+    Both images are uint8 [3, H, W], of any sizes; each object has a mask. Nothing is modified in place.
 
     Returns:
         The image and its instances: first those that were there, then the pasted ones.

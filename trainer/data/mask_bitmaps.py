@@ -60,12 +60,8 @@ def rasterise(mask: Rle, side: int = BITMAP) -> tuple[Tensor, tuple[float, float
 def _step_integrals(length: int, side: int, *, at_start: bool, at_end: bool) -> tuple[NDArray[np.float32], float]:
     """Integrate a step from 0 to 1, interpolated to a ramp, over each cell, for a step at every pixel border.
 
-    Args:
-        length: pixels that the mask extends over.
-        side: cells of the frame.
-        at_start: whether the first pixel is at the border of the image. `roi_align` repeats such a pixel beyond the
-            border, so its step moves outwards by a pixel.
-        at_end: likewise for the last pixel.
+    The mask extends over `length` pixels. `at_start` and `at_end` say whether its first and last pixel are at the
+    border of the image: `roi_align` repeats such a pixel beyond the border, so its step moves outwards by a pixel.
 
     Returns:
         float32 [length + 1, side] means over the cells, and the distance from the frame's border to pixel 0, in pixels.
@@ -118,7 +114,7 @@ def sample_targets(bitmaps: Tensor, frames: Tensor, objects: Tensor, rois: Tenso
 
     Args:
         bitmaps: uint8 [K, m, m].
-        frames: float32 [K, 4] x0, y0, x1, y1 of each bitmap in pixels.
+        frames: float32 [K, 4] of each bitmap.
         objects: int64 [R] the object of each RoI; it must have a mask.
         rois: float32 [R, 4] x0, y0, x1, y1 in pixels.
         size: pixels per side of a target.

@@ -214,10 +214,7 @@ def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) 
 
 
 def open_checkpoint(url: str) -> State:
-    """Read the weights of the checkpoint that `--checkpoint` names.
-
-    Args:
-        url: a run's folder (its newest checkpoint is read), its subfolder `best`, or the folder of one checkpoint.
+    """Read the weights of a run's newest checkpoint, of its subfolder `best`, or of the folder of one checkpoint.
 
     Raises:
         NoCheckpointError: there is no checkpoint.
@@ -229,12 +226,7 @@ def open_checkpoint(url: str) -> State:
 def find(run: Location, resume: str) -> tuple[Location, State] | None:
     """Choose the checkpoint that a run resumes from: its own newest if it has one, else the one that `resume` names.
 
-    Args:
-        run: the run's folder.
-        resume: the setting `run.resume`: empty, `last`, or a place as for `open_checkpoint`.
-
-    Returns:
-        The checkpoint's folder, and its state; None for a new run.
+    The setting `resume` is empty, `last`, or a place as for `open_checkpoint`. The result is None for a new run.
 
     Raises:
         CheckpointError: `last` without a checkpoint, a place without one that has an optimizer, or a checkpoint of this

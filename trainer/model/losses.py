@@ -73,8 +73,8 @@ def targets_of(batch: Batch, loss: LossConfig) -> list[Target]:
     """Split a batch into the objects and the ignored regions of each image.
 
     Returns:
-        For each image the columns of its objects (boxes, labels, bitmaps as masks, frames and has_mask, bool [M]), and
-        regions, float32 [G, 4], where anchors and RoIs that match no object are ignored.
+        The columns of the objects (boxes, labels, bitmaps as masks, frames and has_mask, bool [M]) and regions, float32
+        [G, 4], where anchors and RoIs that match no object are ignored.
     """
     # Computed on the host, where `flags` is, so that nothing waits for a GPU.
     group, masked = (batch.flags & GROUP_OF) != 0, (batch.flags & HAS_MASK) != 0
@@ -218,11 +218,7 @@ def rois_with_mask(labels: Tensor, objects: Tensor, target: Target) -> Tensor:
 def mask_loss(logits: Tensor, rois: list[Tensor], objects: list[Tensor], targets: list[Target]) -> Tensor:
     """Compute binary cross-entropy of each RoI's mask for its own class, averaged over RoIs and pixels; 0 without RoIs.
 
-    Args:
-        logits: float [R, C, S, S] of all images' RoIs, in their order.
-        rois: float32 [R_i, 4] per image.
-        objects: int64 [R_i] per image, indices into its target.
-        targets: see `targets_of`.
+    `logits` are float [R, C, S, S] of all images' RoIs; `objects` are per image the indices into its target.
     """
     if len(logits) == 0:  # still depends on the mask head, whose gradient every rank waits for
         return logits.float().sum() * 0

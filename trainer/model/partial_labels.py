@@ -71,8 +71,8 @@ def merge_unverified(logits: Tensor, labels: Sequence[Tensor], table: Tensor) ->
         table: bool [B, C], see `verified_table`.
 
     Returns:
-        float [R, C]: for background RoIs in images with unverified classes, column 0 is the log-sum-exp of the logits
-        of the background and these classes, and their own columns are -inf.
+        float [R, C]: column 0 of background RoIs is the log-sum-exp over the background and the unverified classes,
+        whose own columns are -inf.
     """
     counts = torch.tensor([len(of_image) for of_image in labels])
     unverified = (~table).repeat_interleave(counts, dim=0).to(logits.device, non_blocking=True)  # [R, C]

@@ -85,13 +85,8 @@ def _gradient(
 ) -> Tensor:
     """Compute the gradient of the maps of one image, float32 [P, C]: the pixels of all maps, one after the other.
 
-    Args:
-        gradient: float [R, C, S, S] of the bins.
-        boxes: float32 [R, 4] x0, y0, x1, y1 in pixels of the image.
-        levels: int64 [R], the map of each box.
-        scales: pixels of each map per pixel of the image.
-        sizes: (height, width) of each map.
-        samples: sampling points per side of a bin.
+    `gradient`, [R, C, S, S], is that of the bins, `levels` the map of each box, [R, 4] in pixels of the image; `scales`
+    are pixels of each map per pixel of the image, `samples` the sampling points per side of a bin.
     """
     count, channels, side = gradient.shape[:3]
     heights, widths = torch.tensor(sizes).unbind(1)
@@ -119,12 +114,7 @@ def _bilinear_weights(start: Tensor, end: Tensor, limit: Tensor, side: int, samp
     points that are further than a pixel outside the map.
     https://github.com/pytorch/vision/blob/main/torchvision/csrc/ops/cpu/roi_align_common.h
 
-    Args:
-        start: float32 [R] of each box on its map.
-        end: float32 [R].
-        limit: int64 [R] pixels of that map.
-        side: bins per box.
-        samples: sampling points per bin.
+    A box, of `side` bins, extends from `start` to `end`, float32 [R], on its map of `limit` pixels, int64 [R].
 
     Returns:
         int64 pixels and float32 weights, [R, side, 2 samples] each.

@@ -37,7 +37,8 @@ def test_resize_gives_pixels_and_boxes_as_at_inference(shape):
     target = {"boxes": torch.tensor([[10.0, 20.0, 60.0, 60.0]])}
     expected, expected_target = transform.resize(image.float() / 255, target)
     instances = read_instances([Instance(1, (10.0, 20.0, 50.0, 40.0), None)])
-    resized, scaled = augment.resize(image, instances, *augment.scaled_size(*shape, 192, 256))
+    height, width = shape
+    resized, scaled = augment.resize(image, instances, *augment.scaled_size(height, width, 192, 256))
     assert resized.dtype == torch.uint8
     assert (resized.float() - expected * 255).abs().max() <= 1.01  # the rounding to uint8
     assert torch.allclose(scaled.boxes, expected_target["boxes"], atol=1e-4)

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def sample(name: str, height: int = 60, width: int = 80, objects: int = 2, seed:
     instances = []
     for i in range(objects):
         mask = np.zeros((height, width), np.uint8)
-        y, x = rng.integers(0, height - 20), rng.integers(0, width - 20)
+        y, x = int(rng.integers(0, height - 20)), int(rng.integers(0, width - 20))
         mask[y : y + 16, x : x + 12] = 1
         instances.append(Instance(i + 1, (x, y, 12, 16), rle.encode(mask)))
     instances.append(Instance(1, (5, 5, 30, 30), None, is_group_of=True))
@@ -84,7 +85,8 @@ def test_a_sample_is_augmented_alike_at_any_place_and_in_a_loader_process(resize
     samples = [sample("a"), sample("b", 90, 60, 0, seed=1), sample("c", 64, 64, 3, seed=2), sample("d", seed=3)]
     collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 3)
     here = collate(samples, 5)
-    [there] = DataLoader(samples[::-1], batch_size=4, num_workers=1, collate_fn=lambda batch: collate(batch, 5))
+    backwards: Any = samples[::-1]
+    [there] = DataLoader(backwards, batch_size=4, num_workers=1, collate_fn=lambda batch: collate(batch, 5))
     assert there.images.is_shared()
     assert torch.equal(there.images.flip(0), here.images)
     assert all(equal(parts(there, 3 - i), parts(here, i)) for i in range(4))

@@ -52,6 +52,12 @@ def instance_of(mask: np.ndarray) -> Instances:
     return read_instances([Instance(1, rle.bounds(encoded), encoded)])
 
 
+def bitmap_of(mask: np.ndarray, side: int = BITMAP) -> tuple[torch.Tensor, tuple[float, float, float, float]]:
+    found = rasterise(rle.encode(mask), side)
+    assert found is not None
+    return found
+
+
 def target_errors(pairs: Sequence[tuple[Instances, np.ndarray]], rois_each: int = 6) -> tuple[float, float]:
     """Compare the targets of instances with those of full-size masks: mean absolute difference, and IoU at 0.5.
 
@@ -62,9 +68,9 @@ def target_errors(pairs: Sequence[tuple[Instances, np.ndarray]], rois_each: int 
     for instances, mask in pairs:
         height, width = mask.shape
         x, y, w, h = rle.bounds(rle.encode(np.ascontiguousarray(mask)))
-        rois = np.array([x, y, x + w, y + h]) + rng.uniform(-0.12, 0.12, (rois_each, 4)) * [w, h, w, h]
-        rois[0] = [x, y, x + w, y + h]
-        rois = torch.tensor(rois.clip(0, [width, height, width, height]), dtype=torch.float32)
+        places = np.array([x, y, x + w, y + h]) + rng.uniform(-0.12, 0.12, (rois_each, 4)) * [w, h, w, h]
+        places[0] = [x, y, x + w, y + h]
+        rois = torch.tensor(places.clip(0, [width, height, width, height]), dtype=torch.float32)
         zeros = torch.zeros(rois_each, dtype=torch.int64)
         found = sample_targets(instances.bitmaps, instances.frames, zeros, rois, TARGET)
         expected = project_masks_on_boxes(torch.from_numpy(mask.astype(np.uint8))[None], rois, zeros, TARGET)
@@ -114,7 +120,7 @@ def test_rasterise_averages_the_interpolated_mask_over_each_cell(side):
     rng = np.random.default_rng(1)
     mask = np.zeros((40, 50), np.uint8)
     mask[7:30, 5:41] = rng.random((23, 36)) < 0.6
-    bitmap, frame = rasterise(rle.encode(mask), side)
+    bitmap, frame = bitmap_of(mask, side)
     x, y = (
         torch.tensor(
             np.linspace(frame[k], frame[k + 2], 24 * side, endpoint=False) + (frame[k + 2] - frame[k]) / side / 48
@@ -131,7 +137,7 @@ def test_rasterise_averages_the_interpolated_mask_over_each_cell(side):
 def test_rasterise_keeps_the_area_and_an_empty_border():
     for mask in (m for size in (9, 60, 300) for m in procedural_masks(size, 4)):
         padded = np.pad(mask, 2)  # nothing touches the image's border
-        bitmap, (x0, y0, x1, y1) = rasterise(rle.encode(padded))
+        bitmap, (x0, y0, x1, y1) = bitmap_of(padded)
         covered = bitmap.double().sum() / 255 * (x1 - x0) * (y1 - y0) / BITMAP**2
         assert float(covered) == pytest.approx(padded.sum(), rel=0.01)
         assert int(bitmap[[0, -1]].sum() + bitmap[:, [0, -1]].sum()) == 0
@@ -139,7 +145,7 @@ def test_rasterise_keeps_the_area_and_an_empty_border():
 
 def test_rasterise_repeats_pixels_beyond_the_border_of_the_image():
     for mask in (np.eye(1, dtype=np.uint8), np.ones((600, 800), np.uint8)):
-        bitmap, frame = rasterise(rle.encode(mask))
+        bitmap, frame = bitmap_of(mask)
         assert bitmap[1:-1, 1:-1].min() == 255
         assert frame[0] < 0
         assert frame[2] > mask.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,13 @@ from torchvision.ops import FrozenBatchNorm2d
 from shards.format.dataset import Category
 from shards.storage.location import Location
 from tests.support import REPOSITORY
-from tests.trainer.batches import narrow, with_statistics
+from tests.trainer.batches import FEW, narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.config.yaml_config import load_config
 from trainer.model.build import build_model, num_classes, rebuild
 from trainer.model.checkpoint import CheckpointError, State, open_checkpoint, save
 
 DATA = DataConfig(min_size=96, max_size=128)
-# Few proposals and detections: the heads of full width are slow on one thread.
-FEW = {"rpn_pre_nms": [60, 60], "rpn_post_nms": [30, 30], "detections_per_image": 8, "score_threshold": 0.0}
 STOCK_FEW = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 8}
 SIZES = {"num_classes": 3, "min_size": 96, "max_size": 128, "box_score_thresh": 0.0, **STOCK_FEW}
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
@@ -82,10 +81,10 @@ def test_the_documented_function_rebuilds_a_checkpoint_in_plain_torchvision(tmp_
     [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "models.md").read_text(), re.DOTALL)
     documented: dict = {}
     exec(code, documented)
-    parts = {"backbone": backbone, "norm": norm, "version": version, "norm_eps": 1e-2}
-    rpn = {"anchor_sizes": [16, 32, 64, 96, 128], "anchor_ratios": [0.4, 1.0], "rpn_pre_nms": [20, 50]}
+    rpn: dict[str, Any] = {"anchor_sizes": [16, 32, 64, 96, 128], "anchor_ratios": [0.4, 1.0], "rpn_pre_nms": [20, 50]}
     found = {"rpn_post_nms": [10, 25], "score_threshold": 0.01, "nms_threshold": 0.7, "detections_per_image": 9}
-    config = Config(model=ModelConfig(**parts, **rpn, **found), data=DataConfig(min_size=90, max_size=140))
+    model = ModelConfig(backbone=backbone, norm=norm, version=version, norm_eps=1e-2, **rpn | found)
+    config = Config(model=model, data=DataConfig(min_size=90, max_size=140))
     torch.manual_seed(0)
     network = with_statistics(build_model(config.model, config.data, num_classes(CATEGORIES)))
     folder = save(Location(str(tmp_path)), State(7, 7, {}, CATEGORIES, config, network.state_dict(), None), keep=1)
@@ -118,6 +117,7 @@ def test_settings_of_training_reach_the_network():
 def test_norms_are_of_the_requested_kind(backbone, norm, version):
     network = build_model(narrow(backbone=backbone, norm=norm, version=version), DATA, 3)
     kinds = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": nn.GroupNorm}
+    norms: dict[str, Any]
     norms = {name: module for name, module in network.named_modules() if isinstance(module, tuple(kinds.values()))}
     body = {name for name in norms if name.startswith("backbone.body.")}
     assert len(body) >= 20

@@ -11,16 +11,10 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 
 from shards.common.errors import UserError
 from tests.trainer.batches import narrow
+from trainer.config.layer_names import parse_layers
 from trainer.config.settings import DataConfig, ModelConfig
 from trainer.model.build import build_model
-from trainer.model.freeze import (
-    OUTPUTS,
-    check_all_learned,
-    layers_from_output,
-    parse_layers,
-    set_trainable,
-    trainable_parameters,
-)
+from trainer.model.freeze import OUTPUTS, check_all_learned, layers_from_output, set_trainable, trainable_parameters
 
 
 def network(backbone: str = "resnet18", norm: str = "batch", version: str = "v1"):

@@ -71,9 +71,6 @@ def test_without_masks_the_mask_loss_is_zero_and_reaches_every_parameter(network
     batch = batch_of([scene(5, 128, 128, objects), scene(6, 96, 128, objects)])
     losses = losses_of(network, without_masks(batch, torch.zeros(len(batch.labels), dtype=torch.bool)))
     assert losses["loss_mask"].item() == 0
-    reached = gradients(network, losses)
-    assert reached
-    assert [name for name, gradient in reached.items() if gradient is None] == []
-    assert all(float(gradient.abs().sum()) == 0 for name, gradient in reached.items() if "mask" in name)
-    boxes = sum(float(g.abs().sum()) for name, g in reached.items() if "box_predictor.bbox_pred" in name)
-    assert (boxes > 0) == (objects > 0)
+    trained = {name for name, gradient in gradients(network, losses).items() if gradient.any()}
+    assert not any("mask" in name for name in trained)
+    assert ("roi_heads.box_predictor.bbox_pred.weight" in trained) == (objects > 0)

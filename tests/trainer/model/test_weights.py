@@ -24,7 +24,7 @@ from torchvision.models.detection._utils import overwrite_eps
 from shards.common.errors import UserError
 from shards.format.dataset import Category
 from shards.storage.location import Location
-from tests.trainer.batches import narrow, with_statistics
+from tests.trainer.batches import FEW, narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.model.build import build_model
 from trainer.model.checkpoint import State, save
@@ -118,13 +118,12 @@ def test_a_backbone_computes_the_same_as_its_classifier_with_another_epsilon(nor
 
 def test_with_eps_is_precise_for_tiny_variances():
     """Subtracting the epsilon from the variance instead would lose the variance in rounding."""
-    norm = nn.BatchNorm2d(4).eval()
-    norm.running_var.copy_(torch.tensor([1e-12, 1e-9, 1e-5, 1.0]))
-    norm.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.4]))
-    mean, variance = (value[:, None, None] for value in (norm.running_mean, norm.running_var))
-    other = nn.BatchNorm2d(4, eps=1e-5).eval()
-    state = {f"n.{name}": value for name, value in norm.state_dict().items()}
-    other.load_state_dict({name.removeprefix("n."): value for name, value in with_eps(state, 0.0, 1e-5).items()})
+    state = nn.Sequential(nn.BatchNorm2d(4)).state_dict()
+    state["0.running_var"].copy_(torch.tensor([1e-12, 1e-9, 1e-5, 1.0]))
+    state["0.running_mean"].copy_(torch.tensor([0.1, -0.2, 0.3, 0.4]))
+    mean, variance = (state[name][:, None, None] for name in ("0.running_mean", "0.running_var"))
+    other = nn.Sequential(nn.BatchNorm2d(4, eps=1e-5)).eval()
+    other.load_state_dict(with_eps(state, 0.0, 1e-5))
     x = torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(other(x), (x - mean) / variance.sqrt(), rtol=1e-5, atol=1e-5)
 
@@ -132,8 +131,7 @@ def test_with_eps_is_precise_for_tiny_variances():
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_coco_weights_load_except_for_other_classes(cache, version):
     """From torch's cache, under the published name; the first version's norms have an epsilon of 0."""
-    few = {"rpn_pre_nms": [60, 60], "rpn_post_nms": [30, 30], "detections_per_image": 8, "score_threshold": 0.0}
-    settings = ModelConfig(weights="coco", version=version, **few)
+    settings = ModelConfig(weights="coco", version=version, **FEW)
     torch.manual_seed(0)
     reference = build_model(settings, DATA, 91)
     state = with_statistics(reference).state_dict()
