@@ -5,28 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Sequence
 from importlib import resources
-from typing import Any
 
 import yaml
 
-from shards.commands.options import add_options, set_from_words, set_from_yaml, update
+from shards.commands.options import add_options, set_from_words, set_from_yaml
 from shards.common.errors import StorageError
 from shards.common.text import did_you_mean
 from shards.storage.location import Location
 from trainer.config.settings import Config, ConfigError, validate
 
 RESUME_HELP = "resume from the newest checkpoint of run.dir, or from the given checkpoint: short for --run.resume"
-
-
-def from_dict(value: Any, where: str) -> Config:
-    """Return settings from a mapping of sections; what is left out keeps its default.
-
-    Raises:
-        ConfigError: an unknown section or key, or a value of the wrong type; `where` is named.
-    """
-    config = Config()
-    update(config, value, where)
-    return config
 
 
 def load_config(name: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:

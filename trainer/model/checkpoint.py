@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from shards.commands.options import update
 from shards.common.errors import StorageError, UserError
 from shards.format.dataset import Category
 from shards.order.identity import first_difference
@@ -35,7 +36,6 @@ from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from trainer.config.schedule import stage_of
 from trainer.config.settings import Config
-from trainer.config.yaml_config import from_dict
 
 FOLDER = "checkpoints"
 BEST = "best"
@@ -173,14 +173,15 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
         raise CheckpointError(f"{folder / STATE_FILE}: not JSON ({error}): the checkpoint is damaged") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
         raise CheckpointError(f"{folder / STATE_FILE}: not a checkpoint of this release ({FORMAT} version {VERSION})")
-    files = value.get("files", {})
+    files, config = value.get("files", {}), Config()
     try:
+        update(config, value["config"], str(folder / STATE_FILE))
         return State(
             step=int(value["step"]),
             position=int(value["position"]),
             order=dict(value["order"]),
             categories=tuple(Category(**category) for category in value["categories"]),
-            config=from_dict(value["config"], str(folder / STATE_FILE)),
+            config=config,
             weights=_read_tensors(folder, MODEL_FILE, files),
             optimizer=unflatten_optimizer(_read_tensors(folder, OPTIMIZER_FILE, files), value["optimizer"])
             if optimizer and OPTIMIZER_FILE in files

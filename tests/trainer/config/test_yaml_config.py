@@ -2,7 +2,6 @@ import argparse
 
 import pytest
 
-from shards.commands.options import entries
 from shards.common.errors import UserError
 from shards.storage.location import Location
 from tests.support import REPOSITORY
@@ -102,16 +101,6 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(tmp_path / "c.yaml"))
-
-
-def test_help_describes_every_option():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    text = parser.format_help()
-    for name, entry in entries(Config).items():
-        assert f"--{name}" in text
-        assert entry.item.metadata["help"]
-        assert "\n" not in entry.item.metadata["help"]
 
 
 def test_arguments_become_settings_and_resume_is_short_for_an_option():
