@@ -107,11 +107,7 @@ class EvalCollate:
     """Decode samples to an `EvalBatch`; the network resizes."""
 
     def __call__(self, samples: Sequence[Sample], epoch: int) -> EvalBatch:
-        """Make a batch of samples; `epoch` is not used.
-
-        Raises:
-            SampleError: as `TrainCollate`.
-        """
+        """Make a batch of samples; `epoch` is not used. Errors are those of `TrainCollate`."""
         images = [decode_sample(sample) for sample in samples]
         return EvalBatch(images, [replace(sample, image=b"") for sample in samples])
 
@@ -135,11 +131,7 @@ def verified_classes(sample: Sample) -> tuple[int, ...] | None:
 
 
 def decode_sample(sample: Sample) -> Tensor:
-    """Decode the image of a sample to uint8 [3, H, W] RGB.
-
-    Raises:
-        SampleError: as `TrainCollate`.
-    """
+    """Decode the image of a sample to uint8 [3, H, W] RGB. Errors are those of `TrainCollate`."""
     try:
         image = decode_image(sample.image)
     except SampleError as error:
@@ -194,9 +186,5 @@ def _rgb(image: Image.Image, nbytes: int) -> NDArray[np.uint8]:
 
 
 def sample_cache(data: DataConfig) -> SampleCache | None:
-    """Open the cache that `cache_dir` and `cache_mb` describe; None without `cache_dir`.
-
-    Raises:
-        StorageError: the folder cannot be used.
-    """
+    """Open the cache that `cache_dir` and `cache_mb` describe; None without `cache_dir`."""
     return SampleCache(data.cache_dir, data.cache_mb * 2**20) if data.cache_dir else None
