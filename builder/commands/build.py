@@ -54,8 +54,7 @@ class Summary:
     """Result of a build or a retry.
 
     Attributes:
-        already_built: whether the root already held this dataset, so that nothing was done. Only `chosen` and
-            `shortfalls` are set then.
+        already_built: whether the root already held this dataset; only `chosen` and `shortfalls` are set then.
         chosen: reports of the selection, per split and class.
         counts: packed images, masks and boxes per split and class.
         failures: pairs of a reason and the number of images and masks that were not packed for it.
@@ -91,12 +90,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PreparedBuild:
-    """A build before its first write: where it reads and writes, its plan, and what making the plan took.
-
-    Attributes:
-        started, prepared: seconds of the monotonic clock.
-        tables: what was read to make the plan.
-    """
+    """A build before its first write, and what making its plan took: read bytes, and seconds of a monotonic clock."""
 
     source: Source
     root: Location
@@ -126,7 +120,7 @@ def begin(
     Args:
         source: images and annotations.
         root: root of the dataset.
-        make_plan: `builder.planning.prepare.prepare` with its arguments; called once the places are known to be usable.
+        make_plan: `builder.planning.prepare.prepare` with its arguments.
         engine: where shards are going to be packed.
         writes: whether the command writes to `root`.
 
@@ -151,7 +145,7 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
 
     Args:
         begun: a build as `begin` returns it.
-        overwrite: discard another dataset, or another unfinished build, in the root.
+        overwrite: discard another dataset or unfinished build in the root.
         command: the command to record in the dataset card.
 
     Raises:
@@ -222,10 +216,7 @@ def summarise(
 
 
 def shortfalls(
-    preparation: Preparation,
-    rows: Iterable[IndexRow],
-    accounts: Iterable[Account],
-    categories: Iterable[Category],
+    preparation: Preparation, rows: Iterable[IndexRow], accounts: Iterable[Account], categories: Iterable[Category]
 ) -> list[Shortfall]:
     """Return the classes with fewer images than requested and than the source has, because images failed."""
     if isinstance(preparation.choice.images, ImageList):

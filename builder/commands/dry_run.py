@@ -83,6 +83,7 @@ def estimate(begun: PreparedBuild) -> Estimate:
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1))
     masks, wanted = _mask_traffic(plan)
     objects = [planned for image in images for planned in image.objects]
+    zips = [Location(url, source.annotations.anonymous) for url in sorted({m.zip_url for m in members_of(images)})]
     rle = sum(_rle_bytes(planned.mask) for planned in objects)
     return Estimate(
         plan=plan.fingerprint,
@@ -98,7 +99,7 @@ def estimate(begun: PreparedBuild) -> Estimate:
         masks=masks,
         masks_wanted=wanted,
         output=round((mean + SAMPLE_BYTES) * len(images) + OBJECT_BYTES * len(objects) + rle),
-        whole_zips=_whole_zips(plan, source.annotations.anonymous),
+        whole_zips=sum(length or 0 for length in _lengths(zips)),
         whole_tables=_whole_tables(source, plan),
         whole_images=_whole_images(source, plan),
     )
@@ -155,11 +156,6 @@ def _rle_bytes(mask: object) -> float:
     if isinstance(mask, Member):
         return RLE_OF_PNG * mask.size
     return len(mask.segmentation) / 4 if isinstance(mask, InlineMask) else 0.0
-
-
-def _whole_zips(plan: Plan, anonymous: bool) -> int:
-    urls = sorted({member.zip_url for task in plan.tasks for member in members_of(task.images)})
-    return sum(length or 0 for length in _lengths([Location(url, anonymous) for url in urls]))
 
 
 def _whole_tables(source: Source, plan: Plan) -> int | None:

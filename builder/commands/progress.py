@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -52,21 +51,13 @@ class Progress:
             self._last_line = now
             speed = self._done / seconds
             left = duration((self._images - self._done) / max(speed, 1e-9))
-            logger.info(
-                "packed %d of %s, %.1f images/s, %s, %s left",
-                self._done,
-                counted(self._images, "image"),
-                speed,
-                rate,
-                left,
-            )
+            total = counted(self._images, "image")
+            logger.info("packed %d of %s, %.1f images/s, %s, %s left", self._done, total, speed, rate, left)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 

@@ -50,11 +50,7 @@ class Repair:
 
 
 def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
-    """Fetch again what failed in a finished dataset.
-
-    Args:
-        begun: the build of the dataset, as `builder.commands.build.begin` returns it.
-        command: the command to record in the dataset card.
+    """Fetch again what failed in a finished dataset; `command` is recorded in its card.
 
     Raises:
         UserError: the root holds no finished dataset of this plan, or another build is at work there.
@@ -64,7 +60,8 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
     with BuildLock(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
-        if dataset.info.plan != preparation.plan.fingerprint:
+        info = dataset.info
+        if info.plan != preparation.plan.fingerprint:
             raise UserError(
                 f"{root}: holds a dataset of another plan: --retry-failed needs the command that built it, and "
                 "unchanged annotations and zips (otherwise build again, with --overwrite or another --out)"
@@ -76,22 +73,14 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         results = _run(repairs, begun.job, begun.engine, lock)
         recovered = sum(_recovered(repair.accounts, results[repair.task.name].accounts) for repair in repairs)
         if recovered:
-            rows, shards, accounts = _replaced(rows, dataset.info.shards, accounts, repairs, results)
+            rows, shards, accounts = _replaced(rows, info.shards, accounts, repairs, results)
             lock.check()
-            write_tables(
-                stage,
-                rows,
-                shards,
-                dataset.categories,
-                accounts,
-                plan=dataset.info.plan,
-                source=dataset.info.source,
-                command=command,
+            info = write_tables(
+                stage, rows, shards, dataset.categories, accounts, plan=info.plan, source=info.source, command=command
             )
             finish_retry(root)
         else:
             delete(root / RECORDS, recursive=True)
-        info = open_dataset(root).info
     handled = sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs)
     return summarise(begun, info, rows, accounts, results.values(), recovered=recovered, handled=handled)
 
@@ -147,10 +136,7 @@ def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: BuildLock) -
 
 
 def _repairs(
-    preparation: Preparation,
-    dataset: Dataset,
-    rows: Sequence[IndexRow],
-    accounts: Sequence[Account],
+    preparation: Preparation, dataset: Dataset, rows: Sequence[IndexRow], accounts: Sequence[Account]
 ) -> list[Repair]:
     """Return the tasks in which something failed, from all rounds of the build."""
     tasks = list(preparation.plan.tasks)

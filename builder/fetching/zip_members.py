@@ -76,7 +76,7 @@ def locate_members(
 
     Args:
         wanted: Zip -> the names to look up in it; no name is looked up in two zips.
-        cache: Keeps whole directories, so that nothing is read the next time.
+        cache: Keeps whole directories.
         inventory: Knows the versions of the zips to read.
 
     Raises:

@@ -55,13 +55,9 @@ class Job:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A finished task.
+    """A finished task: its shard (None if no image could be packed), index rows and accounts of all images and masks.
 
-    Attributes:
-        shard: None if no image could be packed.
-        rows: index rows of the packed images.
-        accounts: an account of every image and mask of the task.
-        images, masks: what this run fetched for the task; nothing if an earlier run finished it.
+    `images` and `masks` are what this run fetched for the task; nothing if an earlier run finished it.
     """
 
     shard: Shard | None
@@ -247,11 +243,7 @@ def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list
 
 
 def read_masks(images: Sequence[PlannedImage], job: Job, meter: Meter, spare_per_image: int) -> Masks:
-    """Return the contents of all masks of the images that are in zips.
-
-    Raises:
-        StorageError: a zip cannot be read after several attempts.
-    """
+    """Return the contents of all masks of the images that are in zips; raises as `read_members`."""
     members, spare = members_of(images), spare_per_image * len(images)
     contents = read_members(members, anonymous=job.anonymous_masks, spare=spare, meter=meter)
     return dict(zip(members, contents, strict=True))

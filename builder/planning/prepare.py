@@ -39,7 +39,6 @@ class Choice:
 
     Attributes:
         class_names: names or MIDs of classes; empty for all classes of the source.
-        images: images per class, or the list of images to pack.
         exact_classes: do not count the children of a class in the hierarchy.
         all_annotations: keep annotations of all other classes in the selected images, too.
         partition: fractions of the source's train split for train, val and test; None for the source's own splits.
@@ -169,11 +168,7 @@ def _split_layout(source: Source, choice: Choice) -> dict[str, tuple[str, ...]]:
 
 
 def _select(
-    source: Source,
-    layout: Mapping[str, Sequence[str]],
-    classes: Classes,
-    choice: Choice,
-    quotas: Quotas,
+    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, choice: Choice, quotas: Quotas
 ) -> dict[str, _SplitState]:
     """Select images by quotas."""
     parts = choice.parts
@@ -196,11 +191,7 @@ def _select(
 
 
 def _take_listed(
-    source: Source,
-    layout: Mapping[str, Sequence[str]],
-    classes: Classes,
-    choice: Choice,
-    images: ImageList,
+    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, choice: Choice, images: ImageList
 ) -> tuple[dict[str, _SplitState], tuple[Account, ...]]:
     """Select the listed images, and return accounts of those that the source does not have."""
     listed, parts = images.read(source.splits), choice.parts
@@ -249,10 +240,7 @@ def _describe(
 
 
 def _report(
-    planned: Mapping[str, Sequence[PlannedImage]],
-    states: Mapping[str, _SplitState],
-    classes: Classes,
-    choice: Choice,
+    planned: Mapping[str, Sequence[PlannedImage]], states: Mapping[str, _SplitState], classes: Classes, choice: Choice
 ) -> tuple[ClassReport, ...]:
     reports: list[ClassReport] = []
     where = "at the source" if choice.partition is None else "in this part of the source"

@@ -5,25 +5,8 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 
-from builder.fetching.fetch import Request, fetch_one
-from builder.sources.openimages.layout import Layout
-from builder.sources.taxonomy import Taxonomy
 from shards.common.class_hierarchy import parse_hierarchy
 from shards.common.errors import UserError
-
-
-def read_taxonomy(layout: Layout) -> Taxonomy:
-    """Read the class names and the class hierarchy.
-
-    Raises:
-        UserError: A file does not have its format.
-        StorageError: A file is missing or cannot be read.
-    """
-    names, hierarchy = layout.class_names, layout.hierarchy
-    return Taxonomy(
-        parse_class_names(fetch_one(Request(names)), str(names)),
-        parse_children(fetch_one(Request(hierarchy)), str(hierarchy)),
-    )
 
 
 def parse_class_names(data: bytes, where: str) -> dict[str, str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from builder.fetching.fetch import Inventory
+from builder.fetching.fetch import Inventory, Request, fetch_one
 from builder.fetching.table_cache import NO_CACHE, Cache
 from builder.sources.base import Filters
 from builder.sources.openimages.annotations import OpenImagesSplit
-from builder.sources.openimages.class_tables import read_taxonomy
+from builder.sources.openimages.class_tables import parse_children, parse_class_names
 from builder.sources.openimages.layout import SOURCE_SPLITS, Layout
 from builder.sources.taxonomy import Classes, Taxonomy
 
@@ -30,8 +30,9 @@ class OpenImages(Layout):
         return {"name": "Open Images", "images": self.images.url, "annotations": self.annotations.url}
 
     def taxonomy(self) -> Taxonomy:
-        """Read the 601 boxable classes and their hierarchy; raises as `class_tables.read_taxonomy` does."""
-        return read_taxonomy(self)
+        """Read the 601 boxable classes and their hierarchy."""
+        names, hierarchy = (fetch_one(Request(location)) for location in (self.class_names, self.hierarchy))
+        return Taxonomy(parse_class_names(names, str(self.class_names)), parse_children(hierarchy, str(self.hierarchy)))
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> OpenImagesSplit:
         """Open a split by its name in Open Images; its tables are read when they are needed."""

@@ -155,17 +155,6 @@ def test_every_command_is_refused_while_a_build_runs(
     assert main(words(scenes, out)) == 0
 
 
-def test_a_config_file_builds_the_same_as_flags(scenes: SceneTruth, tmp_path: Path) -> None:
-    file = tmp_path / "pets.yaml"
-    file.write_text(
-        f"classes: [Person, Car]\nper_class: 99\nimages: {scenes.images}\nannotations: {scenes.annotations}"
-    )
-    more = ["--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4", "--workers", "1"]
-    assert main(["--config", str(file), *more, "--out", str(tmp_path / "a")]) == 0
-    assert main(words(scenes, tmp_path / "b")) == 0
-    assert open_dataset(str(tmp_path / "a")).info == open_dataset(str(tmp_path / "b")).info
-
-
 class Files(BaseHTTPRequestHandler):
     """A web server for a folder, with byte ranges and without authentication."""
 

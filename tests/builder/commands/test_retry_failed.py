@@ -2,8 +2,10 @@
 
 import shutil
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -85,7 +87,8 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     assert fetched == {name for name in lost if not name.endswith(".png")}
     assert summary.recovered is not None
     assert summary.recovered >= 3
-    assert summary.shortfalls == summary.failures == ()
+    assert not summary.shortfalls
+    assert not summary.failures
     after, expected = tree(root), tree(tmp_path / "whole")
     assert after.keys() == expected.keys()
     assert all(after[name] == expected[name] for name in after if name.endswith((".tar", "index.parquet")))
@@ -147,31 +150,26 @@ class Killed(BaseException):
     pass
 
 
-def count_steps(monkeypatch: pytest.MonkeyPatch, action: object, kill_at: int = 0) -> int:
+def count_steps(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object], kill_at: int = 0) -> int:
     """Run an action and count its writes and deletes; `kill_at` kills it before one of them."""
     steps = 0
-    real_write, real_delete = Location.write, Location.delete
 
-    def step() -> None:
-        nonlocal steps
-        steps += 1
-        if kill_at and steps >= kill_at:
-            raise Killed  # also later ones: a killed process does not clean up
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any, **options: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if kill_at and steps >= kill_at:
+                raise Killed  # also later ones: a killed process does not clean up
+            real(*arguments, **options)
 
-    def write(self: Location, data: bytes) -> None:
-        step()
-        real_write(self, data)
-
-    def delete(self: Location, *, recursive: bool = False) -> None:
-        step()
-        real_delete(self, recursive=recursive)
+        return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(Location, "write", write)
-        patch.setattr(Location, "delete", delete)
+        for name in ("write", "delete"):
+            patch.setattr(Location, name, counted(getattr(Location, name)))
         patch.setattr(BuildLock, "__enter__", lambda self: self)
         patch.setattr(BuildLock, "__exit__", lambda *_: None)
-        action()  # type: ignore[operator]
+        action()
     return steps
 
 

@@ -5,6 +5,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -73,19 +74,18 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 def good(handler: BaseHTTPRequestHandler) -> None:
     start, end = handler.headers.get("Range", f"bytes=0-{len(DATA) - 1}").removeprefix("bytes=").split("-")
     part = DATA[int(start) : int(end or len(DATA)) + 1]  # "3-" requests the rest
-    handler.send_response(206 if "Range" in handler.headers else 200)
-    handler.send_header("Content-Length", str(len(part)))
+    send(handler, 206 if "Range" in handler.headers else 200, len(part), part)
+
+
+def send(handler: BaseHTTPRequestHandler, code: int, length: int = 0, body: bytes = b"") -> None:
+    handler.send_response(code)
+    handler.send_header("Content-Length", str(length))
     handler.end_headers()
-    handler.wfile.write(part)
+    handler.wfile.write(body)
 
 
 def status(code: int) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(code)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
+    return partial(send, code=code)
 
 
 def dropped(handler: BaseHTTPRequestHandler) -> None:
@@ -93,16 +93,8 @@ def dropped(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
-def whole(handler: BaseHTTPRequestHandler, length: int = len(DATA)) -> None:
-    """As a server without byte ranges answers."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(DATA)))
-    handler.end_headers()
-    handler.wfile.write(DATA[:length])
-
-
 def truncated(handler: BaseHTTPRequestHandler) -> None:
-    whole(handler, 3)
+    send(handler, 200, len(DATA), DATA[:3])
     handler.close_connection = True
 
 
@@ -150,7 +142,7 @@ def test_refusals_are_not_retried(code: int, reason: str) -> None:
 
 
 def test_a_server_without_byte_ranges_is_an_error() -> None:
-    with http_server([whole]) as (location, _):
+    with http_server([partial(send, code=200, length=len(DATA), body=DATA)]) as (location, _):
         with pytest.raises(StorageError, match="ignores byte ranges"):
             fetch([Request(location, 2, 5)])
 

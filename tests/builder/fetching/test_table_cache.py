@@ -117,8 +117,8 @@ def test_row_groups_have_the_stated_size_and_dictionaries(
 
 
 def test_the_state_distinguishes_versions() -> None:
-    versions = (Description(5, '"abc"', "now"), Description(5, '"abd"', "now"), Description(5, "", "Mon"))
-    versions += (Description(5, "", "Tue"), Description(5), Description(6))
+    versions = [Description(5, '"abc"', "now"), Description(5, '"abd"', "now"), Description(5, "", "Mon")]
+    versions += [Description(5, "", "Tue"), Description(5), Description(6)]
     states = {Content(Location("/t.csv"), version, "", SCHEMA).state for version in versions}
     assert len(states) == len(versions)
     same = (Content(Location("/t.csv"), Description(5, '"abc"', time), "", SCHEMA).state for time in ("now", "later"))

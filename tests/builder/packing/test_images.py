@@ -1,5 +1,6 @@
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
-from builder.packing.images import Failure, check_jpeg, encode_mask, pixel_box, same_shape
+from builder.packing.images import check_jpeg, encode_mask, pixel_box, same_shape
+from builder.tasks.plan import Failure
 from shards.format import rle
 from tests.support import jpeg
 
@@ -89,7 +91,7 @@ def test_unusable_masks_have_a_status_and_a_reproducible_detail() -> None:
     good = png(blob(640, 480))
     thin = np.zeros((480, 640), bool)
     thin[1, 1] = True
-    cases = {
+    cases: dict[str, list[Any]] = {
         "mask-missing": [None],
         "mask-undecodable": [
             MemberError("its CRC is not the one in the directory"),

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco_mask
 
-from builder.packing.images import Failure
 from builder.packing.inline_masks import encode_inline
-from builder.tasks.plan import InlineMask
+from builder.tasks.plan import Failure, InlineMask
 from shards.format import rle
 
 masks = arrays.arrays(np.uint8, st.tuples(st.integers(1, 30), st.integers(1, 30)), elements=st.integers(0, 1))

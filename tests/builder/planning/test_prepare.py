@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from builder.planning.image_list import ImageList
 from builder.planning.prepare import Choice, Preparation, prepare
-from builder.planning.selection import Quotas, seeded_order
+from builder.planning.selection import Quotas
 from builder.sources.base import Candidates, Filters
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Annotation, Metadata, PlannedImage, PlannedObject
 from shards.common.errors import UserError
+from shards.format.shard_tar import seeded_order
 from shards.storage.location import Location
 
 NAMES = ("Car", "Dog", "Person")
@@ -95,8 +96,8 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
     tasks = list(first.plan.tasks)
     while fresh := first.next_round(tasks, failures):
         assert fresh == second.next_round(tasks, failures)
-        images = [image.image_id for task in fresh for image in task.images]
-        assert images == seeded_order(images, seed)
+        added = [image.image_id for task in fresh for image in task.images]
+        assert added == seeded_order(added, seed)
         tasks += fresh
     assert [task.number for task in tasks] == list(range(len(tasks)))
     requested = [image.image_id for task in tasks for image in task.images]

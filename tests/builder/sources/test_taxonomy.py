@@ -12,10 +12,7 @@ NAMES = {
     "/m/01jfm_": "Vehicle registration plate",
     "/m/015qff": "Traffic light",
 }
-CHILDREN = {
-    "/m/0bl9f": frozenset(["/m/01g317", "/m/0k4j"]),
-    "/m/01g317": frozenset(["/m/04yx4", "/m/03bt1vf"]),
-}
+CHILDREN = {"/m/0bl9f": frozenset(["/m/01g317", "/m/0k4j"]), "/m/01g317": frozenset(["/m/04yx4", "/m/03bt1vf"])}
 
 
 @pytest.fixture

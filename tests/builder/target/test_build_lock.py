@@ -14,9 +14,7 @@ from shards.storage import retry
 from shards.storage.location import Location
 from tests.support import REPOSITORY
 
-HOLD = (
-    "import sys, time; from builder.target.build_lock import BuildLock; from shards.storage.location import Location\n"
-)
+HOLD = "import sys, time; from builder.target.build_lock import *; from shards.storage.location import Location\n"
 HOLD += "with BuildLock(Location(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
