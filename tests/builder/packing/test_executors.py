@@ -1,5 +1,6 @@
 """Tasks have the same results in one process, in local processes and on a Dask cluster."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -63,6 +64,15 @@ def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: in
     assert list(execute(square, [], Engine(workers))) == []
     with pytest.raises(UserError, match=r"^number \d is refused$"):
         list(execute(refuse, [0, 1], Engine(workers)))
+
+
+def test_workers_end_with_the_iteration() -> None:
+    before = set(multiprocessing.active_children())
+    results = execute(square, range(9), Engine(2))
+    next(results)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    results.close()  # type: ignore[attr-defined]
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_killed_worker_is_reported_with_a_remedy() -> None:
