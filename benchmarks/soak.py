@@ -13,8 +13,10 @@ pictures are random bytes, which nothing decodes. Prints Markdown tables; exits 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -119,15 +121,18 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
 
 def memory(dataset: Dataset, *, samples: int, workers: int, readings: int = 40) -> Iterator[list[float]]:
     """Stream a number of samples, and yield the USS of each loader process in MB (10^6 bytes) at regular intervals."""
-    import psutil  # not needed for `faults`
-
-    before = {child.pid for child in psutil.Process().children()}
+    before = multiprocessing.active_children()
     batches = loader(ShardStream(dataset, "train", batch_size=BATCH, seed=1, read_ahead=8 * 2**20), workers=workers)
     every = max(1, samples // BATCH // readings)
     for number, _ in enumerate(islice(batches, samples // BATCH), start=1):
         if number % every == 0:
-            family = [child for child in psutil.Process().children() if child.pid not in before]
-            yield [child.memory_full_info().uss / 1e6 for child in family]
+            yield [private_mb(child.pid) for child in multiprocessing.active_children() if child not in before]
+
+
+def private_mb(process: int | None) -> float:
+    """Return the memory that a process shares with no other (USS), in MB (10^6 bytes); only on Linux."""
+    text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB$", text, re.MULTILINE)) * 1024 / 1e6
 
 
 def quarters(readings: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.05, help="faults: share of requests (default: %(default)s)")
     parser.add_argument("--growth", type=float, default=5.0, help="memory: allowed MB (default: %(default)s)")
     options = parser.parse_args(arguments)
-    require(["weed"] if options.s3 or options.what == "faults" else [], ["psutil"] if options.what == "memory" else [])
+    require(["weed"] if options.s3 or options.what == "faults" else [])
     with tempfile.TemporaryDirectory() as folder:
         count = options.dataset or (5000 if options.what == "faults" else 2000)
         local = write_samples(Location(folder), count)

@@ -17,7 +17,7 @@ a few kilobytes whatever the dataset's size (but whole lanes if images are group
 samples are repeated).
 
 With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample as often, on average, as its factor, and
-always the same number of samples in total: the number of batches per epoch is constant, and `epoch_of` is a division.
+always the same number of samples in total: the number of batches per epoch is constant.
 The visits form passes, each with a sample at most once: every sample, then those that occur twice or more, and so on.
 The chunks of all passes are permuted together, so that the visits of a sample are spread over the epoch while
 neighbours are still read together. Two visits in one window are moved half a window apart. A batch therefore holds a
@@ -133,13 +133,9 @@ class Order:
         """Return everything that determines which batch a position means, JSON-serialisable."""
         return {**asdict(self.settings), "index": self.fingerprint}
 
-    def epoch_of(self, position: int) -> int:
-        """Return the epoch of global batch `position`."""
-        return position // self.batches_per_epoch
-
     def visit(self, position: int) -> int:
         """Return a number that no two batches with the same sample share: the epoch, or with repeats the position."""
-        return self.epoch_of(position) if self._units is None else position
+        return position // self.batches_per_epoch if self._units is None else position
 
     def sizes(self, position: int) -> tuple[int, ...]:
         """Return the number of samples of each dataset in global batch `position`."""

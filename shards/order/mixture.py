@@ -119,10 +119,6 @@ class MixedOrder:
         fingerprints = [order.fingerprint for order in self._orders]
         return {**asdict(self.settings), "index": fingerprints, "weights": list(self.weights)}
 
-    def epoch_of(self, position: int) -> int:
-        """Return how many times the total number of samples was read before this batch."""
-        return position // self.batches_per_epoch
-
     def visit(self, position: int) -> int:
         """Return a number that no two batches with the same sample share: the position."""
         return position

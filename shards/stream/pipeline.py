@@ -29,21 +29,13 @@ AnyOrder = Order | MixedOrder | EvaluationOrder
 
 @dataclass
 class BatchReader(Generic[T]):
-    """One pass over the batches at some positions: the first and the last stage of a pipeline.
-
-    Attributes:
-        order: what is in each batch.
-        positions: returns the positions of the batches, from the first one at each call.
-        readers: one per dataset.
-        collate: makes a batch of a list of samples.
-        who: named in the log if storage stalls.
-    """
+    """One pass over the batches at some positions: the first and the last stage of a pipeline."""
 
     order: AnyOrder
-    positions: Callable[[], Iterator[int]]
-    readers: Sequence[SampleReader]
+    positions: Callable[[], Iterator[int]]  # of the batches, from the first one at each call
+    readers: Sequence[SampleReader]  # one per dataset
     collate: Collate[T]
-    who: str
+    who: str  # named in the log if storage stalls
     _read: int = 0  # samples that the first stage has yielded
     _taken: int = 0  # samples that the last stage has received
 

@@ -31,18 +31,12 @@ _END = -1  # in place of a row
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One range request.
+    """One range request."""
 
-    Attributes:
-        shard: position of the shard in `Index.shard_paths`.
-        start, end: bytes of the shard, `end` exclusive.
-        rows: the consecutive rows of the index whose samples are in the range.
-    """
-
-    shard: int
-    start: int
-    end: int
-    rows: range
+    shard: int  # its position in `Index.shard_paths`
+    start: int  # byte of the shard
+    end: int  # exclusive
+    rows: range  # of the index, whose samples are in the range
 
     @classmethod
     def of(cls, index: Index, row: int) -> Span:

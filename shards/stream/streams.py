@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from shards.format.sample import Sample
     from shards.stream.sample_cache import SampleCache
 
-    P = typing_extensions.TypeVar("P", default=Sample)  # what `parse` returns
+    P = typing_extensions.TypeVar("P", default=Sample)
+    _To = Callable[[dict[str, Any]], P]  # a `parse` that makes P
 
 T = TypeVar("T")  # a batch: what `collate` returns, or list[P]
 
@@ -199,7 +200,7 @@ class ShardStream(Stream[T]):
         dataset: Dataset | Mix,
         split: str,
         *,
-        parse: Callable[[dict[str, Any]], P] = ...,
+        parse: _To[P] = ...,
         **options: Unpack[_ShardOptions],
     ) -> None: ...
 
@@ -279,12 +280,7 @@ class EvalStream(Stream[T]):
 
     @overload
     def __init__(
-        self: EvalStream[list[P]],
-        dataset: Dataset,
-        split: str,
-        *,
-        parse: Callable[[dict[str, Any]], P] = ...,
-        **options: Unpack[_EvalOptions],
+        self: EvalStream[list[P]], dataset: Dataset, split: str, *, parse: _To[P] = ..., **options: Unpack[_EvalOptions]
     ) -> None: ...
 
     @overload

@@ -12,8 +12,7 @@ from shards.format.dataset import Category
 from shards.order.epoch_order import OrderSettings
 from shards.order.mixture import Mix, MixedOrder, apportion, whole_weights
 from shards.stream.streams import ShardStream
-from tests.shards.stream.support import keys
-from tests.shards.stream.support import take as take_from
+from tests.shards.stream.support import keys, take_keys
 from tests.support import make_index, sample, write_dataset
 
 weights_of = st.lists(st.integers(1, 50), min_size=1, max_size=4)
@@ -46,11 +45,6 @@ def test_a_rare_dataset_is_read_without_searching_far_ahead(streets, yards):
         rare += expected.sizes(position)[1]
         assert looked_at[1] <= rare * 2100 + position
     assert rare > 0
-
-
-def take(mix, count, *, workers=0, **options):
-    stream = ShardStream(mix, "train", **{"batch_size": 4, "window": 8, "lanes": 3, "seed": 5, **options})
-    return [keys(batch) for batch in take_from(stream, count, workers)]
 
 
 @given(weights_of, st.integers(0, 10_000))
@@ -115,18 +109,12 @@ def test_a_batch_of_a_mix_depends_on_its_position_alone(mix, positions):
         assert found == {p: again.rows(p, number).tolist() for p in sorted(found, reverse=True)}
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
-def test_any_number_of_ranks_and_workers_gives_the_same_mix(streets, yards, world, workers):
-    mix, steps = Mix((streets, yards), (3, 1)), 5
-    expected = take(mix, steps * world)
-    ranks = [take(mix, steps, workers=workers, rank=rank, world=world) for rank in range(world)]
-    assert [ranks[rank][step] for step in range(steps) for rank in range(world)] == expected
-
-
-@pytest.mark.parametrize("start", [1, 8, 23])
-def test_a_mix_resumes_at_any_position(streets, yards, start):
-    mix = Mix((streets, yards), (0.75, 0.25))
-    assert take(mix, 4, start=start, workers=2) == take(mix, start + 4)[start:]
+@pytest.mark.parametrize(("world", "workers", "start"), [(1, 2, 1), (2, 0, 8), (3, 2, 23)])
+def test_any_number_of_ranks_and_workers_gives_the_same_mix_from_any_position(streets, yards, world, workers, start):
+    mix, steps = Mix((streets, yards), (0.75, 0.25)), 5
+    ranks = [take_keys(mix, steps, workers, start=start, rank=rank, world=world) for rank in range(world)]
+    dealt = [ranks[rank][step] for step in range(steps) for rank in range(world)]
+    assert dealt == take_keys(mix, start + steps * world)[start:]
 
 
 def test_the_identity_holds_all_datasets_and_weights(streets, yards):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
 import os
 import random
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -23,14 +22,8 @@ from shards.format.sample import Sample
 from shards.stream import batch_transport
 from shards.stream.loader import Loader, loader
 from shards.stream.streams import ShardStream
-from tests.support import sample, write_dataset
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memfd")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [sample(n) for n in range(24)]})
 
 
 def everything(samples: Sequence[Sample], epoch: int) -> dict[str, Any]:
@@ -78,8 +71,8 @@ def batches(dataset: Dataset, workers: int, start_method: str | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def expected(dataset: Dataset) -> list[dict[str, Any]]:
-    return list(itertools.islice(batches(dataset, 0), 61))
+def expected(local: Dataset) -> list[dict[str, Any]]:
+    return list(itertools.islice(batches(local, 0), 61))
 
 
 @pytest.fixture(autouse=True)
@@ -87,34 +80,35 @@ def _no_segments_of_other_tests() -> None:
     """An error that was caught keeps its loader, and what that holds, until it is collected."""
     gc.collect()
     assert not segments()
-    left = [one for one in psutil.Process().children() if one.is_running() and segments(one)]
-    assert psutil.wait_procs(left, timeout=10)[1] == []
+    for process in senders():
+        process.join(10)
+    assert senders() == []
 
 
-def loader_process() -> psutil.Process:
-    [process] = [one for one in psutil.Process().children() if segments(one)]
-    return process
+def senders() -> list[Any]:
+    """The loader processes of this process that have segments."""
+    return [process for process in multiprocessing.active_children() if segments(process.pid)]
 
 
-def segments(process: psutil.Process | None = None) -> set[str]:
-    """The segments that a process has mapped."""
-    lines = Path(f"/proc/{process.pid if process else 'self'}/maps").read_text().splitlines()
+def segments(pid: int | None = None) -> set[str]:
+    """The segments that a process, by default this one, has mapped."""
+    lines = Path(f"/proc/{pid or 'self'}/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if "memfd:maskstream-batch" in line}
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_batch_arrives_as_it_was_made(dataset: Dataset, expected: list[dict[str, Any]], method: str) -> None:
-    for wanted, found in zip(expected[:15], batches(dataset, 1, method)):
+def test_a_batch_arrives_as_it_was_made(local: Dataset, expected: list[dict[str, Any]], method: str) -> None:
+    for wanted, found in zip(expected[:15], batches(local, 1, method)):
         assert same(found, wanted)
         assert found["images"].stride() == wanted["images"].stride()
         found["images"].zero_()  # the reader may change it
 
 
-def test_held_batches_and_parts_never_change(dataset: Dataset, expected: list[dict[str, Any]]) -> None:
+def test_held_batches_and_parts_never_change(local: Dataset, expected: list[dict[str, Any]]) -> None:
     """The reader keeps whole batches, or a single view of one, as long as it likes."""
     choose = random.Random(5)
     held: list[tuple[Any, Any]] = []
-    reader = iter(batches(dataset, 2))
+    reader = iter(batches(local, 2))
     for wanted in expected[:60]:
         whole = next(reader)
         key = choose.choice([None, "images", "one of them", "strided", "numpy"])
@@ -127,16 +121,16 @@ def test_held_batches_and_parts_never_change(dataset: Dataset, expected: list[di
     reader.close()
 
 
-def test_memory_is_bounded_and_reused(dataset: Dataset) -> None:
-    reader = iter(loader(ShardStream(dataset, "train", batch_size=2, collate=alike), workers=1))
+def test_memory_is_bounded_and_reused(local: Dataset) -> None:
+    reader = iter(loader(ShardStream(local, "train", batch_size=2, collate=alike), workers=1))
     held = list(itertools.islice(reader, 12))
-    worker = loader_process()
+    [worker] = senders()
     assert len(segments()) == 12
-    assert len(segments(worker)) <= batch_transport.SEGMENTS + 3  # others are freed once sent
+    assert len(segments(worker.pid)) <= batch_transport.SEGMENTS + 3  # others are freed once sent
     held.clear()
     used = set[str]().union(*(segments() for _ in itertools.islice(reader, 100)))
     assert len(used) <= batch_transport.SEGMENTS + 2  # two were being sent while the reader held all others
-    assert len(segments(worker)) <= batch_transport.SEGMENTS + 3
+    assert len(segments(worker.pid)) <= batch_transport.SEGMENTS + 3
     reader.close()
     assert not segments()
 
@@ -166,9 +160,9 @@ def test_a_segment_that_is_too_small_is_replaced() -> None:
     assert len(segments.kept) == 2
 
 
-def test_a_forked_process_does_not_free_batches(dataset: Dataset, expected: list[dict[str, Any]]) -> None:
+def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[dict[str, Any]]) -> None:
     wanted = expected[60]
-    reader = iter(batches(dataset, 1))
+    reader = iter(batches(local, 1))
     assert sum(1 for _ in itertools.islice(reader, 60)) == 60  # until each segment is large enough for any batch
     held = [next(reader)]
     next(reader)  # the loop itself holds its newest batch
@@ -183,13 +177,12 @@ def test_a_forked_process_does_not_free_batches(dataset: Dataset, expected: list
     reader.close()
 
 
-def test_a_batch_outlives_its_process(dataset: Dataset, expected: list[dict[str, Any]]) -> None:
-    reader = iter(batches(dataset, 1))
+def test_a_batch_outlives_its_process(local: Dataset, expected: list[dict[str, Any]]) -> None:
+    reader = iter(batches(local, 1))
     held = next(reader)
-    worker = loader_process()
-    with pytest.raises(LoaderError):  # noqa: PT012
-        os.kill(worker.pid, signal.SIGKILL)
-        for _ in itertools.islice(reader, 10_000):
-            pass
+    [worker] = senders()
+    worker.kill()
+    with pytest.raises(LoaderError):
+        list(itertools.islice(reader, 10_000))
     reader.close()
     assert same(held, expected[0])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import islice
 
 import pytest
 
-from demo.s3proxy import Fault, Kind, S3Proxy
+from demo.s3proxy import Fault, Kind
 from demo.s3server import S3Server
 from shards.common.errors import SampleError
 from shards.format.dataset import Dataset
 from shards.storage.location import Location
 from shards.stream.loader import loader
 from shards.stream.reader import SampleReader
-from tests.shards.stream.support import EPOCH, SAMPLES, small_stream, take
+from tests.shards.stream.support import EPOCH, SAMPLES, Proxied, small_stream, take
 from tests.support import sample, write_dataset
 
 TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate", "stall", "corrupt")
@@ -22,41 +23,24 @@ ONE_LINE = r"^[^\n]*train/0000\d\d\.tar: sample \w{16} at offset \d+[^\n]*$"
 STALLS = {"timeout_s": 0.5, "attempts": 1000}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_transient_faults_change_nothing(
-    s3: S3Server, local: Dataset, remote: Dataset, through: Callable, workers: int
-) -> None:
+def test_transient_faults_change_nothing(local: Dataset, remote: Dataset, proxied: Proxied) -> None:
     faults = [Fault(kind, "GET", every=10) for kind in TRANSIENT]
-    with S3Proxy(s3.endpoint_url, faults) as proxy:
-        through(proxy, **STALLS)
-        got = take(small_stream(remote), 2 * EPOCH, workers)
+    with proxied(*faults, **STALLS) as proxy:
+        got = take(small_stream(remote), 2 * EPOCH, workers=2)
     assert got == take(small_stream(local), 2 * EPOCH)
     assert set(proxy.counters.faults) == set(TRANSIENT)
 
 
 @pytest.mark.parametrize("kind", TRANSIENT)
-def test_a_range_that_fails_twice_is_read_again(
-    s3: S3Server, local: Dataset, remote: Dataset, through: Callable, kind: Kind
-) -> None:
-    with S3Proxy(s3.endpoint_url, [Fault(kind, "GET", times=2, after=0.7)]) as proxy:
-        through(proxy, **(STALLS if kind == "stall" else {}))
+def test_a_range_that_fails_twice_is_read_again(local: Dataset, remote: Dataset, proxied: Proxied, kind: Kind) -> None:
+    with proxied(Fault(kind, "GET", times=2, after=0.7), **(STALLS if kind == "stall" else {})) as proxy:
         assert take(small_stream(remote), EPOCH) == take(small_stream(local), EPOCH)
     assert proxy.counters.faults[kind] == 12  # twice for each of six shards
 
 
-def test_a_broken_range_is_continued_where_it_broke(s3: S3Server, remote: Dataset, through: Callable) -> None:
-    index = remote.index("train")
-    with S3Proxy(s3.endpoint_url, [Fault("truncate", "GET", times=1, after=0.5)]) as proxy:
-        through(proxy)
-        assert len(list(SampleReader(remote.root, index).read(range(SAMPLES)))) == SAMPLES
-    assert proxy.counters.faults["truncate"] == 6
-    assert proxy.counters.sent < 1.1 * int(index.nbytes.sum())
-
-
 @pytest.mark.parametrize("wrong", [4, 5])
-def test_wrong_bytes_are_read_five_times(s3: S3Server, remote: Dataset, through: Callable, wrong: int) -> None:
-    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=wrong, after=0.9)]) as proxy:
-        through(proxy)
+def test_wrong_bytes_are_read_five_times(remote: Dataset, proxied: Proxied, wrong: int) -> None:
+    with proxied(Fault("corrupt", "GET", times=wrong, after=0.9)) as proxy:
         reader = SampleReader(remote.root, remote.index("train"))
         if wrong < 5:
             assert [row for row, _ in reader.read([0])] == [0]
@@ -73,8 +57,7 @@ def error_after(dataset: Dataset, change: Callable[[], None], workers: int) -> s
     next(batches)
     change()
     with pytest.raises(SampleError, match=ONE_LINE) as caught:
-        for _ in zip(range(4 * EPOCH), batches):
-            pass
+        list(islice(batches, 4 * EPOCH))
     return str(caught.value)
 
 
@@ -91,10 +74,9 @@ def error_after(dataset: Dataset, change: Callable[[], None], workers: int) -> s
     ],
 )
 def test_a_permanent_fault_is_one_line(
-    s3: S3Server, remote: Dataset, through: Callable, kind: Kind, workers: int, message: str
+    remote: Dataset, proxied: Proxied, kind: Kind, workers: int, message: str
 ) -> None:
-    with S3Proxy(s3.endpoint_url) as proxy:
-        through(proxy, timeout_s=0.5 if kind == "stall" else 60)
+    with proxied(timeout_s=0.5 if kind == "stall" else 60) as proxy:
 
         def break_all() -> None:
             proxy.faults = (Fault(kind, "GET", after=0.0),)
@@ -113,13 +95,12 @@ def test_a_permanent_fault_is_one_line(
     ],
 )
 def test_an_object_that_changes_while_it_is_read_is_one_line(
-    s3: S3Server, bucket: str, through: Callable, change: str, workers: int, message: str
+    s3: S3Server, bucket: str, proxied: Proxied, change: str, workers: int, message: str
 ) -> None:
     dataset = write_dataset(f"s3://{bucket}", {"train": [sample(n) for n in range(SAMPLES)]}, per_shard=10)
     content = Location(f"s3://{bucket}/train/000005.tar").read()
     content = content[:-1024] + bytes(1024) if change == "replaced" else content[:2000]
-    with S3Proxy(s3.endpoint_url) as proxy:
-        through(proxy)
+    with proxied():
 
         def swap() -> None:
             for number in range(6):

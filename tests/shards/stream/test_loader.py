@@ -11,30 +11,27 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
-from demo.s3proxy import Fault, S3Proxy
-from demo.s3server import S3Server
+from demo.s3proxy import Fault
 from shards.common.errors import LoaderError, SampleError
 from shards.format.dataset import Dataset
 from shards.format.sample import Sample
 from shards.stream import batch_transport
-from shards.stream.loader import Loader, LoaderStatistics, _Item, loader
-from shards.stream.reader import SampleStatistics
+from shards.stream.loader import Loader, LoaderStatistics, loader
 from shards.stream.streams import EvalStream, ShardStream
-from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, small_stream, take
+from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, Proxied, small_stream, take
 from tests.support import sample, write_dataset
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 def kill(process: int) -> None:
@@ -49,12 +46,9 @@ def read_on(batches: Iterator[Any]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_statistics_are_those_of_all_loader_processes(
-    s3: S3Server, remote: Dataset, through: Callable, workers: int
-) -> None:
+def test_statistics_are_those_of_all_loader_processes(remote: Dataset, proxied: Proxied, workers: int) -> None:
     nbytes = int(remote.index("train").nbytes.sum())
-    with S3Proxy(s3.endpoint_url, [Fault("truncate", "GET", times=1)]) as proxy:
-        through(proxy)
+    with proxied(Fault("truncate", "GET", times=1)) as proxy:
         batches: Loader = loader(EvalStream(remote, "train", batch_size=BATCH), workers=workers)
         assert batches.statistics == LoaderStatistics()
         for number, _ in enumerate(batches, start=1):
@@ -63,7 +57,8 @@ def test_statistics_are_those_of_all_loader_processes(
         assert (once.samples, once.cache_hits) == (SAMPLES, 0)
         assert once.requests == proxy.counters.requests["GET"]
         assert once.retries == proxy.counters.faults["truncate"] == 6
-        assert once.nbytes == proxy.counters.sent >= nbytes
+        # A broken range is continued where it broke.
+        assert nbytes <= once.nbytes == proxy.counters.sent < 1.1 * nbytes
         assert 0 < once.waited_s < once.seconds
         assert once.wait_share == pytest.approx(once.waited_s / once.seconds)
         assert once.mb_per_s == pytest.approx(once.nbytes / 1e6 / once.seconds)
@@ -74,13 +69,6 @@ def test_statistics_are_those_of_all_loader_processes(
         assert (second.samples, second.retries) == (SAMPLES, 0)
         assert batches.statistics.requests == proxy.counters.requests["GET"]
     assert pickle.loads(pickle.dumps(once)) == once  # noqa: S301 (our own bytes, made here)
-
-
-def test_the_repr_of_a_loader_is_one_line(local: Dataset) -> None:
-    shown = f"EvalStream({local.root}, 'train', batch_size=4, rank 1 of 2)"
-    assert repr(loader(EvalStream(local, "train", batch_size=4, rank=1, world=2), workers=3)) == (
-        f"Loader({shown}, workers=3)"
-    )
 
 
 def test_a_killed_loader_process_is_one_line_in_the_loop(local: Dataset) -> None:
@@ -103,29 +91,21 @@ def test_a_killed_loader_process_is_one_line_in_the_loop(local: Dataset) -> None
 
 def test_a_batch_of_a_dead_process_is_received_as_the_error() -> None:
     """An exception would end the thread in which torch receives batches if memory is pinned."""
-    channel, spawn = multiprocessing.Pipe(duplex=False), multiprocessing.get_context("fork").Process
+    receiver, answer = multiprocessing.Pipe(duplex=False)
 
     def send() -> None:
         batch_transport.begin()
-        packed = batch_transport.pack([torch.ones(3)])
-        channel[1].send_bytes(ForkingPickler.dumps(_Item(packed, None, 0, SampleStatistics())))
+        answer.send_bytes(ForkingPickler.dumps(batch_transport.pack([torch.ones(3)])))
         signal.pause()
 
-    for killed in (False, True):
-        sender = spawn(target=send)
-        sender.start()
-        data = channel[0].recv_bytes()
-        if killed:
-            sender.kill()
-            sender.join()
-        item = pickle.loads(data)  # noqa: S301 (our own bytes, made here)
-        if killed:
-            assert isinstance(item.batch, LoaderError)
-            assert str(item.batch).startswith(f"loader process (pid {sender.pid}) ended while it sent a batch: ")
-        else:
-            assert item.batch[0].tolist() == [1, 1, 1]
-        sender.kill()
-        sender.join()
+    sender = multiprocessing.get_context("fork").Process(target=send)
+    sender.start()
+    data = receiver.recv_bytes()
+    sender.kill()
+    sender.join()
+    batch = pickle.loads(data)  # noqa: S301 (our own bytes, made here)
+    assert isinstance(batch, LoaderError)
+    assert str(batch).startswith(f"loader process (pid {sender.pid}) ended while it sent a batch: ")
 
 
 class _Pinned:
@@ -184,7 +164,7 @@ def test_an_error_in_a_loader_process_is_raised_as_itself(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stall_is_logged_by_the_waiting_process_and_so_is_its_end(
-    s3: S3Server, local: Dataset, remote: Dataset, through: Callable, tmp_path: Path, workers: int
+    local: Dataset, remote: Dataset, proxied: Proxied, tmp_path: Path, workers: int
 ) -> None:
     # A file, because loader processes share nothing else with a test.
     handler, logger = logging.FileHandler(tmp_path / "log"), logging.getLogger("shards")
@@ -195,9 +175,9 @@ def test_a_stall_is_logged_by_the_waiting_process_and_so_is_its_end(
             proxy.faults = ()
 
     try:
-        proxy = S3Proxy(s3.endpoint_url, [Fault("stall", "GET", "000003", after=0.25)], on_request=heal)
-        with proxy:
-            through(proxy, timeout_s=0.5, attempts=10**6)  # until the log has shown it
+        stall = Fault("stall", "GET", "000003", after=0.25)
+        # Repeated until the log has shown it.
+        with proxied(stall, timeout_s=0.5, attempts=10**6, on_request=heal) as proxy:
             got = take(small_stream(remote, stall_s=0.2, rank=1, world=2), EPOCH, workers)
     finally:
         logger.removeHandler(handler)
@@ -215,10 +195,8 @@ def test_a_stall_is_logged_by_the_waiting_process_and_so_is_its_end(
     assert len(lines) == len(again) + len(waits)
     stalled = [found for found in waits if found["shard"] == "3"]  # a busy machine may log other ranges, too
     assert any(int(found["received"]) > 0 for found in stalled)
-    assert any(
-        int(found["retries"]) > 0 and re.match(r"Timeout on reading|only \d+ bytes? came in 0.5 s", found["why"] or "")
-        for found in stalled
-    )
+    why = "Timeout on reading|only \\d+ bytes? came in 0.5 s"
+    assert any(int(found["retries"]) > 0 and re.match(why, found["why"] or "") for found in stalled)
 
 
 def test_a_loader_process_prints_no_traceback_if_its_reader_is_gone() -> None:

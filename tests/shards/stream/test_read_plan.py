@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import chain, cycle, islice, repeat
+from itertools import chain, islice
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,7 @@ def make_index(shard, nbytes, gaps):
 def carry_out(index, rows, budget, cached=frozenset()):
     """Return all requests of a plan, and the rows as they were taken; check memory, and that each was requested."""
     plan = Plan(index, iter(rows), budget, cached.__contains__)
-    spans: list[Span] = []
-    taken: list[int] = []
-    held = Counter[int]()
+    spans, taken, held = list[Span](), list[int](), Counter[int]()
     while True:
         for span in plan.ask():
             spans.append(span)
@@ -101,32 +99,6 @@ def test_shuffled_windows_are_read_as_runs_of_neighbours(workers, most):
     rows = [int(row) for position in batches for row in order.rows(position)]
     spans, _ = carry_out(index, rows, 64 * 2**20)
     assert len(spans) < most * len(rows)
-
-
-def test_an_endless_sequence_is_read_in_bounded_memory():
-    index = make_index([0], [1000], [0])
-    plan = Plan(index, repeat(0), 2**20, lambda row: False)
-    for _ in range(5000):
-        plan.ask()
-        assert plan.held == 1000
-        plan.take()
-
-
-def test_a_rare_sample_is_not_searched_far_ahead():
-    searched = 0
-
-    def rows():
-        nonlocal searched
-        for row in cycle(chain([0], repeat(None, 10**6 - 1))):
-            searched += 1
-            yield row
-
-    plan = Plan(make_index([0], [1000], [0]), rows(), 2**20, lambda row: False)
-    for taken in range(3):
-        assert [span.rows[0] for span in plan.ask()] == [0]
-        assert searched <= taken * 10**6 + 1 + HORIZON
-        assert plan.take() == (0, True)
-    assert searched > 2 * 10**6
 
 
 def test_the_horizon_is_found_soon_if_one_batch_in_nine_has_a_sample():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +15,8 @@ from shards.format.sample import Sample
 from shards.order.mixture import Mix
 from shards.stream.loader import loader
 from shards.stream.sample_decoders import webdataset_sample
-from shards.stream.streams import EvalStream, ShardStream
-from tests.shards.stream.support import keys
+from shards.stream.streams import EvalStream
+from tests.shards.stream.support import keys, small_stream
 from tests.shards.stream.support import take as take_from
 from tests.support import sample, write_dataset
 
@@ -33,12 +32,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, samples: list[Sample]) -> 
     return write_dataset(tmp_path_factory.mktemp("data"), splits, per_shard=7)
 
 
-def stream(dataset: Dataset | Mix, **options: Any) -> ShardStream[Any]:
-    return ShardStream(dataset, "train", **({"batch_size": 4, "window": 8, "lanes": 3, "seed": 5} | options))
-
-
 def take(dataset: Dataset, count: int, *, workers: int = 0, **options: Any) -> list[Any]:
-    return take_from(stream(dataset, **options), count, workers)
+    return take_from(small_stream(dataset, **options), count, workers)
 
 
 def test_samples_arrive_complete(dataset: Dataset, samples: list[Sample]) -> None:
@@ -52,28 +47,26 @@ def test_samples_arrive_complete(dataset: Dataset, samples: list[Sample]) -> Non
     ("changed", "message"),
     [
         ({"batch_size": 5}, "started with batch_size 4, now it is 5: its position means another batch here"),
-        ({"seed": 6}, "started with seed 5, now it is 6"),
+        ({"seed": 6}, "started with seed 3, now it is 6"),
         ({"lanes": 2}, "started with lanes 3, now it is 2"),
         ({"repeat_threshold": 0.5}, r"started with repeat_threshold 0\.0, now it is 0\.5"),
+        ({"identity": "{}"}, r"identity is '\{\}': give what order\.identity\(\) returned"),
     ],
 )
 def test_a_position_is_refused_under_another_order(dataset: Dataset, changed: dict, message: str) -> None:
-    saved = json.loads(json.dumps(stream(dataset).order.identity()))
-    stream(dataset, rank=1, world=2, start=6, identity=saved)
+    saved = json.loads(json.dumps(small_stream(dataset).order.identity()))
+    small_stream(dataset, rank=1, world=2, start=6, identity=saved)
     with pytest.raises(DatasetError, match=message):
-        stream(dataset, **changed, start=6, identity=saved)
+        small_stream(dataset, **{"start": 6, "identity": saved, **changed})
 
 
 def test_a_position_is_refused_with_other_samples(dataset: Dataset) -> None:
-    saved = stream(dataset).order.identity()
-    with pytest.raises(
-        DatasetError, match=rf"started with index \(the fingerprint [^\n]*\) '{saved['index']}', now it is '"
-    ):
-        stream(dataset.select(classes=["Car"]), start=3, identity=saved)
-    with pytest.raises(DatasetError, match=r"now it is \['"):
-        stream(Mix([dataset, dataset], [1, 1]), start=3, identity=saved)
-    with pytest.raises(DatasetError, match=r"identity is '\{\}': give what order\.identity\(\) returned"):
-        stream(dataset, identity="{}")
+    saved = small_stream(dataset).order.identity()
+    before = rf"started with index \(the fingerprint [^\n]*\) '{saved['index']}'"
+    with pytest.raises(DatasetError, match=rf"{before}, now it is '"):
+        small_stream(dataset.select(classes=["Car"]), start=3, identity=saved)
+    with pytest.raises(DatasetError, match=rf"{before}, now it is \['"):
+        small_stream(Mix([dataset, dataset], [1, 1]), start=3, identity=saved)
 
 
 def test_collate_receives_the_epoch(dataset: Dataset) -> None:
@@ -90,26 +83,18 @@ def test_evaluation_visits_every_sample_once_over_ranks_and_workers(dataset: Dat
     assert [len(one) for one in streams] == [len(loader(one)) for one in streams] == [len(own) for own in batches]
 
 
-def test_an_endless_stream_has_no_length(dataset: Dataset) -> None:
+def test_streams_and_loaders_show_what_they_read_and_an_endless_one_has_no_length(dataset: Dataset) -> None:
+    shown = f"ShardStream({dataset.root}, 'train', batch_size=4, rank 1 of 2)"
+    endless = loader(small_stream(dataset, rank=1, world=2), workers=3)
+    assert repr(endless) == f"Loader({shown}, workers=3)"
+    assert repr(EvalStream(dataset, "val", batch_size=2)).startswith(f"EvalStream({dataset.root}, 'val', batch_size=2")
     with pytest.raises(TypeError, match="has no len"):
-        len(loader(stream(dataset)))
-
-
-def test_a_repr_is_one_line(dataset: Dataset) -> None:
-    assert repr(stream(dataset, rank=1, world=2)) == f"ShardStream({dataset.root}, 'train', batch_size=4, rank 1 of 2)"
-    assert repr(EvalStream(dataset, "val", batch_size=2)) == (
-        f"EvalStream({dataset.root}, 'val', batch_size=2, rank 0 of 1)"
-    )
-
-
-def test_a_pickled_stream_yields_the_same_batches(dataset: Dataset) -> None:
-    copy = pickle.loads(pickle.dumps(stream(dataset, stages=[with_size])))  # noqa: S301 (our own bytes, made here)
-    assert [keys(b) for b in itertools.islice(copy, 3)] == [keys(b) for b in itertools.islice(stream(dataset), 3)]
+        len(endless)
 
 
 @pytest.mark.slow
 def test_spawned_loader_processes_yield_the_same_batches(dataset: Dataset) -> None:
-    spawned = loader(stream(dataset, stages=[with_size]), workers=1, start_method="spawn")
+    spawned = loader(small_stream(dataset, stages=[with_size]), workers=1, start_method="spawn")
     assert [keys(b) for b in itertools.islice(spawned, 3)] == [keys(b) for b in take(dataset, 3)]
 
 
@@ -121,19 +106,18 @@ def test_spawned_loader_processes_yield_the_same_batches(dataset: Dataset) -> No
         ({"rank": 2, "world": 2}, "rank 2 of 2"),
         ({"start": -1}, "start is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"read_ahead": 2000}, r"read_ahead is 2000 bytes, twice the largest sample is \d{4}: give"),
+        ({"read_ahead": 2000}, r"read_ahead is 2000 bytes, twice the largest sample is \d+: give"),
         ({"read_ahead": 0}, "read_ahead is 0 bytes"),
         ({"stages": wds.map(len)}, r"stages is [^\n]*: give a list of webdataset stages"),
         ({"stall_s": 0}, "^stall_s is 0: it must be a number of seconds above 0$"),
         ({"stall_s": float("nan")}, "^stall_s is nan"),
-        ({"stall_s": float("inf")}, "^stall_s is inf"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(dataset: Dataset, options: dict, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        stream(dataset, **options)
-    if not {"start"} & set(options) and "fewer than one batch" not in message:
-        with pytest.raises(DatasetError, match=message.replace(r"\d{4}", r"\d+")):
+        small_stream(dataset, **options)
+    if "start" not in options and "fewer than one batch" not in message:
+        with pytest.raises(DatasetError, match=message):
             EvalStream(dataset, "val", **({"batch_size": 2} | options))
 
 
@@ -181,14 +165,18 @@ def test_stages_see_the_annotations_of_chosen_classes_only(dataset: Dataset) -> 
 def test_a_stage_that_does_not_yield_one_sample_for_each_is_refused(
     dataset: Dataset, stage: Any, evaluation: bool
 ) -> None:
-    one = EvalStream(dataset, "val", batch_size=4, stages=[stage]) if evaluation else stream(dataset, stages=[stage])
+    one = (
+        EvalStream(dataset, "val", batch_size=4, stages=[stage])
+        if evaluation
+        else small_stream(dataset, stages=[stage])
+    )
     with pytest.raises(DatasetError, match="must yield one sample for each, in order"):
         take_from(one, 20)
 
 
 def test_a_stream_is_the_source_of_a_webdataset_pipeline(dataset: Dataset) -> None:
     pipeline = wds.DataPipeline(
-        stream(dataset, parse=webdataset_sample),
+        small_stream(dataset, parse=webdataset_sample),
         wds.filters.unlisted(),
         wds.decode("pil"),
         wds.to_tuple("__key__", "jpg", "json"),
