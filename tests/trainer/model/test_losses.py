@@ -74,3 +74,16 @@ def test_without_masks_the_mask_loss_is_zero_and_reaches_every_parameter(network
     trained = {name for name, gradient in gradients(network, losses).items() if gradient.any()}
     assert not any("mask" in name for name in trained)
     assert ("roi_heads.box_predictor.bbox_pred.weight" in trained) == (objects > 0)
+
+
+def test_a_few_steps_lower_the_loss(network):
+    copied, batch, totals = copy.deepcopy(network), batch_of(SCENES[:2]), []
+    optimizer = torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.002, momentum=0.9)
+    for _ in range(5):
+        loss = torch.stack(list(losses_of(copied, batch).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(copied.parameters(), 1.0)
+        optimizer.step()
+        totals.append(loss.item())
+    assert totals[-1] < totals[0]
