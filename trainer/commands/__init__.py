@@ -1,4 +1,1 @@
-"""The commands train, evaluate, predict and compare, and what they share.
-
-Each command reads from top to bottom and uses the other folders of the package.
-"""
+"""The commands train, evaluate, predict and compare, and what they share."""

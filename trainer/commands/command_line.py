@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from shards.commands.command_line import Parser as Parser
@@ -22,12 +23,7 @@ MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first messa
 
 
 class Stopped(Exception):
-    """Raised when a signal ended the command after everything was saved.
-
-    Args:
-        number: number of the signal; the exit status is 128 + number, as in a shell.
-        message: what was saved, and how to resume.
-    """
+    """A signal of this number ended the command after everything was saved; the message says how to resume."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -37,7 +33,7 @@ class Stopped(Exception):
 class Signals:
     """Context manager that stores the first SIGTERM or SIGINT in `number` (0 before); a second one ends the process.
 
-    Only the main thread can handle signals: in other threads, signals are left as they are.
+    Does nothing outside the main thread, the only one that can handle signals.
     """
 
     def __init__(self) -> None:
@@ -65,13 +61,8 @@ def run(name: str, action: Callable[[], Any]) -> int:
     An error of all ranks is reported by the main rank only: the launcher ends the other ranks when it exits. Another
     rank reports its error after `MAIN_RANK_TIMEOUT_S`, if it is still running.
 
-    Args:
-        name: name of the command in messages.
-        action: the command.
-
-    Returns:
-        The status of `action`; 2 after a one-line error; 143 or 130 if SIGTERM or SIGINT ended it; 141 if the reader of
-        its output is gone.
+    The status is that of `action` (None is 0); 2 after a one-line error; 143 or 130 if SIGTERM or SIGINT ended it; 141
+    if the reader of its output is gone. `name` is the command's in messages.
     """
     register_rank()
     rank = int(os.environ.get("RANK", "0"))
@@ -80,27 +71,21 @@ def run(name: str, action: Callable[[], Any]) -> int:
     except UserError as error:
         if rank > 0:
             time.sleep(MAIN_RANK_TIMEOUT_S)
-        line = f"{name}: error{f' on rank {rank}' if rank else ''}: {error}"
-        print(line, file=sys.stderr, flush=True)
-        _report_to_launcher(line)
+        _report(f"{name}: error{f' on rank {rank}' if rank else ''}: {error}")
         return 2
     except Stopped as stopped:
         if rank == 0:
-            print(f"{name}: {stopped}", file=sys.stderr, flush=True)
-            _report_to_launcher(f"{name}: {stopped}")
+            _report(f"{name}: {stopped}")
         return 128 + stopped.number
     except RuntimeError as error:
         if not _lost_a_rank(error):
             raise
-        print(
-            f"{name}: rank {rank} ends: it lost the connection to another rank, whose own message says why",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{name}: rank {rank} ends: it lost the connection to another rank, whose own message says why"
+        _report(line, to_launcher=False)
         time.sleep(MAIN_RANK_TIMEOUT_S)  # the rank that failed first must end first
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        _report(f"{name}: interrupted", to_launcher=False)
         return 130
 
 
@@ -120,9 +105,9 @@ def _lost_a_rank(error: RuntimeError) -> bool:
     return "/gloo/" in str(error) and bool(re.search("by peer|Broken pipe", str(error)))
 
 
-def _report_to_launcher(line: str) -> None:
-    """Write the error to the file that torch's launcher reads, so that its own report ends with this line."""
+def _report(line: str, *, to_launcher: bool = True) -> None:
+    """Print a line to stderr, and write it to the file with which torch's launcher ends its own report."""
+    print(line, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": line, "timestamp": int(time.time())}, file)
+    if path and to_launcher:
+        Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")

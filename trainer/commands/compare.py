@@ -21,7 +21,6 @@ import argparse
 import json
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,22 +33,13 @@ from shards.common.errors import UserError
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.commands.launcher import launch, noted_signals
+from trainer.config import yaml_config
 from trainer.config.command_options import CompareOptions
 from trainer.config.schedule import total_steps
 from trainer.config.settings import Config, ConfigError, validate
-from trainer.config.yaml_config import (
-    add_arguments,
-    config_path,
-    load_config,
-    overrides_of,
-    read_config,
-    recipes,
-    save_config,
-)
 from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-FILES = ("metrics.jsonl", "evaluations.jsonl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,18 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location, list[str]]:
-    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`.
-
-    Raises:
-        UserError: a wrong argument or comparison.
-    """
-    parser = command.Parser(
-        prog="compare.py",
-        description="Train with several settings and compare their AP.",
-        usage="compare.py [options] NAME",
-    )
+    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`."""
+    description = "Train with several settings and compare their AP."
+    parser = command.Parser("compare.py", description, usage="compare.py [options] NAME")
     add_options(parser, CompareOptions)
-    add_arguments(parser, hidden=["run.resume"])
+    yaml_config.add_arguments(parser, hidden=["run.resume"])
     given = parser.parse_args(arguments)
     configs = read_comparison(given)
     if not all(config.data.shards for config in configs.values()):
@@ -81,33 +64,26 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
 
 
 def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
-    """Return the settings of each run: the base, then the command line, then its own changes.
-
-    Raises:
-        ConfigError: the file is wrong, the runs would see different numbers of images, or a run was to be resumed.
-    """
-    path = config_path(options.comparison)
+    """Return the settings of each run: the base, then the command line, then its own changes."""
+    path = yaml_config.config_path(options.comparison)
     try:
-        value = yaml.safe_load(read_config(options.comparison, "comparison"))
+        value = yaml.safe_load(yaml_config.read_config(options.comparison, "comparison"))
     except yaml.YAMLError as error:
         raise ConfigError(f"comparison {path}: cannot be read: {' '.join(str(error).split())}") from error
-    if (
-        not isinstance(value, dict)
-        or not set(value) <= {"base", "settings"}
-        or not isinstance(value.get("settings"), dict)
-    ):
+    keys = set(value) if isinstance(value, dict) else set()
+    if not {"settings"} <= keys <= {"base", "settings"} or not isinstance(value["settings"], dict):
         raise ConfigError(
             f"comparison {path}: it must hold 'settings:', with the name and changes of each run, and may hold 'base:'"
         )
     base = options.config
     if base is None and "base" in value:
         base = str(value["base"])
-        if base not in recipes() and not base.startswith("/") and "://" not in base:
+        if base not in yaml_config.recipes() and not base.startswith("/") and "://" not in base:
             base = f"{path.rpartition('/')[0] or '.'}/{base}"
-    overrides = overrides_of(options)
+    overrides = yaml_config.overrides_of(options)
     configs: dict[str, Config] = {}
     for name, changes in value["settings"].items():
-        config = load_config(base, overrides)
+        config = yaml_config.load_config(base, overrides)
         update(config, changes, f"comparison {path}: {name}")
         validate(config)
         configs[str(name)] = config
@@ -116,11 +92,7 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
 
 
 def check_comparable(configs: dict[str, Config], path: str) -> None:
-    """Check that the runs of a comparison can be compared.
-
-    Raises:
-        ConfigError: as `read_comparison`.
-    """
+    """Raise `ConfigError` if the runs of a comparison cannot be compared."""
     if any(config.run.resume for config in configs.values()):
         raise ConfigError(
             "a comparison does not take run.resume (--resume): the same command resumes the run that was interrupted, "
@@ -147,7 +119,7 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
 
     Raises:
         UserError: `folder` cannot be written, or a training failed.
-        command.Stopped: as `train_all`.
+        command.Stopped: a signal ended the current training.
     """
     command.start_logging()
     check_writable(folder, "--run.dir")
@@ -165,21 +137,12 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """Run `accelerate launch trainer/train.py` with each of the settings.
-
-    Args:
-        configs: by name, each with its own `run.dir`.
-        options: of `accelerate launch`.
-
-    Raises:
-        UserError: a training failed.
-        command.Stopped: a signal ended the current training.
-    """
+    """Run `accelerate launch trainer/train.py` with each of the settings; `options` are those of the launcher."""
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():
             print(f"\n{name}: {config.run.dir}", flush=True)
-            save_config(config, settings)
+            yaml_config.save_config(config, settings)
             status = launch(TRAIN, ["--config", settings.path], options, noted)
             if noted:
                 raise command.Stopped(noted[0], f"stopped by a signal at {name!r}: the same command resumes from there")
@@ -191,12 +154,9 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
 
 
 def read_run(name: str, run: Location) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of metrics.jsonl and evaluations.jsonl of a finished run, each at least one.
-
-    Raises:
-        UserError: it was never evaluated.
-    """
-    steps, evaluations = ([json.loads(line) for line in (run / file).read().splitlines()] for file in FILES)
+    """Return the rows of metrics.jsonl and evaluations.jsonl of a finished run, each at least one."""
+    files = ("metrics.jsonl", "evaluations.jsonl")
+    steps, evaluations = ([json.loads(line) for line in (run / file).read().splitlines()] for file in files)
     if not evaluations:
         raise UserError(f"{name}: {run} has no evaluation to compare: set data.val_split")
     return steps, evaluations
@@ -227,7 +187,3 @@ def table(rows: list[dict[str, Any]]) -> str:
     frame = pd.DataFrame(rows)
     formats = {column: lambda ap: f"{100 * ap:.1f}" for column in frame if "AP" in column}
     return "\n".join(markdown_table(frame, formats)) + "\n"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,28 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> EvaluateOptions:
-    """Return the options of a command line.
-
-    Raises:
-        UserError: a wrong argument.
-    """
-    parser = command.Parser(
-        prog="evaluate.py", description="Evaluate a checkpoint: COCO's AP and Open Images' side by side."
-    )
+    """Return the options of a command line."""
+    parser = command.Parser("evaluate.py", "Evaluate a checkpoint: COCO's AP and Open Images' side by side.")
     add_options(parser, EvaluateOptions)
     return from_arguments(EvaluateOptions, parser.parse_args(arguments))
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> None:
-    """Evaluate the checkpoint, print the table and write the files.
-
-    Raises:
-        UserError: checkpoint, dataset or hierarchy are unavailable or do not fit together, or --out cannot be written.
-    """
+    """Evaluate the checkpoint, print the table and write the files."""
     command.start_logging()
-    dataset = _dataset_of(options)
 
-    from shards.format.dataset import open_dataset
+    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
+
+    dataset = open_dataset(options.shards) if options.shards else None
+    if dataset is not None:
+        dataset.index(options.split)  # reports a wrong split before seconds of loading
+
     from trainer.metrics.confusion import ConfusionMetric
     from trainer.metrics.hierarchy import read_parents
     from trainer.model.build import rebuild
@@ -124,16 +117,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     accelerator.end_training()
 
 
-def _dataset_of(options: EvaluateOptions) -> Dataset | None:
-    """Return the dataset of --data.shards, if given. A wrong split is reported here, before seconds of loading."""
-    from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
-
-    dataset = open_dataset(options.shards) if options.shards else None
-    if dataset is not None:
-        dataset.index(options.split)
-    return dataset
-
-
 def write_results(
     out: Location,
     context: dict[str, Any],
@@ -142,18 +125,9 @@ def write_results(
     matrix: Confusion,
     page: str,
 ) -> list[str]:
-    """Write the files of an evaluation, evaluation.json last.
+    """Write the files of an evaluation, evaluation.json last; return the names of the others.
 
-    Args:
-        out: folder.
-        context: what was evaluated, for evaluation.json.
-        categories: the dataset's classes.
-        result: the metrics.
-        matrix: the confusion matrix.
-        page: images.html.
-
-    Returns:
-        The names of the files other than evaluation.json.
+    `context` says in evaluation.json what was evaluated; `page` is images.html.
     """
     from trainer.report.score_plots import draw_confusion, draw_precision_recall
     from trainer.report.scorecard import class_csv, confusion_csv
@@ -173,11 +147,7 @@ def write_results(
 
 
 def set_thresholds(network: MaskRCNN, model: ModelConfig, options: EvaluateOptions) -> dict[str, Any]:
-    """Set the network's thresholds to the command's, or else the checkpoint's.
-
-    Returns:
-        The thresholds, by the names of `ModelConfig`.
-    """
+    """Set the network's thresholds to the command's, else the checkpoint's; return them by their settings' names."""
     score = options.score_threshold
     if score is None:
         score = min(model.score_threshold, LOWEST_EVALUATED_SCORE)
@@ -199,16 +169,10 @@ def describe_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
 
 
 def check_classes(known: Sequence[Category], asked: Sequence[Category], checkpoint: str, dataset: str) -> None:
-    """Check that a network's classes are the dataset's.
-
-    Args:
-        known: the network's classes.
-        asked: the dataset's classes.
-        checkpoint: name of the checkpoint in errors.
-        dataset: name of the dataset in errors.
+    """Check that a network's classes (`known`) are the dataset's (`asked`).
 
     Raises:
-        DatasetError: an id has different names, or only one side has it.
+        DatasetError: an id has different names, or only one side has it; it names the checkpoint and the dataset.
     """
     network_names, dataset_names = ({category.id: category.name for category in side} for side in (known, asked))
     for number in sorted(network_names.keys() | dataset_names.keys()):
@@ -231,20 +195,17 @@ def evaluate(
     parents: Parents | None = None,
     watch: Callable[[Sequence[Tensor], Sequence[Comparison]], None] | None = None,
 ) -> Evaluation | None:
-    """Evaluate a network on every image of a split, shared over the ranks; every rank must call this.
+    """Evaluate a network on every image of a split, on all ranks together; return the result on the main rank only.
 
     Args:
         network: on the accelerator's device; its mode (training or not) is restored.
         dataset: with the classes of the network.
-        split: what to evaluate.
+        split: of the dataset.
         accelerator: of the ranks.
         data: `workers`, `read_ahead_mb`, `stall_s` and the cache's options are used.
         train: `eval_batch_size` is used.
         parents: for the Open Images AP, of classes that are kinds of others.
         watch: called with each batch of this rank: the pixels, and the images with their detections.
-
-    Returns:
-        The result on the main rank, None on the others.
     """
     from shards.stream.loader import loader
     from trainer.metrics.coco import CocoMetric
@@ -303,7 +264,3 @@ def gather_to_main(accelerator: Accelerator) -> Gather:
         return everything if accelerator.is_main_process else None
 
     return gather
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,28 +29,23 @@ POLL_S = 0.1
 def noted_signals() -> Iterator[list[int]]:
     """Collect the signals of `ENDING` in a list instead of ending the process; only for the main thread."""
     noted: list[int] = []
-    before = {number: signal.getsignal(number) for number in ENDING}
-    replaced = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in replaced:
-        signal.signal(number, lambda number, frame: noted.append(number))
+    handled = [number for number in ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in handled}
     try:
         yield noted
     finally:
-        for number, handler in replaced.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted: Sequence[int]) -> int:
-    """Run a script under `accelerate launch` to its end.
+    """Run a script under `accelerate launch`; return the launcher's exit status, 0 only if every rank ended with 0.
 
     Args:
         script: what each rank runs; it must call `register_rank`.
         arguments: of the script.
         options: of `accelerate launch`.
         noted: from `noted_signals`; for each of its entries, present or future, every rank receives one SIGTERM.
-
-    Returns:
-        The launcher's exit status: 0 if all ranks ended with 0; otherwise not the ranks' own.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
     with tempfile.TemporaryDirectory(prefix="maskstream-") as ranks:
@@ -72,13 +67,7 @@ def register_rank() -> None:
 
 
 def pass_on(signals: int, ranks: Iterable[int], sent: Counter[int]) -> None:
-    """Send SIGTERM to each rank until it has received as many as there were signals.
-
-    Args:
-        signals: how many there were.
-        ranks: process ids.
-        sent: how many each rank has received; updated.
-    """
+    """Send SIGTERM to each rank (a process id) until `sent`, which is updated, counts as many as there were signals."""
     for rank in ranks:
         while sent[rank] < signals:
             sent[rank] += 1

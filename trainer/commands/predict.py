@@ -29,7 +29,6 @@ from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_re
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torchvision.models.detection import MaskRCNN
 
     from trainer.model.checkpoint import State
@@ -44,14 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> PredictOptions:
-    """Return the options of a command line.
-
-    Raises:
-        UserError: a wrong argument, or options that cannot be combined.
-    """
-    parser = command.Parser(
-        prog="predict.py", description="Find objects in images.", usage="predict.py [options] [IMAGE ...]"
-    )
+    """Return the options of a command line, which can be combined."""
+    parser = command.Parser("predict.py", "Find objects in images.", usage="predict.py [options] [IMAGE ...]")
     add_options(parser, PredictOptions)
     given = parser.parse_args(arguments)
     options = from_arguments(PredictOptions, given)
@@ -72,10 +65,7 @@ def parse(arguments: Sequence[str] | None) -> PredictOptions:
 
 
 def predict(options: PredictOptions) -> int:
-    """Process every image that can be read.
-
-    Returns:
-        The exit status: 1 if an image could not be read, else 0.
+    """Process every image that can be read; return 1 if an image could not be, else 0.
 
     Raises:
         UserError: checkpoint, dataset or images are unavailable or do not fit together, or --out cannot be written.
@@ -90,7 +80,8 @@ def predict(options: PredictOptions) -> int:
     if options.submission:
         check_image_ids(images)
 
-    accelerator = _start(options)
+    if dataset is None:
+        check_writable(Location(options.out), "--out")
 
     import torch
 
@@ -98,7 +89,12 @@ def predict(options: PredictOptions) -> int:
     from trainer.metrics.hierarchy import read_parents
     from trainer.model.build import rebuild
     from trainer.model.checkpoint import open_checkpoint
+    from trainer.prediction.sharded_inference import predict_shards
+    from trainer.run.distributed import main_can_write, start_accelerator
 
+    if dataset is not None:
+        accelerator = start_accelerator()
+        main_can_write(Location(options.out), "--out", accelerator)
     state = open_checkpoint(options.checkpoint)
     if dataset is not None:  # `data.classes` selects classes, not images: all images are processed
         asked = dataset.select(classes=state.config.data.classes or None).categories
@@ -110,9 +106,7 @@ def predict(options: PredictOptions) -> int:
     network = rebuild(state)
     # --score replaces the threshold of the run's evaluations.
     network.roi_heads.score_thresh = options.score
-    if dataset is not None and accelerator is not None:
-        from trainer.prediction.sharded_inference import predict_shards
-
+    if dataset is not None:
         network.to(accelerator.device).eval()
         predict_shards(options, dataset, state, network, accelerator, labels)
         return 0
@@ -124,25 +118,6 @@ def predict(options: PredictOptions) -> int:
     return predict_images(options, images, state, network, device, labels)
 
 
-def _start(options: PredictOptions) -> Accelerator | None:
-    """Check that --out can be written, before any slow work.
-
-    Returns:
-        For a dataset, the accelerator that joined the ranks; None for images.
-
-    Raises:
-        StorageError: --out cannot be written.
-    """
-    if not options.shards:
-        check_writable(Location(options.out), "--out")
-        return None
-    from trainer.run.distributed import main_can_write, start_accelerator
-
-    accelerator = start_accelerator()
-    main_can_write(Location(options.out), "--out", accelerator)
-    return accelerator
-
-
 def predict_images(
     options: PredictOptions,
     images: Sequence[str],
@@ -151,21 +126,9 @@ def predict_images(
     device: torch.device | str,
     labels: Labels | None,
 ) -> int:
-    """Process images one by one; those that cannot be read are reported and skipped.
+    """Process images one by one; those that cannot be read are reported and skipped. Return 1 if there are any, else 0.
 
-    Args:
-        options: of the command.
-        images: paths or URLs.
-        state: the checkpoint.
-        network: on `device`, in evaluation mode.
-        device: where to run.
-        labels: for the submission, if one is written.
-
-    Returns:
-        1 if an image could not be read, else 0.
-
-    Raises:
-        StorageError: `options.out` cannot be written.
+    `images` are paths or URLs; `network` is on `device`, in evaluation mode. Without `labels` there is no submission.
     """
     from trainer.data.collate import decode_image
     from trainer.model.inference import detect
@@ -191,7 +154,3 @@ def predict_images(
             print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
     print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -52,12 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> Config:
-    """Return the settings of the command line.
-
-    Raises:
-        UserError: a wrong argument.
-    """
-    parser = command.Parser(prog="train.py", description="Train Mask R-CNN on a shard dataset.")
+    """Return the settings of the command line."""
+    parser = command.Parser("train.py", "Train Mask R-CNN on a shard dataset.")
     add_arguments(parser)
     config = from_arguments(parser.parse_args(arguments))
     if not config.data.shards:
@@ -67,9 +62,6 @@ def parse(arguments: Sequence[str] | None) -> Config:
 
 def train(config: Config) -> MaskRCNN:
     """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one, on all ranks.
-
-    Returns:
-        The network, with the same weights on every rank.
 
     Raises:
         UserError: settings or data are wrong, storage fails, or losses are not finite.
@@ -129,13 +121,7 @@ def train(config: Config) -> MaskRCNN:
 def train_step(
     t: Training, batches: Sequence[Batch], loaded: LoaderStatistics, signals: command.Signals
 ) -> tuple[dict[str, Any], int]:
-    """Do one step on all ranks.
-
-    Args:
-        t: changed in place.
-        batches: `train.accumulate` batches of this rank.
-        loaded: what this rank's loader did for them.
-        signals: received by this rank.
+    """Do one step on all ranks, with `train.accumulate` batches of this rank, for which its loader did `loaded`.
 
     Returns:
         The step's row of metrics.jsonl without its times, and the number of a signal that any rank received, or 0.
@@ -185,8 +171,7 @@ def train_step(
 def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """Add the gradients of this rank's batches, averaged over the ranks, and advance the position.
 
-    Returns:
-        The losses of each batch by name, as scalars without a graph.
+    Returns the losses of each batch by name, as scalars without a graph.
     """
     import torch
 
@@ -240,7 +225,3 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
         if record.is_best(row):
             save_state(t, best=True)
         record.add_evaluation(row)  # last: a run that is killed before this evaluates these weights again
-
-
-if __name__ == "__main__":
-    sys.exit(main())

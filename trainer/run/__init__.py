@@ -1,4 +1,1 @@
-"""A training run: its state, its ranks, its optimizer, its folder and log.
-
-Everything that a resumed run needs is kept here.
-"""
+"""A training run: its state, its ranks, its optimizer, its folder and log, and what a resumed run needs of them."""

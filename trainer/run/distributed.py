@@ -26,8 +26,7 @@ log = logging.getLogger("trainer.run.distributed")
 
 TRACKER_FOLDER = "tensorboard"
 # How long a rank waits for the others. The launcher ends all of them if one dies; so this only has to be longer than
-# any work of one rank: a rank that is done with its share of a split waits for the slowest, and all wait while the main
-# rank computes the metrics and writes.
+# any work of one rank: its share of a split, or the main rank's metrics and files.
 TIMEOUT = timedelta(days=30)
 TRAINING_TIMEOUT = timedelta(hours=2)  # longer than an evaluation; ranks that hang should not hold GPUs for days
 
@@ -37,10 +36,7 @@ class TrainingError(UserError):
 
 
 def start_accelerator(
-    precision: str = "launcher",
-    trackers: Sequence[str] = (),
-    run: Location | None = None,
-    timeout: timedelta = TIMEOUT,
+    precision: str = "launcher", trackers: Sequence[str] = (), run: Location | None = None, timeout: timedelta = TIMEOUT
 ) -> Accelerator:
     """Join the ranks that the launcher started.
 
@@ -95,11 +91,7 @@ def tracker_folder(run: Location) -> str:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate can report to each tracker; accelerate itself silently leaves out those that it cannot.
-
-    Raises:
-        UserError: an unknown name, or a missing package.
-    """
+    """Check that accelerate knows each tracker and its package is installed; it silently leaves out the others."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known = sorted(str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS)
@@ -119,11 +111,7 @@ def from_main(value: Any) -> Any:
 
 
 def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> None:
-    """Check that the main rank can write files under a folder, as `check_writable` does.
-
-    Raises:
-        StorageError: nothing can be written there; on every rank, so that none waits for the main one.
-    """
+    """Check on the main rank that a folder is writable; the `StorageError` is raised on every rank, so none waits."""
     problem = None
     if accelerator.is_main_process:
         try:
@@ -136,13 +124,7 @@ def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> N
 
 
 def checkpoint_to_resume(run: Location, resume: str, accelerator: Accelerator) -> State | None:
-    """Return the run's newest intact checkpoint, else the one that `run.resume` names; None for a new run.
-
-    The main rank chooses, so that all ranks load the same checkpoint.
-
-    Raises:
-        CheckpointError, StorageError: as `checkpoint.find`.
-    """
+    """Return what `checkpoint.find` finds on the main rank: all ranks load the same checkpoint."""
     from trainer.model.checkpoint import find, load
 
     found = find(run, resume) if accelerator.is_main_process else None

@@ -15,8 +15,7 @@ from trainer.config.settings import OptimConfig
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """Return SGD or AdamW over the trainable parameters of `model`.
 
-    Without `decay_norms`, parameters of one dimension (biases, and scale and shift of normalisation) are in a separate
-    group without weight decay.
+    Without `decay_norms`, parameters of one dimension (biases, and scale and shift of normalisation) have no decay.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trainable}]
@@ -32,15 +31,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
 
 
 def averaged(network: nn.Module, decay: float, steps: int) -> AveragedModel:
-    """Return the exponential moving average of a network's weights and buffers.
+    """Return the exponential moving average of a network's weights and buffers after a number of steps.
 
     Call `update_parameters(network)` after each step. The decay of step n is at most (1 + n) / (10 + n), so that the
-    initial weights lose their influence quickly (as in TensorFlow's `ExponentialMovingAverage`).
-
-    Args:
-        network: is copied; a resumed run then loads its saved average into `module`.
-        decay: above 0, at most 1.
-        steps: steps done.
+    initial weights lose their influence quickly (as in TensorFlow's `ExponentialMovingAverage`). The network is copied;
+    a resumed run loads its saved average into `module`.
     """
 
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], number: Tensor | int) -> None:

@@ -10,29 +10,27 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or evaluations.jsonl
+Floats = NDArray[np.float64]
+
 POINTS = 400  # most points per curve; each is the mean of several steps
 
 
-def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a PNG of four panels.
-
-    Args:
-        steps: rows of metrics.jsonl, at least one.
-        evaluations: rows of evaluations.jsonl.
-    """
+def draw_curves(steps: Rows, evaluations: Rows) -> bytes:
+    """Return a PNG of four panels from the rows of metrics.jsonl, at least one, and of evaluations.jsonl."""
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     losses, scores, speed, rate = figure.subplots(2, 2).ravel()
-    x = np.array([row["step"] for row in steps], dtype=float)
+    x = _column(steps, "step")
     losses.plot(*downsampled(x, _column(steps, "loss")), color="black", label="sum")
     for name in steps[0]["losses"]:
-        values = np.array([_number(row["losses"][name]) for row in steps])
+        values = _column([row["losses"] for row in steps], name)
         losses.plot(*downsampled(x, values), linewidth=1, label=name.removeprefix("loss_"))
     losses.set(title="losses", ylim=(0, None))
     losses.legend(fontsize="small")
     at, top = [row["step"] for row in evaluations], 0.0
     for name, style, score in _scores(evaluations):
         scores.plot(at, score, style, label=name)
-        top = max(top, *(value for value in score if np.isfinite(value)))
+        top = max(top, np.nanmax(score))
     # Not up to 1: the curve of the first evaluations would be flat.
     scores.set(title="average precision", ylim=(0, max(1.1 * top, 0.02)), xlim=(0, 1.02 * x[-1]))
     if scores.lines:
@@ -51,16 +49,13 @@ def draw_curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mappin
     return png(figure)
 
 
-def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Return a PNG of the mask AP and box AP of several runs.
-
-    Args:
-        runs: rows of evaluations.jsonl by the run's name.
-    """
+def draw_comparison(runs: Mapping[str, Rows]) -> bytes:
+    """Return a PNG of the mask AP and box AP of several runs: rows of evaluations.jsonl by the run's name."""
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     for panel, kind, title in zip(figure.subplots(1, 2), ("segm", "bbox"), ("mask AP", "box AP")):
         for name, rows in runs.items():
-            panel.plot([row["step"] for row in rows], [_number(row[kind]["ap"]) for row in rows], "o-", label=name)
+            ap = _column([row[kind] for row in rows], "ap")
+            panel.plot([row["step"] for row in rows], ap, "o-", label=name)
         panel.set(title=title, xlabel="step", ylim=(0, None), xlim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
@@ -74,9 +69,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def downsampled(
-    x: NDArray[np.float64], y: NDArray[np.float64], points: int = POINTS
-) -> tuple[NDArray[np.float64], ...]:
+def downsampled(x: Floats, y: Floats, points: int = POINTS) -> tuple[Floats, Floats]:
     """Return at most `points` means of neighbouring points; NaN (a skipped step) is left out of the means."""
     width = -(-len(x) // points)
     starts = np.arange(0, len(x), width)
@@ -88,21 +81,18 @@ def downsampled(
         return middle, np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _scores(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[float]]]:
+def _scores(evaluations: Rows) -> list[tuple[str, str, Floats]]:
     """Return name, style and values of each AP's curve, without the curves that have no values."""
     found = [
-        (f"{label} {key.upper()}", style, [_number(row[kind][key]) for row in evaluations])
+        (f"{label} {key.upper()}", style, _column([row[kind] for row in evaluations], key))
         for kind, label in (("bbox", "box"), ("segm", "mask"))
         for key, style in (("ap", "o-"), ("ap50", "o:"))
     ]
-    official = [_number(row.get("open_images", {}).get("ap")) for row in evaluations]
+    official = _column([row.get("open_images", {}) for row in evaluations], "ap")
     found.append(("mask AP50 of Open Images", "s--", official))
     return [curve for curve in found if np.isfinite(curve[2]).any()]
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
-    return np.array([_number(row.get(key)) for row in rows])
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _column(rows: Rows, key: str) -> Floats:
+    """Return the values of a column; NaN where a row has none."""
+    return np.array([row.get(key) for row in rows], dtype=float)

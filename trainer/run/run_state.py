@@ -50,11 +50,7 @@ class Training:
 
 
 def set_up(config: Config) -> Training:
-    """Create data, network and optimizer, in the state of the run's newest checkpoint if it has one.
-
-    Raises:
-        UserError: as `train`; nothing has been written that stays.
-    """
+    """Create data, network and optimizer, in the state of the run's newest checkpoint; an error leaves no files."""
     from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
 
     dataset = open_dataset(config.data.shards).select(classes=config.data.classes or None)
@@ -138,11 +134,7 @@ def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
 
 
 def load_initial_weights(t: Training) -> None:
-    """Load the weights that `model.weights` names.
-
-    Raises:
-        UserError: they are unavailable, do not fit, or leave a layer random that no stage trains.
-    """
+    """Load the weights that `model.weights` names; raise `UserError` if they leave a layer random that never trains."""
     from trainer.model.freeze import check_all_learned, trainable_parameters
     from trainer.model.weights import load_weights
 
@@ -156,11 +148,8 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     """Make the layers of the stage at `t.step` trainable, with a new optimizer.
 
     The network is wrapped again: DDP reduces only the gradients of the parameters that were trainable when it was
-    created. Wrapping also gives every rank the main rank's weights.
-
-    Args:
-        t: changed in place.
-        optimizer: the optimizer's state, used if the run resumes inside the stage.
+    created. Wrapping also gives every rank the main rank's weights. The optimizer's state is used if the run resumes
+    inside the stage.
     """
     from trainer.model.freeze import set_trainable
     from trainer.model.losses import Trainable
@@ -191,10 +180,7 @@ def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def share_buffers(t: Training) -> None:
-    """Copy the main rank's buffers to every rank, in place.
-
-    DDP does this before a forward pass; after it, the batch norms of each rank have seen different batches.
-    """
+    """Copy the main rank's buffers to every rank: the batch norms of each have seen different batches."""
     from accelerate.utils import broadcast
 
     for network in [t.network] if t.ema is None else [t.network, t.ema.module]:
@@ -203,12 +189,7 @@ def share_buffers(t: Training) -> None:
 
 
 def save_state(t: Training, *, best: bool = False) -> None:
-    """Write a checkpoint; only the main rank calls this.
-
-    Args:
-        t: not changed.
-        best: save only the weights, as the run's best.
-    """
+    """Write a checkpoint, or only the weights as the run's best; only the main rank calls this."""
     from trainer.model.checkpoint import BEST, FOLDER, State, save
 
     state = State(

@@ -30,7 +30,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shards.common.text import counted
 from shards.storage.location import Location
@@ -51,54 +52,35 @@ PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "fsspec", "s3fs"
 class Rows:
     """A file of JSON lines, each with a "step".
 
-    Args:
-        location: the file.
-        step: rows beyond this step are dropped, and so is a last line that a crash truncated.
+    Rows beyond the given step are dropped, and so is a last line that a crash truncated.
     """
 
     def __init__(self, location: Location, step: int) -> None:
         self.location = location
         text = location.read().decode("utf-8") if location.exists() else ""
         self.rows = [row for row in map(_parsed, text.splitlines()) if row is not None and row["step"] <= step]
-        self._file: IO[bytes] | None = None
-        self.location.write(self._whole())
-        if location.is_local:
-            self._file = open(location.path, "ab")  # noqa: SIM115 - open as long as the run
+        self._write()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; on a local disk it is flushed immediately."""
+        """Add a row; on a local disk it is in the file immediately."""
         self.rows.append(dict(row))
-        if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+        if self.location.is_local:
+            with open(self.location.path, "ab") as file:
+                file.write(_line(row))
 
     def flush(self) -> None:
         """Write the whole file to an object store; a local file is already complete."""
-        if self._file is None:
-            self.location.write(self._whole())
+        if not self.location.is_local:
+            self._write()
 
-    def close(self) -> None:
-        """Flush and close the file."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-
-    def _whole(self) -> bytes:
-        return b"".join(map(_line, self.rows))
+    def _write(self) -> None:
+        self.location.write(b"".join(map(_line, self.rows)))
 
 
 class RunLog:
-    """Everything that the main rank logs: to the run's folder, to the terminal and to trackers.
+    """Everything that the main rank logs: to the run's folder, to the terminal and to the accelerator's trackers.
 
-    Args:
-        run: the folder.
-        config: the resolved settings.
-        accelerator: its trackers are started.
-        step: the step to resume from; 0 for a new run.
-        total: steps of the whole run.
-
-    Raises:
-        StorageError: the folder cannot be written.
+    `step` is the one to resume from, 0 for a new run; `total` is the number of steps of the whole run.
     """
 
     def __init__(self, run: Location, config: Config, accelerator: Accelerator, step: int, total: int) -> None:
@@ -117,12 +99,7 @@ class RunLog:
         return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
 
     def add_step(self, row: dict[str, Any], seconds: float) -> None:
-        """Add the times to a step's row of metrics.jsonl, and log it.
-
-        Args:
-            row: from `train.train_step`; values that are not finite become null.
-            seconds: duration of the step, including the wait for its data.
-        """
+        """Add the times of a step that took that long, with its wait for data, to its row of metrics.jsonl; log it."""
         row |= {
             "seconds": seconds,
             "images_per_s": row["images"] / seconds,
@@ -147,11 +124,7 @@ class RunLog:
         self.flush(draw=True)
 
     def flush(self, *, draw: bool) -> None:
-        """Store everything that was logged so far.
-
-        Args:
-            draw: also write metrics.csv and curves.png.
-        """
+        """Store everything that was logged so far; `draw` also writes metrics.csv and curves.png."""
         self.steps.flush()
         self.evaluations.flush()
         seen = len(self.steps.rows), len(self.evaluations.rows)
@@ -166,8 +139,6 @@ class RunLog:
     def close(self) -> None:
         """Store everything, after accelerate has ended its trackers."""
         self.flush(draw=True)
-        self.steps.close()
-        self.evaluations.close()
         if not self.run.is_local:
             shutil.rmtree(tracker_folder(self.run), ignore_errors=True)
 
@@ -285,11 +256,9 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:  # not Linux
-        names = []
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []  # Linux has it
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
@@ -314,8 +283,6 @@ def _finite(value: Any) -> Any:
 
 
 def _upload(folder: str, to: Location) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            with open(path, "rb") as file:
-                (to / os.path.relpath(path, folder)).write(file.read())
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            (to / path.relative_to(folder).as_posix()).write(path.read_bytes())

@@ -18,45 +18,34 @@ if TYPE_CHECKING:
     from trainer.config.settings import LossConfig
     from trainer.data.instances import Batch
 
+    Losses = Mapping[str, Tensor]  # by name; scalars
+
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rank's part of a step.
+    """One rank's part of a step."""
 
-    Attributes:
-        losses: mean of each loss over the rank's batches.
-        data_wait_s: seconds in which the rank waited for its batches.
-        read_mb: 10^6 bytes that its loader read from storage.
-        requests, retries: storage requests, and how many of them were repeated.
-        samples, cache_hits: samples of its batches, and how many of them came from the cache.
-        memory_mb: see `peak_memory_mb`.
-        signal: number of the signal that the rank received; 0 for none.
-    """
-
-    losses: dict[str, float]
-    data_wait_s: float
-    read_mb: float
-    requests: float
-    retries: float
-    samples: float
-    cache_hits: float
-    memory_mb: float
-    signal: float
+    losses: dict[str, float]  # mean of each loss over the rank's batches
+    data_wait_s: float  # waiting for its batches
+    read_mb: float  # 10^6 bytes that its loader read from storage
+    requests: float  # to storage
+    retries: float  # requests that were repeated
+    samples: float  # in its batches
+    cache_hits: float  # samples that came from the cache
+    memory_mb: float  # see `peak_memory_mb`
+    signal: float  # number of the signal that the rank received; 0 for none
 
 
 def exchange(
-    accelerator: Accelerator, losses: Sequence[Mapping[str, Tensor]], loaded: LoaderStatistics, signal: int
+    accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int
 ) -> list[StepReport]:
-    """Share what this rank reports, in one collective operation.
+    """Share what this rank reports, in one collective operation; return the reports of all ranks, in their order.
 
     Args:
         accelerator: every rank must call this.
-        losses: of each batch of this rank, by name; scalars.
+        losses: of each batch of this rank.
         loaded: what this rank's loader did for these batches.
         signal: number of the signal that this rank received; 0 for none.
-
-    Returns:
-        The reports of all ranks, in the order of their ranks; the same on every rank.
     """
     import torch
 
@@ -79,15 +68,10 @@ def exchange(
     return reports
 
 
-def nonfinite_losses(
-    reports: Sequence[StepReport], losses: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]
-) -> str:
+def nonfinite_losses(reports: Sequence[StepReport], losses: Sequence[Losses], batches: Sequence[Batch]) -> str:
     """Return which losses of a step are not finite, on which ranks and samples; empty where all are finite.
 
-    Args:
-        reports: of all ranks.
-        losses: of each batch of this rank, by name; scalars.
-        batches: of this rank.
+    `reports` are of all ranks; `losses` and `batches` are of this rank.
     """
     bad = [
         (rank, name, value)
@@ -119,14 +103,12 @@ def mean_losses(reports: Sequence[StepReport]) -> dict[str, float]:
 def loading(reports: Sequence[StepReport]) -> dict[str, Any]:
     """Return what the loaders of all ranks did, and the largest memory of a rank, as a step's row of metrics.jsonl."""
     waits = [report.data_wait_s for report in reports]
+    counts = ("requests", "retries", "samples", "cache_hits")
     return {
         "data_wait_s": sum(waits) / len(waits),
         "data_wait_longest_s": max(waits),
         "read_mb": round(sum(report.read_mb for report in reports), 6),
-        "requests": int(sum(report.requests for report in reports)),
-        "retries": int(sum(report.retries for report in reports)),
-        "samples": int(sum(report.samples for report in reports)),
-        "cache_hits": int(sum(report.cache_hits for report in reports)),
+        **{name: int(sum(getattr(report, name) for report in reports)) for name in counts},
         "memory_mb": max(report.memory_mb for report in reports),
     }
 
