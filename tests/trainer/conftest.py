@@ -1,5 +1,6 @@
 """Fixtures of the trainer's tests."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from tests.trainer import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _cheap_trainings() -> None:
     # On tiny tensors several threads mostly wait for each other.
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects garbage in every stage: not among all that the tests imported
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Exit statuses and one-line errors of the trainer's commands."""
 
+import json
+from pathlib import Path
+
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
 
@@ -39,12 +42,18 @@ def test_other_errors_of_torch_are_raised() -> None:
             command.run("train", lambda error=error: _raise(error))
 
 
-def test_an_error_names_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "MAIN_RANK_TIMEOUT_S", 0)
-    for rank, line in (("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")):
-        monkeypatch.setenv("RANK", rank)
-        assert command.run("train", lambda: _raise(UserError("full"))) == 2
-        assert capsys.readouterr().err == line
+@pytest.mark.parametrize(("rank", "line"), [("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")])
+def test_an_error_names_its_rank_after_the_main_rank_had_time_to_report_it(
+    rank: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[tuple[float, str]] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    assert command.run("train", lambda: _raise(UserError("full"))) == 2
+    assert capsys.readouterr().err == line
+    assert waits == ([(command.MAIN_RANK_TIMEOUT_S, "")] if rank == "1" else [])
+    assert json.loads((tmp_path / "error").read_text())["message"] == line.strip()
 
 
 def _raise(error: Exception) -> None:

@@ -33,10 +33,8 @@ def test_changes_override_the_command_line_which_overrides_the_base(tmp_path: Pa
     (tmp_path / "base.yaml").write_text("train: {epochs: 3}\noptim: {lr: 0.1, momentum: 0.5}\n")
     (tmp_path / "c.yaml").write_text("base: base.yaml\nsettings: {low: {optim: {lr: 0.01}}, same: }\n")
     configs = script.read_comparison(options(tmp_path / "c.yaml", **{"optim.lr": "0.5", "train.seed": "7"}))
-    assert {name: (c.optim.lr, c.optim.momentum, c.train.seed) for name, c in configs.items()} == {
-        "low": (0.01, 0.5, 7),
-        "same": (0.5, 0.5, 7),
-    }
+    found = {name: (c.optim.lr, c.optim.momentum, c.train.seed) for name, c in configs.items()}
+    assert found == {"low": (0.01, 0.5, 7), "same": (0.5, 0.5, 7)}
     (tmp_path / "elsewhere.yaml").write_text(f"base: {tmp_path}/base.yaml\nsettings: {{same: }}\n")
     assert script.read_comparison(options(tmp_path / "elsewhere.yaml"))["same"].optim.momentum == 0.5
 
@@ -61,20 +59,14 @@ def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str
 def test_resume_is_refused(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("settings: {same: }\n")
     assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", *words]) == 2
-    assert capsys.readouterr().err == (
-        "compare: error: a comparison does not take run.resume (--resume): "
-        "the same command resumes the run that was interrupted, and starts the others\n"
-    )
+    assert capsys.readouterr().err.startswith("compare: error: a comparison does not take run.resume (--resume): ")
     with pytest.raises(SystemExit):
         script.main(["--help"])
-    text = capsys.readouterr().out
-    assert "resume" not in text
-    assert "--run.dir" in text
+    assert "resume" not in capsys.readouterr().out
 
 
 def evaluation(step: int, mask: float | None, box: float) -> dict[str, Any]:
-    mask50 = None if mask is None else mask + 0.1
-    return {"step": step, "segm": {"ap": mask, "ap50": mask50}, "bbox": {"ap": box, "ap50": box}}
+    return {"step": step, "segm": {"ap": mask, "ap50": mask and mask + 0.1}, "bbox": {"ap": box, "ap50": box}}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +105,8 @@ def test_a_comparison_trains_all_settings_and_names_one_that_fails(
     monkeypatch.setattr(script, "launch", lambda path, arguments, options, noted: train.main(arguments))
     settings = {"heads first": {"train": {"stages": [{"layers": "heads"}, {"layers": "all"}]}}, "all": {}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
-    words = [str(tmp_path / "c.yaml"), *tiny.arguments(dataset, tmp_path / "runs", train__epochs=2)]
-    words += ["--train.steps_per_epoch", "1"]
+    options = tiny.arguments(dataset, tmp_path / "runs", train__epochs=2, train__steps_per_epoch=1)
+    words = [str(tmp_path / "c.yaml"), *options]
     assert script.main(words) == 0
     assert "| heads first |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "runs/compare.json").read_text())

@@ -14,36 +14,18 @@ from shards.format.dataset import open_dataset
 from tests.trainer import tiny
 from trainer.commands import train
 
-SCRIPT = tiny.ROOT / "trainer" / "train.py"
-
 pytestmark = pytest.mark.usefixtures("no_curves")
-
-
-def failed(options: list[str]) -> tuple[str, list[str]]:
-    """Train on two ranks; returns the one line of the error and all lines of stderr, without a rank's traceback."""
-    done = tiny.run(SCRIPT, options, ranks=2)  # returns when no process has stderr open any more
-    assert done.returncode != 0
-    assert "[rank" not in done.stderr
-    assert done.stderr.count("Traceback") == 1  # the launcher's own
-    lines = done.stderr.splitlines()
-    (line,) = [line for line in lines if line.startswith("train: error")]
-    assert f"  traceback : {line}" in lines  # the end of the launcher's own report
-    return line, lines
 
 
 def test_a_second_run_reads_from_the_cache_and_logs_it(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     s3.upload(tiny.write_dataset(tmp_path / "data", samples=8), bucket)
     settings = {"train__steps_per_epoch": 4, "data__cache_dir": tmp_path / "cache", "data__val_split": ""}
-    rows = []
-    for run in (tmp_path / "first", tmp_path / "second"):
-        assert train.main(tiny.arguments(f"s3://{bucket}", run, **settings)) == 0
-        rows.append(tiny.rows(run / "metrics.jsonl"))
-    first, second = rows
+    for run in ("first", "second"):
+        assert train.main(tiny.arguments(f"s3://{bucket}", tmp_path / run, **settings)) == 0
+    first, second = (tiny.rows(tmp_path / run / "metrics.jsonl") for run in ("first", "second"))
     assert sum(row["samples"] for row in first) == sum(row["samples"] for row in second) == 8
-    assert sum(row["requests"] for row in first) > 0
-    assert sum(row["read_mb"] for row in first) > 0
-    assert sum(row["cache_hits"] for row in first) == 0
-    assert sum(row["cache_hits"] for row in second) == 8
+    assert min(sum(row[key] for row in first) for key in ("requests", "read_mb")) > 0
+    assert [sum(row["cache_hits"] for row in rows) for rows in (first, second)] == [0, 8]
     assert sum(row["requests"] for row in second) == 0
     assert [row["losses"] for row in first] == [row["losses"] for row in second]
 
@@ -78,17 +60,18 @@ def test_a_sample_that_one_rank_cannot_read_ends_all_ranks_with_one_line(tmp_pat
     data = bytearray(shard.read_bytes())
     data[offset + 1000] ^= 1
     shard.write_bytes(data)
-    line, lines = failed(tiny.arguments(root, tmp_path / "run", train__steps_per_epoch=50, data__workers=1))
+    # `run` returns when no process has stderr open any more.
+    options = tiny.arguments(root, tmp_path / "run", train__steps_per_epoch=50, data__workers=1)
+    done = tiny.run(tiny.ROOT / "trainer" / "train.py", options, ranks=2)
+    assert done.returncode != 0
+    assert "[rank" not in done.stderr
+    assert done.stderr.count("Traceback") == 1  # the launcher's own
+    lines = done.stderr.splitlines()
+    (line,) = [line for line in lines if line.startswith("train: error")]
+    assert f"  traceback : {line}" in lines  # the end of the launcher's own report
     assert f"{shard}: sample {index.image_id(3)} at offset {offset}: crc32 is " in line
     (rank,) = re.findall(r"^train: error(?: on rank (\d))?:", line)
     assert (
         f"train: rank {1 - int(rank or 0)} ends: it lost the connection to another rank, whose own message says why"
         in lines
     )
-
-
-@pytest.mark.slow
-def test_an_error_on_all_ranks_is_reported_once(dataset: Path, tmp_path: Path) -> None:
-    line, _ = failed(tiny.arguments(dataset, tmp_path / "run", data__batch_size=13))
-    assert "fewer than one batch of 13 on each of 2 ranks" in line
-    assert not (tmp_path / "run").exists()

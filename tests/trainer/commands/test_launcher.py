@@ -1,18 +1,18 @@
 """Signals to a comparison, in real processes: the current training saves and ends, and no process remains."""
 
+import logging
 import os
 import shlex
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.trainer import tiny
-from trainer.commands import launcher
+from trainer.commands import launcher, train
 
 COMPARE = tiny.ROOT / "trainer" / "compare.py"
 
@@ -22,44 +22,33 @@ def steps(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def stop_at(step: int, run: Path, words: list[str], send: Callable[[int], None]) -> tuple[int, str]:
-    """Start a comparison and send it a signal after that step; returns its status and stderr."""
-    process = tiny.start(COMPARE, words, group=0)
-    while steps(run) < step:
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_curves")
+def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resumes(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": {"one": {}, "two": {}}}))
+    settings = {"train__steps_per_epoch": 500, "train__checkpoint_steps": 500}
+    words = [str(tmp_path / "c.yaml"), *tiny.arguments(dataset, tmp_path / "runs", **settings)]
+    run = tmp_path / "runs" / "one"
+    process = tiny.start(COMPARE, [*words, "--launch", shlex.join(tiny.launch_options(2))], group=0)
+    while steps(run) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    send(process.pid)
-    stderr = process.communicate(timeout=120)[1]  # returns when no process has stderr open any more
-    return process.returncode, stderr
-
-
-@pytest.mark.slow
-def test_a_signal_ends_the_current_training_saved_and_the_same_command_resumes(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"settings": {"one": {}, "two": {}}}))
-    settings = {"train__steps_per_epoch": 500, "train__checkpoint_steps": 500, "data__workers": 1}
-    words = [str(tmp_path / "c.yaml"), *tiny.arguments(dataset, tmp_path / "runs", **settings), "--launch"]
-    run = tmp_path / "runs" / "one"
-
-    status, err = stop_at(
-        2, run, [*words, shlex.join(tiny.launch_options(2))], lambda pid: os.kill(pid, signal.SIGTERM)
-    )
-    first = steps(run)
-    assert status == 128 + signal.SIGTERM
-    assert f"train: stopped by a signal after step {first}, which is saved in {run}" in err
-    message = "compare: stopped by a signal at 'one': the same command resumes from there"
-    assert err.splitlines()[-1] == message
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process in the foreground receives it
+    err = process.communicate(timeout=120)[1]  # returns when no process has stderr open any more
+    step = steps(run)
+    assert process.returncode == 128 + signal.SIGINT
+    assert f"train: stopped by a signal after step {step}, which is saved in {run}" in err
+    assert err.splitlines()[-1] == "compare: stopped by a signal at 'one': the same command resumes from there"
     assert "KeyboardInterrupt" not in err
-
-    # Ctrl-C reaches every process in the foreground. The number of ranks may differ.
-    one_rank = [*words, shlex.join(tiny.launch_options(1))]
-    status, err = stop_at(first + 1, run, one_rank, lambda pid: os.killpg(pid, signal.SIGINT))
-    assert status == 128 + signal.SIGINT
-    assert f"continuing {run} from step {first}\n" in err
-    assert f"train: stopped by a signal after step {steps(run)}, which is saved in {run}" in err
-    assert err.splitlines()[-1] == message
-    assert "KeyboardInterrupt" not in err
-    assert [row["step"] for row in tiny.rows(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))
     assert not (tmp_path / "runs" / "two").exists()
+
+    tiny.send_sigterm(monkeypatch, step=step + 1)
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        assert train.main(tiny.arguments(dataset, run, **settings)) == 128 + signal.SIGTERM
+    assert f"continuing {run} from step {step}" in caplog.text
+    assert [row["step"] for row in tiny.rows(run / "metrics.jsonl")] == list(range(1, step + 2))
 
 
 @pytest.mark.slow

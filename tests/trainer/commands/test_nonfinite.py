@@ -70,8 +70,7 @@ def test_a_skipped_step_changes_nothing(dataset: Path, tmp_path: Path, monkeypat
             handle.remove()
 
     monkeypatch.setattr(Trainable, "forward", overflowing)
-    settings = SKIP | {"model__norm": "batch", "train__ema": 0.9}
-    settings |= {"train__checkpoint_steps": 1, "train__keep_checkpoints": 9}
+    settings = SKIP | {"train__ema": 0.9, "train__checkpoint_steps": 1, "train__keep_checkpoints": 9}
     assert train.main(tiny.arguments(dataset, tmp_path, **settings)) == 0
     assert ["skipped" in row for row in tiny.rows(tmp_path / "metrics.jsonl")] == [False, True, False]
     states = [load(Location(str(tmp_path)) / f"checkpoints/step-00000{step}") for step in (1, 2, 3)]

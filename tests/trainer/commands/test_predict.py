@@ -2,6 +2,7 @@ import base64
 import csv
 import io
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -25,11 +26,7 @@ from trainer.prediction.output_files import submission_labels
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
     """A JPEG, a grey PNG, and a JPEG of the first one's name in another folder."""
-    first, second, third = (
-        tmp_path / "in" / "street.jpg",
-        tmp_path / "in" / "grey.png",
-        tmp_path / "more" / "street.jpg",
-    )
+    first, second, third = (tmp_path / name for name in ("in/street.jpg", "in/grey.png", "more/street.jpg"))
     for path, number in ((first, 1), (third, 2)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tiny.draw_sample(number).image)
@@ -37,12 +34,18 @@ def images(tmp_path: Path) -> list[Path]:
     return [first, second, third]
 
 
+def predicted(checkpoint: Path | str, out: Path | Location, *words: object) -> dict[str, Any]:
+    """Run the command, and return what is in predictions.json."""
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *map(str, words)]) == 0
+    content: dict[str, Any] = json.loads(Location(f"{out}/predictions.json").read())
+    return content
+
+
 def test_predict_writes_pictures_and_coco_json(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0.1", *map(str, images)]
-    assert predict.main(command) == 0
+    predicted(checkpoint, out, "--score", 0.1, *images)
     text = capsys.readouterr().out
     for name in ("street.jpg", "grey.jpg", "street-2.jpg", "predictions.json"):
         assert str(out / name) in text
@@ -52,14 +55,11 @@ def test_predict_writes_pictures_and_coco_json(
         assert np.asarray(picture).std() > 5
 
     coco = COCO(str(out / "predictions.json"))
-    assert [(i["file_name"], i["picture"]) for i in coco.dataset["images"]] == [
-        (str(images[0]), "street.jpg"),
-        (str(images[1]), "grey.jpg"),
-        (str(images[2]), "street-2.jpg"),
-    ]
-    assert [(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]] == [
-        (c.id, c.name, c.mid) for c in tiny.CATEGORIES
-    ]
+    pictures = ["street.jpg", "grey.jpg", "street-2.jpg"]
+    expected = list(zip(map(str, images), pictures, strict=True))
+    assert [(entry["file_name"], entry["picture"]) for entry in coco.dataset["images"]] == expected
+    categories = [Category(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]]
+    assert categories == list(tiny.CATEGORIES)
     found = coco.dataset["annotations"]
     assert {a["image_id"] for a in found} == {1, 2, 3}
     for annotation in found:
@@ -74,34 +74,18 @@ def test_predict_writes_pictures_and_coco_json(
     assert coco.loadRes(found).dataset["annotations"]
 
 
-def test_detections_below_the_score_are_left_out(
-    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score", "1", str(images[0])]
-    assert predict.main(command) == 0
-    value = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert value["annotations"] == []
-    assert len(value["images"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(": ")[2] for line in lines] == ["0 objects", "0 objects in 1 image"]
-
-
 def test_an_image_that_cannot_be_read_is_skipped(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(images[0].read_bytes()[:200])
-    text = tmp_path / "text.jpg"
+    text, missing, out = tmp_path / "text.jpg", tmp_path / "missing.jpg", tmp_path / "out"
     text.write_text("not an image")
-    missing = tmp_path / "missing.jpg"
-    out = tmp_path / "out"
     sources = [str(place) for place in (missing, broken, text, images[0])]
-    command = ["--checkpoint", str(checkpoint), "--out", str(out), *sources]
-    assert predict.main(command) == 1
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *sources]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == f"predict: {missing}: there is no such object"
-    assert errors[1].startswith(f"predict: {broken}: ")
-    assert "cannot be decoded" in errors[1]
+    assert re.match(f"predict: {broken}: .*cannot be decoded", errors[1])
     assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: it is in no format that Pillow reads"
     assert len(errors) == 3
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
@@ -112,11 +96,9 @@ def test_a_very_thin_image_is_processed(
 ) -> None:
     thin, out = tmp_path / "thin.png", tmp_path / "out"
     Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
-    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--score", "0", str(thin), str(images[0])]
-    assert predict.main(command) == 0
+    entry = predicted(checkpoint, out, "--score", 0, thin, images[0])["images"][0]
     assert capsys.readouterr().err == ""
-    sizes = [(i["width"], i["height"]) for i in json.loads((out / "predictions.json").read_text())["images"]]
-    assert sizes[0] == (600, 3)
+    assert (entry["width"], entry["height"]) == (600, 3)
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
 
 
@@ -124,21 +106,14 @@ def test_images_checkpoint_and_out_can_be_urls(checkpoint: Path, images: list[Pa
     root = Location(f"memory://{tmp_path.name}")
     (root / "in.jpg").write(images[0].read_bytes())
     shutil.copytree(checkpoint, tmp_path / "run")
-    out = root / "out"
-    command = ["--checkpoint", f"file://{tmp_path}/run", "--out", str(out), str(root / "in.jpg")]
-    assert predict.main(command) == 0
-    assert (out / "in.jpg").exists()
-    assert (out / "predictions.json").exists()
+    predicted(f"file://{tmp_path}/run", root / "out", root / "in.jpg")
+    assert (root / "out" / "in.jpg").exists()
 
 
 def test_picture_names_are_unique(tmp_path: Path) -> None:
     out = str(tmp_path)
-    assert picture_names(["a.png", "b/a.jpg", "https://h/x/a.jpeg?size=3", "s3://b/"], out) == [
-        "a.jpg",
-        "a-2.jpg",
-        "a-3.jpg",
-        "image.jpg",
-    ]
+    same = ["a.png", "b/a.jpg", "https://h/x/a.jpeg?size=3", "s3://b/"]
+    assert picture_names(same, out) == ["a.jpg", "a-2.jpg", "a-3.jpg", "image.jpg"]
     assert picture_names(["A.png", "a.png"], out) == ["A.jpg", "a-2.jpg"]
     assert picture_names(["s3://b/my%20photo.tar.jpg", "50%.jpg"], out) == ["my photo.tar.jpg", "50%.jpg"]
     # A picture never overwrites its image.
@@ -184,13 +159,16 @@ def test_find_images_returns_each_image_once(
     check_image_ids(find_images(["in", first]))
 
 
-def test_predict_a_folder_without_pictures(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
+def test_predict_a_folder_without_pictures_and_without_detections_below_the_score(
+    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    command = ["--checkpoint", str(checkpoint), "--out", str(out), "--no-pictures", str(images[0].parent)]
-    assert predict.main(command) == 0
+    value = predicted(checkpoint, out, "--score", 1, "--no-pictures", images[0].parent)
     assert [path.name for path in out.iterdir()] == ["predictions.json"]
-    value = json.loads((out / "predictions.json").read_text())
     assert [sorted(entry) for entry in value["images"]] == [["file_name", "height", "id", "width"]] * 2
+    assert value["annotations"] == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["0 objects", "0 objects", "0 objects in 2 images"]
 
 
 def test_images_under_a_launcher_are_refused(
@@ -202,25 +180,22 @@ def test_images_under_a_launcher_are_refused(
 
 
 def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    command = ["--checkpoint", str(checkpoint), "--score", "0.1", "--submission", "--no-pictures", "--out", str(out)]
-    assert predict.main([*command, *map(str, images[:2])]) == 0
-    coco = json.loads((out / "predictions.json").read_text())
+    out, words = tmp_path / "out", ["--submission", "--no-pictures"]
+    coco = predicted(checkpoint, out, *words, "--score", 0.1, *images[:2])
     assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di"]})
     assert list(read_submission(out / "submission.csv")) == ["street", "grey"]
 
     tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
-    command += ["--hierarchy", str(tmp_path / "tree.json")]
-    assert predict.main([*command, *map(str, images[:2])]) == 0
+    predicted(checkpoint, out, *words, "--score", 0.1, "--hierarchy", tmp_path / "tree.json", *images[:2])
     assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di", "/m/sq"]})
 
-    assert predict.main([*command[:-2], "--score", "1", str(images[0])]) == 0
+    predicted(checkpoint, out, *words, "--score", 1, images[0])
     rows = (out / "submission.csv").read_text().splitlines()
     assert rows == ["ImageID,ImageWidth,ImageHeight,PredictionString", "street,72,60,"]
 
     capsys.readouterr()
-    assert predict.main([*command, *map(str, images)]) == 2
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *words, *map(str, images)]) == 2
     assert "would both have the ImageID street" in capsys.readouterr().err
     with pytest.raises(UserError, match="class Kite has no MID"):
         submission_labels([Category(3, "Kite", "")], {})

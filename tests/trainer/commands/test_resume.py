@@ -11,7 +11,7 @@ import torch
 from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import train
-from trainer.model.checkpoint import load_newest, open_checkpoint
+from trainer.model.checkpoint import load, open_checkpoint
 from trainer.run.runlog import RunLog
 
 QUICK: dict[str, Any] = {"train__steps_per_epoch": 1, "data__val_split": ""}
@@ -113,13 +113,11 @@ def test_new_settings_of_the_optimizer_apply_to_a_resumed_run(dataset: Path, tmp
     assert train.main(tiny.arguments(dataset, tmp_path, **QUICK)) == 0
     changed = {"optim__momentum": 0.5, "optim__weight_decay": 0.25}
     assert train.main(tiny.arguments(dataset, tmp_path, **QUICK, **changed, train__epochs=2)) == 0
-    found = load_newest(Location(str(tmp_path)))
-    assert found is not None
-    assert found[1].step == 2
-    assert found[1].optimizer is not None
-    [group] = found[1].optimizer["param_groups"]
+    optimizer = load(Location(str(tmp_path)) / "checkpoints/step-000002").optimizer
+    assert optimizer is not None
+    [group] = optimizer["param_groups"]
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
-    assert found[1].optimizer["state"]
+    assert optimizer["state"]
 
 
 def test_a_run_that_dies_before_it_logs_an_evaluation_repeats_it(

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from shards.common.errors import StorageError
 from shards.storage.location import Location, check_writable
 from tests.trainer import tiny
-from tests.trainer.run.prepared import outcomes_of_prepared_loaders
+from tests.trainer.run.test_prepared import outcomes_of_prepared_loaders
 from trainer.commands import evaluate, predict, train
 from trainer.run import distributed
 from trainer.run.run_state import begin_stage
@@ -38,6 +38,8 @@ EVERYTHING = tiny.STAGES | {
     "optim__warmup_steps": 1,
     "data__photometric": 0.5,
 }
+
+SHORT = {"train__steps_per_epoch": 2, "optim__base_batch": 4, "data__val_split": ""}
 
 
 class Crash(BaseException):
@@ -112,9 +114,8 @@ def writable() -> str:
 
 def predict_twice(accelerator: Accelerator) -> None:
     """Predict on a split, and again after some of the parts are lost."""
-    options = predict.parse(
-        [*tiny.predict_options(FOLDER / "unbroken", FOLDER / "data"), "--out", f"{FOLDER}/predicted"]
-    )
+    words = tiny.predict_options(FOLDER / "unbroken", FOLDER / "data")
+    options = predict.parse([*words, "--out", f"{FOLDER}/predicted"])
     predict.predict(options)
     if RANK == 0:
         for part in sorted((FOLDER / "predicted").glob("parts/*/*"))[1::3]:
@@ -134,7 +135,7 @@ def main() -> None:
     facts["prepared"] = outcomes_of_prepared_loaders(accelerator, FOLDER / "data")
     facts["unbroken"] = run("unbroken", **EVERYTHING)
     facts["status"], facts["broken"] = stopped_and_crashed()
-    facts["sgd"] = run("sgd", **tiny.STAGES, optim__base_batch=4, data__val_split="")
+    facts["sgd"] = run("sgd", **tiny.STAGES | SHORT)
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     predict_twice(accelerator)
