@@ -115,12 +115,7 @@ def folder_name(name: str) -> str:
 
 
 def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]) -> None:
-    """Train with all settings, one after the other, and write the comparison.
-
-    Raises:
-        UserError: `folder` cannot be written, or a training failed.
-        command.Stopped: a signal ended the current training.
-    """
+    """Train with all settings, one after the other, and write the comparison."""
     command.start_logging()
     check_writable(folder, "--run.dir")
     train_all(configs, options)
@@ -137,7 +132,7 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """Run `accelerate launch trainer/train.py` with each of the settings; `options` are those of the launcher."""
+    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, until one fails or a signal ends it."""
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():

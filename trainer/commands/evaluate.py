@@ -200,8 +200,6 @@ def evaluate(
     Args:
         network: on the accelerator's device; its mode (training or not) is restored.
         dataset: with the classes of the network.
-        split: of the dataset.
-        accelerator: of the ranks.
         data: `workers`, `read_ahead_mb`, `stall_s` and the cache's options are used.
         train: `eval_batch_size` is used.
         parents: for the Open Images AP, of classes that are kinds of others.

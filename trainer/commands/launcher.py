@@ -43,8 +43,7 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
 
     Args:
         script: what each rank runs; it must call `register_rank`.
-        arguments: of the script.
-        options: of `accelerate launch`.
+        arguments: of the script; `options` are those of `accelerate launch`.
         noted: from `noted_signals`; for each of its entries, present or future, every rank receives one SIGTERM.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]

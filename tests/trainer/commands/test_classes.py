@@ -44,15 +44,6 @@ def test_predict_processes_images_without_the_classes_of_the_network(dataset: Pa
     assert len(json.loads((out / "predictions.json").read_text())["images"]) == 5  # with squares or without
 
 
-def test_a_run_does_not_resume_with_other_classes(
-    dataset: Path, renamed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tiny.write_checkpoint(tmp_path / "run", dataset)
-    assert train.main(tiny.arguments(renamed, run)) == 2
-    assert "'Disc'" in capsys.readouterr().err
-    assert open_checkpoint(str(run)).categories == tiny.CATEGORIES
-
-
 def test_weights_of_other_classes_are_loaded_without_their_class_specific_layers(
     checkpoint: Path, renamed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

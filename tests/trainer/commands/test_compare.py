@@ -88,15 +88,6 @@ def test_the_table_has_the_last_and_the_best_evaluation(
     assert lines[2] == f"| heads | {cells} | 0.1 | 2.0 |"
 
 
-def test_a_folder_that_cannot_be_written_is_reported_before_the_first_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "c.yaml").write_text("settings: {same: }\n")
-    assert script.main([str(tmp_path / "c.yaml"), "--data.shards", "/nowhere", "--run.dir", "/proc/nowhere"]) == 2
-    message = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --run.dir"
-    assert capsys.readouterr().err == f"compare: error: {message}\n"
-
-
 @pytest.mark.usefixtures("no_curves")
 def test_a_comparison_trains_all_settings_and_names_one_that_fails(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -91,14 +91,6 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_an_out_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    message = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
-    assert evaluate.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere"]) == 2
-    assert capsys.readouterr().err == f"evaluate: error: {message}\n"
-
-
 def test_a_checkpoint_folder_that_cannot_be_written_is_reported_before_the_evaluation(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,12 +259,3 @@ def test_bad_input_is_one_line(
     assert error.startswith("predict: error: ")
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_an_out_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
-    dataset: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = "/proc/nowhere: cannot be written (/proc is not a writable folder): choose another --out"
-    for what in ([str(images[0])], ["--data.shards", str(dataset)]):
-        assert predict.main(["--checkpoint", "/nowhere", "--out", "/proc/nowhere", *what]) == 2
-        assert capsys.readouterr().err == f"predict: error: {message}\n"

@@ -2,6 +2,10 @@
 
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 
 from tests.trainer import tiny
 
@@ -23,3 +27,22 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
     assert errors == [f"{name}: {message}" for name in ("compare", "evaluate", "predict", "train")]
     assert modules == "[]"
     assert done.stdout.count("show this help message") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("evaluate", "--checkpoint /nowhere --out"),
+        ("predict", "a.jpg --checkpoint /nowhere --out"),
+        ("predict", "--data.shards DATASET --checkpoint /nowhere --out"),
+        ("compare", "compare-layers --data.shards /nowhere --run.dir"),
+        ("train", "--data.shards DATASET --data.val_split= --model.weights /nowhere --run.dir"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
+    name: str, words: str, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*words.replace("DATASET", str(dataset)).split(), "/proc/nowhere"]
+    assert import_module(f"trainer.commands.{name}").main(arguments) == 2
+    message = f"/proc/nowhere: cannot be written (/proc is not a writable folder): choose another {arguments[-2]}"
+    assert capsys.readouterr().err == f"{name}: error: {message}\n"
