@@ -132,7 +132,7 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, until one fails or a signal ends it."""
+    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, unless one fails or is stopped."""
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():

@@ -36,10 +36,10 @@ def test_a_lost_rank_is_one_line(
     )
 
 
-def test_other_errors_of_torch_are_raised() -> None:
-    for error in (RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")):
-        with pytest.raises(type(error)):
-            command.run("train", lambda error=error: _raise(error))
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")])
+def test_other_errors_of_torch_are_raised(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        command.run("train", lambda: _raise(error))
 
 
 @pytest.mark.parametrize(("rank", "line"), [("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")])
