@@ -52,6 +52,7 @@ STAGES: dict[str, Any] = {
     "train__stages": "[{layers: heads, epochs: 1}, {layers: all, epochs: 1, lr: 0.1}]",
     "train__steps_per_epoch": 3,
 }
+SHORT_STAGES = STAGES | {"train__steps_per_epoch": 2, "optim__base_batch": 4, "data__val_split": ""}
 
 
 def draw_sample(number: int, *, size: tuple[int, int] = (72, 60), prefix: str = "img") -> Sample:

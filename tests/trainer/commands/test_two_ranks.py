@@ -98,8 +98,7 @@ def test_a_run_counts_global_batches_and_trains_the_layers_of_its_stage(two_rank
 
 
 def test_two_ranks_learn_what_one_rank_does(two_ranks: Path, tmp_path: Path) -> None:
-    short = {"train__steps_per_epoch": 2, "optim__base_batch": 4, "data__val_split": ""}
-    settings = tiny.STAGES | short | {"train__accumulate": 2}  # the same two batches, one after the other
+    settings = tiny.SHORT_STAGES | {"train__accumulate": 2}  # the same two batches, one after the other
     assert train.main(tiny.arguments(two_ranks / "data", tmp_path, **settings)) == 0
     for one, two in zip(losses(tmp_path), losses(two_ranks / "sgd"), strict=True):
         assert one == pytest.approx(two, rel=1e-3)

@@ -3,6 +3,7 @@
 Each rank leaves `rank-N.json` with what it saw, next to the folders of the runs; `test_two_ranks.py` looks at them.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -38,8 +39,6 @@ EVERYTHING = tiny.STAGES | {
     "optim__warmup_steps": 1,
     "data__photometric": 0.5,
 }
-
-SHORT = {"train__steps_per_epoch": 2, "optim__base_batch": 4, "data__val_split": ""}
 
 
 class Crash(BaseException):
@@ -126,6 +125,7 @@ def predict_twice(accelerator: Accelerator) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in the fixture of the other trainings
     Accelerator.end_training = lambda self: None  # it would end the group of processes
     mock.patch("trainer.run.runlog.draw_curves", return_value=b"").start()  # slower than the training
     accelerator = distributed.start_accelerator(timeout=distributed.TRAINING_TIMEOUT)
@@ -135,7 +135,7 @@ def main() -> None:
     facts["prepared"] = outcomes_of_prepared_loaders(accelerator, FOLDER / "data")
     facts["unbroken"] = run("unbroken", **EVERYTHING)
     facts["status"], facts["broken"] = stopped_and_crashed()
-    facts["sgd"] = run("sgd", **tiny.STAGES | SHORT)
+    facts["sgd"] = run("sgd", **tiny.SHORT_STAGES)
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     predict_twice(accelerator)
