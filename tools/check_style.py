@@ -25,7 +25,7 @@ PHRASES = {
     r"\b(?:can|could|cannot|may|to)(?: not)? be had\b": "unavailable, could not be fetched",
     r"\bgo(?:es)? on\b": "resumes, continues",
     r"\banew\b": "again, from scratch",
-    r"\b(?:rated|rates (?:the|a|an|these|this|it))\b": "evaluated, scored",
+    r"\b(?:rated|rates (?:the|a|an|every|each|all|these|this|it))\b": "evaluated, scored",
     rf"\b(?:{COUNTED}) an? (?:{UNITS})\b": "images per class, bytes per worker",
     r"\bso (?:many|much) (?:seconds|bytes|samples|patience)\b": "more than N seconds",
     r"\blies?\b": "is in, is under",

@@ -221,7 +221,8 @@ def check_range(name: str, value: Any, item: dataclasses.Field[Any]) -> None:
     low, high = item.metadata["low"], item.metadata["high"]
     for one in value if isinstance(value, list | tuple) else [value]:
         if isinstance(one, float) and not math.isfinite(one):
-            raise ConfigError(f"{name} is {value}: give a finite number")
+            bounds = "" if low is None and high is None else f", {_bounds(low, high)}"
+            raise ConfigError(f"{name} is {value}: give a finite number{bounds}")
         if isinstance(one, int | float) and ((low is not None and one < low) or (high is not None and one > high)):
             raise ConfigError(f"{name} is {value}: it must be {_bounds(low, high)}")
 

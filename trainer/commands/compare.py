@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location, list[str]]:
-    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`."""
+    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`.
+
+    Raises:
+        UserError: an argument or the comparison is wrong.
+    """
     description = "Train with several settings and compare their AP."
     parser = command.Parser("compare.py", description, usage="compare.py [options] NAME")
     add_options(parser, CompareOptions)
@@ -64,7 +68,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location,
 
 
 def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
-    """Return the settings of each run: the base, then the command line, then its own changes."""
+    """Return the settings of each run: the base, then the command line, then its own changes.
+
+    Raises:
+        ConfigError: the file cannot be read or is wrong, or its runs cannot be compared.
+    """
     path = yaml_config.config_path(options.comparison)
     try:
         value = yaml.safe_load(yaml_config.read_config(options.comparison, "comparison"))
@@ -121,18 +129,23 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
     train_all(configs, options)
     runs = {name: read_run(name, Location(config.run.dir)) for name, config in configs.items()}
 
-    from trainer.run.plots import draw_comparison
+    from trainer.run.plots import draw_ap_curves
 
     rows = [summarize(name, *run) for name, run in runs.items()]
     text = table(rows)
     (folder / "compare.md").write(text.encode("utf-8"))
     (folder / "compare.json").write(json.dumps(rows, indent=1).encode("utf-8"))
-    (folder / "compare.png").write(draw_comparison({name: evaluations for name, (_, evaluations) in runs.items()}))
+    (folder / "compare.png").write(draw_ap_curves({name: evaluations for name, (_, evaluations) in runs.items()}))
     print(f"\n{text}\nalso in {folder}: compare.md, compare.json, compare.png")
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, unless one fails or is stopped."""
+    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, until one fails or is stopped.
+
+    Raises:
+        UserError: a training failed.
+        command.Stopped: a signal ended the current training.
+    """
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():

@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> EvaluateOptions:
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> None:
-    """Evaluate the checkpoint, print the table and write the files."""
+    """Evaluate the checkpoint, print the table and write the files; UserError if the inputs do not fit together."""
     command.start_logging()
 
     from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow

@@ -63,6 +63,9 @@ def parse(arguments: Sequence[str] | None) -> Config:
 def train(config: Config) -> MaskRCNN:
     """Train until all epochs are done, from the newest checkpoint of `run.dir` if there is one, on all ranks.
 
+    Returns:
+        The network with the weights after the last step, which are the same on every rank.
+
     Raises:
         UserError: settings or data are wrong, storage fails, or losses are not finite.
         command.Stopped: a signal ended the run, which is saved.
@@ -165,7 +168,7 @@ def train_step(
         "images": images,
         **loading(reports),
     }
-    return row | ({"skipped": problem} if problem else {}), int(max(report.signal for report in reports))
+    return row | ({"skipped": problem} if problem else {}), max(report.signal for report in reports)
 
 
 def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

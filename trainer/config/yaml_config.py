@@ -27,7 +27,7 @@ def load_config(name: str | None, overrides: Sequence[tuple[str, str]] = ()) -> 
     """
     config = Config()
     if name is not None:
-        set_from_yaml(config, read_config(name), name)
+        set_from_yaml(config, read_config(name), f"config {name}")
     for option, text in overrides:
         set_from_words(config, option, text)
     validate(config)
@@ -55,9 +55,11 @@ def read_config(name: str, kind: str = "config") -> bytes:
     except StorageError as error:
         hint = ""
         if error.missing:
-            known = recipes() if kind == "config" else [one for one in _packaged() if one not in recipes()]
+            known, what = recipes(), "recipes"
+            if kind == "comparison":
+                known, what = [one for one in _packaged() if one not in known], "comparisons"
             near = did_you_mean(name.rpartition("/")[2].removesuffix(".yaml"), known)
-            hint = f": {near + ' ' if near else ''}Names of the package are {', '.join(known)}"
+            hint = f": {near + ' The' if near else 'the'} packaged {what} are {', '.join(known)}"
         raise ConfigError(f"{kind} {name}: cannot be read: {error}{hint}") from error
 
 

@@ -1,4 +1,4 @@
 """How good detections are.
 
-A metric has three methods: `process` adds images, `evaluate` scores those of all ranks, `reset` forgets them.
+A metric has two methods: `process` adds images, `evaluate` scores those of all ranks.
 """

@@ -46,10 +46,6 @@ class ConfusionMetric:
     def __init__(self, categories: Sequence[Category], score: float) -> None:
         self.categories, self.score = tuple(categories), score
         self._position = {category.id: i for i, category in enumerate(self.categories)}
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every image."""
         self._counts = np.zeros((len(self.categories) + 1,) * 2, dtype=np.int64)
 
     def process(self, images: Sequence[Comparison]) -> None:

@@ -33,10 +33,6 @@ class PerImageMetric(ABC, Generic[Record, Result]):
         self.categories = tuple(categories)
         self._records: list[tuple[str, Record]] = []  # image id, what is kept of the image
 
-    def reset(self) -> None:
-        """Forget every image."""
-        self._records = []
-
     def process(self, images: Sequence[Comparison]) -> None:
         """Add images with their detections."""
         self._records.extend((image.sample.image_id, self._record(image)) for image in images)

@@ -1,4 +1,4 @@
-"""Which evaluation of a run is its best. Imports nothing, so that `compare --help` is quick."""
+"""Which evaluation of a run is its best. Imports no torch, so that `compare --help` is quick."""
 
 from __future__ import annotations
 

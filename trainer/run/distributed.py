@@ -91,7 +91,11 @@ def tracker_folder(run: Location) -> str:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate knows each tracker and its package is installed; it silently leaves out the others."""
+    """Check that accelerate knows each tracker and that its package is installed; accelerate silently skips the others.
+
+    Raises:
+        UserError: it names the first tracker that is not.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known = sorted(str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS)
@@ -124,7 +128,11 @@ def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> N
 
 
 def checkpoint_to_resume(run: Location, resume: str, accelerator: Accelerator) -> State | None:
-    """Return what `checkpoint.find` finds on the main rank: all ranks load the same checkpoint."""
+    """Return the state to resume from, or None: what `checkpoint.find` finds on the main rank, on every rank.
+
+    Raises:
+        CheckpointError, StorageError: as `checkpoint.find`.
+    """
     from trainer.model.checkpoint import find, load
 
     found = find(run, resume) if accelerator.is_main_process else None

@@ -49,7 +49,7 @@ def draw_curves(steps: Rows, evaluations: Rows) -> bytes:
     return png(figure)
 
 
-def draw_comparison(runs: Mapping[str, Rows]) -> bytes:
+def draw_ap_curves(runs: Mapping[str, Rows]) -> bytes:
     """Return a PNG of the mask AP and box AP of several runs: rows of evaluations.jsonl by the run's name."""
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     for panel, kind, title in zip(figure.subplots(1, 2), ("segm", "bbox"), ("mask AP", "box AP")):

@@ -49,7 +49,7 @@ log = logging.getLogger("trainer")
 PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "fsspec", "s3fs", "numpy", "pycocotools", "safetensors")
 
 
-class Rows:
+class RowFile:
     """A file of JSON lines, each with a "step".
 
     Rows beyond the given step are dropped, and so is a last line that a crash truncated.
@@ -87,8 +87,8 @@ class RunLog:
         self.run, self.accelerator = run, accelerator
         save_config(config, run / "config.yaml")
         (run / "environment.json").write(json.dumps(environment(accelerator), indent=1).encode("utf-8"))
-        self.steps = Rows(run / "metrics.jsonl", step)
-        self.evaluations = Rows(run / "evaluations.jsonl", step)
+        self.steps = RowFile(run / "metrics.jsonl", step)
+        self.evaluations = RowFile(run / "evaluations.jsonl", step)
         self._drawn = len(self.steps.rows), len(self.evaluations.rows)
         self.progress = Progress(config.run.log_steps, total)
         accelerator.init_trackers("maskstream", config=flattened(config.to_dict()))
@@ -99,7 +99,7 @@ class RunLog:
         return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
 
     def add_step(self, row: dict[str, Any], seconds: float) -> None:
-        """Add the times of a step that took that long, with its wait for data, to its row of metrics.jsonl; log it."""
+        """Add to a step's row of metrics.jsonl its time, speed and share of waiting for data, and log it."""
         row |= {
             "seconds": seconds,
             "images_per_s": row["images"] / seconds,
@@ -256,8 +256,10 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []  # Linux has it
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux, or a sandbox
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Losses = Mapping[str, Tensor]  # by name; scalars
 
+COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `StepReport` that add up
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -28,18 +30,20 @@ class StepReport:
     losses: dict[str, float]  # mean of each loss over the rank's batches
     data_wait_s: float  # waiting for its batches
     read_mb: float  # 10^6 bytes that its loader read from storage
-    requests: float  # to storage
-    retries: float  # requests that were repeated
-    samples: float  # in its batches
-    cache_hits: float  # samples that came from the cache
+    requests: int  # to storage
+    retries: int  # requests that were repeated
+    samples: int  # in its batches
+    cache_hits: int  # samples that came from the cache
     memory_mb: float  # see `peak_memory_mb`
-    signal: float  # number of the signal that the rank received; 0 for none
+    signal: int  # number of the signal that the rank received; 0 for none
 
 
 def exchange(
     accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int
 ) -> list[StepReport]:
     """Share what this rank reports, in one collective operation; return the reports of all ranks, in their order.
+
+    The list is the same on every rank.
 
     Args:
         accelerator: every rank must call this.
@@ -63,7 +67,8 @@ def exchange(
     own = torch.cat((means, means.new_tensor(list(numbers.values()))))  # [losses + numbers]
     reports = []
     for row in accelerator.gather(own[None]).tolist():  # [ranks, losses + numbers]
-        values = dict(zip([*losses[0], *numbers], row, strict=True))
+        values: dict[str, Any] = dict(zip([*losses[0], *numbers], row, strict=True))
+        values |= {name: int(values[name]) for name in (*COUNTS, "signal")}
         reports.append(StepReport({name: values.pop(name) for name in losses[0]}, **values))
     return reports
 
@@ -103,12 +108,11 @@ def mean_losses(reports: Sequence[StepReport]) -> dict[str, float]:
 def loading(reports: Sequence[StepReport]) -> dict[str, Any]:
     """Return what the loaders of all ranks did, and the largest memory of a rank, as a step's row of metrics.jsonl."""
     waits = [report.data_wait_s for report in reports]
-    counts = ("requests", "retries", "samples", "cache_hits")
     return {
         "data_wait_s": sum(waits) / len(waits),
         "data_wait_longest_s": max(waits),
         "read_mb": round(sum(report.read_mb for report in reports), 6),
-        **{name: int(sum(getattr(report, name) for report in reports)) for name in counts},
+        **{name: sum(getattr(report, name) for report in reports) for name in COUNTS},
         "memory_mb": max(report.memory_mb for report in reports),
     }
 

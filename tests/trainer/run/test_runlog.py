@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from shards.storage.location import Location
 from trainer.config.settings import Config
 from trainer.config.yaml_config import load_config
-from trainer.run.runlog import Progress, Rows, RunLog
+from trainer.run.runlog import Progress, RowFile, RunLog
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 def test_rows_beyond_the_step_and_a_truncated_line_are_dropped(tmp_path: Path, scheme: str) -> None:
     place = Location(f"{scheme}{tmp_path}/metrics.jsonl")
     place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n{"st')
-    rows = Rows(place, 3)
+    rows = RowFile(place, 3)
     rows.append({"step": 4, "again": True})  # on a local disk it is in the file immediately
     if scheme:
         rows.flush()
@@ -46,7 +46,7 @@ def test_rows_beyond_the_step_and_a_truncated_line_are_dropped(tmp_path: Path, s
 
 def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> None:
     place = Location(f"memory://{tmp_path}/metrics.jsonl")
-    rows = Rows(place, 0)
+    rows = RowFile(place, 0)
     rows.append({"step": 1})
     assert place.read() == b""
     rows.flush()

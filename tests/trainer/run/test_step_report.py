@@ -10,9 +10,9 @@ from shards.stream.loader import LoaderStatistics
 from trainer.run.step_report import StepReport, exchange, loading, mean_losses, nonfinite_losses
 
 
-def report(losses: dict[str, float], **changes: float) -> StepReport:
-    values = {"data_wait_s": 0.5, "read_mb": 2.5, "requests": 3, "retries": 0, "samples": 4, "cache_hits": 1}
-    return StepReport(losses, **{**values, "memory_mb": 9.0, "signal": 0, **changes})
+def report(losses: dict[str, float], **changes: Any) -> StepReport:
+    values: dict[str, Any] = {"data_wait_s": 0.5, "read_mb": 2.5, "requests": 3, "retries": 0, "samples": 4}
+    return StepReport(losses, **{**values, "cache_hits": 1, "memory_mb": 9.0, "signal": 0, **changes})
 
 
 def test_exchange_reports_mean_losses_of_a_rank_and_what_its_loader_did() -> None:
