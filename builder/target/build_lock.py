@@ -2,8 +2,9 @@
 
 The lock is an object that states its holder. It is created by a conditional put, which on a disk is an exclusive
 create, and is renewed every `BEAT_S`. It is stale if it was not renewed for `STALE_S`, or at once if its holder ran on
-this machine and the process is gone. A stale lock is overwritten, and so is any lock on a store without conditional
-puts: there the last writer holds it, and a holder that lost its lock stops after its next heartbeat.
+this machine, in the same container if any, and the process is gone. A stale lock is overwritten, and so is any lock on
+a store without conditional puts: there the last writer holds it, and a holder that lost its lock stops after its next
+heartbeat.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Holder:
 
     Attributes:
         token: random text, different for each build.
-        machine: equal for processes that see each other's process ids.
+        machine: host, its boot and its namespace of process ids: equal for processes that see each other's ids.
         started: start of the build, UTC, ISO 8601.
         beat: last renewal of the lock, in seconds since 1970.
     """
@@ -125,7 +126,7 @@ class BuildLock:
             raise UserError(f"{self._root}: another build started at the same moment: run the command again")
 
     def _is_mine(self) -> bool:
-        """Whether no other build holds the lock."""
+        """Return whether no other build holds the lock."""
         found = read_lock(self._root)
         return found is None or found.token == self._holder.token
 
@@ -156,13 +157,14 @@ def read_lock(root: Location) -> Holder | None:
         return None
     with suppress(ValueError, TypeError, KeyError):
         value = json.loads(answer)
-        return Holder(**{field.name: value[field.name] for field in fields(Holder)})
-    # Killed while it created the lock.
+        numbers = {"pid": int(value["pid"]), "beat": float(value["beat"])}
+        return Holder(**{field.name: value[field.name] for field in fields(Holder)} | numbers)
+    # Killed while it created the lock, or damaged.
     return Holder(token="", host="an unknown host", pid=0, machine="", started="at an unknown time", beat=0.0)
 
 
 def _has_died_here(holder: Holder) -> bool:
-    """Whether the holder ran on this machine and is gone."""
+    """Return whether the holder ran on this machine and is gone."""
     if holder.machine != _machine():
         return False
     try:
@@ -175,5 +177,9 @@ def _has_died_here(holder: Holder) -> bool:
 
 
 def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")  # Linux only
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+    found = [socket.gethostname()]
+    with suppress(OSError):  # Linux only, and not readable in every sandbox
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):  # containers can share the host's name, but not its process ids
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.target.build_lock import LOCK_FILE, SETTLE_S, STALE_S, BuildLock, read_lock, refuse_if_held
+from builder.target.build_lock import LOCK_FILE, SETTLE_S, STALE_S, BuildLock, _machine, read_lock, refuse_if_held
 from shards.common.errors import UserError
 from shards.storage import retry
 from shards.storage.location import Location
@@ -114,6 +115,30 @@ def test_the_lock_of_a_killed_process_on_this_machine_is_taken_over_at_once(
     assert f"taking over the lock of process {process.pid} " in caplog.text
 
 
+def test_the_lock_of_another_container_with_the_same_host_name_is_respected(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError(pid)
+
+    monkeypatch.setattr("os.kill", gone)
+    monkeypatch.setattr("os.readlink", lambda path: "pid:[1]")
+    (tmp_path / LOCK_FILE).write_bytes(lock_of(clock, machine=_machine()))
+    refuse_if_held(Location(str(tmp_path)), clock.now)
+    monkeypatch.setattr("os.readlink", lambda path: "pid:[2]")
+    with pytest.raises(UserError, match="another build is at work"):
+        refuse_if_held(Location(str(tmp_path)), clock.now)
+
+
+def test_a_machine_without_a_readable_boot_id_is_known_by_its_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: object) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("os.readlink", refused)
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    assert _machine() == socket.gethostname()
+
+
 @pytest.mark.parametrize("machine", ["other", "this one"])
 def test_a_lock_without_a_heartbeat_expires(tmp_path: Path, clock: Clock, machine: str) -> None:
     root = Location(str(tmp_path))
@@ -129,12 +154,16 @@ def test_a_lock_without_a_heartbeat_expires(tmp_path: Path, clock: Clock, machin
     assert read_lock(root) is None
 
 
-def test_a_half_written_lock_is_taken_over_unless_it_is_being_written(root: Location, clock: Clock) -> None:
+def test_a_damaged_lock_is_taken_over_unless_it_is_being_written(root: Location, clock: Clock) -> None:
     (root / LOCK_FILE).write(b'{"token": "a')
     with lock(root, clock):
         with pytest.raises(UserError, match="another build is at work"):
             refuse_if_held(root, clock.now)
     assert read_lock(root) is None
+    (root / LOCK_FILE).write(lock_of(clock, beat="now"))
+    found = refuse_if_held(root, clock.now)
+    assert found is not None
+    assert not found.token
     (root / LOCK_FILE).write(b"")
     late = BuildLock(root, clock.now, lambda _: (root / LOCK_FILE).write(lock_of(clock)))
     with pytest.raises(UserError, match="process 1 on elsewhere"):
