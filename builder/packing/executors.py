@@ -6,12 +6,13 @@ import gc
 import importlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection, forkserver
@@ -79,6 +80,7 @@ def _run_in_processes(
             processes[-1].start()
             other_end.close()
             running[pipe] = task
+        for pipe, task in running.items():  # sending a large task waits until its worker has started
             with _death_reported():
                 pipe.send(task)
         while running:
@@ -111,7 +113,7 @@ def _death_reported() -> Iterator[None]:
 
 
 def _work(pipe: connection.Connection, function: Callable[[Task], Result]) -> None:
-    """Answer each task with an error, or None, and a result."""
+    """Answer each task."""
     gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
@@ -119,15 +121,21 @@ def _work(pipe: connection.Connection, function: Callable[[Task], Result]) -> No
     # Exit with the parent even if it is killed.
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     while True:
-        task = pipe.recv()
-        answer: tuple[Exception | None, Result | None]
-        try:
-            answer = None, function(task)
-        except Exception as error:
-            if not isinstance(error, UserError):
-                error.add_note(traceback.format_exc())
-            answer = error, None
-        pipe.send(answer)
+        pipe.send_bytes(_answer(function, pipe.recv()))
+
+
+def _answer(function: Callable[[Task], Result], task: Task) -> bytes:
+    """Return a pickled pair of an error, or None, and a result; the pair can be unpickled."""
+    try:
+        return pickle.dumps((None, function(task)))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(traceback.format_exc())
+        with suppress(Exception):
+            data = pickle.dumps((error, None))
+            pickle.loads(data)  # noqa: S301 - made in the line above
+            return data
+        return pickle.dumps((RuntimeError(traceback.format_exc()), None))
 
 
 def _run_on_cluster(

@@ -57,6 +57,15 @@ def refuse(number: int) -> int:
     raise UserError(f"number {number} is refused")
 
 
+class NeedsTwoError(Exception):
+    def __init__(self, text: str, number: int) -> None:  # unpickling gives it only the text
+        super().__init__(text)
+
+
+def fail_without_pickling(number: int) -> int:
+    raise NeedsTwoError("cannot be rebuilt", number) if number else ValueError("cannot be pickled", lambda: None)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: int) -> None:
     done = dict(execute(square, range(23), Engine(workers)))
@@ -64,6 +73,12 @@ def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: in
     assert list(execute(square, [], Engine(workers))) == []
     with pytest.raises(UserError, match=r"^number \d is refused$"):
         list(execute(refuse, [0, 1], Engine(workers)))
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "cannot be pickled"), (1, "NeedsTwoError: cannot be rebuilt")])
+def test_an_error_that_cannot_be_sent_is_reported_with_its_traceback(number: int, text: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"(?s)in fail_without_pickling.*{text}"):
+        list(execute(fail_without_pickling, [number] * 2, Engine(2)))
 
 
 def test_workers_end_with_the_iteration() -> None:
