@@ -60,8 +60,8 @@ exit codes:
 
 To resume an interrupted or killed build, run the same command again. Only one build can run in a location at a time: a
 lock next to the shards marks a running build. The lock of a build that died on this machine is ignored, that of a build
-on another machine expires after ten minutes. S3 endpoints and credentials come from the usual AWS variables and files
-(AWS_ENDPOINT_URL, AWS_PROFILE, ...) and are never printed or stored.
+on another machine or in another container expires ten minutes after its last heartbeat. S3 endpoints and credentials
+come from the usual AWS variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, ...) and are never printed or stored.
 """
 
 
@@ -200,7 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
         try:
             data = Location(given.config).read()
         except StorageError as error:
-            raise ConfigError(f"{where}: cannot be read: {error}") from error
+            raise ConfigError(f"{where}: cannot be read: {error}: give the path of a YAML file") from error
         set_from_yaml(options, data, where)
     set_from_arguments(options, given)
     check(options)

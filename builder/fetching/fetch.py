@@ -23,7 +23,8 @@ from shards.storage.ranges import (
 )
 
 IN_FLIGHT = 32  # concurrent requests
-OBJECT_BYTES = 256 << 20  # the largest object that is read whole: an image of Open Images has about half a megabyte
+OBJECT_BYTES = 256 << 20  # the largest image or record: an image of Open Images has about half a megabyte
+FILE_BYTES = 8 << 30  # the largest file that is read whole: the instances of COCO's train split have 450 MB
 
 # S3 error codes of wrong or expired credentials: every request would be refused, whatever the object.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
@@ -59,29 +60,30 @@ class Refusal:
     reason: str
 
 
-def fetch(requests: Sequence[Request], meter: Meter = PROCESS) -> list[bytes | Refusal]:
+def fetch(requests: Sequence[Request], meter: Meter = PROCESS, largest: int | None = None) -> list[bytes | Refusal]:
     """Read concurrently and return the answers in the order of the requests.
 
     Timeouts, server errors, broken connections and bytes that do not match their checksum are retried with back-off
-    (`shards.storage.ranges`).
+    (`shards.storage.ranges`). `largest` is the limit for whole objects, in bytes, by default `OBJECT_BYTES`.
 
     Raises:
         StorageError: A read failed at every attempt, or cannot succeed (no such bucket, no credentials).
     """
     statistics = ReadStatistics()
-    reads = [Read(r.location, r.start, r.end, OBJECT_BYTES if r.end is None else None, r.etag) for r in requests]
+    largest = largest or OBJECT_BYTES
+    reads = [Read(r.location, r.start, r.end, largest if r.end is None else None, r.etag) for r in requests]
     answers = read_many(reads, in_flight=IN_FLIGHT, statistics=statistics)
     meter.count(statistics.requests, statistics.nbytes)
     return [_checked(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
 
 def fetch_one(request: Request) -> bytes:
-    """Read an object that must exist.
+    """Read an object that must exist, such as an annotation file of up to `FILE_BYTES`.
 
     Raises:
-        StorageError: It is missing or refused, or `fetch` raises it.
+        StorageError: It is missing, refused, too large or damaged, or `fetch` raises it.
     """
-    return _existing(request.location, fetch([request])[0])
+    return _existing(request.location, fetch([request], largest=FILE_BYTES)[0])
 
 
 def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
@@ -122,7 +124,7 @@ class RangeFile(io.RawIOBase):
     """One version of a remote object as a seekable binary file: each read is a range request with retries.
 
     Args:
-        description: Of the version to read.
+        description: The description of the version to read.
         start: Where the part begins that is read at once and kept; counted from the end if negative.
         nbytes: The length of that part.
 
@@ -139,11 +141,11 @@ class RangeFile(io.RawIOBase):
         self.kept = self._fetch(self._kept_start, min(self._kept_start + nbytes, self.length))
 
     def readable(self) -> bool:
-        """As of any file."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """As of any file on a disk."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -165,7 +167,7 @@ class RangeFile(io.RawIOBase):
         return done
 
     def _read_some(self, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, or up to where the kept part begins or ends."""
+        """Return the bytes from `start` up to `end`, or up to where the kept part begins or ends."""
         offset = start - self._kept_start
         if 0 <= offset < len(self.kept):
             return self.kept[offset : end - self._kept_start]
@@ -194,13 +196,14 @@ def length_of(location: Location, description: Description) -> int:
 def _checked(request: Request, answer: bytes | Exception) -> bytes | Refusal:
     data = _answer_or_refusal(request.location.url, answer)
     if not isinstance(data, Refusal) and request.end is not None and len(data) != request.end - request.start:
-        expected = f"expected {request.end - request.start} bytes from byte {request.start}, got {len(data)}"
-        raise StorageError(f"{request.location}: {expected}: is it truncated?")
+        asked, found = request.end - request.start, len(data)
+        hint = "the server seems to ignore byte ranges, which are needed" if found > asked else "is it truncated?"
+        raise StorageError(f"{request.location}: expected {asked} bytes from byte {request.start}, got {found}: {hint}")
     return data
 
 
 def _answer_or_refusal(url: str, answer: T | Exception) -> T | Refusal:
-    """The answer, or the refusal that an error stands for; other errors are raised."""
+    """Return the answer, or the refusal that an error stands for; raise other errors."""
     if not isinstance(answer, Exception):
         return answer
     if isinstance(answer, TooLargeError):
@@ -227,10 +230,13 @@ def _answer_or_refusal(url: str, answer: T | Exception) -> T | Refusal:
 def _existing(location: Location, answer: T | Refusal) -> T:
     if not isinstance(answer, Refusal):
         return answer
-    if answer.reason == "missing":
-        text = f"{location}: there is no such object: check the address (--images, --annotations)"
-        raise StorageError(text, missing=True)
-    raise StorageError(f"{location}: access was refused: check the credentials, or try --anonymous", permanent=True)
+    text = {
+        "missing": "there is no such object: check the address (--images, --annotations)",
+        "refused": "access was refused: check the credentials, or try --anonymous",
+        "too-large": f"has more than {FILE_BYTES >> 20} MiB, the limit: check the address, or split the file",
+        "undecodable": "its bytes did not match the store's checksum, twice: run the command again, or store it again",
+    }[answer.reason]
+    raise StorageError(f"{location}: {text}", missing=answer.reason == "missing", permanent=True)
 
 
 def _replaced(url: str) -> str:

@@ -49,7 +49,7 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("--source coco", "needs --images"),
         ("--source coco --images /x", "needs --images"),
         ("--source coco --images x --splits partition --annotations train=a val=b", "cuts a single instances file"),
-        ("--config /nowhere.yaml", "--config /nowhere.yaml: cannot be read"),
+        ("--config /nowhere.yaml", "give the path of a YAML file"),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:

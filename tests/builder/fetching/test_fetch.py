@@ -54,7 +54,7 @@ def test_missing_objects_are_answers_in_the_order_of_the_requests(tmp_path: Path
     assert fetch([]) == []
     with pytest.raises(StorageError, match="gone"):
         fetch_one(requests[1])
-    with pytest.raises(StorageError, match="expected 3 bytes from byte 2, got 2"):
+    with pytest.raises(StorageError, match="expected 3 bytes from byte 2, got 2: is it truncated"):
         fetch([Request(requests[0].location, 2, 5)])
 
 
@@ -141,9 +141,10 @@ def test_refusals_are_not_retried(code: int, reason: str) -> None:
         assert left == [good]
 
 
-def test_a_server_without_byte_ranges_is_an_error() -> None:
-    with http_server([partial(send, code=200, length=len(DATA), body=DATA)]) as (location, _):
-        with pytest.raises(StorageError, match="ignores byte ranges"):
+@pytest.mark.parametrize("code", [200, 206])
+def test_a_server_without_byte_ranges_is_an_error(code: int) -> None:
+    with http_server([partial(send, code=code, length=len(DATA), body=DATA)]) as (location, _):
+        with pytest.raises(StorageError, match=r"ignores? byte ranges"):
             fetch([Request(location, 2, 5)])
 
 
@@ -157,6 +158,8 @@ def test_an_object_costs_one_request_and_another_one_if_its_checksum_is_wrong(pr
     assert proxy.counters.requests["GET"] == 5
     proxy.faults = (Fault("corrupt", "GET"),)
     assert fetch([Request(stored)]) == [Refusal("undecodable")]
+    with pytest.raises(StorageError, match="did not match the store's checksum"):
+        fetch_one(Request(stored))
 
 
 def test_an_etag_that_twice_differs_from_the_same_md5_is_no_md5(
@@ -188,9 +191,15 @@ def test_expired_credentials_are_an_error_and_denied_access_and_large_objects_ar
         fetch([Request(stored)])
     proxy.faults = (Fault("refuse", "GET"),)
     assert fetch([Request(stored)]) == [Refusal("refused")]
+    with pytest.raises(StorageError, match="access was refused: check the credentials"):
+        fetch_one(Request(stored))
     proxy.faults = ()
     monkeypatch.setattr("builder.fetching.fetch.OBJECT_BYTES", 9)
     assert fetch([Request(stored)]) == [Refusal("too-large")]
+    assert fetch_one(Request(stored)) == DATA  # an annotation file may be larger than an image
+    monkeypatch.setattr("builder.fetching.fetch.FILE_BYTES", 9)
+    with pytest.raises(StorageError, match="has more than 0 MiB, the limit"):
+        fetch_one(Request(stored))
 
 
 def test_describe_and_inventory(s3: S3Server, stored: Location, tmp_path: Path) -> None:
