@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch
@@ -115,7 +114,7 @@ def begin(
     engine: Engine = IN_THIS_PROCESS,
     writes: bool = True,
 ) -> PreparedBuild:
-    """Check the places, then read the annotations and plan the build.
+    """Check access to sources and root, then read the annotations and plan the build.
 
     Args:
         source: images and annotations.
@@ -126,7 +125,7 @@ def begin(
 
     Raises:
         UserError: bad input, or another build is at work in `root`.
-        StorageError: a place cannot be reached, read or written.
+        StorageError: a location cannot be reached, read or written.
     """
     started, before = time.monotonic(), PROCESS.total
     if root.is_local:
@@ -150,7 +149,7 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
 
     Raises:
         UserError: another dataset or another running build in the root, or no image could be packed.
-        StorageError: a place cannot be reached, read or written.
+        StorageError: a location cannot be reached, read or written.
     """
     source, root, preparation = begun.source, begun.root, begun.preparation
     plan = preparation.plan
@@ -170,7 +169,7 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
             raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
-        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.choice.recorded()))}
+        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.scope.recorded()))}
         info = write_tables(
             root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command
         )
@@ -193,9 +192,13 @@ def summarise(
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
     results: Collection[TaskResult],
-    **others: Any,
+    *,
+    handled: int,
+    replaced: int = 0,
+    recovered: int | None = None,
+    resumed: int = 0,
 ) -> Summary:
-    """Return the `Summary` of a finished dataset and of what this run fetched; `others` are further fields."""
+    """Return the `Summary` of a finished dataset and of what this run fetched; the keywords are fields of it."""
     preparation, now = begun.preparation, time.monotonic()
     return Summary(
         already_built=False,
@@ -211,7 +214,10 @@ def summarise(
         masks=sum((result.masks for result in results), Traffic()),
         seconds=now - begun.started,
         packing=now - begun.prepared,
-        **others,
+        handled=handled,
+        replaced=replaced,
+        recovered=recovered,
+        resumed=resumed,
     )
 
 
@@ -219,7 +225,7 @@ def shortfalls(
     preparation: Preparation, rows: Iterable[IndexRow], accounts: Iterable[Account], categories: Iterable[Category]
 ) -> list[Shortfall]:
     """Return the classes with fewer images than requested and than the source has, because images failed."""
-    if isinstance(preparation.choice.images, ImageList):
+    if isinstance(preparation.scope.images, ImageList):
         images = [account for account in accounts if account.kind == "image"]
         failed = sum(account.failed for account in images)
         return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
@@ -228,7 +234,7 @@ def shortfalls(
         (row.split, category)
         for row in rows
         for category, masks in zip(row.classes, row.masks, strict=True)
-        if masks or not preparation.choice.filters.require_mask
+        if masks or not preparation.scope.filters.require_mask
     )
     found = [
         Shortfall(one.split, one.name, packed[one.split, ids[one.name]], min(one.asked, one.available))

@@ -93,7 +93,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     from builder.commands.retry_failed import retry_failed
     from builder.packing.executors import Engine
     from builder.planning.image_list import ImageList
-    from builder.planning.prepare import Choice, prepare
+    from builder.planning.prepare import BuildScope, prepare
     from builder.planning.selection import Quotas
     from builder.sources.base import Filters
 
@@ -101,7 +101,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     if eval_per_class is None and options.per_class:
         eval_per_class = max(1, options.per_class // 10)
     source = make_source(options, cache)
-    choice = Choice(
+    scope = BuildScope(
         options.class_names,
         ImageList(options.images_list) if options.images_list else Quotas(options.per_class, eval_per_class),
         exact_classes=options.exact_classes,
@@ -113,7 +113,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     )
     workers = 1 if options.dry_run else options.workers or os.cpu_count() or 1
     engine = Engine(workers, options.cluster)
-    make_plan = partial(prepare, source, choice)
+    make_plan = partial(prepare, source, scope)
     begun = begin(source, Location(options.out), make_plan, engine=engine, writes=not options.dry_run)
     if options.dry_run:
         return estimate(begun)

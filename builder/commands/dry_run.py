@@ -73,12 +73,12 @@ def estimate(begun: PreparedBuild) -> Estimate:
     """Estimate what a build would pack and fetch. Nothing is written.
 
     Raises:
-        StorageError: a place cannot be reached or read.
+        StorageError: a location cannot be reached or read.
     """
     source, preparation = begun.source, begun.preparation
     plan = preparation.plan
     images = [image for task in plan.tasks for image in task.images]
-    lengths, unavailable = _sample(images, source.images.anonymous, preparation.choice.seed)
+    lengths, unavailable = _sample(images, source.images.anonymous, preparation.scope.seed)
     mean = sum(lengths) / len(lengths) if lengths else 0.0
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1))
     masks, wanted = _mask_traffic(plan)

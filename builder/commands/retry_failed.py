@@ -54,7 +54,7 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
 
     Raises:
         UserError: the root holds no finished dataset of this plan, or another build is at work there.
-        StorageError: a place cannot be reached, read or written.
+        StorageError: a location cannot be reached, read or written.
     """
     root, preparation = begun.root, begun.preparation
     with BuildLock(root) as lock:
@@ -166,7 +166,7 @@ def _repairs(
 
 
 def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
-    """Return ImageID -> sample of the old shard."""
+    """Return a dict from ImageIDs to samples of the old shard."""
     if repair.shard is None:
         return {}
     where = root / repair.shard.path

@@ -138,7 +138,7 @@ def plan_reads(members: Sequence[Member], *, spare: int, gap: int = GAP_BYTES, l
     read, the shortest first, until they have cost `spare` bytes over all zips.
 
     Args:
-        members: Of any zips, in any order.
+        members: Members of any zips, in any order.
         spare: Unwanted bytes that may be read in all, except for dense stretches.
         gap: The longest gap that may be read, in bytes.
         largest: The most bytes of a span; a longer member is a span of its own.
@@ -171,7 +171,7 @@ def _merge(members: Sequence[Member], gap: int, largest: int) -> list[Span]:
 
 
 def _gaps(members: Sequence[Member]) -> list[int]:
-    """The lengths of the stretches between the members of one zip, given in order."""
+    """Return the lengths of the stretches between the members of one zip, given in order."""
     gaps = []
     reach = members[0].end
     for member in members[1:]:
@@ -187,7 +187,7 @@ def _is_dense(members: Sequence[Member], unwanted: int) -> bool:
 
 
 def _affordable_gap(gaps: Iterable[int], spare: int, longest: int) -> int:
-    """The length, at most `longest`, up to which all gaps together cost no more than `spare` bytes."""
+    """Return the length, at most `longest`, up to which all gaps together cost no more than `spare` bytes."""
     affordable = spent = 0
     for length, count in sorted(Counter(length for length in gaps if length <= longest).items()):
         spent += length * count
@@ -206,7 +206,7 @@ def read_members(
     times: the transfer may have damaged it.
 
     Args:
-        members: Of zips on one file system.
+        members: Members of zips on one file system.
         anonymous: Do not sign S3 requests.
         spare: Unwanted bytes that may be read to save requests; see `plan_reads`.
 

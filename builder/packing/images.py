@@ -50,7 +50,7 @@ def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rl
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two (width, height) can be the same picture at two sizes.
+    """Return whether two (width, height) can be the same picture at two sizes.
 
     Each side was rounded to whole pixels, up or down. This error of less than one pixel per side changes the cross
     product of the sides by less than their sum.

@@ -67,7 +67,7 @@ def report_classes(
 
 
 def classes_held(images: Iterable[PlannedImage]) -> dict[int, Candidates]:
-    """Return category id -> images that hold an object of the class, for images that were not selected by class."""
+    """Return a dict from category ids to the given images that hold an object of the class."""
     found: dict[int, set[str]] = {}
     for image in images:
         for planned in image.objects:

@@ -34,8 +34,8 @@ class _SplitState:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What to pack.
+class BuildScope:
+    """The images and annotations to pack, and how they are cut into shards.
 
     Attributes:
         class_names: names or MIDs of classes; empty for all classes of the source.
@@ -84,7 +84,7 @@ class Preparation:
     plan: Plan
     reports: tuple[ClassReport, ...]
     unknown: tuple[Account, ...]
-    choice: Choice
+    scope: BuildScope
     splits: Mapping[str, _SplitState]
 
     def next_round(self, tasks: Sequence[ShardTask], failed: Mapping[str, Set[str]]) -> list[ShardTask]:
@@ -94,7 +94,7 @@ class Preparation:
 
         Args:
             tasks: tasks of the plan and of all rounds so far.
-            failed: split -> images that failed, also in later rounds.
+            failed: images that failed, also in later rounds, by split.
         """
         fresh: list[ShardTask] = []
         for split in SPLITS:
@@ -103,7 +103,7 @@ class Preparation:
             if missing := failed[split] & requested:
                 images = [image for image in self.replacements(split, missing) if image.image_id not in requested]
                 first = 1 + max(task.number for task in of_split)
-                fresh += cut_tasks(split, images, self.choice.images_per_shard, first=first)
+                fresh += cut_tasks(split, images, self.scope.images_per_shard, first=first)
         return fresh
 
     def replacements(self, split: str, failed: Collection[str]) -> list[PlannedImage]:
@@ -126,7 +126,7 @@ class Preparation:
             return []  # every candidate was selected, or exactly the listed images
         state.failed.update(failed)
         good = state.chosen - state.failed
-        fresh = select_images(state.candidates, state.quota, self.choice.seed, taken=good, barred=state.failed)
+        fresh = select_images(state.candidates, state.quota, self.scope.seed, taken=good, barred=state.failed)
         if not fresh:
             return []
         state.chosen.update(fresh)
@@ -134,47 +134,47 @@ class Preparation:
         return [described[image_id] for image_id in fresh]
 
 
-def prepare(source: Source, choice: Choice) -> Preparation:
+def prepare(source: Source, scope: BuildScope) -> Preparation:
     """Read the annotations, select images, locate their masks and plan the shards.
 
     Raises:
         UserError: an unknown class, damaged annotations, a damaged list, or no image to pack.
         StorageError: a table, list or zip cannot be read.
     """
-    classes = source.taxonomy().choose(choice.class_names, exact=choice.exact_classes, others=choice.all_annotations)
-    layout = _split_layout(source, choice)
+    classes = source.taxonomy().choose(scope.class_names, exact=scope.exact_classes, others=scope.all_annotations)
+    layout = _split_layout(source, scope)
     unknown: tuple[Account, ...] = ()
-    if isinstance(choice.images, Quotas):
-        states = _select(source, layout, classes, choice, choice.images)
+    if isinstance(scope.images, Quotas):
+        states = _select(source, layout, classes, scope, scope.images)
     else:
-        states, unknown = _take_listed(source, layout, classes, choice, choice.images)
-    planned = _describe(layout, states, choice.seed)
-    tasks = [task for split, found in planned.items() for task in cut_tasks(split, found, choice.images_per_shard)]
+        states, unknown = _take_listed(source, layout, classes, scope, scope.images)
+    planned = _describe(layout, states, scope.seed)
+    tasks = [task for split, found in planned.items() for task in cut_tasks(split, found, scope.images_per_shard)]
     if not tasks:
-        raise _nothing_to_pack(classes, choice, len(unknown))
-    rules = [choice.seed, {split: state.quota for split, state in states.items()}, asdict(choice.filters)]
+        raise _nothing_to_pack(classes, scope, len(unknown))
+    rules = [scope.seed, {split: state.quota for split, state in states.items()}, asdict(scope.filters)]
     plan = make_plan(classes.categories, tasks, rules)
-    return Preparation(plan, _report(planned, states, classes, choice), unknown, choice, states)
+    return Preparation(plan, _report(planned, states, classes, scope), unknown, scope, states)
 
 
-def _split_layout(source: Source, choice: Choice) -> dict[str, tuple[str, ...]]:
+def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...]]:
     """Return split of the source -> the splits of the dataset that are cut from it."""
-    wanted = [split for split in SPLITS if isinstance(choice.images, ImageList) or choice.images.of(split) != 0]
-    if choice.partition is None:
+    wanted = [split for split in SPLITS if isinstance(scope.images, ImageList) or scope.images.of(split) != 0]
+    if scope.partition is None:
         return {source.splits[split]: (split,) for split in wanted if split in source.splits}
-    fractions = dict(zip(SPLITS, choice.partition, strict=True))
+    fractions = dict(zip(SPLITS, scope.partition, strict=True))
     parts = tuple(split for split in wanted if fractions[split] > 0)
     return {source.splits["train"]: parts} if parts else {}
 
 
 def _select(
-    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, choice: Choice, quotas: Quotas
+    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, scope: BuildScope, quotas: Quotas
 ) -> dict[str, _SplitState]:
     """Select images by quotas."""
-    parts = choice.parts
+    parts = scope.parts
     states: dict[str, _SplitState] = {}
     for source_split, splits in layout.items():
-        opened = _open(source, source_split, classes, choice.filters)
+        opened = _open(source, source_split, classes, scope.filters)
         candidates = opened.candidates()
         for split in splits:
 
@@ -182,23 +182,23 @@ def _select(
                 return tuple(i for i in image_ids if parts is None or parts.split_of(i) == split)
 
             own = {
-                category: Candidates(eligible(f.masked), () if choice.filters.require_mask else eligible(f.boxed))
+                category: Candidates(eligible(f.masked), () if scope.filters.require_mask else eligible(f.boxed))
                 for category, f in candidates.items()
             }
             quota = quotas.of(split)
-            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, choice.seed)))
+            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, scope.seed)))
     return states
 
 
 def _take_listed(
-    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, choice: Choice, images: ImageList
+    source: Source, layout: Mapping[str, Sequence[str]], classes: Classes, scope: BuildScope, images: ImageList
 ) -> tuple[dict[str, _SplitState], tuple[Account, ...]]:
     """Select the listed images, and return accounts of those that the source does not have."""
-    listed, parts = images.read(source.splits), choice.parts
+    listed, parts = images.read(source.splits), scope.parts
     states: dict[str, _SplitState] = {}
     found: set[ListedImage] = set()
     for source_split, splits in layout.items():
-        opened = _open(source, source_split, classes, choice.filters)
+        opened = _open(source, source_split, classes, scope.filters)
         here = [image for image in listed if image.split in ("", source_split)]
         ids = opened.find({image.name for image in here})
         found.update(image for image in here if image.name in ids)
@@ -240,27 +240,30 @@ def _describe(
 
 
 def _report(
-    planned: Mapping[str, Sequence[PlannedImage]], states: Mapping[str, _SplitState], classes: Classes, choice: Choice
+    planned: Mapping[str, Sequence[PlannedImage]],
+    states: Mapping[str, _SplitState],
+    classes: Classes,
+    scope: BuildScope,
 ) -> tuple[ClassReport, ...]:
     reports: list[ClassReport] = []
-    where = "at the source" if choice.partition is None else "in this part of the source"
+    where = "at the source" if scope.partition is None else "in this part of the source"
     for split, of_split in planned.items():
-        if isinstance(choice.images, ImageList):
+        if isinstance(scope.images, ImageList):
             reports += report_classes(split, classes.wanted, of_split, classes_held(of_split), None)
         else:
             found = report_classes(split, classes.wanted, of_split, states[split].candidates, states[split].quota)
-            reports += [explain_shortage(one, where, require_mask=choice.filters.require_mask) for one in found]
+            reports += [explain_shortage(one, where, require_mask=scope.filters.require_mask) for one in found]
     return tuple(reports)
 
 
-def _nothing_to_pack(classes: Classes, choice: Choice, unknown: int) -> UserError:
-    if isinstance(choice.images, ImageList):
+def _nothing_to_pack(classes: Classes, scope: BuildScope, unknown: int) -> UserError:
+    if isinstance(scope.images, ImageList):
         return UserError(
-            f"{choice.images.url}: the source has none of the listed images ({unknown}): check the list, --splits and "
+            f"{scope.images.url}: the source has none of the listed images ({unknown}): check the list, --splits and "
             "--annotations"
         )
     names = ", ".join(category.name for category in classes.wanted[:10])
-    what = "a mask" if choice.filters.require_mask else "a mask or a box"
+    what = "a mask" if scope.filters.require_mask else "a mask or a box"
     return UserError(
         f"no image of the requested splits has {what} of {names}: choose other classes or weaker filters, "
         "or check --annotations"

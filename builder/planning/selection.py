@@ -28,7 +28,7 @@ class Partition:
     """A partition of the source's train split into train, val and test.
 
     Attributes:
-        fractions: of train, val and test; each at least 0, with a positive sum.
+        fractions: shares of train, val and test; each at least 0, with a positive sum.
     """
 
     fractions: tuple[float, float, float]

@@ -1,4 +1,4 @@
-"""The places that images and annotations come from: Open Images and COCO files.
+"""Sources of images and annotations: Open Images and COCO files.
 
 A source is a class that implements `base.Source`.
 """

@@ -1,4 +1,4 @@
-"""The interface between the builder and the places that images and annotations come from.
+"""The interface between the builder and the sources of images and annotations.
 
 The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
 """
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Failure, PlannedImage, PlannedObject
+from shards.format.accounts import FILTERED
 from shards.storage.location import Location
 
 FAR = 2.0  # image lengths: a box that reaches further from the image's origin than this is damaged
@@ -54,7 +55,7 @@ class Filters:
         if not planned.annotation.mask_path or iou is None or iou >= self.min_predicted_iou:
             return planned
         detail = f"predicted IoU {iou:g}, --min-predicted-iou is {self.min_predicted_iou:g}"
-        return PlannedObject(planned.annotation, Failure("mask-filtered", detail))
+        return PlannedObject(planned.annotation, Failure(FILTERED, detail))
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,19 @@ class SourceSplit(Protocol):
     """One split of a source, restricted to the chosen classes and the filters. Image ids are the keys of samples."""
 
     def candidates(self) -> Mapping[int, Candidates]:
-        """Id of each requested class -> the images that count for it, sorted."""
+        """Return a dict from the id of each requested class to the images that count for it, sorted."""
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
-        """Names of images in a user's list -> image ids; unknown names are left out."""
+        """Return a dict from names of images in a user's list to image ids, without unknown names."""
 
     def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
-        """Image id -> location of the image and its masks, annotations, verified classes, attribution."""
+        """Return a dict from image ids to locations of image and masks, annotations, verified classes, attribution."""
 
 
 class Source(Protocol):
-    """A place that images and annotations come from. It holds only locations, and may be sent to workers.
+    """A source of images and annotations. It holds only locations, and may be sent to workers.
 
-    All methods raise UserError for damaged annotations and StorageError for a place that cannot be reached or read.
+    All methods raise UserError for damaged annotations and StorageError for a location that cannot be reached or read.
     """
 
     @property
@@ -106,13 +107,13 @@ class Source(Protocol):
 
     @property
     def splits(self) -> Mapping[str, str]:
-        """Split names of a shard dataset -> the source's names of these splits."""
+        """A dict from split names of a shard dataset to the source's names of these splits."""
 
     def origin(self) -> dict[str, str]:
-        """What `dataset.json` records: the source's name and addresses."""
+        """Return what `dataset.json` records: the source's name and addresses."""
 
     def taxonomy(self) -> Taxonomy:
-        """All classes."""
+        """Return all classes."""
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> SourceSplit:
         """Open one split, by the source's name."""

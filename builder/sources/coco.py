@@ -47,12 +47,12 @@ class Coco:
         return {split: split for split, _ in self.files}
 
     def origin(self) -> dict[str, str]:
-        """What `dataset.json` records about the source."""
+        """Return what `dataset.json` records about the source."""
         files = " ".join(f"{split}={location}" if self.named else str(location) for split, location in self.files)
         return {"name": "COCO", "images": self.images.url, "annotations": files}
 
     def taxonomy(self) -> Taxonomy:
-        """The categories of all files by name; supercategories are their parents."""
+        """Return the categories of all files by name; supercategories are their parents."""
         names: dict[str, str] = {}
         children: dict[str, set[str]] = defaultdict(set)
         for instances in self._instances.values():
@@ -86,7 +86,7 @@ class CocoSplit:
     filters: Filters
 
     def candidates(self) -> dict[int, Candidates]:
-        """Id of each requested class -> images with a mask of it, and images with boxes only, after the filters."""
+        """Return a dict from ids of requested classes to images with masks and with boxes only, after filters."""
         masked: dict[int, set[str]] = defaultdict(set)
         boxed: dict[int, set[str]] = defaultdict(set)
         for image in self.instances.images.values():

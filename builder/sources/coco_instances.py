@@ -47,7 +47,13 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class Instances:
-    """A file: category id -> name; name -> supercategory, where that is another name; key -> image."""
+    """The contents of a file.
+
+    Attributes:
+        names: Names of categories by id.
+        parents: Names of supercategories by name of category, where the two differ.
+        images: Images by key.
+    """
 
     names: Mapping[int, str]
     parents: Mapping[str, str]
@@ -135,7 +141,7 @@ def _categories(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[int
 def _images(
     rows: Sequence[Mapping[str, Any]], licenses: Sequence[Any], names: Mapping[int, str], where: str, prefix: str
 ) -> dict[int | str, CocoImage]:
-    """Id -> image, without annotations."""
+    """Return a dict from ids to images, without annotations."""
     terms = {
         row["id"]: str(row.get("url") or row.get("name") or "")
         for row in licenses

@@ -80,12 +80,12 @@ def read_table(
     """Return the rows of a CSV whose values in the columns of `where` are among those given, in the file's order.
 
     Args:
-        location: Of the CSV, which has a header line.
+        location: The CSV, which has a header line.
         columns: Columns to read -> their Arrow types, named as in `pyarrow.type_for_alias`. Empty numbers are null.
         where: Column -> selected values. An empty string is never selected.
         newlines_in_values: Quoted values may span lines.
-        cache: Keeps the columns of all rows, to be read from there the next time.
-        inventory: Knows the version of the table to read.
+        cache: The cache that keeps the columns of all rows for the next read.
+        inventory: Descriptions of objects, among them the version of the table to read.
 
     Raises:
         UserError: A column is missing, a value is not of its type, or the file is not such a CSV.

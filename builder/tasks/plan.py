@@ -129,7 +129,7 @@ class ShardTask:
     """One shard to pack: the unit of work and of resuming.
 
     Attributes:
-        number: of the shard in its split, from 0.
+        number: position of the shard in its split, from 0.
         digest: SHA-256 of the other fields, in hex; computed once, because it takes a tenth of the time of decoding.
     """
 

@@ -14,7 +14,7 @@ from builder.commands import build as build_module
 from builder.commands import dry_run
 from builder.commands import retry_failed as retry_module
 from builder.packing.executors import IN_THIS_PROCESS, Engine
-from builder.planning.prepare import Choice, prepare
+from builder.planning.prepare import BuildScope, prepare
 from builder.planning.selection import Quotas
 from builder.sources.base import Source
 from builder.sources.openimages.layout import source_location
@@ -23,7 +23,7 @@ from demo.scenes import SceneTruth
 from shards.format.sample import Sample
 from shards.storage.location import Location
 
-Options = Mapping[str, Any]  # fields of `builder.planning.prepare.Choice`
+Options = Mapping[str, Any]  # fields of `builder.planning.prepare.BuildScope`
 
 
 def quotas(class_names: tuple[str, ...], train: int | None, evaluation: int | None, **others: Any) -> dict[str, Any]:
@@ -41,18 +41,20 @@ def build(
     command: str = "",
 ) -> build_module.Summary:
     """Build a dataset."""
-    begun = build_module.begin(source, root, partial(prepare, source, Choice(**options)), engine=engine)
+    begun = build_module.begin(source, root, partial(prepare, source, BuildScope(**options)), engine=engine)
     return build_module.build(begun, overwrite=overwrite, command=command)
 
 
 def retry_failed(source: Source, options: Options, root: Location) -> build_module.Summary:
     """Fetch again what failed in a dataset."""
-    return retry_module.retry_failed(build_module.begin(source, root, partial(prepare, source, Choice(**options))))
+    return retry_module.retry_failed(build_module.begin(source, root, partial(prepare, source, BuildScope(**options))))
 
 
 def estimate(source: Source, options: Options, root: Location) -> dry_run.Estimate:
     """Estimate what a build would cost."""
-    return dry_run.estimate(build_module.begin(source, root, partial(prepare, source, Choice(**options)), writes=False))
+    return dry_run.estimate(
+        build_module.begin(source, root, partial(prepare, source, BuildScope(**options)), writes=False)
+    )
 
 
 def accounts_of(root: Path) -> list[dict[str, str]]:

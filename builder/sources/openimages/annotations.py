@@ -45,7 +45,7 @@ class OpenImagesSplit:
     """One split, restricted to the chosen classes and the filters (a `builder.sources.base.SourceSplit`).
 
     Attributes:
-        name: Of the split, as Open Images names it.
+        name: The name of the split in Open Images.
         inventory: The versions of tables and zips, requested once; no other version is read.
     """
 
@@ -57,7 +57,7 @@ class OpenImagesSplit:
     inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     def candidates(self) -> dict[int, Candidates]:
-        """Id of each requested class -> images with a mask of it, and images with boxes only, after the filters.
+        """Return a dict from ids of requested classes to images with masks and with boxes only, after filters.
 
         The box table is not read if only masks count and no flag is filtered.
         """
@@ -113,7 +113,7 @@ class OpenImagesSplit:
         return planned
 
     def verified(self, image_ids: Collection[str]) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-        """Image -> the labels that people verified as present and as absent; images without any are left out."""
+        """Return a dict from images to the labels that people verified as present and as absent, if there are any."""
         labels = pa.array(self.classes.verifiable, pa.string())
         where = {"LabelName": labels, "ImageID": pa.array(sorted(image_ids), pa.string())}
         table = self._table(self.layout.labels(self.name), columns.LABEL_COLUMNS, where)
@@ -126,7 +126,7 @@ class OpenImagesSplit:
         return {image: (frozenset(present[image]), frozenset(absent[image])) for image in {*present, *absent}}
 
     def metadata(self, image_ids: Collection[str]) -> dict[str, Metadata]:
-        """Image -> licence, author, URL and rotation; images that the table does not list are left out."""
+        """Return a dict from images to licence, author, URL and rotation, for images that the table lists."""
         table = self._metadata({"ImageID": pa.array(sorted(image_ids), pa.string())})
         return {row["ImageID"]: _metadata(row) for row in reversed(table.to_pylist())}  # the first of repeated rows
 
@@ -134,13 +134,13 @@ class OpenImagesSplit:
         return self._table(self.layout.metadata(self.name), columns.METADATA_COLUMNS, where, newlines=True)
 
     def _masks(self, where: Mapping[str, pa.Array]) -> pa.Table:
-        """Rows whose ImageID can be the key of a sample and whose MaskPath can name a file in a zip."""
+        """Return rows whose ImageID can be the key of a sample and whose MaskPath can name a file in a zip."""
         location = self.layout.masks(self.name)
         masks = _matching(self._table(location, columns.MASK_COLUMNS, where), "ImageID", KEY.pattern, location)
         return _matching(masks, "MaskPath", MASK_NAME, location)
 
     def _boxes(self, where: Mapping[str, pa.Array]) -> pa.Table:
-        """Rows whose ImageID can be the key of a sample and whose box has an extent inside the image."""
+        """Return rows whose ImageID can be the key of a sample and whose box has an extent inside the image."""
         location = self.layout.boxes(self.name)
         boxes = _matching(self._table(location, columns.BOX_COLUMNS, where), "ImageID", KEY.pattern, location)
         return leave_out(boxes, _have_extent, location, "whose box is empty, inverted or not of numbers")
@@ -160,7 +160,7 @@ class OpenImagesSplit:
         return found
 
     def _locate(self, annotations: Mapping[str, Iterable[Annotation]]) -> dict[str, Member]:
-        """Mask path -> its place in a zip; masks that no zip holds are left out."""
+        """Return a dict from mask paths to members of zips, without masks that no zip contains."""
         wanted: dict[Location, list[str]] = defaultdict(list)
         for image_id, objects in annotations.items():
             paths = [annotation.mask_path for annotation in objects if annotation.mask_path]
@@ -175,7 +175,7 @@ class OpenImagesSplit:
 
 
 def _join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
-    """The row of each mask's box, the nearest of the same image and label, or -1 without one: [masks]."""
+    """Return the row of each mask's box, the nearest of the same image and label, or -1 without one: [masks]."""
     keys = [
         pc.binary_join_element_wise(table["ImageID"], table["LabelName"], " ").combine_chunks()
         for table in (masks, boxes)
@@ -193,7 +193,7 @@ def _join(masks: pa.Table, boxes: pa.Table) -> NDArray[np.int64]:
 def _annotate(
     masks: pa.Table, boxes: pa.Table, classes: Classes, image_ids: Collection[str]
 ) -> dict[str, tuple[Annotation, ...]]:
-    """Image -> its annotations: boxes in the order of their table, then masks without a box."""
+    """Return a dict from images to annotations: boxes in the order of their table, then masks without a box."""
     box_of_mask = _join(masks, boxes)
     mask_rows = masks.to_pylist()
     mask_of_box = {int(box): mask_rows[mask] for mask, box in enumerate(box_of_mask) if box >= 0}
@@ -223,7 +223,7 @@ def _annotation(box: Mapping[str, Any] | None, mask: Mapping[str, Any] | None, c
     assert row is not None
     x1, x2, y1, y2 = (row[name] for name in names)
     if not all(value is not None and abs(value) <= FAR for value in (x1, x2, y1, y2)):
-        x1 = x2 = y1 = y2 = 0.0  # of a mask row: without an extent, the packer takes the box from the mask itself
+        x1 = x2 = y1 = y2 = 0.0  # only in a mask row: without an extent, the packer takes the box from the mask itself
     iou = None if mask is None else mask["PredictedIoU"]
     return Annotation(
         category_id=classes.owners[row["LabelName"]],
@@ -237,7 +237,7 @@ def _annotation(box: Mapping[str, Any] | None, mask: Mapping[str, Any] | None, c
 
 
 def _flagged(boxes: pa.Table, drop: Iterable[str]) -> NDArray[np.bool_]:
-    """Whether a box has one of the flags: bool [boxes]."""
+    """Return whether each box has one of the flags: bool [boxes]."""
     flagged = np.zeros(boxes.num_rows, dtype=np.bool_)
     for name in drop:
         flagged |= boxes[FLAG_COLUMNS[FLAGS[name]]].to_numpy() == 1
@@ -245,18 +245,18 @@ def _flagged(boxes: pa.Table, drop: Iterable[str]) -> NDArray[np.bool_]:
 
 
 def _estimate(masks: pa.Table) -> pa.ChunkedArray:
-    """PredictedIoU; null if it is not from 0 to 1."""
+    """Return PredictedIoU, null where it is not from 0 to 1."""
     values = masks["PredictedIoU"]
     return pc.if_else(pc.and_(pc.greater_equal(values, 0.0), pc.less_equal(values, 1.0)), values, None)
 
 
 def _coordinates(table: pa.Table, names: Iterable[str]) -> NDArray[np.float64]:
-    """The columns as float64 [rows, 4]; null is NaN."""
+    """Return the columns as float64 [rows, 4]; null is NaN."""
     return np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
 
 
 def _have_extent(boxes: pa.Table) -> NDArray[np.bool_]:
-    """Whether a box has an extent inside the image: bool [boxes]."""
+    """Return whether each box has an extent inside the image: bool [boxes]."""
     corners = _coordinates(boxes, columns.BOX_COORDINATES)
     x1, x2, y1, y2 = np.clip(corners, 0.0, 1.0).T
     good: NDArray[np.bool_] = (x2 > x1) & (y2 > y1) & (np.abs(corners) <= FAR).all(axis=1)  # false for NaN

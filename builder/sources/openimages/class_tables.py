@@ -10,7 +10,7 @@ from shards.common.errors import UserError
 
 
 def parse_class_names(data: bytes, where: str) -> dict[str, str]:
-    """Return MID -> name from lines of `LabelName,DisplayName`, with a header (since v6) or without (v5).
+    """Return a dict from MIDs to names from lines of `LabelName,DisplayName`, with a header (since v6) or without (v5).
 
     Raises:
         UserError: A line is not a MID and a name, or there is none.
@@ -33,7 +33,7 @@ def parse_class_names(data: bytes, where: str) -> dict[str, str]:
 
 
 def parse_children(data: bytes, where: str) -> dict[str, frozenset[str]]:
-    """Return MID -> its children by Subcategory, for MIDs with children; see `parse_hierarchy` for errors."""
+    """Return a dict from MIDs to their children by Subcategory, if any; see `parse_hierarchy` for errors."""
     children: dict[str, set[str]] = defaultdict(set)
     for node in parse_hierarchy(data, where):
         if node.ancestors:

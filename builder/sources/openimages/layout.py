@@ -94,5 +94,5 @@ class Layout:
 
     @property
     def hierarchy(self) -> Location:
-        """The JSON tree of the 600 boxable classes."""
+        """The JSON tree of the 600 boxable classes under their root entity."""
         return self.annotations / "2018_04" / "bbox_labels_600_hierarchy.json"

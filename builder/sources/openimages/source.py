@@ -22,15 +22,15 @@ class OpenImages(Layout):
 
     @property
     def splits(self) -> Mapping[str, str]:
-        """Split names of a shard dataset -> those of Open Images."""
+        """A dict from split names of a shard dataset to those of Open Images."""
         return SOURCE_SPLITS
 
     def origin(self) -> dict[str, str]:
-        """What `dataset.json` records about the source."""
+        """Return what `dataset.json` records about the source."""
         return {"name": "Open Images", "images": self.images.url, "annotations": self.annotations.url}
 
     def taxonomy(self) -> Taxonomy:
-        """Read the 601 boxable classes and their hierarchy."""
+        """Read the 600 boxable classes and their hierarchy."""
         names, hierarchy = (fetch_one(Request(location)) for location in (self.class_names, self.hierarchy))
         return Taxonomy(parse_class_names(names, str(self.class_names)), parse_children(hierarchy, str(self.hierarchy)))
 

@@ -268,13 +268,13 @@ def test_a_build_of_other_classes_reads_no_table_again(
     scenes: SceneTruth, tmp_path: Path, cache: Cache, opened: list[str]
 ) -> None:
     plain = mirror(scenes)
-    choice = quotas(("Person", "Car"), 100, 0)
-    build(replace(plain, cache=cache), choice, Location(str(tmp_path / "first")))
+    scope = quotas(("Person", "Car"), 100, 0)
+    build(replace(plain, cache=cache), scope, Location(str(tmp_path / "first")))
     first = set(opened)
     assert any(url.endswith(".csv") for url in first)
     assert any(url.endswith(".zip") for url in first)
     opened.clear()
-    other = choice | {"class_names": ("Car", "Traffic light")}
+    other = scope | {"class_names": ("Car", "Traffic light")}
     build(replace(plain, cache=cache), other, Location(str(tmp_path / "cached")))
     assert not first & set(opened)
     assert not any(url.endswith(".csv") for url in opened)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.planning.image_list import ImageList
-from builder.planning.prepare import Choice, Preparation, prepare
+from builder.planning.prepare import BuildScope, Preparation, prepare
 from builder.planning.selection import Quotas
 from builder.sources.base import Candidates, Filters
 from builder.sources.taxonomy import Classes, Taxonomy
@@ -85,12 +85,12 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
     table: Mapping[str, Mapping[str, bool]], quota: int, seed: int, masks_only: bool, bad: set[int], per_shard: int
 ) -> None:
     filters, source = Filters(require_mask=masks_only), FakeSource({"train": table})
-    choice = Choice(NAMES, Quotas(quota, 0), seed=seed, filters=filters, images_per_shard=per_shard)
+    scope = BuildScope(NAMES, Quotas(quota, 0), seed=seed, filters=filters, images_per_shard=per_shard)
     if masks_only and not any(any(found.values()) for found in table.values()):
         with pytest.raises(UserError, match="has a mask of"):
-            prepare(source, choice)
+            prepare(source, scope)
         return
-    first, second = (prepare(source, choice) for _ in range(2))
+    first, second = (prepare(source, scope) for _ in range(2))
     assert first.plan == second.plan
     failures = {"train": {f"i{n}" for n in bad}, "val": set[str](), "test": set[str]()}
     tasks = list(first.plan.tasks)
@@ -111,7 +111,7 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
 
 def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
     table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
-    preparation = prepare(FakeSource({"train": table}), Choice(("Car", "Dog", "Person"), Quotas(5, 0)))
+    preparation = prepare(FakeSource({"train": table}), BuildScope(("Car", "Dog", "Person"), Quotas(5, 0)))
     found = [
         (r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports
     ]
@@ -121,15 +121,15 @@ def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
         ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
     ]
     masks_only = Filters(require_mask=True)
-    [report] = prepare(FakeSource({"train": table}), Choice(("Car",), Quotas(5, 0), filters=masks_only)).reports
+    [report] = prepare(FakeSource({"train": table}), BuildScope(("Car",), Quotas(5, 0), filters=masks_only)).reports
     assert (report.available, report.chosen, report.reason) == (3, 3, "only 3 images with a mask at the source")
-    [report] = prepare(FakeSource({"train": table}), Choice(("Car",), Quotas(2, 0))).reports
+    [report] = prepare(FakeSource({"train": table}), BuildScope(("Car",), Quotas(2, 0))).reports
     assert (report.chosen, report.masks, report.reason) == (2, 2, "")
 
 
 def test_without_a_quota_all_images_that_count_are_selected() -> None:
     table = {"a": {"Car": False}, "b": {"Dog": True}, "c": {"Car": True}}
-    preparation = prepare(FakeSource({"train": table, "validation": table}), Choice(("Car",), Quotas(None, 1)))
+    preparation = prepare(FakeSource({"train": table, "validation": table}), BuildScope(("Car",), Quotas(None, 1)))
     assert sorted(split_of(preparation)) == ["a", "c"]
     assert split_of(preparation, "val") == ["c"]
     assert preparation.replacements("train", ["a"]) == []
@@ -140,7 +140,9 @@ def test_without_a_quota_all_images_that_count_are_selected() -> None:
 def test_the_fingerprint_depends_on_the_quota() -> None:
     # Both quotas select the same images, but only the larger one replaces failures.
     table = {"a": {"Car": True}, "b": {"Dog": True}, "c": {"Car": True, "Dog": True}}
-    plans = [prepare(FakeSource({"train": table}), Choice(("Car", "Dog"), Quotas(quota, 0))).plan for quota in (2, 3)]
+    plans = [
+        prepare(FakeSource({"train": table}), BuildScope(("Car", "Dog"), Quotas(quota, 0))).plan for quota in (2, 3)
+    ]
     assert plans[0].tasks == plans[1].tasks
     assert plans[0].fingerprint != plans[1].fingerprint
 
@@ -150,7 +152,7 @@ def test_a_list_selects_its_images_and_reports_unknown_ones(tmp_path: Path) -> N
         {"train": {"a": {"Car": True}, "b": {"Dog": True}, "c": {}}, "validation": {"d": {"Car": False}}}
     )
     (tmp_path / "ids").write_text("c\ntrain/b\nval/d\nval/a\nnowhere\n")
-    preparation = prepare(source, Choice(("Car",), ImageList(str(tmp_path / "ids")), all_annotations=True))
+    preparation = prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), all_annotations=True))
     assert sorted(split_of(preparation)) == ["b", "c"]
     assert split_of(preparation, "val") == ["d"]
     assert [(a.split, a.image_id, a.status, a.detail) for a in preparation.unknown] == [
@@ -161,16 +163,16 @@ def test_a_list_selects_its_images_and_reports_unknown_ones(tmp_path: Path) -> N
     assert [(r.split, r.chosen, r.reason) for r in preparation.reports] == [("train", 0, ""), ("val", 1, "")]
     (tmp_path / "ids").write_text("x\n")
     with pytest.raises(UserError, match=r"has none of the listed images \(1\)"):
-        prepare(source, Choice(("Car",), ImageList(str(tmp_path / "ids"))))
+        prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids"))))
 
 
 def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(40)]
     source = FakeSource({"train": {image: {"Car": True} for image in ids}})
     parts = (0.5, 0.3, 0.2)
-    by_quota = prepare(source, Choice(("Car",), Quotas(100, 100), partition=parts))
+    by_quota = prepare(source, BuildScope(("Car",), Quotas(100, 100), partition=parts))
     (tmp_path / "ids").write_text("\n".join([*ids[:25], f"val/{ids[0]}"]))
-    listed = prepare(source, Choice(("Car",), ImageList(str(tmp_path / "ids")), partition=parts))
+    listed = prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), partition=parts))
     for split in ("train", "val", "test"):
         assert set(split_of(listed, split)) == set(split_of(by_quota, split)) & set(ids[:25])
     [unknown] = listed.unknown

@@ -100,9 +100,9 @@ def test_accounts_add_up_whatever_fails(
             (folder / "images" / "train" / picture.name).write_bytes(content)
     source = OpenImages(source_location(str(folder / "images")), source_location(str(scenes.annotations)))
     quota = data.draw(st.integers(1, 30))
-    choice = quotas(("Person", "Traffic sign"), quota, 0, images_per_shard=data.draw(st.integers(1, 40)))
+    scope = quotas(("Person", "Traffic sign"), quota, 0, images_per_shard=data.draw(st.integers(1, 40)))
     try:
-        summary = build(source, choice, Location(str(folder / "out")))
+        summary = build(source, scope, Location(str(folder / "out")))
     except UserError:  # all images failed
         return
     dataset = open_dataset(str(folder / "out"))
