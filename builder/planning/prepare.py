@@ -158,7 +158,7 @@ def prepare(source: Source, scope: BuildScope) -> Preparation:
 
 
 def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...]]:
-    """Return split of the source -> the splits of the dataset that are cut from it."""
+    """Return a dict from splits of the source to the splits of the dataset that are cut from them."""
     wanted = [split for split in SPLITS if isinstance(scope.images, ImageList) or scope.images.of(split) != 0]
     if scope.partition is None:
         return {source.splits[split]: (split,) for split in wanted if split in source.splits}
@@ -229,7 +229,7 @@ def _unknown(image: ListedImage, layout: Mapping[str, Sequence[str]]) -> Account
 def _describe(
     layout: Mapping[str, Sequence[str]], states: Mapping[str, _SplitState], seed: int
 ) -> dict[str, list[PlannedImage]]:
-    """Return split of the dataset -> its selected images, in seeded order."""
+    """Return a dict from splits of the dataset to their selected images, in seeded order."""
     planned: dict[str, list[PlannedImage]] = {}
     for splits in layout.values():
         chosen = {split: seeded_order(states[split].chosen, seed) for split in splits}

@@ -42,7 +42,7 @@ class Holder:
 
     Attributes:
         token: random text, different for each build.
-        machine: host, its boot and its namespace of process ids: equal for processes that see each other's ids.
+        machine: host name, boot id and namespace of process ids; equal for processes that see each other's ids.
         started: start of the build, UTC, ISO 8601.
         beat: last renewal of the lock, in seconds since 1970.
     """
@@ -169,10 +169,8 @@ def _has_died_here(holder: Holder) -> bool:
         return False
     try:
         os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # a process of another user
+    except OSError as error:  # a PermissionError means that it runs, for another user
+        return isinstance(error, ProcessLookupError)
     return False
 
 

@@ -76,7 +76,7 @@ def claim(root: Location, fingerprint: str, command: str, *, overwrite: bool) ->
 
 
 def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask]) -> dict[str, TaskResult]:
-    """Return task name -> result, for tasks of which the root contains both the record and the whole shard."""
+    """Return results by task name, for tasks of which the root contains both the record and the whole shard."""
     records = _sizes(root / RECORDS)
     tasks = [task for task in tasks if f"{task.name}.json" in records]
     if not tasks:
@@ -133,7 +133,7 @@ def read_tables(dataset: Dataset) -> tuple[list[IndexRow], list[Account]]:
 
 
 def _sizes(folder: Location) -> dict[str, int]:
-    """Return name -> bytes of the files directly in a folder, which may be missing."""
+    """Return the sizes in bytes of the files directly in a folder, by name; the folder may be missing."""
 
     def find() -> dict[str, dict]:
         with storage_errors(folder.url):
@@ -144,7 +144,7 @@ def _sizes(folder: Location) -> dict[str, int]:
 
 
 def _split_sizes(root: Location) -> dict[str, int]:
-    """Return path under the root -> bytes of the files in the folders of the splits."""
+    """Return the sizes in bytes of the files in the folders of the splits, by path under the root."""
     return {f"{split}/{name}": size for split in SPLITS for name, size in _sizes(root / split).items()}
 
 

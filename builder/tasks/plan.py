@@ -108,7 +108,7 @@ class PlannedObject:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the source has a mask of the object, which no filter excludes."""
+        """True if the source has a mask of the object, and no filter excludes it."""
         return bool(self.annotation.mask_path) and not isinstance(self.mask, Failure)
 
 
