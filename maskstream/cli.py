@@ -2,7 +2,7 @@
 
 `maskstream build` is `build-shards` and `maskstream inspect` is `inspect-shards`. `maskstream train`, `evaluate` and
 `predict` check their arguments, then run in this process, or under `accelerate launch` where there are several GPUs or
-an accelerate configuration. Only the chosen command is imported.
+an accelerate configuration (`predict` for a dataset only, not for images). Only the chosen command is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from shards.common.errors import UserError
 from shards.common.text import did_you_mean
@@ -30,7 +31,7 @@ LAUNCHED = ("train", "evaluate", "predict")  # on every GPU
 
 _COMMAND_LINES = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
 HELP = f"""\
-usage: maskstream [--version] [--help] COMMAND [ARGUMENTS]
+usage: maskstream [-h | --help] [-V | --version] COMMAND [ARGUMENTS]
 
 Mask R-CNN on a few classes of Open Images, streamed from tar shards in cloud storage.
 
@@ -55,31 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, COMMANDS, f"the commands are {', '.join(COMMANDS)}")
         print(f"maskstream: error: unknown command {name!r}: {hint} (see --help)", file=sys.stderr)
         return 2
-    module = import_module(COMMANDS[name][0])
-    return _train_command(module.main, module.parse, name, rest) if name in LAUNCHED else int(module.main(rest))
-
-
-def _train_command(
-    run: Callable[[Sequence[str]], int], parse: Callable[[Sequence[str]], object], name: str, arguments: list[str]
-) -> int:
-    """Run a command of the trainer, under accelerate's launcher if there are several GPUs or a configuration."""
-    if "RANK" in os.environ:  # started by a launcher already
-        return run(arguments)
-    try:
-        parse(arguments)
-    except UserError:
-        return run(arguments)  # reports it
-    if not _needs_launcher():
-        return run(arguments)
-    from trainer.commands.launcher import launch, noted_signals
+    module, program = import_module(COMMANDS[name][0]), f"maskstream {name}"
+    if name in ("build", "inspect"):
+        return int(module.main(rest))
+    if name not in LAUNCHED or not _needs_launcher(name, module.parse, rest, program):
+        return int(module.main(rest, program))
+    from trainer.commands.launcher import default_options, launch, noted_signals
 
     script = Path(import_module("trainer").__path__[0]) / f"{name}.py"
     with noted_signals() as noted:
-        return launch(script, arguments, [], noted)
+        return launch(script, rest, default_options(), noted)
 
 
-def _needs_launcher() -> bool:
-    """Whether there are several GPUs, or the user has configured accelerate."""
+def _needs_launcher(
+    name: str, parse: Callable[[Sequence[str], str], Any], arguments: Sequence[str], program: str
+) -> bool:
+    """Return whether to run a command of the trainer on several GPUs, or as the user has configured accelerate."""
+    if "RANK" in os.environ:  # started by a launcher already
+        return False
+    try:
+        options = parse(arguments, program)
+    except UserError:
+        return False  # the command reports it
+    if name == "predict" and not options.shards:  # images need a single process
+        return False
     import torch
     from accelerate.commands.config.config_args import default_config_file
 

@@ -1,5 +1,9 @@
 """The command `maskstream`."""
 
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import ANY, Mock, call
 
@@ -15,6 +19,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"maskstream {maskstream.__version__}\n"
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
+    assert "[-h | --help] [-V | --version]" in out
     assert all(f"  {name} " in out for name in cli.COMMANDS)
     assert cli.main([]) == 2
     assert capsys.readouterr().err == out
@@ -44,18 +49,68 @@ def test_build_and_inspect_are_the_other_two_commands(command: str, capsys: pyte
     assert f"{command}-shards" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 2])
-def test_train_starts_the_launcher_where_there_are_several_gpus(
-    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SHARDS = ["--data.shards", "s3://bucket/prefix"]
+TWO_GPUS = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+TWO_GPUS += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+PREDICT = ["predict", "--checkpoint", "run", "--out", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "configured", "options"),
+    [
+        (["train", *SHARDS], 1, False, None),
+        (["train", *SHARDS], 2, False, TWO_GPUS),
+        (["train", *SHARDS], 2, True, []),
+        (["train", *SHARDS], 0, True, []),
+        ([*PREDICT, *SHARDS], 2, False, TWO_GPUS),
+        ([*PREDICT, "street.jpg"], 2, False, None),  # images need a single process
+        ([*PREDICT, "street.jpg"], 2, True, None),
+    ],
+)
+def test_a_command_is_launched_on_several_gpus_or_as_accelerate_is_configured(
+    words: list[str],
+    gpus: int,
+    configured: bool,
+    options: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    config = str(tmp_path / "default_config.yaml")
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", config)
+    config = tmp_path / "default_config.yaml"
+    if configured:
+        config.touch()
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(config))
     launch, here = Mock(return_value=7), Mock(return_value=0)
+    name, *arguments = words
     monkeypatch.setattr("trainer.commands.launcher.launch", launch)
-    monkeypatch.setattr("trainer.commands.train.main", here)
-    arguments = ["--data.shards", "s3://bucket/prefix", "--run.dir", "runs/one"]
-    assert cli.main(["train", *arguments]) == (7 if gpus > 1 else 0)
-    assert launch.mock_calls == ([call(REPOSITORY / "trainer/train.py", arguments, [], ANY)] if gpus > 1 else [])
-    assert here.mock_calls == ([] if gpus > 1 else [call(arguments)])
+    monkeypatch.setattr(f"trainer.commands.{name}.main", here)
+    assert cli.main(words) == (0 if options is None else 7)
+    script = REPOSITORY / "trainer" / f"{name}.py"
+    assert launch.mock_calls == ([] if options is None else [call(script, arguments, options, ANY)])
+    assert here.mock_calls == ([call(arguments, f"maskstream {name}")] if options is None else [])
+
+
+@pytest.mark.slow
+def test_a_launched_command_has_the_exit_status_and_the_message_of_its_ranks(tmp_path: Path) -> None:
+    (tmp_path / "accelerate").mkdir()
+    config = "{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', num_processes: 1, num_machines: 1, "
+    config += "mixed_precision: 'no', machine_rank: 0, use_cpu: true}"
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(config)
+    command = [sys.executable, "-m", "maskstream", "train", "--data.shards", "/nowhere", "--run.dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train: error: /nowhere")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare"])
+def test_the_help_of_a_command_names_it_as_it_was_started(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, program in (
+        (lambda: cli.main([name, "--help"]), f"maskstream {name}"),
+        (lambda: import_module(f"trainer.commands.{name}").main(["--help"]), f"{name}.py"),
+    ):
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().out.startswith(f"usage: {program} [options]")

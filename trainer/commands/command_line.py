@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.commands.command_line import Parser as Parser
-from shards.commands.command_line import print_to_reader
+from shards.commands.command_line import one_line, print_to_reader
 from shards.common.errors import UserError
-from trainer.commands.launcher import register_rank
+from trainer.commands.launcher import leave_status, register_rank
 
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
 
@@ -65,13 +65,19 @@ def run(name: str, action: Callable[[], Any]) -> int:
     if the reader of its output is gone. `name` is the command's in messages.
     """
     register_rank()
+    status = _run(name, action)
+    leave_status(status)
+    return status
+
+
+def _run(name: str, action: Callable[[], Any]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         return print_to_reader(lambda: int(action() or 0))
     except UserError as error:
         if rank > 0:
             time.sleep(MAIN_RANK_TIMEOUT_S)
-        _report(f"{name}: error{f' on rank {rank}' if rank else ''}: {error}")
+        _report(f"{name}: error{f' on rank {rank}' if rank else ''}: {one_line(str(error))}")
         return 2
     except Stopped as stopped:
         if rank == 0:

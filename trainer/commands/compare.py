@@ -21,6 +21,7 @@ import argparse
 import json
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from shards.commands.options import add_options, from_arguments, update
 from shards.common.errors import UserError
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
-from trainer.commands.launcher import launch, noted_signals
+from trainer.commands.launcher import default_options, launch, noted_signals
 from trainer.config import yaml_config
 from trainer.config.command_options import CompareOptions
 from trainer.config.schedule import total_steps
@@ -42,19 +43,21 @@ from trainer.run.best import best_evaluation
 TRAIN = Path(__file__).parents[1] / "train.py"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "compare.py") -> int:
     """Run the command and return its exit status."""
-    return command.run("compare", lambda: compare(*parse(arguments)))
+    return command.run("compare", lambda: compare(*parse(arguments, program)))
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[dict[str, Config], Location, list[str]]:
+def parse(
+    arguments: Sequence[str] | None, program: str = "compare.py"
+) -> tuple[dict[str, Config], Location, list[str]]:
     """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`.
 
     Raises:
         UserError: an argument or the comparison is wrong.
     """
     description = "Train with several settings and compare their AP."
-    parser = command.Parser("compare.py", description, usage="compare.py [options] NAME")
+    parser = command.Parser(program, description, usage=f"{program} [options] NAME")
     add_options(parser, CompareOptions)
     yaml_config.add_arguments(parser, hidden=["run.resume"])
     given = parser.parse_args(arguments)
@@ -151,7 +154,7 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
         for name, config in configs.items():
             print(f"\n{name}: {config.run.dir}", flush=True)
             yaml_config.save_config(config, settings)
-            status = launch(TRAIN, ["--config", settings.path], options, noted)
+            status = launch(TRAIN, ["--config", settings.path], options or default_options(), noted)
             if noted:
                 raise command.Stopped(noted[0], f"stopped by a signal at {name!r}: the same command resumes from there")
             if status:
@@ -195,3 +198,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     frame = pd.DataFrame(rows)
     formats = {column: lambda ap: f"{100 * ap:.1f}" for column in frame if "AP" in column}
     return "\n".join(markdown_table(frame, formats)) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

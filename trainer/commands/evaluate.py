@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("trainer.commands.evaluate")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "evaluate.py") -> int:
     """Run the command and return its exit status."""
-    return command.run("evaluate", lambda: evaluate_checkpoint(parse(arguments)))
+    return command.run("evaluate", lambda: evaluate_checkpoint(parse(arguments, program)))
 
 
-def parse(arguments: Sequence[str] | None) -> EvaluateOptions:
+def parse(arguments: Sequence[str] | None, program: str = "evaluate.py") -> EvaluateOptions:
     """Return the options of a command line."""
-    parser = command.Parser("evaluate.py", "Evaluate a checkpoint: COCO's AP and Open Images' side by side.")
+    parser = command.Parser(program, "Evaluate a checkpoint: COCO's AP and Open Images' side by side.")
     add_options(parser, EvaluateOptions)
     return from_arguments(EvaluateOptions, parser.parse_args(arguments))
 
@@ -262,3 +263,7 @@ def gather_to_main(accelerator: Accelerator) -> Gather:
         return everything if accelerator.is_main_process else None
 
     return gather
+
+
+if __name__ == "__main__":
+    sys.exit(main())

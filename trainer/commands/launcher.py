@@ -9,6 +9,7 @@ folder that an environment variable names, and each signal is passed on to each 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 # SIGHUP: a terminal is closed. `nohup` ignores it, and an ignored signal stays ignored.
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RANKS = "MASKSTREAM_RANKS"  # environment variable: a folder with one empty file per rank, named by its process id
+STATUS = "status"  # file in that folder: exit status of the rank that failed first
 POLL_S = 0.1
 
 
@@ -39,12 +41,17 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted: Sequence[int]) -> int:
-    """Run a script under `accelerate launch`; return the launcher's exit status, 0 only if every rank ended with 0.
+    """Run a script under `accelerate launch` and return its exit status, 0 only if every rank ended with 0.
 
     Args:
-        script: what each rank runs; it must call `register_rank`.
-        arguments: of the script; `options` are those of `accelerate launch`.
+        script: what each rank runs; it must call `register_rank`, and may call `leave_status`.
+        arguments: of the script.
+        options: of `accelerate launch`.
         noted: from `noted_signals`; for each of its entries, present or future, every rank receives one SIGTERM.
+
+    Returns:
+        128 + the first noted signal if it ended the ranks, else the status of the rank that failed first, if it left
+        one, else the launcher's.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
     with tempfile.TemporaryDirectory(prefix="maskstream-") as ranks:
@@ -53,16 +60,40 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
         sent: Counter[int] = Counter()
         while True:
             try:
-                return process.wait(timeout=POLL_S)
+                return _exit_status(process.wait(timeout=POLL_S), Path(ranks, STATUS), noted)
             except subprocess.TimeoutExpired:
                 if noted:
-                    pass_on(len(noted), map(int, os.listdir(ranks)), sent)
+                    pass_on(len(noted), (int(name) for name in os.listdir(ranks) if name != STATUS), sent)
 
 
 def register_rank() -> None:
-    """Let the `launch` that started this process, if any, pass signals on to it."""
+    """Let the `launch` that started this process, if any, pass signals on to it until it exits."""
     if RANKS in os.environ:
-        Path(os.environ[RANKS], str(os.getpid())).touch()
+        file = Path(os.environ[RANKS], str(os.getpid()))
+        with suppress(OSError):  # that `launch` has ended
+            file.touch()
+            atexit.register(file.unlink, missing_ok=True)
+
+
+def leave_status(status: int) -> None:
+    """Let the `launch` that started this process, if any, return its exit status, unless another rank failed before."""
+    if RANKS in os.environ and status:
+        with suppress(OSError), open(Path(os.environ[RANKS], STATUS), "x", encoding="utf-8") as file:
+            file.write(str(status))
+
+
+def default_options() -> list[str]:
+    """Return the options of `accelerate launch` for all GPUs; none if the user has configured accelerate."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if os.path.isfile(default_config_file):
+        return []
+    # Everything that accelerate would otherwise report as not given.
+    processes = max(torch.cuda.device_count(), 1)
+    several = ["--multi_gpu"] if processes > 1 else []
+    common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*several, "--num_processes", str(processes), *common]
 
 
 def pass_on(signals: int, ranks: Iterable[int], sent: Counter[int]) -> None:
@@ -70,5 +101,16 @@ def pass_on(signals: int, ranks: Iterable[int], sent: Counter[int]) -> None:
     for rank in ranks:
         while sent[rank] < signals:
             sent[rank] += 1
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # it exited, and its process id may have been reused
                 os.kill(rank, signal.SIGTERM)
+
+
+def _exit_status(launcher: int, file: Path, noted: Sequence[int]) -> int:
+    """Return what `launch` returns, from the launcher's exit status and the file that `leave_status` writes."""
+    if launcher == 0:
+        return 0
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    status = int(text) if text else None
+    if noted and status in (None, 128 + signal.SIGTERM):
+        return 128 + noted[0]
+    return launcher if status is None else status

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 IN_SHARDS = ("data.split", "data.workers", "batch-size", "part-images")  # options that only a dataset has
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
     """Run the command and return its exit status: 1 if an image could not be read and the others were processed."""
-    return command.run("predict", lambda: predict(parse(arguments)))
+    return command.run("predict", lambda: predict(parse(arguments, program)))
 
 
-def parse(arguments: Sequence[str] | None) -> PredictOptions:
-    """Return the options of a command line, which can be combined."""
-    parser = command.Parser("predict.py", "Find objects in images.", usage="predict.py [options] [IMAGE ...]")
+def parse(arguments: Sequence[str] | None, program: str = "predict.py") -> PredictOptions:
+    """Return the options of a command line; raises UserError for options that cannot be combined."""
+    parser = command.Parser(program, "Find objects in images.", usage=f"{program} [options] [IMAGE ...]")
     add_options(parser, PredictOptions)
     given = parser.parse_args(arguments)
     options = from_arguments(PredictOptions, given)
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> PredictOptions:
     if options.shards and options.device:
         raise UserError("--device is for images: with --data.shards, accelerate decides (ACCELERATE_USE_CPU=true)")
     if not options.shards and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("images need a single process: start predict.py without a launcher, or give --data.shards")
+        raise UserError("images need a single process: start predict without a launcher, or give --data.shards")
     if options.pictures is None:
         options.pictures = not options.shards
     return options
@@ -70,52 +70,69 @@ def predict(options: PredictOptions) -> int:
     Raises:
         UserError: checkpoint, dataset or images are unavailable or do not fit together, or --out cannot be written.
     """
+    command.start_logging()
+    if not options.shards:
+        return predict_files(options)
+    predict_split(options)
+    return 0
+
+
+def predict_split(options: PredictOptions) -> None:
+    """Process a split of a dataset, on all ranks together; errors as in `predict`."""
     from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
 
-    command.start_logging()
-    dataset = open_dataset(options.shards) if options.shards else None
-    if dataset is not None:
-        dataset.index(options.split)  # reports a wrong split before seconds of loading
-    images = [] if dataset is not None else find_images(options.images)
-    if options.submission:
-        check_image_ids(images)
-
-    if dataset is None:
-        check_writable(Location(options.out), "--out")
-
-    import torch
+    dataset = open_dataset(options.shards)
+    dataset.index(options.split)  # reports a wrong split before seconds of loading
 
     from trainer.commands.evaluate import check_classes
-    from trainer.metrics.hierarchy import read_parents
-    from trainer.model.build import rebuild
     from trainer.model.checkpoint import open_checkpoint
     from trainer.prediction.sharded_inference import predict_shards
     from trainer.run.distributed import main_can_write, start_accelerator
 
-    if dataset is not None:
-        accelerator = start_accelerator()
-        main_can_write(Location(options.out), "--out", accelerator)
+    accelerator = start_accelerator()
+    main_can_write(Location(options.out), "--out", accelerator)
     state = open_checkpoint(options.checkpoint)
-    if dataset is not None:  # `data.classes` selects classes, not images: all images are processed
-        asked = dataset.select(classes=state.config.data.classes or None).categories
-        check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
-    labels = None
+    # `data.classes` selects classes, not images: all images are processed.
+    asked = dataset.select(classes=state.config.data.classes or None).categories
+    check_classes(state.categories, asked, options.checkpoint, str(dataset.root))
+    network, labels = network_and_labels(options, state)
+    network.to(accelerator.device).eval()
+    predict_shards(options, dataset, state, network, accelerator, labels)
+
+
+def predict_files(options: PredictOptions) -> int:
+    """Process image files; result and errors as in `predict`."""
+    images = find_images(options.images)
     if options.submission:
-        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
-        labels = submission_labels(state.categories, parents)
-    network = rebuild(state)
-    # --score replaces the threshold of the run's evaluations.
-    network.roi_heads.score_thresh = options.score
-    if dataset is not None:
-        network.to(accelerator.device).eval()
-        predict_shards(options, dataset, state, network, accelerator, labels)
-        return 0
+        check_image_ids(images)
+    check_writable(Location(options.out), "--out")
+
+    import torch
+
+    from trainer.model.checkpoint import open_checkpoint
+
+    state = open_checkpoint(options.checkpoint)
+    network, labels = network_and_labels(options, state)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
     return predict_images(options, images, state, network, device, labels)
+
+
+def network_and_labels(options: PredictOptions, state: State) -> tuple[MaskRCNN, Labels | None]:
+    """Return a checkpoint's network with the threshold of --score, and the labels of a submission, if there is one."""
+    from trainer.metrics.hierarchy import read_parents
+    from trainer.model.build import rebuild
+
+    labels = None
+    if options.submission:
+        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
+        labels = submission_labels(state.categories, parents)
+    network = rebuild(state)
+    network.roi_heads.score_thresh = options.score
+    return network, labels
 
 
 def predict_images(
@@ -154,3 +171,7 @@ def predict_images(
             print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
     print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
     return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -41,18 +42,18 @@ if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong ar
 log = logging.getLogger("trainer.commands.train")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run the command and return its exit status."""
 
     def action() -> None:
-        train(parse(arguments))
+        train(parse(arguments, program))
 
     return command.run("train", action)
 
 
-def parse(arguments: Sequence[str] | None) -> Config:
+def parse(arguments: Sequence[str] | None, program: str = "train.py") -> Config:
     """Return the settings of the command line."""
-    parser = command.Parser("train.py", "Train Mask R-CNN on a shard dataset.")
+    parser = command.Parser(program, "Train Mask R-CNN on a shard dataset.")
     add_arguments(parser)
     config = from_arguments(parser.parse_args(arguments))
     if not config.data.shards:
@@ -228,3 +229,7 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
         if record.is_best(row):
             save_state(t, best=True)
         record.add_evaluation(row)  # last: a run that is killed before this evaluates these weights again
+
+
+if __name__ == "__main__":
+    sys.exit(main())

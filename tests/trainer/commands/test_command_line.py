@@ -8,6 +8,7 @@ from torch.distributed import DistBackendError, DistNetworkError
 
 from shards.common.errors import UserError
 from trainer.commands import command_line as command
+from trainer.commands.launcher import RANKS
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] "
 
@@ -54,6 +55,14 @@ def test_an_error_names_its_rank_after_the_main_rank_had_time_to_report_it(
     assert capsys.readouterr().err == line
     assert waits == ([(command.MAIN_RANK_TIMEOUT_S, "")] if rank == "1" else [])
     assert json.loads((tmp_path / "error").read_text())["message"] == line.strip()
+
+
+def test_an_error_is_one_line_even_without_the_launcher_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(RANKS, str(tmp_path / "removed"))
+    assert command.run("train", lambda: _raise(UserError("a\nb: none"))) == 2
+    assert capsys.readouterr().err == "train: error: a b: none\n"
 
 
 def _raise(error: Exception) -> None:

@@ -4,9 +4,12 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -58,7 +61,58 @@ def test_a_signal_before_a_rank_exists_ends_the_rank_when_it_registers(tmp_path:
         "import time\nfrom trainer.commands.launcher import register_rank\nregister_rank()\ntime.sleep(100)\n"
     )
     options = [*tiny.launch_options(1), "--cpu"]
-    assert launcher.launch(script, [], options, [signal.SIGTERM]) == 1  # 0 after the sleep
+    assert launcher.launch(script, [], options, [signal.SIGINT]) == 128 + signal.SIGINT  # 0 after the sleep
+
+
+@pytest.mark.slow
+def test_launch_returns_the_status_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\nfrom trainer.commands import command_line\n"
+        "def action():\n    if os.environ['RANK'] == '0':\n        time.sleep(100)\n    return 7\n"
+        "sys.exit(command_line.run('script', action))\n"
+    )
+    assert launcher.launch(script, [], tiny.launch_options(2), []) == 7
+
+
+@pytest.mark.parametrize(
+    ("launcher_status", "left", "noted", "expected"),
+    [
+        (0, [], [], 0),
+        (0, [], [signal.SIGINT], 0),  # it came too late
+        (1, [], [], 1),
+        (1, [2, 1], [], 2),
+        (1, [143], [signal.SIGINT], 130),  # every signal is passed on as SIGTERM
+        (1, [], [signal.SIGTERM], 143),
+        (1, [2], [signal.SIGTERM], 2),  # what the signal asked to be saved is not saved
+    ],
+)
+def test_exit_status(
+    launcher_status: int,
+    left: list[int],
+    noted: list[int],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(launcher.RANKS, str(tmp_path))
+    for status in left:
+        launcher.leave_status(status)
+    assert launcher._exit_status(launcher_status, tmp_path / launcher.STATUS, noted) == expected
+
+
+def test_a_rank_is_registered_until_it_exits(tmp_path: Path) -> None:
+    code = "import os\nfrom trainer.commands import launcher\nlauncher.register_rank()\n"
+    code += "print(os.listdir(os.environ[launcher.RANKS]) == [str(os.getpid())])"
+    environment = tiny.environment(**{launcher.RANKS: str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_exited_or_is_another_users_receives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "kill", Mock(side_effect=[ProcessLookupError, PermissionError]))
+    launcher.pass_on(1, [1, 2], Counter())
 
 
 def test_each_signal_is_passed_on_to_each_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
