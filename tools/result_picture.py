@@ -47,7 +47,7 @@ def detection(found: dict[str, Any], name: str, scale: tuple[float, float]) -> s
     return (
         f'<path fill="{colour}" fill-opacity=".45" stroke="{colour}" stroke-width="1.5" d="{path}"/>'
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="{colour}"/>'
-        f'<rect x="{x}" y="{top - 9}" width="{5.4 * len(label) + 4:.0f}" height="12" fill="{colour}"/>'
+        f'<rect x="{x}" y="{top - 9}" width="{4.7 * len(label) + 4:.0f}" height="12" fill="{colour}"/>'
         f'<text x="{x + 2}" y="{top}">{label}</text>'
     )
 

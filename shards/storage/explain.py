@@ -8,6 +8,11 @@ from contextlib import contextmanager
 
 from shards.common.errors import StorageError
 
+# Of botocore, aiohttp (whose failed look-ups of names are a subclass) and the standard library.
+UNREACHABLE = frozenset(
+    ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError")
+)
+
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
@@ -43,7 +48,7 @@ def explain(error: BaseException, url: str) -> str | None:
         )
     if _is_wrong_endpoint(error):
         return f"{url}: {text}: give http://host:port in AWS_ENDPOINT_URL"
-    if kind in ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError"):
+    if UNREACHABLE.intersection(one.__name__ for one in type(error).__mro__):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         remedy = f"; AWS_ENDPOINT_URL is {endpoint}" if endpoint and url.startswith("s3") else ""
         return f"{url}: the endpoint cannot be reached ({text}){remedy}: check the address and the network"

@@ -26,3 +26,9 @@ def test_an_error_of_the_program_is_not_one_of_storage() -> None:
 def test_a_storage_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
     assert (str(error), error.permanent) == ("gone", True)
+
+
+def test_a_name_that_cannot_be_resolved_is_an_unreachable_endpoint() -> None:
+    resolving = type("ClientConnectorDNSError", (type("ClientConnectorError", (OSError,), {}),), {})
+    message = str(explain(resolving("Cannot connect to host nowhere:443"), "s3://bucket/a"))
+    assert "the endpoint cannot be reached" in message
