@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
-from shards.commands.command_line import one_line, run
+from shards.commands.command_line import run
 from shards.common.redact import redact
+from shards.common.text import one_line
 from shards.storage.location import Location
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.fetching.log_once import warn_once
+from shards.common.text import one_line
 from shards.storage.local_files import atomic_write
 from shards.storage.location import Location
 from shards.storage.ranges import Description
@@ -103,7 +104,7 @@ class Cache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             logger.warning("%s: damaged, deleted (%s): reading %s again", path, reason, content.location)
             with suppress(OSError):
                 os.unlink(path)
@@ -179,7 +180,7 @@ class _Writer:
         self._parquet = None
         with suppress(OSError):  # closing writes a footer, for which the disk may be too full as well
             self._files.__exit__(type(error), error, error.__traceback__)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         warn_once(
             self._folder,
             "unwritable",

@@ -19,6 +19,7 @@ from multiprocessing import connection, forkserver
 from typing import Any, TypeVar, cast
 
 from shards.common.errors import UserError
+from shards.common.text import one_line
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -163,7 +164,7 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"--cluster {address}: no Dask scheduler answers ({reason}): check the address") from error
     with client:
         workers = sum(client.nthreads().values())

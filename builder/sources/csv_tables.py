@@ -31,7 +31,7 @@ from builder.fetching.fetch import Inventory, RangeFile
 from builder.fetching.log_once import warn_once
 from builder.fetching.table_cache import NO_CACHE, Cache, Content
 from shards.common.errors import UserError
-from shards.common.text import counted
+from shards.common.text import counted, one_line
 from shards.storage.location import Location
 
 BLOCK_BYTES = 8 << 20
@@ -178,7 +178,7 @@ def _stream(content: Content, newlines_in_values: bool) -> Iterator[pa.Table]:
                 yield _trimmed(pa.Table.from_batches([batch]))
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         if rows or file.lines > 1:  # whether Arrow raises an error for a header without rows depends on its line end
-            raise _not_a_table(location, " ".join(str(error).split())[:300]) from error
+            raise _not_a_table(location, one_line(error)[:300]) from error
     else:
         if file.lines != rows + 1:
             found = f"{file.lines} lines make {rows + 1} rows: quoted values contain line ends"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.common.errors import UserError
-from shards.common.text import did_you_mean
+from shards.common.text import did_you_mean, one_line
 from shards.common.version import __version__
 
 UNREAD = 141  # a shell's exit status for a process that SIGPIPE (13) ended
@@ -43,18 +43,13 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = did_you_mean(name, self._option_string_actions, limit=1)
+            near = did_you_mean(name, self._option_string_actions, limit=1) if name.startswith("-") else ""
             self.error(f"unknown argument {name}" + (f": {near}" if near else ""))
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` with the message."""
         raise UserError(f"{message} (see --help)")
-
-
-def one_line(text: str) -> str:
-    """Return text with every run of white space as one space."""
-    return " ".join(text.split())
 
 
 def run(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from shards.common.errors import UserError
-from shards.common.text import did_you_mean
+from shards.common.text import did_you_mean, one_line
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -20,15 +20,28 @@ class ConfigError(UserError):
     """An option that does not exist, has a wrong value, or contradicts another."""
 
 
+class YamlError(ValueError):
+    """Text that is not YAML, or has a value that does not exist; the message is one line."""
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """Return the value of YAML; raises YamlError."""
+    try:
+        return yaml.safe_load(text)
+    # PyYAML converts values such as 2024-13-45 or `!!bool x` without a check, and nested ones by recursion.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise YamlError(one_line(error)) from error
+
+
 def parsed(text: str, hint: Any) -> Any:
-    """Return one argument of a command line as YAML reads it; for text and choices, unchanged."""
+    """Return the value of `--section.key` on a command line as YAML reads it; for text and choices, unchanged."""
     if hint is str or typing.get_origin(hint) is Literal:
         return text
     if hint is int and text.strip().lstrip("-").isdecimal():  # YAML reads 010 as 8
-        return int(text)
+        return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except YamlError:
         return text
 
 
@@ -36,7 +49,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     """Return a value of YAML converted to a type: a number in a field of text becomes text, for example.
 
     Args:
-        value: as YAML reads it.
+        value: as YAML reads it, or one argument of a command line.
         hint: `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
         where: beginning of the ConfigError about a value that does not fit.
     """
@@ -52,9 +65,10 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, bool) and hint is not bool:
         quotes = ": write it in quotes" if hint is str else ""  # YAML reads No as false
         raise ConfigError(f"{where}: {value!r} is not {_KINDS[hint]}{quotes}")
-    if hint is float and isinstance(value, int | str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 (no dot) as text
-            return float(value)
+    decimal = isinstance(value, str) and value.isascii() and "_" not in value  # Python accepts more
+    if (hint is float and isinstance(value, int)) or (hint in (int, float) and decimal):
+        with contextlib.suppress(ValueError, OverflowError):  # text: of a command line, in quotes, or 1e-4 (no dot)
+            return hint(value)
     if hint is str and (value is None or isinstance(value, int | float)):
         return "" if value is None else str(value)
     if not isinstance(value, hint):

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from shards.commands.option_values import ConfigError as ConfigError
-from shards.commands.option_values import checked, nearest, parsed
+from shards.commands.option_values import YamlError, checked, nearest, parsed, read_yaml
 
 T = TypeVar("T")
 
@@ -162,11 +162,11 @@ def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
     """Set the options in the content of a YAML file; `where` names the file in a ConfigError about it."""
     try:
-        value = yaml.safe_load(data.decode("utf-8"))
+        value = read_yaml(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from error
     update(options, value, where)
 
 
@@ -306,9 +306,8 @@ def _from_words(words: str | bool | Sequence[str], entry: Entry, where: str) -> 
     if entry.item.metadata["commas"] and isinstance(words, str):
         return checked(_split(words), entry.hint, where)
     if isinstance(words, str):
-        return checked(parsed(words, entry.hint), entry.hint, where)
-    inner = typing.get_args(entry.hint)[0]
-    return checked([parsed(word, inner) for word in words], entry.hint, where)
+        return checked(parsed(words, entry.hint) if entry.section else words, entry.hint, where)
+    return checked(list(words), entry.hint, where)
 
 
 def _split(text: str) -> list[str]:

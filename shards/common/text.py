@@ -33,9 +33,14 @@ def columns_of(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(one) > 0 for one in text)
 
 
+def one_line(text: object) -> str:
+    """Return text, such as that of an error, with every run of white space as one space."""
+    return " ".join(str(text).split())
+
+
 def shown(value: Any) -> str:
     """Return a value's repr for a message: on one line, at most 80 characters."""
-    text = " ".join(repr(value).split())
+    text = one_line(repr(value))
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 

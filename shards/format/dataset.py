@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 
 from shards.common.errors import DatasetError, StorageError
 from shards.common.json_fields import flat, is_text
-from shards.common.text import counted, shown
+from shards.common.text import counted, one_line, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
-from shards.format.index_schema import one_line
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
@@ -341,4 +340,4 @@ def accounts_table(data: bytes, where: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data), schema=ACCOUNTS_SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{where}: damaged ({one_line(error)}): build the dataset again") from error
+        raise DatasetError(f"{where}: damaged ({one_line(error)[:200]}): build the dataset again") from error

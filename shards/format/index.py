@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DatasetError
 from shards.common.shared_arrays import SharedArrays, can_share
-from shards.common.text import counted
-from shards.format.index_schema import INDEX_SCHEMA, column_fault, one_line, schema_fault
+from shards.common.text import counted, one_line
+from shards.format.index_schema import INDEX_SCHEMA, column_fault, schema_fault
 
 LARGEST_ID = 1_000_000  # of a class: counts per class are arrays of up to this length
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
@@ -70,7 +70,7 @@ class IndexFile:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            raise index_error(self.where, f"is not an index in Parquet ({one_line(error)})") from error
+            raise index_error(self.where, f"is not an index in Parquet ({one_line(error)[:200]})") from error
 
 
 def index_error(where: str, fault: str) -> DatasetError:

@@ -109,11 +109,6 @@ def column_fault(name: str, column: pa.ChunkedArray) -> str:
     return f"column {name} has rows without a value" if empty else ""
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line: Arrow's may have many."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _same(one: Any, other: Any) -> bool:
     # Writers differ in the name of a list's entries and in whether they may be null, which is part of Arrow's type.
     if pa.types.is_list(one) and pa.types.is_list(other):

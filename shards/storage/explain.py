@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shards.common.errors import StorageError
+from shards.common.text import one_line
 
 # Of botocore, aiohttp (whose failed look-ups of names are a subclass) and the standard library.
 UNREACHABLE = frozenset(
@@ -39,7 +40,7 @@ def is_missing_bucket(error: BaseException) -> bool:
 
 def explain(error: BaseException, url: str) -> str | None:
     """Return one line about an error that a file system raised at `url`; None if it is not an error of storage."""
-    kind, text = type(error).__name__, " ".join(str(error).split())
+    kind, text = type(error).__name__, one_line(error)
     if kind == "NoCredentialsError":
         return (
             f"{url}: no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE "

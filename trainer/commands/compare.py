@@ -27,8 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from shards.commands.option_values import YamlError, read_yaml
 from shards.commands.options import add_options, from_arguments, update
 from shards.common.errors import UserError
 from shards.storage.location import Location, check_writable
@@ -78,9 +77,9 @@ def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
     """
     path = yaml_config.config_path(options.comparison)
     try:
-        value = yaml.safe_load(yaml_config.read_config(options.comparison, "comparison"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"comparison {path}: cannot be read: {' '.join(str(error).split())}") from error
+        value = read_yaml(yaml_config.read_config(options.comparison, "comparison"))
+    except YamlError as error:
+        raise ConfigError(f"comparison {path}: cannot be read: {error}") from error
     keys = set(value) if isinstance(value, dict) else set()
     if not {"settings"} <= keys <= {"base", "settings"} or not isinstance(value["settings"], dict):
         raise ConfigError(

@@ -7,9 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from shards.commands.command_line import Parser, one_line, run
+from shards.commands.command_line import Parser, run
 from shards.commands.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
 from shards.common.errors import UserError
+from shards.common.text import one_line
 from shards.common.version import __version__
 
 Flag = Literal["inside", "occluded"]
@@ -61,6 +62,7 @@ def test_a_command_line_and_a_file_become_a_dataclass() -> None:
     assert from_file(text) == Options(classes=classes, per_class=7, drop=["inside"], shards="--strange", **same)
     assert from_file("") == Options()
     assert from_file("classes: Dog").classes == ["Dog"]
+    assert from_file("per-class: '5'\nscore: '.5'") == Options(per_class=5, score=0.5)
     assert from_file("drop: [inside, occluded]").drop == ["inside", "occluded"]
 
 
@@ -70,7 +72,13 @@ def test_a_command_line_and_a_file_become_a_dataclass() -> None:
         ("--per-clas 3", "unknown argument --per-clas: did you mean --per-class?"),
         ("--per-class", "argument --per-class: expected one argument"),
         ("--per-class many", "--per-class: 'many' is not a whole number"),
-        ("--per-class 2.5", "--per-class: 2.5 is not a whole number"),
+        ("--per-class 2.5", "--per-class: '2.5' is not a whole number"),
+        ("--per-class 0x10", "--per-class: '0x10' is not a whole number"),
+        ("--per-class 1:30", "--per-class: '1:30' is not a whole number"),
+        ("--per-class 1_000", "--per-class: '1_000' is not a whole number"),
+        ("--per-class 2024-13-45", "--per-class: '2024-13-45' is not a whole number"),
+        ("--per-class=", "--per-class: '' is not a whole number"),
+        ("--score 1_0", "--score: '1_0' is not a number"),
         ("--per-class 0", "--per-class is 0: it must be at least 1"),
         ("--score 80", "--score is 80.0: it must be between 0 and 1"),
         ("--score nan", "--score is nan: give a finite number"),
@@ -100,7 +108,10 @@ def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) ->
         ("classes: [Person, No]", "classes: False is not text: write it in quotes"),
         ("partition: [0.5, 0.5]", r"partition: \[0.5, 0.5\] has 2 values: give 3"),
         ("exact-classes: 3", "exact-classes: 3 is not true or false"),
+        ("per-class: '1_0'", "per-class: '1_0' is not a whole number"),
         ("a: [", "not YAML"),
+        ("per-class: 2024-13-45", "not YAML: month must be in 1..12"),
+        pytest.param("[" * 2000, "not YAML", id="nested"),
         ("a: !!python/object:os.system x", "not YAML"),
         ("dry-run: true\nretry: true", "cannot be combined"),
     ],
@@ -109,6 +120,13 @@ def test_a_wrong_file_is_one_line_that_names_it(text: str, message: str) -> None
     with pytest.raises(ConfigError, match=message) as caught:
         check(from_file(text))
     assert "\n" not in str(caught.value)
+
+
+def test_only_options_are_suggested_for_unknown_arguments() -> None:
+    one = Parser(prog="try", description="Try.")
+    one.add_argument("--extract")
+    with pytest.raises(UserError, match=r"^unknown argument extra \(see --help\)$"):
+        one.parse_args(["extra"])
 
 
 def test_words_set_the_same_options() -> None:

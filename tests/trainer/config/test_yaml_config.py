@@ -61,6 +61,9 @@ def test_saved_settings_read_back_the_same(tmp_path):
         ("data.bach_size", "4", "unknown option 'data.bach_size': did you mean data.batch_size"),
         ("nosuch.key", "4", "unknown option 'nosuch.key'"),
         ("data.batch_size", "many", "data.batch_size: 'many' is not a whole number"),
+        ("data.batch_size", "2024-13-45", "data.batch_size: '2024-13-45' is not a whole number"),
+        ("data.batch_size", "--5", "data.batch_size: '--5' is not a whole number"),
+        pytest.param("optim.milestones", "[" * 2000, r"is not a list such as \[1, 2\]", id="nested"),
         ("data.batch_size", "true", "data.batch_size: True is not a whole number"),
         ("data.batch_size", "0", "data.batch_size is 0: it must be at least 1"),
         ("data.group_by_aspect", "1", "1 is not true or false"),
@@ -97,6 +100,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(name, text, message):
         ("data: 3", r"section 'data' holds 3"),
         ("- 1", r"c.yaml: holds list"),
         ("data: {", r"config .*c.yaml: not YAML"),
+        ("data: {batch_size: !!bool x}", r"not YAML"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, message):
