@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from shards.format.dataset import Dataset as Dataset
     from shards.format.dataset import open_dataset as open_dataset
     from shards.format.dataset_writer import DatasetWriter as DatasetWriter
+    from shards.format.sample import Category as Category
     from shards.format.sample import Instance as Instance
     from shards.format.sample import Sample as Sample
     from shards.order.mixture import Mix as Mix
+    from shards.storage.location import Location as Location
     from shards.stream.loader import loader as loader
+    from shards.stream.sample_cache import SampleCache as SampleCache
     from shards.stream.streams import EvalStream as EvalStream
     from shards.stream.streams import ShardStream as ShardStream
 
 _MODULES = {
+    "Category": "shards.format.sample",
     "Dataset": "shards.format.dataset",
     "DatasetWriter": "shards.format.dataset_writer",
     "EvalStream": "shards.stream.streams",
     "Instance": "shards.format.sample",
+    "Location": "shards.storage.location",
     "Mix": "shards.order.mixture",
     "Sample": "shards.format.sample",
+    "SampleCache": "shards.stream.sample_cache",
     "ShardStream": "shards.stream.streams",
     "UserError": "shards.common.errors",
     "loader": "shards.stream.loader",

@@ -9,7 +9,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
@@ -26,7 +26,7 @@ def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
         return Failure(f"image-{data.reason}", "")
     try:
         return jpeg.check_jpeg(data, MAX_PIXELS)
-    except jpeg.JpegError as error:
+    except jpeg.ImageError as error:
         return Failure("image-too-large" if error.too_large else "image-undecodable", str(error))
 
 
@@ -68,15 +68,13 @@ def pixel_box(box: tuple[float, float, float, float], width: int, height: int) -
 def _read_with_pillow(data: bytes) -> BitImage | Failure:
     """Decode a PNG of any kind; non-zero pixels are the object."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with jpeg.pillow_errors("a PNG"), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 return Failure("mask-undecodable", f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
             image.load()
             return BitImage(width, height, np.packbits(_non_zero(image), axis=1))
-    except UnidentifiedImageError:
-        return Failure("mask-undecodable", "not a PNG")  # Pillow's text contains a memory address
-    except (Image.DecompressionBombError, *jpeg.DECODE_ERRORS) as error:
+    except jpeg.ImageError as error:
         return Failure("mask-undecodable", str(error))
 
 

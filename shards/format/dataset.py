@@ -22,6 +22,7 @@ from shards.common.errors import DatasetError, StorageError
 from shards.common.json_fields import flat, is_text
 from shards.common.text import counted, one_line, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
+from shards.format.sample import Category as Category
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
@@ -41,15 +42,6 @@ SPLITS = ("train", "val", "test")
 # The columns are the fields of `shards.format.accounts.Account`.
 _ACCOUNT_FIELDS = ("kind", "split", "image_id", "box_id", "source", "status", "detail")
 ACCOUNTS_SCHEMA = pa.schema([(name, pa.string()) for name in _ACCOUNT_FIELDS])
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A class of the dataset: an id from 1, its name, and its MID at the source."""
-
-    id: int
-    name: str
-    mid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +156,9 @@ class Dataset:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         counts = {split: counted(self.info.samples(split), "sample") for split in self.splits}
         splits = ", ".join(f"{split}: {count}" for split, count in counts.items()) or "no samples"
-        selected = f"; of these, {self.selection}" if self.selection != Selection() else ""
-        return f"Dataset({str(self.root)!r}, classes: {', '.join(names[:5])}{more}; {splits}{selected})"
+        if self.selection != Selection():
+            splits = f"before selection {splits}; selected: {self.selection}"
+        return f"Dataset({str(self.root)!r}, classes: {', '.join(names[:5])}{more}; {splits})"
 
     @property
     def categories(self) -> tuple[Category, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from shards.common.text import counted
+from shards.common.text import counted, printable
 from shards.format.dataset import SPLITS, Category, Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import ATTRIBUTION, FLAGS
@@ -206,7 +206,7 @@ def render_card(
         "dataset_info": {"config_name": "default", "features": FEATURES},
     }
     rows = [
-        f"| {c.split} | {c.name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |"
+        f"| {c.split} | {_cell(c.name)} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |"
         for c in counts
         if c.name in packed
     ]
@@ -225,6 +225,11 @@ def render_card(
         command=command,
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text}"
+
+
+def _cell(name: str) -> str:
+    """Return a name as it is written in a table of Markdown."""
+    return printable(name).replace("|", r"\|")
 
 
 def _size_category(samples: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from shards.common.argument_checks import whole
 from shards.common.errors import DatasetError, SampleError
+from shards.common.json_fields import flat
 from shards.common.redact import redact
 from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
@@ -33,8 +34,8 @@ from shards.format.dataset import (
 from shards.format.dataset_card import count_classes, render_card
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
-from shards.format.jpeg import JpegError, check_jpeg
-from shards.format.sample import FLAGS, Instance, Sample, canonical_json
+from shards.format.jpeg import ImageError, check_jpeg
+from shards.format.sample import ATTRIBUTION, FLAGS, Instance, Sample, canonical_json
 from shards.format.selection import find_class
 from shards.format.shard_tar import pack_shard, seeded_order, shard_path
 from shards.format.validation import content_faults
@@ -86,7 +87,7 @@ class DatasetWriter:
         root: local path or any fsspec URL, without a dataset.
         classes: names of the classes, which get the ids 1, 2, ...; or `Category` objects.
         samples_per_shard: samples per shard; the last shard of a split may have fewer.
-        seed: of the order.
+        seed: seed of the order in which samples are stored.
 
     Raises:
         DatasetError: wrong arguments, or `root` already contains a dataset or a part of one.
@@ -96,7 +97,7 @@ class DatasetWriter:
     def __init__(
         self,
         root: str | os.PathLike[str] | Location,
-        classes: Sequence[str | Category],
+        classes: Iterable[str | Category],
         *,
         samples_per_shard: int = SAMPLES_PER_SHARD,
         seed: int = 0,
@@ -163,11 +164,14 @@ class DatasetWriter:
             DatasetError: see `add`.
         """
         where = self._where(image_id)
+        for name in metadata.keys() - {"rotation", *ATTRIBUTION}:
+            hint = did_you_mean(name, ATTRIBUTION, f"known are rotation, {', '.join(ATTRIBUTION)}")
+            raise DatasetError(f"{where}: unknown metadata {name!r}: {hint}")
         if not isinstance(image, bytes):
             raise DatasetError(f"{where}: image is {shown(image)}: give the bytes of a JPEG")
         try:
             width, height = check_jpeg(image, decode=False)
-        except JpegError as error:
+        except ImageError as error:
             raise DatasetError(f"{where}: the image cannot be read ({error}): convert it to JPEG first") from error
         objects = tuple(self._instance(value, width, height, where) for value in instances)
         known = {category.id for category in self.categories}
@@ -192,6 +196,9 @@ class DatasetWriter:
             raise DatasetError(f"{where}: split is {shown(split)}: give one of {', '.join(SPLITS)}")
         if any(sample.image_id in places for places in self._places.values()):
             raise DatasetError(f"{where}: was added before: give each image a key of its own")
+        for name in ATTRIBUTION:
+            if not isinstance(value := getattr(sample, name), str):
+                raise DatasetError(f"{where}: {name} is {shown(value)}: give text, or leave it out")
         try:
             members = sample.to_members()
             # As readers see it: for example, whole numbers of a box become floats, which JSON writes differently.
@@ -229,7 +236,11 @@ class DatasetWriter:
         mask, bbox = value.get("mask"), value.get("bbox")
         segmentation = None
         if mask is not None:
-            bits = np.asarray(mask)
+            try:
+                bits = np.asarray(mask)
+            except (TypeError, ValueError) as error:  # rows of different lengths, or a tensor on a GPU
+                hint = "give an array [H, W] of the image's size"
+                raise DatasetError(f"{where}: a mask of {category.name} is not an array: {hint}") from error
             if bits.shape != (height, width):
                 raise DatasetError(
                     f"{where}: a mask has the shape {bits.shape}, the image is [H, W] = {(height, width)}: "
@@ -277,17 +288,30 @@ class DatasetWriter:
         return Sample.from_members(image_id, members)
 
 
-def _categories(classes: Sequence[str | Category]) -> tuple[Category, ...]:
-    if isinstance(classes, str) or not all(isinstance(each, str | Category) for each in classes) or not len(classes):
+def _categories(classes: Iterable[str | Category]) -> tuple[Category, ...]:
+    given = list(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else []
+    if not given or not all(isinstance(each, str | Category) for each in given):
         raise DatasetError(f"classes is {shown(classes)}: give a list of names, such as ['cat', 'dog']")
-    numbered = enumerate(classes, start=1)
-    categories = tuple(c if isinstance(c, Category) else Category(number, c, c) for number, c in numbered)
+    numbered = enumerate(given, start=1)
+    categories = tuple(_category(c if isinstance(c, Category) else Category(number, c, c)) for number, c in numbered)
     for number, name in ((category.id, category.name) for category in categories):
         if not 1 <= number <= LARGEST_ID:
             raise DatasetError(f"class {name!r} has the id {number}: ids are from 1 to {LARGEST_ID}")
         if sum(number == category.id or name == category.name for category in categories) > 1:
             raise DatasetError(f"class {name!r} or its id {number} occurs more than once: give each class once")
     return categories
+
+
+def _category(given: Category) -> Category:
+    """Return a class as opening a dataset will read it."""
+    number = whole(f"the id of class {shown(given.name)}", given.id)
+    try:
+        category = flat(Category, {"id": number, "name": given.name, "mid": given.mid})
+    except ValueError as error:
+        raise DatasetError(f"{error}: give Category(id, name, mid), where name and mid are text") from error
+    if not category.name.strip():
+        raise DatasetError(f"class {number} has the name {category.name!r}: give each class a name")
+    return category
 
 
 def _accounts(sample: Sample, split: str) -> list[Account]:

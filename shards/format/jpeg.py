@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
 
-# What Pillow raises on damaged files, depending on where the damage is.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 
-
-class JpegError(ValueError):
-    """Bytes that are not a whole JPEG, or one of more pixels than allowed (`too_large`); the message is the reason."""
+class ImageError(ValueError):
+    """Bytes that are not a whole image, or one of more pixels than allowed (`too_large`); the message is the reason."""
 
     def __init__(self, reason: str, *, too_large: bool = False) -> None:
         super().__init__(reason)
         self.too_large = too_large
+
+
+@contextmanager
+def pillow_errors(wanted: str = "a JPEG") -> Iterator[None]:
+    """Turn whatever Pillow raises on a file into an `ImageError`; one of no known format is "not `wanted`"."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not {wanted}") from error  # Pillow's text contains a memory address
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error), too_large=True) from error
+    # For damaged files there is no common type: it depends on the format and on where the damage is.
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
+        raise ImageError(str(error)) from error
 
 
 def check_jpeg(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:
@@ -31,22 +46,13 @@ def check_jpeg(data: bytes, max_pixels: int | None = None, *, decode: bool = Tru
         decode: False reads the header only.
 
     Raises:
-        JpegError: damaged, of another format, or too large.
+        ImageError: damaged, of another format, or too large.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            width, height = image.size
-            if max_pixels is not None and width * height > max_pixels:
-                raise JpegError(f"{width}x{height} pixels, the limit is {max_pixels}", too_large=True)
-            if decode:
-                image.draft(None, (max(1, width // 8), max(1, height // 8)))
-                image.load()
-    except JpegError:
-        raise
-    except UnidentifiedImageError as error:
-        raise JpegError("not a JPEG") from error  # Pillow's text contains a memory address
-    except Image.DecompressionBombError as error:
-        raise JpegError(str(error), too_large=True) from error
-    except DECODE_ERRORS as error:
-        raise JpegError(str(error)) from error
+    with pillow_errors(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        width, height = image.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise ImageError(f"{width}x{height} pixels, the limit is {max_pixels}", too_large=True)
+        if decode:
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
     return width, height

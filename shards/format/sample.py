@@ -27,6 +27,15 @@ ATTRIBUTION = ("license", "author", "author_url", "original_url", "title")
 
 
 @dataclass(frozen=True, slots=True)
+class Category:
+    """A class of the dataset: an id from 1, its name, and its MID at the source."""
+
+    id: int
+    name: str
+    mid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One annotated object.
 
@@ -117,15 +126,16 @@ class Sample:
         """Decode the JPEG to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
 
         Raises:
-            SampleError: the JPEG is damaged.
+            SampleError: the JPEG is damaged, or larger than Pillow's limit.
         """
         from PIL import Image
 
-        from shards.format.jpeg import DECODE_ERRORS
+        from shards.format.jpeg import ImageError, pillow_errors
 
         try:
-            return Image.open(io.BytesIO(self.image), formats=("JPEG",)).convert("RGB")
-        except DECODE_ERRORS as error:
+            with pillow_errors(), Image.open(io.BytesIO(self.image), formats=("JPEG",)) as image:
+                return image.convert("RGB")
+        except ImageError as error:
             name = f"sample {self.image_id}: {self.image_id}.jpg"
             raise SampleError(f"{name} cannot be decoded: {error}: build the dataset again") from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +18,7 @@ from shards.common.errors import DatasetError
 from shards.common.splitmix import fold, splitmix64
 from shards.common.text import did_you_mean
 from shards.format.index import Index
-from shards.format.sample import Sample
-
-if TYPE_CHECKING:
-    from shards.format.dataset import Category
+from shards.format.sample import Category, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +36,10 @@ class Selection:
             raise DatasetError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
         if self.seed < 0:
             raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
+
+    def __str__(self) -> str:
+        of = "all samples" if self.classes is None else "samples of these classes"
+        return of if self.fraction == 1 else f"{of}, fraction {self.fraction:g} (seed {self.seed})"
 
     def narrowed(self, classes: tuple[int, ...] | None, fraction: float, seed: int, where: str) -> Selection:
         """Return some of the classes, and a fraction, of this selection; a DatasetError if it is a fraction already."""

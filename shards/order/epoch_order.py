@@ -100,7 +100,7 @@ class Order:
         settings: what determines the order, apart from the index.
         samples: N, the number of samples of the split.
         visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
-        fingerprint: of the index.
+        fingerprint: the fingerprint of the index.
         indexes: the index of each dataset, here a single one, without labels.
         lanes: `settings.lanes`, or the number of batches of an epoch if that is smaller.
         batches_per_epoch: whole batches of an epoch.
@@ -214,7 +214,7 @@ class EvaluationOrder:
         indexes: the index of each dataset, here a single one, without labels.
 
     Args:
-        index: of the split.
+        index: the index of the split.
         batch_size: at least 1.
         rows: the rows of the index to visit, int64 [n], ascending; None for all.
     """
@@ -249,8 +249,8 @@ def positions(
 
     Args:
         start: the first position of all ranks.
-        rank, world: of the process, and the number of ranks.
-        worker, workers: of the loader process, and the number of loader processes of the rank.
+        rank, world: rank of the process, and the number of ranks.
+        worker, workers: number of the loader process from 0, and how many the rank has.
         stop: the end of all positions, exclusive; None for an endless sequence.
     """
     first, step = start + rank + world * worker, world * workers
@@ -269,6 +269,7 @@ class _Recent(Generic[T]):
         value = self.values.get(key)
         if value is None:
             value = self.values[key] = make()
-            for old in list(self.values)[: -self.limit]:  # the oldest first
+            keys = list(self.values)  # the oldest first; a copy, because another thread may change them
+            for old in keys[: max(0, len(keys) - self.limit)]:
                 self.values.pop(old, None)
         return value

@@ -11,7 +11,7 @@ class Address:
 
     def __init__(self, bucket: str, anonymous: bool) -> None:
         self.bucket, self.anonymous = bucket, anonymous
-        self.tells_md5 = False  # if the ETag of one object was its MD5, that of every object is
+        self.etag_is_md5 = False  # if the ETag of one object was its MD5, that of every object is
         self.move(None)
 
     def move(self, region: str | None) -> None:

@@ -263,9 +263,9 @@ class _Body:
             return True
         found = hashlib.md5(self.data, usedforsecurity=False).hexdigest()
         if found == self.md5:
-            address.tells_md5 = True
+            address.etag_is_md5 = True
             return True
-        if found == self.wrong and not address.tells_md5:
+        if found == self.wrong and not address.etag_is_md5:
             return True  # the same twice: this store's ETag is not an MD5
         self.wrong = found
         self.data.clear()

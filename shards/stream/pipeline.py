@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -43,7 +44,8 @@ class BatchReader(Generic[T]):
         """Return the `webdataset.DataPipeline` of this pass; it can be read once."""
         # Only `parse_sample` applies a choice of classes itself, which saves writing the JSON only to parse it again.
         choose = [] if parse is parse_sample and not stages else [wds.map(webdataset_sample)]
-        return wds.DataPipeline(self.samples, *choose, *stages, wds.map(parse), self.batches)
+        # The built-in `map`: webdataset's adds a key to dicts and drops None, which `parse` may return.
+        return wds.DataPipeline(self.samples, *choose, *stages, partial(map, parse), self.batches)
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """Yield the samples of all batches, each as webdataset's dict.

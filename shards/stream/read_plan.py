@@ -57,10 +57,10 @@ class Plan:
         held: bytes of the samples that were requested and not yet taken.
 
     Args:
-        index: of the split.
-        rows: of the index, in the order in which they will be taken; may be endless. None for each batch that has no
-            sample of this split.
-        budget: bytes.
+        index: the index of the split.
+        rows: rows of the index, in the order in which they will be taken; may be endless. None for each batch that has
+            no sample of this split.
+        budget: limit of `held`, in bytes.
         is_cached: whether a row needs no request; called when it enters the look-ahead.
     """
 

@@ -96,7 +96,7 @@ class SampleReader:
         """Yield (row, bytes) for every row, in the given order; `rows` may be endless.
 
         Args:
-            rows: of the index. None for a batch without a sample of this index, which bounds the search for more.
+            rows: rows of the index. None for a batch without a sample of this index, which bounds the search for more.
             who: named in the log if storage stalls, such as "rank 0".
 
         Raises:

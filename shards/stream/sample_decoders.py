@@ -25,7 +25,8 @@ def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str
 
     Args:
         data: the bytes of the sample in its shard, a small tar.
-        index, row: of the split, and of the sample in it.
+        index: the index of the split.
+        row: the row of the sample in it.
         root: URL of the dataset.
 
     Raises:

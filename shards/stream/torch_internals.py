@@ -53,7 +53,7 @@ def receive(iterator: Iterator[Any]) -> Any:
     except RuntimeError as error:
         if not _WORKER_DIED.match(str(error)):
             raise
-        raise dead_worker(iterator) or LoaderError(str(error)) from None
+        raise dead_worker(iterator) or LoaderError(f"{error}: {WHY_KILLED}") from None
 
 
 def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:

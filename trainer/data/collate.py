@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from shards.common.errors import SampleError
+from shards.format.jpeg import ImageError, pillow_errors
 from shards.format.sample import Sample
 from shards.stream.sample_cache import SampleCache
 from trainer.config.settings import DataConfig
@@ -158,14 +159,9 @@ def decode_image(data: bytes) -> Tensor:
         SampleError: the data is not an image, is truncated, or has 32 bits per channel.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with pillow_errors("in a format that Pillow reads"), Image.open(io.BytesIO(data)) as image:
             pixels = _rgb(image, len(data))
-    except UnidentifiedImageError as error:  # its own message names an internal buffer
-        raise SampleError(
-            f"an image of {len(data)} bytes cannot be decoded: it is in no format that Pillow reads"
-        ) from error
-    # Pillow has no common error for broken files: the type depends on the format.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except ImageError as error:
         raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

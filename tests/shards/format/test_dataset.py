@@ -94,7 +94,10 @@ def test_a_dataset_prints_as_one_line(dataset):
     root = dataset.root
     assert repr(dataset) == f"Dataset('{root}', classes: Person, Car; train: 10 samples, val: 4 samples)"
     part = repr(dataset.select(classes=["Car"], fraction=0.5))
-    assert "classes: Car; train: 10 samples, val: 4 samples; of these, Selection(classes=(2,), fraction=0.5" in part
+    assert "classes: Car; before selection train: 10 samples, val: 4 samples; selected: samples of these c" in part
+    assert part.endswith("samples of these classes, fraction 0.5 (seed 0))")
+    assert repr(dataset.select(classes=["Car"])).endswith("selected: samples of these classes)")
+    assert repr(dataset.select(fraction=0.5, seed=2)).endswith("selected: all samples, fraction 0.5 (seed 2))")
     many = replace(dataset.info, categories=tuple(Category(number, f"C{number}", "") for number in range(1, 9)))
     assert "classes: C1, C2, C3, C4, C5 and 3 more;" in repr(replace(dataset, info=many))
     assert repr(dataset.index("train")) == "Index(10 samples in 2 shards)"

@@ -39,4 +39,6 @@ def test_render_card_has_source_licence_and_packed_classes(
     assert "3 mask-filtered" in text
     assert "| val | Ant | 1 | 0 | 1 | 1 |" in text
     assert "Cat" not in card
+    piped = render_card([Category(1, "A|B", "")], [ClassCounts("val", "A|B", 1, 0, 1, 0)], [SHARD], "x", {}, source)
+    assert r"| val | A\|B | 1 | 0 | 1 | 0 |" in piped
     assert "build-shards --x" in text

@@ -131,6 +131,8 @@ def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("a", PICTURE, {"license": None}), "license is None: give text, or leave it out"),
+        (("a", PICTURE, {"licence": "CC0"}), "unknown metadata 'licence': did you mean license?"),
         (("a", b"\x89PNG\r\n\x1a\n"), "sample a: the image cannot be read (not a JPEG): convert it to JPEG first"),
         (("a", PICTURE[:-300]), "sample a: a.jpg cannot be decoded: "),
         (("a", "cat.jpg"), "sample a: image is 'cat.jpg': give the bytes of a JPEG"),
@@ -144,16 +146,21 @@ def box(*bbox: Any, **more: Any) -> list[dict[str, Any]]:
         (("a", PICTURE, [{"bbox": (1, 1, 2, 2)}]), "give a dict with category, and bbox or mask"),
         (("a", PICTURE, box(1, 1, 2, 2, masc=MASK)), "unknown key 'masc': did you mean mask?"),
         (("a", PICTURE, [{"category": "cat", "mask": MASK.T}]), "shape (48, 32), the image is [H, W] = (32, 48)"),
+        (
+            ("a", PICTURE, [{"category": "cat", "mask": [[1, 0], [1]]}]),
+            "a mask of cat is not an array: give an",
+        ),
         (("a", PICTURE, [{"category": "cat", "mask": ~MASK & MASK}]), "a mask of cat has no pixel"),
         (("a", PICTURE, box(1, 1, 2, 2, predicted_iou=2.0)), "predicted_iou 2 is not from 0 to 1"),
         (("a", PICTURE, [Instance(7, (1, 1, 2, 2), None)]), "category_id 7 is not the id of a class"),
     ],
 )
 def test_wrong_input_names_the_sample_and_the_remedy(tmp_path: Path, arguments: tuple, message: str) -> None:
+    metadata = arguments[-1] if isinstance(arguments[-1], dict) else {}
     with DatasetWriter(tmp_path / "pets", ["cat", "dog"]) as writer:
         writer.add_image("first", PICTURE)
         with pytest.raises(DatasetError) as caught:
-            writer.add_image(*arguments)
+            writer.add_image(*arguments[: len(arguments) - bool(metadata)], **metadata)
         assert message in str(caught.value)
         assert str(caught.value).startswith(f"{tmp_path}/pets: sample {arguments[0]}: ")
         assert "\n" not in str(caught.value)
@@ -161,7 +168,8 @@ def test_wrong_input_names_the_sample_and_the_remedy(tmp_path: Path, arguments: 
     assert [one.image_id for one in samples(str(tmp_path / "pets"), "train")] == ["first"]
 
 
-open_writer: Any = DatasetWriter  # for calls that are wrong on purpose, whose types are not checked
+open_writer: Any = DatasetWriter
+wrong_class: Any = Category  # for calls that are wrong on purpose, whose types are not checked
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,18 @@ open_writer: Any = DatasetWriter  # for calls that are wrong on purpose, whose t
     [
         (lambda root: open_writer(root, "cat"), "classes is 'cat': give a list of names"),
         (lambda root: open_writer(root, []), "give a list of names"),
+        (lambda root: open_writer(root, None), "classes is None: give a list of names"),
+        (lambda root: open_writer(root, (3 for _ in "ab")), "give a list of names"),
+        (lambda root: open_writer(root, [""]), "class 1 has the name '': give each class a name"),
+        (
+            lambda root: open_writer(root, [wrong_class(1, "cat", None)]),
+            "mid of a category is None, not of type str",
+        ),
+        (lambda root: open_writer(root, [wrong_class(1, 5, "")]), "name of a category is 5, not of type str: give"),
+        (
+            lambda root: open_writer(root, [wrong_class("1", "cat", "")]),
+            "the id of class 'cat' is '1': give a",
+        ),
         (lambda root: open_writer(root, ["cat", "cat"]), "class 'cat' or its id 1 occurs more than once"),
         (lambda root: open_writer(root, [Category(0, "cat", "")]), "class 'cat' has the id 0: ids are from 1"),
         (lambda root: open_writer(root, ["cat"], samples_per_shard=0), "samples_per_shard is 0"),
@@ -188,7 +208,8 @@ def test_wrong_use_is_one_line_with_a_remedy(tmp_path: Path, call: Callable[[str
 
 
 def test_a_dataset_without_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no sample was added"), DatasetWriter(tmp_path / "x", ["cat"]):
+    classes = (name for name in ["cat"])  # may be any iterable
+    with pytest.raises(DatasetError, match="no sample was added"), DatasetWriter(tmp_path / "x", classes):
         pass
 
 

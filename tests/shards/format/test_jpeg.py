@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.format.jpeg import JpegError, check_jpeg
+from shards.format.jpeg import ImageError, check_jpeg
 from tests.support import jpeg
 
 PICTURE = jpeg(48, 32, 0)
@@ -36,7 +36,7 @@ def test_the_size_is_that_of_the_stored_pixels() -> None:
 def test_a_damaged_or_too_large_file_is_refused_with_a_reason(
     data: bytes, limit: int | None, reason: str, too_large: bool
 ) -> None:
-    with pytest.raises(JpegError, match=reason) as caught:
+    with pytest.raises(ImageError, match=reason) as caught:
         check_jpeg(data, limit)
     assert caught.value.too_large is too_large
 
@@ -44,7 +44,7 @@ def test_a_damaged_or_too_large_file_is_refused_with_a_reason(
 def _passes(data: bytes) -> bool:
     try:
         check_jpeg(data)
-    except JpegError:
+    except ImageError:
         return False
     return True
 

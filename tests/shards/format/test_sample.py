@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from shards.common.errors import SampleError
@@ -117,3 +118,10 @@ def test_picture_and_masks_are_decoded_at_the_stored_size():
     assert Sample("a", b"", 4, 3).masks().shape == (0, 3, 4)
     with pytest.raises(SampleError, match=r"sample a: a.jpg cannot be decoded: "):
         Sample("a", one.image[:200], 48, 32).picture()
+
+
+@pytest.mark.parametrize(("limit", "reason"), [(None, "not a JPEG"), (500, "exceeds limit")])
+def test_a_picture_that_pillow_refuses_is_an_error_with_its_reason(monkeypatch, limit, reason):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(SampleError, match=f"sample a: a.jpg cannot be decoded: .*{reason}"):
+        Sample("a", sample(1).image if limit else b"GIF", 48, 32).picture()

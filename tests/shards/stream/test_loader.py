@@ -26,6 +26,7 @@ from shards.format.sample import Sample
 from shards.stream import batch_transport
 from shards.stream.loader import Loader, LoaderStatistics, loader
 from shards.stream.streams import EvalStream, ShardStream
+from shards.stream.torch_internals import receive
 from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, Proxied, small_stream, take
 from tests.support import sample, write_dataset
 
@@ -87,6 +88,15 @@ def test_a_killed_loader_process_is_one_line_in_the_loop(local: Dataset) -> None
         r" \(workers=, or --data\.workers of a command\) or less read-ahead \(read_ahead=, or [^\n]*",
         str(caught.value),
     )
+
+
+def test_a_process_that_ends_with_status_0_is_an_error_with_the_remedy() -> None:
+    def ended() -> Iterator[Any]:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        yield
+
+    with pytest.raises(LoaderError, match=r"exited unexpectedly: usually .* use fewer workers"):
+        receive(ended())
 
 
 def test_a_batch_of_a_dead_process_is_received_as_the_error() -> None:

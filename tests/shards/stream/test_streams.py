@@ -140,6 +140,12 @@ def test_stages_change_samples_and_not_the_order(dataset: Dataset, workers: int)
     assert take(dataset, 8, workers=workers, stages=stages) == plain
 
 
+@pytest.mark.parametrize("parse", [lambda one: {"image": one["jpg"]}, lambda one: None], ids=["dict", "none"])
+def test_parse_may_return_anything(dataset: Dataset, parse: Any) -> None:
+    expected = [[parse({"jpg": one.image}) for one in batch] for batch in take(dataset, 3)]
+    assert take(dataset, 3, parse=parse) == expected
+
+
 def test_stages_see_the_annotations_of_chosen_classes_only(dataset: Dataset) -> None:
     def annotated(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for one in samples:

@@ -86,7 +86,7 @@ def test_an_image_that_cannot_be_read_is_skipped(
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == f"predict: {missing}: there is no such object"
     assert re.match(f"predict: {broken}: .*cannot be decoded", errors[1])
-    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: it is in no format that Pillow reads"
+    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: not in a format that Pillow reads"
     assert len(errors) == 3
     assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
 
