@@ -1,7 +1,9 @@
 import json
 import logging
+import platform
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from accelerate import Accelerator
 from shards.storage.location import Location
 from trainer.config.settings import Config
 from trainer.config.yaml_config import load_config
-from trainer.run.runlog import Progress, RowFile, RunLog
+from trainer.run.runlog import Progress, RowFile, RunLog, environment
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -52,6 +54,11 @@ def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> Non
     rows.flush()
     rows.append({"step": 2})
     assert place.read() == b'{"step":1}\n'
+
+
+def test_an_unreadable_cpuinfo_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError))
+    assert environment(Accelerator(cpu=True))["cpu"] == platform.processor()
 
 
 def test_the_folder_holds_settings_and_environment(tmp_path: Path) -> None:
