@@ -114,15 +114,16 @@ def _death_reported() -> Iterator[None]:
 
 
 def _work(pipe: connection.Connection, function: Callable[[Task], Result]) -> None:
-    """Answer each task."""
+    """Answer each task, until the pipe is closed."""
     gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
     # Exit with the parent even if it is killed.
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    while True:
-        pipe.send_bytes(_answer(function, pipe.recv()))
+    with suppress(EOFError, ConnectionError):  # the parent closes the pipe once it has no task left
+        while True:
+            pipe.send_bytes(_answer(function, pipe.recv()))
 
 
 def _answer(function: Callable[[Task], Result], task: Task) -> bytes:

@@ -67,12 +67,15 @@ def fail_without_pickling(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: int) -> None:
+def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(
+    workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     done = dict(execute(square, range(23), Engine(workers)))
     assert done == {number: number * number for number in range(23)}
     assert list(execute(square, [], Engine(workers))) == []
     with pytest.raises(UserError, match=r"^number \d is refused$"):
         list(execute(refuse, [0, 1], Engine(workers)))
+    assert capfd.readouterr().err == ""  # workers end without a traceback
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "cannot be pickled"), (1, "NeedsTwoError: cannot be rebuilt")])
