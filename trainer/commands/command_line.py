@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.commands.command_line import Parser as Parser
-from shards.commands.command_line import one_line, print_to_reader
+from shards.commands.command_line import print_to_reader
 from shards.common.errors import UserError
+from shards.common.text import one_line
 from trainer.commands.launcher import leave_status, register_rank
 
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
