@@ -17,6 +17,7 @@ from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import build, quotas
+from tests.support import REPOSITORY
 
 CHOICE = quotas(("Person", "Car"), 30, 5, images_per_shard=8)
 
@@ -67,21 +68,25 @@ def fail_without_pickling(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(
-    workers: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: int) -> None:
     done = dict(execute(square, range(23), Engine(workers)))
     assert done == {number: number * number for number in range(23)}
     assert list(execute(square, [], Engine(workers))) == []
     with pytest.raises(UserError, match=r"^number \d is refused$"):
         list(execute(refuse, [0, 1], Engine(workers)))
-    assert capfd.readouterr().err == ""  # workers end without a traceback
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "cannot be pickled"), (1, "NeedsTwoError: cannot be rebuilt")])
 def test_an_error_that_cannot_be_sent_is_reported_with_its_traceback(number: int, text: str) -> None:
     with pytest.raises(RuntimeError, match=rf"(?s)in fail_without_pickling.*{text}"):
         list(execute(fail_without_pickling, [number] * 2, Engine(2)))
+
+
+def test_workers_without_a_task_end_quietly() -> None:
+    code = "from builder.packing.executors import Engine, execute; from tests.builder.packing.test_executors import "
+    code += "square; assert all(len(list(execute(square, range(8), Engine(4)))) == 8 for _ in range(3))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_workers_end_with_the_iteration() -> None:
