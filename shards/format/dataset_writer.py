@@ -305,8 +305,10 @@ def _categories(classes: Iterable[str | Category]) -> tuple[Category, ...]:
 def _category(given: Category) -> Category:
     """Return a class as opening a dataset will read it."""
     number = whole(f"the id of class {shown(given.name)}", given.id)
+    texts = {"name": given.name, "mid": given.mid}
+    texts = {key: str(text) if isinstance(text, str) else text for key, text in texts.items()}  # numpy's are subclasses
     try:
-        category = flat(Category, {"id": number, "name": given.name, "mid": given.mid})
+        category = flat(Category, {"id": number, **texts})
     except ValueError as error:
         raise DatasetError(f"{error}: give Category(id, name, mid), where name and mid are text") from error
     if not category.name.strip():

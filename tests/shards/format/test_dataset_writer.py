@@ -216,7 +216,8 @@ def test_a_dataset_without_samples_is_refused(tmp_path: Path) -> None:
 def test_numbers_of_numpy_are_stored_like_plain_ones(tmp_path: Path) -> None:
     one = sample(1)
     person = Instance(np.int64(1), tuple(np.array([6, 4, 24, 16])), one.instances[0].segmentation)  # type: ignore[arg-type]
-    with DatasetWriter(tmp_path, CATEGORIES) as writer:
+    classes = [Category(np.int64(1), np.str_("Person"), ""), CATEGORIES[1]]  # type: ignore[arg-type]
+    with DatasetWriter(tmp_path, classes) as writer:
         writer.add(Sample(one.image_id, one.image, np.int32(48), 32, (person,)))  # type: ignore[arg-type]
     assert main([str(tmp_path), "--verify"]) == 0
     [row] = json.loads((tmp_path / "dataset.json").read_text())["shards"]
