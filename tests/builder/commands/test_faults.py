@@ -1,5 +1,6 @@
 """`build-shards` through a proxy that breaks requests, and builds that are killed at chosen requests."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -233,12 +234,10 @@ def signalled_build(
     Returns:
         Its exit status, and its stderr.
     """
-    counted = 0
+    counted = itertools.count(1)  # its steps are atomic, and the proxy has a thread for each connection
 
     def count(seen: Seen) -> None:
-        nonlocal counted
-        counted += not seen.key.startswith("openimages/")
-        if counted == at_request:
+        if not seen.key.startswith("openimages/") and next(counted) == at_request:
             os.kill(process.pid, sent)
 
     words = f"-m builder.commands.cli --per-class {PER_CLASS} --eval-per-class 0 --workers {workers}"

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from shards.storage.location import Location
 from trainer.config.settings import Config
 from trainer.config.yaml_config import load_config
-from trainer.run.runlog import Progress, RowFile, RunLog, environment
+from trainer.run.runlog import Progress, RowFile, RunLog, cpu_name
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> Non
 
 def test_an_unreadable_cpuinfo_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError))
-    assert environment(Accelerator(cpu=True))["cpu"] == platform.processor()
+    assert cpu_name() == platform.processor()
 
 
 def test_the_folder_holds_settings_and_environment(tmp_path: Path) -> None:
