@@ -26,6 +26,28 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# `make test-fast` leaves out tests that need a server, a browser, a build, a training or large networks, and tests that
+# are marked.
+SLOW_FIXTURES = {"s3", "browser", "scenes", "dataset", "checkpoint"}
+SLOW_PLACES = (
+    "tests/builder/commands/",
+    "tests/builder/target/",
+    "tests/demo/",
+    "tests/examples/",
+    "tests/trainer/commands/",
+    "tests/trainer/model/test_build",
+    "tests/trainer/model/test_weights",
+    "tests/trainer/prediction/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow by what they use."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())) or item.nodeid.startswith(SLOW_PLACES):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache."""
