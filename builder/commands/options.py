@@ -148,7 +148,7 @@ class BuildOptions:
     )
     cluster: str = _execution(
         "",
-        "pack on the workers of this Dask scheduler instead of local processes (pip install 'maskstream[cluster]')",
+        "pack on the workers of this Dask scheduler instead of local processes (pip install '.[cluster]')",
         metavar="tcp://HOST:PORT",
     )
     json: bool = _execution(False, "print the result as one JSON object")

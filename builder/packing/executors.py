@@ -161,7 +161,7 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client
     except ImportError as error:
-        raise UserError("--cluster needs Dask: pip install 'maskstream[cluster]'") from error
+        raise UserError("--cluster needs Dask: pip install '.[cluster]'") from error
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError

@@ -1,7 +1,8 @@
 """Everything here that depends on internals of torch's `DataLoader` and of `multiprocessing`.
 
-Tested with torch 2.11 to 2.14. torch promises none of it: `_workers` and `_shutdown_workers` of the iterator of a
-`DataLoader`, the handler of SIGCHLD that it installs, and the exception that it raises if a worker has died.
+Tested with torch 2.14.1; an earlier form of it also with 2.11. torch promises none of it: `_workers` and
+`_shutdown_workers` of the iterator of a `DataLoader`, the handler of SIGCHLD that it installs, and the exception that
+it raises if a worker has died.
 """
 
 from __future__ import annotations
