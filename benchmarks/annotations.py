@@ -268,7 +268,7 @@ def measure(what: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def measure_builder(what: str, folder: Path, options: argparse.Namespace) -> str:
-    """Choose and describe images as `builder.planning.prepare` does for a train split."""
+    """Choose and describe images as `builder.planning.plan_build` does for a train split."""
     from builder.fetching.table_cache import Cache
     from builder.planning.selection import select_images
     from builder.sources.base import Filters

@@ -40,7 +40,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from trainer.metrics.coco import SUMMARY, TASKS, CocoMetric, ground_truth
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 
 WIDTH, HEIGHT, DETECTIONS, OBJECTS, SHAPES = 1024, 768, 100, 10, 20
@@ -104,7 +104,7 @@ def images(count: int) -> Iterator[tuple[Sample, Detections]]:
 def evaluate(metric: Any, count: int) -> Any:
     """Process image after image."""
     for sample, found in images(count):
-        metric.process([Comparison(sample, found)])
+        metric.process([EvaluatedImage(sample, found)])
     return metric.evaluate()
 
 

@@ -42,7 +42,7 @@ from shards.stream.loader import loader
 from shards.stream.streams import EvalStream
 from trainer.data.collate import EvalCollate
 from trainer.metrics.coco import CocoMetric
-from trainer.metrics.overlaps import compare
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.build import rebuild
 from trainer.model.checkpoint import load, step_folder, steps_of
 from trainer.model.inference import Detections, detect
@@ -158,8 +158,9 @@ def evaluate(dataset: Dataset, run: Location, step: int) -> tuple[Any, Any]:
     metrics = CocoMetric(dataset.categories), CocoMetric(dataset.categories)
     for batch in loader(EvalStream(dataset, "train", batch_size=4, collate=EvalCollate()), workers=0):
         found: list[Detections] = detect(network, batch.images, "cpu")
-        metrics[0].process(compare(batch.samples, found))
-        metrics[1].process(compare([without_unmasked(sample) for sample in batch.samples], found))
+        for sample, each in zip(batch.samples, found, strict=True):
+            metrics[0].process([EvaluatedImage(sample, each)])
+            metrics[1].process([EvaluatedImage(without_unmasked(sample), each)])
     return metrics[0].evaluate(), metrics[1].evaluate()
 
 

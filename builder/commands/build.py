@@ -18,7 +18,7 @@ from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
 from builder.planning.class_report import ClassReport
 from builder.planning.image_list import ImageList
-from builder.planning.prepare import Preparation
+from builder.planning.plan_build import PlannedBuild
 from builder.sources.base import Source
 from builder.target.build_lock import BuildLock, refuse_if_held
 from builder.target.build_state import claim, finished_results, read_tables, remove_strays
@@ -94,22 +94,22 @@ class PreparedBuild:
     source: Source
     root: Location
     engine: Engine
-    preparation: Preparation
+    planned: PlannedBuild
     started: float
-    prepared: float
+    packing_started: float
     tables: Traffic
 
     @property
     def job(self) -> Job:
         """What all tasks of the build share."""
-        source, plan = self.source, self.preparation.plan
+        source, plan = self.source, self.planned.plan
         return Job(self.root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
 
 
-def begin(
+def prepare_build(
     source: Source,
     root: Location,
-    make_plan: Callable[[], Preparation],
+    make_plan: Callable[[], PlannedBuild],
     *,
     engine: Engine = IN_THIS_PROCESS,
     writes: bool = True,
@@ -119,7 +119,7 @@ def begin(
     Args:
         source: images and annotations.
         root: root of the dataset.
-        make_plan: `builder.planning.prepare.prepare` with its arguments.
+        make_plan: `builder.planning.plan_build.plan_build` with its arguments.
         engine: where shards are going to be packed.
         writes: whether the command writes to `root`.
 
@@ -133,17 +133,17 @@ def begin(
     _check_places(source, root, writes)
     warm_up(engine)
     refuse_if_held(root)
-    preparation = make_plan()
-    return PreparedBuild(source, root, engine, preparation, started, time.monotonic(), PROCESS.total - before)
+    planned = make_plan()
+    return PreparedBuild(source, root, engine, planned, started, time.monotonic(), PROCESS.total - before)
 
 
-def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -> Summary:
+def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = "") -> Summary:
     """Build a dataset, or finish a build that was interrupted.
 
     The bytes of the result are a pure function of sources and plan; the engine and interruptions do not change them.
 
     Args:
-        begun: a build as `begin` returns it.
+        prepared: a build as `prepare_build` returns it.
         overwrite: discard another dataset or unfinished build in the root.
         command: the command to record in the dataset card.
 
@@ -151,31 +151,31 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
         UserError: another dataset or another running build in the root, or no image could be packed.
         StorageError: a location cannot be reached, read or written.
     """
-    source, root, preparation = begun.source, begun.root, begun.preparation
-    plan = preparation.plan
+    source, root, planned = prepared.source, prepared.root, prepared.planned
+    plan = planned.plan
     with BuildLock(root) as lock:
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
             dataset = open_dataset(root)
-            short = shortfalls(preparation, *read_tables(dataset), dataset.categories)
-            return Summary(already_built=True, chosen=preparation.reports, shortfalls=tuple(short))
-        tasks, by_name, resumed = _run(preparation, begun.job, begun.engine, lock)
+            short = shortfalls(planned, *read_tables(dataset), dataset.categories)
+            return Summary(already_built=True, chosen=planned.reports, shortfalls=tuple(short))
+        tasks, by_name, resumed = _run(planned, prepared.job, prepared.engine, lock)
         results = [by_name[task.name] for task in tasks]
         rows = [row for result in results for row in result.rows]
         shards = [result.shard for result in results if result.shard is not None]
-        accounts = [*preparation.unknown, *(account for result in results for account in result.accounts)]
+        accounts = [*planned.unknown, *(account for result in results for account in result.accounts)]
         if not rows:
             delete(root / RECORDS, recursive=True)
             found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
             raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
-        origin = {**source.origin(), "choice": json.loads(canonical_json(preparation.scope.recorded()))}
+        origin = {**source.origin(), "choice": json.loads(canonical_json(planned.scope.recorded()))}
         info = write_tables(
             root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command
         )
         delete(root / RECORDS, recursive=True)
     return summarise(
-        begun,
+        prepared,
         info,
         rows,
         accounts,
@@ -187,7 +187,7 @@ def build(begun: PreparedBuild, *, overwrite: bool = False, command: str = "") -
 
 
 def summarise(
-    begun: PreparedBuild,
+    prepared: PreparedBuild,
     info: DatasetInfo,
     rows: Sequence[IndexRow],
     accounts: Sequence[Account],
@@ -199,21 +199,21 @@ def summarise(
     resumed: int = 0,
 ) -> Summary:
     """Return the `Summary` of a finished dataset and of what this run fetched; the keywords are fields of it."""
-    preparation, now = begun.preparation, time.monotonic()
+    planned, now = prepared.planned, time.monotonic()
     return Summary(
         already_built=False,
-        chosen=preparation.reports,
-        counts=tuple(count_classes(rows, preparation.plan.categories)),
+        chosen=planned.reports,
+        counts=tuple(count_classes(rows, planned.plan.categories)),
         failures=tuple(reasons(accounts).items()),
-        shortfalls=tuple(shortfalls(preparation, rows, accounts, info.categories)),
+        shortfalls=tuple(shortfalls(planned, rows, accounts, info.categories)),
         shards=len(info.shards),
         samples=sum(shard.samples for shard in info.shards),
         nbytes=sum(shard.nbytes for shard in info.shards),
-        tables=begun.tables,
+        tables=prepared.tables,
         images=sum((result.images for result in results), Traffic()),
         masks=sum((result.masks for result in results), Traffic()),
-        seconds=now - begun.started,
-        packing=now - begun.prepared,
+        seconds=now - prepared.started,
+        packing=now - prepared.packing_started,
         handled=handled,
         replaced=replaced,
         recovered=recovered,
@@ -222,10 +222,10 @@ def summarise(
 
 
 def shortfalls(
-    preparation: Preparation, rows: Iterable[IndexRow], accounts: Iterable[Account], categories: Iterable[Category]
+    planned: PlannedBuild, rows: Iterable[IndexRow], accounts: Iterable[Account], categories: Iterable[Category]
 ) -> list[Shortfall]:
     """Return the classes with fewer images than requested and than the source has, because images failed."""
-    if isinstance(preparation.scope.images, ImageList):
+    if isinstance(planned.scope.images, ImageList):
         images = [account for account in accounts if account.kind == "image"]
         failed = sum(account.failed for account in images)
         return [Shortfall("", "listed images", len(images) - failed, len(images))] if failed else []
@@ -234,11 +234,11 @@ def shortfalls(
         (row.split, category)
         for row in rows
         for category, masks in zip(row.classes, row.masks, strict=True)
-        if masks or not preparation.scope.filters.require_mask
+        if masks or not planned.scope.filters.require_mask
     )
     found = [
         Shortfall(one.split, one.name, packed[one.split, ids[one.name]], min(one.asked, one.available))
-        for one in preparation.reports
+        for one in planned.reports
     ]
     return [short for short in found if short.packed < short.wanted]
 
@@ -254,13 +254,13 @@ def _check_places(source: Source, root: Location, writes: bool) -> None:
 
 
 def _run(
-    preparation: Preparation, job: Job, engine: Engine, lock: BuildLock
+    planned: PlannedBuild, job: Job, engine: Engine, lock: BuildLock
 ) -> tuple[list[ShardTask], dict[str, TaskResult], set[str]]:
     """Pack all rounds; return tasks, results by the task's name, and names of tasks that an earlier run finished."""
     tasks: list[ShardTask] = []
     results: dict[str, TaskResult] = {}
     resumed: set[str] = set()
-    fresh: Sequence[ShardTask] = preparation.plan.tasks
+    fresh: Sequence[ShardTask] = planned.plan.tasks
     with Progress() as progress:
         while fresh:
             finished = finished_results(job.root, job.fingerprint, fresh)
@@ -278,7 +278,7 @@ def _run(
             tasks += fresh
             accounts = [account for result in results.values() for account in result.accounts]
             failures = {split: failed_images(accounts, split) for split in SPLITS}
-            fresh = preparation.next_round(tasks, failures)
+            fresh = planned.next_round(tasks, failures)
             if fresh:
                 count = sum(len(task.images) for task in fresh)
                 lost = sum(map(len, failures.values()))

@@ -89,12 +89,12 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     Raises:
         UserError: bad input, or a location that cannot be reached, read or written; see `builder.commands.build`.
     """
-    from builder.commands.build import begin, build
+    from builder.commands.build import build, prepare_build
     from builder.commands.dry_run import estimate
     from builder.commands.retry_failed import retry_failed
     from builder.packing.executors import Engine
     from builder.planning.image_list import ImageList
-    from builder.planning.prepare import BuildScope, prepare
+    from builder.planning.plan_build import BuildScope, plan_build
     from builder.planning.selection import Quotas
     from builder.sources.base import Filters
 
@@ -114,13 +114,13 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
     )
     workers = 1 if options.dry_run else options.workers or os.cpu_count() or 1
     engine = Engine(workers, options.cluster)
-    make_plan = partial(prepare, source, scope)
-    begun = begin(source, Location(options.out), make_plan, engine=engine, writes=not options.dry_run)
+    make_plan = partial(plan_build, source, scope)
+    prepared = prepare_build(source, Location(options.out), make_plan, engine=engine, writes=not options.dry_run)
     if options.dry_run:
-        return estimate(begun)
+        return estimate(prepared)
     if options.retry_failed:
-        return retry_failed(begun, command=command_line(options))
-    return build(begun, overwrite=options.overwrite, command=command_line(options))
+        return retry_failed(prepared, command=command_line(options))
+    return build(prepared, overwrite=options.overwrite, command=command_line(options))
 
 
 def make_source(options: BuildOptions, cache: str) -> Source:

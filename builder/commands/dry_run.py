@@ -69,29 +69,29 @@ class Estimate:
     whole_images: int | None
 
 
-def estimate(begun: PreparedBuild) -> Estimate:
+def estimate(prepared: PreparedBuild) -> Estimate:
     """Estimate what a build would pack and fetch. Nothing is written.
 
     Raises:
         StorageError: a location cannot be reached or read.
     """
-    source, preparation = begun.source, begun.preparation
-    plan = preparation.plan
+    source, planned = prepared.source, prepared.planned
+    plan = planned.plan
     images = [image for task in plan.tasks for image in task.images]
-    lengths, unavailable = _sample(images, source.images.anonymous, preparation.scope.seed)
+    lengths, unavailable = _sample(images, source.images.anonymous, planned.scope.seed)
     mean = sum(lengths) / len(lengths) if lengths else 0.0
     spread = math.sqrt(sum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1))
     masks, wanted = _mask_traffic(plan)
-    objects = [planned for image in images for planned in image.objects]
+    objects = [one for image in images for one in image.objects]
     zips = [Location(url, source.annotations.anonymous) for url in sorted({m.zip_url for m in members_of(images)})]
-    rle = sum(_rle_bytes(planned.mask) for planned in objects)
+    rle = sum(_rle_bytes(one.mask) for one in objects)
     return Estimate(
         plan=plan.fingerprint,
-        chosen=preparation.reports,
+        chosen=planned.reports,
         counts=tuple(planned_counts(plan)),
         shards=len(plan.tasks),
         images=len(images),
-        tables=begun.tables,
+        tables=prepared.tables,
         jpegs=Traffic(len(images), round(mean * len(images))),
         jpegs_error=round(spread / math.sqrt(max(1, len(lengths))) * len(images)),
         sampled=len(lengths) + unavailable,

@@ -20,7 +20,7 @@ from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.traffic import Meter
 from builder.packing.executors import Engine, execute
 from builder.packing.pack import RECORDS, Job, Outcome, TaskResult, pack_image, pack_images, read_masks
-from builder.planning.prepare import Preparation
+from builder.planning.plan_build import PlannedBuild
 from builder.target.build_lock import BuildLock
 from builder.target.build_state import finish_retry, read_tables, retry_stage
 from builder.tasks.plan import InlineMask, Member, PlannedImage, ShardTask
@@ -49,28 +49,28 @@ class Repair:
     accounts: tuple[Account, ...]
 
 
-def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
+def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
     """Fetch again what failed in a finished dataset; `command` is recorded in its card.
 
     Raises:
         UserError: the root holds no finished dataset of this plan, or another build is at work there.
         StorageError: a location cannot be reached, read or written.
     """
-    root, preparation = begun.root, begun.preparation
+    root, planned = prepared.root, prepared.planned
     with BuildLock(root) as lock:
         finish_retry(root)
         dataset = open_dataset(root)
         info = dataset.info
-        if info.plan != preparation.plan.fingerprint:
+        if info.plan != planned.plan.fingerprint:
             raise UserError(
                 f"{root}: holds a dataset of another plan: --retry-failed needs the command that built it, and "
                 "unchanged annotations and zips (otherwise build again, with --overwrite or another --out)"
             )
         rows, accounts = read_tables(dataset)
-        repairs = _repairs(preparation, dataset, rows, accounts)
+        repairs = _repairs(planned, dataset, rows, accounts)
         stage = retry_stage(root)
         delete(stage, recursive=True)
-        results = _run(repairs, begun.job, begun.engine, lock)
+        results = _run(repairs, prepared.job, prepared.engine, lock)
         recovered = sum(_recovered(repair.accounts, results[repair.task.name].accounts) for repair in repairs)
         if recovered:
             rows, shards, accounts = _replaced(rows, info.shards, accounts, repairs, results)
@@ -82,7 +82,7 @@ def retry_failed(begun: PreparedBuild, *, command: str = "") -> Summary:
         else:
             delete(root / RECORDS, recursive=True)
     handled = sum(len(failed_images(repair.accounts, repair.task.split)) for repair in repairs)
-    return summarise(begun, info, rows, accounts, results.values(), recovered=recovered, handled=handled)
+    return summarise(prepared, info, rows, accounts, results.values(), recovered=recovered, handled=handled)
 
 
 def repair_task(repair: Repair, job: Job) -> TaskResult:
@@ -136,14 +136,14 @@ def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: BuildLock) -
 
 
 def _repairs(
-    preparation: Preparation, dataset: Dataset, rows: Sequence[IndexRow], accounts: Sequence[Account]
+    planned: PlannedBuild, dataset: Dataset, rows: Sequence[IndexRow], accounts: Sequence[Account]
 ) -> list[Repair]:
     """Return the tasks in which something failed, from all rounds of the build."""
-    tasks = list(preparation.plan.tasks)
+    tasks = list(planned.plan.tasks)
     failed = {split: failed_images(accounts, split, at_first=True) for split in SPLITS}
-    while fresh := preparation.next_round(tasks, failed):
+    while fresh := planned.next_round(tasks, failed):
         tasks += fresh
-    unknown = {account.key for account in preparation.unknown}
+    unknown = {account.key for account in planned.unknown}
     by_image: dict[tuple[str, str], list[Account]] = {}
     for account in accounts:
         if account.key not in unknown:

@@ -14,7 +14,7 @@ from builder.commands import build as build_module
 from builder.commands import dry_run
 from builder.commands import retry_failed as retry_module
 from builder.packing.executors import IN_THIS_PROCESS, Engine
-from builder.planning.prepare import BuildScope, prepare
+from builder.planning.plan_build import BuildScope, plan_build
 from builder.planning.selection import Quotas
 from builder.sources.base import Source
 from builder.sources.openimages.layout import source_location
@@ -23,7 +23,7 @@ from demo.scenes import SceneTruth
 from shards.format.sample import Sample
 from shards.storage.location import Location
 
-Options = Mapping[str, Any]  # fields of `builder.planning.prepare.BuildScope`
+Options = Mapping[str, Any]  # fields of `builder.planning.plan_build.BuildScope`
 
 
 def quotas(class_names: tuple[str, ...], train: int | None, evaluation: int | None, **others: Any) -> dict[str, Any]:
@@ -41,19 +41,23 @@ def build(
     command: str = "",
 ) -> build_module.Summary:
     """Build a dataset."""
-    begun = build_module.begin(source, root, partial(prepare, source, BuildScope(**options)), engine=engine)
-    return build_module.build(begun, overwrite=overwrite, command=command)
+    prepared = build_module.prepare_build(
+        source, root, partial(plan_build, source, BuildScope(**options)), engine=engine
+    )
+    return build_module.build(prepared, overwrite=overwrite, command=command)
 
 
 def retry_failed(source: Source, options: Options, root: Location) -> build_module.Summary:
     """Fetch again what failed in a dataset."""
-    return retry_module.retry_failed(build_module.begin(source, root, partial(prepare, source, BuildScope(**options))))
+    return retry_module.retry_failed(
+        build_module.prepare_build(source, root, partial(plan_build, source, BuildScope(**options)))
+    )
 
 
 def estimate(source: Source, options: Options, root: Location) -> dry_run.Estimate:
     """Estimate what a build would cost."""
     return dry_run.estimate(
-        build_module.begin(source, root, partial(prepare, source, BuildScope(**options)), writes=False)
+        build_module.prepare_build(source, root, partial(plan_build, source, BuildScope(**options)), writes=False)
     )
 
 

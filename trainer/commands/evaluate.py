@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trainer.metrics.confusion import Confusion
     from trainer.metrics.metric import Gather
     from trainer.metrics.openimages import Parents
-    from trainer.metrics.overlaps import Comparison
+    from trainer.metrics.overlaps import EvaluatedImage
     from trainer.report.scorecard import Evaluation
 
 log = logging.getLogger("trainer.commands.evaluate")
@@ -92,7 +92,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     confusion = ConfusionMetric(dataset.categories, options.score)
     pictures = BestWorstPage(dataset.categories, parents, options.pictures, options.score)
 
-    def watch(pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+    def watch(pixels: Sequence[Tensor], images: Sequence[EvaluatedImage]) -> None:
         confusion.process(images)
         pictures.add(pixels, images)
 
@@ -194,7 +194,7 @@ def evaluate(
     train: TrainConfig,
     *,
     parents: Parents | None = None,
-    watch: Callable[[Sequence[Tensor], Sequence[Comparison]], None] | None = None,
+    watch: Callable[[Sequence[Tensor], Sequence[EvaluatedImage]], None] | None = None,
 ) -> Evaluation | None:
     """Evaluate a network on every image of a split, on all ranks together; return the result on the main rank only.
 
@@ -209,7 +209,7 @@ def evaluate(
     from shards.stream.loader import loader
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
-    from trainer.metrics.overlaps import compare
+    from trainer.metrics.overlaps import EvaluatedImage
     from trainer.model.inference import detect
     from trainer.report.scorecard import Evaluation
 
@@ -218,7 +218,8 @@ def evaluate(
     was_training = network.training
     network.eval()
     for batch in loader(stream, workers=data.workers):
-        images = compare(batch.samples, detect(network, batch.images, accelerator.device))
+        found = detect(network, batch.images, accelerator.device)
+        images = [EvaluatedImage(*pair) for pair in zip(batch.samples, found, strict=True)]
         coco.process(images)
         open_images.process(images)
         if watch is not None:

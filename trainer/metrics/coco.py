@@ -28,7 +28,7 @@ from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from trainer.metrics.metric import PerImageMetric
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 if TYPE_CHECKING:
     from trainer.model.inference import Detections
@@ -160,7 +160,7 @@ class CocoMetric(PerImageMetric[_Record, CocoResult]):
     detection of the most frequent class while that is accumulated.
     """
 
-    def _record(self, image: Comparison) -> _Record:
+    def _record(self, image: EvaluatedImage) -> _Record:
         sample, found = image.sample, image.detections
         objects = [instance for instance in sample.instances if not instance.is_group_of]
         masks = sum(instance.segmentation is not None for instance in objects)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shards.format.dataset import Category
 from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import IOU, verified_classes
-from trainer.metrics.overlaps import Comparison, match_greedily
+from trainer.metrics.overlaps import EvaluatedImage, match_greedily
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ConfusionMetric:
         self._position = {category.id: i for i, category in enumerate(self.categories)}
         self._counts = np.zeros((len(self.categories) + 1,) * 2, dtype=np.int64)
 
-    def process(self, images: Sequence[Comparison]) -> None:
+    def process(self, images: Sequence[EvaluatedImage]) -> None:
         """Add images with their detections."""
         for image in images:
             for annotated, label in matched_classes(image, self.score):
@@ -63,7 +63,7 @@ class ConfusionMetric:
         return Confusion(tuple(category.name for category in self.categories), counts, self.score)
 
 
-def matched_classes(image: Comparison, score: float) -> list[tuple[int, int]]:
+def matched_classes(image: EvaluatedImage, score: float) -> list[tuple[int, int]]:
     """Return the category ids (annotated, found) of each match of one image, 0 for nothing; see `ConfusionMetric`."""
     found, overlaps = image.detections, image.overlaps
     counted = np.flatnonzero((found.scores >= score) & ~overlaps.empty)

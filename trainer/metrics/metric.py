@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from shards.format.dataset import Category
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 # Joins the lists of all ranks on the main rank, and returns None on the others.
 Gather = Callable[[list[Any]], list[Any] | None]
@@ -33,7 +33,7 @@ class PerImageMetric(ABC, Generic[Record, Result]):
         self.categories = tuple(categories)
         self._records: list[tuple[str, Record]] = []  # image id, what is kept of the image
 
-    def process(self, images: Sequence[Comparison]) -> None:
+    def process(self, images: Sequence[EvaluatedImage]) -> None:
         """Add images with their detections."""
         self._records.extend((image.sample.image_id, self._record(image)) for image in images)
 
@@ -53,7 +53,7 @@ class PerImageMetric(ABC, Generic[Record, Result]):
         return self._result([record for _, record in sorted(gathered, key=lambda entry: entry[0])])
 
     @abstractmethod
-    def _record(self, image: Comparison) -> Record:
+    def _record(self, image: EvaluatedImage) -> Record:
         """Return what is kept of an image."""
 
     @abstractmethod

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from shards.format.dataset import Category
 from shards.format.sample import Sample
 from trainer.metrics.metric import PerImageMetric
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 IOU = 0.5
 # The outcomes of a detection; only the first two count for the precision.
@@ -126,7 +126,7 @@ class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
         super().__init__(categories)
         self.parents = dict(parents or {})
 
-    def _record(self, image: Comparison) -> _Record:
+    def _record(self, image: EvaluatedImage) -> _Record:
         matches = match(image, self.parents)
         labels, objects = matches.labels.astype(np.int32), matches.objects.astype(np.int32)
         return _Record(labels, matches.scores, matches.outcomes, objects)
@@ -147,7 +147,7 @@ class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
         return OpenImagesResult(float(np.mean(defined)) if defined else None, len(records), classes)
 
 
-def match(image: Comparison, parents: Parents) -> Matches:
+def match(image: EvaluatedImage, parents: Parents) -> Matches:
     """Return the outcome of each detection of one image, by the rules in the docstring of this module."""
     found, overlaps = image.detections, image.overlaps
     rows, labels = _with_ancestors(found.labels, parents)

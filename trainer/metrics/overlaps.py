@@ -39,7 +39,7 @@ class Overlaps:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class EvaluatedImage:
     """One image with its detections, in pixels of the image as stored."""
 
     sample: Sample
@@ -49,11 +49,6 @@ class Comparison:
     def overlaps(self) -> Overlaps:
         """Overlaps of the detections with the annotations, computed once for all metrics."""
         return compute_overlaps(self.sample.instances, self.detections)
-
-
-def compare(samples: Sequence[Sample], detections: Sequence[Detections]) -> list[Comparison]:
-    """Return one comparison per image of a batch."""
-    return [Comparison(sample, found) for sample, found in zip(samples, detections, strict=True)]
 
 
 def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> Overlaps:

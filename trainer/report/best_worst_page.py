@@ -19,7 +19,7 @@ from PIL import Image
 from shards.format.dataset import Category
 from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.report.pictures import draw_comparison, encode_jpeg
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def score_image(image_id: str, matches: Matches, score: float) -> ImageScore:
 class _Candidate:
     score: ImageScore
     pixels: Tensor
-    image: Comparison
+    image: EvaluatedImage
     matches: Matches
 
 
@@ -100,7 +100,7 @@ class BestWorstPage:
         self.categories, self.parents, self.count, self.score = tuple(categories), parents, count, score
         self._candidates: dict[str, list[_Candidate]] = {"worst": [], "best": []}
 
-    def add(self, pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+    def add(self, pixels: Sequence[Tensor], images: Sequence[EvaluatedImage]) -> None:
         """Add a batch, with pixels uint8 [3, H, W] RGB; images that can no longer get onto the page are dropped."""
         for array, image in zip(pixels, images, strict=True):
             matches = match(image, self.parents)

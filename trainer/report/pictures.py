@@ -15,7 +15,7 @@ from torch import Tensor
 from shards.drawing.overlay import draw_instances, legible_scale, titled_picture
 from shards.format.dataset import Category
 from shards.storage.location import Location
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 FOLDER = "pictures"
 SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
@@ -24,7 +24,7 @@ GAP = 8  # pixels between the two halves
 
 def draw_comparison(
     pixels: Tensor,
-    image: Comparison,
+    image: EvaluatedImage,
     categories: Sequence[Category],
     score: float,
     captions: Sequence[str] | None = None,
@@ -63,7 +63,7 @@ class Pictures:
         self.categories, self.count = categories, count
         self.drawn: dict[str, bytes] = {}
 
-    def add(self, pixels: Sequence[Tensor], images: Sequence[Comparison]) -> None:
+    def add(self, pixels: Sequence[Tensor], images: Sequence[EvaluatedImage]) -> None:
         """Draw the images of a batch until `count` are drawn."""
         for array, image in zip(pixels, images, strict=True):
             if len(self.drawn) >= self.count:

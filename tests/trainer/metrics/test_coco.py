@@ -6,12 +6,12 @@ import pytest
 from tests.trainer.metrics.reference import pycocotools_stats
 from tests.trainer.metrics.scenes import CATEGORIES, Pair, found, instance, random_pairs, sample
 from trainer.metrics.coco import SUMMARY, CocoMetric, CocoResult, Scores
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 
 def score(*pairs: Pair) -> CocoResult:
     metric = CocoMetric(CATEGORIES)
-    metric.process([Comparison(*pair) for pair in pairs])
+    metric.process([EvaluatedImage(*pair) for pair in pairs])
     result = metric.evaluate()
     assert result is not None
     return result

@@ -7,10 +7,10 @@ import pytest
 from tests.trainer.metrics.scenes import CATEGORIES, random_pairs
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 
 PAIRS = random_pairs(5, 12)
-IMAGES = [Comparison(*pair) for pair in PAIRS]
+IMAGES = [EvaluatedImage(*pair) for pair in PAIRS]
 
 
 @pytest.mark.parametrize("metric_class", [CocoMetric, OpenImagesMetric])

@@ -15,7 +15,7 @@ from tests.trainer.metrics.reference import open_images_ap, pycocotools_stats
 from tests.trainer.metrics.test_coco import numbers
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import Comparison
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 
 SAMPLE = tiny.ROOT / ".." / "shared" / "openimages-sample"
@@ -58,7 +58,7 @@ def test_metrics_agree_with_the_references_on_real_annotations(tmp_path: Path) -
         for batch in EvalStream(dataset, split, batch_size=4, rank=0, world=1):
             pairs.extend((sample, detect_roughly(sample, dataset.categories)) for sample in batch)
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories)
-    images = [Comparison(*pair) for pair in pairs]
+    images = [EvaluatedImage(*pair) for pair in pairs]
     coco.process(images)
     open_images.process(images)
     by_coco, by_open_images = coco.evaluate(), open_images.evaluate()

@@ -28,7 +28,7 @@ from tests.trainer.metrics.scenes import (
 )
 from trainer.metrics.hierarchy import read_parents
 from trainer.metrics.openimages import OUTCOMES, UNVERIFIED, OpenImagesMetric, OpenImagesResult, Parents, match
-from trainer.metrics.overlaps import Comparison, compute_overlaps
+from trainer.metrics.overlaps import EvaluatedImage, compute_overlaps
 from trainer.model.inference import Detections
 
 PARENTS: Parents = {MAN: (PERSON,)}
@@ -43,7 +43,7 @@ def persons(*boxes: Box) -> Detections:
 
 def score(*pairs: Pair, parents: Parents | None = None) -> OpenImagesResult:
     metric = OpenImagesMetric(CATEGORIES, parents)
-    metric.process([Comparison(*pair) for pair in pairs])
+    metric.process([EvaluatedImage(*pair) for pair in pairs])
     result = metric.evaluate()
     assert result is not None
     return result
@@ -101,7 +101,7 @@ def test_outcomes_in_one_image(
 ) -> None:
     one = sample(*instances)
     assert aps((one, detections))[0] == pytest.approx(ap)
-    assert " ".join(OUTCOMES[i] for i in match(Comparison(one, detections), {}).outcomes) == outcomes
+    assert " ".join(OUTCOMES[i] for i in match(EvaluatedImage(one, detections), {}).outcomes) == outcomes
 
 
 @pytest.mark.parametrize("mask", [True, False])

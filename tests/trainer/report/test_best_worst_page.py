@@ -15,7 +15,7 @@ from shards.format.sample import Sample
 from tests.browser import console, in_browser, press, requests, resize
 from tests.trainer import tiny
 from trainer.metrics.openimages import match
-from trainer.metrics.overlaps import compare
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 from trainer.report.best_worst_page import BestWorstPage, ImageScore, count_classes, outcome_captions
 
@@ -41,7 +41,7 @@ def render(samples: list[Sample], count: int = 3, ranks: int = 1) -> str:
     pages = [BestWorstPage(CATEGORIES, {}, count, 0.5) for _ in range(ranks)]
     for number, sample in enumerate(samples):
         pixels = torch.from_numpy(np.array(sample.picture())).permute(2, 0, 1)
-        pages[number % ranks].add([pixels], compare([sample], [found_in(sample, number % 4)]))
+        pages[number % ranks].add([pixels], [EvaluatedImage(sample, found_in(sample, number % 4))])
     gathered: list[Any] = []
     for page in pages:
         assert page.render(TITLE, lambda own: gathered.extend(own)) is None
@@ -192,7 +192,7 @@ def test_outcome_captions() -> None:
     own, other = masked.category_id, 3 - masked.category_id
     boxes, scores = np.array([(x, y, x + w, y + h)] * 3, np.float32), np.array([0.9, 0.8, 0.7], np.float32)
     found = Detections(boxes, np.array([own, own, other]), scores, (masked.segmentation,) * 3)
-    (image,) = compare([sample], [found])
+    image = EvaluatedImage(sample, found)
     names = {one.id: one.name for one in tiny.CATEGORIES}
     captions = outcome_captions(found, match(image, {}), tiny.CATEGORIES)
     assert captions == [f"{names[own]} 0.90", f"{names[own]} 0.80 wrong", f"({names[other]} 0.70)"]

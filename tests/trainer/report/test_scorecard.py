@@ -14,7 +14,7 @@ from tests.trainer.metrics.scenes import Pair, found, instance, random_pairs, sa
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.confusion import ConfusionMetric
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import Comparison, compare
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.report.score_plots import draw_confusion, draw_precision_recall, precision_curve
 from trainer.report.scorecard import Evaluation, class_csv, confusion_csv, summary
 
@@ -24,7 +24,7 @@ A, B, C = (20.0, 20.0, 50.0, 50.0), (100.0, 20.0, 50.0, 50.0), (20.0, 100.0, 50.
 
 def evaluation_of(pairs: Sequence[Pair]) -> Evaluation:
     coco, open_images = CocoMetric(CATEGORIES), OpenImagesMetric(CATEGORIES)
-    images = [Comparison(*pair) for pair in pairs]
+    images = [EvaluatedImage(*pair) for pair in pairs]
     coco.process(images)
     open_images.process(images)
     by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
@@ -84,7 +84,7 @@ def test_a_confusion_matrix_computed_by_hand() -> None:
         found((1, A, 0.9), (1, A, 0.8), (1, C, 0.7), (1, B, 0.4), (5, B, 0.9)),
         found((1, (30.0, 30.0, 20.0, 20.0), 0.9)),
     ]
-    metric.process(compare(samples, detected))
+    metric.process([EvaluatedImage(*pair) for pair in zip(samples, detected, strict=True)])
     result = metric.evaluate()
     assert result is not None
     assert result.counts.tolist() == [[2, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [2, 1, 0, 0]]

@@ -78,7 +78,7 @@ class BuildScope:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PlannedBuild:
     """A plan, a report per split and requested class, and accounts of listed images that the source does not have."""
 
     plan: Plan
@@ -134,7 +134,7 @@ class Preparation:
         return [described[image_id] for image_id in fresh]
 
 
-def prepare(source: Source, scope: BuildScope) -> Preparation:
+def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:
     """Read the annotations, select images, locate their masks and plan the shards.
 
     Raises:
@@ -154,7 +154,7 @@ def prepare(source: Source, scope: BuildScope) -> Preparation:
         raise _nothing_to_pack(classes, scope, len(unknown))
     rules = [scope.seed, {split: state.quota for split, state in states.items()}, asdict(scope.filters)]
     plan = make_plan(classes.categories, tasks, rules)
-    return Preparation(plan, _report(planned, states, classes, scope), unknown, scope, states)
+    return PlannedBuild(plan, _report(planned, states, classes, scope), unknown, scope, states)
 
 
 def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...]]:

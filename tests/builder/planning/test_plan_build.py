@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.planning.image_list import ImageList
-from builder.planning.prepare import BuildScope, Preparation, prepare
+from builder.planning.plan_build import BuildScope, PlannedBuild, plan_build
 from builder.planning.selection import Quotas
 from builder.sources.base import Candidates, Filters
 from builder.sources.taxonomy import Classes, Taxonomy
@@ -72,8 +72,8 @@ class FakeSplit:
         return PlannedImage(image_id, f"memory://fake/{image_id}", objects, (), (), Metadata())
 
 
-def split_of(preparation: Preparation, split: str = "train") -> list[str]:
-    return [image.image_id for task in preparation.plan.tasks if task.split == split for image in task.images]
+def split_of(planned: PlannedBuild, split: str = "train") -> list[str]:
+    return [image.image_id for task in planned.plan.tasks if task.split == split for image in task.images]
 
 
 objects = st.dictionaries(st.sampled_from(NAMES), st.booleans(), min_size=1)
@@ -88,9 +88,9 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
     scope = BuildScope(NAMES, Quotas(quota, 0), seed=seed, filters=filters, images_per_shard=per_shard)
     if masks_only and not any(any(found.values()) for found in table.values()):
         with pytest.raises(UserError, match="has a mask of"):
-            prepare(source, scope)
+            plan_build(source, scope)
         return
-    first, second = (prepare(source, scope) for _ in range(2))
+    first, second = (plan_build(source, scope) for _ in range(2))
     assert first.plan == second.plan
     failures = {"train": {f"i{n}" for n in bad}, "val": set[str](), "test": set[str]()}
     tasks = list(first.plan.tasks)
@@ -111,37 +111,35 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
 
 def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
     table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
-    preparation = prepare(FakeSource({"train": table}), BuildScope(("Car", "Dog", "Person"), Quotas(5, 0)))
-    found = [
-        (r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in preparation.reports
-    ]
+    planned = plan_build(FakeSource({"train": table}), BuildScope(("Car", "Dog", "Person"), Quotas(5, 0)))
+    found = [(r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in planned.reports]
     assert found == [
         ("Car", 5, 7, 3, 7, 3, 7, "only 3 images with a mask at the source, others have boxes only"),
         ("Dog", 5, 4, 0, 4, 0, 4, "only 4 images at the source"),
         ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
     ]
     masks_only = Filters(require_mask=True)
-    [report] = prepare(FakeSource({"train": table}), BuildScope(("Car",), Quotas(5, 0), filters=masks_only)).reports
+    [report] = plan_build(FakeSource({"train": table}), BuildScope(("Car",), Quotas(5, 0), filters=masks_only)).reports
     assert (report.available, report.chosen, report.reason) == (3, 3, "only 3 images with a mask at the source")
-    [report] = prepare(FakeSource({"train": table}), BuildScope(("Car",), Quotas(2, 0))).reports
+    [report] = plan_build(FakeSource({"train": table}), BuildScope(("Car",), Quotas(2, 0))).reports
     assert (report.chosen, report.masks, report.reason) == (2, 2, "")
 
 
 def test_without_a_quota_all_images_that_count_are_selected() -> None:
     table = {"a": {"Car": False}, "b": {"Dog": True}, "c": {"Car": True}}
-    preparation = prepare(FakeSource({"train": table, "validation": table}), BuildScope(("Car",), Quotas(None, 1)))
-    assert sorted(split_of(preparation)) == ["a", "c"]
-    assert split_of(preparation, "val") == ["c"]
-    assert preparation.replacements("train", ["a"]) == []
-    assert [image.image_id for image in preparation.replacements("val", ["c"])] == ["a"]
-    assert preparation.replacements("test", ["x"]) == []
+    planned = plan_build(FakeSource({"train": table, "validation": table}), BuildScope(("Car",), Quotas(None, 1)))
+    assert sorted(split_of(planned)) == ["a", "c"]
+    assert split_of(planned, "val") == ["c"]
+    assert planned.replacements("train", ["a"]) == []
+    assert [image.image_id for image in planned.replacements("val", ["c"])] == ["a"]
+    assert planned.replacements("test", ["x"]) == []
 
 
 def test_the_fingerprint_depends_on_the_quota() -> None:
     # Both quotas select the same images, but only the larger one replaces failures.
     table = {"a": {"Car": True}, "b": {"Dog": True}, "c": {"Car": True, "Dog": True}}
     plans = [
-        prepare(FakeSource({"train": table}), BuildScope(("Car", "Dog"), Quotas(quota, 0))).plan for quota in (2, 3)
+        plan_build(FakeSource({"train": table}), BuildScope(("Car", "Dog"), Quotas(quota, 0))).plan for quota in (2, 3)
     ]
     assert plans[0].tasks == plans[1].tasks
     assert plans[0].fingerprint != plans[1].fingerprint
@@ -152,27 +150,27 @@ def test_a_list_selects_its_images_and_reports_unknown_ones(tmp_path: Path) -> N
         {"train": {"a": {"Car": True}, "b": {"Dog": True}, "c": {}}, "validation": {"d": {"Car": False}}}
     )
     (tmp_path / "ids").write_text("c\ntrain/b\nval/d\nval/a\nnowhere\n")
-    preparation = prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), all_annotations=True))
-    assert sorted(split_of(preparation)) == ["b", "c"]
-    assert split_of(preparation, "val") == ["d"]
-    assert [(a.split, a.image_id, a.status, a.detail) for a in preparation.unknown] == [
+    planned = plan_build(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), all_annotations=True))
+    assert sorted(split_of(planned)) == ["b", "c"]
+    assert split_of(planned, "val") == ["d"]
+    assert [(a.split, a.image_id, a.status, a.detail) for a in planned.unknown] == [
         ("val", "a", "image-unknown", "in no table of validation"),
         ("train", "nowhere", "image-unknown", "in no table of train, validation"),
     ]
-    assert preparation.replacements("train", ["b"]) == []
-    assert [(r.split, r.chosen, r.reason) for r in preparation.reports] == [("train", 0, ""), ("val", 1, "")]
+    assert planned.replacements("train", ["b"]) == []
+    assert [(r.split, r.chosen, r.reason) for r in planned.reports] == [("train", 0, ""), ("val", 1, "")]
     (tmp_path / "ids").write_text("x\n")
     with pytest.raises(UserError, match=r"has none of the listed images \(1\)"):
-        prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids"))))
+        plan_build(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids"))))
 
 
 def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(40)]
     source = FakeSource({"train": {image: {"Car": True} for image in ids}})
     parts = (0.5, 0.3, 0.2)
-    by_quota = prepare(source, BuildScope(("Car",), Quotas(100, 100), partition=parts))
+    by_quota = plan_build(source, BuildScope(("Car",), Quotas(100, 100), partition=parts))
     (tmp_path / "ids").write_text("\n".join([*ids[:25], f"val/{ids[0]}"]))
-    listed = prepare(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), partition=parts))
+    listed = plan_build(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), partition=parts))
     for split in ("train", "val", "test"):
         assert set(split_of(listed, split)) == set(split_of(by_quota, split)) & set(ids[:25])
     [unknown] = listed.unknown
