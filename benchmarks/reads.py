@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.requirements import require
 from demo.s3server import S3Server
 from shards.format.sample import Sample
-from shards.format.shard_tar import pack_shard, read_members
+from shards.format.shard_tar import pack_shard, parse_members
 from shards.storage.local_files import expect, read_file
 from shards.storage.location import Location
 from shards.storage.ranges import Read, read_many
@@ -74,7 +74,7 @@ def main() -> int:
     row(
         f"the members of a sample of {WHOLE} bytes, by webdataset",
         lambda: [list(tar_file_iterator(io.BytesIO(data))) for _ in range(COUNT)],
-        lambda: [read_members(data, f"{0:016x}", where="") for _ in range(COUNT)],
+        lambda: [parse_members(data, f"{0:016x}", where="") for _ in range(COUNT)],
     )
     return 0
 

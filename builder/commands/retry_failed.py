@@ -30,7 +30,7 @@ from shards.format.dataset import SPLITS, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Sample
-from shards.format.shard_tar import pack_shard, read_members
+from shards.format.shard_tar import pack_shard, parse_members
 from shards.storage.location import Location
 from shards.storage.retry import delete, write
 
@@ -175,7 +175,7 @@ def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
         raise DatasetError(f"{where}: its sha256 is not the one in dataset.json: build the dataset again")
     samples = {}
     for row in repair.rows:
-        members = read_members(data[row.offset : row.offset + row.nbytes], row.image_id, where=str(where))
+        members = parse_members(data[row.offset : row.offset + row.nbytes], row.image_id, where=str(where))
         samples[row.image_id] = Sample.from_members(row.image_id, members, where=str(where))
     return samples
 

@@ -25,7 +25,7 @@ def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
     if isinstance(data, Refusal):
         return Failure(f"image-{data.reason}", "")
     try:
-        return jpeg.check_jpeg(data, MAX_PIXELS)
+        return jpeg.jpeg_size(data, MAX_PIXELS)
     except jpeg.ImageError as error:
         return Failure("image-too-large" if error.too_large else "image-undecodable", str(error))
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
@@ -79,17 +79,11 @@ class TaskResult:
                 return None
             return cls(
                 shard=None if value["shard"] is None else Shard(**value["shard"]),
-                rows=tuple(map(index_row, value["rows"])),
+                rows=tuple(map(IndexRow.from_values, value["rows"])),
                 accounts=tuple(Account(**account) for account in value["accounts"]),
             )
         except (ValueError, KeyError, TypeError):
             return None
-
-
-def index_row(value: Mapping[str, Any]) -> IndexRow:
-    """Return an index row from JSON or Arrow values, in which tuples are lists."""
-    lists = ("classes", "instances", "masks", "groups")
-    return IndexRow(**{**value, **{name: tuple(value[name]) for name in lists}})
 
 
 def record_location(root: Location, task: ShardTask) -> Location:

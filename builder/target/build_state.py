@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from builder.fetching.fetch import Refusal, Request, fetch
-from builder.packing.pack import RECORDS, TaskResult, index_row, record_location
+from builder.packing.pack import RECORDS, TaskResult, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import UserError
@@ -129,7 +129,8 @@ def finish_retry(root: Location) -> bool:
 def read_tables(dataset: Dataset) -> tuple[list[IndexRow], list[Account]]:
     """Return the rows of the index, and the accounts."""
     location = dataset.root / ACCOUNTS_FILE
-    return list(map(index_row, dataset.table.to_pylist())), read_accounts(retrying(location.read), str(location))
+    rows = [IndexRow.from_values(values) for values in dataset.table.to_pylist()]
+    return rows, read_accounts(retrying(location.read), str(location))
 
 
 def _sizes(folder: Location) -> dict[str, int]:

@@ -222,9 +222,9 @@ class Dataset:
             DatasetError: the dataset has no such file, or it is damaged.
             StorageError: it cannot be read.
         """
-        place = self.root / ACCOUNTS_FILE
+        location = self.root / ACCOUNTS_FILE
         try:
-            return accounts_table(place.read(), str(place)).to_pandas()
+            return accounts_table(location.read(), str(location)).to_pandas()
         except StorageError as error:
             if not error.missing:
                 raise

@@ -34,7 +34,7 @@ from shards.format.dataset import (
 from shards.format.dataset_card import count_classes, render_card
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
-from shards.format.jpeg import ImageError, check_jpeg
+from shards.format.jpeg import ImageError, jpeg_size
 from shards.format.sample import ATTRIBUTION, FLAGS, Instance, Sample, canonical_json
 from shards.format.selection import find_class
 from shards.format.shard_tar import pack_shard, seeded_order, shard_path
@@ -170,7 +170,7 @@ class DatasetWriter:
         if not isinstance(image, bytes):
             raise DatasetError(f"{where}: image is {shown(image)}: give the bytes of a JPEG")
         try:
-            width, height = check_jpeg(image, decode=False)
+            width, height = jpeg_size(image, decode=False)
         except ImageError as error:
             raise DatasetError(f"{where}: the image cannot be read ({error}): convert it to JPEG first") from error
         objects = tuple(self._instance(value, width, height, where) for value in instances)

@@ -49,6 +49,12 @@ class IndexRow:
     masks: tuple[int, ...]
     groups: tuple[int, ...]
 
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> IndexRow:
+        """Return a row from JSON or Arrow values, in which tuples are lists."""
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
+
 
 def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
     """Return the bytes of `index.parquet`, from rows in any order.

@@ -34,7 +34,7 @@ def pillow_errors(wanted: str = "a JPEG") -> Iterator[None]:
         raise ImageError(str(error)) from error
 
 
-def check_jpeg(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:
+def jpeg_size(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:
     """Decode a JPEG to its last byte and return its (width, height) in pixels as stored.
 
     EXIF orientation is ignored. All coded coefficients are read, which is where damage shows; the arithmetic from

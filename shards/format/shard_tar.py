@@ -133,7 +133,7 @@ def parse_header(block: bytes | memoryview) -> Header | None:
     return Header(key, extension, found.name, found.size, canonical)
 
 
-def read_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, memoryview]:
+def parse_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, memoryview]:
     """Return the members of one sample by extension, as views of `data`: its bytes, as delimited by the index.
 
     Only the name and size of the format's own headers are parsed. `tarfile`, which knows every kind of tar, takes ten

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from shards.common.errors import SampleError
 from shards.common.text import one_line
 from shards.format import rle
-from shards.format.jpeg import ImageError, check_jpeg
+from shards.format.jpeg import ImageError, jpeg_size
 from shards.format.sample import Instance, Sample
 
 Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
@@ -96,10 +96,10 @@ def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Ite
 def _picture_faults(sample: Sample) -> Iterator[str]:
     name = f"{sample.image_id}.jpg"
     try:
-        width, height = check_jpeg(sample.image, decode=False)
+        width, height = jpeg_size(sample.image, decode=False)
         if (width, height) != (sample.width, sample.height):
             yield f"{name} is {width}x{height}, {sample.image_id}.json says {sample.width}x{sample.height}"
-        check_jpeg(sample.image)
+        jpeg_size(sample.image)
     except ImageError as error:
         yield f"{name} cannot be decoded: {one_line(error)}"
 

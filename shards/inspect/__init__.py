@@ -1,1 +1,4 @@
-"""The command `inspect-shards`: count, verify and show a finished dataset, or extract samples from it."""
+"""The command `inspect-shards`: counts, verifies and shows a finished dataset, or extracts samples from it.
+
+Counts come from the index; only --verify reads every byte, and a gallery or extraction only the samples that it needs.
+"""

@@ -18,7 +18,7 @@ from shards.format.dataset import Dataset
 from shards.format.index import Index
 from shards.format.sample import Sample
 from shards.format.selection import hash_keys, with_categories
-from shards.format.shard_tar import BLOCK, parse_header, read_members
+from shards.format.shard_tar import BLOCK, parse_header, parse_members
 from shards.format.validation import check_contents
 from shards.storage.explain import explain
 from shards.storage.location import Location
@@ -94,7 +94,7 @@ def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, S
         reader = SampleReader(dataset.root, index)
         for row, data in reader.read(item.row for item in rows if item.split == split):
             where, image_id = str(dataset.root / index.shard_paths[int(index.shard[row])]), index.image_id(row)
-            sample = Sample.from_members(image_id, read_members(data, image_id, where=where), where=where)
+            sample = Sample.from_members(image_id, parse_members(data, image_id, where=where), where=where)
             check_contents(sample, categories, where)
             yield Row(split, row), with_categories(sample, index.category_ids)
 
@@ -121,7 +121,7 @@ def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> l
         skipped = BLOCK + (header.padded if header is not None else 0)
         tails.append(Read(shard, min(start + skipped, end), end))
     for shard, key, data in zip(shards, keys, _received(tails, keys)):
-        json = read_members(data, key, where=str(shard))
+        json = parse_members(data, key, where=str(shard))
         sample = Sample.from_members(key, {"jpg": b"", **json}, where=str(shard))
         samples.append(with_categories(sample, index.category_ids))
     return samples

@@ -26,7 +26,6 @@ from shards.storage.location import Location
 SHARDS_AT_ONCE = 4
 SHARD_NAME = r"[0-9]{6}\.tar"
 MAX_DEPTH = 5  # levels of folders that are searched for extra shards: a link may lead back to the first
-LISTS = ("classes", "instances", "masks", "groups")  # columns of the index
 
 
 class Verification:
@@ -173,7 +172,4 @@ def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, N
 
 
 def _index_rows(table: pa.Table, rows: NDArray[np.int64]) -> dict[str, IndexRow]:
-    return {
-        str(value["image_id"]): IndexRow(**{**value, **{name: tuple(value[name] or ()) for name in LISTS}})
-        for value in table.take(pa.array(rows)).to_pylist()
-    }
+    return {row.image_id: row for row in map(IndexRow.from_values, table.take(pa.array(rows)).to_pylist())}

@@ -42,8 +42,8 @@ def expect(path: str, start: int, end: int) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError), open(path, "rb", buffering=0) as file:
-        for place in range(start, end, ADVICE):
-            os.posix_fadvise(file.fileno(), place, min(ADVICE, end - place), os.POSIX_FADV_WILLNEED)
+        for offset in range(start, end, ADVICE):
+            os.posix_fadvise(file.fileno(), offset, min(ADVICE, end - offset), os.POSIX_FADV_WILLNEED)
 
 
 def read_file(path: str, start: int, end: int) -> bytes:

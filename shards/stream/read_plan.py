@@ -30,7 +30,7 @@ _END = -1  # in place of a row
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ByteRange:
     """One range request."""
 
     shard: int  # its position in `Index.shard_paths`
@@ -39,13 +39,13 @@ class Span:
     rows: range  # of the index, whose samples are in the range
 
     @classmethod
-    def of(cls, index: Index, row: int) -> Span:
+    def of(cls, index: Index, row: int) -> ByteRange:
         """Return the range of one sample."""
         start = int(index.offset[row])
         return cls(int(index.shard[row]), start, start + int(index.nbytes[row]), range(row, row + 1))
 
 
-class Plan:
+class ReadPlan:
     """The requests for samples of one split in a given order.
 
     Call `ask` for the requests to send now, `take` for the next sample, and so on. Samples that were requested and not
@@ -75,17 +75,17 @@ class Plan:
         self._near_bytes = self._taken_bytes = 0
         self.held = 0
 
-    def ask(self) -> list[Span]:
+    def ask(self) -> list[ByteRange]:
         """Return the requests to send now, the most urgent first."""
         self._look_out()
         look_ahead = min(self._budget // 4, FIRST_LOOK_AHEAD + 2 * self._taken_bytes)
         due = self._advance(look_ahead)
-        spans, pending = list[Span](), set(due)
+        ranges, pending = list[ByteRange](), set(due)
         for row in due:
             if row in pending:
                 free = min(self._budget - self._largest - self.held, look_ahead)
-                spans.append(self._range_around(row, pending, free // 4))
-        return spans
+                ranges.append(self._range_around(row, pending, free // 4))
+        return ranges
 
     def take(self) -> tuple[int, bool] | None:
         """Return the next row, and whether its bytes can be freed after it; None at the end."""
@@ -134,13 +134,13 @@ class Plan:
             self._near_bytes += size
         return due
 
-    def _range_around(self, row: int, pending: set[int], room: int) -> Span:
+    def _range_around(self, row: int, pending: set[int], room: int) -> ByteRange:
         """Return the range of a row and of those neighbours that can be read along with it.
 
         The rows of the range are removed from `pending`; `room` is the bytes for neighbours that are only needed later.
         """
         pending.remove(row)
-        span = Span.of(self._index, row)
+        span = ByteRange.of(self._index, row)
         for step in (1, -1):
             neighbour = row + step
             while (wider := self._joined(span, neighbour)) is not None:
@@ -155,17 +155,17 @@ class Plan:
                 neighbour += step
         return span
 
-    def _joined(self, span: Span, neighbour: int) -> Span | None:
+    def _joined(self, span: ByteRange, neighbour: int) -> ByteRange | None:
         """Return the range with the row before or after it; None if they are better read apart."""
         if not 0 <= neighbour < len(self._index):
             return None
-        other = Span.of(self._index, neighbour)
+        other = ByteRange.of(self._index, neighbour)
         start, end = min(span.start, other.start), max(span.end, other.end)
         gap = max(span.start, other.start) - min(span.end, other.end)
         if other.shard != span.shard or gap > min(MAX_GAP, (other.end - other.start) // 4) or end - start > MAX_RANGE:
             return None
         rows = range(min(span.rows.start, neighbour), max(span.rows.stop, neighbour + 1))
-        return Span(span.shard, start, end, rows)
+        return ByteRange(span.shard, start, end, rows)
 
     def _is_needed_later(self, row: int) -> bool:
         return row in self._wanted and row not in self._asked and not self._is_cached(row)

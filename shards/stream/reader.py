@@ -24,7 +24,7 @@ from shards.storage.explain import explain
 from shards.storage.local_files import expect, read_file
 from shards.storage.location import Location
 from shards.storage.ranges import Bytes, Read, ReadStatistics, start_read
-from shards.stream.read_plan import Plan, Span
+from shards.stream.read_plan import ByteRange, ReadPlan
 
 if TYPE_CHECKING:  # it needs Unix, which reading does not
     from shards.stream.sample_cache import SampleCache
@@ -102,7 +102,7 @@ class SampleReader:
         Raises:
             SampleError: a sample cannot be read, or its bytes do not have the index's crc32 after repeated reads.
         """
-        plan = Plan(self.index, iter(rows), self.read_ahead, self._is_cached)
+        plan = ReadPlan(self.index, iter(rows), self.read_ahead, self._is_cached)
         ranges: dict[int, _Range] = {}  # by row; rows that are in the cache have none
         try:
             while True:
@@ -119,9 +119,9 @@ class SampleReader:
     def _is_cached(self, row: int) -> bool:
         return self.cache is not None and self.cache.has(self.cache.key(self.index, row))
 
-    def _request(self, span: Span) -> _Range:
-        place = self.root / self.index.shard_paths[span.shard]
-        return _LocalRange(place, span) if self.root.is_local else _RemoteRange(place, span, self.stall_s)
+    def _request(self, span: ByteRange) -> _Range:
+        location = self.root / self.index.shard_paths[span.shard]
+        return _LocalRange(location, span) if self.root.is_local else _RemoteRange(location, span, self.stall_s)
 
     def _sample(self, row: int, requested: _Range | None, done: bool, who: str) -> memoryview:
         """Return one sample, from the cache if it was not `requested`; `done`: its bytes are not needed again."""
@@ -147,11 +147,11 @@ class SampleReader:
 
     def _from_range(self, requested: _Range | None, row: int, done: bool, who: str) -> memoryview:
         """Return the bytes of one sample, as soon as its range (if None: one for this sample alone) has arrived."""
-        requested = requested or self._request(Span.of(self.index, row))
+        requested = requested or self._request(ByteRange.of(self.index, row))
         try:
             data = requested.sample(self.index, row, done, who)
         except Exception as error:
-            reason = explain(error, str(requested.place)) or repr(error)
+            reason = explain(error, str(requested.location)) or repr(error)
             raise SampleError(f"{self._where(row)}: cannot be read: {reason}") from error
         finally:
             read, requested.statistics = requested.statistics, ReadStatistics()  # counted once
@@ -188,15 +188,15 @@ class SampleReader:
 class _LocalRange:
     """A range of a local file: the kernel reads ahead, and each sample is read when it is needed."""
 
-    def __init__(self, place: Location, span: Span) -> None:
-        self.place = place
+    def __init__(self, location: Location, span: ByteRange) -> None:
+        self.location = location
         self.statistics = ReadStatistics(requests=1)
-        expect(place.path, span.start, span.end)
+        expect(location.path, span.start, span.end)
 
     def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
         """Return the bytes of one sample, fewer if the file ends early."""
         start = int(index.offset[row])
-        data = read_file(self.place.path, start, start + int(index.nbytes[row]))
+        data = read_file(self.location.path, start, start + int(index.nbytes[row]))
         self.statistics.nbytes += len(data)
         return memoryview(data)
 
@@ -207,11 +207,12 @@ class _LocalRange:
 class _RemoteRange:
     """A range that was requested from storage, and is split into its samples when the first of them is needed."""
 
-    def __init__(self, place: Location, span: Span, stall_s: float) -> None:
-        self.place, self.span, self.stall_s = place, span, stall_s
+    def __init__(self, location: Location, span: ByteRange, stall_s: float) -> None:
+        self.location, self.span, self.stall_s = location, span, stall_s
         self.statistics = ReadStatistics()
         self._samples: dict[int, memoryview] = {}  # by row, empty until the range is split
-        self._future: Future[Bytes] | None = start_read(Read(place, span.start, span.end), statistics=self.statistics)
+        read = Read(location, span.start, span.end)
+        self._future: Future[Bytes] | None = start_read(read, statistics=self.statistics)
 
     def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
         """Return the bytes of one sample, fewer if the object ends early; `done`: free them.
@@ -247,7 +248,7 @@ class _RemoteRange:
         while not wait([future], timeout=timeout).done:
             stalled, timeout = True, 2 * timeout
             trouble = f", the last because of: {self.statistics.trouble}" if self.statistics.trouble else ""
-            what = f"bytes {self.span.start} to {self.span.end} of {self.place}"
+            what = f"bytes {self.span.start} to {self.span.end} of {self.location}"
             so_far = f"{self.statistics.nbytes} received, {counted(self.statistics.retries, 'retry', 'retries')}"
             log.warning("%s has waited %.0f s for %s: %s%s", who, time.monotonic() - began, what, so_far, trouble)
         if stalled and future.exception() is None:

@@ -12,7 +12,7 @@ from typing import Any
 from shards.format.index import Index
 from shards.format.sample import Sample
 from shards.format.selection import with_categories
-from shards.format.shard_tar import read_members
+from shards.format.shard_tar import parse_members
 
 Parse = Callable[[dict[str, Any]], Any]
 
@@ -33,7 +33,7 @@ def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str
         SampleError: the bytes have another key than the index, or are not a tar.
     """
     key, url = index.image_id(row), f"{root}/{index.shard_paths[int(index.shard[row])]}"
-    members = {name: bytes(value) for name, value in read_members(data, key, where=url).items()}
+    members = {name: bytes(value) for name, value in parse_members(data, key, where=url).items()}
     sample = {"__key__": key, "__url__": url, **members}
     return sample if index.category_ids is None else {**sample, CATEGORY_IDS: index.category_ids}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.format.jpeg import ImageError, check_jpeg
+from shards.format.jpeg import ImageError, jpeg_size
 from tests.support import jpeg
 
 PICTURE = jpeg(48, 32, 0)
@@ -18,10 +18,10 @@ def saved(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def test_the_size_is_that_of_the_stored_pixels() -> None:
-    assert check_jpeg(PICTURE, 48 * 32) == (48, 32)
+    assert jpeg_size(PICTURE, 48 * 32) == (48, 32)
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    assert check_jpeg(saved(Image.new("RGB", (48, 32)), exif=exif)) == (48, 32)
+    assert jpeg_size(saved(Image.new("RGB", (48, 32)), exif=exif)) == (48, 32)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_a_damaged_or_too_large_file_is_refused_with_a_reason(
     data: bytes, limit: int | None, reason: str, too_large: bool
 ) -> None:
     with pytest.raises(ImageError, match=reason) as caught:
-        check_jpeg(data, limit)
+        jpeg_size(data, limit)
     assert caught.value.too_large is too_large
 
 
 def _passes(data: bytes) -> bool:
     try:
-        check_jpeg(data)
+        jpeg_size(data)
     except ImageError:
         return False
     return True
@@ -73,4 +73,4 @@ def test_the_same_damage_is_found_as_at_full_size(progressive: bool) -> None:
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 3), (8, 8)])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_jpegs_of_any_size_and_mode_pass(width: int, height: int, mode: str) -> None:
-    assert check_jpeg(saved(Image.new(mode, (width, height)))) == (width, height)
+    assert jpeg_size(saved(Image.new(mode, (width, height)))) == (width, height)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards.format.index import Index
 from shards.order.epoch_order import Order, OrderSettings, positions
-from shards.stream.read_plan import HORIZON, MAX_GAP, MAX_RANGE, Plan, Span
+from shards.stream.read_plan import HORIZON, MAX_GAP, MAX_RANGE, ByteRange, ReadPlan
 
 
 def make_index(shard, nbytes, gaps):
@@ -24,11 +24,11 @@ def make_index(shard, nbytes, gaps):
 
 def carry_out(index, rows, budget, cached=frozenset()):
     """Return all requests of a plan, and the rows as they were taken; check memory, and that each was requested."""
-    plan = Plan(index, iter(rows), budget, cached.__contains__)
-    spans, taken, held = list[Span](), list[int](), Counter[int]()
+    plan = ReadPlan(index, iter(rows), budget, cached.__contains__)
+    ranges, taken, held = list[ByteRange](), list[int](), Counter[int]()
     while True:
         for span in plan.ask():
-            spans.append(span)
+            ranges.append(span)
             for row in span.rows:
                 assert not held[row], "requested while it is in memory"
                 held[row] = int(index.nbytes[row])
@@ -36,7 +36,7 @@ def carry_out(index, rows, budget, cached=frozenset()):
         assert plan.held <= max(budget, max(held.values(), default=0))
         if (step := plan.take()) is None:
             assert not +held, "requested in vain"
-            return spans, taken
+            return ranges, taken
         row, done = step
         taken.append(row)
         assert held[row] or row in cached
@@ -55,10 +55,10 @@ def test_every_sample_is_requested_in_time_and_within_the_budget(places, data, b
     index = make_index(np.cumsum(new_shard), nbytes, gaps)
     number = st.integers(0, len(index) - 1)
     seen, cached = data.draw(st.lists(st.none() | number, max_size=120)), data.draw(st.frozensets(number, max_size=10))
-    spans, taken = carry_out(index, seen, budget, cached)
+    ranges, taken = carry_out(index, seen, budget, cached)
     rows = [row for row in seen if row is not None]
     assert taken == rows
-    for span in spans:
+    for span in ranges:
         one, last = span.rows[0], span.rows[-1]
         assert {span.shard} == set(index.shard[span.rows])
         assert (span.start, span.end) == (index.offset[one], index.offset[last] + index.nbytes[last])
@@ -67,7 +67,7 @@ def test_every_sample_is_requested_in_time_and_within_the_budget(places, data, b
         assert 4 * in_vain <= int(index.nbytes[span.rows].sum())
         assert not cached & set(span.rows)
     if len(set(rows)) == len(rows):
-        assert sum(len(span.rows) for span in spans) == len(set(rows) - cached)  # none of them twice
+        assert sum(len(span.rows) for span in ranges) == len(set(rows) - cached)  # none of them twice
 
 
 @pytest.mark.parametrize(("gap", "requests"), [(MAX_GAP, 1), (MAX_GAP + 1, 2)])
@@ -79,7 +79,7 @@ def test_neighbours_share_a_request_up_to_a_maximum_gap(gap, requests):
 
 def test_requests_start_small_and_grow():
     index = make_index(np.zeros(4000, np.int32), [100_000] * 4000, [0] * 4000)
-    plan = Plan(index, iter(range(4000)), 2**26, lambda row: False)
+    plan = ReadPlan(index, iter(range(4000)), 2**26, lambda row: False)
     sizes: list[int] = []
     for _ in range(3000):
         sizes.extend(span.end - span.start for span in plan.ask())
@@ -97,14 +97,14 @@ def test_shuffled_windows_are_read_as_runs_of_neighbours(workers, most):
     order = Order(index, OrderSettings(8))
     batches = islice(positions(0, rank=0, world=1, worker=0, workers=workers), 500 // workers)
     rows = [int(row) for position in batches for row in order.rows(position)]
-    spans, _ = carry_out(index, rows, 64 * 2**20)
-    assert len(spans) < most * len(rows)
+    ranges, _ = carry_out(index, rows, 64 * 2**20)
+    assert len(ranges) < most * len(rows)
 
 
 def test_the_horizon_is_found_soon_if_one_batch_in_nine_has_a_sample():
     index = make_index([0] * HORIZON, [1000] * HORIZON, [0] * HORIZON)
     rows = chain.from_iterable((row, *[None] * 8) for row in range(HORIZON))
-    plan = Plan(index, rows, 2**26, lambda row: False)
+    plan = ReadPlan(index, rows, 2**26, lambda row: False)
     for taken in range(9):
         plan.ask()
         assert plan.take() == (taken, True)

@@ -10,7 +10,7 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 from shards.common.errors import SampleError
 from shards.format.sample import Sample
 from shards.format.selection import with_categories
-from shards.format.shard_tar import read_members
+from shards.format.shard_tar import parse_members
 from shards.stream.sample_decoders import parse_sample, read_sample, webdataset_sample
 from tests.support import sample, write_dataset
 
@@ -47,7 +47,7 @@ def test_members_are_those_of_webdatasets_iterator(one, values, ended):
     expected = (
         {base_plus_ext(f["fname"])[1]: bytes(f["data"]) for f in tar_file_iterator(io.BytesIO(data))} if data else {}
     )
-    found = read_members(memoryview(data), made.image_id, where="")
+    found = parse_members(memoryview(data), made.image_id, where="")
     assert {extension: bytes(value) for extension, value in found.items()} == expected == values
     assert all(value.obj is data for value in found.values())  # none is a copy
 
