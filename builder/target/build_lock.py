@@ -1,26 +1,27 @@
 """The lock of a root: one build at a time, and a build that died does not keep it.
 
 The lock is an object that states its holder. It is created by a conditional put, which on a disk is an exclusive
-create, and is renewed every `BEAT_S`. It is stale if it was not renewed for `STALE_S`, or at once if its holder ran on
-this machine, in the same container if any, and the process is gone. A stale lock is overwritten, and so is any lock on
-a store without conditional puts: there the last writer holds it, and a holder that lost its lock stops after its next
-heartbeat.
+create, and renewed every `BEAT_S`. It is stale if it was not renewed for `STALE_S`, or at once if its holder died on
+this machine: each build locks a file in the temporary folder, which the system unlocks when the process ends. A stale
+lock is overwritten, and so is any lock on a store without conditional puts: there the last writer holds it, and a
+holder that lost its lock stops after its next heartbeat.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from shards.common.errors import StorageError, UserError
@@ -38,21 +39,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """The build that holds a lock.
-
-    Attributes:
-        token: random text, different for each build.
-        machine: host name, boot id and namespace of process ids; equal for processes that see each other's ids.
-        started: start of the build, UTC, ISO 8601.
-        beat: last renewal of the lock, in seconds since 1970.
-    """
+    """The build that holds a lock: a random token, its description, and the time of its last heartbeat, since 1970."""
 
     token: str
-    host: str
-    pid: int
-    machine: str
-    started: str
+    build: str
     beat: float
+
+    @property
+    def mark(self) -> str:
+        """Path of the file that the build keeps locked on its machine."""
+        return f"{tempfile.gettempdir()}/maskstream-build-{self.token}"
+
+    def has_died_here(self) -> bool:
+        """Return whether the mark is on this machine, and nobody locks it."""
+        with suppress(OSError), open(self.mark) as file:  # FileNotFoundError: elsewhere; BlockingIOError: it is alive
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        return False
 
 
 class BuildLock:
@@ -63,22 +66,20 @@ class BuildLock:
     ) -> None:
         self._root, self._now, self._sleep = root, now, sleep
         started = datetime.fromtimestamp(now(), UTC).isoformat(timespec="seconds")
-        host, pid = socket.gethostname(), os.getpid()
-        self._holder = Holder(secrets.token_hex(8), host, pid, _machine(), started, now())
+        build = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        self._holder = Holder(secrets.token_hex(8), build, now())
         self._lost = False
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
     def __enter__(self) -> BuildLock:
-        """Acquire the lock.
-
-        Raises:
-            UserError: another build holds it.
-            StorageError: the root cannot be read or written.
-        """
+        """Acquire the lock; UserError if another build holds it, StorageError if the root cannot be read or written."""
         stale = refuse_if_held(self._root, self._now)
         if stale is not None or not retry.create(self._root / LOCK_FILE, self._content()):
             self._overwrite(stale)
+        with suppress(OSError):  # without a mark, the lock expires if this process dies
+            self._marked = open(self._holder.mark, "x")  # open as long as the process lives
+            fcntl.flock(self._marked, fcntl.LOCK_EX)
         self._thread.start()
         return self
 
@@ -91,14 +92,14 @@ class BuildLock:
                 retry.delete(self._root / LOCK_FILE)
         except StorageError as error:  # must not hide how the build ended
             logger.warning("the lock could not be removed: %s", error)
+        with suppress(OSError):
+            os.unlink(self._holder.mark)
 
     def check(self) -> None:
         """Raise UserError if another build has taken the lock over."""
         if self._lost:
-            raise UserError(
-                f"{self._root}: another build took over because this one did not respond for {STALE_S:.0f} s: "
-                "let the other one finish"
-            )
+            why = f"another build took over because this one did not respond for {STALE_S:.0f} s"
+            raise UserError(f"{self._root}: {why}: let the other one finish")
 
     def beat(self) -> None:
         """Renew the lock, or notice that another build has taken it over."""
@@ -115,7 +116,7 @@ class BuildLock:
 
     def _overwrite(self, stale: Holder | None) -> None:
         if stale is not None and stale.token:
-            logger.info("taking over the lock of process %d on %s, started %s", stale.pid, stale.host, stale.started)
+            logger.info("taking over the lock of %s", stale.build)
         else:
             self._sleep(SETTLE_S)  # another build may have created the lock and not yet written its content
             if not self._is_mine():
@@ -135,18 +136,14 @@ class BuildLock:
 
 
 def refuse_if_held(root: Location, now: Callable[[], float] = time.time) -> Holder | None:
-    """Return the holder of a stale lock, or None without a lock; writes nothing.
-
-    Raises:
-        UserError: a running build holds the lock.
-    """
+    """Return the holder of a stale lock, or None without a lock; UserError if a running build holds the lock."""
     found = read_lock(root)
-    if found is None or now() - found.beat > STALE_S or _has_died_here(found):
+    if found is None or now() - found.beat > STALE_S or found.has_died_here():
         return found
     raise UserError(
-        f"{root}: another build is at work there: process {found.pid} on {found.host}, started {found.started}: wait "
-        f"for it, or choose another --out (should it be dead, its lock is stale {STALE_S / 60:.0f} minutes after its "
-        f"last heartbeat; to discard the lock now, remove {root / LOCK_FILE})"
+        f"{root}: another build is at work there: {found.build}: wait for it, or choose another --out (should it be "
+        f"dead, its lock is stale {STALE_S / 60:.0f} minutes after its last heartbeat; to discard the lock now, remove "
+        f"{root / LOCK_FILE})"
     )
 
 
@@ -157,27 +154,5 @@ def read_lock(root: Location) -> Holder | None:
         return None
     with suppress(ValueError, TypeError, KeyError):
         value = json.loads(answer)
-        numbers = {"pid": int(value["pid"]), "beat": float(value["beat"])}
-        return Holder(**{field.name: value[field.name] for field in fields(Holder)} | numbers)
-    # Killed while it created the lock, or damaged.
-    return Holder(token="", host="an unknown host", pid=0, machine="", started="at an unknown time", beat=0.0)
-
-
-def _has_died_here(holder: Holder) -> bool:
-    """Return whether the holder ran on this machine and is gone."""
-    if holder.machine != _machine():
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except OSError as error:  # a PermissionError means that it runs, for another user
-        return isinstance(error, ProcessLookupError)
-    return False
-
-
-def _machine() -> str:
-    found = [socket.gethostname()]
-    with suppress(OSError):  # Linux only, and not readable in every sandbox
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with suppress(OSError):  # containers can share the host's name, but not its process ids
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)
+        return Holder(str(value["token"]), str(value["build"]), float(value["beat"]))
+    return Holder("", "an unknown process", 0.0)  # damaged, or killed while it created the lock

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.target.build_lock import LOCK_FILE, SETTLE_S, STALE_S, BuildLock, _machine, read_lock, refuse_if_held
+from builder.target.build_lock import LOCK_FILE, SETTLE_S, STALE_S, BuildLock, Holder, read_lock, refuse_if_held
 from shards.common.errors import UserError
 from shards.storage import retry
 from shards.storage.location import Location
@@ -53,7 +52,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def lock_of(clock: Clock, **others: object) -> bytes:
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "machine": "other", "started": "2026-01-01T00:00:00+00:00"}
+    holder = {"token": "t", "build": "process 1 on elsewhere, started 2026-01-01T00:00:00+00:00"}
     return json.dumps({**holder, "beat": clock.now(), **others}).encode()
 
 
@@ -115,36 +114,27 @@ def test_the_lock_of_a_killed_process_on_this_machine_is_taken_over_at_once(
     assert f"taking over the lock of process {process.pid} " in caplog.text
 
 
-def test_the_lock_of_another_container_with_the_same_host_name_is_respected(
+def test_only_a_lock_whose_process_died_on_this_machine_is_stale_at_once(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(pid: int, number: int) -> None:
-        raise ProcessLookupError(pid)
-
-    monkeypatch.setattr("os.kill", gone)
-    monkeypatch.setattr("os.readlink", lambda path: "pid:[1]")
-    (tmp_path / LOCK_FILE).write_bytes(lock_of(clock, machine=_machine()))
-    refuse_if_held(Location(str(tmp_path)), clock.now)
-    monkeypatch.setattr("os.readlink", lambda path: "pid:[2]")
-    with pytest.raises(UserError, match="another build is at work"):
-        refuse_if_held(Location(str(tmp_path)), clock.now)
-
-
-def test_a_machine_without_a_readable_boot_id_is_known_by_its_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: object) -> str:
-        raise PermissionError(path)
-
-    monkeypatch.setattr("os.readlink", refused)
-    monkeypatch.setattr("pathlib.Path.read_text", refused)
-    assert _machine() == socket.gethostname()
+    root = Location(str(tmp_path / "out"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with lock(root, clock):  # another container has the same host name and process ids, and another temporary folder
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "other"))
+        with pytest.raises(UserError, match="another build is at work"):
+            refuse_if_held(root, clock.now)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with pytest.raises(UserError, match="another build is at work"):
+            refuse_if_held(root, clock.now)
+    assert not list(tmp_path.glob("maskstream-*"))
+    (root / LOCK_FILE).write(lock_of(clock))
+    Path(Holder("t", "", 0).mark).touch()  # as a killed process leaves it
+    assert refuse_if_held(root, clock.now) is not None
 
 
-@pytest.mark.parametrize("machine", ["other", "this one"])
-def test_a_lock_without_a_heartbeat_expires(tmp_path: Path, clock: Clock, machine: str) -> None:
+def test_a_lock_without_a_heartbeat_expires(tmp_path: Path, clock: Clock) -> None:
     root = Location(str(tmp_path))
-    with lock(root, clock) as held:
-        own = json.loads((root / LOCK_FILE).read())["machine"]
-    (root / LOCK_FILE).write(lock_of(clock, pid=os.getpid(), machine=own if machine == "this one" else machine))
+    (root / LOCK_FILE).write(lock_of(clock))
     clock.seconds += STALE_S - 1
     with pytest.raises(UserError, match=r"process \d+ on elsewhere.*10 minutes.*remove .*\.build\.lock"):
         refuse_if_held(root, clock.now)
