@@ -35,7 +35,7 @@ ALIGN = 64  # bytes; tensors start at multiples of it, the first one after the b
 
 
 class _Segment:
-    """Shared memory in the process that writes it."""
+    """Shared memory in the process that writes it; the first byte is not 0 while it is in use."""
 
     def __init__(self, nbytes: int) -> None:
         self.file = os.memfd_create("maskstream-batch")
@@ -43,14 +43,6 @@ class _Segment:
         os.ftruncate(self.file, nbytes)
         self.memory = mmap.mmap(self.file, nbytes)
         self.address = np.frombuffer(self.memory, np.uint8).__array_interface__["data"][0]
-
-    @property
-    def in_use(self) -> bool:
-        return self.memory[0] != 0
-
-    @in_use.setter
-    def in_use(self, value: bool) -> None:
-        self.memory[0] = value
 
 
 class _Segments:
@@ -65,7 +57,7 @@ class _Segments:
         """Return a segment with room for `nbytes`, now in use."""
         nbytes = ALIGN + max(nbytes, 1)
         self.largest = max(self.largest, nbytes)
-        free = [segment for segment in self.kept if not segment.in_use]
+        free = [segment for segment in self.kept if not segment.memory[0]]
         segment = next((one for one in free if len(one.memory) >= nbytes), None)
         if segment is None:
             segment = _Segment(self.largest)  # untouched pages cost nothing
@@ -73,7 +65,7 @@ class _Segments:
                 self.kept[self.kept.index(free[0])] = segment
             elif len(self.kept) < SEGMENTS:
                 self.kept.append(segment)
-        segment.in_use = True
+        segment.memory[0] = 1
         self.taken.append(segment)
         return segment
 
@@ -81,7 +73,7 @@ class _Segments:
         """Return the segment for the batch that was made."""
         segment = self.taken[0] if self.taken else self.take(0)
         for other in self.taken[1:]:
-            other.in_use = False
+            other.memory[0] = 0
         self.taken = []
         return segment
 
@@ -96,10 +88,7 @@ def begin() -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Return an uninitialised tensor for the largest part of the batch that is being made.
-
-    In a loader process it is in the memory in which the batch is sent, which saves a copy.
-    """
+    """Return an uninitialised tensor for the largest part of a batch, in the memory in which it is sent if possible."""
     count = math.prod(shape)
     if _segments is None or count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -108,10 +97,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def pack(batch: Any) -> Any:
-    """Return what to send in place of a batch, which must not be used afterwards.
-
-    Unpickled by the reader it is the batch again, or a LoaderError if this process has ended by then.
-    """
+    """Return what to send in place of a batch, which must not be used afterwards; unpickling it restores the batch."""
     return batch if _segments is None else _Parcel(batch, _segments)
 
 

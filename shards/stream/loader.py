@@ -27,15 +27,10 @@ T = TypeVar("T")
 
 @dataclass
 class LoaderStatistics(SampleStatistics):
-    """Running totals of all processes of a loader, as of the newest batch of each.
+    """Running totals of all processes of a loader, as of the newest batch of each."""
 
-    Attributes:
-        seconds: time spent in the loops over the loader, up to the newest batch.
-        waited_s: seconds of these in which the loop waited for a batch.
-    """
-
-    seconds: float = 0.0
-    waited_s: float = 0.0
+    seconds: float = 0.0  # time spent in the loops over the loader, up to the newest batch
+    waited_s: float = 0.0  # of these, the loop waited for a batch
 
     @property
     def mb_per_s(self) -> float:
@@ -111,8 +106,7 @@ def loader(
             shared and not copied; each process opens its own connections.
 
     Raises:
-        DatasetError: `stream` is not a stream, `workers` is not a whole number from 0, or there is no such
-            `start_method`.
+        DatasetError: an argument is not one of these.
     """
     if not isinstance(stream, Stream):
         kind = type(stream).__name__

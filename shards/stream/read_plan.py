@@ -1,16 +1,13 @@
 """Which bytes to request, and when: few ranges, in time, in bounded memory. Arithmetic on the index, no I/O.
 
-The next `HORIZON` samples are known. The next ones of them, up to a quarter of the byte budget, form the *look-ahead*:
-they are requested in order, so that the connection is never idle. A request grows to a range: neighbours in the shard
-that are needed within the horizon are read along with it, as long as there is room, and wait in memory. A shuffled
-window is therefore read as runs of neighbours even if only a part of it fits into memory. A range takes at most a
-quarter of the free budget: ranges become shorter as memory fills up, instead of a few long ones among single samples.
+The next `HORIZON` samples are known. The first of them, up to a quarter of the byte budget, form the *look-ahead*: they
+are requested in order, so that the connection is never idle. It starts small, so that the first sample arrives after
+one round trip, and grows with what was consumed. A request grows to a range: neighbours in the shard that are needed
+within the horizon are read along with it, as long as there is room, and wait in memory. A range takes at most a quarter
+of the free budget: ranges become shorter as memory fills up, instead of a few long ones among single samples.
 
-The look-ahead starts small, so that the first sample arrives after one round trip, and grows with what was consumed.
-
-The horizon of a rare dataset in a mix would be millions of batches away, and finding it would take minutes before the
-first batch. Each call therefore looks at no more than `HORIZON` batches without a sample of the dataset, unless not
-even the next sample is known; later calls look further.
+The horizon of a rare dataset in a mix would be millions of batches away. Each call therefore looks at no more than
+`HORIZON` batches without a sample of the dataset, unless not even the next sample is known.
 """
 
 from __future__ import annotations
@@ -49,18 +46,14 @@ class ReadPlan:
     """The requests for samples of one split in a given order.
 
     Call `ask` for the requests to send now, `take` for the next sample, and so on. Samples that were requested and not
-    yet taken are never more than `budget` bytes, or a single larger sample. Two neighbours share a range if the gap
-    between them is at most `MAX_GAP` and a quarter of the joining sample (so that less than a quarter is read in vain),
-    and the range is at most `MAX_RANGE` long.
-
-    Attributes:
-        held: bytes of the samples that were requested and not yet taken.
+    yet taken, `held`, are never more than `budget` bytes, or a single larger sample. Two neighbours share a range if
+    the gap between them is at most `MAX_GAP` and a quarter of the joining sample (so that less than a quarter is read
+    in vain), and the range is at most `MAX_RANGE` long.
 
     Args:
         index: the index of the split.
-        rows: rows of the index, in the order in which they will be taken; may be endless. None for each batch that has
-            no sample of this split.
-        budget: limit of `held`, in bytes.
+        rows: rows of the index, as they will be taken, None for each batch without one; may be endless.
+        budget: bytes.
         is_cached: whether a row needs no request; called when it enters the look-ahead.
     """
 
@@ -103,7 +96,7 @@ class ReadPlan:
         return row, done
 
     def _look_out(self) -> None:
-        """Find the rows within the horizon, as far as that takes little time."""
+        """Find the rows within the horizon."""
         known, without = len(self._near) + len(self._far), 0
         while known < HORIZON and (without < HORIZON or not known):
             row = next(self._rows, _END)
@@ -140,10 +133,10 @@ class ReadPlan:
         The rows of the range are removed from `pending`; `room` is the bytes for neighbours that are only needed later.
         """
         pending.remove(row)
-        span = ByteRange.of(self._index, row)
+        one = ByteRange.of(self._index, row)
         for step in (1, -1):
             neighbour = row + step
-            while (wider := self._joined(span, neighbour)) is not None:
+            while (wider := self._joined(one, neighbour)) is not None:
                 if neighbour in pending:
                     pending.remove(neighbour)
                 elif self._size(neighbour) <= room and self._is_needed_later(neighbour):
@@ -151,21 +144,21 @@ class ReadPlan:
                     self._hold(neighbour)
                 else:
                     break
-                span = wider
+                one = wider
                 neighbour += step
-        return span
+        return one
 
-    def _joined(self, span: ByteRange, neighbour: int) -> ByteRange | None:
+    def _joined(self, one: ByteRange, neighbour: int) -> ByteRange | None:
         """Return the range with the row before or after it; None if they are better read apart."""
         if not 0 <= neighbour < len(self._index):
             return None
         other = ByteRange.of(self._index, neighbour)
-        start, end = min(span.start, other.start), max(span.end, other.end)
-        gap = max(span.start, other.start) - min(span.end, other.end)
-        if other.shard != span.shard or gap > min(MAX_GAP, (other.end - other.start) // 4) or end - start > MAX_RANGE:
+        start, end = min(one.start, other.start), max(one.end, other.end)
+        gap = max(one.start, other.start) - min(one.end, other.end)
+        if other.shard != one.shard or gap > min(MAX_GAP, (other.end - other.start) // 4) or end - start > MAX_RANGE:
             return None
-        rows = range(min(span.rows.start, neighbour), max(span.rows.stop, neighbour + 1))
-        return ByteRange(span.shard, start, end, rows)
+        rows = range(min(one.rows.start, neighbour), max(one.rows.stop, neighbour + 1))
+        return ByteRange(one.shard, start, end, rows)
 
     def _is_needed_later(self, row: int) -> bool:
         return row in self._wanted and row not in self._asked and not self._is_cached(row)

@@ -1,8 +1,7 @@
 """Planned reads: the samples to come are fetched as few ranges, in bounded memory, without a local disk.
 
-`shards.stream.read_plan` decides what to request. The reader sends the requests, waits for them, compares each sample
-with the index's crc32, and frees it as soon as it was handed out, whatever else its range holds. A sample that is in
-the cache on a local disk is not requested.
+`shards.stream.read_plan` decides what to request. The reader compares each sample with the index's crc32, and frees it
+as soon as it was handed out, whatever else its range holds. A sample in the cache on a local disk is not requested.
 """
 
 from __future__ import annotations
@@ -38,21 +37,13 @@ STALL_S = 30.0
 
 @dataclass
 class SampleStatistics:
-    """Running totals of reading.
+    """Running totals of reading."""
 
-    Attributes:
-        samples: samples that were read.
-        cache_hits: those of them that came from the cache.
-        requests: requests sent to storage.
-        nbytes: bytes received from storage.
-        retries: requests that were repeated or continued.
-    """
-
-    samples: int = 0
-    cache_hits: int = 0
-    requests: int = 0
-    nbytes: int = 0
-    retries: int = 0
+    samples: int = 0  # that were read
+    cache_hits: int = 0  # samples that came from the cache
+    requests: int = 0  # sent to storage
+    nbytes: int = 0  # received from storage
+    retries: int = 0  # requests that were repeated or continued
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*map(add, astuple(self), astuple(other)))
@@ -72,11 +63,8 @@ class SampleReader:
         read_ahead: bytes of samples that may be in memory ahead of need. A larger sample is still read; the gaps
             between neighbours add less than a quarter, and the range that is being split is in memory twice.
         cache: keeps samples for the next time; not used for a dataset on a local disk.
-        stall_s: a wait for one range of more than this many seconds is logged, and again after twice the time.
+        stall_s: above 0; a wait for one range of more than this many seconds is logged, and again after twice the time.
         statistics: running totals; several readers may share them.
-
-    Raises:
-        DatasetError: `stall_s` is not above 0.
     """
 
     root: Location
@@ -106,8 +94,8 @@ class SampleReader:
         ranges: dict[int, _Range] = {}  # by row; rows that are in the cache have none
         try:
             while True:
-                for span in plan.ask():
-                    ranges.update(dict.fromkeys(span.rows, self._request(span)))
+                for wanted in plan.ask():
+                    ranges.update(dict.fromkeys(wanted.rows, self._request(wanted)))
                 if (taken := plan.take()) is None:
                     return
                 row, done = taken
@@ -119,31 +107,24 @@ class SampleReader:
     def _is_cached(self, row: int) -> bool:
         return self.cache is not None and self.cache.has(self.cache.key(self.index, row))
 
-    def _request(self, span: ByteRange) -> _Range:
-        location = self.root / self.index.shard_paths[span.shard]
-        return _LocalRange(location, span) if self.root.is_local else _RemoteRange(location, span, self.stall_s)
+    def _request(self, wanted: ByteRange) -> _Range:
+        location = self.root / self.index.shard_paths[wanted.shard]
+        return _LocalRange(location, wanted) if self.root.is_local else _RemoteRange(location, wanted, self.stall_s)
 
     def _sample(self, row: int, requested: _Range | None, done: bool, who: str) -> memoryview:
         """Return one sample, from the cache if it was not `requested`; `done`: its bytes are not needed again."""
-        data = self._from_cache(row) if requested is None else None
-        if data is not None:
-            self.statistics.cache_hits += 1
-        else:
-            data = self._checked(row, self._from_range(requested, row, done, who), who)
-            if self.cache is not None:
-                self.cache.put(self.cache.key(self.index, row), data)
-        self.statistics.samples += 1
-        return data
-
-    def _from_cache(self, row: int) -> memoryview | None:
-        """Return a sample that was in the cache when it was planned; None if it is gone or its bytes are wrong."""
-        assert self.cache is not None, "every row that is taken was requested or is in the cache"
-        key = self.cache.key(self.index, row)
-        data = self.cache.get(key)
-        if data is not None and zlib.crc32(data) != int(self.index.crc32[row]):
+        key = "" if self.cache is None else self.cache.key(self.index, row)
+        if requested is None and self.cache is not None and (data := self.cache.get(key)) is not None:
+            if zlib.crc32(data) == int(self.index.crc32[row]):
+                self.statistics.cache_hits += 1
+                self.statistics.samples += 1
+                return memoryview(data)
             self.cache.drop(key)
-            data = None
-        return None if data is None else memoryview(data)
+        checked = self._checked(row, self._from_range(requested, row, done, who), who)
+        if self.cache is not None:
+            self.cache.put(key, checked)
+        self.statistics.samples += 1
+        return checked
 
     def _from_range(self, requested: _Range | None, row: int, done: bool, who: str) -> memoryview:
         """Return the bytes of one sample, as soon as its range (if None: one for this sample alone) has arrived."""
@@ -188,10 +169,10 @@ class SampleReader:
 class _LocalRange:
     """A range of a local file: the kernel reads ahead, and each sample is read when it is needed."""
 
-    def __init__(self, location: Location, span: ByteRange) -> None:
+    def __init__(self, location: Location, wanted: ByteRange) -> None:
         self.location = location
         self.statistics = ReadStatistics(requests=1)
-        expect(location.path, span.start, span.end)
+        expect(location.path, wanted.start, wanted.end)
 
     def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
         """Return the bytes of one sample, fewer if the file ends early."""
@@ -207,19 +188,15 @@ class _LocalRange:
 class _RemoteRange:
     """A range that was requested from storage, and is split into its samples when the first of them is needed."""
 
-    def __init__(self, location: Location, span: ByteRange, stall_s: float) -> None:
-        self.location, self.span, self.stall_s = location, span, stall_s
+    def __init__(self, location: Location, wanted: ByteRange, stall_s: float) -> None:
+        self.location, self.wanted, self.stall_s = location, wanted, stall_s
         self.statistics = ReadStatistics()
         self._samples: dict[int, memoryview] = {}  # by row, empty until the range is split
-        read = Read(location, span.start, span.end)
+        read = Read(location, wanted.start, wanted.end)
         self._future: Future[Bytes] | None = start_read(read, statistics=self.statistics)
 
     def sample(self, index: Index, row: int, done: bool, who: str) -> memoryview:
-        """Return the bytes of one sample, fewer if the object ends early; `done`: free them.
-
-        Raises:
-            Exception: the read has failed; see `shards.storage.ranges.read_many`.
-        """
+        """Return the bytes of one sample, fewer if the object ends early; `done`: free them."""
         if self._future is not None:
             self._wait(self._future, who)
             self._samples = self._split(memoryview(self._future.result()), index)
@@ -232,10 +209,10 @@ class _RemoteRange:
             self._future.cancel()
 
     def _split(self, data: memoryview, index: Index) -> dict[int, memoryview]:
-        rows = self.span.rows
+        rows = self.wanted.rows
         if len(rows) == 1:
             return {rows[0]: data}
-        starts = index.offset[rows] - self.span.start
+        starts = index.offset[rows] - self.wanted.start
         ends = starts + index.nbytes[rows]
         # Copies, so that each sample can be freed on its own.
         return {row: memoryview(bytes(data[start:end])) for row, start, end in zip(rows, starts, ends)}
@@ -248,7 +225,7 @@ class _RemoteRange:
         while not wait([future], timeout=timeout).done:
             stalled, timeout = True, 2 * timeout
             trouble = f", the last because of: {self.statistics.trouble}" if self.statistics.trouble else ""
-            what = f"bytes {self.span.start} to {self.span.end} of {self.location}"
+            what = f"bytes {self.wanted.start} to {self.wanted.end} of {self.location}"
             so_far = f"{self.statistics.nbytes} received, {counted(self.statistics.retries, 'retry', 'retries')}"
             log.warning("%s has waited %.0f s for %s: %s%s", who, time.monotonic() - began, what, so_far, trouble)
         if stalled and future.exception() is None:

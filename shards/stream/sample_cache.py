@@ -6,18 +6,17 @@
 It serves several epochs over storage whose egress is paid or slow; without it no local disk is used.
 
 There is one file per sample, in 256 folders, named by a hash of everything that the index says of the sample: after a
-dataset was built again, unchanged samples are still found and changed ones never are. A file appears by a rename, so a
-kill leaves it whole or absent; the reader detects what a crash of the machine damages, because it compares every crc32
-with the index.
+dataset was built again, unchanged samples are still found and changed ones never are. A kill leaves a file whole or
+absent; what a crash of the machine damages, the reader detects by the crc32.
 
 A writer holds one lock (flock of `state`, released with its process), and counts the bytes of a sample before it writes
 them: the files are within the limit even if it is killed. A killed writer can leave one more sample, in `incoming`,
 which the next one overwrites. Readers take no lock.
 
-When the disk is full, the samples with the lowest names are kept, among those used within a day. Names are hashes, so
-this is a fixed random part of the dataset. A cache that holds a share f of the dataset then serves f of every epoch;
-dropping the least recently used instead would serve f + (1 - f) ln(1 - f) of a shuffled epoch: 0.15 for f = 0.5.
-Samples that were not used for a day, mostly of other datasets, are dropped first.
+When the disk is full, the samples with the lowest names are kept: a fixed random part of the dataset. A cache that
+holds a share f of it then serves f of every epoch; dropping the least recently used instead would serve
+f + (1 - f) ln(1 - f) of a shuffled epoch: 0.15 for f = 0.5. Samples that were not used for a day, mostly of other
+datasets, are dropped first.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from pathlib import Path
 from shards.common.argument_checks import real
 from shards.common.errors import StorageError
 from shards.format.index import Index
+from shards.storage.local_files import atomic_write
 
 STALE_S = 24 * 3600.0  # samples that were not used for longer are dropped first
 TOUCH_S = 3600.0  # by how much the recorded time of last use may be out of date
@@ -73,7 +73,7 @@ class SampleCache:
     """Samples on a local disk.
 
     Attributes:
-        directory: a local path; created if it does not exist. Its folder `samples` belongs to the cache.
+        directory: a local path, created if it does not exist, whose folder `samples` belongs to the cache.
         limit: bytes that all samples together may take.
 
     Raises:
@@ -82,7 +82,7 @@ class SampleCache:
 
     directory: str | os.PathLike[str]
     limit: int
-    _broken: bool = field(default=False, init=False, repr=False)
+    _broken: bool = field(default=False, init=False, repr=False)  # the disk has failed: nothing more is stored
 
     def __post_init__(self) -> None:
         real("the limit of a cache, in bytes,", self.limit)
@@ -161,12 +161,10 @@ class SampleCache:
                     return
                 # Counted first: a kill before the rename leaves a count that is too high, until the next count.
                 replace(state, nbytes=state.nbytes + taken).write(file)
-                incoming = self._root / "incoming"
                 try:
-                    incoming.write_bytes(data)
-                    incoming.replace(path)
+                    with atomic_write(str(path), temporary=str(self._root / "incoming"), durable=False) as incoming:
+                        incoming.write(data)
                 except OSError:
-                    incoming.unlink(missing_ok=True)
                     state.write(file)
                     raise
         except OSError as error:
@@ -174,11 +172,9 @@ class SampleCache:
 
     def _is_worth_a_count(self, state: _State, key: str, taken: int) -> bool:
         """Return whether counting the files may make room for a sample."""
-        if taken > self.limit:
-            return False
-        if _rank(key) < state.refused:
-            return state.nbytes + taken > self.limit
-        return abs(time.time() - state.counted) > TOUCH_S  # something may have become stale
+        is_full = state.nbytes + taken > self.limit
+        may_be_stale = abs(time.time() - state.counted) > TOUCH_S
+        return taken <= self.limit and (is_full if _rank(key) < state.refused else may_be_stale)
 
     def _make_room(self, needed: int) -> _State:
         """Count the files, and drop some if `needed` more bytes do not fit. Needs the lock."""
@@ -208,16 +204,9 @@ class SampleCache:
         file = os.open(self._root / "state", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             deadline = time.monotonic() + LOCK_TIMEOUT_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        yield None
-                        return
-                    time.sleep(0.001)
-            yield file
+            while not (locked := _lock(file)) and time.monotonic() <= deadline:
+                time.sleep(0.001)
+            yield file if locked else None
         finally:
             os.close(file)
 
@@ -230,6 +219,13 @@ class SampleCache:
             log.warning(
                 "cache %s: %s (%s): the run continues, this process stores nothing more", self.directory, what, error
             )
+
+
+def _lock(file: int) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _taken(nbytes: int) -> int:

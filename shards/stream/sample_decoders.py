@@ -23,14 +23,8 @@ CATEGORY_IDS = "__category_ids__"
 def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str, Any]:
     """Return a sample as webdataset's dict, with the annotations as they are in the shard.
 
-    Args:
-        data: the bytes of the sample in its shard, a small tar.
-        index: the index of the split.
-        row: the row of the sample in it.
-        root: URL of the dataset.
-
-    Raises:
-        SampleError: the bytes have another key than the index, or are not a tar.
+    `data` is the sample's part of its shard, `root` the URL of the dataset. A SampleError is raised if the bytes have
+    another key than the index, or are not a tar.
     """
     key, url = index.image_id(row), f"{root}/{index.shard_paths[int(index.shard[row])]}"
     members = {name: bytes(value) for name, value in parse_members(data, key, where=url).items()}
@@ -39,11 +33,7 @@ def read_sample(data: memoryview, index: Index, row: int, root: str) -> dict[str
 
 
 def parse_sample(sample: dict[str, Any]) -> Sample:
-    """Return a sample of webdataset's form as a `Sample`.
-
-    Raises:
-        SampleError: a member is missing, or is not in the shard format.
-    """
+    """Return a sample of webdataset's form as a `Sample`; a SampleError if it is not in the shard format."""
     parsed = Sample.from_members(sample["__key__"], sample, where=sample.get("__url__", ""))
     return with_categories(parsed, sample.get(CATEGORY_IDS))
 
@@ -52,9 +42,6 @@ def webdataset_sample(sample: dict[str, Any]) -> dict[str, Any]:
     """Return a sample in webdataset's form: `__key__`, `__url__`, and the bytes of each member by its extension.
 
     The bytes are those of the shard, except for the JSON of a subset of classes, or of a mix whose class ids differ.
-
-    Raises:
-        SampleError: annotations must be changed, and are not in the shard format.
     """
     if CATEGORY_IDS not in sample:
         return sample

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     P = typing_extensions.TypeVar("P", default=Sample)
     _To = Callable[[dict[str, Any]], P]  # a `parse` that makes P
 
+Data = Dataset | Mix
 T = TypeVar("T")  # a batch: what `collate` returns, or list[P]
 
 
@@ -85,8 +86,23 @@ class Stream(IterableDataset[T]):
     _stop: int | None = None  # the end of all positions
 
     def __init__(
-        self, batch_size: int, rank: int, world: int, stages: Sequence[Stage], parse: Parse, collate: Collate[T] | None
+        self,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        read_ahead: int = READ_AHEAD,
+        cache: SampleCache | None = None,
+        stall_s: float = STALL_S,
+        stages: Sequence[Stage] = (),
+        parse: Parse = parse_sample,
+        collate: Collate[T] | None = None,
     ) -> None:
+        real("read_ahead", read_ahead)
+        real("stall_s", stall_s)
+        if isinstance(cache, str | os.PathLike):
+            raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
+        self.read_ahead, self.cache, self.stall_s = read_ahead, cache, stall_s
         self.batch_size = whole("batch_size", batch_size)
         self.rank, self.world = whole("rank", rank), whole("world", world)
         self.stages, self.parse, self.collate = stages, parse, collate
@@ -104,7 +120,7 @@ class Stream(IterableDataset[T]):
         return iter(self.pipeline().iterator1())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._place}, batch_size={self.batch_size}, rank {self.rank} of {self.world})"
+        return f"{type(self).__name__}({self._source}, batch_size={self.batch_size}, rank {self.rank} of {self.world})"
 
     def pipeline(self) -> Any:
         """Return the `webdataset.DataPipeline` that yields the batches of this process; it can be read once."""
@@ -117,45 +133,28 @@ class Stream(IterableDataset[T]):
         collate: Collate[Any] = self.collate or _as_list
         return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
 
-    def _open(
-        self,
-        datasets: Sequence[Dataset],
-        split: str,
-        weights: Sequence[float],
-        read_ahead: int,
-        cache: SampleCache | None,
-        stall_s: float,
-    ) -> None:
+    def _open(self, datasets: Sequence[Dataset], split: str, weights: Sequence[float]) -> None:
         """Make a reader per dataset.
 
-        Each has a read-ahead of two of its largest samples, because one may be waiting in memory while another is
-        needed, and its share of the rest by weight.
+        Its read-ahead is two of its largest samples, one waiting while another is needed, and a share by weight.
         """
-        real("read_ahead", read_ahead)
-        real("stall_s", stall_s)
-        if isinstance(cache, str | os.PathLike):
-            raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
-        self._place = f"{_roots(datasets)}, {split!r}"
+        self._source = f"{_roots(datasets)}, {split!r}"
         self.statistics = SampleStatistics()
         least = [2 * int(index.nbytes.max(initial=0)) for index in self.order.indexes]
-        rest = read_ahead - sum(least)
-        if rest < 0 or read_ahead < 1:
+        rest = self.read_ahead - sum(least)
+        if rest < 0 or self.read_ahead < 1:
             raise DatasetError(
-                f"{_roots(datasets)}: read_ahead is {read_ahead} bytes, twice the largest sample is {sum(least)}: give "
-                "at least as many"
+                f"{_roots(datasets)}: read_ahead is {self.read_ahead} bytes, twice the largest sample is {sum(least)}: "
+                "give at least as many"
             )
         shares = [own + int(rest * weight / sum(weights)) for own, weight in zip(least, weights)]
         self._readers = [
-            SampleReader(dataset.root, index, share, cache, stall_s, self.statistics)
+            SampleReader(dataset.root, index, share, self.cache, self.stall_s, self.statistics)
             for dataset, index, share in zip(datasets, self.order.indexes, shares)
         ]
 
     def set_epoch(self, epoch: int) -> None:
-        """Refuse: `accelerate` calls this when it reads a loader that it has prepared.
-
-        Raises:
-            DatasetError: always.
-        """
+        """Raise a DatasetError: `accelerate` calls this when it reads a loader that it has prepared."""
         raise DatasetError(
             "set_epoch was called on a stream, as by a loader that went through accelerator.prepare: prepare would "
             "shard over ranks what the stream has sharded already; prepare the model and the optimizer only, and read "
@@ -174,13 +173,13 @@ class ShardStream(Stream[T]):
         split: "train", "val" or "test".
         batch_size: samples per batch of one rank.
         seed, lanes, window, group_by_aspect, repeat_threshold: see `shards.order.epoch_order.OrderSettings`.
-        rank, world: of this process, and the number of ranks.
+        rank, world: of this process, and the number of ranks; by default 0 of 1.
         start: the position G to start at: the number of batches that all ranks together have consumed.
         identity: `order.identity()` when the position was saved; another order is refused.
-        read_ahead: bytes that each loader process may hold ahead of need; at least twice the largest sample of each
-            dataset.
+        read_ahead: bytes that each loader process may hold ahead of need, by default 128 MiB; at least twice the
+            largest sample of each dataset.
         cache: keeps samples on a local disk for the next epoch; see `shards.stream.sample_cache`.
-        stall_s: seconds after which a loader process that waits for storage logs what it waits for.
+        stall_s: seconds, by default 30, after which a loader process that waits for storage logs what it waits for.
         stages: webdataset stages, functions from an iterator of samples to an iterator of samples. They receive
             webdataset's dicts (`__key__`, `__url__`, `jpg`, `json`) and yield one sample for each.
         parse: makes a sample of webdataset's dict, in the loader process; default: a `Sample`. For the dict itself:
@@ -196,69 +195,50 @@ class ShardStream(Stream[T]):
 
     @overload
     def __init__(
-        self: ShardStream[list[P]],
-        dataset: Dataset | Mix,
-        split: str,
-        *,
-        parse: _To[P] = ...,
-        **options: Unpack[_ShardOptions],
+        self: ShardStream[list[P]], dataset: Data, split: str, *, parse: _To[P] = ..., **options: Unpack[_ShardOptions]
     ) -> None: ...
 
     @overload
     def __init__(
-        self,
-        dataset: Dataset | Mix,
-        split: str,
-        *,
-        collate: Collate[T],
-        parse: Parse = ...,
-        **options: Unpack[_ShardOptions],
+        self, dataset: Data, split: str, *, collate: Collate[T], parse: Parse = ..., **options: Unpack[_ShardOptions]
     ) -> None: ...
 
     def __init__(
         self,
-        dataset: Dataset | Mix,
+        dataset: Data,
         split: str,
         *,
-        batch_size: int,
         seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
         start: int = 0,
         identity: Mapping[str, Any] | None = None,
         lanes: int = 8,
         window: int = 128,
         group_by_aspect: bool = False,
         repeat_threshold: float = 0.0,
-        read_ahead: int = READ_AHEAD,
-        cache: SampleCache | None = None,
-        stall_s: float = STALL_S,
-        stages: Sequence[Stage] = (),
-        parse: Parse = parse_sample,
-        collate: Collate[T] | None = None,
+        **options: Any,
     ) -> None:
         _check_dataset(dataset, mixes=True)
-        super().__init__(batch_size, rank, world, stages, parse, collate)
+        super().__init__(**options)
         self.start = whole("start", start)
         if self.start < 0:
             raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
-        settings = OrderSettings(batch_size, seed, lanes, window, group_by_aspect, repeat_threshold=repeat_threshold)
+        size = self.batch_size
+        settings = OrderSettings(size, seed, lanes, window, group_by_aspect, repeat_threshold=repeat_threshold)
         if isinstance(dataset, Mix):
             datasets, weights, indexes = dataset.datasets, dataset.weights, dataset.indexes(split)
         else:
             datasets, weights, indexes = (dataset,), (1,), (dataset.index(split),)
         samples = sum(map(len, indexes))
-        if samples < self.batch_size * self.world:
+        if samples < size * self.world:
             raise DatasetError(
-                f"{_roots(datasets)}: split {split!r} has {counted(samples, 'sample')}, fewer than one batch of "
-                f"{self.batch_size} on each of {counted(self.world, 'rank')}: lower the batch size or build "
-                "more samples"
+                f"{_roots(datasets)}: split {split!r} has {counted(samples, 'sample')}, fewer than one batch of {size} "
+                f"on each of {counted(self.world, 'rank')}: lower the batch size or build more samples"
             )
         self.order: Order | MixedOrder
         self.order = MixedOrder(indexes, weights, settings) if isinstance(dataset, Mix) else Order(indexes[0], settings)
         if identity is not None:
             check_identity(identity, self.order.identity())
-        self._open(datasets, split, weights, read_ahead, cache, stall_s)
+        self._open(datasets, split, weights)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -288,29 +268,14 @@ class EvalStream(Stream[T]):
         self, dataset: Dataset, split: str, *, collate: Collate[T], parse: Parse = ..., **options: Unpack[_EvalOptions]
     ) -> None: ...
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        read_ahead: int = READ_AHEAD,
-        cache: SampleCache | None = None,
-        stall_s: float = STALL_S,
-        stages: Sequence[Stage] = (),
-        parse: Parse = parse_sample,
-        collate: Collate[T] | None = None,
-        rows: NDArray[np.int64] | None = None,
-    ) -> None:
+    def __init__(self, dataset: Dataset, split: str, *, rows: NDArray[np.int64] | None = None, **options: Any) -> None:
         _check_dataset(dataset, mixes=False)
-        super().__init__(batch_size, rank, world, stages, parse, collate)
+        super().__init__(**options)
         index = dataset.index(split)
         chosen = None if rows is None else row_numbers(rows, len(index))
         self.order: EvaluationOrder = EvaluationOrder(index, self.batch_size, chosen)
         self._stop = len(self.order)
-        self._open((dataset,), split, (1,), read_ahead, cache, stall_s)
+        self._open((dataset,), split, (1,))
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -326,7 +291,6 @@ def _roots(datasets: Sequence[Dataset]) -> str:
 
 
 def _check_dataset(given: Any, *, mixes: bool) -> None:
-    """Refuse what is not an opened dataset (or a mix, if `mixes`), and say how to make one of it."""
     if isinstance(given, Dataset) or (mixes and isinstance(given, Mix)):
         return
     if isinstance(given, Mix):

@@ -149,13 +149,13 @@ def test_a_segment_that_is_too_small_is_replaced() -> None:
         return segments.settle()
 
     first, second = used(100), used(100)
-    first.in_use = False
+    first.memory[0] = 0
     larger = used(5000)
     assert segments.kept == [larger, second]
-    second.in_use = False
+    second.memory[0] = 0
     assert len(used(10).memory) == len(second.memory)
     assert segments.kept == [larger, second]  # large enough for it
-    second.in_use = False
+    second.memory[0] = 0
     assert len(used(200).memory) == len(larger.memory)  # as large as the largest so far
     assert len(segments.kept) == 2
 
