@@ -13,15 +13,14 @@ import io
 import json
 import math
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -29,23 +28,19 @@ import torch
 
 from builder.commands.cli import main as build_shards
 from demo.openimages_tables import BoxRow, ImageRecord, write_classes, write_split
-from shards.format import rle
-from shards.format.dataset import Category, open_dataset
-from shards.format.index import Index
-from shards.format.index_schema import INDEX_SCHEMA
-from shards.format.sample import Instance, Sample
+from shards.format.dataset import Dataset
+from shards.format.sample import Sample
 from shards.order.epoch_order import Order, OrderSettings
 from shards.order.mixture import Mix, MixedOrder
+from shards.storage.location import Location
 from shards.stream.streams import ShardStream
 from tests import support
-from trainer.commands.train import main as train_main
+from tests.trainer import tiny
+from trainer.commands.train import main as train
 
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
-FACTS = Path(__file__).parent / "facts"
-MIRROR, DATASETS = "memory://facts/mirror", "memory://facts/datasets"
+MIRROR = "memory://facts/mirror"
 LABELS = ("/m/01g317", "/m/04yx4", "/m/0k4j", "/m/0h2r6", "/m/015qff", "/m/01mqdt")
-CATEGORIES = (Category(1, "Square", "/m/1"), Category(2, "Disc", "/m/2"))
-STEPS = 3
 
 COMMANDS = {
     "quotas": "--per-class 4 --eval-per-class 2 --images-per-shard 4",
@@ -60,34 +55,6 @@ ORDERS: dict[str, dict[str, Any]] = {
     "groups by aspect": {"group_by_aspect": True},
     "repeat factors": {"repeat_threshold": 0.3},
     "groups by aspect, repeat factors": {"group_by_aspect": True, "repeat_threshold": 0.3},
-}
-
-# A training run of seconds.
-SETTINGS: dict[str, Any] = {
-    "data.batch_size": 2,
-    "data.workers": 0,
-    "data.lanes": 2,
-    "data.min_size": 64,
-    "data.max_size": 64,
-    "data.val_split": "",
-    "model.backbone": "resnet18",
-    "model.norm": "batch",
-    "model.weights": "none",
-    "model.fpn_channels": 16,
-    "model.box_head_features": 32,
-    "model.mask_head_channels": [16],
-    "model.anchor_sizes": [8, 16, 32, 48, 64],
-    "model.rpn_pre_nms": [100, 100],
-    "model.rpn_post_nms": [50, 30],
-    "model.rois_per_image": 16,
-    "optim.lr": 0.001,
-    "train.epochs": 1,
-    "train.steps_per_epoch": STEPS + 1,
-    "train.checkpoint_steps": STEPS,
-    "train.layers": "all",
-    "train.ema": 0.9,
-    "run.pictures": 0,
-    "run.trackers": [],
 }
 
 
@@ -111,43 +78,32 @@ def grey_jpeg(width: int, height: int, comment: bytes) -> bytes:
     return b"\xff\xd8" + head + segment(0xDA, b"\1\1\0\0\x3f\0") + data + b"\xff\xd9"
 
 
-def bit_png(mask: np.ndarray) -> bytes:
+def stored_png(mask: np.ndarray) -> bytes:
     """Return a PNG of one bit per pixel whose data is stored, not deflated."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
 
     raw = b"".join(b"\0" + row.tobytes() for row in np.packbits(mask, axis=1))
-    stored = (
-        b"\x78\x01\x01" + struct.pack("<HH", len(raw), len(raw) ^ 0xFFFF) + raw + struct.pack(">I", zlib.adler32(raw))
-    )
     head = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", stored) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw, 0)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
-def put(url: str, data: bytes) -> None:
-    """Write an object."""
-    with fsspec.open(url, "wb") as file:
-        file.write(data)
-
-
-def write_mirror() -> None:
+def write_mirror(folder: Path) -> None:
     """Write 30 train and 8 validation images in the layout of Open Images; some are missing or damaged."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_classes(Path(folder))
-        names = []
-        for split, count in (("train", 30), ("validation", 8), ("test", 0)):
-            records = sorted((_record(split, n) for n in range(count)), key=lambda record: record.image_id)
-            write_split(Path(folder), split, records)
-            names += [f"{split}/{record.image_id}" for record in records]
-            for n, record in enumerate(records):
-                data = grey_jpeg(record.width, record.height, record.image_id.encode())
-                if n % 6 != 4:
-                    put(f"{MIRROR}/images/{split}/{record.image_id}.jpg", data[:90] if n % 11 == 5 else data)
-        for path in Path(folder).rglob("*"):
-            if path.is_file():
-                put(f"{MIRROR}/annotations/{path.relative_to(folder).as_posix()}", path.read_bytes())
-        put(f"{MIRROR}/list.txt", "\n".join([*names[3:11], *names[-3:], "nowhere"]).encode())
+    write_classes(folder)
+    names = []
+    for split, count in (("train", 30), ("validation", 8), ("test", 0)):
+        records = sorted((_record(split, n) for n in range(count)), key=lambda record: record.image_id)
+        write_split(folder, split, records)
+        names += [f"{split}/{record.image_id}" for record in records]
+        for n, record in enumerate(records):
+            data = grey_jpeg(record.width, record.height, record.image_id.encode())
+            if n % 6 != 4:
+                Location(f"{MIRROR}/images/{split}/{record.image_id}.jpg").write(data[:90] if n % 11 == 5 else data)
+    fsspec.filesystem("memory").put(f"{folder}/", f"{MIRROR}/annotations/", recursive=True)
+    Location(f"{MIRROR}/list.txt").write("\n".join([*names[3:11], *names[-3:], "nowhere"]).encode())
 
 
 def _record(split: str, n: int) -> ImageRecord:
@@ -179,7 +135,7 @@ def _row(split: str, n: int, place: int, width: int, height: int) -> BoxRow:
         is_truncated=number(4, *key, "truncated") == 0,
         is_group_of=place == 2,
         box_id=f"{number(1 << 32, *key, 'id'):08x}",
-        mask_png=bit_png(inside <= 1) if place < 2 and number(5, *key, "mask") else None,
+        mask_png=stored_png(inside <= 1) if place < 2 and number(5, *key, "mask") else None,
         predicted_iou=0.7 + number(250, *key, "iou") / 1000,
         clicks=((0.5, 0.5, 1),),
     )
@@ -194,40 +150,42 @@ def built(name: str, words: list[str]) -> dict[str, Any]:
     fs, path = fsspec.url_to_fs(out)
     info = json.loads(fs.cat_file(f"{path}/dataset.json"))
     del info["index"]  # the bytes of a Parquet file depend on the version of pyarrow
-    tables = {
-        table: pq.read_table(io.BytesIO(fs.cat_file(f"{path}/{table}.parquet"))) for table in ("index", "accounts")
-    }
     hashes = {
         file[len(path) + 1 :]: hashlib.sha256(fs.cat_file(file)).hexdigest() for file in fs.glob(f"{path}/*/*.tar")
     }
-    rows = {table: [json.dumps(row, ensure_ascii=False) for row in tables[table].to_pylist()] for table in tables}
+    rows = {
+        table: [
+            json.dumps(row, ensure_ascii=False)
+            for row in pq.read_table(io.BytesIO(fs.cat_file(f"{path}/{table}.parquet"))).to_pylist()
+        ]
+        for table in ("index", "accounts")
+    }
     return {"exit code": code, "dataset.json": info, "sha256": hashes, **rows}
 
 
-def write_dataset(name: str, count: int) -> str:
-    """Write a dataset of grey images with one or two rectangles, and return its URL."""
-    splits = {"train": range(count), "val": range(1000, 1003)}
-    samples = {split: [_sample(name, n) for n in numbers] for split, numbers in splits.items()}
-    return support.write_dataset(f"{DATASETS}/{name}", samples, per_shard=16, categories=CATEGORIES).root.url
+def write_dataset(name: str, count: int) -> Dataset:
+    """Write a dataset of grey images, some of them with a car."""
+    samples = [_sample(name, n) for n in range(count)]
+    return support.write_dataset(f"memory://facts/{name}", {"train": samples}, per_shard=16)
 
 
 def _sample(name: str, n: int) -> Sample:
     width, height = (48, 64) if number(3, name, n) == 0 else (64, 48)
-    instances = []
-    for place in range(1 + number(2, name, n, "objects")):
-        x, y = number(16, name, n, place, "x"), number(16, name, n, place, "y")
-        mask = np.zeros((height, width), np.uint8)
-        mask[y : y + 20, x : x + 24] = 1
-        category = 2 if number(9, name, n, place, "category") == 0 else 1
-        box = (float(x), float(y), 24.0, 20.0)
-        instances.append(Instance(category, box, rle.encode(mask) if number(4, name, n, place) else None, str(place)))
-    data = grey_jpeg(width, height, bytes(100 + number(2000, name, n, "bytes")))
-    return Sample(f"{name}{n:04d}", data, width, height, tuple(instances), verified_present=(1,))
+    image = grey_jpeg(width, height, bytes(100 + number(2000, name, n, "bytes")))
+    objects = support.sample(number(9, name, n, "car") // 8, width=width, height=height)
+    return replace(objects, image_id=f"{name}{n:04d}", image=image)
 
 
 def order_facts() -> dict[str, Any]:
     """Return the first 50 batches of training orders: of synthetic indexes of 160 MB, and of streams of datasets."""
-    indexes = [_index(1600, "a"), _index(400, "b")]
+    indexes = [
+        support.make_index(
+            [50_000 + number(100_000, name, n) for n in range(count)],
+            per_shard=300,
+            classes=[[1, 2] if number(12, name, n, "rare") == 0 else [1] for n in range(count)],
+        )
+        for count, name in ((1600, "a"), (400, "b"))
+    ]
     facts: dict[str, Any] = {}
     for seed in (0, 7):
         for name, options in ORDERS.items():
@@ -246,39 +204,11 @@ def _text(batches: Any) -> list[str]:
     return [" ".join(map(str, batch)) for batch in batches]
 
 
-def _index(count: int, name: str) -> Index:
-    nbytes = [50_000 + number(100_000, name, n) for n in range(count)]
-    shard = [f"train/{n // 300:06d}.tar" for n in range(count)]
-    classes = [[1, 2] if number(12, name, n, "rare") == 0 else [1] for n in range(count)]
-    columns: dict[str, Any] = {
-        "image_id": [f"{n:016x}" for n in range(count)],
-        "split": ["train"] * count,
-        "shard": shard,
-        "offset": np.cumsum(nbytes) - nbytes,
-        "nbytes": nbytes,
-        "crc32": [0] * count,
-        "width": [60] * count,
-        "height": [80 if number(3, name, n, "height") == 0 else 40 for n in range(count)],
-        "classes": classes,
-        **{column: [[1] * len(own) for own in classes] for column in ("instances", "masks", "groups")},
-    }
-    table = pa.table({name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names})
-    return Index.read(table, tuple(dict.fromkeys(shard)))
-
-
 def _stream(seed: int) -> list[list[str]]:
-    datasets = [open_dataset(write_dataset(name, count)) for name, count in (("a", 90), ("b", 40))]
+    datasets = [write_dataset(name, count) for name, count in (("a", 90), ("b", 40))]
     options: dict[str, Any] = {"batch_size": 4, "seed": seed, "lanes": 2, "repeat_threshold": 0.3}
     batches = iter(ShardStream(Mix(datasets, [2, 1]), "train", **options))
     return [[sample.image_id for sample in next(batches)] for _ in range(50)]
-
-
-def train(run: Path) -> int:
-    """Resume the run in a folder, and return the exit code."""
-    write_dataset("t", 24)
-    settings = {**SETTINGS, "data.shards": f"{DATASETS}/t", "run.dir": run}
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return train_main(words)
 
 
 @pytest.fixture(autouse=True)
@@ -288,12 +218,12 @@ def _memory() -> Iterator[None]:
 
 
 def facts(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FACTS / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "facts" / f"{name}.json").read_text())
     return found
 
 
-def test_build_shards_writes_the_same_shards_indexes_and_accounts() -> None:
-    write_mirror()
+def test_build_shards_writes_the_same_shards_indexes_and_accounts(tmp_path: Path) -> None:
+    write_mirror(tmp_path)
     assert {name: built(name, words.split()) for name, words in COMMANDS.items()} == facts("builds")
 
 
@@ -303,7 +233,7 @@ def test_training_orders_are_the_same() -> None:
 
 def test_a_checkpoint_resumes(tmp_path: Path) -> None:
     checkpoint = facts("checkpoint")
-    state, place = checkpoint["state.json"], tmp_path / "checkpoints" / f"step-{STEPS:06d}"
+    state, place = checkpoint["state.json"], tmp_path / "checkpoints" / "step-000003"
     place.mkdir(parents=True)
     for name, entry in checkpoint["tensors"].items():
         data = safetensors.torch.save(
@@ -312,9 +242,11 @@ def test_a_checkpoint_resumes(tmp_path: Path) -> None:
         (place / name).write_bytes(data)
         state["files"][name] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (place / "state.json").write_text(json.dumps(state).replace("RUN", str(tmp_path)))
-    assert train(tmp_path) == 0
-    [row] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert (row["step"], row["position"]) == (STEPS + 1, STEPS + 1)
+    dataset = write_dataset("t", 24).root.url
+    settings = {"data__val_split": "", "train__steps_per_epoch": 4, "train__ema": 0.9}
+    assert train(tiny.arguments(dataset, tmp_path, **settings)) == 0
+    [row] = tiny.rows(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["position"]) == (4, 4)
     assert math.isfinite(row["loss"])
 
 
