@@ -71,26 +71,6 @@ def test_evaluate_with_other_thresholds_and_a_hierarchy(
     assert [entry["objects"] for entry in high["open_images"]["classes"]] == [high["masks"], objects[1]]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data.split", "test"], "there is no split 'test'"),
-        (["--score-threshold", "1.5"], "--score-threshold is 1.5: it must be between 0 and 1"),
-        (["--score-threshold", "nan"], "--score-threshold is nan: give a finite number"),
-        (["--detections", "0"], "--detections is 0: it must be at least 1"),
-        (["--data.workers", "-1"], "--data.workers is -1: it must be at least 0"),
-        (["--hierarchy", "nowhere.json"], "nowhere.json"),
-    ],
-)
-def test_bad_input_is_one_line(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    assert evaluate.main(["--checkpoint", str(checkpoint), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
 def test_a_checkpoint_folder_that_cannot_be_written_is_reported_before_the_evaluation(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +81,3 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_reported_before_the_evalu
     place = run / "evaluation-val"
     message = f"{place}: cannot be written ({place} is not a writable folder): choose another --out"
     assert capsys.readouterr().err == f"evaluate: error: {message}\n"
-    # A missing checkpoint is reported as such.
-    assert evaluate.main(["--checkpoint", "/proc/nowhere"]) == 2
-    assert "/proc/nowhere: there is no checkpoint" in capsys.readouterr().err

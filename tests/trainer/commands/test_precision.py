@@ -75,16 +75,6 @@ def test_an_fp16_run_may_skip_a_step(
     assert scalers[0].state_dict()["scale"] == 2.0**7  # halved by step 1
 
 
-def test_fp16_without_a_gpu_is_one_line(
-    dataset: Path, tmp_path: Path, fresh_accelerator: Callable[[], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train.main(tiny.arguments(dataset, tmp_path / "run", train__precision="fp16")) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "train: error: train.precision is fp16, which needs a GPU, and this process has none: use fp32 or bf16"
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_bf16_and_channels_last_learn_about_the_same(
     dataset: Path, tmp_path: Path, fresh_accelerator: Callable[[], None]
 ) -> None:

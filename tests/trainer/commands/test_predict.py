@@ -232,30 +232,3 @@ def submission_of(
         assert objects
         images[Path(entry["file_name"]).stem] = (entry["width"], entry["height"], objects)
     return images
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "give either images or --data.shards"),
-        (["x.jpg", "--data.shards", "d"], "give either images or --data.shards"),
-        (["x.jpg", "--batch-size", "2"], "--batch-size needs --data.shards"),
-        (["--data.shards", "d", "--part-images", "0"], "--part-images is 0: it must be at least 1"),
-        (["--data.shards", "d", "--device", "cpu"], "--device is for images"),
-        (["x.jpg", "--hierarchy", "tree.json"], "--hierarchy needs --submission"),
-        (["nowhere/*.jpg"], "nowhere/*.jpg: nothing matches"),
-        ([str(Path(__file__).parent)], "the folder has no image directly in it"),
-        (["--score", "2", "x.jpg"], "--score is 2.0: it must be between 0 and 1"),
-        (["--score", "nan", "x.jpg"], "--score is nan: give a finite number"),
-        (["x.jpg", "--scor", "1"], "unknown argument --scor: did you mean --score?"),
-        (["--device", "nonsense", "x.jpg"], "--device nonsense: it cannot be used"),
-    ],
-)
-def test_bad_input_is_one_line(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("predict: error: ")
-    assert message in error
-    assert error.count("\n") == 1

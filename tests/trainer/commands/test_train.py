@@ -18,41 +18,6 @@ from trainer.model.checkpoint import open_checkpoint
 from trainer.run.distributed import tracker_folder
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data__shards": ""}, "data.shards is empty: give --data.shards"),
-        ({"data__shards": "/nowhere/at/all"}, "/nowhere/at/all: there is no dataset.json"),
-        ({"data__batch_size": 25}, "24 samples, fewer than one batch of 25"),
-        ({"data__split": "test"}, "there is no split 'test'"),
-        ({"data__val_split": "test"}, "data.val_split is 'test': the dataset has train, val"),
-        ({"data__classes": "[Sqare]"}, "there is no class 'Sqare': did you mean Square?"),
-        ({"data__classes": "Square"}, "data.classes: 'Square' is not a list"),
-        ({"data__fraction": 0}, "fraction is 0.0: it must be above 0"),
-        ({"data__fraction": 1e-6}, "no sample is selected"),
-        ({"optim__lr": "fast"}, "optim.lr: 'fast' is not a"),
-        ({"model__weights": "/nowhere.safetensors"}, "/nowhere.safetensors: there is no such object"),
-        ({"train__layers": "3+"}, "layers would stay random"),
-        ({"run__trackers": "[tensorbord]"}, "run.trackers: accelerate does not know 'tensorbord': it knows aim, "),
-        ({"run__trackers": "[wandb]"}, "run.trackers: wandb is not installed: pip install wandb, or leave it out"),
-    ],
-)
-def test_bad_input_is_one_line(
-    dataset: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, object],
-    message: str,
-) -> None:
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
-    assert train.main(tiny.arguments(dataset, tmp_path / "run", **changes)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("train: error: ")
-    assert message in error
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_folder_in_a_bucket_that_does_not_exist_is_reported_before_anything_is_loaded(
     s3: S3Server, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

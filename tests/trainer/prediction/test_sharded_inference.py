@@ -122,17 +122,6 @@ def test_predict_reads_and_writes_a_bucket(
         assert [entry["file_name"] for entry in found] == [f"{out}/{name}" for name in sorted(expected)]
 
 
-def test_an_unknown_split_is_a_one_line_error(
-    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        predict.main([*tiny.predict_options(checkpoint, dataset), "--out", str(tmp_path), "--data.split", "test"]) == 2
-    )
-    error = capsys.readouterr().err
-    assert "there is no split 'test'" in error
-    assert error.count("\n") == 1
-
-
 @pytest.mark.parametrize(("images", "size"), [(1, 1), (4, 4), (5, 4), (9, 3)])
 def test_parts_contain_every_row_once(images: int, size: int) -> None:
     parts = Parts(Location("memory://nowhere-parts"), images, size)
