@@ -69,16 +69,16 @@ def client(proxy: S3Proxy, retries: int = 5, **config: Any) -> s3fs.S3FileSystem
     return files
 
 
-REFUSALS = [
-    ("slow_down", 503, "SlowDown"),
-    ("internal_error", 500, "InternalError"),
-    ("refuse", 403, "AccessDenied"),
-    ("missing", 404, "NoSuchKey"),
-    ("expired", 400, "ExpiredToken"),
-]
-
-
-@pytest.mark.parametrize(("kind", "status", "code"), REFUSALS)
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("slow_down", 503, "SlowDown"),
+        ("internal_error", 500, "InternalError"),
+        ("refuse", 403, "AccessDenied"),
+        ("missing", 404, "NoSuchKey"),
+        ("expired", 400, "ExpiredToken"),
+    ],
+)
 def test_refusals_are_the_answers_of_s3(s3: S3Server, stored: str, kind: Any, status: int, code: str) -> None:
     arrived: list[Seen] = []
     faults = [Fault(kind, times=1)]
@@ -92,9 +92,16 @@ def test_refusals_are_the_answers_of_s3(s3: S3Server, stored: str, kind: Any, st
 
 
 @pytest.mark.parametrize(
-    ("kind", "ends_with"), [("reset", ConnectionResetError), ("truncate", None), ("stall", TimeoutError)]
+    ("kind", "ends_with", "without_body"),
+    [
+        ("reset", ConnectionResetError, ConnectionResetError),
+        ("truncate", None, RemoteDisconnected),
+        ("stall", TimeoutError, None),
+    ],
 )
-def test_a_broken_download_returns_part_of_the_body(s3: S3Server, stored: str, kind: Any, ends_with: Any) -> None:
+def test_a_broken_download_returns_part_of_the_body(
+    s3: S3Server, stored: str, kind: Any, ends_with: Any, without_body: Any
+) -> None:
     with S3Proxy(s3.endpoint_url, [Fault(kind, after=0.25)]) as proxy, connected(proxy, timeout=4) as http:
         http.request("GET", f"/{stored}/key", headers={"Range": "bytes=1000-1999"})
         response = http.getresponse()
@@ -105,6 +112,12 @@ def test_a_broken_download_returns_part_of_the_body(s3: S3Server, stored: str, k
                 got += chunk
         assert got == BODY[1000:1250]
         assert proxy.counters.sent == 250
+        if without_body:
+            http.close()
+            with pytest.raises(ConnectionResetError) as caught:
+                fetch(http, f"{stored}/key", "HEAD")
+            assert type(caught.value) is without_body
+            assert proxy.requests[-1] == Seen("HEAD", f"{stored}/key", "", 0)
 
 
 def test_a_corrupt_body_has_its_length_and_one_wrong_byte(s3: S3Server, stored: str) -> None:
@@ -112,15 +125,6 @@ def test_a_corrupt_body_has_its_length_and_one_wrong_byte(s3: S3Server, stored: 
         _, got = fetch(http, f"{stored}/key")
     assert [place for place in range(len(BODY)) if got[place] != BODY[place]] == [len(BODY) // 10]
     assert len(got) == len(BODY)
-
-
-@pytest.mark.parametrize("kind", ["reset", "truncate"])
-def test_without_a_body_the_answer_is_lost(s3: S3Server, stored: str, kind: Any) -> None:
-    with S3Proxy(s3.endpoint_url, [Fault(kind)]) as proxy, connected(proxy) as http:
-        with pytest.raises(ConnectionResetError) as caught:
-            fetch(http, f"{stored}/key", "HEAD")
-    assert isinstance(caught.value, RemoteDisconnected) == (kind == "truncate")  # which is one too
-    assert proxy.requests == [Seen("HEAD", f"{stored}/key", "", 0)]
 
 
 @pytest.mark.parametrize(
@@ -180,11 +184,11 @@ def test_without_faults_everything_passes_unchanged(s3: S3Server, bucket: str) -
     assert proxy.counters.in_flight == 0
 
 
-def test_aws_chunked_bodies_pass(s3: S3Server, bucket: str) -> None:
+def test_aws_chunked_bodies_pass_after_100_continue(s3: S3Server, bucket: str) -> None:
     # The AWS tools upload like this: https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-streaming-trailers.html
     checksum = base64.b64encode(zlib.crc32(BODY).to_bytes(4))
     body = f"{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\nx-amz-checksum-crc32:" + checksum + b"\r\n\r\n"
-    with S3Proxy(s3.endpoint_url) as proxy:
+    with S3Proxy(s3.endpoint_url) as proxy, connected(proxy) as http:
         headers = {
             "Content-Encoding": "aws-chunked",
             "X-Amz-Content-SHA256": "STREAMING-UNSIGNED-PAYLOAD-TRAILER",
@@ -194,21 +198,14 @@ def test_aws_chunked_bodies_pass(s3: S3Server, bucket: str) -> None:
         }
         request = AWSRequest("PUT", f"{proxy.endpoint_url}/{bucket}/chunked", headers)
         SigV4Auth(Credentials(KEY, SECRET), "s3", REGION).add_auth(request)
-        with connected(proxy) as http:
-            http.request("PUT", f"/{bucket}/chunked", body, dict(request.headers.items()))
-            assert http.getresponse().status == 200
-    assert s3.filesystem().cat_file(f"{bucket}/chunked") == BODY
-
-
-def test_expect_100_continue_is_answered_by_the_proxy(s3: S3Server, bucket: str) -> None:
-    with S3Proxy(s3.endpoint_url) as proxy, connected(proxy) as http:
-        http.putrequest("PUT", f"/{bucket}/expected")
-        http.putheader("Content-Length", "5")
-        http.putheader("Expect", "100-continue")
+        http.putrequest("PUT", f"/{bucket}/chunked")
+        for name, value in {**dict(request.headers.items()), "Expect": "100-continue"}.items():
+            http.putheader(name, value)
         http.endheaders()
         assert http.sock.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        http.send(b"12345")
-        assert http.getresponse().status == 403  # unsigned
+        http.send(body)
+        assert http.getresponse().status == 200
+    assert s3.filesystem().cat_file(f"{bucket}/chunked") == BODY
 
 
 def statuses(s3: S3Server, bucket: str, order: Sequence[int], threads: int, seed: int) -> dict[str, list[int]]:
@@ -237,7 +234,9 @@ def test_share_depends_on_the_seed_not_on_order_or_concurrency(s3: S3Server, sto
     assert 45 < failed < 100  # of 240; the expectation is 72, the standard deviation 7
 
 
-def test_times_counts_per_key_and_method_and_key_are_matched(s3: S3Server, stored: str) -> None:
+def test_a_fault_is_matched_by_method_and_key_and_counts_times_per_key_and_hits_every_nth_request(
+    s3: S3Server, stored: str
+) -> None:
     s3.filesystem().pipe_file(f"{stored}/other", b"other")
     faults = [Fault("missing", "HEAD"), Fault("refuse", key="never"), Fault("slow_down", "GET", "key$|other$", times=2)]
     with S3Proxy(s3.endpoint_url, faults) as proxy, connected(proxy) as http:
@@ -246,6 +245,11 @@ def test_times_counts_per_key_and_method_and_key_are_matched(s3: S3Server, store
         assert fetch(http, f"{stored}/key", "HEAD")[0] == 404
         proxy.faults = ()
         assert fetch(http, f"{stored}/key", "HEAD")[0] == 200
+    # A request counts for a fault if no earlier fault hit it.
+    faults = [Fault("missing", "GET", every=3), Fault("refuse", "GET", every=3)]
+    with S3Proxy(s3.endpoint_url, faults) as proxy, connected(proxy) as http:
+        found = [fetch(http, f"{stored}/key")[0] for _ in range(9)]
+    assert found == [200, 200, 404, 403, 200, 404, 200, 403, 404]
 
 
 def test_latency_delays_each_request_and_no_other(s3: S3Server, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,13 +280,6 @@ def test_an_unreachable_store_is_a_502(stored: str) -> None:
         nobody = taken.getsockname()[1]
     with S3Proxy(f"http://127.0.0.1:{nobody}") as proxy, connected(proxy) as http:
         assert fetch(http, f"{stored}/key")[0] == 502
-
-
-def test_every_hits_each_nth_request_that_no_earlier_fault_has_hit(s3: S3Server, stored: str) -> None:
-    faults = [Fault("missing", "GET", every=3), Fault("refuse", "GET", every=3)]
-    with S3Proxy(s3.endpoint_url, faults) as proxy, connected(proxy) as http:
-        found = [fetch(http, f"{stored}/key")[0] for _ in range(9)]
-    assert found == [200, 200, 404, 403, 200, 404, 200, 403, 404]
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "flood"}, {"share": 1.5}, {"after": -0.1}, {"times": -1}, {"every": 0}])

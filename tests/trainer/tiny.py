@@ -19,17 +19,15 @@ import yaml
 from PIL import Image, ImageDraw
 
 from shards.format import rle
-from shards.format.dataset import Category, Shard
-from shards.format.dataset_writer import finish_dataset
-from shards.format.index_schema import IndexRow
+from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
-from shards.format.shard_tar import pack_shard, shard_path
 from shards.storage.location import Location
+from tests import support
+from tests.support import REPOSITORY as ROOT
 from trainer.commands import train
 from trainer.model.build import build_model, num_classes
 from trainer.model.checkpoint import State, save
 
-ROOT = Path(__file__).parents[2]
 CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))
 COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}
 
@@ -55,49 +53,33 @@ STAGES: dict[str, Any] = {
 SHORT_STAGES = STAGES | {"train__steps_per_epoch": 2, "optim__base_batch": 4, "data__val_split": ""}
 
 
-def draw_sample(number: int, *, size: tuple[int, int] = (72, 60), prefix: str = "img") -> Sample:
+def draw_sample(number: int) -> Sample:
     """One to three shapes on noise; every fifth image has a box without a mask, every seventh a group-of region."""
     rng = np.random.default_rng(number)
-    width, height = size if number % 2 else size[::-1]
+    width, height = (72, 60) if number % 2 else (60, 72)
     image = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
     instances = []
     for i in range(int(rng.integers(1, 4))):
-        category = int(rng.integers(1, 3))
-        side = int(rng.integers(14, 30))
+        category, side = int(rng.integers(1, 3)), int(rng.integers(14, 30))
         x, y = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
         mask = Image.new("L", (width, height))
         for canvas, fill in ((ImageDraw.Draw(image), COLOURS[category]), (ImageDraw.Draw(mask), 255)):
             shape = canvas.rectangle if category == 1 else canvas.ellipse
             shape((x, y, x + side - 1, y + side - 1), fill=fill)
-        unmasked = i == 0 and number % 5 == 0
-        instances.append(
-            Instance(
-                category,
-                (float(x), float(y), float(side), float(side)),
-                None if unmasked else rle.encode(np.asarray(mask)),
-                box_id=str(i),
-            )
-        )
+        encoded = None if i == 0 and number % 5 == 0 else rle.encode(np.asarray(mask))
+        instances.append(Instance(category, (float(x), float(y), float(side), float(side)), encoded, box_id=str(i)))
     if number % 7 == 0:
         instances.append(Instance(2, (0.0, 0.0, 20.0, 10.0), None, box_id="group", is_group_of=True))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    return Sample(f"{prefix}{number:04d}", buffer.getvalue(), width, height, tuple(instances), verified_present=(1, 2))
+    return Sample(f"img{number:04d}", buffer.getvalue(), width, height, tuple(instances), verified_present=(1, 2))
 
 
-def write_dataset(root: Path, *, samples: int = 24, val: int = 5, shards: int = 2) -> Path:
+def write_dataset(root: Path, *, samples: int = 24, val: int = 5) -> Path:
     """A finished dataset under `root`."""
-    location = Location(str(root))
-    rows: list[IndexRow] = []
-    entries: list[Shard] = []
-    for split, first, count in (("train", 0, samples), ("val", 1000, val)):
-        drawn = [draw_sample(first + i) for i in range(count)]
-        for number in range(shards):
-            packed = pack_shard(drawn[number::shards], split=split, path=shard_path(split, number))
-            (location / packed.shard.path).write(packed.data)
-            entries.append(packed.shard)
-            rows.extend(packed.rows)
-    finish_dataset(location, rows, entries, CATEGORIES)
+    splits = {"train": range(samples), "val": range(1000, 1000 + val)}
+    drawn = {split: [draw_sample(number) for number in numbers] for split, numbers in splits.items()}
+    support.write_dataset(root, drawn, per_shard=12, categories=CATEGORIES)
     return root
 
 

@@ -21,7 +21,7 @@ def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with the same number of classes, of which the second differs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "CATEGORIES", (Category(1, "Square", "/m/sq"), Category(2, "Ring", "/m/ri")))
-        return tiny.write_dataset(tmp_path_factory.mktemp("renamed"), samples=4, val=2, shards=1)
+        return tiny.write_dataset(tmp_path_factory.mktemp("renamed"), samples=4, val=2)
 
 
 @pytest.mark.parametrize("command", [evaluate, predict], ids=["evaluate", "predict"])
