@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 
 NAMES = ("train", "evaluate", "predict", "compare")
@@ -39,7 +40,7 @@ def checkout(tmp_path: Path) -> Path:
         folder.mkdir(exist_ok=True)
         (folder / "__init__.py").touch()
     for name in NAMES:
-        shutil.copy(tiny.ROOT / "trainer" / f"{name}.py", commands.parent)
+        shutil.copy(REPOSITORY / "trainer" / f"{name}.py", commands.parent)
         (commands / f"{name}.py").write_text(MODULE)
     return tmp_path / "checkout"
 

@@ -23,7 +23,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from shards.storage.location import Location
 from tests import support
-from tests.support import REPOSITORY as ROOT
+from tests.support import REPOSITORY
 from trainer.commands import train
 from trainer.model.build import build_model, num_classes
 from trainer.model.checkpoint import State, save
@@ -125,7 +125,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "CUDA_"))}
     return {
         **kept,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
@@ -153,7 +153,7 @@ def start(script: Path | str, options: list[str], *, ranks: int = 1, group: int 
         command += ["-m", "accelerate.commands.launch", *launch_options(ranks)]
     return subprocess.Popen(
         [*command, str(script), *options],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 
 
@@ -85,7 +86,7 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
-    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.chdir(REPOSITORY)
     out = tmp_path / "out"
     name, *more = shlex.split(words.replace("DATASET", str(dataset)))
     required = {

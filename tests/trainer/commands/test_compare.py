@@ -7,13 +7,14 @@ import pytest
 import yaml
 
 from shards.storage.location import Location
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import compare as script
 from trainer.commands import train
 from trainer.config.settings import ConfigError
 from trainer.config.yaml_config import load_config
 
-CONFIGS = tiny.ROOT / "configs"
+CONFIGS = REPOSITORY / "configs"
 
 
 def options(path: Path | str, **overrides: str) -> argparse.Namespace:

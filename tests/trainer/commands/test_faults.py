@@ -11,6 +11,7 @@ import pytest
 
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import train
 
@@ -62,7 +63,7 @@ def test_a_sample_that_one_rank_cannot_read_ends_all_ranks_with_one_line(tmp_pat
     shard.write_bytes(data)
     # `run` returns when no process has stderr open any more.
     options = tiny.arguments(root, tmp_path / "run", train__steps_per_epoch=50, data__workers=1)
-    done = tiny.run(tiny.ROOT / "trainer" / "train.py", options, ranks=2)
+    done = tiny.run(REPOSITORY / "trainer" / "train.py", options, ranks=2)
     assert done.returncode != 0
     assert "[rank" not in done.stderr
     assert done.stderr.count("Traceback") == 1  # the launcher's own

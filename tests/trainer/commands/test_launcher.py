@@ -14,10 +14,11 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import launcher, train
 
-COMPARE = tiny.ROOT / "trainer" / "compare.py"
+COMPARE = REPOSITORY / "trainer" / "compare.py"
 
 
 def steps(run: Path) -> int:

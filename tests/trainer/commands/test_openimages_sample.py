@@ -7,9 +7,10 @@ import pytest
 
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 
-SAMPLE = tiny.ROOT / ".." / "shared" / "openimages-sample"
+SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
 
 
 @pytest.mark.slow
@@ -24,7 +25,7 @@ def test_two_ranks_train_from_s3_on_shards_built_from_s3(s3: S3Server, bucket: s
     changes = {"data.shards": root, "data.workers": 1, "train.steps_per_epoch": 3}
     changed = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     options = [*tiny.arguments(Path("unused"), run), *changed]
-    trained = tiny.run(tiny.ROOT / "trainer" / "train.py", options, ranks=2)
+    trained = tiny.run(REPOSITORY / "trainer" / "train.py", options, ranks=2)
     assert trained.returncode == 0, trained.stderr
     rows = tiny.rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]

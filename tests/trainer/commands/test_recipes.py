@@ -13,6 +13,7 @@ from torchvision.models import get_model, resnet18
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from shards.format.dataset import Category
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import train as train_script
 from trainer.commands.compare import read_comparison
@@ -99,7 +100,7 @@ def test_a_compiled_network_trains_and_is_evaluated(
 def all_settings() -> dict[str, Config]:
     """The settings of each recipe, and of each run of each comparison."""
     found = {name: load_config(name) for name in recipes()}
-    for name in sorted(path.stem for path in (tiny.ROOT / "configs").glob("compare-*.yaml")):
+    for name in sorted(path.stem for path in (REPOSITORY / "configs").glob("compare-*.yaml")):
         configs = read_comparison(argparse.Namespace(comparison=name, config=None))
         found |= {f"{name}: {setting}": config for setting, config in configs.items()}
     return found

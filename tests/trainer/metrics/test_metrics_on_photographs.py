@@ -10,6 +10,7 @@ from shards.format import rle
 from shards.format.dataset import Category, open_dataset
 from shards.format.sample import Sample
 from shards.stream.streams import EvalStream
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from tests.trainer.metrics.reference import open_images_ap, pycocotools_stats
 from tests.trainer.metrics.test_coco import numbers
@@ -18,7 +19,7 @@ from trainer.metrics.openimages import OpenImagesMetric
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 
-SAMPLE = tiny.ROOT / ".." / "shared" / "openimages-sample"
+SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
 Pairs = list[tuple[Sample, Detections]]
 
 

@@ -9,6 +9,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from shards.format import rle
+from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.data.augment import scaled_size
@@ -19,7 +20,7 @@ from trainer.model.inference import detect, paste
 
 def small_network(**changes: object) -> MaskRCNN:
     """An untrained network for images of 64 pixels."""
-    config = train.parse(tiny.arguments(tiny.ROOT, tiny.ROOT, **changes))
+    config = train.parse(tiny.arguments(REPOSITORY, REPOSITORY, **changes))
     torch.manual_seed(0)
     return build_model(config.model, config.data, 3).eval()
 
