@@ -1,1 +1,1 @@
-"""From Open Images to shards: which images, which masks, fetched as little as needed, packed, accounted for."""
+"""Build shards from Open Images or COCO. A plan chooses images and masks; packing fetches and accounts for them."""

@@ -1,1 +1,1 @@
-"""From shards to Mask R-CNN: batches, model, loop, metrics and predictions."""
+"""Train and apply Mask R-CNN on shards. The commands use the model, its data, the run and the metrics below them."""

@@ -119,7 +119,7 @@ class BuildOptions:
     )
     partition: tuple[float, float, float] | None = _select(
         None,
-        "shares of train, val and test with --splits partition",
+        "shares of train, val and test with --splits partition; divided by their sum",
         default_help=" ".join(map(str, DEFAULT_PARTITION)),
         low=0,
         high=1,

@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
@@ -83,6 +83,7 @@ class Cache:
     """A folder on a local disk, created when it is first needed; with an empty name, nothing is cached."""
 
     folder: str
+    written: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files, by this process
 
     def read(self, content: Content, use: Callable[[Iterator[pa.Table]], Result]) -> Result | None:
         """Return what `use` makes of the row groups of a file; None without a valid file.
@@ -122,6 +123,7 @@ class Cache:
             for table in tables:
                 writer.add(table)
                 yield table
+        self.written.add(content.file_name)
 
 
 NO_CACHE = Cache("")

@@ -23,6 +23,7 @@ from builder.fetching.fetch import Inventory, RangeFile, Refusal, Request, fetch
 from builder.fetching.table_cache import NO_CACHE, Cache, Content
 from builder.fetching.traffic import PROCESS, Meter
 from builder.tasks.plan import Member
+from shards.common.back_off import DAMAGED_READS
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
 
@@ -32,7 +33,6 @@ GAP_BYTES = 16 << 10  # reading this many unwanted bytes costs less than another
 SPAN_BYTES = 8 << 20  # the largest merged read
 SPARE_BYTES = 1 << 20  # unwanted bytes that may be read in all, by default
 DENSE = 2 / 3  # a stretch of which more than this share is wanted is read whole
-REPEATS = 3  # further reads of a damaged member
 MEMBER_BYTES = 64 << 20  # the largest size, compressed or not, of a member that may be a mask
 
 # The fields of a `Member`, without its zip.
@@ -202,8 +202,8 @@ def read_members(
 ) -> list[bytes | MemberError]:
     """Fetch and extract members; a damaged one is a result, not an error.
 
-    A member without the length or the CRC that its directory states is fetched again, by itself, up to `REPEATS`
-    times: the transfer may have damaged it.
+    A member without the length or the CRC that its directory states is fetched again, by itself: the
+    transfer may have damaged it.
 
     Args:
         members: Members of zips on one file system.
@@ -221,7 +221,7 @@ def read_members(
     }
     wanted = [member for member in members if max(member.size, member.compressed) <= MEMBER_BYTES]
     spans = plan_reads(wanted, spare=spare)
-    for _ in range(1 + REPEATS):
+    for _ in range(DAMAGED_READS):
         results |= _read_spans(spans, anonymous, meter)
         damaged = [m for span in spans for m in span.members if isinstance(results[m], MemberError)]
         spans = [Span(member.zip_url, member.start, member.end, (member,)) for member in damaged]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from builder.fetching.fetch import Request, fetch_one
+from builder.sources.base import FILE_NAME
 from builder.sources.openimages.layout import source_location
 from shards.common.errors import UserError
-
-# File names of COCO count too: any characters of one line, but no path that leaves its folder.
-_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.\.?(?:/|$))[^\\\x00-\x1f]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class ImageList:
                 continue
             first, slash, rest = entry.partition("/")
             split, name = (prefixes[first], rest) if slash and first in prefixes else ("", entry)
-            if not _NAME.fullmatch(name):
+            if not FILE_NAME.fullmatch(name):
                 raise UserError(f"{self.url}: line {number} is {entry[:80]!r}, not an image id: write train/ID or ID")
             found[ListedImage(split, name.removesuffix(".jpg"))] = None
         if not found:

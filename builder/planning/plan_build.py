@@ -163,6 +163,8 @@ def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...
     if scope.partition is None:
         return {source.splits[split]: (split,) for split in wanted if split in source.splits}
     fractions = dict(zip(SPLITS, scope.partition, strict=True))
+    if abs(sum(scope.partition) - 1) > 1e-9:
+        logger.info("--partition: the shares are divided by their sum, %g", sum(scope.partition))
     parts = tuple(split for split in wanted if fractions[split] > 0)
     return {source.splits["train"]: parts} if parts else {}
 

@@ -5,6 +5,7 @@ The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,8 @@ from builder.tasks.plan import Failure, PlannedImage, PlannedObject
 from shards.format.accounts import FILTERED
 from shards.storage.location import Location
 
+# A file name, perhaps in folders: any characters of one line, but no path that leaves its root.
+FILE_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.{0,2}(?:/|$))[^\\\x00-\x1f]{1,1024}")
 FAR = 2.0  # image lengths: a box that reaches further from the image's origin than this is damaged
 
 # Name of a flag for --drop -> attribute of an annotation.

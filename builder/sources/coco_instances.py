@@ -14,14 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builder.sources.base import FAR
+from builder.sources.base import FAR, FILE_NAME
 from builder.tasks.plan import Metadata
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.sample import KEY
 
 LONGEST_SIDE = 1 << 16  # pixels
-FILE_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.{0,2}(?:/|$))[^\\\x00-\x1f]{1,1024}")
 
 logger = logging.getLogger(__name__)
 

@@ -96,7 +96,8 @@ def read_table(
     content = Content(location, (inventory or Inventory()).of(location), json.dumps(dict(columns)), stored)
     selection = cache.read(content, lambda tables: _Selection(declared, where).add_all(tables))
     if selection is not None:
-        logger.info("%s: %s from the cache", location, counted(selection.rows, "row"))
+        if content.file_name not in cache.written:
+            logger.info("%s: %s from the cache", location, counted(selection.rows, "row"))
     else:
         tables = cache.keep(content, _stream(content, newlines_in_values))
         selection = _Selection(declared, where).add_all(tables)

@@ -1,1 +1,1 @@
-"""The root that a build writes to: the build it belongs to, its lock, and what an interrupted build resumes from."""
+"""The root that a build writes to. It holds the lock, and what an interrupted build resumes from."""

@@ -40,11 +40,18 @@ class Parser(argparse.ArgumentParser):
             import argcomplete  # type: ignore[import-not-found]
 
             argcomplete.autocomplete(self)
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False  # checked below: a misspelt option is unknown, not missing
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
             near = did_you_mean(name, self._option_string_actions, limit=1) if name.startswith("-") else ""
             self.error(f"unknown argument {name}" + (f": {near}" if near else ""))
+        missing = [action for action in required if not hasattr(parsed, action.dest)]
+        if missing:
+            names = ("/".join(action.option_strings) or action.metavar or action.dest for action in missing)
+            self.error(f"the following arguments are required: {', '.join(map(str, names))}")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 
+DAMAGED_READS = 5  # reads of bytes that do not match their checksum, in total
 SCALE = 1.0  # multiplies every delay; tests set it to 0
 
 

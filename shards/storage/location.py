@@ -26,7 +26,7 @@ from shards.storage.local_files import atomic_write
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.ranges` end within a minute
-ATTEMPTS = 3
+S3_ATTEMPTS = 3  # of a request, by botocore
 SLOWEST_UPLOAD = 2**18  # bytes per second; a slower upload is aborted
 PROBE = ".probe"  # what `check_writable` puts and removes
 
@@ -185,7 +185,7 @@ def _new_filesystem(location: Location) -> Any:
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
-            "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
+            "retries": {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
             "max_pool_connections": 64,
         }
     elif location.protocol in ("http", "https"):

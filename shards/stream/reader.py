@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, field
 from operator import add, sub
 from typing import TYPE_CHECKING, Self
 
-from shards.common.back_off import attempts
+from shards.common.back_off import DAMAGED_READS, attempts
 from shards.common.errors import DatasetError, SampleError
 from shards.common.text import counted
 from shards.format.index import Index
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
 log = logging.getLogger("shards.stream.reader")
 
 READ_AHEAD = 128 * 2**20
-ATTEMPTS = 5  # reads of a sample whose bytes are wrong, in total
 STALL_S = 30.0
 
 
@@ -150,7 +149,7 @@ class SampleReader:
     def _checked(self, row: int, data: memoryview, who: str) -> memoryview:
         """Return the bytes once their crc32 is that of the index; wrong bytes are fetched again, on their own."""
         wanted = int(self.index.crc32[row])
-        for attempt in attempts(ATTEMPTS):
+        for attempt in attempts(DAMAGED_READS):
             if attempt > 1:
                 self.statistics.retries += 1
                 data = self._from_range(None, row, True, who)
@@ -158,7 +157,7 @@ class SampleReader:
                 return data
         raise SampleError(
             f"{self._where(row)}: crc32 is {found:08x}, the index says {wanted:08x}, "
-            f"after {ATTEMPTS} reads: the shard was replaced or damaged; build the dataset again"
+            f"after {DAMAGED_READS} reads: the shard was replaced or damaged; build the dataset again"
         )
 
     def _where(self, row: int) -> str:

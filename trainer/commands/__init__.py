@@ -1,1 +1,1 @@
-"""The commands train, evaluate, predict and compare, and what they share."""
+"""The commands train, evaluate, predict and compare. They share signals, exit statuses and the launcher."""

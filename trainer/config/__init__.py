@@ -1,1 +1,1 @@
-"""Settings of a run, and how YAML files and the command line set them. Imports no torch."""
+"""The settings of a run, by section. YAML files and the command line set them, without importing torch."""

@@ -1,1 +1,1 @@
-"""Results for people: tables, plots, pictures, and a page of the best and worst images. No metric is computed here."""
+"""Results for people: tables, plots, pictures and a page of the best and worst images. It computes no metric."""

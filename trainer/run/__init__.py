@@ -1,1 +1,1 @@
-"""A training run: its state, its ranks, its optimizer, its folder and log, and what a resumed run needs of them."""
+"""A training run: its state, ranks, optimizer and log. All of it is stored, so a run resumes where it stopped."""

@@ -85,6 +85,11 @@ def test_other_rows_of_a_cached_table_come_from_the_cache(
     opened.clear()
     caplog.clear()
     log_once._logged.clear()
+    assert read_table(table, COLUMNS, PEOPLE, cache=cache).equals(plain[0])
+    assert "from the cache" not in caplog.text  # this process has written it
+    caplog.clear()
+    log_once._logged.clear()
+    cache = Cache(cache.folder)
     for where, expected in ((PEOPLE, plain[0]), (CARS, plain[1])):
         assert read_table(table, COLUMNS, where, cache=cache).equals(expected)
     assert not opened

@@ -26,7 +26,7 @@ def test_read_accepts_splits_comments_suffixes_and_line_ends(tmp_path: Path) -> 
         (b"0a\n../../etc/passwd\n", "line 2"),
         (b"train//etc/passwd\n", "line 1"),
         (b"a\\b\n", "line 1"),
-        (b"a" * 300, "line 1"),
+        (b"a" * 1100, "line 1"),
         (b"\xff\xfe0\x00", "UTF-8"),
     ],
 )

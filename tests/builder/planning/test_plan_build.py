@@ -164,7 +164,7 @@ def test_a_list_selects_its_images_and_reports_unknown_ones(tmp_path: Path) -> N
         plan_build(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids"))))
 
 
-def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path) -> None:
+def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids = [f"i{n}" for n in range(40)]
     source = FakeSource({"train": {image: {"Car": True} for image in ids}})
     parts = (0.5, 0.3, 0.2)
@@ -173,5 +173,10 @@ def test_listed_images_are_in_the_same_part_as_without_a_list(tmp_path: Path) ->
     listed = plan_build(source, BuildScope(("Car",), ImageList(str(tmp_path / "ids")), partition=parts))
     for split in ("train", "val", "test"):
         assert set(split_of(listed, split)) == set(split_of(by_quota, split)) & set(ids[:25])
+    assert "--partition" not in caplog.text
+    with caplog.at_level("INFO"):
+        doubled = plan_build(source, BuildScope(("Car",), Quotas(100, 100), partition=(1.0, 0.6, 0.4)))
+    assert doubled.plan == by_quota.plan
+    assert "--partition: the shares are divided by their sum, 2" in caplog.text
     [unknown] = listed.unknown
     assert unknown.detail == "validation is not a split that is read"
