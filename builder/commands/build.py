@@ -50,7 +50,7 @@ class Shortfall:
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a build or a retry.
+    """Result of a build or a retry; traffic, `handled`, `resumed` and the durations in seconds are those of this run.
 
     Attributes:
         already_built: whether the root already held this dataset; only `chosen` and `shortfalls` are set then.
@@ -60,12 +60,9 @@ class Summary:
         shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
         replaced: images that were fetched to replace failed ones.
         recovered: images and masks that `--retry-failed` recovered; None for a build.
-        shards, samples, nbytes: size of the dataset.
         resumed: shards that an earlier run had finished.
-        handled: images that this run fetched, packed or not.
-        tables, images, masks: traffic of this run; tables with zip directories.
-        seconds: duration of this run.
-        packing: duration of the packing in this run, in seconds.
+        handled: images that were fetched, packed or not.
+        tables: with zip directories.
     """
 
     already_built: bool
@@ -117,8 +114,6 @@ def prepare_build(
     """Check access to sources and root, then read the annotations and plan the build.
 
     Args:
-        source: images and annotations.
-        root: root of the dataset.
         make_plan: `builder.planning.plan_build.plan_build` with its arguments.
         engine: where shards are going to be packed.
         writes: whether the command writes to `root`.
@@ -138,12 +133,9 @@ def prepare_build(
 
 
 def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = "") -> Summary:
-    """Build a dataset, or finish a build that was interrupted.
-
-    The bytes of the result are a pure function of sources and plan; the engine and interruptions do not change them.
+    """Build a dataset, or finish a build that was interrupted; engine and interruptions do not change its bytes.
 
     Args:
-        prepared: a build as `prepare_build` returns it.
         overwrite: discard another dataset or unfinished build in the root.
         command: the command to record in the dataset card.
 

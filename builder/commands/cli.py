@@ -84,11 +84,7 @@ def _render(result: Summary | Estimate, options: BuildOptions) -> str:
 
 
 def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
-    """Build a dataset, retry what failed in it, or estimate a build; annotation tables are kept in `cache`.
-
-    Raises:
-        UserError: bad input, or a location that cannot be reached, read or written; see `builder.commands.build`.
-    """
+    """Build a dataset, retry what failed in it, or estimate a build; annotation tables are kept in `cache`."""
     from builder.commands.build import build, prepare_build
     from builder.commands.dry_run import estimate
     from builder.commands.retry_failed import retry_failed

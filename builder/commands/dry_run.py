@@ -39,7 +39,6 @@ class Estimate:
         plan: fingerprint of the plan.
         chosen: reports of the selection, per split and class.
         counts: images, masks and boxes per split and class that would be packed if nothing failed.
-        shards, images: numbers of shards and images.
         tables: measured traffic for tables and zip directories that were not in the cache.
         jpegs: estimated traffic for images: the mean length of a sample, times the number of images.
         jpegs_error: one standard error of the bytes of `jpegs`.
@@ -70,11 +69,7 @@ class Estimate:
 
 
 def estimate(prepared: PreparedBuild) -> Estimate:
-    """Estimate what a build would pack and fetch. Nothing is written.
-
-    Raises:
-        StorageError: a location cannot be reached or read.
-    """
+    """Estimate what a build would pack and fetch. Nothing is written."""
     source, planned = prepared.source, prepared.planned
     plan = planned.plan
     images = [image for task in plan.tasks for image in task.images]

@@ -188,11 +188,7 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
-    """Return the options of a command line: defaults, then `--config`, then the arguments.
-
-    Raises:
-        UserError: a wrong argument, an unreadable file, or options that cannot be combined.
-    """
+    """Return the options of a command line: defaults, then `--config`, then the arguments; UserError for a wrong one."""
     given = make_parser().parse_args(arguments)
     options = BuildOptions()
     if given.config is not None:
@@ -218,11 +214,7 @@ def command_line(options: BuildOptions) -> str:
 
 
 def _check_combinations(options: BuildOptions) -> None:
-    """Check options that need or exclude each other.
-
-    Raises:
-        ConfigError: such a combination.
-    """
+    """Raise ConfigError for options that need or exclude each other."""
     several = len(options.annotations) > 1
     if options.partition is not None and options.splits != "partition":
         fault = "--partition needs --splits partition"

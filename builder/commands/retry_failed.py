@@ -54,7 +54,6 @@ def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
 
     Raises:
         UserError: the root holds no finished dataset of this plan, or another build is at work there.
-        StorageError: a location cannot be reached, read or written.
     """
     root, planned = prepared.root, prepared.planned
     with BuildLock(root) as lock:
@@ -86,13 +85,9 @@ def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
 
 
 def repair_task(repair: Repair, job: Job) -> TaskResult:
-    """Fetch again what failed in a task, and stage its new shard if anything succeeds.
+    """Fetch again what failed in a task, and stage its new shard if anything succeeds; accounts keep their order.
 
-    Packed images and masks come from the old shard, byte for byte. Accounts keep their order.
-
-    Raises:
-        StorageError: a source or the old shard cannot be read, or the new shard cannot be written.
-        DatasetError: the old shard does not match the dataset.
+    Packed images and masks come from the old shard, byte for byte; DatasetError if it does not match the dataset.
     """
     task, images, masks = repair.task, Meter(), Meter()
     old = {account.key: account for account in repair.accounts}
@@ -195,10 +190,7 @@ def _with_masks(
 
 
 def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -> PlannedImage:
-    """Return the planned image with the masks of the sample instead of those in zips.
-
-    Instances are in the order of the planned objects, and each packed mask is the mask of one instance.
-    """
+    """Return the planned image with the sample's masks, in the order of its objects, instead of those in zips."""
     packed = iter([i.segmentation for i in sample.instances if i.segmentation is not None])
     objects = []
     for planned in image.objects:

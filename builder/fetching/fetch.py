@@ -64,10 +64,8 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS, largest: int | No
     """Read concurrently and return the answers in the order of the requests.
 
     Timeouts, server errors, broken connections and bytes that do not match their checksum are retried with back-off
-    (`shards.storage.ranges`). `largest` is the limit for whole objects, in bytes, by default `OBJECT_BYTES`.
-
-    Raises:
-        StorageError: A read failed at every attempt, or cannot succeed (no such bucket, no credentials).
+    (`shards.storage.ranges`). StorageError if a read fails at every attempt, or cannot succeed (no such bucket, no
+    credentials). `largest` is the limit for whole objects, in bytes, by default `OBJECT_BYTES`.
     """
     statistics = ReadStatistics()
     largest = largest or OBJECT_BYTES
@@ -78,20 +76,12 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS, largest: int | No
 
 
 def fetch_one(request: Request) -> bytes:
-    """Read an object that must exist, such as an annotation file of up to `FILE_BYTES`.
-
-    Raises:
-        StorageError: It is missing, refused, too large or damaged, or `fetch` raises it.
-    """
+    """Read an object of up to `FILE_BYTES`; StorageError if it is missing, refused, too large or damaged."""
     return _existing(request.location, fetch([request], largest=FILE_BYTES)[0])
 
 
 def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
-    """Request size, ETag and time of change of objects concurrently; the answers are in the order of `locations`.
-
-    Raises:
-        StorageError: A request failed at every attempt, or cannot succeed (no such bucket, no credentials).
-    """
+    """Request size, ETag and time of change of objects concurrently; the order is that of `locations`, errors as `fetch`."""
     statistics = ReadStatistics()
     answers = describe_many(locations, in_flight=IN_FLIGHT, statistics=statistics)
     PROCESS.count(statistics.requests, statistics.nbytes)
@@ -111,11 +101,7 @@ class Inventory:
             self._known[location.url] = answer
 
     def of(self, location: Location) -> Description:
-        """Return the description of an object that must exist.
-
-        Raises:
-            StorageError: It is missing or refused, or the request failed at every attempt.
-        """
+        """Return the description of an object; StorageError if it is missing or refused, or as in `fetch`."""
         self.load([location])
         return _existing(location, self._known[location.url])
 
@@ -123,13 +109,8 @@ class Inventory:
 class RangeFile(io.RawIOBase):
     """One version of a remote object as a seekable binary file: each read is a range request with retries.
 
-    Args:
-        description: The description of the version to read.
-        start: Where the part begins that is read at once and kept; counted from the end if negative.
-        nbytes: The length of that part.
-
-    Raises:
-        StorageError: The object's length is unknown; on reading, the object cannot be read or was replaced.
+    The part of `nbytes` bytes from `start` on (counted from the end if negative) is read at once and kept. StorageError
+    if the object's length is unknown, it cannot be read, or was replaced.
     """
 
     def __init__(self, location: Location, description: Description, start: int, nbytes: int) -> None:
@@ -177,11 +158,7 @@ class RangeFile(io.RawIOBase):
         return fetch_one(Request(self.location, start, end, self.description.etag))
 
     def check_unchanged(self) -> None:
-        """Check that the object is still the one described; reads of an object with an ETag have checked it already.
-
-        Raises:
-            StorageError: It was replaced.
-        """
+        """Raise StorageError if the object was replaced; reads of an object with an ETag have checked it already."""
         if not self.description.etag and Inventory().of(self.location) != self.description:
             raise StorageError(_replaced(self.location.url))
 

@@ -48,12 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Content:
-    """Something that is read from an object and cached as one table.
-
-    Attributes:
-        description: The object's present version.
-        name: What is read from it, for example the names of the columns.
-    """
+    """What is read from an object and cached as one table; `name` describes it, for example by the names of columns."""
 
     location: Location
     description: Description

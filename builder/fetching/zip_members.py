@@ -131,20 +131,14 @@ def _read_directory(content: Content) -> Iterator[pa.Table]:
 
 
 def plan_reads(members: Sequence[Member], *, spare: int, gap: int = GAP_BYTES, largest: int = SPAN_BYTES) -> list[Span]:
-    """Merge members into ranges so that few unwanted bytes are read.
+    """Merge members of any zips into ranges so that few unwanted bytes are read.
 
     If more than `DENSE` of the stretch from a zip's first wanted member to its last is wanted, the stretch is read in
     consecutive ranges, which adds less than half of the wanted bytes. In other zips, gaps of up to `gap` bytes are
     read, the shortest first, until they have cost `spare` bytes over all zips.
 
-    Args:
-        members: Members of any zips, in any order.
-        spare: Unwanted bytes that may be read in all, except for dense stretches.
-        gap: The longest gap that may be read, in bytes.
-        largest: The most bytes of a span; a longer member is a span of its own.
-
     Returns:
-        Spans in the order (zip, start). Each member is in exactly one.
+        Spans of at most `largest` bytes, except for a longer member, in the order (zip, start). Each member is in one.
     """
     zips: dict[str, list[Member]] = {}
     for member in sorted(members, key=lambda member: (member.zip_url, member.start, member.end)):
@@ -200,21 +194,10 @@ def _affordable_gap(gaps: Iterable[int], spare: int, longest: int) -> int:
 def read_members(
     members: Sequence[Member], *, anonymous: bool = False, spare: int = SPARE_BYTES, meter: Meter = PROCESS
 ) -> list[bytes | MemberError]:
-    """Fetch and extract members; a damaged one is a result, not an error.
+    """Fetch and extract members of zips on one file system, in order; a damaged one is a result, not an error.
 
-    A member without the length or the CRC that its directory states is fetched again, by itself: the
-    transfer may have damaged it.
-
-    Args:
-        members: Members of zips on one file system.
-        anonymous: Do not sign S3 requests.
-        spare: Unwanted bytes that may be read to save requests; see `plan_reads`.
-
-    Returns:
-        The bytes of each member, or why they are unavailable, in the order of `members`.
-
-    Raises:
-        StorageError: A zip is gone, or cannot be read after several attempts.
+    A member without the length or the CRC that its directory states is fetched again, by itself: the transfer may have
+    damaged it. `spare` is explained in `plan_reads`. StorageError if a zip is gone or cannot be read.
     """
     results: dict[Member, bytes | MemberError] = {
         member: MemberError(f"{member.size} bytes, more than a mask may have ({MEMBER_BYTES})") for member in members
@@ -244,11 +227,7 @@ def _read_spans(spans: Sequence[Span], anonymous: bool, meter: Meter) -> dict[Me
 
 
 def extract(data: bytes | memoryview, member: Member) -> bytes:
-    """Return the uncompressed bytes of a member; `data` begin with its local header.
-
-    Raises:
-        MemberError: Damaged, encrypted, or compressed by an unsupported method.
-    """
+    """Return the uncompressed bytes of a member; `data` begin with its local header. MemberError if they are damaged."""
     if len(data) < _LOCAL_HEADER.size:
         raise MemberError("no room for a local header")
     signature, _, flags, _, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)

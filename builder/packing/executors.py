@@ -35,8 +35,7 @@ class Engine:
 
     Attributes:
         workers: number of local processes; 1 runs tasks in this process.
-        cluster: address of a Dask scheduler, such as `tcp://scheduler:8786`, whose workers have this package
-            installed; "" for local processes.
+        cluster: address of a Dask scheduler, whose workers have this package installed; "" for local processes.
     """
 
     workers: int = 1
@@ -49,10 +48,8 @@ IN_THIS_PROCESS = Engine()
 def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: Engine) -> Iterator[tuple[Task, Result]]:
     """Run the tasks in any order, and yield each with its result as soon as it is finished.
 
-    An error of a task ends the iteration and cancels the unfinished tasks.
-
-    Raises:
-        UserError: a worker died, or the cluster cannot be reached.
+    An error of a task ends the iteration and cancels the unfinished tasks. UserError if a worker died, or the cluster
+    cannot be reached.
     """
     workers = min(engine.workers, len(tasks))
     if engine.cluster:

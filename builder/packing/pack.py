@@ -55,10 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A finished task: its shard (None if no image could be packed), index rows and accounts of all images and masks.
-
-    `images` and `masks` are what this run fetched for the task; nothing if an earlier run finished it.
-    """
+    """A finished task: its shard (None if no image could be packed), index rows, accounts, and the traffic of this run."""
 
     shard: Shard | None
     rows: tuple[IndexRow, ...]
@@ -92,11 +89,7 @@ def record_location(root: Location, task: ShardTask) -> Location:
 
 
 def pack_task(task: ShardTask, job: Job) -> TaskResult:
-    """Write the shard of a task, then its record.
-
-    Raises:
-        StorageError: a source cannot be read, or the shard cannot be written, after several attempts.
-    """
+    """Write the shard of a task, then its record; StorageError if a source or the root is unavailable."""
     images, masks = Meter(), Meter()
     outcomes = pack_images(task.images, task.split, job, images, masks)
     samples = [sample for sample, _ in outcomes if sample is not None]
@@ -120,9 +113,6 @@ def pack_images(
     """Fetch images and masks and make samples of them; images are decoded while the next ones are being fetched.
 
     An image that cannot be decoded is fetched once more, because its bytes may have been damaged in transit.
-
-    Raises:
-        StorageError: a source cannot be read after several attempts.
     """
     parts = [images[start : start + IMAGES_PER_READ] for start in range(0, len(images), IMAGES_PER_READ)]
     outcomes: list[Outcome] = []
@@ -156,10 +146,7 @@ def _pack_part(
 
 
 def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: str) -> Outcome:
-    """Make a sample of an image and its masks, without any I/O.
-
-    An object whose mask fails stays in the sample as a box without a mask.
-    """
+    """Make a sample of an image, without any I/O; an object whose mask fails stays in it as a box without a mask."""
 
     def account(status: str, detail: str, annotation: Annotation | None = None) -> Account:
         if annotation is None:

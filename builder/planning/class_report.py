@@ -18,8 +18,7 @@ class ClassReport:
 
     Attributes:
         asked: the quota in images; without a quota, all available images.
-        available: images at the source that count for the class.
-        masked: available images with a mask of the class.
+        available: images at the source that count for the class; `masked` of them have a mask of it.
         chosen: available images that were selected.
         masks, boxes: objects of the class in all selected images, including images selected for another class.
         reason: why the class got fewer images than its quota, or images without a mask of it; "" otherwise.

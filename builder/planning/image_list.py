@@ -13,12 +13,7 @@ from shards.common.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """One line of a list.
-
-    Attributes:
-        split: the source's name of the split that the line restricts the image to; "" for any split.
-        name: the image as the list names it.
-    """
+    """One line of a list: the source's name of the split that it restricts the image to ("" for any), and the image."""
 
     split: str
     name: str
@@ -26,24 +21,19 @@ class ListedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageList:
-    """A list of the images to pack, whatever classes they hold.
+    """A list of the images to pack, whatever classes they hold, at a fsspec URL or local path.
 
     One image per line, optionally prefixed by a split (`train/0123456789abcdef`). Empty lines and lines that start
     with `#` are ignored, a repeated line counts once, and a trailing `.jpg` is dropped: lists of the official
     downloader work unchanged.
-
-    Attributes:
-        url: any fsspec URL or local path.
     """
 
     url: str
 
     def read(self, splits: Mapping[str, str]) -> tuple[ListedImage, ...]:
-        """Read the list; its lines may use names of the dataset's splits or the source's, the values of `splits`.
+        """Read the list; UserError if the file is none.
 
-        Raises:
-            UserError: the file is not such a list.
-            StorageError: the file cannot be read.
+        Its lines may use names of the dataset's splits or the source's, the keys and values of `splits`.
         """
         try:
             text = fetch_one(Request(source_location(self.url))).decode("utf-8-sig")

@@ -43,7 +43,6 @@ class BuildScope:
         all_annotations: keep annotations of all other classes in the selected images, too.
         partition: fractions of the source's train split for train, val and test; None for the source's own splits.
         seed: seed of the selection, of the order in the shards and of the partition.
-        images_per_shard: the last shard of a split may hold fewer.
     """
 
     class_names: Sequence[str]
@@ -91,10 +90,7 @@ class PlannedBuild:
         """Return tasks that pack replacements of failed images; none once quotas are met or candidates run out.
 
         A round depends on nothing but the plan and the failures before it, so a resumed build repeats the same rounds.
-
-        Args:
-            tasks: tasks of the plan and of all rounds so far.
-            failed: images that failed, also in later rounds, by split.
+        `tasks` are those of the plan and of all rounds so far, `failed` the images that failed, by split.
         """
         fresh: list[ShardTask] = []
         for split in SPLITS:
@@ -107,19 +103,11 @@ class PlannedBuild:
         return fresh
 
     def replacements(self, split: str, failed: Collection[str]) -> list[PlannedImage]:
-        """Select replacements for the classes that fell below their quota because images failed.
+        """Select replacements for the classes of a split that fell below their quota because images failed.
 
         The rules are those of the first selection, given all selected images that did not fail. The returned images
         count as selected from then on: no image is returned twice, and none that has failed. The same sequence of calls
         returns the same images.
-
-        Args:
-            split: split of the dataset.
-            failed: images that could not be packed; may repeat those of earlier calls.
-
-        Raises:
-            UserError: the annotations have changed.
-            StorageError: the annotations cannot be read.
         """
         state = self.splits.get(split)
         if state is None or state.quota is None:
@@ -139,7 +127,6 @@ def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:
 
     Raises:
         UserError: an unknown class, damaged annotations, a damaged list, or no image to pack.
-        StorageError: a table, list or zip cannot be read.
     """
     classes = source.taxonomy().choose(scope.class_names, exact=scope.exact_classes, others=scope.all_annotations)
     layout = _split_layout(source, scope)

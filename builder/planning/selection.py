@@ -25,11 +25,7 @@ class Quotas:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A partition of the source's train split into train, val and test.
-
-    Attributes:
-        fractions: shares of train, val and test; each at least 0, with a positive sum.
-    """
+    """A partition of the source's train split into train, val and test, by fractions of at least 0 with a positive sum."""
 
     fractions: tuple[float, float, float]
     seed: int
@@ -64,7 +60,6 @@ def select_images(
     Args:
         candidates: images that count for each category id.
         quota: images per class; None for all of them.
-        seed: seed of the order.
         taken: images selected before, which count towards the quotas.
         barred: images that must not be selected and do not count; disjoint from `taken`.
 

@@ -34,8 +34,7 @@ class Filters:
     """Which annotations and masks to leave out.
 
     Attributes:
-        min_predicted_iou: Masks with a lower estimate are left out, and their objects stay as boxes. Masks without an
-            estimate stay.
+        min_predicted_iou: Masks with a lower estimate become boxes; those without an estimate stay.
         drop: Names of `FLAGS`; annotations with any of these flags are left out.
         require_mask: Only images with a mask of a class count for it.
     """

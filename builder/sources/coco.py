@@ -159,13 +159,10 @@ def _planned(image: CocoImage, number: int, annotation: Mapping[str, Any], label
 
 
 def parse_places(texts: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], bool]:
-    """Parse `--annotations` for COCO: one file, or `train=URL val=URL test=URL`.
+    """Parse `--annotations` for COCO, one file or `train=URL val=URL test=URL`; UserError if `texts` is neither.
 
     Returns:
         (split, URL) pairs, and whether the splits were named.
-
-    Raises:
-        UserError: `texts` is neither.
     """
     named = [re.fullmatch(r"(train|val|test)=(.+)", text) for text in texts]
     found = [(match[1], match[2]) for match in named if match]

@@ -46,13 +46,7 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class Instances:
-    """The contents of a file.
-
-    Attributes:
-        names: Names of categories by id.
-        parents: Names of supercategories by name of category, where the two differ.
-        images: Images by key.
-    """
+    """A file: names of categories by id, their supercategories where these differ, by name, and images by key."""
 
     names: Mapping[int, str]
     parents: Mapping[str, str]
@@ -60,11 +54,7 @@ class Instances:
 
 
 def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
-    """Parse an instances file; `where` is its location for messages, `prefix` begins the keys.
-
-    Raises:
-        UserError: The data are not such a file, or contradict themselves.
-    """
+    """Parse an instances file, at `where`, into images whose keys begin with `prefix`; UserError if it is damaged."""
     try:
         value = json.loads(data.decode("utf-8-sig"), object_hook=_compact)
     except (ValueError, RecursionError) as error:

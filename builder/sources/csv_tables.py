@@ -89,7 +89,6 @@ def read_table(
 
     Raises:
         UserError: A column is missing, a value is not of its type, or the file is not such a CSV.
-        StorageError: It is missing, cannot be read, or was replaced while it was being read.
     """
     declared = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
     stored = pa.schema([(field.name, _stored_type(field)) for field in declared])
@@ -112,13 +111,7 @@ def _stored_type(field: pa.Field) -> pa.DataType:
 
 
 class _Selection:
-    """Gathers the selected rows of a table.
-
-    Attributes:
-        rows: How many rows were seen.
-        keys: The columns of `KEYS` that the table has.
-        incomplete: How many of the rows lack a value in one of `keys`.
-    """
+    """Gathers the selected rows of a table; counts the `rows` seen, and the `incomplete` ones that lack one of `keys`."""
 
     def __init__(self, schema: pa.Schema, where: Mapping[str, pa.Array]) -> None:
         self.rows = self.incomplete = 0

@@ -49,10 +49,8 @@ class Classes:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the category ids that are verified present and verified absent in an image, each ascending.
 
-        Args:
-            present: Labels that annotators confirmed.
-            absent: Labels that annotators ruled out.
-            annotated: Category ids with an object in the image; these classes are never absent.
+        `present` and `absent` are labels that annotators confirmed and ruled out; classes with an object in the image,
+        `annotated`, are never absent.
         """
         here = tuple(c.id for c in self.categories if self.descendants[c.id] & present)
         gone = (c.id for c in self.categories if self.ancestors[c.id] & absent)
@@ -76,11 +74,7 @@ class Taxonomy:
     source: str = "Open Images' boxable classes, or their MIDs such as /m/01g317"
 
     def find(self, wanted: str) -> str:
-        """Return the MID of a class given by its name, in any case, or by its MID.
-
-        Raises:
-            UserError: No class or several classes have the name.
-        """
+        """Return the MID of a class given by its name, in any case, or MID; UserError if none or several have the name."""
         if wanted in self.names:
             return wanted
         key = " ".join(wanted.casefold().split())
@@ -95,7 +89,7 @@ class Taxonomy:
         )
 
     def choose(self, wanted: Sequence[str], *, exact: bool = False, others: bool = False) -> Classes:
-        """Return the requested classes with the labels that count for each.
+        """Return the requested classes with the labels that count for each; UserError for an unknown or repeated name.
 
         A label under several requested classes belongs to the most specific of them: with Person and Man, an object
         labelled Man belongs to Man.
@@ -105,9 +99,6 @@ class Taxonomy:
             exact: Children do not count for their parents: a Man is not a Person.
             others: Add a class for every label that counts for none of the requested classes, whether it occurs or
                 not, so that ids do not depend on the chosen images.
-
-        Raises:
-            UserError: A class is unknown or requested twice.
         """
         by_name = sorted(self.names.keys() - self.groups, key=lambda mid: (self.names[mid], mid))
         mids = [self.find(name) for name in wanted] or by_name

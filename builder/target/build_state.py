@@ -45,12 +45,9 @@ class _Occupant:
 
 
 def claim(root: Location, fingerprint: str, command: str, *, overwrite: bool) -> bool:
-    """Mark a root as being built by a plan; False if it already contains the finished dataset of this plan.
+    """Mark a locked root as being built by a plan; False if it already contains the finished dataset of this plan.
 
-    The caller holds the lock.
-
-    Raises:
-        UserError: the root contains something of another plan, and `overwrite` is not set.
+    UserError if the root contains something of another plan, and `overwrite` is not set.
     """
     finish_retry(root)
     found = _occupant(root)

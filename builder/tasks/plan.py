@@ -52,16 +52,13 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in a remote zip.
+    """A file in a remote zip, of `compressed` bytes in the zip and `size` uncompressed.
 
     Attributes:
-        zip_url: URL of the zip.
-        name: file name in the zip.
         start: offset of its local header in bytes.
         end: upper bound of its end in bytes: the next header or the central directory.
         method: 0 (stored) or 8 (deflated), as in the zip format.
         crc32: CRC of the uncompressed bytes.
-        compressed, size: length in the zip and uncompressed, in bytes.
     """
 
     zip_url: str
@@ -76,11 +73,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class InlineMask:
-    """A mask that the annotations themselves contain.
+    """A mask in the annotations, made for an image of this size in pixels.
 
-    Attributes:
-        width, height: size in pixels of the image that it was made for.
-        segmentation: COCO's segmentation as JSON text: polygons, or an RLE with its runs as numbers or as a string.
+    `segmentation` is COCO's, as JSON text: polygons, or an RLE with its runs as numbers or as a string.
     """
 
     width: int
@@ -126,11 +121,9 @@ class PlannedImage:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One shard to pack: the unit of work and of resuming.
+    """One shard to pack: the unit of work and of resuming; `number` is its position in the split, from 0.
 
-    Attributes:
-        number: position of the shard in its split, from 0.
-        digest: SHA-256 of the other fields, in hex; computed once, because it takes a tenth of the time of decoding.
+    `digest` is the SHA-256 of the other fields; computed once, because it takes a tenth of the time of decoding.
     """
 
     split: str
@@ -171,12 +164,9 @@ def cut_tasks(split: str, images: Sequence[PlannedImage], images_per_shard: int,
 
 
 def make_plan(categories: Sequence[Category], tasks: Iterable[ShardTask], rules: Any = None) -> Plan:
-    """Return the plan; its fingerprint covers format version, classes, tasks and rules.
+    """Return the plan of the tasks of the first round; its fingerprint covers format version, classes, tasks and rules.
 
-    Args:
-        categories: classes of the dataset.
-        tasks: all tasks of the first round.
-        rules: any JSON value that, together with the tasks, decides which images replace those that fail.
+    `rules` is any JSON value that, together with the tasks, decides which images replace those that fail.
     """
     tasks = tuple(tasks)
     text = canonical_json([VERSION, list(categories), rules, [task.digest for task in tasks]])

@@ -44,9 +44,7 @@ logger = logging.getLogger(__name__)
 class OpenImagesSplit:
     """One split, restricted to the chosen classes and the filters (a `builder.sources.base.SourceSplit`).
 
-    Attributes:
-        name: The name of the split in Open Images.
-        inventory: The versions of tables and zips, requested once; no other version is read.
+    `name` is the split's in Open Images; of tables and zips only the versions in `inventory` are read.
     """
 
     layout: Layout
@@ -57,10 +55,7 @@ class OpenImagesSplit:
     inventory: Inventory = field(default_factory=Inventory, compare=False, repr=False)
 
     def candidates(self) -> dict[int, Candidates]:
-        """Return a dict from ids of requested classes to images with masks and with boxes only, after filters.
-
-        The box table is not read if only masks count and no flag is filtered.
-        """
+        """Return a dict from ids of requested classes to images with masks and with boxes only, after filters."""
         labels = pa.array(self.classes.wanted_labels, pa.string())
         needs_boxes = bool(self.filters.drop) or not self.filters.require_mask
         boxes = self._boxes({"LabelName": labels}) if needs_boxes else None

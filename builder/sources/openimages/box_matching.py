@@ -22,10 +22,9 @@ def match_boxes(
     """Match each mask to the nearest box of its group, one to one, the nearest pairs first.
 
     Args:
-        mask_groups: int64 [M]; rows can match if they have the same number, one per (image, label).
+        mask_groups: int64 [M], a number per (image, label): rows of one number can match.
         mask_boxes: float64 [M, 4] coordinates.
-        box_groups: int64 [B], like `mask_groups`.
-        box_boxes: float64 [B, 4] coordinates.
+        box_groups, box_boxes: int64 [B] and float64 [B, 4], likewise.
         tolerance: The largest difference in any coordinate.
 
     Returns:

@@ -10,11 +10,7 @@ from shards.common.errors import UserError
 
 
 def parse_class_names(data: bytes, where: str) -> dict[str, str]:
-    """Return a dict from MIDs to names from lines of `LabelName,DisplayName`, with a header (since v6) or without (v5).
-
-    Raises:
-        UserError: A line is not a MID and a name, or there is none.
-    """
+    """Return a dict from MIDs to names, from lines `LabelName,DisplayName` with a header (since v6) or without (v5)."""
     names: dict[str, str] = {}
     try:
         lines = data.decode("utf-8-sig").splitlines()
