@@ -188,7 +188,7 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
-    """Return the options of a command line: defaults, then `--config`, then the arguments; UserError for a wrong one."""
+    """Return the options of a command line: defaults, then `--config`, then arguments; UserError for a wrong one."""
     given = make_parser().parse_args(arguments)
     options = BuildOptions()
     if given.config is not None:

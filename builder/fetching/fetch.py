@@ -81,7 +81,7 @@ def fetch_one(request: Request) -> bytes:
 
 
 def describe(locations: Sequence[Location]) -> list[Description | Refusal]:
-    """Request size, ETag and time of change of objects concurrently; the order is that of `locations`, errors as `fetch`."""
+    """Request size, ETag and time of change of objects concurrently, in the order of `locations`; raises as `fetch`."""
     statistics = ReadStatistics()
     answers = describe_many(locations, in_flight=IN_FLIGHT, statistics=statistics)
     PROCESS.count(statistics.requests, statistics.nbytes)

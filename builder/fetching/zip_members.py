@@ -227,7 +227,7 @@ def _read_spans(spans: Sequence[Span], anonymous: bool, meter: Meter) -> dict[Me
 
 
 def extract(data: bytes | memoryview, member: Member) -> bytes:
-    """Return the uncompressed bytes of a member; `data` begin with its local header. MemberError if they are damaged."""
+    """Return the uncompressed bytes of a member, given its data from the local header on; MemberError if damaged."""
     if len(data) < _LOCAL_HEADER.size:
         raise MemberError("no room for a local header")
     signature, _, flags, _, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(data)

@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A finished task: its shard (None if no image could be packed), index rows, accounts, and the traffic of this run."""
+    """A finished task: shard (None if no image could be packed), index rows, accounts, and the traffic of this run."""
 
     shard: Shard | None
     rows: tuple[IndexRow, ...]

@@ -25,7 +25,7 @@ class Quotas:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A partition of the source's train split into train, val and test, by fractions of at least 0 with a positive sum."""
+    """A partition of the source's train split into train, val and test, by `fractions` of a positive sum."""
 
     fractions: tuple[float, float, float]
     seed: int

@@ -111,7 +111,7 @@ def _stored_type(field: pa.Field) -> pa.DataType:
 
 
 class _Selection:
-    """Gathers the selected rows of a table; counts the `rows` seen, and the `incomplete` ones that lack one of `keys`."""
+    """Gathers the selected rows of a table; counts the `rows` seen and those `incomplete`, which lack one of `keys`."""
 
     def __init__(self, schema: pa.Schema, where: Mapping[str, pa.Array]) -> None:
         self.rows = self.incomplete = 0

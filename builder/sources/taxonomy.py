@@ -74,7 +74,7 @@ class Taxonomy:
     source: str = "Open Images' boxable classes, or their MIDs such as /m/01g317"
 
     def find(self, wanted: str) -> str:
-        """Return the MID of a class given by its name, in any case, or MID; UserError if none or several have the name."""
+        """Return the MID of a class given by name, in any case, or MID; UserError if none or several have the name."""
         if wanted in self.names:
             return wanted
         key = " ".join(wanted.casefold().split())
