@@ -11,14 +11,9 @@ SCALE = 1.0  # multiplies every delay; tests set it to 0
 
 
 def delay(failures: int, first_s: float = 0.2, longest_s: float = 4.0) -> float:
-    """Return the seconds to wait after a number of failures in a row.
+    """Return the seconds to wait after `failures` in a row (1 or more): on average `first_s`, doubled each time.
 
-    Jitter keeps many processes from asking an overloaded server again at the same moment.
-
-    Args:
-        failures: at least 1.
-        first_s: mean delay after the first failure, in seconds; doubled after each further one.
-        longest_s: upper limit of the mean delay, in seconds.
+    The average is at most `longest_s`. Jitter keeps many processes from asking an overloaded server at the same moment.
     """
     return SCALE * min(first_s * 2.0 ** (failures - 1), longest_s) * random.uniform(0.5, 1.5)
 

@@ -12,11 +12,7 @@ _KINDS = {"int": int, "str": str}
 
 
 def flat(kind: type[T], value: Any) -> T:
-    """Return a dataclass whose fields are all `int` or `str`, from an object with exactly these keys.
-
-    Raises:
-        ValueError: `value` has another form; the message names the key and its value.
-    """
+    """Return a dataclass whose fields are all `int` or `str`, from an object of exactly these; else ValueError."""
     name = kind.__name__.lower()
     types = {item.name: _KINDS[str(item.type)] for item in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(value, dict) or value.keys() != types.keys():

@@ -26,6 +26,6 @@ def fold(*values: int | np.uint64) -> np.uint64:
     return key
 
 
-def hashes(places: NDArray[np.int64], key: np.uint64) -> NDArray[np.uint64]:
+def hashes(numbers: NDArray[np.int64], key: np.uint64) -> NDArray[np.uint64]:
     """Hash non-negative integers (n,) with a key; different integers have different hashes."""
-    return splitmix64(places.astype(np.uint64) ^ key)
+    return splitmix64(numbers.astype(np.uint64) ^ key)

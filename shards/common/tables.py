@@ -23,19 +23,15 @@ def percent(fraction: float) -> str:
 
 
 def text_table(table: pd.DataFrame, formats: Formats | None = None, *, indent: str = "") -> list[str]:
-    """Render a table for a terminal, with text aligned left and everything else aligned right.
+    """Render the columns of a table for a terminal: header lines, then one line per row; text is aligned left.
 
     Columns align for names of any script. Control characters of names are escaped.
 
     Args:
-        table: the columns to show; the index is not shown. Columns with several levels get one header line per level,
-            and equal neighbours of an upper level are written once, above the last of them.
-        formats: for some columns, how a value becomes text. Other floats get one decimal. Missing values are shown as
-            `MISSING` in any column.
+        table: columns with several levels get one header line per level, and equal neighbours of an upper level are
+            written once, above the last of them.
+        formats: for some columns, how a value becomes text. Other floats get one decimal, missing values `MISSING`.
         indent: what every line starts with.
-
-    Returns:
-        The header lines, then one line per row, without trailing spaces.
     """
     text = [any(isinstance(value, str) for value in table[name]) for name in table.columns]
     columns = [[*header, *cells] for header, cells in zip(_headers(table), _cells(table, formats or {}), strict=True)]

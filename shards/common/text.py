@@ -45,13 +45,9 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", *, limit: int = 3) -> str:
-    """Return `did you mean A or B?` with the known names nearest to a wrong one, whatever their case.
+    """Return `did you mean A or B?` with up to `limit` known names nearest to a wrong one, else `otherwise`.
 
-    Args:
-        name: what was given.
-        known: the right names.
-        otherwise: the answer when no name is near.
-        limit: most names in the answer. Similar names come first, then names that contain `name`.
+    Similar names come first, then names that contain `name`, whatever their case.
     """
     wanted = name.casefold()
     names = {one.casefold(): one for one in known}

@@ -78,11 +78,9 @@ def draw_instances(
         image: uint8 [H, W, 3] RGB, [H, W] or [H, W, 1] grey, or a Pillow image.
         instances: the objects, in pixels of `image`.
         categories: the classes, for their names.
-        scores: one per instance, shown after its name.
-        captions: one per instance, shown instead of name and score.
+        scores, captions: one per instance, shown after its name, or instead of name and score.
         colours: one per instance; by default those of the classes.
-        show_masks: whether masks are drawn.
-        show_boxes: whether boxes and group-of regions are drawn; names always are.
+        show_masks, show_boxes: whether masks, or boxes and group-of regions, are drawn; names always are.
         scale: integer factor by which the image is enlarged (see `legible_scale`).
 
     Returns:
@@ -133,16 +131,14 @@ def display_instances(
     """Draw instances, with the arguments of matterport's `visualize.display_instances`.
 
     Args:
-        image: as for `draw_instances`.
+        image, scores, show_mask, show_bbox, captions: as for `draw_instances`.
         boxes: [N, 4] y1, x1, y2, x2 in pixels, y2 and x2 exclusive; instances whose box is all 0 are left out.
         masks: [H, W, N], nonzero in the object.
         class_ids: [N] indices of `class_names`, in which 0 is the background.
         class_names: one name per class.
-        scores: [N].
         title: text above the picture.
         figsize: ignored; the picture has the size of the image.
         ax: matplotlib axes to draw the picture and its title into.
-        show_mask, show_bbox, captions: as for `draw_instances`.
         colors: one per instance: R, G, B from 0 to 1.
 
     Returns:
@@ -156,9 +152,10 @@ def display_instances(
     masks = _checked_masks("masks", masks, picture, len(boxes))
     _check_lengths(len(boxes), class_ids=class_ids, scores=scores, colors=colors, captions=captions)
     kept = np.flatnonzero(boxes.any(axis=1)).tolist()
+    xywh = np.column_stack((boxes[:, 1::-1], boxes[:, 3:1:-1] - boxes[:, 1::-1]))  # [N, 4]
     picture = draw_instances(
         picture,
-        [Instance(int(class_ids[i]), _xywh(boxes[i]), rle.encode(masks[:, :, i])) for i in kept],
+        [Instance(int(class_ids[i]), tuple(xywh[i].tolist()), rle.encode(masks[:, :, i])) for i in kept],
         [Category(number, name, "") for number, name in enumerate(class_names)],
         scores=None if scores is None else [float(scores[i]) for i in kept],
         captions=None if captions is None else [str(captions[i]) for i in kept],
@@ -258,11 +255,6 @@ def _class_masks(masks: NDArray[np.bool_], colour: Colour) -> Image.Image:
         share = 0.45 + 0.55 * (i + 1) / masks.shape[-1]
         pixels[masks[:, :, i]] = np.round(np.array(colour) * share).astype(np.uint8)
     return Image.fromarray(pixels)
-
-
-def _xywh(box: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    y1, x1, y2, x2 = box.tolist()
-    return x1, y1, x2 - x1, y2 - y1
 
 
 def _colour_of_floats(colour: Sequence[float]) -> Colour:

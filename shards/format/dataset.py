@@ -215,12 +215,8 @@ class Dataset:
     def accounts(self) -> pd.DataFrame:
         """Return `accounts.parquet` as a DataFrame: what became of every image and mask that was requested.
 
-        Columns: `kind` (image or mask), `split`, `image_id`, `box_id`, `source`, `status` and `detail`, see
-        docs/format.md.
-
-        Raises:
-            DatasetError: the dataset has no such file, or it is damaged.
-            StorageError: it cannot be read.
+        The columns are the fields of `shards.format.accounts.Account`. A DatasetError is raised if the file is missing
+        or damaged, a StorageError if it cannot be read.
         """
         location = self.root / ACCOUNTS_FILE
         try:
@@ -234,10 +230,8 @@ class Dataset:
         """Return this dataset with a part of its samples; the others are never fetched. Only the index is read.
 
         A subset of classes is what `build-shards` would have built for these classes: the samples that have one of
-        them, without annotations of the other classes, whose objects become background. Ids do not change.
-
-        A selection can be narrowed further: classes are then chosen among its own, and arguments that are left out
-        keep their values. The order of the calls makes no difference.
+        them, without annotations of the other classes, whose objects become background. Ids do not change. A selection
+        can be narrowed further, in any order; arguments that are left out keep their values.
 
         Args:
             classes: names, MIDs or ids; None for all samples with all annotations.
@@ -262,10 +256,7 @@ class Dataset:
 
 
 def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
-    """Open a finished dataset by reading `dataset.json` and `index.parquet`, both at the same time.
-
-    Args:
-        root: local path or any fsspec URL.
+    """Open a finished dataset at a local path or any fsspec URL: `dataset.json` and `index.parquet` are read.
 
     Raises:
         DatasetError: unfinished, of another format or version, or an index that does not belong to it.
@@ -292,9 +283,8 @@ def root_location(root: str | os.PathLike[str] | Location) -> Location:
     if isinstance(root, Location):
         return root
     if not isinstance(root, str | os.PathLike):
-        raise DatasetError(
-            f"the root of a dataset is {shown(root)}: give a local path or a URL such as s3://bucket/prefix"
-        )
+        given = shown(root)
+        raise DatasetError(f"the root of a dataset is {given}: give a local path or a URL such as s3://bucket/prefix")
     return Location(str(os.fspath(root)))
 
 

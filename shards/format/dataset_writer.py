@@ -7,9 +7,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -61,9 +60,8 @@ class Annotation(TypedDict, total=False):
     predicted_iou: float  # estimate of the mask's quality, 0 to 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Spooled:
-    """Where a sample's members are in the temporary file, in bytes: the JPEG, then the JSON."""
+class _Spooled(NamedTuple):
+    """Where a sample is in the temporary file, and the lengths in bytes of its JPEG and its JSON there."""
 
     start: int
     image: int
@@ -109,20 +107,20 @@ class DatasetWriter:
         if self.samples_per_shard < 1:
             raise DatasetError(f"samples_per_shard is {self.samples_per_shard}: it must be at least 1")
         self._spool: BinaryIO | None = None
-        self._places: dict[str, dict[str, _Spooled]] = {split: {} for split in SPLITS}
+        self._added: dict[str, dict[str, _Spooled]] = {split: {} for split in SPLITS}
 
     def __repr__(self) -> str:
         return f"DatasetWriter({str(self.root)!r}, {counted(len(self), 'sample')})"
 
     def __len__(self) -> int:
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self._added.values()))
 
     def __enter__(self) -> DatasetWriter:
         found = [name for name in (DATASET_FILE, *SPLITS) if (self.root / name).exists()]
         if found:
             what = "a dataset" if DATASET_FILE in found else f"parts of an unfinished dataset (no {DATASET_FILE})"
-            places = ", ".join(str(self.root / name) for name in found)
-            raise DatasetError(f"{self.root}: already contains {what}: choose another root, or delete {places} first")
+            names = ", ".join(str(self.root / name) for name in found)
+            raise DatasetError(f"{self.root}: already contains {what}: choose another root, or delete {names} first")
         check_writable(self.root, "root")
         self._spool = tempfile.TemporaryFile()
         return self
@@ -145,7 +143,7 @@ class DatasetWriter:
         verified_absent: Sequence[str | int] | None = None,
         **metadata: Any,
     ) -> None:
-        """Add an image with its objects.
+        """Add an image with its objects; errors are those of `add`.
 
         By default the annotations count as complete: classes with an object are verified as present, and all others
         as absent. If some classes were not looked for in this image, pass `verified_absent`, perhaps empty: a class in
@@ -156,12 +154,8 @@ class DatasetWriter:
             image: the bytes of a JPEG, which are stored untouched. EXIF orientation is ignored.
             instances: its objects; see `Annotation`.
             split: train, val or test.
-            verified_present: names or ids of classes that are confirmed in the image.
-            verified_absent: names or ids of classes that are ruled out in the image.
+            verified_present, verified_absent: names or ids of classes that are confirmed or ruled out in the image.
             **metadata: `rotation`, `license`, `author`, `author_url`, `original_url` and `title`; see `Sample`.
-
-        Raises:
-            DatasetError: see `add`.
         """
         where = self._where(image_id)
         for name in metadata.keys() - {"rotation", *ATTRIBUTION}:
@@ -194,7 +188,7 @@ class DatasetWriter:
         where = self._where(sample.image_id)
         if split not in SPLITS:
             raise DatasetError(f"{where}: split is {shown(split)}: give one of {', '.join(SPLITS)}")
-        if any(sample.image_id in places for places in self._places.values()):
+        if any(sample.image_id in added for added in self._added.values()):
             raise DatasetError(f"{where}: was added before: give each image a key of its own")
         for name in ATTRIBUTION:
             if not isinstance(value := getattr(sample, name), str):
@@ -211,10 +205,10 @@ class DatasetWriter:
                 f"{where}: {fault}: correct it (a JPEG; known classes; boxes x, y, width, height inside the image; "
                 "masks of the image's size)"
             )
-        place = _Spooled(self._spool.tell(), len(members["jpg"]), len(members["json"]))
+        spooled = _Spooled(self._spool.tell(), len(members["jpg"]), len(members["json"]))
         with storage_errors(tempfile.gettempdir()):
             self._spool.write(members["jpg"] + members["json"])
-        self._places[split][sample.image_id] = place
+        self._added[split][sample.image_id] = spooled
 
     def _where(self, image_id: str) -> str:
         return f"{self.root}: sample {image_id}"
@@ -233,22 +227,9 @@ class DatasetWriter:
             hint = did_you_mean(unknown[0], known, f"known are {', '.join(known)}")
             raise DatasetError(f"{where}: an instance has the unknown key {unknown[0]!r}: {hint}")
         category = find_class(self.categories, value["category"], where)
-        mask, bbox = value.get("mask"), value.get("bbox")
-        segmentation = None
-        if mask is not None:
-            try:
-                bits = np.asarray(mask)
-            except (TypeError, ValueError) as error:  # rows of different lengths, or a tensor on a GPU
-                hint = "give an array [H, W] of the image's size"
-                raise DatasetError(f"{where}: a mask of {category.name} is not an array: {hint}") from error
-            if bits.shape != (height, width):
-                raise DatasetError(
-                    f"{where}: a mask has the shape {bits.shape}, the image is [H, W] = {(height, width)}: "
-                    "resize the mask to the image first"
-                )
-            if not bits.any():
-                raise DatasetError(f"{where}: a mask of {category.name} has no pixel: leave it out, or give a bbox")
-            segmentation = rle.encode(bits)
+        bbox, segmentation = value.get("bbox"), None
+        if (mask := value.get("mask")) is not None:
+            segmentation = _encode_mask(mask, (height, width), where, category.name)
             bbox = rle.bounds(segmentation) if bbox is None else bbox
         try:
             x, y, w, h = (float(number) for number in bbox)  # type: ignore[union-attr]
@@ -266,26 +247,40 @@ class DatasetWriter:
         rows: list[IndexRow] = []
         shards: list[Shard] = []
         accounts: list[Account] = []
-        for split, places in self._places.items():
-            order = seeded_order(places, self.seed)
+        for split, added in self._added.items():
+            order = seeded_order(added, self.seed)
             for number, first in enumerate(range(0, len(order), self.samples_per_shard)):
                 keys = order[first : first + self.samples_per_shard]
-                samples = [self._read(key, places[key]) for key in keys]
+                samples = [self._read(key, added[key]) for key in keys]
                 packed = pack_shard(samples, split=split, path=shard_path(split, number))
                 write(self.root / packed.shard.path, packed.data)
                 rows += packed.rows
                 shards.append(packed.shard)
                 accounts += [account for sample in samples for account in _accounts(sample, split)]
-        settings = {"samples_per_shard": self.samples_per_shard, "seed": self.seed}
-        command = f"DatasetWriter({', '.join(f'{name}={value}' for name, value in settings.items())})"
-        origin = {"name": "DatasetWriter", **settings}
+        command = f"DatasetWriter(samples_per_shard={self.samples_per_shard}, seed={self.seed})"
+        origin = {"name": "DatasetWriter", "samples_per_shard": self.samples_per_shard, "seed": self.seed}
         write_tables(self.root, rows, shards, self.categories, accounts, source=origin, command=command)
 
-    def _read(self, image_id: str, place: _Spooled) -> Sample:
+    def _read(self, image_id: str, spooled: _Spooled) -> Sample:
         assert self._spool is not None
-        self._spool.seek(place.start)
-        members = {"jpg": self._spool.read(place.image), "json": self._spool.read(place.json)}
+        self._spool.seek(spooled.start)
+        members = {"jpg": self._spool.read(spooled.image), "json": self._spool.read(spooled.json)}
         return Sample.from_members(image_id, members)
+
+
+def _encode_mask(mask: Any, size: tuple[int, int], where: str, name: str) -> rle.Rle:
+    """Encode a mask of `size`, (height, width), of class `name`."""
+    try:
+        bits = np.asarray(mask)
+    except (TypeError, ValueError) as error:  # rows of different lengths, or a tensor on a GPU
+        hint = "give an array [H, W] of the image's size"
+        raise DatasetError(f"{where}: a mask of {name} is not an array: {hint}") from error
+    if bits.shape != size:
+        problem = f"a mask has the shape {bits.shape}, the image is [H, W] = {size}"
+        raise DatasetError(f"{where}: {problem}: resize the mask to the image first")
+    if not bits.any():
+        raise DatasetError(f"{where}: a mask of {name} has no pixel: leave it out, or give a bbox")
+    return rle.encode(bits)
 
 
 def _categories(classes: Iterable[str | Category]) -> tuple[Category, ...]:
@@ -305,10 +300,11 @@ def _categories(classes: Iterable[str | Category]) -> tuple[Category, ...]:
 def _category(given: Category) -> Category:
     """Return a class as opening a dataset will read it."""
     number = whole(f"the id of class {shown(given.name)}", given.id)
-    texts = {"name": given.name, "mid": given.mid}
-    texts = {key: str(text) if isinstance(text, str) else text for key, text in texts.items()}  # numpy's are subclasses
+    name, mid = (
+        str(text) if isinstance(text, str) else text for text in (given.name, given.mid)
+    )  # numpy's are not str
     try:
-        category = flat(Category, {"id": number, **texts})
+        category = flat(Category, {"id": number, "name": name, "mid": mid})
     except ValueError as error:
         raise DatasetError(f"{error}: give Category(id, name, mid), where name and mid are text") from error
     if not category.name.strip():
@@ -338,8 +334,7 @@ def write_tables(
 ) -> DatasetInfo:
     """Write accounts, card, index and `dataset.json`, in this order, without credentials of URLs.
 
-    The shards are there already. `source`, where the data came from, is JSON; its `name` selects the text of the card,
-    which shows `command`.
+    `source`, where the data came from, is JSON; its `name` selects the text of the card, which shows `command`.
     """
     write(root / ACCOUNTS_FILE, write_accounts(accounts))
     counts = count_classes(rows, categories)
@@ -358,10 +353,9 @@ def finish_dataset(
     plan: str = "",
     source: dict[str, Any] | None = None,
 ) -> DatasetInfo:
-    """Write `index.parquet`, then `dataset.json`: the dataset is finished when this returns.
+    """Write `index.parquet`, then `dataset.json`, to a root that has the shards: the dataset is finished.
 
-    The shards are there already. Rows, shards and categories may be in any order; `source` is JSON. A DatasetError is
-    raised if rows and shards contradict each other.
+    Rows, shards and categories may be in any order. A DatasetError is raised if rows and shards contradict each other.
     """
     shards = sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.path))
     index = index_bytes(rows, {shard.path: shard.samples for shard in shards})

@@ -1,7 +1,7 @@
 """The index of one split as arrays: all that reading and ordering its samples needs.
 
-A column of `index.parquet` is decoded when it is first used, so that a dataset of a million samples opens in a fraction
-of a second. Forked loader processes share the arrays, which nothing writes to.
+A column of `index.parquet` is decoded when it is first used: a dataset of a million samples opens in a fraction of a
+second. Forked loader processes share the arrays, which nothing writes to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shards.common.errors import DatasetError
 from shards.common.shared_arrays import SharedArrays, can_share
 from shards.common.text import counted, one_line
-from shards.format.index_schema import INDEX_SCHEMA, column_fault, schema_fault
+from shards.format.index_schema import INDEX_SCHEMA, check_column, check_schema, index_error
 
 LARGEST_ID = 1_000_000  # of a class: counts per class are arrays of up to this length
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
@@ -41,29 +41,23 @@ class IndexFile:
 
     def __post_init__(self) -> None:
         with self._damaged():
-            fault = schema_fault(pq.read_schema(pa.BufferReader(self.data)))
-        if fault:
-            raise index_error(self.where, fault)
+            check_schema(pq.read_schema(pa.BufferReader(self.data)), self.where)
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         with self._damaged():
             # `pq.read_table` would import pandas: see `_to_numpy`.
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=["shard", "split"])
-            return self._checked(name, file.read([name])[name])
+            column = file.read([name])[name]
+            check_column(name, column, self.where)
+        return column
 
     def table(self) -> pa.Table:
         """Return all columns, schema `INDEX_SCHEMA`."""
         with self._damaged():
             table = pq.read_table(pa.BufferReader(self.data), schema=INDEX_SCHEMA)
             for name in INDEX_SCHEMA.names:
-                self._checked(name, table[name])
+                check_column(name, table[name], self.where)
         return table
-
-    def _checked(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        fault = column_fault(name, column)
-        if fault:
-            raise index_error(self.where, fault)
-        return column
 
     @contextmanager
     def _damaged(self) -> Iterator[None]:
@@ -73,17 +67,11 @@ class IndexFile:
             raise index_error(self.where, f"is not an index in Parquet ({one_line(error)[:200]})") from error
 
 
-def index_error(where: str, fault: str) -> DatasetError:
-    """Return the error for an index that is not in the format."""
-    return DatasetError(f"{where}: {fault}: build the dataset again")
-
-
 @dataclass(frozen=True)
 class Labels:
     """The number of annotations of each class in each of N samples, from list columns with one list per sample.
 
-    Raises:
-        DatasetError: on access to an attribute whose column is not in the format.
+    Access to a column that is not in the format raises a DatasetError.
     """
 
     columns: IndexFile | pa.Table = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
@@ -152,12 +140,7 @@ class Index:
 
     @classmethod
     def read(cls, columns: IndexFile | pa.Table, shard_paths: Sequence[str], where: str = "index") -> Index:
-        """Read the rows of some shards.
-
-        Args:
-            columns: the columns of the whole dataset, in the order of the shards.
-            shard_paths: the shards of one split.
-            where: the file, named in errors.
+        """Read the rows of the shards of one split from the columns of the whole dataset.
 
         Raises:
             DatasetError: the rows are not in the order of the shards, or have invalid offsets or sizes.
@@ -226,7 +209,7 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any sample, its place or length, and with the selection."""
+        """16 hex digits that change with any sample, its offset or length, and with the selection."""
         digest = hashlib.sha256()
         for part in (self.shard, self.offset, self.nbytes, self.crc32):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -236,10 +219,7 @@ class Index:
         return digest.hexdigest()[:16]
 
     def counts(self, column: str, categories: Sequence[Any]) -> dict[int, int]:
-        """Return a total for each category id, as in the shards.
-
-        `column` is `instances`, `masks`, `groups`, or `images` for the number of samples that have the class.
-        """
+        """Return the total of `instances`, `masks`, `groups`, or `images` that have the class, for each category id."""
         assert self.labels is not None, "an index without labels counts nothing"
         weights = None if column == "images" else self.labels.flat(column).astype(np.int64)
         least = max((category.id for category in categories), default=0) + 1
@@ -248,11 +228,7 @@ class Index:
 
 
 def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
-    """Return row numbers [n] of an index of that many samples, ascending and without duplicates, as int64.
-
-    Raises:
-        DatasetError: `rows` are not integers, out of range, or not in order.
-    """
+    """Return row numbers as int64 [n]; a DatasetError if they are no integers, out of range, or not in order."""
     found = np.asarray(rows)
     if found.ndim != 1 or not (len(found) == 0 or np.issubdtype(found.dtype, np.integer)):
         raise DatasetError(
@@ -292,8 +268,7 @@ def _keys(column: Any, where: str) -> pa.Array:
 def _to_numpy(column: Any) -> NDArray[Any]:
     """Return a column of numbers without nulls as an array.
 
-    Arrow's own `to_numpy` imports pandas (as do `pq.read_table` and `pa.array` of a list), which takes a quarter of a
-    second: longer than everything else before the first batch.
+    Arrow's own `to_numpy` imports pandas (as does `pq.read_table`), which takes longer than all else before a batch.
     """
     values = _contiguous(column)
     return np.frombuffer(values.buffers()[1] if len(values) else b"", dtype=str(column.type), count=len(values))

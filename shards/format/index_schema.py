@@ -59,12 +59,8 @@ class IndexRow:
 def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
     """Return the bytes of `index.parquet`, from rows in any order.
 
-    Args:
-        rows: every sample of every shard.
-        shards: path and number of samples of every shard, in the order of the index.
-
-    Raises:
-        DatasetError: rows and shards contradict each other, or a key occurs twice.
+    `shards` is the number of samples of every shard by its path, in the order of the index. A DatasetError is raised if
+    rows and shards contradict each other, or a key occurs twice.
     """
     position = {path: number for number, path in enumerate(shards)}
     ordered = sorted(rows, key=lambda row: (position.get(row.shard, -1), row.offset))
@@ -90,29 +86,31 @@ def parquet_bytes(rows: Sequence[Any], schema: pa.Schema) -> bytes:
     return buffer.getvalue()
 
 
-def schema_fault(found: pa.Schema) -> str:
-    """Return how a file's schema differs from `INDEX_SCHEMA`; "" if it does not. Additional columns are ignored."""
+def index_error(where: str, fault: str) -> DatasetError:
+    """Return the error for an index that is not in the format."""
+    return DatasetError(f"{where}: {fault}: build the dataset again")
+
+
+def check_schema(found: pa.Schema, where: str) -> None:
+    """Raise a DatasetError if a file's schema lacks a column of `INDEX_SCHEMA`; additional columns are ignored."""
     for item in INDEX_SCHEMA:
         if (times := found.names.count(item.name)) != 1:
-            return f"there is no column {item.name}" if not times else f"column {item.name} occurs {times} times"
+            problem = f"column {item.name} occurs {times} times" if times else f"there is no column {item.name}"
+            raise index_error(where, problem)
         kind = found.field(item.name).type
         if not _same(kind, item.type):
-            return f"column {item.name} is {kind}, not {item.type}"
-    return ""
+            raise index_error(where, f"column {item.name} is {kind}, not {item.type}")
 
 
-def column_fault(name: str, column: pa.ChunkedArray) -> str:
-    """Return the fault of a whole column, rows without a value; "" if it has none.
-
-    Raises:
-        pyarrow.ArrowInvalid: strings are not UTF-8.
-    """
+def check_column(name: str, column: pa.ChunkedArray, where: str) -> None:
+    """Raise a DatasetError if a column has rows without a value, pyarrow.ArrowInvalid if strings are not UTF-8."""
     empty = column.null_count
     if pa.types.is_list(column.type):
         empty += sum(chunk.values.null_count for chunk in column.chunks)
     else:
         column.validate(full=True)
-    return f"column {name} has rows without a value" if empty else ""
+    if empty:
+        raise index_error(where, f"column {name} has rows without a value")
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -38,15 +38,10 @@ def jpeg_size(data: bytes, max_pixels: int | None = None, *, decode: bool = True
     """Decode a JPEG to its last byte and return its (width, height) in pixels as stored.
 
     EXIF orientation is ignored. All coded coefficients are read, which is where damage shows; the arithmetic from
-    coefficients to pixels, which cannot fail, is done at an eighth of the size.
-
-    Args:
-        data: the file's bytes.
-        max_pixels: a larger picture is refused. None: Pillow's own limit.
-        decode: False reads the header only.
+    coefficients to pixels, which cannot fail, is done at an eighth of the size. `decode=False` reads the header only.
 
     Raises:
-        ImageError: damaged, of another format, or too large.
+        ImageError: damaged, of another format, or of more than `max_pixels` (None: than Pillow's own limit).
     """
     with pillow_errors(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         width, height = image.size

@@ -83,10 +83,7 @@ def bounds(rle: Rle) -> tuple[float, float, float, float]:
 def runs(rle: Rle) -> NDArray[np.int64]:
     """Return the lengths of a mask's runs, the first of zeros; they are not checked against its size.
 
-    pycocotools decodes the same string without checks; this function is for masks of unknown origin.
-
-    Raises:
-        ValueError: `counts` is not a compressed RLE.
+    Unlike pycocotools, it raises a ValueError if `counts` is not a compressed RLE.
     """
     codes = np.frombuffer(rle.counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     if not len(codes):
@@ -99,8 +96,8 @@ def runs(rle: Rle) -> NDArray[np.int64]:
     lengths = ends - starts + 1
     if lengths.max() > 7:
         raise ValueError("not a compressed RLE: a run of more than 32 bits")
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    digit = np.arange(len(codes)) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((codes & 31) << (5 * digit), starts)
     numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # bit 4 of the last character is the sign
     # From the fourth run on, each is stored as the difference to the previous run of the same value.
     numbers[1::2] = np.cumsum(numbers[1::2])

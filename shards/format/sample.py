@@ -125,8 +125,7 @@ class Sample:
     def picture(self) -> Image.Image:
         """Decode the JPEG to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
 
-        Raises:
-            SampleError: the JPEG is damaged, or larger than Pillow's limit.
+        A SampleError is raised if the JPEG is damaged, or larger than Pillow's limit.
         """
         from PIL import Image
 
@@ -140,10 +139,7 @@ class Sample:
             raise SampleError(f"{name} cannot be decoded: {error}: build the dataset again") from error
 
     def masks(self) -> NDArray[np.bool_]:
-        """Return bool [N, H, W], a mask of the image's size for each of the N instances.
-
-        An instance without a mask has False everywhere; its `segmentation` is None.
-        """
+        """Return bool [N, H, W], a mask for each of the N instances; without a `segmentation`, False everywhere."""
         masks = np.zeros((len(self.instances), self.height, self.width), np.bool_)
         for mask, instance in zip(masks, self.instances, strict=True):
             if instance.segmentation is not None:
@@ -151,11 +147,7 @@ class Sample:
         return masks
 
     def to_members(self) -> dict[str, bytes]:
-        """Return the sample as tar members by extension, in the order of a shard.
-
-        Raises:
-            SampleError: the key is invalid, or a mask has another size than the image.
-        """
+        """Return the tar members by extension, in order; a SampleError if the key or the size of a mask is wrong."""
         if not KEY.fullmatch(self.image_id):
             raise SampleError(f"image id {self.image_id!r}: only 1 to 64 letters, digits, '_' and '-' can key a sample")
         for instance in self.instances:
@@ -175,15 +167,11 @@ class Sample:
 
     @classmethod
     def from_members(cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "") -> Sample:
-        """Parse the members `jpg` and `json` (others are ignored); `where` is named in errors, such as the shard's URL.
-
-        Raises:
-            SampleError: a member is missing or not in the format.
-        """
-        place = f"{where}: sample {image_id}" if where else f"sample {image_id}"
+        """Parse the members `jpg` and `json`; a SampleError, after `where` (the shard's URL), if they are not right."""
+        name = f"{where}: sample {image_id}" if where else f"sample {image_id}"
         for extension in ("jpg", "json"):
             if extension not in members:
-                raise SampleError(f"{place}: there is no {image_id}.{extension}: is the shard truncated?")
+                raise SampleError(f"{name}: there is no {image_id}.{extension}: is the shard truncated?")
         try:
             value = json.loads(bytes(members["json"]))
             return cls(
@@ -195,12 +183,12 @@ class Sample:
                 verified_present=tuple(int(v) for v in value["verified_present"]),
                 verified_absent=tuple(int(v) for v in value["verified_absent"]),
                 rotation=int(value["rotation"]),
-                **{name: str(value[name]) for name in ATTRIBUTION},
+                **{field: str(value[field]) for field in ATTRIBUTION},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             # The repr of a UnicodeError begins with all of the bytes.
             reason = (str(error) if isinstance(error, UnicodeError) else repr(error))[:200]
-            raise SampleError(f"{place}: {image_id}.json is not in the shard format ({reason})") from error
+            raise SampleError(f"{name}: {image_id}.json is not in the shard format ({reason})") from error
 
 
 def canonical_json(value: Any) -> bytes:

@@ -47,13 +47,10 @@ def seeded_order(image_ids: Iterable[str], seed: int) -> list[str]:
 
 
 def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedShard:
-    """Pack samples into one tar, in the order given.
+    """Pack samples into one tar, in the order given; the same samples give the same bytes.
 
-    The same samples give the same bytes, on any machine and at any time. The tar is built in memory, because object
-    stores take an object whole or not at all; the caller limits its size by the samples that it passes.
-
-    Raises:
-        SampleError: a sample cannot be stored (see `Sample.to_members`).
+    The tar is built in memory, because object stores take an object whole or not at all; the caller limits its size by
+    the samples that it passes. A SampleError is raised if one cannot be stored (see `Sample.to_members`).
     """
     buffer = io.BytesIO()
     spans: list[tuple[Sample, int, int]] = []
@@ -110,11 +107,7 @@ class Header:
 
 
 def parse_header(block: bytes | memoryview) -> Header | None:
-    """Parse a header of 512 bytes; None for a block of zeros, which ends a tar.
-
-    Raises:
-        ValueError: it is not a header, or its checksum is wrong.
-    """
+    """Parse a header of 512 bytes; None for zeros, which end a tar; ValueError if it is no header or damaged."""
     block = bytes(block)
     if block.count(0) == BLOCK:
         return None
@@ -136,11 +129,8 @@ def parse_header(block: bytes | memoryview) -> Header | None:
 def parse_members(data: bytes | memoryview, image_id: str, *, where: str) -> dict[str, memoryview]:
     """Return the members of one sample by extension, as views of `data`: its bytes, as delimited by the index.
 
-    Only the name and size of the format's own headers are parsed. `tarfile`, which knows every kind of tar, takes ten
-    times as long (`benchmarks/reads.py`), and training does this for every sample. `where` is the shard, for errors.
-
-    Raises:
-        SampleError: the bytes are not members of this sample.
+    Only the name and size of the format's own headers are parsed: `tarfile` takes ten times as long, for every sample
+    of a training (`benchmarks/reads.py`). A SampleError, with the shard `where`, is raised for members of another one.
     """
     view = memoryview(data)
     members: dict[str, memoryview] = {}

@@ -16,15 +16,13 @@ A batch is computed from the permutation of the chunks and the windows that it t
 a few kilobytes whatever the dataset's size (but whole lanes if images are grouped, and all visits of an epoch if
 samples are repeated).
 
-With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample as often, on average, as its factor, and
-always the same number of samples in total: the number of batches per epoch is constant.
-The visits form passes, each with a sample at most once: every sample, then those that occur twice or more, and so on.
-The chunks of all passes are permuted together, so that the visits of a sample are spread over the epoch while
-neighbours are still read together. Two visits in one window are moved half a window apart. A batch therefore holds a
-sample twice only at the border of two windows, or if a window is shorter than two batches.
+With repeat factors (`shards.order.repeat_factors`) an epoch visits a sample as often, on average, as its factor; the
+number of batches per epoch is constant. The visits form passes, each with a sample at most once: every sample, then
+those that occur twice or more, and so on. The chunks of all passes are permuted together, so that neighbours are still
+read together. Two visits in one window are moved half a window apart: a batch holds a sample twice only at the border
+of two windows, or if a window is shorter than two batches.
 
-Random numbers are a hash (splitmix64) of seed, epoch and place: they are the same with every version of numpy, which
-does not guarantee that for its generators.
+Random numbers are a hash (splitmix64) of seed, epoch and position, which no version of numpy changes.
 """
 
 from __future__ import annotations
@@ -66,9 +64,6 @@ class OrderSettings:
         chunk_bytes: approximate length of the runs that are permuted.
         repeat_threshold: t of the repeat factors (`shards.order.repeat_factors`), 0 to 1: samples with a class that is
             in a smaller share of all samples are repeated. 0 repeats none.
-
-    Raises:
-        DatasetError: a value is not a number, or out of its range.
     """
 
     batch_size: int
@@ -97,10 +92,8 @@ class Order:
     """The endless sequence of global batches over one split.
 
     Attributes:
-        settings: what determines the order, apart from the index.
         samples: N, the number of samples of the split.
         visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
-        fingerprint: the fingerprint of the index.
         indexes: the index of each dataset, here a single one, without labels.
         lanes: `settings.lanes`, or the number of batches of an epoch if that is smaller.
         batches_per_epoch: whole batches of an epoch.
@@ -159,7 +152,7 @@ class Order:
         return np.concatenate(parts)
 
     def _lane(self, lane: int) -> tuple[int, int]:
-        """Return the first and last place (exclusive) of a lane in an epoch; the first lanes hold one batch more."""
+        """Return where a lane begins and ends (exclusive) in an epoch; the first lanes hold one batch more."""
         batches, more = divmod(self.batches_per_epoch, self.lanes)
         first = lane * batches + min(lane, more)
         size = self.settings.batch_size
@@ -179,9 +172,9 @@ class Order:
         """Return the shuffled rows of one window of a lane."""
         first, last = self._lane(lane)
         start = first + number * self.settings.window
-        places = np.arange(start, min(start + self.settings.window, last), dtype=np.int64)
+        numbers = np.arange(start, min(start + self.settings.window, last), dtype=np.int64)
         this = self._epochs.get(epoch, partial(self._permuted, epoch))
-        rows = this.at(places[np.argsort(hashes(places, fold(this.key, _WINDOWS)))])
+        rows = this.at(numbers[np.argsort(hashes(numbers, fold(this.key, _WINDOWS)))])
         return rows if self._units is None else apart(rows)
 
     def _grouped_lane(self, epoch: int, lane: int) -> NDArray[np.int64]:
@@ -195,28 +188,21 @@ class Order:
     def _permuted(self, epoch: int) -> EpochPermutation:
         key = fold(self.settings.seed, epoch)
         if self._units is None:
-            return EpochPermutation.of(key, self._starts, self.samples)
+            return EpochPermutation(key, self._starts, self.samples)
         rows = passes(rounded(self._units, fold(key, _ROUNDING)))
         # A new pass begins a chunk, as a new shard does: wherever a row is not above the previous one.
         number_of_pass = np.cumsum(np.diff(rows, prepend=-1) <= 0)
         (index,) = self.indexes
         shard = number_of_pass * (int(index.shard.max()) + 1) + index.shard[rows]
         starts = chunk_starts(shard, index.nbytes[rows], self.settings.chunk_bytes)
-        return EpochPermutation.of(key, starts, len(rows), rows)
+        return EpochPermutation(key, starts, len(rows), rows)
 
 
 class EvaluationOrder:
     """A finite sequence of batches that visits every sample exactly once, in the order of the index.
 
-    Batches are runs of neighbours; the last one may be smaller.
-
-    Attributes:
-        indexes: the index of each dataset, here a single one, without labels.
-
-    Args:
-        index: the index of the split.
-        batch_size: at least 1.
-        rows: the rows of the index to visit, int64 [n], ascending; None for all.
+    Batches are runs of neighbours; the last one may be smaller. `rows` are the rows of the index to visit, int64 [n],
+    ascending; None for all.
     """
 
     def __init__(self, index: Index, batch_size: int, rows: NDArray[np.int64] | None = None) -> None:
@@ -243,15 +229,9 @@ class EvaluationOrder:
 def positions(
     start: int, *, rank: int, world: int, worker: int = 0, workers: int = 1, stop: int | None = None
 ) -> Iterator[int]:
-    """Return the positions that one loader process of one rank reads, from `start` on.
+    """Return the positions that loader process `worker` of a rank's `workers` reads, from `start` to before `stop`.
 
     The batches of a rank are dealt to its workers in turn, which is the order in which a torch `DataLoader` asks them.
-
-    Args:
-        start: the first position of all ranks.
-        rank, world: rank of the process, and the number of ranks.
-        worker, workers: number of the loader process from 0, and how many the rank has.
-        stop: the end of all positions, exclusive; None for an endless sequence.
     """
     first, step = start + rank + world * worker, world * workers
     return count(first, step) if stop is None else iter(range(first, stop, step))
@@ -265,7 +245,7 @@ class _Recent(Generic[T]):
     values: dict[Hashable, T] = field(default_factory=dict)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the value of a key, computed if it is not kept."""
+        """Return the value of a key, made if it is not kept."""
         value = self.values.get(key)
         if value is None:
             value = self.values[key] = make()

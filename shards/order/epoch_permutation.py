@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,42 +10,38 @@ from shards.common.splitmix import fold, hashes
 _CHUNKS, _TURN = 1, 2  # the purpose of a hash: no two uses of an epoch's key are equal
 
 
-@dataclass(frozen=True)
 class EpochPermutation:
-    """The permuted chunks of an epoch."""
+    """The permuted chunks of an epoch, with `key`, from which all its random numbers are made.
 
-    key: np.uint64  # of all its random numbers
-    first: NDArray[np.int64]  # [C], where each chunk begins in the unpermuted sequence of visits, in permuted order
-    ends: NDArray[np.int64]  # [C], where each chunk ends in the permuted sequence
-    turn: int  # by how many places the permuted sequence is rotated
-    visits: int  # the length of the sequence
-    rows: NDArray[np.int64] | None  # [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
+    Args:
+        key: of the epoch.
+        starts: int64 [C], where each chunk begins in the unpermuted sequence.
+        visits: the length of the sequence.
+        rows: int64 [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
+    """
 
-    @classmethod
-    def of(
-        cls, key: np.uint64, starts: NDArray[np.int64], visits: int, rows: NDArray[np.int64] | None = None
-    ) -> EpochPermutation:
-        """Permute the chunks that begin at `starts`, int64 [C]."""
+    def __init__(
+        self, key: np.uint64, starts: NDArray[np.int64], visits: int, rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self.key, self._visits, self._rows = key, visits, rows
         chunks = np.argsort(hashes(np.arange(len(starts)), fold(key, _CHUNKS)), kind="stable")
-        lengths = np.diff(starts, append=visits)[chunks]
-        return cls(key, starts[chunks], np.cumsum(lengths), int(fold(key, _TURN) % np.uint64(visits)), visits, rows)
+        self._first = starts[chunks]  # [C], in permuted order
+        self._ends = np.cumsum(np.diff(starts, append=visits)[chunks])  # [C], in the permuted sequence
+        self._turn = int(fold(key, _TURN) % np.uint64(visits))  # by which the permuted sequence is rotated
 
-    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of the index, int64 [n], at some places of the permuted and rotated sequence."""
-        places = (places + self.turn) % self.visits
-        chunk = np.searchsorted(self.ends, places, side="right")
-        before = np.concatenate([[0], self.ends])[chunk]
-        found: NDArray[np.int64] = self.first[chunk] + places - before
-        return found if self.rows is None else self.rows[found]
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of the index, int64 [n], at some positions of the permuted and rotated sequence."""
+        positions = (positions + self._turn) % self._visits
+        chunk = np.searchsorted(self._ends, positions, side="right")
+        before = np.concatenate([[0], self._ends])[chunk]
+        found: NDArray[np.int64] = self._first[chunk] + positions - before
+        return found if self._rows is None else self._rows[found]
 
 
 def chunk_starts(shard: NDArray[np.integer], nbytes: NDArray[np.int64], chunk_bytes: int) -> NDArray[np.int64]:
     """Return the first row of each chunk, int64 [C], ascending; a chunk is a run of about `chunk_bytes` in one shard.
 
-    Args:
-        shard: [N], the shard of each row, N at least 1; equal values are neighbours.
-        nbytes: [N], the length of each row in its shard.
-        chunk_bytes: at least 1.
+    `shard` and `nbytes`, [N], are the shard of each row (equal ones are neighbours) and its length; N is at least 1.
     """
     before = np.cumsum(nbytes) - nbytes
     new_shard = np.flatnonzero(np.diff(shard, prepend=shard[0] - 1))
@@ -61,14 +55,8 @@ def chunk_starts(shard: NDArray[np.integer], nbytes: NDArray[np.int64], chunk_by
 def grouped(kind: NDArray[np.bool_], batch_size: int) -> NDArray[np.int64]:
     """Rearrange positions so that each batch holds one kind, except for at most one mixed batch at the end.
 
-    Batches are sorted by the position of their last member, which keeps reading close to the given order.
-
-    Args:
-        kind: bool [n], n a multiple of `batch_size`.
-        batch_size: at least 1.
-
-    Returns:
-        int64 [n], a permutation of 0 to n - 1.
+    Batches are sorted by the position of their last member, which keeps reading close to the given order. `kind` is
+    bool [n], n a multiple of `batch_size`; the result is int64 [n], a permutation of 0 to n - 1.
     """
     full, left = [], []
     for value in (False, True):

@@ -18,15 +18,7 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume with another order.
-
-    Args:
-        saved: `order.identity()` of the stream when the position was saved, as it was or from JSON.
-        now: `order.identity()` of the stream that resumes.
-
-    Raises:
-        DatasetError: they differ; the message has the first key that differs and both values.
-    """
+    """Raise a DatasetError if `order.identity()` of a saved position, as it was or from JSON, is another one now."""
     if not isinstance(saved, Mapping):
         raise DatasetError(f"identity is {shown(saved)}: give what order.identity() returned")
     if (found := first_difference(saved, now)) is not None:

@@ -68,11 +68,7 @@ class Mix:
         return self.datasets[0].categories
 
     def indexes(self, split: str) -> tuple[Index, ...]:
-        """Return the split's index of each dataset.
-
-        Raises:
-            DatasetError: a dataset has no such split, or no sample in it.
-        """
+        """Return the split's index of each dataset; a DatasetError if one has no such split, or no sample in it."""
         ids = {category.name: category.id for category in self.categories}
         found = []
         for dataset in self.datasets:
@@ -90,7 +86,6 @@ class MixedOrder:
     """The endless sequence of global batches over several splits; see `Order`.
 
     Attributes:
-        settings: what determines the order, apart from the indexes and the weights.
         weights: the smallest whole numbers in the same proportion.
         lanes: `settings.lanes`, or fewer, so that a lane of every split holds its share of at least two batches.
         indexes: the index of each dataset, without labels.
@@ -142,27 +137,23 @@ class MixedOrder:
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the smallest whole numbers in the same proportion; a weight of 0.1 is exactly one tenth.
-
-    Raises:
-        DatasetError: a weight is less than a millionth of the others.
-    """
+    """Return the smallest whole numbers in the same proportion; a weight of 0.1 is exactly one tenth."""
     exact = [Fraction(str(weight)).limit_denominator(10**6) for weight in weights]
     whole = [int(weight * lcm(*(w.denominator for w in exact))) for weight in exact]
     common = int(np.gcd.reduce(whole))
     if min(whole) < 1:
-        problem = "the smallest is below a millionth: leave that dataset out"
-        raise DatasetError(f"weights of a mix {tuple(weights)}: {problem}")
+        raise DatasetError(
+            f"weights of a mix {tuple(weights)}: the smallest is below a millionth: leave that dataset out"
+        )
     return tuple(number // common for number in whole)
 
 
 def apportion(total: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """Return how many of the first `total` samples come from each dataset.
+    """Return how many of the first `total` samples come from each dataset; the weights are above 0.
 
     Each dataset takes its share, rounded down, of what the datasets before it have left. The counts therefore add up to
-    `total`, and no count decreases when `total` grows: sample number `total` belongs to the count that grows next. The
-    rounding errors accumulate, so that the last of n counts may differ from its share by up to n - 1, and none by more.
-    `total` is not negative; the weights are above 0.
+    `total`, and none decreases when `total` grows: sample number `total` belongs to the count that grows next. Rounding
+    errors accumulate, so that the last of n counts may differ from its share by up to n - 1, and none by more.
     """
     counts = []
     left, weight_left = total, sum(weights)

@@ -28,12 +28,8 @@ UNIT = 2**20  # one visit, in the units in which factors are summed
 def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
     """Return how often each sample is visited on average, float64 [N], at least 1.
 
-    Args:
-        index: with labels; if classes are selected, only these count.
-        threshold: t, above 0 and at most 1. A class that is in a smaller share of the samples is repeated.
-
-    Raises:
-        DatasetError: `threshold` is out of its range, or the index has no labels.
+    If classes are selected, only these count. A DatasetError is raised if `threshold`, t, is not above 0 and at most 1,
+    or if the index has no labels.
     """
     if not 0 < threshold <= 1:
         raise DatasetError(f"repeat_threshold is {threshold}: it must be above 0 and at most 1")
@@ -63,10 +59,7 @@ def visits_of_an_epoch(units: NDArray[np.int64]) -> int:
 
 
 def rounded(units: NDArray[np.int64], key: np.uint64) -> NDArray[np.int64]:
-    """Return how often each sample is visited in one epoch, int64 [N]: its factor rounded down or up.
-
-    `units`, int64 [N], are the factors in units of 1 / `UNIT`; `key` is that of the epoch's random numbers.
-    """
+    """Return how often each sample is visited in one epoch, int64 [N]: its factor, in `units`, rounded down or up."""
     order = np.argsort(hashes(np.arange(len(units)), fold(key, 1)))
     sums = (np.cumsum(units[order]) + int(fold(key, 2) % np.uint64(UNIT))) // UNIT
     visits = np.empty(len(units), dtype=np.int64)
