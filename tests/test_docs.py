@@ -1,25 +1,27 @@
 """The pages of docs/ against the tree: commands, links, names of files, options, code and messages."""
 
 import ast
-import importlib
 import importlib.util
 import os
 import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import builder.commands.cli
-import builder.commands.options
 import maskstream.cli
 import shards.inspect.cli
+from builder.commands.options import make_parser as make_build_parser
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from shards.format.dataset import open_dataset
+from shards.inspect.cli import make_parser as make_inspect_parser
 from shards.stream.streams import ShardStream
 from tests.support import REPOSITORY
 from trainer.config.yaml_config import load_config
@@ -28,11 +30,11 @@ DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 # Pages whose indented lines are commands, all of them.
 GUIDES = ("getting-started", "open-images-on-aws", "several-gpus", "private-bucket", "coming-from-matterport")
-TRAINER = {
-    f"trainer/{name}.py": importlib.import_module(f"trainer.commands.{name}").parse
-    for name in ("train", "evaluate", "predict", "compare")
+PARSE: dict[str, Any] = {
+    **{name: import_module(f"trainer.commands.{name}").parse for name in ("train", "evaluate", "predict", "compare")},
+    "build": make_build_parser().parse_args,
+    "inspect": make_inspect_parser().parse_args,
 }
-PARSERS = {"build-shards": builder.commands.options.make_parser, "inspect-shards": shards.inspect.cli.make_parser}
 COMMAND_NAMES = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")
 OTHERS = ("aws", "cd", "export", "git", "make", "pip", "tensorboard")
 
@@ -79,25 +81,20 @@ def test_a_command_is_one_that_its_parser_takes(words: list[str], monkeypatch: p
     if "..." in words:  # what the pages before have in full
         at = words.index("...")
         words = [*words[:at], "--data.shards", "s3://bucket/prefix", *words[at + 1 :]]
-    if words[0] == "maskstream":
-        name = words[1]
-        words = [
-            *([f"{name}-shards"] if name in ("build", "inspect") else ["python", f"trainer/{name}.py"]),
-            *words[2:],
-        ]
-    if words[0] in PARSERS:
-        PARSERS[words[0]]().parse_args(words[1:])
-    elif words[0] == "accelerate":
-        assert words[1] in ("launch", "config")
-        if words[1] == "launch":
-            launched = launch_command_parser().parse_args(words[2:])
-            TRAINER[launched.training_script](launched.training_script_args)
-    elif words[1] in TRAINER:
-        TRAINER[words[1]](words[2:])
-    elif words[1] == "-m":
-        assert words[2] == "venv" or importlib.util.find_spec(words[2]) is not None
+    program, *more = words
+    if words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        PARSE[Path(launched.training_script).stem](launched.training_script_args)
+    elif program == "maskstream":
+        PARSE[more[0]](more[1:])
+    elif program.endswith("-shards"):
+        PARSE[program.removesuffix("-shards")](more)
+    elif more[0].startswith("trainer/"):
+        PARSE[Path(more[0]).stem](more[1:])
+    elif more[0] == "-m":
+        assert more[1] == "venv" or importlib.util.find_spec(more[1]) is not None
     else:
-        assert (REPOSITORY / words[1]).is_file(), words[1]
+        assert words == ["accelerate", "config"] or (REPOSITORY / more[0]).is_file(), more[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

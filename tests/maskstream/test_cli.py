@@ -41,14 +41,6 @@ def test_a_wrong_command_or_option_is_one_line(
     assert message in error
 
 
-@pytest.mark.parametrize("command", ["build", "inspect"])
-def test_build_and_inspect_are_the_other_two_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
-    assert ended.value.code == 0
-    assert f"{command}-shards" in capsys.readouterr().out
-
-
 SHARDS = ["--data.shards", "s3://bucket/prefix"]
 TWO_GPUS = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 TWO_GPUS += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -105,12 +97,14 @@ def test_a_launched_command_has_the_exit_status_and_the_message_of_its_ranks(tmp
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_help_of_a_command_names_it_as_it_was_started(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for main, program in (
-        (lambda: cli.main([name, "--help"]), f"maskstream {name}"),
-        (lambda: import_module(f"trainer.commands.{name}").main(["--help"]), f"{name}.py"),
-    ):
+    builds = name in ("build", "inspect")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert (f"{name}-shards" if builds else f"usage: maskstream {name} [options]") in capsys.readouterr().out
+    if not builds:
         with pytest.raises(SystemExit):
-            main()
-        assert capsys.readouterr().out.startswith(f"usage: {program} [options]")
+            import_module(f"trainer.commands.{name}").main(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {name}.py [options]")

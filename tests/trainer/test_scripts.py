@@ -12,6 +12,7 @@ from tests.support import REPOSITORY
 from tests.trainer import tiny
 
 NAMES = ("train", "evaluate", "predict", "compare")
+LAUNCHER = ["-m", "accelerate.commands.launch"]
 
 # Stands for trainer/commands/NAME.py of a checkout: reports where it was imported from, here and in loader processes.
 MODULE = """
@@ -45,27 +46,19 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def run(*words: object) -> list[str]:
-    """Run python from another folder, with the first checkout on PYTHONPATH, as an installation would put it."""
-    command = [sys.executable, *map(str, words)]
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        *((name, before) for name in NAMES for before in ([], ["-P"])),
+        pytest.param("train", [*LAUNCHER, *tiny.launch_options(1), "--cpu"], marks=pytest.mark.slow, id="launched"),
+    ],
+)
+def test_a_script_and_its_loader_processes_import_their_own_checkout(
+    checkout: Path, name: str, before: list[str]
+) -> None:
+    """Run from another folder, with the first checkout on PYTHONPATH, as an installation would put it."""
+    methods = ["spawn", "forkserver"] if name == "train" else []
+    command = [sys.executable, *before, str(checkout / "trainer" / f"{name}.py"), *methods]
     done = subprocess.run(command, env=tiny.environment(), cwd=os.sep, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("safe_path", [[], ["-P"]], ids=["default", "safe-path"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_script_and_its_loader_processes_import_their_own_checkout(
-    checkout: Path, name: str, safe_path: list[str]
-) -> None:
-    expected = f"{checkout}/trainer/commands/{name}.py []"
-    methods = ["spawn", "forkserver"] if name == "train" else []
-    lines = run(*safe_path, checkout / "trainer" / f"{name}.py", *methods)
-    assert lines == [expected] * (1 + len(methods))
-
-
-@pytest.mark.slow
-def test_a_launched_script_imports_its_own_checkout(checkout: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", *tiny.launch_options(1), "--cpu"]
-    lines = run(*launch, checkout / "trainer" / "train.py", "spawn")
-    assert lines == [f"{checkout}/trainer/commands/train.py []"] * 2
+    assert done.stdout.splitlines() == [f"{checkout}/trainer/commands/{name}.py []"] * (1 + len(methods))
