@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -48,9 +47,11 @@ def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resu
     assert "KeyboardInterrupt" not in err
     assert not (tmp_path / "runs" / "two").exists()
 
+    before = signal.getsignal(signal.SIGTERM)
     tiny.send_sigterm(monkeypatch, step=step + 1)
     with caplog.at_level(logging.INFO, logger="trainer"):
         assert train.main(tiny.arguments(dataset, run, **settings)) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
     assert f"continuing {run} from step {step}" in caplog.text
     assert [row["step"] for row in tiny.rows(run / "metrics.jsonl")] == list(range(1, step + 2))
 
@@ -76,9 +77,9 @@ def test_launch_returns_the_status_of_the_rank_that_failed_first(tmp_path: Path)
     assert launcher.launch(script, [], tiny.launch_options(2), []) == 7
 
 
-@pytest.mark.parametrize(
-    ("launcher_status", "left", "noted", "expected"),
-    [
+def test_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launcher.RANKS, str(tmp_path))
+    for of_launcher, of_ranks, noted, expected in (
         (0, [], [], 0),
         (0, [], [signal.SIGINT], 0),  # it came too late
         (1, [], [], 1),
@@ -86,20 +87,12 @@ def test_launch_returns_the_status_of_the_rank_that_failed_first(tmp_path: Path)
         (1, [143], [signal.SIGINT], 130),  # every signal is passed on as SIGTERM
         (1, [], [signal.SIGTERM], 143),
         (1, [2], [signal.SIGTERM], 2),  # what the signal asked to be saved is not saved
-    ],
-)
-def test_exit_status(
-    launcher_status: int,
-    left: list[int],
-    noted: list[int],
-    expected: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(launcher.RANKS, str(tmp_path))
-    for status in left:
-        launcher.leave_status(status)
-    assert launcher._exit_status(launcher_status, tmp_path / launcher.STATUS, noted) == expected
+    ):
+        (tmp_path / launcher.STATUS).unlink(missing_ok=True)
+        for status in of_ranks:
+            launcher.leave_status(status)
+        found = launcher._exit_status(of_launcher, tmp_path / launcher.STATUS, noted)
+        assert found == expected, (of_launcher, of_ranks, noted)
 
 
 def test_a_rank_is_registered_until_it_exits(tmp_path: Path) -> None:
@@ -111,21 +104,22 @@ def test_a_rank_is_registered_until_it_exits(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_exited_or_is_another_users_receives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "kill", Mock(side_effect=[ProcessLookupError, PermissionError]))
-    launcher.pass_on(1, [1, 2], Counter())
-
-
 def test_each_signal_is_passed_on_to_each_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
     received: Counter[int] = Counter()
-    monkeypatch.setattr(os, "kill", lambda pid, number: received.update([pid]))
+
+    def kill(pid: int, number: int) -> None:
+        received[pid] += 1
+        if pid > 2:  # it exited, or is another user's
+            raise {3: ProcessLookupError, 4: PermissionError}[pid]
+
+    monkeypatch.setattr(os, "kill", kill)
     sent: Counter[int] = Counter()
     for signals, ranks, expected in (
         (0, [1], {}),
         (1, [1], {1: 1}),
         (1, [1, 2], {1: 1, 2: 1}),  # rank 2 started after the signal
-        (2, [1, 2], {1: 2, 2: 2}),
-        (2, [1, 2], {1: 2, 2: 2}),
+        (2, [1, 2, 3, 4], {1: 2, 2: 2, 3: 2, 4: 2}),
+        (2, [1, 2], {1: 2, 2: 2, 3: 2, 4: 2}),
     ):
         launcher.pass_on(signals, ranks, sent)
         assert received == expected

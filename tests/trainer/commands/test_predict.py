@@ -47,19 +47,17 @@ def test_predict_writes_pictures_and_coco_json(
     out = tmp_path / "out"
     predicted(checkpoint, out, "--score", 0.1, *images)
     text = capsys.readouterr().out
-    for name in ("street.jpg", "grey.jpg", "street-2.jpg", "predictions.json"):
-        assert str(out / name) in text
+    pictures = ["street.jpg", "grey.jpg", "street-2.jpg"]
+    assert all(str(out / name) in text for name in [*pictures, "predictions.json"])
     with Image.open(out / "street.jpg") as picture, Image.open(images[0]) as source:
         factor = picture.width // source.width
         assert picture.size == (source.width * factor, source.height * factor)
         assert np.asarray(picture).std() > 5
 
     coco = COCO(str(out / "predictions.json"))
-    pictures = ["street.jpg", "grey.jpg", "street-2.jpg"]
     expected = list(zip(map(str, images), pictures, strict=True))
     assert [(entry["file_name"], entry["picture"]) for entry in coco.dataset["images"]] == expected
-    categories = [Category(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]]
-    assert categories == list(tiny.CATEGORIES)
+    assert [Category(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]] == list(tiny.CATEGORIES)
     found = coco.dataset["annotations"]
     assert {a["image_id"] for a in found} == {1, 2, 3}
     for annotation in found:
@@ -74,32 +72,23 @@ def test_predict_writes_pictures_and_coco_json(
     assert coco.loadRes(found).dataset["annotations"]
 
 
-def test_an_image_that_cannot_be_read_is_skipped(
+def test_an_image_that_cannot_be_read_is_skipped_and_a_thin_one_is_not(
     checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = tmp_path / "broken.jpg"
+    missing, broken, text, thin = (tmp_path / name for name in ("missing.jpg", "broken.jpg", "text.jpg", "thin.png"))
     broken.write_bytes(images[0].read_bytes()[:200])
-    text, missing, out = tmp_path / "text.jpg", tmp_path / "missing.jpg", tmp_path / "out"
     text.write_text("not an image")
-    sources = [str(place) for place in (missing, broken, text, images[0])]
-    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *sources]) == 1
+    Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
+    sources = [str(place) for place in (missing, broken, text, thin, images[0])]
+    assert predict.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *sources]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == f"predict: {missing}: there is no such object"
     assert re.match(f"predict: {broken}: .*cannot be decoded", errors[1])
     assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: not in a format that Pillow reads"
     assert len(errors) == 3
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg"]
-
-
-def test_a_very_thin_image_is_processed(
-    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    thin, out = tmp_path / "thin.png", tmp_path / "out"
-    Image.new("RGB", (600, 3), "red").save(thin)  # 64 x 0 pixels by torchvision's resize
-    entry = predicted(checkpoint, out, "--score", 0, thin, images[0])["images"][0]
-    assert capsys.readouterr().err == ""
-    assert (entry["width"], entry["height"]) == (600, 3)
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.json", "street.jpg", "thin.jpg"]
+    entries = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    assert [(entry["picture"], entry["width"]) for entry in entries] == [("thin.jpg", 600), ("street.jpg", 72)]
+    assert all((tmp_path / "out" / entry["picture"]).exists() for entry in entries)
 
 
 def test_images_checkpoint_and_out_can_be_urls(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Resuming a run, and what refuses to. `test_two_ranks.py` shows that a resumed run equals an uninterrupted one."""
 
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,27 @@ from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.model.checkpoint import load, open_checkpoint
-from trainer.run.runlog import RunLog
 
 QUICK: dict[str, Any] = {"train__steps_per_epoch": 1, "data__val_split": ""}
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-def test_a_signal_ends_the_run_saved(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    tiny.send_sigterm(monkeypatch, step=2)
-    assert train.main(tiny.arguments(dataset, tmp_path)) == 128 + signal.SIGTERM
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"train: stopped by a signal after step 2, which is saved in {tmp_path}")
-    assert open_checkpoint(str(tmp_path)).step == 2
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_run_continues_with_more_epochs_and_logs_when_it_is_finished(
+def test_a_run_continues_with_more_epochs_and_new_settings_and_logs_when_it_is_finished(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run(epochs: int) -> None:
-        assert train.main(tiny.arguments(dataset, tmp_path, train__epochs=epochs, train__steps_per_epoch=1)) == 0
+    def run(epochs: int, **changes: Any) -> None:
+        arguments = tiny.arguments(dataset, tmp_path, train__epochs=epochs, train__steps_per_epoch=1, **changes)
+        assert train.main(arguments) == 0
 
     run(1)
-    run(2)
+    run(2, optim__momentum=0.5, optim__weight_decay=0.25)
     metrics, evaluations = tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl"
     assert [row["step"] for row in tiny.rows(metrics)] == [row["step"] for row in tiny.rows(evaluations)] == [1, 2]
+    optimizer = load(Location(str(tmp_path)) / "checkpoints/step-000002").optimizer
+    assert optimizer is not None
+    [group] = optimizer["param_groups"]
+    assert (group["momentum"], group["weight_decay"], bool(optimizer["state"])) == (0.5, 0.25, True)
     before = metrics.read_bytes()
     # An evaluation that was interrupted is repeated.
     rows = evaluations.read_text().splitlines(keepends=True)
@@ -107,34 +98,3 @@ def test_a_run_folder_of_other_settings_is_refused(
         assert difference in error
         assert "give another --run.dir" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
-
-
-def test_new_settings_of_the_optimizer_apply_to_a_resumed_run(dataset: Path, tmp_path: Path) -> None:
-    assert train.main(tiny.arguments(dataset, tmp_path, **QUICK)) == 0
-    changed = {"optim__momentum": 0.5, "optim__weight_decay": 0.25}
-    assert train.main(tiny.arguments(dataset, tmp_path, **QUICK, **changed, train__epochs=2)) == 0
-    optimizer = load(Location(str(tmp_path)) / "checkpoints/step-000002").optimizer
-    assert optimizer is not None
-    [group] = optimizer["param_groups"]
-    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
-    assert optimizer["state"]
-
-
-def test_a_run_that_dies_before_it_logs_an_evaluation_repeats_it(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Crash(BaseException):
-        pass
-
-    def crash(log: RunLog, row: dict[str, Any]) -> None:
-        raise Crash
-
-    arguments = tiny.arguments(dataset, tmp_path, train__steps_per_epoch=1)
-    with monkeypatch.context() as patched:
-        patched.setattr(RunLog, "add_evaluation", crash)
-        with pytest.raises(Crash):
-            train.main(arguments)
-    assert not tiny.rows(tmp_path / "evaluations.jsonl")
-    assert train.main(arguments) == 0
-    [row] = tiny.rows(tmp_path / "evaluations.jsonl")
-    assert row["step"] == open_checkpoint(str(tmp_path / "best")).step == 1

@@ -1,10 +1,14 @@
 """Annotated images and detections made of rectangles, by hand or at random."""
 
+from typing import Any, TypeVar
+
 import numpy as np
 
 from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
+from trainer.metrics.metric import PerImageMetric
+from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 
 PERSON, CAR, MAN = 1, 2, 5
@@ -12,6 +16,7 @@ CATEGORIES = (Category(PERSON, "Person", "/m/p"), Category(CAR, "Car", "/m/c"), 
 SIZE = 200
 Box = tuple[float, float, float, float]  # x, y, w, h
 Pair = tuple[Sample, Detections]
+Result = TypeVar("Result")
 
 
 def filled(box: Box) -> rle.Rle:
@@ -36,6 +41,13 @@ def found(*entries: tuple[int, Box, float]) -> Detections:
     boxes = np.array([(x, y, x + w, y + h) for _, (x, y, w, h), _ in entries], np.float32).reshape(-1, 4)
     labels, scores = np.array([e[0] for e in entries], np.int64), np.array([e[2] for e in entries], np.float32)
     return Detections(boxes, labels, scores, tuple(filled(box) for _, box, _ in entries))
+
+
+def evaluate(metric: PerImageMetric[Any, Result], *pairs: Pair) -> Result:
+    metric.process([EvaluatedImage(*pair) for pair in pairs])
+    result = metric.evaluate()
+    assert result is not None
+    return result
 
 
 def random_pairs(seed: int, images: int) -> list[Pair]:

@@ -4,17 +4,12 @@ import numpy as np
 import pytest
 
 from tests.trainer.metrics.reference import pycocotools_stats
-from tests.trainer.metrics.scenes import CATEGORIES, Pair, found, instance, random_pairs, sample
+from tests.trainer.metrics.scenes import CATEGORIES, Pair, evaluate, found, instance, random_pairs, sample
 from trainer.metrics.coco import SUMMARY, CocoMetric, CocoResult, Scores
-from trainer.metrics.overlaps import EvaluatedImage
 
 
 def score(*pairs: Pair) -> CocoResult:
-    metric = CocoMetric(CATEGORIES)
-    metric.process([EvaluatedImage(*pair) for pair in pairs])
-    result = metric.evaluate()
-    assert result is not None
-    return result
+    return evaluate(CocoMetric(CATEGORIES), *pairs)
 
 
 def numbers(scores: Scores) -> list[float]:

@@ -36,6 +36,12 @@ def test_compute_ap_by_hand() -> None:
     assert score([(1, A)], [(2, A, 0.9)])[0] == 0
     assert score([(1, A)], [(1, (0, 0, 10, 5), 0.9)])[0] == 1  # half is enough
     assert score([(1, A)], [(1, (0, 0, 10, 5), 0.9)], iou_threshold=0.51)[0] == 0
+    # Without predictions, and without objects.
+    value, precisions, recalls, overlaps = score([(1, A)], [])
+    assert (value, precisions.tolist(), recalls.tolist(), overlaps.shape) == (0, [0, 0], [0, 1], (0, 1))
+    for predicted in ([], [(1, A, 0.9)]):
+        value, _, _, overlaps = score([], predicted)
+        assert (np.isnan(value), overlaps.shape) == (True, (len(predicted), 0))
 
 
 def test_an_object_is_found_once() -> None:
@@ -81,15 +87,6 @@ def test_arrays_that_do_not_fit_together_are_an_error() -> None:
     assert compute_ap(boxes, ids, masks, [], [], [], np.zeros((9, 9, 0)))[0] == 0
     padded = np.concatenate([boxes, np.zeros((1, 4))])
     assert compute_ap(boxes, ids, masks, padded, [1, 1, 0], [0.9, 0.8, np.nan], masks[:, :, [0, 1, 0]])[0] == 1
-
-
-def test_compute_ap_without_objects_or_predictions() -> None:
-    value, precisions, recalls, overlaps = score([(1, A)], [])
-    assert (value, precisions.tolist(), recalls.tolist(), overlaps.shape) == (0, [0, 0], [0, 1], (0, 1))
-    for predicted in ([], [(1, A, 0.9)]):
-        value, _, _, overlaps = score([], predicted)
-        assert np.isnan(value)
-        assert overlaps.shape == (len(predicted), 0)
 
 
 def test_compute_ap_range(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +152,7 @@ def test_arguments_are_those_of_matterport() -> None:
         (compute_ap_range, arrays_of.format("", "") + " iou_thresholds=None verbose=1"),
         (compute_recall, "pred_boxes gt_boxes iou"),
     ):
-        parameters = []
-        for one in inspect.signature(function).parameters.values():
-            assert one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}")
-        assert " ".join(parameters) == names
+        parameters = inspect.signature(function).parameters.values()
+        assert {one.kind for one in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+        texts = [one.name if one.default is one.empty else f"{one.name}={one.default!r}" for one in parameters]
+        assert " ".join(texts) == names

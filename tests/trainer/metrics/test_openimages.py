@@ -12,20 +12,9 @@ from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance
 from shards.storage.location import Location
+from tests.trainer.metrics import scenes
 from tests.trainer.metrics.reference import open_images_ap
-from tests.trainer.metrics.scenes import (
-    CAR,
-    CATEGORIES,
-    MAN,
-    PERSON,
-    SIZE,
-    Box,
-    Pair,
-    found,
-    instance,
-    random_pairs,
-    sample,
-)
+from tests.trainer.metrics.scenes import CAR, CATEGORIES, MAN, PERSON, Box, Pair, found, instance, sample
 from trainer.metrics.hierarchy import read_parents
 from trainer.metrics.openimages import OUTCOMES, UNVERIFIED, OpenImagesMetric, OpenImagesResult, Parents, match
 from trainer.metrics.overlaps import EvaluatedImage, compute_overlaps
@@ -33,7 +22,7 @@ from trainer.model.inference import Detections
 
 PARENTS: Parents = {MAN: (PERSON,)}
 A, B, C, D = (0, 0, 10, 10), (20, 0, 10, 10), (0, 20, 10, 10), (20, 20, 10, 10)
-NO_PIXEL = rle.encode(np.zeros((SIZE, SIZE), np.uint8))
+NO_PIXEL = rle.encode(np.zeros((scenes.SIZE, scenes.SIZE), np.uint8))
 
 
 def persons(*boxes: Box) -> Detections:
@@ -42,11 +31,7 @@ def persons(*boxes: Box) -> Detections:
 
 
 def score(*pairs: Pair, parents: Parents | None = None) -> OpenImagesResult:
-    metric = OpenImagesMetric(CATEGORIES, parents)
-    metric.process([EvaluatedImage(*pair) for pair in pairs])
-    result = metric.evaluate()
-    assert result is not None
-    return result
+    return scenes.evaluate(OpenImagesMetric(CATEGORIES, parents), *pairs)
 
 
 def aps(*pairs: Pair, parents: Parents | None = None) -> list[float | None]:
@@ -132,8 +117,7 @@ def test_classes_without_an_object_with_a_mask_have_no_ap() -> None:
 
 
 def test_detections_of_an_unverified_class_are_ignored() -> None:
-    truth = (sample(instance(PERSON, B), name="truth"), found((PERSON, B, 0.5)))
-    wrong = found((PERSON, C, 0.9))
+    truth, wrong = (sample(instance(PERSON, B), name="truth"), found((PERSON, B, 0.5))), found((PERSON, C, 0.9))
     for one, ap in (
         (sample(name="unknown"), 1),
         (sample(instance(CAR, A), name="another class"), 1),
@@ -142,8 +126,16 @@ def test_detections_of_an_unverified_class_are_ignored() -> None:
         (sample(instance(PERSON, D, mask=False, group=True), name="annotated"), 0.5),
     ):
         result = score(truth, (one, wrong))
-        assert result.classes[0].ap == ap, one.image_id
-        assert result.count(UNVERIFIED) == (ap == 1), one.image_id
+        assert (result.classes[0].ap, result.count(UNVERIFIED)) == (ap, ap == 1), one.image_id
+    # Verified labels hold for ancestors if present, and for descendants if absent.
+    truth, wrong = (sample(instance(MAN, A), name="truth"), found((MAN, A, 0.5))), found((MAN, B, 0.9))
+    for one, person, man in (
+        (sample(present=(MAN,)), 0.5, 0.5),  # a man is a person: both are evaluated
+        (sample(present=(PERSON,)), 0.5, 1),  # a person need not be a man
+        (sample(absent=(PERSON,)), 0.5, 0.5),
+        (sample(absent=(MAN,)), 1, 0.5),
+    ):
+        assert aps(truth, (one, wrong), parents=PARENTS) == [person, None, man]
 
 
 @pytest.mark.parametrize(
@@ -160,17 +152,6 @@ def test_a_child_counts_for_its_ancestors(
     result = score((sample(instance(MAN, A), instance(PERSON, B)), found(*entries)), parents=PARENTS)
     assert [None if c.ap is None else pytest.approx(c.ap) for c in result.classes] == expected
     assert [c.objects for c in result.classes] == [2, 0, 1]
-
-
-def test_verified_labels_hold_for_ancestors_if_present_and_for_descendants_if_absent() -> None:
-    truth = (sample(instance(MAN, A), name="truth"), found((MAN, A, 0.5)))
-    for one, person, man in (
-        (sample(present=(MAN,)), 0.5, 0.5),  # a man is a person: both are evaluated
-        (sample(present=(PERSON,)), 0.5, 1),  # a person need not be a man
-        (sample(absent=(PERSON,)), 0.5, 0.5),
-        (sample(absent=(MAN,)), 1, 0.5),
-    ):
-        assert aps(truth, (one, found((MAN, B, 0.9))), parents=PARENTS) == [person, None, man]
 
 
 def test_read_parents_of_the_official_tree(tmp_path: Path) -> None:
@@ -203,7 +184,7 @@ def test_compute_overlaps_of_more_than_255_detections() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_agrees_with_the_slow_version(nested: bool) -> None:
     for seed in range(30):
-        pairs = random_pairs(seed, 4)
+        pairs = scenes.random_pairs(seed, 4)
         if nested:  # the slow version knows no descendants of absent labels
             absent = [{*one.verified_absent, *((MAN,) if PERSON in one.verified_absent else ())} for one, _ in pairs]
             pairs = [(replace(one, verified_absent=tuple(a)), d) for (one, d), a in zip(pairs, absent, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from shards.format.dataset import Category
-from tests.trainer.metrics.scenes import Pair, found, instance, random_pairs, sample
+from tests.trainer.metrics.scenes import Pair, evaluate, found, instance, random_pairs, sample
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.confusion import ConfusionMetric
 from trainer.metrics.openimages import OpenImagesMetric
@@ -23,14 +23,7 @@ A, B, C = (20.0, 20.0, 50.0, 50.0), (100.0, 20.0, 50.0, 50.0), (20.0, 100.0, 50.
 
 
 def evaluation_of(pairs: Sequence[Pair]) -> Evaluation:
-    coco, open_images = CocoMetric(CATEGORIES), OpenImagesMetric(CATEGORIES)
-    images = [EvaluatedImage(*pair) for pair in pairs]
-    coco.process(images)
-    open_images.process(images)
-    by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
-    assert by_coco is not None
-    assert by_open_images is not None
-    return Evaluation(by_coco, by_open_images)
+    return Evaluation(evaluate(CocoMetric(CATEGORIES), *pairs), evaluate(OpenImagesMetric(CATEGORIES), *pairs))
 
 
 def test_summary_and_class_csv_count_the_detections_that_only_coco_counts_as_errors() -> None:

@@ -1,11 +1,13 @@
-"""The metrics on real annotations, whose shifted, duplicated and mislabelled masks serve as detections."""
+"""The main job on real photographs, from a bucket to an AP, and the metrics on their annotations."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from demo.s3server import S3Server
 from shards.format import rle
 from shards.format.dataset import Category, open_dataset
 from shards.format.sample import Sample
@@ -13,14 +15,40 @@ from shards.stream.streams import EvalStream
 from tests.support import REPOSITORY
 from tests.trainer import tiny
 from tests.trainer.metrics.reference import open_images_ap, pycocotools_stats
+from tests.trainer.metrics.scenes import evaluate
 from tests.trainer.metrics.test_coco import numbers
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
-from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
 
 SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
-Pairs = list[tuple[Sample, Detections]]
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} does not exist")]
+
+
+@pytest.fixture(scope="module")
+def shards(s3: S3Server) -> str:
+    """Shards on S3 that are built from S3."""
+    s3.make_bucket("photographs")
+    for folder in ("open-images-dataset", "openimages"):
+        s3.upload(SAMPLE / folder, f"photographs/{folder}")
+    root, source = "s3://photographs/shards", "s3://photographs"
+    sources = ["--images", f"{source}/open-images-dataset", "--annotations", f"{source}/openimages"]
+    built = tiny.run("-m", ["builder.commands.cli", "--per-class", "1000", *sources, "--no-cache", "--out", root])
+    assert built.returncode == 0, built.stderr
+    return root
+
+
+def test_two_ranks_train_from_s3(shards: str, tmp_path: Path) -> None:
+    options = tiny.arguments(shards, tmp_path, data__workers=1, train__steps_per_epoch=3)
+    trained = tiny.run(REPOSITORY / "trainer" / "train.py", options, ranks=2)
+    assert trained.returncode == 0, trained.stderr
+    rows = tiny.rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    [evaluation] = tiny.rows(tmp_path / "evaluations.jsonl")
+    assert evaluation["images"] == len(open_dataset(shards).index("val"))
+    assert evaluation["boxes"] > evaluation["masks"] > 0  # the boxes without masks came along
 
 
 def detect_roughly(sample: Sample, categories: Sequence[Category]) -> Detections:
@@ -45,28 +73,19 @@ def detect_roughly(sample: Sample, categories: Sequence[Category]) -> Detections
     return Detections(boxes[order], np.array(labels, np.int64)[order], scores[order], tuple(masks[i] for i in order))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} does not exist")
-def test_metrics_agree_with_the_references_on_real_annotations(tmp_path: Path) -> None:
-    sources = ["--images", str(SAMPLE / "open-images-dataset"), "--annotations", str(SAMPLE / "openimages")]
-    built = tiny.run(
-        "-m", ["builder.commands.cli", "--per-class", "1000", *sources, "--no-cache", "--out", str(tmp_path / "s")]
+def test_metrics_agree_with_the_references(shards: str) -> None:
+    """Shifted, duplicated and mislabelled masks serve as detections."""
+    dataset = open_dataset(shards)
+    samples = (
+        sample
+        for split in ("train", "val", "test")
+        for batch in EvalStream(dataset, split, batch_size=4, rank=0, world=1)
+        for sample in batch
     )
-    assert built.returncode == 0, built.stderr
-    dataset = open_dataset(str(tmp_path / "s"))
-    pairs: Pairs = []
-    for split in ("train", "val", "test"):
-        for batch in EvalStream(dataset, split, batch_size=4, rank=0, world=1):
-            pairs.extend((sample, detect_roughly(sample, dataset.categories)) for sample in batch)
-    coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories)
-    images = [EvaluatedImage(*pair) for pair in pairs]
-    coco.process(images)
-    open_images.process(images)
-    by_coco, by_open_images = coco.evaluate(), open_images.evaluate()
-    assert by_coco is not None
-    assert by_open_images is not None
+    pairs = [(one, detect_roughly(one, dataset.categories)) for one in sorted(samples, key=lambda one: one.image_id)]
+    by_coco = evaluate(CocoMetric(dataset.categories), *pairs)
+    by_open_images = evaluate(OpenImagesMetric(dataset.categories), *pairs)
     assert by_coco.boxes > 1.2 * by_coco.masks > 60
-    pairs.sort(key=lambda pair: pair[0].image_id)
     assert numbers(by_coco.bbox) == pytest.approx(pycocotools_stats("bbox", pairs, dataset.categories), abs=1e-9)
     assert numbers(by_coco.segm) == pytest.approx(pycocotools_stats("segm", pairs, dataset.categories), abs=1e-9)
     assert 0.05 < (by_coco.segm.ap or 0) < (by_coco.bbox.ap or 0) < 0.95
