@@ -57,13 +57,13 @@ class Signals:
 
 
 def run(name: str, action: Callable[[], Any]) -> int:
-    """Run a command on this rank and return its exit status.
+    """Run a command on this rank and return its exit status; `name` is the command's in messages.
 
     An error of all ranks is reported by the main rank only: the launcher ends the other ranks when it exits. Another
     rank reports its error after `MAIN_RANK_TIMEOUT_S`, if it is still running.
 
     The status is that of `action` (None is 0); 2 after a one-line error; 143 or 130 if SIGTERM or SIGINT ended it; 141
-    if the reader of its output is gone. `name` is the command's in messages.
+    if the reader of its output is gone.
     """
     register_rank()
     status = _run(name, action)

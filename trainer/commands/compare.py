@@ -50,11 +50,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "compare.py") ->
 def parse(
     arguments: Sequence[str] | None, program: str = "compare.py"
 ) -> tuple[dict[str, Config], Location, list[str]]:
-    """Return the settings of each run by name, the folder of all runs, and the arguments of `accelerate launch`.
-
-    Raises:
-        UserError: an argument or the comparison is wrong.
-    """
+    """Return each run's settings by name, the folder of all runs, and the arguments of `accelerate launch`."""
     description = "Train with several settings and compare their AP."
     parser = command.Parser(program, description, usage=f"{program} [options] NAME")
     add_options(parser, CompareOptions)
@@ -70,11 +66,7 @@ def parse(
 
 
 def read_comparison(options: argparse.Namespace) -> dict[str, Config]:
-    """Return the settings of each run: the base, then the command line, then its own changes.
-
-    Raises:
-        ConfigError: the file cannot be read or is wrong, or its runs cannot be compared.
-    """
+    """Return the settings of each run: the base, then the command line, then its own changes; ConfigError if wrong."""
     path = yaml_config.config_path(options.comparison)
     try:
         value = read_yaml(yaml_config.read_config(options.comparison, "comparison"))
@@ -142,12 +134,7 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
-    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, until one fails or is stopped.
-
-    Raises:
-        UserError: a training failed.
-        command.Stopped: a signal ended the current training.
-    """
+    """Run `accelerate launch OPTIONS trainer/train.py` with each of the settings, until one fails or is stopped."""
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():

@@ -128,7 +128,7 @@ def write_results(
 ) -> list[str]:
     """Write the files of an evaluation, evaluation.json last; return the names of the others.
 
-    `context` says in evaluation.json what was evaluated; `page` is images.html.
+    `context` is what was evaluated, for evaluation.json; `page` is images.html.
     """
     from trainer.report.score_plots import draw_confusion, draw_precision_recall
     from trainer.report.scorecard import class_csv, confusion_csv
@@ -170,11 +170,7 @@ def describe_thresholds(used: dict[str, Any], model: ModelConfig) -> str:
 
 
 def check_classes(known: Sequence[Category], asked: Sequence[Category], checkpoint: str, dataset: str) -> None:
-    """Check that a network's classes (`known`) are the dataset's (`asked`).
-
-    Raises:
-        DatasetError: an id has different names, or only one side has it; it names the checkpoint and the dataset.
-    """
+    """Check that a network's classes (`known`) are the dataset's (`asked`), by id and name; DatasetError if not."""
     network_names, dataset_names = ({category.id: category.name for category in side} for side in (known, asked))
     for number in sorted(network_names.keys() | dataset_names.keys()):
         if network_names.get(number) != dataset_names.get(number):

@@ -65,11 +65,7 @@ def parse(arguments: Sequence[str] | None, program: str = "predict.py") -> Predi
 
 
 def predict(options: PredictOptions) -> int:
-    """Process every image that can be read; return 1 if an image could not be, else 0.
-
-    Raises:
-        UserError: checkpoint, dataset or images are unavailable or do not fit together, or --out cannot be written.
-    """
+    """Process every image that can be read; return 1 if an image could not be, else 0."""
     command.start_logging()
     if not options.shards:
         return predict_files(options)
@@ -143,10 +139,7 @@ def predict_images(
     device: torch.device | str,
     labels: Labels | None,
 ) -> int:
-    """Process images one by one; those that cannot be read are reported and skipped. Return 1 if there are any, else 0.
-
-    `images` are paths or URLs; `network` is on `device`, in evaluation mode. Without `labels` there is no submission.
-    """
+    """Process images, paths or URLs, one by one; report those that cannot be read, and return 1 if there are any."""
     from trainer.data.collate import decode_image
     from trainer.model.inference import detect
 

@@ -26,11 +26,7 @@ class Part:
 
 
 def parse_layers(layers: str) -> Part:
-    """Return the part of the network that a value such as `heads`, `4+` or `last 10%` names.
-
-    Raises:
-        UserError: not such a value.
-    """
+    """Return the part of the network that `heads`, `4+`, `last 10%` or the like names; UserError for another value."""
     text = " ".join(layers.split())
     if text in ("heads", "all"):
         return Part(STEM_STAGE if text == "all" else LAST_STAGE + 1)

@@ -12,14 +12,7 @@ from trainer.config.settings import OptimConfig, StageConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of a run during which the same layers are trained; stages are numbered from 1.
-
-    Attributes:
-        layers: see `train.layers`.
-        lr: factor on the learning rate.
-        start: first step, from 0.
-        stop: first step after the stage.
-    """
+    """Steps `start` to `stop`, exclusive, in which the same layers train; `lr` is a factor on the learning rate."""
 
     number: int
     of: int

@@ -236,11 +236,7 @@ _PAIRS = {
 
 
 def validate(config: Config) -> None:
-    """Check ranges, and options that depend on each other.
-
-    Raises:
-        ConfigError: a value out of its range, or one that contradicts another.
-    """
+    """Raise ConfigError for a value out of its range, or one that contradicts another."""
     check(config)
     for number, stage in enumerate(config.train.stages):
         for item in fields(stage):

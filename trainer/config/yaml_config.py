@@ -18,13 +18,7 @@ RESUME_HELP = "resume from the newest checkpoint of run.dir, or from the given c
 
 
 def load_config(name: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Return the defaults with a recipe or YAML file (path or URL) over them, and overrides over both.
-
-    Overrides are pairs such as `("optim.lr", "0.01")`.
-
-    Raises:
-        ConfigError: the file cannot be read, or a setting is wrong.
-    """
+    """Return the defaults, with a recipe or YAML file and then overrides such as `("optim.lr", "0.1")` over them."""
     config = Config()
     if name is not None:
         set_from_yaml(config, read_config(name), f"config {name}")
@@ -45,11 +39,7 @@ def config_path(name: str) -> str:
 
 
 def read_config(name: str, kind: str = "config") -> bytes:
-    """Return the bytes of a YAML file, by its name in the package, path or URL; `kind` is `config` or `comparison`.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return a YAML file by its name in the package, path or URL; `kind` is `config` or `comparison`."""
     try:
         return Location(config_path(name)).read()
     except StorageError as error:
@@ -69,10 +59,7 @@ def _packaged() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
-    """Add `--config`, `--resume` and every `--section.key` to a parser.
-
-    The help omits the `hidden` ones, which the command refuses with a message of its own.
-    """
+    """Add `--config`, `--resume` and every `--section.key` to a parser; its help omits the `hidden` ones."""
     settings = f"settings: a recipe ({', '.join(recipes())}), or the path or URL of a YAML file"
     parser.add_argument("--config", metavar="NAME", help=settings)
     parser.add_argument(

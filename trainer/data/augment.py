@@ -46,11 +46,7 @@ def scale_jitter(
 
     Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021;
     torchvision's `ScaleJitter` and `FixedSizeCrop`. The factor is uniform in `scales`; at 1 the image just fits into
-    the square of `size`.
-
-    Returns:
-        uint8 [3, h, w], no side over `size`, and the instances in its pixels; boxes with less than a pixel left are
-        dropped.
+    the square of `size`. No side of the result exceeds `size`; boxes with less than a pixel left are dropped.
     """
     height, width = image.shape[-2:]
     factor = min(size / height, size / width) * rng.uniform(scales[0], scales[1])
@@ -90,10 +86,8 @@ def flip(image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:
 def empty_images(count: int, height: int, width: int) -> Tensor:
     """Allocate the images of a batch, not initialised, for `pad_into` to fill.
 
-    Returns:
-        uint8 [count, 3, H, W], with height and width rounded up to multiples of STRIDE: a view of count x H x W x 3
-        memory, as images are decoded, so that rows are copied whole. In a loader process it is in the shared memory
-        that carries the batch to the training process.
+    The result is uint8 [count, 3, H, W], with H and W multiples of STRIDE: a view of count x H x W x 3 memory, as
+    images are decoded, so that rows are copied whole. In a loader process it is in the batch's shared memory.
     """
     height, width = (math.ceil(side / STRIDE) * STRIDE for side in (height, width))
     return batch_transport.empty((count, height, width, 3)).permute(0, 3, 1, 2)

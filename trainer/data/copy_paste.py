@@ -41,12 +41,9 @@ def paste_some(
 
 
 def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances) -> tuple[Tensor, Instances]:
-    """Paste objects of the donor over an image, at the same pixels, clipped to where both have pixels.
+    """Paste objects of the donor, which have masks, over an image, at the same pixels, where both have pixels.
 
-    Both images are uint8 [3, H, W], of any sizes; each object has a mask. Nothing is modified in place.
-
-    Returns:
-        The image and its instances: first those that were there, then the pasted ones.
+    Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last.
     """
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], donor.shape[-2:]))
     objects = objects.crop(0, 0, width, height)

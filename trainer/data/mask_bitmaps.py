@@ -85,8 +85,7 @@ def _step_integrals(length: int, side: int, *, at_start: bool, at_end: bool) -> 
 def _column_runs(mask: Rle) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Cut the mask's runs at the ends of columns, because RLE continues a run into the next column.
 
-    Returns:
-        int64 [R] each: the column (ascending), the first row, and the row after the last.
+    The result is int64 [R] each: the column (ascending), the first row, and the row after the last.
     """
     borders = np.cumsum(runs(mask))
     stops = borders[1::2]

@@ -86,12 +86,7 @@ SUMMARY = tuple(item.name for item in fields(Scores) if item.name not in ("class
 
 @dataclass(frozen=True, slots=True)
 class CocoResult:
-    """Box and mask scores.
-
-    Attributes:
-        images, detections: how many were evaluated.
-        boxes, masks: annotated objects, and those of them that have a mask, without group-of regions.
-    """
+    """Box and mask scores; `boxes` and `masks` count the objects with each, without group-of regions."""
 
     bbox: Scores
     segm: Scores

@@ -17,13 +17,12 @@ from trainer.metrics.overlaps import EvaluatedImage, match_greedily
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of annotated against detected classes.
+    """Counts of annotated against detected classes, for detections with a score of at least `score`.
 
     Attributes:
         names: of the C classes.
         counts: int64 [C + 1, C + 1]. Row: the annotated class, the last one for nothing annotated. Column: the detected
             class, the last one for nothing found.
-        score: lowest score of the detections that are counted.
     """
 
     names: tuple[str, ...]

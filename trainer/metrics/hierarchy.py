@@ -13,11 +13,7 @@ from shards.storage.location import Location
 def read_parents(location: Location, categories: Sequence[Category]) -> dict[int, tuple[int, ...]]:
     """Return category id -> sorted ids of its ancestors among the categories, without classes that have none.
 
-    Categories are found in the hierarchy (see `parse_hierarchy`) by their MIDs.
-
-    Raises:
-        StorageError: the file cannot be read.
-        UserError: the file is no hierarchy, or contains none of the categories.
+    Categories are found in the hierarchy (see `parse_hierarchy`) by their MIDs; UserError if it contains none of them.
     """
     ids = {category.mid: category.id for category in categories}
     found: dict[int, set[int]] = {}

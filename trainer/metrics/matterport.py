@@ -90,14 +90,7 @@ def compute_ap_range(
     iou_thresholds: Sequence[float] | Floats | None = None,
     verbose: int = 1,
 ) -> float:
-    """Compute the mean of `compute_ap` over several IoUs, 0.50, 0.55 ... 0.95 by default.
-
-    Args:
-        verbose: print each AP and their mean.
-
-    Raises:
-        ValueError: as `compute_ap`; no thresholds.
-    """
+    """Compute the mean of `compute_ap` over several IoUs, 0.50 to 0.95 by default; `verbose` prints them."""
     thresholds = np.arange(50, 100, 5) / 100 if iou_thresholds is None else np.asarray(iou_thresholds, dtype=np.float64)
     if not thresholds.size:
         raise ValueError("iou_thresholds is empty: give at least one, or None for 0.50 to 0.95")

@@ -38,11 +38,7 @@ class PerImageMetric(ABC, Generic[Record, Result]):
         self._records.extend((image.sample.image_id, self._record(image)) for image in images)
 
     def evaluate(self, gather: Gather = single_process) -> Result | None:
-        """Return the result over the images of all ranks; None on ranks for which `gather` returns None.
-
-        Raises:
-            RuntimeError: an image was processed twice.
-        """
+        """Return the result over the images of all ranks; None on ranks for which `gather` returns None."""
         gathered: list[tuple[str, Record]] | None = gather(self._records)
         if gathered is None:
             return None

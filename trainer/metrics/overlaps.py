@@ -91,8 +91,7 @@ def compute_iou(found: Any, annotated: Any, groups: NDArray[np.bool_] | None = N
 def match_greedily(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
     """Match each row of overlaps [N, M], in order, with the free column that it overlaps most.
 
-    Returns:
-        The column of each row [N], -1 where no free one reaches the threshold, which is above 0.
+    The result [N] is -1 where no free column reaches the threshold, which is above 0.
     """
     free = np.ones(overlaps.shape[1], dtype=np.bool_)
     matched = np.full(len(overlaps), -1, dtype=np.int64)

@@ -70,11 +70,7 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
 
 
 def rebuild(state: State) -> MaskRCNN:
-    """Rebuild the network of a checkpoint with its weights, in training mode, on the CPU.
-
-    Raises:
-        CheckpointError: the weights do not fit the checkpoint's settings and classes.
-    """
+    """Rebuild a checkpoint's network, in training mode, on the CPU; CheckpointError if its weights do not fit."""
     network = build_model(state.config.model, state.config.data, num_classes(state.categories))
     needed = {name: list(value.shape) for name, value in network.state_dict().items()}
     found = {name: list(value.shape) for name, value in state.weights.items()}

@@ -74,7 +74,6 @@ class State:
     """The state of a run after `step` steps.
 
     Attributes:
-        step: steps done.
         position: global batches consumed, by all ranks together.
         order: the identity of the order (`Order.identity`) that `position` refers to.
         categories: the classes of the network.
@@ -104,25 +103,15 @@ def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
 
 
 def steps_of(run: Location, folder: str = FOLDER) -> list[int]:
-    """Return the steps of a run's finished checkpoints, ascending; empty if there are none.
-
-    Raises:
-        StorageError: the folder cannot be listed.
-    """
+    """Return the steps of a run's finished checkpoints, ascending; empty if there are none."""
     return [step for step in _folders(run, folder) if (step_folder(run, step, folder) / STATE_FILE).exists()]
 
 
 def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Location:
-    """Write a checkpoint, then remove all but the newest `keep`.
+    """Write a checkpoint, then remove all but the newest `keep`, and return its folder.
 
     A crash leaves the older checkpoints complete, and at worst a folder without state.json, which is not a checkpoint.
     Training resumes only from a checkpoint with `state.optimizer`.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        StorageError: it could not be written.
     """
     place = step_folder(run, state.step, folder)
     # If this step is saved again, after a damaged checkpoint, old and new files must not be mixed.
@@ -161,12 +150,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
 
 
 def load(folder: Location, *, optimizer: bool = True) -> State:
-    """Read one checkpoint and check it against its hashes; without `optimizer` only what inference needs.
-
-    Raises:
-        CheckpointError: it is damaged or has another format.
-        StorageError: it is missing or unreachable.
-    """
+    """Read one checkpoint; without `optimizer` only what inference needs. CheckpointError if it is damaged."""
     try:
         value = json.loads((folder / STATE_FILE).read())
     except ValueError as error:
@@ -195,12 +179,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
 
 
 def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) -> tuple[Location, State] | None:
-    """Read the newest intact checkpoint of a run: its folder and its state; None if the run has no checkpoint.
-
-    Raises:
-        CheckpointError: every checkpoint is damaged.
-        StorageError: the run's folder is unreachable.
-    """
+    """Return the newest intact checkpoint of a run, with its folder; CheckpointError if it only has damaged ones."""
     steps = steps_of(run, folder)
     for step in reversed(steps):
         place = step_folder(run, step, folder)
@@ -289,11 +268,7 @@ def unflatten_optimizer(tensors: dict[str, Tensor], structure: dict[str, Any]) -
 
 
 def check_same_run(state: State, config: Config, order: dict[str, Any], categories: Sequence[Category]) -> None:
-    """Check that a run may continue from `state`: same model, same classes, same order of samples.
-
-    Raises:
-        CheckpointError: they differ; the message names the first option that differs, with both values.
-    """
+    """Raise CheckpointError if a run cannot continue from `state`: another model, classes, or order of samples."""
     before = _identity(state.config, state.order, state.categories)
     now = _identity(config, order, categories)
     if stage_of(config.train, state.step).start < state.step:

@@ -39,11 +39,7 @@ HEADS = ("roi_heads.mask_", "roi_heads.box_", "rpn.")  # in the order of layers 
 
 
 def trainable_parameters(network: MaskRCNN, layers: str) -> list[str]:
-    """Return the names of the parameters that `layers` selects, in the network's order; nothing is changed.
-
-    Raises:
-        UserError: `layers` is not one of the values in the docstring of this module.
-    """
+    """Return the names of the parameters that `layers` selects, in the network's order; UserError if it is wrong."""
     part = parse_layers(layers)
     owners = _layers(network)
     if part.share is not None:
@@ -60,9 +56,6 @@ def set_trainable(network: MaskRCNN, layers: str) -> list[str]:
     """Set `requires_grad` of every parameter so that only these layers train, and return the names of their parameters.
 
     Call this before wrapping the network, because DDP reads `requires_grad` only then.
-
-    Raises:
-        UserError: as `trainable_parameters`.
     """
     names = trainable_parameters(network, layers)
     for name, parameter in network.named_parameters():
@@ -72,11 +65,7 @@ def set_trainable(network: MaskRCNN, layers: str) -> list[str]:
 
 
 def check_all_learned(network: MaskRCNN, missing: Iterable[str], trained: Iterable[str]) -> None:
-    """Check that every parameter is loaded (not in `LoadReport.missing`) or trained, in any stage.
-
-    Raises:
-        UserError: some parameters would stay random.
-    """
+    """Raise UserError if a parameter is neither loaded (it is in `LoadReport.missing`) nor trained in any stage."""
     random = set(missing) - set(trained)
     layers = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters() if name in random)
     if layers:

@@ -58,11 +58,7 @@ class Detections:
 
 @torch.no_grad()
 def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | str) -> list[Detections]:
-    """Run the network, which is on `device`, on RGB images of any sizes, [3, H, W] each, uint8 or float from 0 to 1.
-
-    Raises:
-        RuntimeError: the network is in training mode.
-    """
+    """Run a network in evaluation mode on RGB images of any sizes, [3, H, W] each, uint8 or float from 0 to 1."""
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
     inputs = [_network_input(image.to(device, non_blocking=True), network) for image in images]

@@ -65,11 +65,10 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class Source:
-    """Weights as they were found.
+    """Weights as they were found: tensors by name.
 
     Attributes:
         name: none, imagenet, coco, or the path or URL.
-        state: tensors by name.
         classes: names by id of the classes that the class-specific layers were trained for; None if unknown.
         eps: epsilon of its norms; None if unknown.
     """
@@ -115,7 +114,7 @@ class LoadReport:
 
 
 def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Category]) -> LoadReport:
-    """Load the weights that `model.weights` names into a network.
+    """Load the weights that `model.weights` names into a network; UserError if they do not fit it at all.
 
     A tensor is loaded if its name and shape agree. The class-specific layers (box classifier and regressor, mask
     logits) are loaded only for the same classes: compared by name if the source has names, else by number.
@@ -123,10 +122,6 @@ def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Cat
     `model.weights` is `none`; `imagenet` (torchvision's weights of the backbone); `coco` (torchvision's weights of Mask
     R-CNN with resnet50); a run's folder or a checkpoint; or the path or URL of a safetensors or torch file with a
     `state_dict` of a Mask R-CNN, or of a classifier for the backbone.
-
-    Raises:
-        UserError: the weights are unavailable or unreadable, share nothing with the network, or leave frozen norms
-            without statistics.
     """
     if model.weights == "none":
         report = LoadReport("none", missing=tuple(_by_current_name(network.state_dict())))
@@ -191,10 +186,7 @@ def _load(network: MaskRCNN, model: ModelConfig, source: Source, categories: Seq
 
 
 def with_eps(state: Mapping[str, Tensor], old: float, new: float) -> dict[str, Tensor]:
-    """Return tensors with new weights for norms, which compute with the epsilon `new` what they computed with `old`.
-
-    Norms are recognised by their `running_var`.
-    """
+    """Convert norms, found by their `running_var`, from the epsilon `old` to `new`: new weights, the same output."""
     converted = dict(state)
     for name, variance in state.items():
         weight = f"{name.removesuffix('running_var')}weight"

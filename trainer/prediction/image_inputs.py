@@ -15,14 +15,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Return the images of paths, URLs, folders and globs, each once.
+    """Return the images of paths, URLs, folders and globs, each once; UserError if one of these has no image.
 
     A folder means the images directly in it, `**` in a glob folders of any depth; both are sorted. An http URL is one
     image.
-
-    Raises:
-        UserError: a folder without images, a glob that matches nothing.
-        StorageError: a folder cannot be listed.
     """
     first: dict[str, str] = {}
     for name in names:
@@ -68,11 +64,7 @@ def stem(image: str) -> str:
 
 
 def check_image_ids(images: Sequence[str]) -> None:
-    """Check that images have different ImageIDs in a submission.
-
-    Raises:
-        UserError: two would have the same ImageID.
-    """
+    """Raise UserError if two images would have the same ImageID in a submission."""
     seen: dict[str, str] = {}
     for image in images:
         name = stem(image)

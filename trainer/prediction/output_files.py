@@ -41,10 +41,7 @@ Labels = Mapping[int, Sequence[str]]  # category id -> the MIDs it is submitted 
 
 
 def image_record(image_id: str, file_name: str, width: int, height: int, found: Detections) -> dict[str, Any]:
-    """Return `image_id`, COCO's entry `image` and COCO's `annotations` of an image, without their ids.
-
-    An annotation with its `score` is also COCO's form of a result.
-    """
+    """Return `image_id`, COCO's entry `image` and COCO's `annotations`, with scores, of an image, without their ids."""
     from shards.format import rle
 
     annotations = [
@@ -63,11 +60,7 @@ def image_record(image_id: str, file_name: str, width: int, height: int, found: 
 
 
 def submission_labels(categories: Sequence[Category], parents: Mapping[int, Sequence[int]]) -> dict[int, list[str]]:
-    """Return the MIDs that each class is submitted as: its own and, as the Challenge requires, its ancestors'.
-
-    Raises:
-        UserError: a class has no MID.
-    """
+    """Return the MIDs that each class is submitted as: its own and, as the Challenge requires, its ancestors'."""
     mids = {category.id: category.mid for category in categories}
     for category in categories:
         if not category.mid:
@@ -147,11 +140,7 @@ class PredictionFiles:
 
 
 def write_picture(place: Location, pixels: Tensor, found: Detections, categories: Sequence[Category]) -> None:
-    """Write an image, uint8 [3, H, W] RGB, with its detections as JPEG.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Write an image, uint8 [3, H, W] RGB, with its detections as JPEG."""
     from shards.drawing.overlay import draw_instances, legible_scale
 
     height, width = pixels.shape[-2:]

@@ -39,12 +39,9 @@ PICTURES = "pictures"
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A split divided into parts.
+    """A split of `images` images in parts of `size`, the last one perhaps smaller, with a file each in `folder`.
 
-    Attributes:
-        folder: of the files.
-        images: number of images of the split.
-        size: images per part, except for the last one. A multiple of the batch size: no batch spans two parts.
+    The size is a multiple of the batch size: no batch spans two parts.
     """
 
     folder: Location
@@ -63,11 +60,7 @@ class Parts:
         return np.arange(number * self.size, min((number + 1) * self.size, self.images), dtype=np.int64)
 
     def missing(self) -> list[int]:
-        """Return the parts that are not written, ascending.
-
-        Raises:
-            StorageError: the folder cannot be listed.
-        """
+        """Return the parts that are not written, ascending."""
         with storage_errors(self.folder.url):
             try:
                 names = self.folder.fs.ls(self.folder.path, detail=False)
@@ -83,11 +76,7 @@ class Parts:
         self.place(number).write("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
     def read(self, number: int) -> list[dict[str, Any]]:
-        """Return the records of a part.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return the records of a part; UserError if the file is damaged."""
         place, images = self.place(number), len(self.rows(number))
         try:
             records = [json.loads(line) for line in place.read().splitlines()]
@@ -110,9 +99,6 @@ def predict_shards(
 
     `network` is that of the checkpoint `state`, on the device and in evaluation mode. Without `labels` there is no
     submission.
-
-    Raises:
-        UserError: a sample is unavailable, a part is damaged, or `options.out` cannot be written.
     """
     from trainer.run.distributed import from_main
 

@@ -90,10 +90,10 @@ class _Candidate:
 
 
 class BestWorstPage:
-    """Collects the images of one rank that may be among the worst or best of all.
+    """Collects the images of one rank that may be among the `count` worst or best of all.
 
-    The page shows `count` of the worst and `count` of the best images. Detections with a lower score than `score` are
-    neither counted nor drawn. Memory: the pixels of at most 2 x `count` images.
+    Detections with a lower score than `score` are neither counted nor drawn. Memory: the pixels of at most 2 x `count`
+    images.
     """
 
     def __init__(self, categories: Sequence[Category], parents: Parents, count: int, score: float) -> None:

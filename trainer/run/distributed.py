@@ -40,15 +40,14 @@ def start_accelerator(
 ) -> Accelerator:
     """Join the ranks that the launcher started.
 
+    UserError if the launcher started several processes and accelerate would train each by itself, the device does not
+    support the precision, or a tracker is unknown or not installed.
+
     Args:
         precision: see `train.precision`.
         trackers: see `run.trackers`.
         run: the run's folder, for trackers that write files; see `tracker_folder`.
         timeout: how long a rank waits for the others; torch's default is 10 minutes (NCCL) or 30 (gloo).
-
-    Raises:
-        UserError: the launcher started several processes and accelerate would train each by itself; the device does
-            not support the precision; a tracker is unknown to accelerate or its package is missing.
     """
     import torch
     from accelerate import Accelerator
@@ -91,11 +90,7 @@ def tracker_folder(run: Location) -> str:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate knows each tracker and that its package is installed; accelerate silently skips the others.
-
-    Raises:
-        UserError: it names the first tracker that is not.
-    """
+    """Raise UserError for a tracker that accelerate would silently skip: an unknown one, or one without its package."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known = sorted(str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS)
@@ -128,11 +123,7 @@ def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> N
 
 
 def checkpoint_to_resume(run: Location, resume: str, accelerator: Accelerator) -> State | None:
-    """Return the state to resume from, or None: what `checkpoint.find` finds on the main rank, on every rank.
-
-    Raises:
-        CheckpointError, StorageError: as `checkpoint.find`.
-    """
+    """Return on every rank what `checkpoint.find` finds on the main rank; None for a new run."""
     from trainer.model.checkpoint import find, load
 
     found = find(run, resume) if accelerator.is_main_process else None

@@ -52,8 +52,7 @@ class Training:
 def set_up(config: Config) -> Training:
     """Create data, network and optimizer, in the state of the run's newest checkpoint.
 
-    Raises:
-        UserError: settings or data are wrong, or storage fails; nothing is left in the run's folder.
+    UserError if settings or data are wrong, or storage fails; nothing is left in the run's folder then.
     """
     from shards.format.dataset import open_dataset  # not at the top: --help answers without pyarrow
 
@@ -138,11 +137,7 @@ def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
 
 
 def load_initial_weights(t: Training) -> None:
-    """Load the weights that `model.weights` names.
-
-    Raises:
-        UserError: they cannot be loaded, or leave a layer random that is never trained.
-    """
+    """Load the weights that `model.weights` names; UserError if they leave a layer random that is never trained."""
     from trainer.model.freeze import check_all_learned, trainable_parameters
     from trainer.model.weights import load_weights
 

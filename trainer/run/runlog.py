@@ -50,10 +50,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "fsspec", "s3fs"
 
 
 class RowFile:
-    """A file of JSON lines, each with a "step".
-
-    Rows beyond the given step are dropped, and so is a last line that a crash truncated.
-    """
+    """JSON lines with a "step" each; rows beyond the given step, and a line that a crash truncated, are dropped."""
 
     def __init__(self, location: Location, step: int) -> None:
         self.location = location

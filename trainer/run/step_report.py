@@ -43,10 +43,7 @@ def exchange(
 ) -> list[StepReport]:
     """Share what this rank reports, in one collective operation; return the reports of all ranks, in their order.
 
-    The list is the same on every rank.
-
     Args:
-        accelerator: every rank must call this.
         losses: of each batch of this rank.
         loaded: what this rank's loader did for these batches.
         signal: number of the signal that this rank received; 0 for none.
