@@ -60,19 +60,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    name: str,
-    action: Callable[[], int],
-    *,
-    show: Callable[[str], str] = one_line,
-    interrupted: str = "interrupted",
+    name: str, action: Callable[[], int], *, show: Callable[[str], str] = one_line, interrupted: str = "interrupted"
 ) -> int:
     """Run a command and return its exit status: its own, 2 for a `UserError`, 130 for Ctrl-C, 141 for a closed stdout.
 
-    Args:
-        name: command that messages begin with.
-        action: the command.
-        show: makes the text of an error printable on one line.
-        interrupted: message after Ctrl-C.
+    Messages begin with `name`; `show` makes the text of an error printable; `interrupted` is the message after Ctrl-C.
     """
 
     def guarded() -> int:

@@ -46,12 +46,9 @@ def parsed(text: str, hint: Any) -> Any:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """Return a value of YAML converted to a type: a number in a field of text becomes text, for example.
+    """Return a value of YAML or of a command line converted to a type, or raise a ConfigError that begins with `where`.
 
-    Args:
-        value: as YAML reads it, or one argument of a command line.
-        hint: `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
-        where: beginning of the ConfigError about a value that does not fit.
+    `hint` is `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""Options of the commands, declared as dataclass fields: flags, YAML keys, types, ranges and help in one place.
+"""Options of the commands, declared as dataclass fields: flags, YAML keys, types, ranges and help together.
 
 A dataclass of options is flat: the field `per_class` is the flag `--per-class` and the YAML key `per-class`. A
 dataclass of dataclasses has sections: the field `batch_size` of the field `data` is `--data.batch_size`, in YAML
@@ -28,36 +28,21 @@ T = TypeVar("T")
 
 
 def option(
-    default: Any,
-    help: str,
+    default: Any,  # value without the option, or a function that returns it
+    help: str,  # one line of description; range and default are appended to it
     *,
-    low: float | None = None,
+    low: float | None = None,  # smallest value; of a list, of each of its values
     high: float | None = None,
-    flag: str = "",
-    group: str = "",
-    exclusive: str = "",
+    flag: str = "",  # without `--`, if it does not follow from the field's name
+    group: str = "",  # title of its group in the help, for a flat dataclass
+    exclusive: str = "",  # name of a set of options of which at most one may be given
     metavar: str | tuple[str, ...] | None = None,
-    commas: bool = False,
-    positional: bool = False,
+    commas: bool = False,  # a list is given as one argument with commas
+    positional: bool = False,  # an argument without a flag
     required: bool = False,
-    default_help: str = "",
+    default_help: str = "",  # what the help shows as the default, if not `default`
 ) -> Any:
-    """Return a dataclass field that is an option.
-
-    Args:
-        default: value without the option, or a function that returns it.
-        help: one line of description; range and default are appended to it.
-        low: smallest value; of a list, of each of its values.
-        high: largest value.
-        flag: the flag without `--`, if it does not follow from the field's name.
-        group: title of its group in the help, for a flat dataclass.
-        exclusive: name of a set of options of which at most one may be given.
-        metavar: placeholder of the value in the help.
-        commas: a list is given as one argument with commas.
-        positional: an argument without a flag.
-        required: whether the command needs it.
-        default_help: what the help shows as the default, if not `default`.
-    """
+    """Return a dataclass field that is an option."""
     metadata = {name: value for name, value in locals().items() if name != "default"}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -68,7 +53,7 @@ def option(
 
 @dataclass(frozen=True)
 class Entry:
-    """One option: its place in the dataclass and its type."""
+    """One option: its field and its type."""
 
     section: str  # field that holds the option's dataclass; "" in a flat dataclass
     item: dataclasses.Field[Any]
@@ -156,7 +141,12 @@ def set_from_arguments(options: Any, given: argparse.Namespace) -> None:
 def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -> None:
     """Set one option from its argument or arguments on a command line; of a flag, from whether it is set."""
     entry = _entry(options, name, "command line")
-    entry.set(options, _from_words(words, entry, f"--{name}"))
+    value: Any = words if isinstance(words, str | bool) else list(words)
+    if isinstance(words, str) and entry.item.metadata["commas"]:
+        value = _split(words)
+    elif isinstance(words, str) and entry.section:
+        value = parsed(words, entry.hint)
+    entry.set(options, checked(value, entry.hint, f"--{name}"))
 
 
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
@@ -191,15 +181,15 @@ def update(options: Any, value: Any, where: str) -> None:
 
 
 def _set_option(options: Any, name: str, value: Any, where: str) -> None:
-    entry, place = _entry(options, name, where), f"{where}: {name}"
+    entry = _entry(options, name, where)
     if not entry.section:
         if value is None:
-            raise ConfigError(f"{place} has no value: give one, or omit the line")
+            raise ConfigError(f"{where}: {name} has no value: give one, or omit the line")
         if entry.item.metadata["commas"] and isinstance(value, str):
             value = _split(value)
         elif typing.get_origin(entry.hint) is list and not isinstance(value, list):
             value = [value]
-    entry.set(options, checked(value, entry.hint, place))
+    entry.set(options, checked(value, entry.hint, f"{where}: {name}"))
 
 
 def check(options: Any) -> None:
@@ -298,16 +288,6 @@ def _help(entry: Entry) -> str:
         notes.append("default: " + (shlex.join(map(str, default)) if isinstance(default, list) else str(default)))
     text: str = entry.item.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")
-
-
-def _from_words(words: str | bool | Sequence[str], entry: Entry, where: str) -> Any:
-    if isinstance(words, bool):
-        return words
-    if entry.item.metadata["commas"] and isinstance(words, str):
-        return checked(_split(words), entry.hint, where)
-    if isinstance(words, str):
-        return checked(parsed(words, entry.hint) if entry.section else words, entry.hint, where)
-    return checked(list(words), entry.hint, where)
 
 
 def _split(text: str) -> list[str]:

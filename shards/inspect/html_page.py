@@ -38,11 +38,7 @@ QUALITIES = (80, 70, 60, 50, 40)
 
 
 def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, seed: int = 0) -> bytes:
-    """Return the page in UTF-8, with a gallery of `samples` images that a hash with the seed chooses.
-
-    Raises:
-        SampleError: a sample cannot be read or is damaged.
-    """
+    """Return the page in UTF-8, with a gallery of `samples` images that a hash with the seed chooses."""
     rows = choose(dataset, samples, seed)
     cards = {row: _card(row.split, sample) for row, sample in read_samples(dataset, rows)}
     data = {

@@ -83,11 +83,7 @@ def _by_class(index: Index, class_ids: Sequence[int]) -> list[NDArray[np.int64]]
 
 
 def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:
-    """Read samples, split by split, and check their crc32 and contents.
-
-    Raises:
-        SampleError: a sample cannot be read, does not match the index, or has a fault that `--verify` reports.
-    """
+    """Read samples, split by split; a SampleError for one that does not match the index or that `--verify` rejects."""
     categories = frozenset(category.id for category in dataset.info.categories)
     for split in dataset.splits:
         index = dataset.index(split)
@@ -100,13 +96,10 @@ def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, S
 
 
 def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> list[Sample]:
-    """Read samples of a split without their pictures: `image` is empty.
+    """Read samples of a split without their pictures: `image` is empty, and the crc32 is not checked.
 
-    Each takes two small requests: the header of the JPEG, whose size says where the JSON begins, and the JSON. Their
-    crc32 is not checked.
-
-    Raises:
-        SampleError: a sample cannot be read or is not in the shard format.
+    Each takes two small requests: the header of the JPEG, whose size says where the JSON begins, and the JSON. A
+    SampleError is raised for one that cannot be read or is not in the shard format.
     """
     keys = [index.image_id(row) for row in rows]
     shards = [root / index.shard_paths[shard] for shard in index.shard[rows].tolist()]

@@ -45,9 +45,8 @@ class Checked:
 
     def add(self, other: Checked) -> None:
         """Add the counts and faults of another part of the dataset."""
-        for name in ("shards", "samples", "boxes", "masks", "nbytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.faults += other.faults
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
 @dataclass(frozen=True)

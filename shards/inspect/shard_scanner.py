@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.format.shard_tar import BLOCK, parse_header
@@ -52,11 +51,11 @@ class ShardBytes:
         self.size = size
         self.position = 0  # of the next byte that `take` returns
         self.received = 0  # bytes
-        self._location, self._on_bytes = location, on_bytes
+        starts = range(0, size + 1, CHUNK)
+        self._chunks = _prefetched([Read(location, start, min(start + CHUNK, size + 1)) for start in starts])
+        self._on_bytes = on_bytes
         self._buffer = memoryview(b"")
         self._digest = hashlib.sha256()
-        self._requested = 0  # bytes
-        self._next: Future[Bytes] | None = self._request()
 
     @property
     def sha256(self) -> str:
@@ -80,31 +79,32 @@ class ShardBytes:
 
     def close(self) -> None:
         """Cancel the request in flight."""
-        if self._next is not None:
-            self._next.cancel()
-
-    def _request(self) -> Future[Bytes] | None:
-        start, end = self._requested, min(self._requested + CHUNK, self.size + 1)
-        if start >= end:
-            return None
-        self._requested = end
-        return start_read(Read(self._location, start, end))
+        self._chunks.close()
 
     def _fill(self) -> bool:
-        """Wait for the next chunk and request the one after it; False at the end of the object."""
-        if self._next is None:
-            return False
-        requested = self._requested
-        data, ahead = self._next.result(), self._request()
+        """Wait for the next chunk; False at the end of the object."""
+        data = next(self._chunks, b"")
         self.received += len(data)
         self._digest.update(data)
         self._on_bytes(len(data))
         self._buffer = memoryview(data)
-        if self.received < min(requested, self.size) and ahead is not None:
-            ahead.cancel()  # the object has ended
-            ahead = None
-        self._next = ahead
         return bool(data)
+
+
+def _prefetched(reads: Sequence[Read]) -> Generator[Bytes, None, None]:
+    """Yield the bytes of each read while the next one is under way, up to the end of the object."""
+    ahead = start_read(reads[0])
+    try:
+        for following in reads[1:]:
+            data = ahead.result()
+            if len(data) < CHUNK:  # the object has ended
+                yield data
+                return
+            ahead = start_read(following)
+            yield data
+        yield ahead.result()
+    finally:
+        ahead.cancel()
 
 
 def walk(source: ShardBytes, starts: Sequence[int]) -> Iterator[Found | Broken]:

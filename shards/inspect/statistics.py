@@ -65,10 +65,7 @@ def count(dataset: Dataset, *, label_images: int = 0, seed: int = 0) -> tuple[Sp
     """Count every split of a dataset from its index.
 
     Verified labels and flags are counted in the annotations of `label_images` images per split, chosen by a hash with
-    the seed: two small requests per image.
-
-    Raises:
-        SampleError: the annotations of an image cannot be read.
+    the seed: two small requests per image. A SampleError is raised if they cannot be read.
     """
     return tuple(_count_split(dataset, split, label_images, seed) for split in dataset.splits)
 

@@ -144,13 +144,10 @@ class Location:
 
 
 def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
-    """Check before hours of work that files can be written under a folder, which need not exist.
+    """Raise a StorageError before hours of work if nothing can be written under a folder, which need not exist.
 
     On a local disk nothing is created there. Elsewhere the object `probe` is put and removed. `option` is the option
     that names the folder, for the message.
-
-    Raises:
-        StorageError: nothing can be written there; remotely also if nothing can be removed.
     """
     if folder.is_local:
         _check_local(folder, option)

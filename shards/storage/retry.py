@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 def retrying(action: Callable[[], T]) -> T:
     """Do something idempotent at a store until it succeeds, at most `ATTEMPTS` times, and return its result.
 
-    Raises:
-        StorageError: it cannot succeed (no such bucket, access refused), or the last attempt failed.
+    The last StorageError is raised, or one that no other attempt can fix (no such bucket, access refused).
     """
     for attempt in attempts(ATTEMPTS, FIRST_DELAY_S):
         try:
@@ -45,11 +44,10 @@ def write(location: Location, data: bytes) -> None:
 
 
 def create(location: Location, data: bytes) -> bool:
-    """Write an object unless there is one: a conditional put, or on a disk an exclusive create; with retries.
+    """Write an object unless there is one, by a conditional put or an exclusive create, with retries.
 
-    Returns:
-        Whether the object was written. False also if the store has no conditional puts, or if an earlier attempt
-        succeeded and its answer was lost.
+    Returns whether it was written. False also if the store has no conditional puts, or if an earlier attempt succeeded
+    and its answer was lost.
     """
 
     def put() -> bool:
