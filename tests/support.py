@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from shards.format import rle
@@ -88,6 +90,29 @@ def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
     with patch.object(Sample, "to_members", lambda _: members):
         write_dataset(root, {"train": [good]})
     return good.image_id
+
+
+def edit_info(root: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the value of a dataset's dataset.json."""
+    info = json.loads((root / "dataset.json").read_text())
+    edit(info)
+    (root / "dataset.json").write_text(json.dumps(info))
+
+
+def edit_index(root: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Change rows of a dataset's index, or replace them by the table that `edit` returns, and the index's sha256."""
+    rows = pq.read_table(root / "index.parquet").to_pylist()
+    table = edit(rows)
+    pq.write_table(
+        table if isinstance(table, pa.Table) else pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+        root / "index.parquet",
+    )
+    sign_index(root)
+
+
+def sign_index(root: Path) -> None:
+    sha256 = hashlib.sha256((root / "index.parquet").read_bytes()).hexdigest()
+    edit_info(root, lambda info: info["index"].update(sha256=sha256))
 
 
 def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: Sequence | None = None) -> Index:

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -37,9 +35,13 @@ def test_an_opened_dataset_has_what_was_written(dataset):
         dataset.index("test")
 
 
-def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
+def test_a_root_without_dataset_json_is_an_unfinished_build_and_one_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"there is no dataset.json.*run the same build-shards command again"):
         open_dataset(str(tmp_path))
+    for text in ("{", "[" * 100_000, "9" * 5000):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(DatasetError, match="not JSON"):
+            open_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -48,16 +50,13 @@ def test_a_root_without_dataset_json_is_an_unfinished_build(tmp_path):
         ({"format": "coco"}, "not a maskstream dataset"),
         ({"version": 2}, "format version 2, this release reads version 1: upgrade maskstream"),
         ({"classes": [{"id": 1}]}, "damaged"),
-        ({"classes": [{"id": "1", "name": "a", "mid": ""}]}, "id of a category is '1', not of type int"),
         ({"classes": [{"id": 1, "name": None, "mid": ""}]}, "name of a category is None, not of type str"),
         ({"classes": [{"id": 10**12, "name": "a", "mid": ""}]}, "id of a category is 1000000000000: ids are from 1 to"),
-        ({"classes": [{"id": 0, "name": "a", "mid": ""}]}, "id of a category is 0: ids are from 1 to"),
         ({"classes": [{"id": 1, "name": "\ud800", "mid": ""}]}, r"is '\\ud800', which is not valid Unicode"),
         ({"shards": [3]}, "a shard is 3, not an object of path, split, samples, nbytes, sha256"),
         ({"shards": [SHARD | {"nbytes": 1.5}]}, "nbytes of a shard is 1.5, not of type int"),
         ({"shards": [SHARD | {"nbytes": -5}]}, "'train/000000.tar' has 1 samples and -5 bytes"),
         ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
-        ({"plan": None}, "plan is None, not a text"),
         ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
         ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
     ],
@@ -67,13 +66,6 @@ def test_a_wrong_dataset_json_is_refused(dataset, tmp_path, change, message):
     value = json.loads((dataset.root / "dataset.json").read())
     (tmp_path / "dataset.json").write_text(json.dumps(value | change))
     with pytest.raises(DatasetError, match=message):
-        open_dataset(str(tmp_path))
-
-
-@pytest.mark.parametrize("text", ["{", "[" * 100_000, "9" * 5000])
-def test_a_dataset_json_that_is_not_json_is_refused(tmp_path, text):
-    (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(DatasetError, match="not JSON"):
         open_dataset(str(tmp_path))
 
 
@@ -126,9 +118,3 @@ def test_accounts_are_a_data_frame_or_an_error(tmp_path):
     (tmp_path / "accounts.parquet").write_bytes(b"nothing")
     with pytest.raises(DatasetError, match=r"accounts.parquet: damaged \("):
         dataset.accounts()
-
-
-def test_pandas_and_torch_are_not_imported_at_start_up():
-    code = "import sys, shards.inspect.cli, shards.format.dataset_writer; "
-    code += "sys.exit(any(name in sys.modules for name in ('pandas', 'torch')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

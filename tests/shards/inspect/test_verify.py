@@ -1,6 +1,5 @@
 """`inspect-shards --verify`: which faults it reports, and what it does not blame."""
 
-import hashlib
 import io
 import json
 import shutil
@@ -10,22 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from demo.s3server import S3Server
 from shards.format import rle
 from shards.format.dataset import open_dataset
-from shards.format.index_schema import INDEX_SCHEMA
 from shards.format.shard_tar import pack_shard
 from shards.inspect import shard_scanner
 from shards.inspect.cli import main
+from shards.inspect.shard_check import Fault
 from shards.inspect.verify import Verification
 from shards.storage.location import Location
-from tests.support import sample, write_dataset, write_spoilt
+from tests.support import edit_index, edit_info, sample, write_dataset, write_spoilt
 
-FIRST = "train/000000.tar"
+FIRST, SECOND = "train/000000.tar", "train/000001.tar"
 KEY = f"{1:016x}"
 Capture = pytest.CaptureFixture[str]
 Edit = Callable[[dict[str, Any]], Any]
@@ -53,35 +50,17 @@ def truncate(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
-def set_byte(path: Path, place: int, value: int) -> None:
+def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] = value
+    data[place] ^= 0x10
     path.write_bytes(data)
 
 
-def rewrite_index(root: Path, edit: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Change rows of the index, and its sha256 in dataset.json."""
-    rows = pq.read_table(root / "index.parquet").to_pylist()
-    edit(rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), root / "index.parquet")
-    sha256 = hashlib.sha256((root / "index.parquet").read_bytes()).hexdigest()
-    rewrite_info(root, lambda info: info["index"].update(sha256=sha256))
-
-
-def rewrite_info(root: Path, edit: Edit) -> None:
-    info = json.loads((root / "dataset.json").read_text())
-    edit(info)
-    (root / "dataset.json").write_text(json.dumps(info))
-
-
-def test_a_sound_dataset_has_no_faults(whole: Path, capsys: Capture) -> None:
-    assert main([str(whole), "--verify"]) == 0
+def test_faults_are_lines_or_json_and_set_the_status(root: Path, capsys: Capture) -> None:
+    assert main([str(root), "--verify"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("no fault: 19 samples in 4 shards, 28 boxes, 19 masks, ")
     assert captured.err == ""
-
-
-def test_faults_are_lines_or_json_and_set_the_status(root: Path, capsys: Capture) -> None:
     (root / FIRST).unlink()
     assert main([str(root), "--verify"]) == 1
     first, *_, last = capsys.readouterr().out.splitlines()
@@ -90,48 +69,40 @@ def test_faults_are_lines_or_json_and_set_the_status(root: Path, capsys: Capture
     assert main([str(root), "--verify", "--json"]) == 1
     value = json.loads(capsys.readouterr().out)
     assert (value["faults"][0]["file"], len(value["faults"]), value["samples"]) == (FIRST, 1, 13)
+    assert str(Fault("a", "box \n\x1b[2J")) == r"a: box \n\x1b[2J"
 
 
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.62, 0.97])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.97])
 def test_a_flipped_byte_is_a_fault_of_its_sample_only(root: Path, where: float) -> None:
     """In a header, a picture or a JSON member: the hash of the shard and that of the sample are wrong."""
     row = open_dataset(str(root)).table.to_pylist()[2]
-    place = row["offset"] + int(where * row["nbytes"])
-    set_byte(root / FIRST, place, (root / FIRST).read_bytes()[place] ^ 0x10)
+    flip(root / FIRST, row["offset"] + int(where * row["nbytes"]))
     first, *others = faults(root)
     assert first.startswith(f"{FIRST}: sha256 is ")
     assert any(f"sample {row['image_id']} at offset {row['offset']}: " in line for line in others)
     assert all(f"at offset {row['offset']}: " in line for line in others)
 
 
-def test_bytes_after_the_end_of_the_tar(root: Path) -> None:
-    set_byte(root / FIRST, -1, 1)
-    first, second = faults(root)
-    assert "sha256 is" in first
-    assert "the tar ends here, but more follows" in second
-
-
-@pytest.mark.parametrize("cut", ["in a member", "between samples", "to nothing"])
-def test_a_truncated_shard(root: Path, cut: str) -> None:
+@pytest.mark.parametrize("sample_and_bytes", [(4, 700), (4, 0), (0, 0)])  # in a member, between samples, to nothing
+def test_a_truncated_shard(root: Path, sample_and_bytes: tuple[int, int]) -> None:
     rows = [row for row in open_dataset(str(root)).table.to_pylist() if row["shard"] == FIRST]
-    length = {"in a member": rows[4]["offset"] + 700, "between samples": rows[4]["offset"], "to nothing": 0}[cut]
-    size = (root / FIRST).stat().st_size
+    number, more = sample_and_bytes
+    length, size = rows[number]["offset"] + more, (root / FIRST).stat().st_size
     truncate(root / FIRST, length)
     found = faults(root)
     assert f"{FIRST}: at offset {length}: it ends after {length} bytes, dataset.json says {size}: truncated" in found
-    lost = rows[0 if cut == "to nothing" else 4 :]
-    for row in lost:
-        assert any(f"sample {row['image_id']} at offset {row['offset']}: " in line for line in found)
-    assert not any(row["image_id"] in line for row in rows if row not in lost for line in found)
+    for place, row in enumerate(rows):
+        blamed = any(f"sample {row['image_id']} at offset {row['offset']}: " in line for line in found)
+        assert blamed == (place >= number)
 
 
 def test_swapped_shards(root: Path) -> None:
     (root / FIRST).rename(root / "kept")
-    (root / "train/000001.tar").rename(root / FIRST)
-    (root / "kept").rename(root / "train/000001.tar")
+    (root / SECOND).rename(root / FIRST)
+    (root / "kept").rename(root / SECOND)
     assert faults(root) == [
-        "train/000000.tar: it holds the bytes of train/000001.tar: swapped, or copied over it",
-        "train/000001.tar: it holds the bytes of train/000000.tar: swapped, or copied over it",
+        f"{one}: it holds the bytes of {other}: swapped, or copied over it"
+        for one, other in ((FIRST, SECOND), (SECOND, FIRST))
     ]
 
 
@@ -155,26 +126,25 @@ def test_a_shard_of_another_build(root: Path) -> None:
         (lambda rows: rows[3].update(masks=[2, 0]), "the index says masks [2, 0], the shard has [1, 0]"),
         (lambda rows: rows[3].update(image_id="other"), "the shard does not hold it, the index does"),
         (lambda rows: rows.pop(3), "dataset.json says 6 samples, the index has 5"),
-        (lambda rows: rows.__delitem__(slice(0, 6)), "dataset.json says 6 samples, the index has 0"),
         (lambda rows: rows.__setitem__(slice(0, 2), rows[1::-1]), "are not in the order of the shards and offsets"),
     ],
 )
 def test_a_wrong_index(root: Path, edit: Callable[[list[dict[str, Any]]], Any], fault: str) -> None:
-    rewrite_index(root, edit)
+    edit_index(root, edit)
     found = faults(root)
     assert any(fault in line for line in found)
     assert all(FIRST in line for line in found)  # no other shard is blamed
-    rewrite_info(root, lambda info: info["index"].update(sha256=64 * "0"))
+    edit_info(root, lambda info: info["index"].update(sha256=64 * "0"))
     assert sorted(faults(root))[0].startswith("index.parquet: sha256 is ")
 
 
 def test_index_rows_of_an_unknown_shard_or_of_none(root: Path) -> None:
-    rewrite_index(root, lambda rows: rows.append(rows[0] | {"shard": "train/000009.tar"}))
+    edit_index(root, lambda rows: rows.append(rows[0] | {"shard": "train/000009.tar"}))
     assert faults(root) == [
         "index.parquet: 1 row of train/000009.tar, which is not a shard of dataset.json",
         f"index.parquet: sample {0:016x}: occurs in 2 rows",
     ]
-    rewrite_index(root, lambda rows: rows.clear())
+    edit_index(root, lambda rows: rows.clear())
     assert [line.partition(": ")[2] for line in faults(root)] == [
         f"dataset.json says {number} samples, the index has 0" for number in (6, 6, 4, 3)
     ]
@@ -186,11 +156,13 @@ def test_an_unreadable_index_is_one_fault_and_the_rest_is_checked(root: Path) ->
     assert first.startswith("index.parquet: sha256 is ")
     assert second.startswith("index.parquet: is not an index in Parquet")
     (root / "index.parquet").unlink()
-    set_byte(root / FIRST, -1, 1)
-    rewrite_info(root, lambda info: info["shards"][1].update(samples=5))
+    flip(root / FIRST, -1)  # after the end of the tar
+    edit_info(root, lambda info: info["shards"][1].update(samples=5))
     _, first, *others = faults(root)  # after the number of samples of the split in dataset.json
     assert first.startswith("index.parquet: cannot be read: ")
-    assert [line.partition(": ")[0] for line in others] == [FIRST, FIRST, "train/000001.tar"]
+    assert [line.partition(": ")[0] for line in others] == [FIRST, FIRST, SECOND]
+    assert others[0].startswith(f"{FIRST}: sha256 is ")
+    assert "the tar ends here, but more follows" in others[1]
     assert others[-1].endswith("dataset.json says 5 samples, the shard has 6")
 
 
@@ -212,7 +184,7 @@ def test_an_extra_shard(root: Path) -> None:
     ],
 )
 def test_values_of_dataset_json_that_readers_do_not_use(root: Path, edit: Edit, fault: str) -> None:
-    rewrite_info(root, edit)
+    edit_info(root, edit)
     assert any(fault in line for line in faults(root))
 
 
@@ -228,14 +200,12 @@ def box(number: int, **values: object) -> Edit:
     ("edit", "fault"),
     [
         (rle_of(counts="PPPP1"), "the RLE has runs of "),
-        (rle_of(counts="abc\x01"), "the RLE cannot be decoded"),
         (rle_of(size=[48, 32]), "annotation 0 (box b0): the RLE is of 32x48, the image 48x32"),
         (box(0, segmentation=rle.encode(np.zeros((32, 48))).to_json()), "the RLE is empty"),
         (box(0, bbox=[40.0, 20.0, 8.0, 12.0]), "mostly outside its bbox [40, 20, 8, 12]"),
         (box(0, predicted_iou=-3.5), "predicted_iou -3.5 is not from 0 to 1"),
         (box(1, bbox=[40.0, 2.0, 20.0, 25.0]), "bbox [40, 2, 20, 25] leaves the image"),
         (box(1, bbox=[4.0, 2.0, 0.0, 25.0]), "bbox [4, 2, 0, 25] is empty"),
-        (box(1, bbox=[4.0, 2.0]), "is not in the shard format"),
         (box(1, bbox=[10**400, 0, 1, 1]), "is not in the shard format (OverflowError"),
         (box(1, category_id=3), "category_id 3 is not the id of a class"),
         (lambda v: v["verified_present"].append(9), "verified_present has 9"),
@@ -259,8 +229,6 @@ def test_contents_that_the_format_does_not_allow(tmp_path: Path, edit: Edit, fau
     [
         ([1, 0], {}, f"a member '{KEY}.json' is at byte 0, where <key>.jpg should be"),
         ([0], {}, f"the end of the tar is at byte 1536, where {KEY}.json should be"),
-        ([0, 1, 1], {}, f"a member '{KEY}.json' is at byte 3072, where <key>.jpg should be"),
-        ([0, 1], {"mtime": 1}, "has another mode, time or owner"),
         ([0, 1], {"uname": "root"}, "has another mode, time or owner"),
     ],
 )
@@ -276,13 +244,13 @@ def test_members_in_another_order_or_form(tmp_path: Path, order: list[int], head
     assert any(fault in line for line in found), found
 
 
-@pytest.mark.parametrize("chunk", [512, 700, 4096])
+@pytest.mark.parametrize("chunk", [512, 700])
 def test_a_shard_of_many_chunks(root: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_scanner, "CHUNK", chunk)
     assert faults(root) == []
     truncate(root / FIRST, 4000)
     assert sum("truncated" in line for line in faults(root)) == 1
-    with (root / "train/000001.tar").open("ab") as file:
+    with (root / SECOND).open("ab") as file:
         file.write(bytes(5000))
     assert sum("it is longer than the " in line for line in faults(root)) == 1
 
@@ -290,25 +258,22 @@ def test_a_shard_of_many_chunks(root: Path, chunk: int, monkeypatch: pytest.Monk
 def test_a_bucket_and_the_same_over_http(s3: S3Server, bucket: str, root: Path, capsys: Capture) -> None:
     """Over http, which has no listing, an extra shard is not found and a note says so."""
     rows = open_dataset(str(root)).table.to_pylist()
-    set_byte(root / FIRST, rows[1]["offset"] + 600, 0xAA)
-    cut, size = rows[8]["offset"] + 700, (root / "train/000001.tar").stat().st_size
-    truncate(root / "train/000001.tar", cut)
+    flip(root / FIRST, rows[1]["offset"] + 600)
+    truncate(root / SECOND, rows[8]["offset"] + 700)
     (root / "val/000000.tar").unlink()
     (root / "train/000007.tar").write_bytes(b"")
     s3.upload(root, bucket)
     first, *found = faults(f"s3://{bucket}")
     assert first == "train/000007.tar: is not in dataset.json: of another build?"
     assert any(f"{FIRST}: sample {1:016x} at offset {rows[1]['offset']}: crc32 is " in line for line in found)
-    truncated = f"it ends after {cut} bytes, dataset.json says {size}: truncated"
-    assert f"train/000001.tar: at offset {cut}: {truncated}" in found
+    assert any(line.startswith(f"{SECOND}: at offset ") and line.endswith(": truncated") for line in found)
     assert found[-1].startswith("val/000000.tar: cannot be read: ")
     assert not any(row["image_id"] in line for row in rows[2:8] for line in found)
 
     address = f"{s3.endpoint_url}/{bucket}"
     assert main([address, "--verify"]) == 1
     captured = capsys.readouterr()
-    assert [line.partition(": cannot be read")[0] for line in captured.out.splitlines()[:-1]] == [
-        line.partition(": cannot be read")[0] for line in found
-    ]
+    assert captured.out.splitlines()[:-2] == found[:-1]
+    assert captured.out.splitlines()[-2].startswith("val/000000.tar: cannot be read: ")
     assert captured.err.startswith(f"inspect-shards: note: {address}: http has no listing: ")
     assert captured.err.count("\n") == 1

@@ -20,20 +20,13 @@ from tests.support import sample, write_dataset
 
 TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate", "stall", "corrupt")
 ONE_LINE = r"^[^\n]*train/0000\d\d\.tar: sample \w{16} at offset \d+[^\n]*$"
-STALLS = {"timeout_s": 0.5, "attempts": 1000}
-
-
-def test_transient_faults_change_nothing(local: Dataset, remote: Dataset, proxied: Proxied) -> None:
-    faults = [Fault(kind, "GET", every=10) for kind in TRANSIENT]
-    with proxied(*faults, **STALLS) as proxy:
-        got = take(small_stream(remote), 2 * EPOCH, workers=2)
-    assert got == take(small_stream(local), 2 * EPOCH)
-    assert set(proxy.counters.faults) == set(TRANSIENT)
 
 
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_range_that_fails_twice_is_read_again(local: Dataset, remote: Dataset, proxied: Proxied, kind: Kind) -> None:
-    with proxied(Fault(kind, "GET", times=2, after=0.7), **(STALLS if kind == "stall" else {})) as proxy:
+    # A stall may also be seen where the machine is busy, any number of times.
+    patience = {"timeout_s": 0.5, "attempts": 1000} if kind == "stall" else {}
+    with proxied(Fault(kind, "GET", times=2, after=0.7), **patience) as proxy:
         assert take(small_stream(remote), EPOCH) == take(small_stream(local), EPOCH)
     assert proxy.counters.faults[kind] == 12  # twice for each of six shards
 
@@ -68,7 +61,6 @@ def error_after(dataset: Dataset, change: Callable[[], None], workers: int) -> s
         ("missing", 0, "no such object"),
         ("expired", 0, "token has expired"),
         ("slow_down", 0, "SlowDown"),
-        ("reset", 0, ""),
         ("corrupt", 0, "after 5 reads"),
         ("stall", 0, ""),
     ],
