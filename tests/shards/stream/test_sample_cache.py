@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,14 @@ from tests.support import sample, write_dataset
 ROOM = 10 * 2**20
 
 
-def epochs(dataset: Dataset, cache: SampleCache | None, count: int, workers: int = 0) -> tuple[list, Loader]:
+def epochs(dataset: Dataset, cache: SampleCache | None, count: int = 1, workers: int = 0) -> tuple[list, Loader]:
     batches = loader(small_stream(dataset, cache=cache), workers=workers)
     return list(itertools.islice(batches, count * EPOCH)), batches
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> SampleCache:
+    return SampleCache(str(tmp_path), ROOM)
 
 
 def files(directory: Path) -> list[Path]:
@@ -41,58 +45,51 @@ def taken(directory: Path) -> int:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_is_requested_after_the_first_epoch(
-    local: Dataset, remote: Dataset, tmp_path: Path, proxied: Proxied, workers: int
+    local: Dataset, remote: Dataset, tmp_path: Path, cache: SampleCache, proxied: Proxied, workers: int
 ) -> None:
-    expected, plain = epochs(local, None, 2)
-    assert plain.statistics.cache_hits == 0
+    expected, plain = epochs(local, cache, 2)
+    assert (plain.statistics.cache_hits, files(tmp_path)) == (0, [])  # samples on a local disk are not copied
     with proxied() as proxy:
-        first, filling = epochs(remote, SampleCache(str(tmp_path), ROOM), 1, workers)
+        first, filling = epochs(remote, cache, 1, workers)
         requests = proxy.counters.requests.total()
         # Another run, with another number of workers, reads from the cache alone.
-        rest, filled = epochs(remote, SampleCache(str(tmp_path), ROOM), 2, 2 - workers)
+        rest, filled = epochs(remote, cache, 2, 2 - workers)
         assert proxy.counters.requests.total() == requests > 0
     assert (first, rest) == (expected[:EPOCH], expected)
     assert filling.statistics.cache_hits <= 2 * BATCH * workers  # a worker that is ahead starts the next epoch
-    assert (filled.statistics.samples, filled.statistics.cache_hits) == (2 * SAMPLES, 2 * SAMPLES)
-    assert (filled.statistics.requests, filled.statistics.nbytes) == (0, 0)
+    done = filled.statistics
+    assert (done.samples, done.cache_hits, done.requests, done.nbytes) == (2 * SAMPLES, 2 * SAMPLES, 0, 0)
     assert len(files(tmp_path)) == SAMPLES
     assert taken(tmp_path) <= ROOM
 
 
-def test_damaged_samples_are_fetched_again_and_replaced(remote: Dataset, tmp_path: Path) -> None:
-    expected, _ = epochs(remote, SampleCache(str(tmp_path), ROOM), 1)
+def test_damaged_samples_are_fetched_again_and_replaced(remote: Dataset, tmp_path: Path, cache: SampleCache) -> None:
+    expected, _ = epochs(remote, cache)
     intact = {path: path.read_bytes() for path in files(tmp_path)}
-    damages: list[Callable[[bytes], bytes]] = [
-        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-        lambda data: data[:1000],
-        lambda data: b"",
-        lambda data: data + b"x",
-    ]
-    for (path, data), damage in zip(intact.items(), itertools.cycle(damages)):
-        path.write_bytes(damage(data))
-    got, batches = epochs(remote, SampleCache(str(tmp_path), ROOM), 1)
+    for number, (path, data) in enumerate(intact.items()):
+        path.write_bytes((data[:-1] + bytes([data[-1] ^ 1]), data[:1000], b"", data + b"x")[number % 4])
+    got, batches = epochs(remote, cache)
     assert got == expected
     assert batches.statistics.cache_hits == 0
     assert {path: path.read_bytes() for path in files(tmp_path)} == intact
 
 
-def test_unchanged_samples_of_a_rebuilt_dataset_are_still_found(bucket: str, tmp_path: Path) -> None:
+def test_unchanged_samples_of_a_rebuilt_dataset_are_still_found(bucket: str, cache: SampleCache) -> None:
     samples = [sample(n) for n in range(SAMPLES)]
     before = write_dataset(f"s3://{bucket}", {"train": samples}, per_shard=10)
-    epochs(before, SampleCache(str(tmp_path), ROOM), 1)
+    epochs(before, cache)
     samples[-10:] = [sample(n, width=64) for n in range(SAMPLES - 10, SAMPLES)]  # the same keys, other pictures
     after = write_dataset(f"s3://{bucket}", {"train": samples}, per_shard=10)
-    got, batches = epochs(after, SampleCache(str(tmp_path), ROOM), 1)
-    assert got == epochs(after, None, 1)[0]
+    got, batches = epochs(after, cache)
+    assert got == epochs(after, None)[0]
     assert batches.statistics.cache_hits == SAMPLES - 10
 
 
-def test_a_stream_continues_when_its_cache_is_lost(
-    local: Dataset, remote: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_stream_continues_when_its_cache_is_lost_or_full(
+    local: Dataset, remote: Dataset, tmp_path: Path, cache: SampleCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files vanish between the plan and the read, then the whole folder does."""
-    cache = SampleCache(str(tmp_path), ROOM)
-    epochs(remote, cache, 1)
+    """Files vanish between the plan and the read, then the whole folder does; the disk of the second cache is full."""
+    epochs(remote, cache)
     batches = iter(loader(small_stream(remote, cache=cache)))
     got = [next(batches)]
     for path in files(tmp_path):
@@ -102,23 +99,18 @@ def test_a_stream_continues_when_its_cache_is_lost(
     (tmp_path / "samples").rename(tmp_path / "gone")
     got += itertools.islice(batches, EPOCH)
     assert got == epochs(local, None, 2)[0]
-    (record,) = caplog.records
-    assert "the run continues, this process stores nothing more" in record.message
+    full = SampleCache(str(tmp_path / "full"), ROOM)
+    (tmp_path / "full" / "samples" / "incoming").symlink_to("/dev/full")
+    assert epochs(remote, full)[0] == got[:EPOCH]
+    assert files(tmp_path / "full") == []
+    lost, no_space = caplog.messages  # each once
+    assert "the run continues, this process stores nothing more" in lost
+    assert "No space left on device): the run continues, this process stores nothing more" in no_space
 
 
-def test_a_full_disk_is_logged_once(
-    local: Dataset, remote: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_disk_that_cannot_be_read_is_logged_once(
+    tmp_path: Path, cache: SampleCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = SampleCache(str(tmp_path), ROOM)
-    (tmp_path / "samples" / "incoming").symlink_to("/dev/full")
-    assert epochs(remote, cache, 1)[0] == epochs(local, None, 1)[0]
-    assert files(tmp_path) == []
-    (record,) = caplog.records
-    assert "No space left on device): the run continues, this process stores nothing more" in record.message
-
-
-def test_a_disk_that_cannot_be_read_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = SampleCache(str(tmp_path), ROOM)
     broken = cache._path(name(0))
     broken.mkdir()  # which can neither be read nor removed as a file
     assert not cache.has(name(0))
@@ -128,12 +120,6 @@ def test_a_disk_that_cannot_be_read_is_logged_once(tmp_path: Path, caplog: pytes
     assert files(tmp_path) == [broken]  # nothing more is stored
     (record,) = caplog.records
     assert record.message.startswith(f"cache {tmp_path}: cannot be read ([Errno 21] Is a directory")
-
-
-def test_samples_on_a_local_disk_are_not_copied(local: Dataset, tmp_path: Path) -> None:
-    _, batches = epochs(local, SampleCache(str(tmp_path), ROOM), 2)
-    assert batches.statistics.cache_hits == 0
-    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -198,9 +184,10 @@ def test_samples_unused_for_a_day_are_dropped_first(tmp_path: Path, monkeypatch:
     assert taken(tmp_path) <= cache.limit
 
 
-def test_a_lock_that_others_hold_delays_no_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_others_hold_delays_no_one(
+    tmp_path: Path, cache: SampleCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shards.stream.sample_cache.LOCK_TIMEOUT_S", 0.01)
-    cache = SampleCache(str(tmp_path), ROOM)
     cache.put(name(0), b"x" * 100)
     with open(tmp_path / "samples" / "state", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -209,13 +196,6 @@ def test_a_lock_that_others_hold_delays_no_one(tmp_path: Path, monkeypatch: pyte
         assert cache.get(name(1)) is None
     cache.put(name(1), b"y" * 100)
     assert cache.get(name(1)) == b"y" * 100
-
-
-def bytes_now(directory: Path) -> int:
-    """Bytes of all files, while the lock keeps others from writing and removing any."""
-    with open(directory / "samples" / "state", "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return sum(path.stat().st_size for path in [*files(directory), *directory.glob("samples/incoming")])
 
 
 def write_until_killed(cache: SampleCache, seed: int, answer: Any) -> None:
@@ -242,7 +222,10 @@ def test_killed_writers_leave_intact_samples_within_the_limit(tmp_path: Path) ->
         if len(writers) > 2:
             writers[-3][0].kill()
             writers[-3][0].join()
-        assert bytes_now(tmp_path) <= limit + largest
+        with open(tmp_path / "samples" / "state", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # keeps them from writing and removing
+            found = [*files(tmp_path), *tmp_path.glob("samples/incoming")]
+            assert sum(path.stat().st_size for path in found) <= limit + largest
     for writer, _ in writers[-2:]:
         writer.kill()
         writer.join()

@@ -1,5 +1,6 @@
 import io
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from shards.common.errors import SampleError
-from shards.format.sample import Sample
 from shards.format.selection import with_categories
 from shards.format.shard_tar import parse_members
 from shards.stream.sample_decoders import parse_sample, read_sample, webdataset_sample
@@ -44,9 +44,8 @@ def test_members_are_those_of_webdatasets_iterator(one, values, ended):
     data = tar({f"{made.image_id}.{extension}": value for extension, value in values.items()})
     if not ended:  # as in the middle of a shard
         data = data[: sum(512 + -(-len(value) // 512) * 512 for value in values.values())]
-    expected = (
-        {base_plus_ext(f["fname"])[1]: bytes(f["data"]) for f in tar_file_iterator(io.BytesIO(data))} if data else {}
-    )
+    files = tar_file_iterator(io.BytesIO(data)) if data else ()
+    expected = {base_plus_ext(file["fname"])[1]: bytes(file["data"]) for file in files}
     found = parse_members(memoryview(data), made.image_id, where="")
     assert {extension: bytes(value) for extension, value in found.items()} == expected == values
     assert all(value.obj is data for value in found.values())  # none is a copy
@@ -79,10 +78,9 @@ KEY = f"{0:016x}"
         (tar({f"{KEY}.jpg": b"1"}, tarfile.DIRTYPE), "no tar header of a plain file"),
         (tar({f"{KEY}.jpg": b"1"}).replace(b"ustar", b"other"), "no tar header of a plain file"),
         (tar({f"{KEY}.jpg": b"1"}).replace(b"0000644", b"0000645"), "no tar header of a plain file"),
-        (b"\xff" * 5000, "no tar header of a plain file"),
         (b"", f"there is no {KEY}.jpg"),
     ],
-    ids=["another key", "a folder", "cut after", "cut in", "no file", "no ustar", "checksum", "no tar", "nothing"],
+    ids=["another key", "a folder", "cut after", "cut in", "no file", "no ustar", "checksum", "nothing"],
 )
 def test_other_bytes_are_refused_in_one_line(one, data, message):
     with pytest.raises(SampleError, match=rf"^[^\n]*s3://b/d/train/000000.tar[^\n]*{message}[^\n]*$"):
@@ -95,9 +93,5 @@ def test_a_damaged_header_gives_an_error_or_the_same_members(one, place, change)
     index, data, made = one
     damaged = bytearray(data)
     damaged[place : place + len(change)] = change
-    try:
-        found = parse_sample(read_sample(memoryview(damaged), index, 0, "s3://b/d"))
-    except SampleError:
-        return
-    assert isinstance(found, Sample)
-    assert found.image_id == made.image_id
+    with suppress(SampleError):
+        assert parse_sample(read_sample(memoryview(damaged), index, 0, "s3://b/d")).image_id == made.image_id
