@@ -24,7 +24,7 @@ ONE_LINE = r"^[^\n]*train/0000\d\d\.tar: sample \w{16} at offset \d+[^\n]*$"
 
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_range_that_fails_twice_is_read_again(local: Dataset, remote: Dataset, proxied: Proxied, kind: Kind) -> None:
-    # A stall may also be seen where the machine is busy, any number of times.
+    # A busy machine may stall as well, any number of times.
     limits = {"timeout_s": 0.5, "attempts": 1000} if kind == "stall" else {}
     with proxied(Fault(kind, "GET", times=2, after=0.7), **limits) as proxy:
         assert take(small_stream(remote), EPOCH) == take(small_stream(local), EPOCH)
