@@ -10,12 +10,15 @@ from shards.common.errors import DatasetError
 from shards.common.text import shown
 
 
-def whole(name: str, value: Any) -> int:
-    """Return an integer as an int; a DatasetError names the argument if it is not one."""
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer as an int; a DatasetError names the argument if it is not one, or less than `least`."""
     try:
-        return int(operator.index(value))
+        number = int(operator.index(value))
     except TypeError:
         raise DatasetError(f"{name} is {shown(value)}: give a whole number") from None
+    if least is not None and number < least:
+        raise DatasetError(f"{name} is {number}: it must be {f'at least {least}' if least else '0 or more'}")
+    return number
 
 
 def real(name: str, value: Any) -> float:

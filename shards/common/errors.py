@@ -13,9 +13,7 @@ class UserError(Exception):
 class StorageError(UserError):
     """A URL that could not be reached, read or written.
 
-    Attributes:
-        missing: the store answered that there is no such object.
-        permanent: another attempt cannot succeed (missing, refused), judging by the answer.
+    It is `missing` if the store has no such object, and `permanent` if another attempt cannot succeed either.
     """
 
     def __init__(self, message: str, *, missing: bool = False, permanent: bool = False) -> None:

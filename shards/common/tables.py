@@ -70,8 +70,7 @@ def _cells(table: pd.DataFrame, formats: Formats) -> list[list[str]]:
     def cell(value: Any, form: Callable[[Any], str]) -> str:
         return MISSING if pd.isna(value) else printable(form(value))
 
-    return [[cell(value, formats.get(name, _plain)) for value in table[name]] for name in table.columns]
+    def plain(value: Any) -> str:
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
 
-
-def _plain(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return [[cell(value, formats.get(name, plain)) for value in table[name]] for name in table.columns]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,10 @@ def draw_instances(
     labels = Labels(canvas, picture.size)
     # The best detections, else the largest objects, get the best places for their names.
     for i in order if scores is None else sorted(order, key=lambda i: -scores[i]):
-        text = _label(instances[i], names, None if scores is None else scores[i]) if captions is None else captions[i]
+        number = instances[i].category_id
+        text = names.get(number, f"class {number}") + (" (group)" if instances[i].is_group_of else "")
+        text += "" if scores is None else f" {scores[i]:.2f}"
+        text = text if captions is None else captions[i]
         labels.draw(text, colours[i], _corners(instances[i], scale, picture.size))
     return picture
 
@@ -269,12 +272,6 @@ def _displayed(picture: Image.Image) -> Image.Image:
     if getattr(shell, "kernel", None) is not None:
         ipython.display.display(picture)
     return picture
-
-
-def _label(instance: Instance, names: Mapping[int, str], score: float | None) -> str:
-    text = names.get(instance.category_id, f"class {instance.category_id}")
-    text += " (group)" if instance.is_group_of else ""
-    return text if score is None else f"{text} {score:.2f}"
 
 
 def _corners(instance: Instance, scale: int, size: tuple[int, int]) -> Rectangle:

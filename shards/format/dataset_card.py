@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from shards.format.sample import ATTRIBUTION, FLAGS
 
 # Names of splits, and those of Hugging Face's tools.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+HUB_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 
 
 def _fields(kind: str, *names: str) -> list[dict[str, Any]]:
@@ -201,7 +203,7 @@ def render_card(
         **({"license": list(about.licenses)} if about.licenses else {}),
         "task_categories": ["image-segmentation", "object-detection"],
         "tags": ["webdataset", about.tag, "instance-segmentation"],
-        "size_categories": [_size_category(samples)],
+        "size_categories": [HUB_SIZES[bisect_right([10**3, 10**4, 10**5, 10**6], samples)]],
         "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {"config_name": "default", "features": FEATURES},
     }
@@ -230,9 +232,3 @@ def render_card(
 def _cell(name: str) -> str:
     """Return a name as it is written in a table of Markdown."""
     return printable(name).replace("|", r"\|")
-
-
-def _size_category(samples: int) -> str:
-    """Return Hugging Face's size class."""
-    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
-    return next((name for bound, name in bounds if samples < bound), "1M<n<10M")

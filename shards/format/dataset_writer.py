@@ -102,10 +102,8 @@ class DatasetWriter:
     ) -> None:
         self.root = root_location(root)
         self.categories = _categories(classes)
-        self.samples_per_shard = whole("samples_per_shard", samples_per_shard)
+        self.samples_per_shard = whole("samples_per_shard", samples_per_shard, 1)
         self.seed = whole("seed", seed)
-        if self.samples_per_shard < 1:
-            raise DatasetError(f"samples_per_shard is {self.samples_per_shard}: it must be at least 1")
         self._spool: BinaryIO | None = None
         self._added: dict[str, dict[str, _Spooled]] = {split: {} for split in SPLITS}
 

@@ -31,11 +31,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         real("fraction", self.fraction)
-        object.__setattr__(self, "seed", whole("the seed of a selection", self.seed))
+        object.__setattr__(self, "seed", whole("the seed of a selection", self.seed, 0))
         if not 0 < self.fraction <= 1:
             raise DatasetError(f"fraction is {self.fraction}: it must be above 0 and at most 1")
-        if self.seed < 0:
-            raise DatasetError(f"the seed of a selection is {self.seed}: it must not be negative")
 
     def __str__(self) -> str:
         of = "all samples" if self.classes is None else "samples of these classes"

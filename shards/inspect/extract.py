@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards.format import rle
 from shards.format.dataset import Category, Dataset
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Sample
 from shards.inspect.preview_samples import find, read_samples
 from shards.storage.location import Location
 
@@ -30,7 +30,9 @@ def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
     files = {f"{sample.image_id}.{extension}": data for extension, data in sample.to_members().items()}
     for name, instance in zip(mask_names(sample, dataset.categories), sample.instances):
         if instance.segmentation is not None:
-            files[name] = _png(instance.segmentation)
+            buffer = io.BytesIO()
+            Image.fromarray(rle.decode(instance.segmentation).astype(np.bool_)).save(buffer, "PNG")
+            files[name] = buffer.getvalue()
     for name, data in files.items():
         (out / name).write(data)
     return [out / name for name in files]
@@ -42,20 +44,12 @@ def mask_names(sample: Sample, categories: Sequence[Category]) -> list[str]:
     Without a MID or BoxID (COCO), or if two names are the same: `<ImageID>_<number of the annotation>.png`.
     """
     mids = {category.id: category.mid for category in categories}
-    names = [_mask_path(sample.image_id, instance, mids.get(instance.category_id, "")) for instance in sample.instances]
+    names = []
+    for instance in sample.instances:
+        mid = instance.label or mids.get(instance.category_id, "")
+        named = MID.fullmatch(mid) and BOX_ID.fullmatch(instance.box_id)
+        names.append(f"{sample.image_id}_{mid.replace('/', '')}_{instance.box_id}.png" if named else "")
     return [
         f"{sample.image_id}_{number}.png" if not name or names.count(name) > 1 else name
         for number, name in enumerate(names)
     ]
-
-
-def _mask_path(image_id: str, instance: Instance, category_mid: str) -> str:
-    mid = instance.label or category_mid
-    named = MID.fullmatch(mid) and BOX_ID.fullmatch(instance.box_id)
-    return f"{image_id}_{mid.replace('/', '')}_{instance.box_id}.png" if named else ""
-
-
-def _png(mask: rle.Rle) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rle.decode(mask).astype(np.bool_)).save(buffer, "PNG")
-    return buffer.getvalue()

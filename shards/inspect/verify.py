@@ -29,11 +29,7 @@ MAX_DEPTH = 5  # levels of folders that are searched for extra shards: a link ma
 
 
 class Verification:
-    """The check of one dataset.
-
-    Raises:
-        DatasetError, StorageError: there is no `dataset.json` that can be checked.
-    """
+    """The check of one dataset; a DatasetError or StorageError if there is no `dataset.json` that can be checked."""
 
     def __init__(self, root: Location) -> None:
         self.root = root
@@ -51,7 +47,8 @@ class Verification:
         table = self._read_index(faults)
         rows: dict[str, NDArray[np.int64]] = {}
         if table is not None:
-            rows = _rows_by_shard(table)
+            shards = table.select(["shard"]).to_pandas(categories=["shard"])["shard"]
+            rows = shards.groupby(shards, observed=True).indices  # row numbers, ascending
             faults += _index_faults(table, self.info.shards, rows)
         faults += self._extra_shards()
         yield Checked(faults=faults)
@@ -67,7 +64,10 @@ class Verification:
 
         def check(shard: Shard) -> Checked:
             # A shard that the index does not have is one fault above, not one per sample.
-            known = None if table is None or shard.path not in rows else _index_rows(table, rows[shard.path])
+            known = None
+            if table is not None and shard.path in rows:
+                own = map(IndexRow.from_values, table.take(pa.array(rows[shard.path])).to_pylist())
+                known = {row.image_id: row for row in own}
             return ShardCheck(self.root, shard, known, categories, paths).run(count)
 
         pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
@@ -143,13 +143,6 @@ def _tars_below(folder: Location) -> Iterator[str]:
                 yield f"{parent}/{name}".removeprefix(start)
 
 
-def _rows_by_shard(table: pa.Table) -> dict[str, NDArray[np.int64]]:
-    """Return the row numbers of each shard in the index, ascending."""
-    shards = table.select(["shard"]).to_pandas(categories=["shard"])["shard"]
-    groups: dict[str, NDArray[np.int64]] = shards.groupby(shards, observed=True).indices
-    return groups
-
-
 def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, NDArray[np.int64]]) -> Iterator[Fault]:
     for path in sorted(rows.keys() - {shard.path for shard in shards}):
         number = counted(len(rows[path]), "row")
@@ -169,7 +162,3 @@ def _index_faults(table: pa.Table, shards: Sequence[Shard], rows: Mapping[str, N
         if own[0] <= last or np.any(np.diff(own) != 1) or np.any(np.diff(offsets) <= 0):
             yield Fault(INDEX_FILE, f"the rows of {shard.path} are not in the order of the shards and offsets")
         last = int(own[-1])
-
-
-def _index_rows(table: pa.Table, rows: NDArray[np.int64]) -> dict[str, IndexRow]:
-    return {row.image_id: row for row in map(IndexRow.from_values, table.take(pa.array(rows)).to_pylist())}

@@ -53,37 +53,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class OrderSettings:
-    """Everything that determines the order, apart from the index.
+    """Everything that determines the order, apart from the index."""
 
-    Attributes:
-        batch_size: samples per global batch, which is one step of one rank.
-        seed: any non-negative integer.
-        lanes: independent sequences of an epoch.
-        window: samples of a lane that are shuffled together.
-        group_by_aspect: keep portrait and landscape images in separate batches.
-        chunk_bytes: approximate length of the runs that are permuted.
-        repeat_threshold: t of the repeat factors (`shards.order.repeat_factors`), 0 to 1: samples with a class that is
-            in a smaller share of all samples are repeated. 0 repeats none.
-    """
-
-    batch_size: int
-    seed: int = 0
-    lanes: int = 8
-    window: int = 128
-    group_by_aspect: bool = False
-    chunk_bytes: int = CHUNK_BYTES
+    batch_size: int  # samples per global batch, which is one step of one rank
+    seed: int = 0  # 0 or more
+    lanes: int = 8  # independent sequences of an epoch
+    window: int = 128  # samples of a lane that are shuffled together
+    group_by_aspect: bool = False  # keep portrait and landscape images in separate batches
+    chunk_bytes: int = CHUNK_BYTES  # approximate length of the runs that are permuted
+    # t of the repeat factors (`shards.order.repeat_factors`), 0 to 1: samples with a class that is in a smaller share
+    # of all samples are repeated. 0 repeats none.
     repeat_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seed", "lanes", "window", "chunk_bytes"):
-            value = whole(f"order: {name}", getattr(self, name))
+            value = whole(f"order: {name}", getattr(self, name), 0 if name == "seed" else 1)
             object.__setattr__(self, name, value)
-            if name != "seed" and value < 1:
-                raise DatasetError(f"order: {name} is {value}: it must be at least 1")
         object.__setattr__(self, "group_by_aspect", bool(self.group_by_aspect))
         object.__setattr__(self, "repeat_threshold", real("order: repeat_threshold", self.repeat_threshold))
-        if self.seed < 0:
-            raise DatasetError(f"order: seed is {self.seed}: it must not be negative")
         if not 0 <= self.repeat_threshold <= 1:
             raise DatasetError(f"order: repeat_threshold is {self.repeat_threshold}: it must be between 0 and 1")
 

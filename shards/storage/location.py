@@ -150,7 +150,14 @@ def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
     that names the folder, for the message.
     """
     if folder.is_local:
-        _check_local(folder, option)
+        nearest = os.path.abspath(folder.path)
+        while not os.path.lexists(nearest):  # a dangling link counts as existing
+            nearest = os.path.dirname(nearest)
+        try:
+            tempfile.TemporaryFile(dir=nearest).close()  # os.access allows root everything, even in /proc
+        except OSError as error:
+            message = f"{folder}: cannot be written ({nearest} is not a writable folder): choose another {option}"
+            raise StorageError(message, permanent=True) from error
         return
     try:
         (folder / probe).write(b"can this be written?")
@@ -159,18 +166,6 @@ def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
         raise StorageError(f"{option} cannot be written: {error}", permanent=error.permanent) from error
     except Exception as error:  # every read-only file system raises something else
         message = f"{folder}: cannot be written ({error!r}): choose another {option}"
-        raise StorageError(message, permanent=True) from error
-
-
-def _check_local(folder: Location, option: str) -> None:
-    nearest = os.path.abspath(folder.path)
-    while not os.path.lexists(nearest):  # a dangling link counts as existing
-        nearest = os.path.dirname(nearest)
-    try:
-        with tempfile.TemporaryFile(dir=nearest):  # os.access allows root everything, even in /proc
-            pass
-    except OSError as error:
-        message = f"{folder}: cannot be written ({nearest} is not a writable folder): choose another {option}"
         raise StorageError(message, permanent=True) from error
 
 

@@ -27,10 +27,13 @@ T = TypeVar("T")
 
 @dataclass
 class LoaderStatistics(SampleStatistics):
-    """Running totals of all processes of a loader, as of the newest batch of each."""
+    """Running totals of all processes of a loader, as of the newest batch of each.
 
-    seconds: float = 0.0  # time spent in the loops over the loader, up to the newest batch
-    waited_s: float = 0.0  # of these, the loop waited for a batch
+    `seconds` were spent in the loops over the loader, up to the newest batch; `waited_s` of these waiting for a batch.
+    """
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
 
     @property
     def mb_per_s(self) -> float:
@@ -102,18 +105,12 @@ def loader(
         stream: a `ShardStream` or an `EvalStream`.
         workers: number of loader processes; 0 reads in this process.
         pin_memory: copy batches into page-locked memory (they need a `pin_memory` method).
-        start_method: "fork", "forkserver" or "spawn"; None for the default of the platform. With "fork" the index is
-            shared and not copied; each process opens its own connections.
-
-    Raises:
-        DatasetError: an argument is not one of these.
+        start_method: "fork", "forkserver" or "spawn"; None for the default of the platform.
     """
     if not isinstance(stream, Stream):
         kind = type(stream).__name__
         raise DatasetError(f"a loader reads a stream, not a {kind}: give ShardStream(...) or EvalStream(...)")
-    workers = whole("workers", workers)
-    if workers < 0:
-        raise DatasetError(f"workers is {workers}: it must be 0 or more")
+    workers = whole("workers", workers, 0)
     methods = multiprocessing.get_all_start_methods()
     if start_method not in (None, *methods):
         raise DatasetError(f"start_method is {start_method!r}: give one of {', '.join(methods)}")

@@ -54,24 +54,16 @@ class SampleStatistics:
 
 @dataclass
 class SampleReader:
-    """Reads samples of one split in a given order.
+    """Reads samples of one split in a given order."""
 
-    Attributes:
-        root: the dataset's root.
-        index: the split's index.
-        read_ahead: bytes of samples that may be in memory ahead of need. A larger sample is still read; the gaps
-            between neighbours add less than a quarter, and the range that is being split is in memory twice.
-        cache: keeps samples for the next time; not used for a dataset on a local disk.
-        stall_s: above 0; a wait for one range of more than this many seconds is logged, and again after twice the time.
-        statistics: running totals; several readers may share them.
-    """
-
-    root: Location
-    index: Index
+    root: Location  # of the dataset
+    index: Index  # of the split
+    # Bytes of samples that may be in memory ahead of need. A larger sample is still read; the gaps between neighbours
+    # add less than a quarter, and the range that is being split is in memory twice.
     read_ahead: int = READ_AHEAD
-    cache: SampleCache | None = None
-    stall_s: float = STALL_S
-    statistics: SampleStatistics = field(default_factory=SampleStatistics)
+    cache: SampleCache | None = None  # not used for a dataset on a local disk
+    stall_s: float = STALL_S  # a wait for one range of more seconds is logged, and again after twice the time
+    statistics: SampleStatistics = field(default_factory=SampleStatistics)  # several readers may share them
 
     def __post_init__(self) -> None:
         if not 0 < self.stall_s < float("inf"):

@@ -1,4 +1,4 @@
-"""Streams of batches: an order, a reader and the place of a process (rank, worker) as a torch `IterableDataset`.
+"""Streams of batches: an order, a reader, and the rank and worker of a process as a torch `IterableDataset`.
 
     from maskstream import ShardStream, loader, open_dataset
 
@@ -74,14 +74,10 @@ class _EvalOptions(_Options, total=False):
 
 
 class Stream(IterableDataset[T]):
-    """What `ShardStream` and `EvalStream` have in common.
-
-    Attributes:
-        statistics: of this process; `Loader.statistics` is of all loader processes.
-    """
+    """What `ShardStream` and `EvalStream` have in common."""
 
     order: AnyOrder
-    statistics: SampleStatistics
+    statistics: SampleStatistics  # of this process; `Loader.statistics` is of all loader processes
     start: int = 0
     _stop: int | None = None  # the end of all positions
 
@@ -103,7 +99,7 @@ class Stream(IterableDataset[T]):
         if isinstance(cache, str | os.PathLike):
             raise DatasetError(f"cache is {str(cache)!r}: give SampleCache({str(cache)!r}, limit in bytes)")
         self.read_ahead, self.cache, self.stall_s = read_ahead, cache, stall_s
-        self.batch_size = whole("batch_size", batch_size)
+        self.batch_size = whole("batch_size", batch_size, 1)
         self.rank, self.world = whole("rank", rank), whole("world", world)
         self.stages, self.parse, self.collate = stages, parse, collate
         if not callable(parse) or not (collate is None or callable(collate)):
@@ -112,8 +108,6 @@ class Stream(IterableDataset[T]):
             raise DatasetError(f"stages is {shown(stages)}: give a list of webdataset stages, such as [wds.map(f)]")
         if not 0 <= self.rank < self.world:
             raise DatasetError(f"rank {self.rank} of {self.world}: a rank is between 0 and world - 1")
-        if self.batch_size < 1:
-            raise DatasetError(f"batch_size is {self.batch_size}: it must be at least 1")
 
     def __iter__(self) -> Iterator[T]:
         # `iter` of a pipeline, which can repeat it, would keep each batch in memory until the next one is made.
@@ -130,7 +124,7 @@ class Stream(IterableDataset[T]):
         own = partial(
             positions, self.start, rank=self.rank, world=self.world, worker=worker, workers=workers, stop=self._stop
         )
-        collate: Collate[Any] = self.collate or _as_list
+        collate: Collate[Any] = self.collate or (lambda samples, visit: samples)
         return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
 
     def _open(self, datasets: Sequence[Dataset], split: str, weights: Sequence[float]) -> None:
@@ -189,8 +183,7 @@ class ShardStream(Stream[T]):
             seed that is folded from it and the sample's key differs in every batch.
 
     Raises:
-        DatasetError: no such split, too few samples for a batch on every rank, a setting out of its range, or another
-            identity (the message has the first key that differs and both values).
+        DatasetError: no such split, too few samples for a batch on every rank, a wrong setting, or another identity.
     """
 
     @overload
@@ -280,10 +273,6 @@ class EvalStream(Stream[T]):
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
         return len(range(self.rank, len(self.order), self.world))
-
-
-def _as_list(samples: list[Any], visit: int) -> list[Any]:
-    return samples
 
 
 def _roots(datasets: Sequence[Dataset]) -> str:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -44,11 +45,7 @@ def running(loader: Any) -> Iterator[Iterator[Any]]:
 
 
 def receive(iterator: Iterator[Any]) -> Any:
-    """Return the next item of a `DataLoader`'s iterator, None at the end.
-
-    Raises:
-        LoaderError: a worker has died; torch notices it within 5 s.
-    """
+    """Return the next item of a `DataLoader`'s iterator, None at the end; a LoaderError if a worker has died."""
     try:
         return next(iterator, None)
     except RuntimeError as error:
@@ -80,11 +77,11 @@ def _ignore_sigchld_errors() -> None:
         signal.signal(signal.SIGCHLD, _WithoutWorkerDeaths(handler))
 
 
+@dataclass
 class _WithoutWorkerDeaths:
     """A handler of SIGCHLD that drops torch's errors about dead workers."""
 
-    def __init__(self, handler: Any) -> None:
-        self.handler = handler
+    handler: Any
 
     def __call__(self, number: int, frame: Any) -> None:
         try:
