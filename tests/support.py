@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from shards.storage.location import Location
 
 REPOSITORY = Path(__file__).parents[1]
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
+
+
+def run_examples(guide: str, names: dict[str, Any]) -> int:
+    """Run the Python examples of a page of docs/ in order, with these global names, and return their number."""
+    text = (REPOSITORY / "docs" / guide).read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    for block in blocks:
+        lines_before = "\n" * text.count("\n", 0, block.start(1))  # a failure has the line number of the guide
+        exec(compile(lines_before + block[1], guide, "exec"), names)
+    return len(blocks)
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
