@@ -66,18 +66,15 @@ def test_a_command_line_and_a_file_become_a_dataclass() -> None:
     assert from_file("drop: [inside, occluded]").drop == ["inside", "occluded"]
 
 
+NOT_WHOLE = ("many", "2.5", "0x10", "1:30", "1_000", "2024-13-45", "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--per-clas 3", "unknown argument --per-clas: did you mean --per-class?"),
         ("--per-class", "argument --per-class: expected one argument"),
-        ("--per-class many", "--per-class: 'many' is not a whole number"),
-        ("--per-class 2.5", "--per-class: '2.5' is not a whole number"),
-        ("--per-class 0x10", "--per-class: '0x10' is not a whole number"),
-        ("--per-class 1:30", "--per-class: '1:30' is not a whole number"),
-        ("--per-class 1_000", "--per-class: '1_000' is not a whole number"),
-        ("--per-class 2024-13-45", "--per-class: '2024-13-45' is not a whole number"),
-        ("--per-class=", "--per-class: '' is not a whole number"),
+        *((f"--per-class={word}", f"--per-class: '{word}' is not a whole number") for word in NOT_WHOLE),
         ("--score 1_0", "--score: '1_0' is not a number"),
         ("--per-class 0", "--per-class is 0: it must be at least 1"),
         ("--score 80", "--score is 80.0: it must be between 0 and 1"),
@@ -99,7 +96,6 @@ def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) ->
     ("text", "message"),
     [
         ("per_clas: 7", "unknown option 'per-clas': did you mean per-class"),
-        ("help: true", "unknown option 'help'"),
         ("xyzzy: 1", "unknown option 'xyzzy': known are classes, data.shards"),
         ("[1, 2]", "holds list, not a mapping of options to values"),
         ("per-class: {a: 1}", r"per-class: {'a': 1} is not a whole number"),
@@ -108,8 +104,6 @@ def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) ->
         ("classes: [Person, No]", "classes: False is not text: write it in quotes"),
         ("partition: [0.5, 0.5]", r"partition: \[0.5, 0.5\] has 2 values: give 3"),
         ("exact-classes: 3", "exact-classes: 3 is not true or false"),
-        ("per-class: '1_0'", "per-class: '1_0' is not a whole number"),
-        ("a: [", "not YAML"),
         ("per-class: 2024-13-45", "not YAML: month must be in 1..12"),
         pytest.param("[" * 2000, "not YAML", id="nested"),
         ("a: !!python/object:os.system x", "not YAML"),

@@ -17,13 +17,6 @@ def saved(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_size_is_that_of_the_stored_pixels() -> None:
-    assert jpeg_size(PICTURE, 48 * 32) == (48, 32)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    assert jpeg_size(saved(Image.new("RGB", (48, 32)), exif=exif)) == (48, 32)
-
-
 @pytest.mark.parametrize(
     ("data", "limit", "reason", "too_large"),
     [
@@ -70,7 +63,9 @@ def test_the_same_damage_is_found_as_at_full_size(progressive: bool) -> None:
     assert verdicts == {True, False}
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 3), (8, 8)])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_jpegs_of_any_size_and_mode_pass(width: int, height: int, mode: str) -> None:
-    assert jpeg_size(saved(Image.new(mode, (width, height)))) == (width, height)
+def test_jpegs_of_any_size_and_mode_pass_with_the_size_of_the_stored_pixels(mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    for size in ((1, 1), (7, 300), (300, 3), (8, 8)):
+        assert jpeg_size(saved(Image.new(mode, size), exif=exif), size[0] * size[1]) == size

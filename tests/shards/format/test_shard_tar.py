@@ -7,7 +7,6 @@ import zlib
 
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from shards.format.shard_tar import pack_shard
 from tests.support import sample, write_dataset
@@ -47,23 +46,18 @@ def test_the_index_counts_classes_masks_and_groups():
     assert (row.width, row.height) == (48, 32)
 
 
-def test_plain_tar_reads_a_shard(tmp_path):
-    (tmp_path / "s.tar").write_bytes(pack_shard([sample(0), sample(1)], split="train", path="s.tar").data)
-    listing = subprocess.run(["tar", "tf", tmp_path / "s.tar"], capture_output=True, text=True, check=True)
-    names = [f"{n:016x}.{extension}" for n in (0, 1) for extension in ("jpg", "json")]
-    assert listing.stdout.split() == names
-    assert listing.stderr == ""
-
-
-def test_plain_webdataset_reads_a_shard(tmp_path):
+def test_plain_tar_and_plain_webdataset_read_shards(tmp_path):
     samples = [sample(n) for n in range(6)]
     write_dataset(tmp_path, {"train": samples}, per_shard=4)
     urls = sorted(str(path) for path in (tmp_path / "train").glob("*.tar"))
     assert len(urls) == 2
+    listing = subprocess.run(["tar", "tf", urls[1]], capture_output=True, text=True, check=True)
+    names = [f"{n:016x}.{extension}" for n in (4, 5) for extension in ("jpg", "json")]
+    assert (listing.stdout.split(), listing.stderr) == (names, "")
     read = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json"))
     assert [key for key, _, _ in read] == [s.image_id for s in samples]
     for (_, picture, value), original in zip(read, samples, strict=True):
-        assert picture.size == Image.open(io.BytesIO(original.image)).size == (value["width"], value["height"])
+        assert picture.size == (original.width, original.height) == (value["width"], value["height"])
         assert len(value["annotations"]) == len(original.instances)
 
 

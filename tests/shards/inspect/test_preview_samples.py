@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.common.errors import DatasetError, SampleError
+from shards.common.errors import SampleError
 from shards.format.dataset import open_dataset
 from shards.format.sample import Sample
-from shards.inspect.preview_samples import Row, choose, find, first_rows, read_annotations, read_samples
+from shards.inspect.preview_samples import choose, first_rows, read_annotations, read_samples
 from tests.support import sample, write_dataset
 
 
@@ -58,24 +58,6 @@ def test_first_rows_is_a_random_sample_of_a_split(root: Path) -> None:
     assert set(first_rows(train, 20).tolist()) < set(rows)
     assert first_rows(val, 30).tolist() == list(range(20))
     assert rows != first_rows(train, 30, seed=1).tolist()
-
-
-def test_read_annotations_equals_read_samples_without_pictures(root: Path) -> None:
-    dataset = open_dataset(str(root))
-    rows = first_rows(dataset.index("train"), 12)
-    bare = read_annotations(dataset.root, dataset.index("train"), rows)
-    whole = [one for _, one in read_samples(dataset, [Row("train", int(row)) for row in rows])]
-    assert bare == [replace(one, image=b"") for one in whole]
-    assert {one.image_id: one for one in whole} == {n.image_id: n for n in map(rare, range(100)) if n in whole}
-
-
-def test_find_looks_in_every_split(root: Path) -> None:
-    dataset = open_dataset(str(root))
-    for number in (0, 55, 117):
-        [(_, one)] = read_samples(dataset, [find(dataset, rare(number).image_id)])
-        assert one == rare(number)
-    with pytest.raises(DatasetError, match="there is no sample 'x'"):
-        find(dataset, "x")
 
 
 def test_read_annotations_names_the_damaged_sample(root: Path, tmp_path: Path) -> None:
