@@ -5,8 +5,6 @@
 an accelerate configuration (`predict` for a dataset only, not for images). Only the chosen command is imported.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What all commands share: the parser with its one-line errors, `--version` and completion, and exit statuses."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import select

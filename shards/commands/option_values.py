@@ -1,7 +1,5 @@
 """Values of options, from YAML or from one argument of a command line, converted to the type of their field."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import typing

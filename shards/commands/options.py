@@ -6,8 +6,6 @@ dataclass of dataclasses has sections: the field `batch_size` of the field `data
 `--classes Person Car` nor `--dry-run` without a value, and accepts abbreviations and unknown sections.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Numbers given to the API, of Python, numpy or torch, as plain numbers, which JSON can store."""
 
-from __future__ import annotations
-
 import operator
 from numbers import Real
 from typing import Any

@@ -1,7 +1,5 @@
 """Exponential back-off with jitter: the delays between attempts at something that may fail for a moment."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Iterator

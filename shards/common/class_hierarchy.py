@@ -4,8 +4,6 @@ Source: `bbox_labels_600_hierarchy.json` and `challenge-2019-label300-segmentabl
 https://storage.googleapis.com/openimages/web/download_v7.html
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

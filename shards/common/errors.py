@@ -1,7 +1,5 @@
 """Errors for the user: one line that says what is wrong, where, with which value, and how to fix it."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """Bad input, a bad location or a bad object in storage; its text is the whole message.

@@ -1,20 +1,16 @@
 """JSON objects as dataclasses, with checked types: damage is found where a file is read, not where it is used."""
 
-from __future__ import annotations
-
-from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from shards.common.text import shown
 
 T = TypeVar("T")
-_KINDS = {"int": int, "str": str}
 
 
 def flat(kind: type[T], value: Any) -> T:
     """Return a dataclass whose fields are all `int` or `str`, from an object of exactly these; else ValueError."""
     name = kind.__name__.lower()
-    types = {item.name: _KINDS[str(item.type)] for item in fields(kind)}  # type: ignore[arg-type]
+    types = get_type_hints(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():
         raise ValueError(f"a {name} is {shown(value)}, not an object of {', '.join(types)}")
     for key, wanted in types.items():

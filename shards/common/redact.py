@@ -1,7 +1,5 @@
 """Removes credentials from URLs before they are printed or stored."""
 
-from __future__ import annotations
-
 import re
 
 # `scheme://user:password@host`: everything before the last @ of the authority. Quotes and spaces end a match, so that

@@ -4,8 +4,6 @@ They are in an anonymous file (Linux' memfd, which limits of /dev/shm do not aff
 new process along with its pickled arguments. The memory is freed when the last process that has it open ends.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections.abc import Sequence

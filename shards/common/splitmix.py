@@ -1,7 +1,5 @@
 """Random numbers by hashing integers: the same on every machine and with every version of numpy."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

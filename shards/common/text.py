@@ -1,7 +1,5 @@
 """Text for messages and terminal output."""
 
-from __future__ import annotations
-
 import difflib
 import unicodedata
 from collections.abc import Iterable

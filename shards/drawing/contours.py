@@ -5,8 +5,6 @@ the number of points required to represent a digitized line", 1973) it stays wit
 the points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Placement of names on a picture, each on a plate of its colour where it covers the fewest others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import ImageDraw, ImageFont

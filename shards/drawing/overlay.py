@@ -4,8 +4,6 @@
 https://github.com/matterport/Mask_RCNN/blob/master/mrcnn/visualize.py. Neither needs a display.
 """
 
-from __future__ import annotations
-
 import colorsys
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The rows of `accounts.parquet`: what became of every image and every mask that was requested."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The dataset card: `README.md` with the front matter that Hugging Face reads."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

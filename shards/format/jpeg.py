@@ -1,7 +1,5 @@
 """The check that every JPEG passes before it is stored or after it was read."""
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections.abc import Iterator

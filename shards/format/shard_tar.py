@@ -5,8 +5,6 @@ those of webdataset's `TarWriter` with a fixed mtime, which a test compares. web
 importing it imports torch, which costs each process of a build one second and 500 MB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import tarfile

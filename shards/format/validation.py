@@ -1,7 +1,5 @@
 """Checks of a sample's contents: its picture, its boxes and its masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Set
 

@@ -1,7 +1,5 @@
 """Extraction of one sample into files: the JPEG, the JSON, and each mask as a PNG."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence

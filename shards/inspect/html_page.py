@@ -4,8 +4,6 @@ Style, script and pictures are embedded, and the Content-Security-Policy forbids
 JSON in a block that no browser executes; the script shows it by `textContent` only.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

@@ -3,8 +3,6 @@
 The choice does not depend on positions: a dataset that is built again with another shard size shows the same samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest

@@ -3,8 +3,6 @@
 Samples are found by their tar headers. The index only says where to continue after a damaged place.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from bisect import bisect_left

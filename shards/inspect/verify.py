@@ -1,7 +1,5 @@
 """The check of every byte of a dataset, `inspect-shards --verify`, in memory for the index and a few chunks."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import threading

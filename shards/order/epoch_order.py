@@ -25,8 +25,6 @@ of two windows, or if a window is shorter than two batches.
 Random numbers are a hash (splitmix64) of seed, epoch and position, which no version of numpy changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial

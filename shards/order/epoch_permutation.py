@@ -1,7 +1,5 @@
 """The permutation of an epoch's chunks, and rearrangements of rows that keep what is read together close."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Whether a saved position still means the same batch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ epoch when one ends (a batch may then hold samples of both).
 Batches are cut into lanes here as well: batch G comes from lane G mod lanes of every dataset.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction

@@ -13,8 +13,6 @@ length of an epoch, and thus the meaning of a position, does not depend on the e
 multiples of 2^-20, so all sums are exact.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Errors of file systems and clients, turned into one-line messages with a remedy."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

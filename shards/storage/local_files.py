@@ -5,8 +5,6 @@ bytes in memory until then cost twice the processor time, because another core h
 (`benchmarks/reads.py`).
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Writes and deletions that are retried: a store that is busy for a moment must not end hours of work."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

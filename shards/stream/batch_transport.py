@@ -9,8 +9,6 @@ Segments are anonymous files (memfd of Linux): they do not count towards the lim
 processes. On other systems batches cross as torch sends them.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import mmap

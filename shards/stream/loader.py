@@ -5,8 +5,6 @@ for batch in batches:
     print(batches.statistics.mb_per_s, batches.statistics.wait_share)
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 from collections.abc import Generator, Iterator

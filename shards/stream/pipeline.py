@@ -5,8 +5,6 @@
 A stage is what webdataset calls one: a function from an iterator of samples to an iterator of samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

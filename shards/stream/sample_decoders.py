@@ -4,8 +4,6 @@ webdataset represents a sample as a dict: `__key__`, `__url__` of the shard, and
 extension, here `jpg` and `json`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ Tested with torch 2.14.1; an earlier form of it also with 2.11. torch promises n
 it raises if a worker has died.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import sys
