@@ -15,9 +15,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from shards.format.dataset import Category
 from shards.storage.location import Location
-from tests.support import REPOSITORY
+from tests.support import CATEGORIES, REPOSITORY
 from tests.trainer.batches import FEW, narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.config.yaml_config import load_config
@@ -27,7 +26,6 @@ from trainer.model.checkpoint import CheckpointError, State, open_checkpoint, sa
 DATA = DataConfig(min_size=96, max_size=128)
 STOCK_FEW = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 8}
 SIZES = {"num_classes": 3, "min_size": 96, "max_size": 128, "box_score_thresh": 0.0, **STOCK_FEW}
-CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
 
 
 def stock(backbone: str, norm: str, version: str) -> MaskRCNN:

@@ -10,21 +10,11 @@ import torch
 from torch import nn
 
 from shards.common.errors import UserError
-from shards.format.dataset import Category
 from shards.storage.location import Location
-from trainer.config.settings import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from trainer.model.checkpoint import (
-    CheckpointError,
-    State,
-    check_same_run,
-    load,
-    load_newest,
-    open_checkpoint,
-    save,
-    steps_of,
-)
+from tests.support import CATEGORIES
+from trainer.config.settings import Config
+from trainer.model.checkpoint import CheckpointError, State, load, load_newest, open_checkpoint, save, steps_of
 
-CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
 ORDER = {"seed": 0, "batch_size": 2, "index": "abc"}
 
 
@@ -151,18 +141,3 @@ def test_open_checkpoint_takes_a_run_or_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"format": "maskstream-checkpoint", "version": 99}')
     with pytest.raises(UserError, match="not a checkpoint of this release"):
         open_checkpoint(str(tmp_path))
-
-
-def test_check_same_run_refuses_another_model_order_or_classes() -> None:
-    before = state(5)
-    check_same_run(before, Config(), ORDER, CATEGORIES)
-    longer = Config(train=TrainConfig(epochs=99), optim=OptimConfig(lr=0.5), run=RunConfig(dir="elsewhere"))
-    check_same_run(before, longer, ORDER, CATEGORIES)
-    other = Config(model=ModelConfig(backbone="resnet18"))
-    for config, order, categories, message in (
-        (other, ORDER, CATEGORIES, r"started with model.backbone 'resnet50', now it is 'resnet18'"),
-        (Config(), {**ORDER, "batch_size": 4}, CATEGORIES, "data.batch_size 2, now it is 4"),
-        (Config(), ORDER, CATEGORIES[:1], "classes"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            check_same_run(before, config, order, categories)

@@ -1,7 +1,6 @@
 """The page of worst and best images that `evaluate.py` writes, in a browser."""
 
 import html
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tests.trainer import tiny
 from trainer.metrics.openimages import match
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
-from trainer.report.best_worst_page import BestWorstPage, ImageScore, count_classes, outcome_captions
+from trainer.report.best_worst_page import BestWorstPage, ImageScore, outcome_captions
 
 HOSTILE = "</style></title><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'&amp;<!--"
 CATEGORIES = (Category(1, HOSTILE, HOSTILE), Category(2, "Disc", "/m/di"))
@@ -76,7 +75,7 @@ def widths(driver: Any, selector: str) -> list[float]:
 
 
 @in_browser
-def test_the_page_shows_all_pictures_and_loads_nothing(page: Any, written: Path) -> None:
+def test_the_page_shows_all_pictures_with_names_and_loads_nothing(page: Any, written: Path) -> None:
     assert [one.text for one in page.find_elements("css selector", "h2")] == ["The 3 worst", "The 3 best"]
     # Pictures are decoded when they come near the viewport.
     page.execute_script("for (const one of document.images) one.loading = 'eager'")
@@ -88,18 +87,24 @@ def test_the_page_shows_all_pictures_and_loads_nothing(page: Any, written: Path)
     assert len(shown) == 12
     assert min(shown) > 300
     assert [url for url in requests(page) if not url.startswith("data:image/jpeg") and url != written.as_uri()] == []
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = [n for n in nodes if not n["ignored"] and n["role"]["value"] in ("checkbox", "image")]
+    assert len(named) == 6 + 12
+    assert [n for n in named if not n.get("name", {}).get("value")] == []
 
 
 @in_browser
 def test_names_and_ids_are_never_markup(page: Any) -> None:
+    def texts(selector: str) -> list[str]:
+        return [one.get_property("textContent") for one in page.find_elements("css selector", selector)]
+
     assert page.execute_script("return window.broken") is None
     assert page.execute_script("return document.querySelectorAll('script, img:not([width]), iframe, link').length") == 0
     assert page.title.startswith("Worst and best images: s3://bucket/")
-    assert page.find_element("css selector", ".title").get_property("textContent") == TITLE
-    names = {one.get_property("textContent") for one in page.find_elements("css selector", "figcaption b")}
+    assert texts(".title") == [TITLE]
+    names, shown = set(texts("figcaption b")), texts(".what")
     assert len(names) >= 3
     assert all(name.endswith(HOSTILE) for name in names)
-    shown = [one.get_property("textContent") for one in page.find_elements("css selector", ".what")]
     assert any(text.startswith("annotated: ") and HOSTILE in text for text in shown)
     alts = [one.get_attribute("alt") for one in page.find_elements("css selector", "img")]
     assert all(alt.endswith(text) for alt, text in zip(alts, shown, strict=True))
@@ -139,14 +144,6 @@ def test_a_pair_is_enlarged_by_keyboard_and_by_click(page: Any) -> None:
 
 
 @in_browser
-def test_every_picture_and_control_has_a_name(page: Any) -> None:
-    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    named = [n for n in nodes if not n["ignored"] and n["role"]["value"] in ("checkbox", "image")]
-    assert len(named) == 6 + 12
-    assert [n for n in named if not n.get("name", {}).get("value")] == []
-
-
-@in_browser
 def test_the_content_security_policy_forbids_scripts(browser: Any, written: Path) -> None:
     browser.get(written.as_uri())
     browser.execute_script(
@@ -161,10 +158,9 @@ def test_the_page_shows_the_worst_and_the_best_of_all_ranks(written: Path) -> No
     page = written.read_text("utf-8")
     assert render(SAMPLES, ranks=3) == page
     assert page.count('src="data:image/jpeg;base64,') == page.count("<img ") == 2 * 6
-    assert not re.search(r"<script|<link|<iframe|(src|href)=[\"'](?!data:)", page)
     assert html.escape(TITLE) in page
     assert "F1 0.00, 0 right, " in page
-    assert "The 3 best" in page
+    assert "2 × Disc" in page
 
 
 def test_the_page_without_right_or_wrong_detections() -> None:
@@ -196,8 +192,3 @@ def test_outcome_captions() -> None:
     names = {one.id: one.name for one in tiny.CATEGORIES}
     captions = outcome_captions(found, match(image, {}), tiny.CATEGORIES)
     assert captions == [f"{names[own]} 0.90", f"{names[own]} 0.80 wrong", f"({names[other]} 0.70)"]
-
-
-def test_count_classes() -> None:
-    assert count_classes([2, 1, 2], tiny.CATEGORIES) == "Square, 2 × Disc"
-    assert count_classes([], tiny.CATEGORIES) == "nothing"
