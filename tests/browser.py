@@ -1,7 +1,5 @@
 """Debian's Chromium, headless, for tests of pages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

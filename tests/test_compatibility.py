@@ -5,8 +5,6 @@ inputs are generated without an image encoder or a compressor, and are read from
 facts depend on nothing but this project.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

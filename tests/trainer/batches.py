@@ -1,7 +1,5 @@
 """Small networks, and batches of noise with elliptic objects."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """A dataset of drawn shapes, a network small enough for two CPU cores, and trainings in separate processes."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Class names and ids are stored in the checkpoint, and every command compares them with its dataset."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

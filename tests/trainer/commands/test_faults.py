@@ -1,7 +1,5 @@
 """How a training ends when its data fail: on one rank in this process, on two under `accelerate launch`."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Resizing and augmentation, against torchvision's own transform."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Copy-paste, against full-size masks."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """`Instances` and `Batch`."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """`rasterise` and `sample_targets`, and `Instances` geometry, against full-size masks in torchvision."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import zipfile

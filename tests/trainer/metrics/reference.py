@@ -1,7 +1,5 @@
 """Slow or independent versions of the metrics."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`build_model` and `rebuild`, against the networks that torchvision builds itself."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any

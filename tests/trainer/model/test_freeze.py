@@ -1,7 +1,5 @@
 """Which layers train, against torchvision's own freezing and against training."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """`load_weights`: what is loaded, what is left out, what is reported, and what is refused."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
