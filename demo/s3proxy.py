@@ -57,15 +57,12 @@ class Counters:
         requests: by method.
         received, sent: bytes of bodies, from and to the clients.
         faults: injected ones, by kind.
-        in_flight, most_in_flight: requests that are being answered, now and at most.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
     received: int = 0
     sent: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    in_flight: int = 0
-    most_in_flight: int = 0
 
 
 class S3Proxy:
@@ -159,8 +156,6 @@ class S3Proxy:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         seen = _seen(request)
         self.counters.requests[seen.method] += 1
-        self.counters.in_flight += 1
-        self.counters.most_in_flight = max(self.counters.most_in_flight, self.counters.in_flight)
         response = web.StreamResponse()
         try:
             if self._on_request is not None:
@@ -178,7 +173,6 @@ class S3Proxy:
         except ConnectionError:
             pass  # the client closed the connection
         finally:
-            self.counters.in_flight -= 1
             self.requests.append(seen._replace(status=response.status if response.prepared else 0))
         return response
 

@@ -13,6 +13,7 @@ import pytest
 import s3fs
 
 from demo.s3server import S3Server
+from shards.storage.location import Location
 from tests.support import REPOSITORY
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs pidfd and prctl")
@@ -62,8 +63,7 @@ def test_upload_copies_a_tree(s3: S3Server, bucket: str, tmp_path: Path) -> None
     content = {f"a/{number % 7}/{number}.txt": str(number).encode() for number in range(60)}
     content |= {"top level.txt": b"", "a/ü.txt": b"umlaut"}
     for name, data in content.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+        Location(f"{tmp_path}/{name}").write(data)
     assert s3.upload(tmp_path, f"{bucket}/copy") == len(content)
     found = s3.filesystem().cat(s3.filesystem().find(bucket))
     assert {key.removeprefix(f"{bucket}/copy/"): data for key, data in found.items()} == content

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.support import REPOSITORY
 from trainer.commands import train
 from trainer.model.build import build_model, num_classes
 from trainer.model.checkpoint import State, save
+from trainer.model.losses import Trainable
 
 CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))
 COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}
@@ -105,17 +107,34 @@ def write_checkpoint(run: Path, dataset: Path) -> Path:
     return run
 
 
-def send_sigterm(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send SIGTERM to this process in that step of the next training."""
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Call `action` before this step of the next training."""
     train_step = train.train_step
 
     def stepping(t: Any, *rest: Any) -> Any:
         if t.step + 1 == step:
             monkeypatch.setattr(train, "train_step", train_step)
-            os.kill(os.getpid(), signal.SIGTERM)
+            action()
         return train_step(t, *rest)
 
     monkeypatch.setattr(train, "train_step", stepping)
+
+
+def send_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, *passes: int) -> list[tuple[str, ...]]:
+    """Make the mask loss of these forward passes NaN; returns a list to which each pass adds its image ids."""
+    forward, image_ids = Trainable.forward, []
+
+    def failing(self: Trainable, batch: Any) -> Any:
+        image_ids.append(batch.image_ids)
+        losses = forward(self, batch)
+        return losses | ({"loss_mask": losses["loss_mask"] * torch.nan} if len(image_ids) in passes else {})
+
+    monkeypatch.setattr(Trainable, "forward", failing)
+    return image_ids
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from tests.trainer import tiny
 
 
-@pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny training."""
     monkeypatch.setattr("trainer.run.runlog.draw_curves", lambda steps, evaluations: b"\x89PNG")
 

@@ -40,10 +40,8 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("train --data.split test", "there is no split 'test'"),
         ("train --data.val_split test", "data.val_split is 'test': the dataset has train, val"),
         ("train --data.classes [Sqare]", "there is no class 'Sqare': did you mean Square?"),
-        ("train --data.classes Square", "data.classes: 'Square' is not a list"),
         ("train --data.fraction 0", "fraction is 0.0: it must be above 0"),
         ("train --data.fraction 1e-6", "no sample is selected"),
-        ("train --optim.lr fast", "optim.lr: 'fast' is not a"),
         ("train --model.weights /nowhere.safetensors", "/nowhere.safetensors: there is no such object"),
         ("train --train.layers 3+", "layers would stay random"),
         ("train --train.precision fp16", "is fp16, which needs a GPU, and this process has none: use fp32 or bf16"),
@@ -66,8 +64,6 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("predict nowhere/*.jpg", "nowhere/*.jpg: nothing matches"),
         ("predict tests/trainer", "the folder has no image directly in it"),
         ("predict --score 2 x.jpg", "--score is 2.0: it must be between 0 and 1"),
-        ("predict --score nan x.jpg", "--score is nan: give a finite number"),
-        ("predict x.jpg --scor 1", "unknown argument --scor: did you mean --score?"),
         ("predict --device nonsense x.jpg", "--device nonsense: it cannot be used"),
         *(
             (f"compare compare-layers --data.shards d {resume}", "a comparison does not take run.resume (--resume): ")

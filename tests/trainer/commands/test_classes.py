@@ -11,8 +11,6 @@ from tests.trainer import tiny
 from trainer.commands import evaluate, predict, train
 from trainer.model.checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:

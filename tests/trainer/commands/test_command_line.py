@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError
@@ -31,7 +32,7 @@ def test_a_lost_rank_is_one_line(
 ) -> None:
     monkeypatch.setattr(command, "MAIN_RANK_TIMEOUT_S", 0)
     monkeypatch.setenv("RANK", "3")
-    assert command.run("train", lambda: _raise(error)) == 1
+    assert command.run("train", Mock(side_effect=error)) == 1
     assert capsys.readouterr().err == (
         "train: rank 3 ends: it lost the connection to another rank, whose own message says why\n"
     )
@@ -40,7 +41,7 @@ def test_a_lost_rank_is_one_line(
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")])
 def test_other_errors_of_torch_are_raised(error: Exception) -> None:
     with pytest.raises(type(error)):
-        command.run("train", lambda: _raise(error))
+        command.run("train", Mock(side_effect=error))
 
 
 @pytest.mark.parametrize(("rank", "line"), [("0", "train: error: full\n"), ("1", "train: error on rank 1: full\n")])
@@ -51,7 +52,7 @@ def test_an_error_names_its_rank_after_the_main_rank_had_time_to_report_it(
     monkeypatch.setattr("time.sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
-    assert command.run("train", lambda: _raise(UserError("full"))) == 2
+    assert command.run("train", Mock(side_effect=UserError("full"))) == 2
     assert capsys.readouterr().err == line
     assert waits == ([(command.MAIN_RANK_TIMEOUT_S, "")] if rank == "1" else [])
     assert json.loads((tmp_path / "error").read_text())["message"] == line.strip()
@@ -61,9 +62,5 @@ def test_an_error_is_one_line_even_without_the_launcher_that_the_environment_nam
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(RANKS, str(tmp_path / "removed"))
-    assert command.run("train", lambda: _raise(UserError("a\nb: none"))) == 2
+    assert command.run("train", Mock(side_effect=UserError("a\nb: none"))) == 2
     assert capsys.readouterr().err == "train: error: a b: none\n"
-
-
-def _raise(error: Exception) -> None:
-    raise error

@@ -85,7 +85,6 @@ def test_the_table_has_the_last_and_the_best_evaluation(
     assert lines[2] == f"| heads | {cells} | 0.1 | 2.0 |"
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_a_comparison_trains_all_settings_and_names_one_that_fails(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

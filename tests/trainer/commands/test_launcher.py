@@ -26,7 +26,6 @@ def steps(run: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_curves")
 def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resumes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -48,7 +47,7 @@ def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resu
     assert not (tmp_path / "runs" / "two").exists()
 
     before = signal.getsignal(signal.SIGTERM)
-    tiny.send_sigterm(monkeypatch, step=step + 1)
+    tiny.before_step(monkeypatch, step + 1, tiny.send_sigterm)
     with caplog.at_level(logging.INFO, logger="trainer"):
         assert train.main(tiny.arguments(dataset, run, **settings)) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before

@@ -13,10 +13,7 @@ from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.model.checkpoint import load, open_checkpoint
-from trainer.model.losses import Trainable
 from trainer.run import run_state
-
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 QUICK: dict[str, Any] = {"train__steps_per_epoch": 2, "data__val_split": ""}
 
@@ -43,7 +40,7 @@ def test_an_fp16_run_resumes_with_its_scale(
 ) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert train.main(tiny.arguments(dataset, unbroken, **QUICK)) == 0
-    tiny.send_sigterm(monkeypatch, step=1)  # the scale grows at step 2, because step 1 counts
+    tiny.before_step(monkeypatch, 1, tiny.send_sigterm)  # the scale grows at step 2, because step 1 counts
     assert train.main(tiny.arguments(dataset, broken, **QUICK)) == 128 + 15
     saved = load(Location(str(broken)) / "checkpoints/step-000001").scaler
     assert saved == scalers[1].state_dict()
@@ -62,14 +59,7 @@ def test_an_fp16_run_resumes_with_its_scale(
 def test_an_fp16_run_may_skip_a_step(
     dataset: Path, tmp_path: Path, scalers: list[torch.amp.GradScaler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = Trainable.forward, []
-
-    def failing(self: Trainable, batch: Any) -> Any:
-        calls.append(batch)
-        found = forward(self, batch)
-        return found | ({"loss_mask": found["loss_mask"] * torch.nan} if len(calls) == 1 else {})
-
-    monkeypatch.setattr(Trainable, "forward", failing)
+    tiny.spoil_losses(monkeypatch, 1)
     assert train.main(tiny.arguments(dataset, tmp_path, **QUICK, train__skip_nonfinite=1)) == 0
     assert ["skipped" in row for row in tiny.rows(tmp_path / "metrics.jsonl")] == [True, False]
     assert scalers[0].state_dict()["scale"] == 2.0**7  # halved by step 1
@@ -83,7 +73,9 @@ def test_bf16_and_channels_last_learn_about_the_same(
         fresh_accelerator()
         assert train.main(tiny.arguments(dataset, tmp_path / name, **QUICK, **changes)) == 0
         losses.append([row["loss"] for row in tiny.rows(tmp_path / name / "metrics.jsonl")])
-    assert json.loads((tmp_path / "bf16/environment.json").read_text())["mixed_precision"] == "bf16"
+    environment = json.loads((tmp_path / "bf16/environment.json").read_text())
+    assert (environment["mixed_precision"], environment["world_size"], environment["device"][:3]) == ("bf16", 1, "cpu")
+    assert environment["packages"]["torch"]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert all(value.is_contiguous() for value in open_checkpoint(str(tmp_path / "bf16")).weights.values())

@@ -26,18 +26,16 @@ from trainer.model.freeze import check_all_learned, trainable_parameters
 from trainer.model.weights import load_weights
 
 # One epoch of one step; a stage is one.
-SIZES = {
-    **{name: tiny.SETTINGS[name] for name in tiny.SETTINGS if name.startswith("model.") and name != "model.norm"},
-    "data.batch_size": 2,
+SIZES = {name: value for name, value in tiny.SETTINGS.items() if name.startswith(("data.", "model."))} | {
     "data.workers": 1,
     "data.min_size": 48,
-    "data.max_size": 64,
     "train.steps_per_epoch": 1,
     "train.checkpoint_steps": 1,
     "train.eval_epochs": 1,
     "train.eval_batch_size": 2,
     "run.trackers": [],
 }
+del SIZES["model.norm"]
 TRAFFIC = [Category(i, name, f"/m/{i}") for i, name in enumerate(("Person", "Car", "Traffic light", "Traffic sign"), 1)]
 STAGES = "[{layers: heads, epochs: 1}, {layers: 4+, epochs: 1}, {layers: all, epochs: 1, lr: 0.1}]"
 
@@ -53,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_accelerator", "no_curves")
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
 def test_a_recipe_trains(
     name: str, dataset: Path, weights: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -79,7 +77,6 @@ def test_a_recipe_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_curves")
 def test_a_compiled_network_trains_and_is_evaluated(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,6 @@ from trainer.model.checkpoint import load, open_checkpoint
 
 QUICK: dict[str, Any] = {"train__steps_per_epoch": 1, "data__val_split": ""}
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def test_a_run_continues_with_more_epochs_and_new_settings_and_logs_when_it_is_finished(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -28,7 +28,6 @@ def test_a_run_folder_in_a_bucket_that_does_not_exist_is_reported_before_anythin
     assert capsys.readouterr().err.startswith(f"train: error: {message}")
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_a_run_on_part_of_a_dataset(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,13 +7,12 @@ import gc
 import hashlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch.distributed import distributed_c10d
@@ -21,7 +20,7 @@ from torch.distributed import distributed_c10d
 from shards.common.errors import StorageError
 from shards.storage.location import Location, check_writable
 from tests.trainer import tiny
-from tests.trainer.run.test_prepared import outcomes_of_prepared_loaders
+from tests.trainer.run.test_prepared import check_prepared_loaders
 from trainer.commands import evaluate, predict, train
 from trainer.run import distributed
 from trainer.run.run_state import begin_stage
@@ -43,24 +42,6 @@ EVERYTHING = tiny.STAGES | {
 
 class Crash(BaseException):
     """Ends a training between two steps, as a power cut does: nothing is saved."""
-
-
-def crash() -> None:
-    raise Crash
-
-
-def at_step(step: int, action: Callable[[], None]) -> None:
-    """Call `action` before this step of the next training."""
-    train_step = train.train_step
-
-    def stepping(t: Any, *rest: Any) -> Any:
-        if t.step + 1 == step:
-            patched.stop()
-            action()
-        return train_step(t, *rest)
-
-    patched = mock.patch.object(train, "train_step", stepping)
-    patched.start()
 
 
 def digest(network: torch.nn.Module) -> str:
@@ -88,14 +69,14 @@ def run(name: str, **changes: Any) -> dict[str, str]:
 def stopped_and_crashed() -> tuple[int, dict[str, str]]:
     """The run with everything, interrupted in both stages; the status of the first part, and the hashes of the last."""
     settings = EVERYTHING | {"data__workers": 1}
-    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM) if RANK == 1 else None)
+    monkeypatch = pytest.MonkeyPatch()
+    if RANK == 1:
+        tiny.before_step(monkeypatch, 3, tiny.send_sigterm)
     status = train.main(tiny.arguments(FOLDER / "data", FOLDER / "broken", **settings))
-    at_step(6, crash)
-    try:
+    tiny.before_step(monkeypatch, 6, mock.Mock(side_effect=Crash))
+    with pytest.raises(Crash):
         run("broken", **settings)
-    except Crash:
-        return status, run("broken", **EVERYTHING)
-    raise AssertionError("the training did not crash")
+    return status, run("broken", **EVERYTHING)
 
 
 def writable() -> str:
@@ -104,11 +85,9 @@ def writable() -> str:
     only_main = check_writable if RANK == 0 else None  # the others must not try
     with mock.patch.object(distributed, "check_writable", only_main):
         distributed.main_can_write(Location(f"{FOLDER}/new"), "--out", accelerator)
-        try:
+        with pytest.raises(StorageError) as caught:
             distributed.main_can_write(Location(f"{FOLDER}/file"), "--out", accelerator)
-        except StorageError as error:
-            return str(error)
-    return ""
+    return str(caught.value)
 
 
 def predict_twice(accelerator: Accelerator) -> None:
@@ -132,7 +111,7 @@ def main() -> None:
     group = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     facts: dict[str, Any] = {"timeout_s": group.options._timeout.total_seconds()}
     facts["write_error"] = writable()
-    facts["prepared"] = outcomes_of_prepared_loaders(accelerator, FOLDER / "data")
+    check_prepared_loaders(accelerator, FOLDER / "data")
     facts["unbroken"] = run("unbroken", **EVERYTHING)
     facts["status"], facts["broken"] = stopped_and_crashed()
     facts["sgd"] = run("sgd", **tiny.SHORT_STAGES)

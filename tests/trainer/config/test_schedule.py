@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schedule import (
-    Stage,
-    checkpoint_is_due,
-    evaluation_is_due,
-    fold,
-    learning_rate,
-    stage_of,
-    stages,
-    total_steps,
-)
+from trainer.config import schedule
+from trainer.config.schedule import Stage, fold, learning_rate, stages
 from trainer.config.settings import OptimConfig, StageConfig, TrainConfig
 
 LONG = TrainConfig(epochs=10, steps_per_epoch=10)
@@ -28,10 +20,10 @@ def test_stages_follow_each_other_and_one_setting_is_one_stage() -> None:
         Stage(2, 3, "4+", 1.0, 20, 50),
         Stage(3, 3, "all", 0.1, 50, 60),
     ]
-    assert [stage_of(STAGED, step).layers for step in (0, 19, 20, 49, 50, 59, 60)] == [
+    assert [schedule.stage_of(STAGED, step).layers for step in (0, 19, 20, 49, 50, 59, 60)] == [
         *("heads", "heads", "4+", "4+", "all", "all", "all")
     ]
-    assert total_steps(STAGED) == 60
+    assert schedule.total_steps(STAGED) == 60
     assert stages(TrainConfig(epochs=3, steps_per_epoch=5, layers="5+")) == [Stage(1, 1, "5+", 1.0, 0, 15)]
 
 
@@ -67,8 +59,8 @@ def test_the_rate_is_linear_in_the_batch_where_it_is_asked_for(images: int, base
 
 def test_checkpoints_and_evaluations_are_due_at_epoch_ends() -> None:
     settings = TrainConfig(epochs=5, steps_per_epoch=10, checkpoint_steps=4, eval_epochs=2)
-    assert [step for step in range(1, 21) if checkpoint_is_due(settings, step)] == [4, 8, 10, 12, 16, 20]
-    assert [step for step in range(51) if evaluation_is_due(settings, step)] == [20, 40, 50]
+    assert [step for step in range(1, 21) if schedule.checkpoint_is_due(settings, step)] == [4, 8, 10, 12, 16, 20]
+    assert [step for step in range(51) if schedule.evaluation_is_due(settings, step)] == [20, 40, 50]
 
 
 def test_seeds_differ_by_every_number_and_its_place() -> None:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from shards.storage.location import Location
 from trainer.config.settings import Config
-from trainer.config.yaml_config import load_config
 from trainer.run.runlog import Progress, RowFile, RunLog, cpu_name
 
 
@@ -37,41 +36,19 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_rows_beyond_the_step_and_a_truncated_line_are_dropped(tmp_path: Path, scheme: str) -> None:
     place = Location(f"{scheme}{tmp_path}/metrics.jsonl")
-    place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"step":4}\n{"st')
-    rows = RowFile(place, 3)
-    rows.append({"step": 4, "again": True})  # on a local disk it is in the file immediately
-    if scheme:
-        rows.flush()
-    expected = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
-    assert [json.loads(line) for line in place.read().splitlines()] == expected
-
-
-def test_on_an_object_store_rows_are_written_when_flushed(tmp_path: Path) -> None:
-    place = Location(f"memory://{tmp_path}/metrics.jsonl")
-    rows = RowFile(place, 0)
-    rows.append({"step": 1})
-    assert place.read() == b""
+    place.write(b'{"step":1}\n{"step":2}\n{"step":3}\n{"st')
+    rows = RowFile(place, 2)
+    rows.append({"step": 3, "again": True})  # on a local disk it is in the file immediately
+    assert place.read().startswith(b'{"step":1}\n{"step":2}\n' + (b"" if scheme else b'{"step":3,"again":true}'))
+    assert (b"again" in place.read()) == (not scheme)
     rows.flush()
-    rows.append({"step": 2})
-    assert place.read() == b'{"step":1}\n'
+    expected = [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert [json.loads(line) for line in place.read().splitlines()] == expected
 
 
 def test_an_unreadable_cpuinfo_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError))
     assert cpu_name() == platform.processor()
-
-
-def test_the_folder_holds_settings_and_environment(tmp_path: Path) -> None:
-    config = Config()
-    config.optim.lr = 0.25
-    log = RunLog(Location(str(tmp_path)), config, Accelerator(cpu=True), 0, 10)
-    log.close()
-    assert load_config(str(tmp_path / "config.yaml")) == config
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["world_size"] == 1
-    assert environment["packages"]["torch"]
-    assert environment["device"].startswith("cpu")
-    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "evaluations.jsonl").read_text() == ""
 
 
 def test_progress_logs_a_line_of_means_every_few_steps(caplog: pytest.LogCaptureFixture) -> None:
