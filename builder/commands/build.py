@@ -1,7 +1,5 @@
 """Build a dataset: pack the shards of a plan, in rounds that replace failed images, and finish it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

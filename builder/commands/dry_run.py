@@ -1,7 +1,5 @@
 """`--dry-run`: estimate what a build would pack and fetch."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """The options of `build-shards`. Only light modules are imported, because `--help` must be quick."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Sequence
@@ -98,12 +96,8 @@ class BuildOptions:
         low=0,
         default_help="a tenth of --per-class",
     )
-    exact_classes: bool = _select(
-        False, "ignore the children of a class in the class hierarchy (by default, a Man counts as a Person)"
-    )
-    all_annotations: bool = _select(
-        False, "keep the annotations of all other classes as well; their class ids follow in alphabetical order"
-    )
+    exact_classes: bool = _select(False, "ignore the children of a class (by default, a Man counts as a Person)")
+    all_annotations: bool = _select(False, "keep all other classes as well; their ids follow in alphabetical order")
     require_mask: bool = _select(False, "count only images with a mask of the class, not images with boxes only")
     min_predicted_iou: float = _select(
         0.0, "omit masks whose quality the source estimates to be lower; their objects keep their boxes", low=0, high=1
@@ -133,9 +127,7 @@ class BuildOptions:
         "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
     )
     out: str = _place("./shards-data", "root of the dataset")
-    anonymous: bool = _place(
-        False, "do not sign S3 requests for images and annotations (requests to the public bucket are never signed)"
-    )
+    anonymous: bool = _place(False, "do not sign S3 requests for sources (those to the public bucket are never signed)")
     cache: str = _caching(
         default_cache_folder,
         "folder that keeps annotation tables (as Parquet) and zip directories for later builds from the same source: "

@@ -1,10 +1,9 @@
 """Progress of a build: a bar on a terminal, a line of text every 15 seconds elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
+from typing import Self
 
 from tqdm import tqdm
 
@@ -54,7 +53,7 @@ class Progress:
             total = counted(self._images, "image")
             logger.info("packed %d of %s, %.1f images/s, %s, %s left", self._done, total, speed, rate, left)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

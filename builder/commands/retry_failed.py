@@ -5,8 +5,6 @@ The new files are written to a separate folder, the new `dataset.json` last, and
 replacement is completed by the next command.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -72,7 +70,15 @@ def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
         results = _run(repairs, prepared.job, prepared.engine, lock)
         recovered = sum(_recovered(repair.accounts, results[repair.task.name].accounts) for repair in repairs)
         if recovered:
-            rows, shards, accounts = _replaced(rows, info.shards, accounts, repairs, results)
+            fresh = [results[repair.task.name] for repair in repairs]
+            paths = {repair.task.path for repair in repairs}
+            keys = {(account.split, account.key) for repair in repairs for account in repair.accounts}
+            rows = [row for row in rows if row.shard not in paths]
+            rows += [row for result in fresh for row in result.rows]
+            shards = [shard for shard in info.shards if shard.path not in paths]
+            shards += [result.shard for result in fresh if result.shard is not None]
+            accounts = [account for account in accounts if (account.split, account.key) not in keys]
+            accounts += [account for result in fresh for account in result.accounts]
             lock.check()
             info = write_tables(
                 stage, rows, shards, dataset.categories, accounts, plan=info.plan, source=info.source, command=command
@@ -218,24 +224,3 @@ def _check_untouched(repair: Repair, rows: Sequence[IndexRow], touched: dict[str
             raise DatasetError(
                 f"{repair.task.path}: sample {row.image_id} was written by another release: build the dataset again"
             )
-
-
-def _replaced(
-    rows: Sequence[IndexRow],
-    shards: Sequence[Shard],
-    accounts: Sequence[Account],
-    repairs: Sequence[Repair],
-    results: dict[str, TaskResult],
-) -> tuple[list[IndexRow], list[Shard], list[Account]]:
-    """Return the rows, shards and accounts of the dataset with those of the repaired tasks replaced."""
-    paths = {repair.task.path for repair in repairs}
-    keys = {(account.split, account.key) for repair in repairs for account in repair.accounts}
-    fresh = [results[repair.task.name] for repair in repairs]
-    kept_rows = [row for row in rows if row.shard not in paths]
-    kept_shards = [shard for shard in shards if shard.path not in paths]
-    kept_accounts = [account for account in accounts if (account.split, account.key) not in keys]
-    return (
-        kept_rows + [row for result in fresh for row in result.rows],
-        kept_shards + [result.shard for result in fresh if result.shard is not None],
-        kept_accounts + [account for result in fresh for account in result.accounts],
-    )

@@ -1,7 +1,5 @@
 """Concurrent reads with retries. A missing or refused object is an answer; a read that keeps failing is an error."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field

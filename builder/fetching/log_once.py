@@ -1,7 +1,5 @@
 """Warnings that are logged once per process, because a build reads some sources several times."""
 
-from __future__ import annotations
-
 import logging
 
 logger = logging.getLogger(__name__)

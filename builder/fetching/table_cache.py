@@ -14,8 +14,6 @@ Files are written atomically, so any number of processes may share a folder. Eve
 is reported, deleted and read again from the source. A folder that cannot be written causes a warning and no error.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

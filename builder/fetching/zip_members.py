@@ -4,8 +4,6 @@ Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (4.3.7 local
 library reads end records and central directories, ZIP64 included; the members are extracted here.
 """
 
-from __future__ import annotations
-
 import struct
 import zipfile
 import zlib

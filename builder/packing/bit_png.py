@@ -8,8 +8,6 @@ any damage is left to Pillow, which decodes it or says what is wrong.
 Format: https://www.w3.org/TR/png-3 (5 datastream structure, 9 filtering, 11.2.1 IHDR).
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Run tasks in this process, in local processes or on a Dask cluster; this never changes a result."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import multiprocessing

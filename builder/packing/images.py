@@ -3,8 +3,6 @@
 Images are taken as stored: EXIF orientation is ignored, because Open Images' boxes and masks ignore it.
 """
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -4,8 +4,6 @@ Format: https://cocodataset.org/#format-data. pycocotools rasterises polygons an
 number, so all input is checked first: a run or corner far outside the image would write or allocate out of bounds.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,12 +1,10 @@
 """Pack one shard: fetch, check, encode and write, with an account of every requested image and mask."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
@@ -68,7 +66,7 @@ class TaskResult:
         return canonical_json({"task": fingerprint, "shard": self.shard, "rows": self.rows, "accounts": self.accounts})
 
     @classmethod
-    def from_record(cls, data: bytes, fingerprint: str) -> TaskResult | None:
+    def from_record(cls, data: bytes, fingerprint: str) -> Self | None:
         """Invert `to_record`; None if the record is damaged or of another task."""
         try:
             value = json.loads(data)

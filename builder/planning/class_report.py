@@ -1,7 +1,5 @@
 """What selection gave each class, compared with its quota and with what the source offers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """An explicit list of the images to pack: `--images-list`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Plan a build: read the annotations, select images, locate their masks and cut shards."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Rules that select images: a quota per class and a partition into splits. Pure functions, stable under a seed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

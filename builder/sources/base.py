@@ -3,8 +3,6 @@
 The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Format: https://cocodataset.org/#format-data. Also read where present: `neg_cate
 `not_exhaustive_category_ids` of LVIS (https://www.lvisdataset.org/dataset), and `predicted_iou` as in SA-1B.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -13,14 +13,12 @@ How deviations from the tables that Open Images publishes are handled:
   with line ends where these are not allowed, because an unbalanced quote swallows rows.
 """
 
-from __future__ import annotations
-
 import csv as text_csv
 import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +89,8 @@ def read_table(
         UserError: A column is missing, a value is not of its type, or the file is not such a CSV.
     """
     declared = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-    stored = pa.schema([(field.name, _stored_type(field)) for field in declared])
+    coded = {name: pa.dictionary(pa.int32(), pa.string()) for name in REPETITIVE}
+    stored = pa.schema([(field.name, coded.get(field.name, field.type)) for field in declared])
     content = Content(location, (inventory or Inventory()).of(location), json.dumps(dict(columns)), stored)
     selection = cache.read(content, lambda tables: _Selection(declared, where).add_all(tables))
     if selection is not None:
@@ -104,10 +103,6 @@ def read_table(
         warn_once(location.url, "no rows", "has a header and no rows")
     warn_left_out(location, selection.incomplete, f"without {' or '.join(selection.keys)}")
     return selection.table()
-
-
-def _stored_type(field: pa.Field) -> pa.DataType:
-    return pa.dictionary(pa.int32(), field.type) if field.name in REPETITIVE else field.type
 
 
 class _Selection:
@@ -123,7 +118,7 @@ class _Selection:
         self._gathered: list[pa.Table] = []
         self._selected: list[pa.Table] = []
 
-    def add_all(self, tables: Iterable[pa.Table]) -> _Selection:
+    def add_all(self, tables: Iterable[pa.Table]) -> Self:
         for rows in tables:
             self.rows += rows.num_rows
             incomplete = np.zeros(rows.num_rows, np.bool_)

@@ -1,7 +1,5 @@
 """Class names and their hierarchy: from the names that a user requests to the labels that count for each class."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

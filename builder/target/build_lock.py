@@ -7,8 +7,6 @@ lock is overwritten, and so is any lock on a store without conditional puts: the
 holder that lost its lock stops after its next heartbeat.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import logging
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from typing import Self
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from shards.common.errors import StorageError, UserError
@@ -72,7 +71,7 @@ class BuildLock:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
-    def __enter__(self) -> BuildLock:
+    def __enter__(self) -> Self:
         """Acquire the lock; UserError if another build holds it, StorageError if the root cannot be read or written."""
         stale = refuse_if_held(self._root, self._now)
         if stale is not None or not retry.create(self._root / LOCK_FILE, self._content()):

@@ -8,8 +8,6 @@
 A finished dataset has none of them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Sequence

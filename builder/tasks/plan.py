@@ -1,7 +1,5 @@
 """The plan of a build: images per shard, bytes to fetch, and a fingerprint of everything that decides the result."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What the trainer's commands share: signals, exit statuses of ranks, logging. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -12,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from shards.commands.command_line import Parser as Parser
 from shards.commands.command_line import print_to_reader
@@ -41,7 +39,7 @@ class Signals:
         self.number = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)

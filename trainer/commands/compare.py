@@ -15,8 +15,6 @@ run that was interrupted. SIGTERM and SIGINT are passed on to the current run: i
 comparison does. At the end --run.dir holds compare.md, compare.json and compare.png.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -7,8 +7,6 @@ rank, which ends it at once. So the launcher runs in a session without the termi
 folder that an environment variable names, and each signal is passed on to each rank once.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

@@ -28,7 +28,6 @@ from trainer.prediction.image_inputs import check_image_ids, find_images, pictur
 from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
-    import torch
     from torchvision.models.detection import MaskRCNN
 
     from trainer.model.checkpoint import State
@@ -97,7 +96,7 @@ def predict_split(options: PredictOptions) -> None:
 
 
 def predict_files(options: PredictOptions) -> int:
-    """Process image files; result and errors as in `predict`."""
+    """Process image files one by one, and report those that cannot be read; the result is that of `predict`."""
     images = find_images(options.images)
     if options.submission:
         check_image_ids(images)
@@ -105,7 +104,9 @@ def predict_files(options: PredictOptions) -> int:
 
     import torch
 
+    from trainer.data.collate import decode_image
     from trainer.model.checkpoint import open_checkpoint
+    from trainer.model.inference import detect
 
     state = open_checkpoint(options.checkpoint)
     network, labels = network_and_labels(options, state)
@@ -114,35 +115,6 @@ def predict_files(options: PredictOptions) -> int:
         network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
-    return predict_images(options, images, state, network, device, labels)
-
-
-def network_and_labels(options: PredictOptions, state: State) -> tuple[MaskRCNN, Labels | None]:
-    """Return a checkpoint's network with the threshold of --score, and the labels of a submission, if there is one."""
-    from trainer.metrics.hierarchy import read_parents
-    from trainer.model.build import rebuild
-
-    labels = None
-    if options.submission:
-        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
-        labels = submission_labels(state.categories, parents)
-    network = rebuild(state)
-    network.roi_heads.score_thresh = options.score
-    return network, labels
-
-
-def predict_images(
-    options: PredictOptions,
-    images: Sequence[str],
-    state: State,
-    network: MaskRCNN,
-    device: torch.device | str,
-    labels: Labels | None,
-) -> int:
-    """Process images, paths or URLs, one by one; report those that cannot be read, and return 1 if there are any."""
-    from trainer.data.collate import decode_image
-    from trainer.model.inference import detect
-
     out, failures = Location(options.out), 0
     with PredictionFiles(out, state.categories, labels) as files:
         for image, name in zip(images, picture_names(images, options.out), strict=True):
@@ -164,6 +136,20 @@ def predict_images(
             print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
     print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
     return 1 if failures else 0
+
+
+def network_and_labels(options: PredictOptions, state: State) -> tuple[MaskRCNN, Labels | None]:
+    """Return a checkpoint's network with the threshold of --score, and the labels of a submission, if there is one."""
+    from trainer.metrics.hierarchy import read_parents
+    from trainer.model.build import rebuild
+
+    labels = None
+    if options.submission:
+        parents = read_parents(Location(options.hierarchy), state.categories) if options.hierarchy else {}
+        labels = submission_labels(state.categories, parents)
+    network = rebuild(state)
+    network.roi_heads.score_thresh = options.score
+    return network, labels
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Options of the commands `evaluate`, `predict` and `compare`. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from shards.commands.options import option
@@ -55,9 +53,7 @@ class PredictOptions:
     device: str = option("", "device for images: cuda or cpu", default_help="a GPU if available", metavar="NAME")
     pictures: bool | None = option(None, "draw the detections", default_help="yes for images, no for --data.shards")
     submission: bool = option(False, "write submission.csv in the format of the Open Images Challenge")
-    hierarchy: str = option(
-        "", _HIERARCHY + "an object is submitted for the parent classes of its class as well", metavar="URL"
-    )
+    hierarchy: str = option("", _HIERARCHY + "objects are submitted for parent classes as well", metavar="URL")
     shards: str = option("", "root of the dataset", flag="data.shards", group=_A_DATASET, metavar="URL")
     split: str = option("val", "split to predict", flag="data.split", group=_A_DATASET, metavar="NAME")
     workers: int = option(4, "loader processes per rank", low=0, flag="data.workers", group=_A_DATASET)

@@ -1,7 +1,5 @@
 """The values of `train.layers`. Imports no torch."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Pure functions of the step: stage, learning rate, whether a checkpoint or evaluation is due, and seeds."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import math

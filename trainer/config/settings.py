@@ -3,8 +3,6 @@
 Imports no torch, so that `--help` is quick.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -24,9 +22,7 @@ class DataConfig:
     shards: str = option("", "root of the shard dataset: s3://bucket/prefix, a local path, any fsspec URL")
     split: str = option("train", "split to train on")
     val_split: str = option("val", "split to evaluate during training; empty for no evaluation")
-    classes: list[str] = option(
-        [], "classes by name, MID or id; annotations of other classes are ignored; empty for all"
-    )
+    classes: list[str] = option([], "classes by name, MID or id; objects of other classes are ignored; empty for all")
     fraction: float = option(1.0, "share of the training split to use, above 0, by a hash of ImageID", low=0, high=1)
     repeat_threshold: float = option(
         0.0,
@@ -37,9 +33,7 @@ class DataConfig:
     )
     batch_size: int = option(8, "images per batch on each GPU", low=1)
     workers: int = option(2, "loader processes per GPU; 0 to load in the training process", low=0)
-    lanes: int = option(
-        8, "independent sequential reads that batches are mixed from; best a multiple of GPUs x workers", low=1
-    )
+    lanes: int = option(8, "sequential reads that batches are mixed from; best a multiple of GPUs x workers", low=1)
     window: int = option(128, "samples of a lane that are shuffled together", low=1)
     group_by_aspect: bool = option(False, "put portrait and landscape images into separate batches")
     read_ahead_mb: int = option(128, "memory for prefetched samples per loader process, in MB", low=1)
@@ -51,13 +45,9 @@ class DataConfig:
         "square: pad to max_size x max_size; shortest: pad to the largest image of the batch; scale_jitter: scale "
         "randomly within scale_range, then crop or pad to max_size x max_size",
     )
-    min_size: int = option(
-        800, "shorter side of an image after scaling, in pixels; less if the longer side would exceed max_size", low=1
-    )
+    min_size: int = option(800, "shorter side of a scaled image in pixels; less if the longer exceeds max_size", low=1)
     max_size: int = option(1024, "maximum longer side of an image after scaling, in pixels", low=1)
-    min_sizes: list[int] = option(
-        [], "shorter sides that training chooses from at random, in pixels; empty for min_size only", low=1
-    )
+    min_sizes: list[int] = option([], "shorter sides to choose from at random, in pixels; empty for min_size", low=1)
     scale_range: list[float] = option(
         [0.1, 2.0], "smallest and largest scale for scale_jitter; at scale 1 the image fits max_size", low=0.01
     )
@@ -68,9 +58,7 @@ class DataConfig:
         "others are ignored, not background; 0 for no limit",
         low=0,
     )
-    photometric: float = option(
-        0.0, "probability of each change of brightness, contrast, saturation and hue", low=0, high=1
-    )
+    photometric: float = option(0.0, "probability of each change: brightness, contrast, saturation, hue", low=0, high=1)
     copy_paste: float = option(0.0, "probability of pasting objects of the next image of the batch", low=0, high=1)
 
 
@@ -81,9 +69,7 @@ class ModelConfig:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large"] = option(
         "resnet50", "backbone under the FPN: a ResNet, or a MobileNet for small machines"
     )
-    version: Literal["v1", "v2"] = option(
-        "v1", "torchvision's first version, or v2: norms in FPN and heads, deeper RPN and box head"
-    )
+    version: Literal["v1", "v2"] = option("v1", "v1, or v2: norms in FPN and heads, deeper RPN and box head")
     norm: Literal["frozen", "batch", "group"] = option(
         "frozen",
         "norm layers of the backbone: batch norm with frozen statistics, batch norm, or group norm (heads of v2: batch "
@@ -117,9 +103,7 @@ class LossConfig:
     classifier: float = option(1.0, "weight of the classification loss", low=0)
     box_reg: float = option(1.0, "weight of the box loss", low=0)
     mask: float = option(1.0, "weight of the mask loss", low=0)
-    unmasked: Literal["box", "background"] = option(
-        "box", "objects without a mask: train class and box only, or treat them as background"
-    )
+    unmasked: Literal["box", "background"] = option("box", "objects without a mask: train class and box, or background")
     group_of: Literal["ignore", "object", "background"] = option(
         "ignore",
         "group-of boxes: ignore RoIs and anchors in them that match no object, treat the box as an object, or as "
@@ -136,9 +120,7 @@ class OptimConfig:
 
     optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum, or AdamW")
     lr: float = option(0.001, "learning rate after the warm-up", low=0)
-    base_batch: int = option(
-        0, "images per step, on all GPUs, that lr is meant for: lr is scaled linearly; 0 for no scaling", low=0
-    )
+    base_batch: int = option(0, "images per step of all GPUs that lr is for (scaled linearly); 0 for no scaling", low=0)
     momentum: float = option(0.9, "momentum of sgd", low=0, high=1)
     betas: list[float] = option([0.9, 0.999], "decay rates of adamw's two moments, below 1", low=0, high=0.999999)
     weight_decay: float = option(1e-4, "weight decay", low=0)
@@ -171,9 +153,7 @@ class TrainConfig:
         "layers to train; ignored with stages: heads, 5+ to 2+ (heads and the backbone from that stage on), all, or a "
         "share such as last 10%",
     )
-    stages: list[StageConfig] = option(
-        [], "successive stages, such as [{layers: heads, epochs: 2}, {layers: all, lr: 0.1}]"
-    )
+    stages: list[StageConfig] = option([], "stages, such as [{layers: heads, epochs: 2}, {layers: all, lr: 0.1}]")
     accumulate: int = option(1, "batches per step on each GPU, for gradient accumulation", low=1)
     ema: float = option(
         0.0,
@@ -187,9 +167,7 @@ class TrainConfig:
     )
     channels_last: bool = option(False, "store the weights of convolutions in channels-last order")
     compile: bool = option(False, "compile backbone and FPN with torch.compile")
-    skip_nonfinite: int = option(
-        0, "maximum number of steps with a non-finite loss or gradient to skip; the next one ends the run", low=0
-    )
+    skip_nonfinite: int = option(0, "most steps of non-finite loss or gradient to skip; the next ends the run", low=0)
     checkpoint_steps: int = option(100, "steps between checkpoints; the end of an epoch is saved as well", low=1)
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep", low=1)
     eval_epochs: int = option(1, "epochs between evaluations; the last epoch is evaluated as well", low=1)
@@ -202,9 +180,7 @@ class RunConfig:
     """Output of the run."""
 
     dir: str = option("runs/default", "run folder: a local path or any fsspec URL")
-    resume: str = option(
-        "", "checkpoint to resume from: last (the newest of run.dir, which must exist), or its path or URL"
-    )
+    resume: str = option("", "checkpoint to resume: last (the newest of run.dir, which must exist), or its path or URL")
     log_steps: int = option(10, "steps between lines of progress (metrics.jsonl has every step)", low=1)
     pictures: int = option(4, "images drawn at each evaluation, with ground truth and predictions side by side", low=0)
     trackers: list[str] = option(["tensorboard"], "accelerate's experiment trackers, such as [wandb]; [] for none")

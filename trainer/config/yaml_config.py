@@ -1,7 +1,5 @@
 """Settings from a recipe or a YAML file, with `--section.key value` over it. Imports no torch."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Collection, Sequence
 from importlib import resources

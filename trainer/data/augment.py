@@ -3,8 +3,6 @@
 All randomness comes from the generator that is passed in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ of one image are pasted over another at the same pixels. The covered part of the
 bitmaps, and their boxes shrink to the visible part.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -7,8 +7,6 @@ Augmentations move the frame, and the target of a RoI is sampled from the cells.
 Coordinates are continuous: pixel i covers i to i + 1.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

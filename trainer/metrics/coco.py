@@ -10,13 +10,11 @@ pycocotools matches each image on the rank that processes it. Scores and bits ar
 pycocotools accumulates them one class at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +27,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from trainer.metrics.metric import PerImageMetric
 from trainer.metrics.overlaps import EvaluatedImage
-
-if TYPE_CHECKING:
-    from trainer.model.inference import Detections
+from trainer.model.inference import Detections
 
 Task = Literal["bbox", "segm"]
 TASKS: tuple[Task, ...] = ("bbox", "segm")
@@ -119,7 +115,7 @@ class _Matches:
     objects: int
 
     @classmethod
-    def pack(cls, by_size: Sequence[dict[str, Any]]) -> _Matches:
+    def pack(cls, by_size: Sequence[dict[str, Any]]) -> Self:
         """Convert pycocotools' entries, one per size."""
         return cls(
             np.array(by_size[0]["dtScores"], np.float32),

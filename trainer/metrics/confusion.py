@@ -1,7 +1,5 @@
 """Confusion matrix: how often objects of each class were detected as which class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Ancestors of a dataset's classes in the class hierarchy of Open Images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from shards.common.class_hierarchy import parse_hierarchy

@@ -21,8 +21,6 @@ Boxes are y1, x1, y2, x2 in pixels, masks [H, W, N]; rows of zeros are padding. 
 The mean of such APs over images is not COCO's or Open Images' AP, which rank the detections of all images together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the metrics that keep a record per image have in common."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -19,10 +19,8 @@ object with a mask. A detection without a pixel is ignored. Detections of equal 
 their images, so that the numbers do not depend on the number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,17 +45,17 @@ class Matches:
 
     Attributes:
         detections: int64 [K] index of the detection.
-        labels: int64 [K] category id that it counts for.
+        labels: int32 [K] category id that it counts for.
         scores: float32 [K].
         outcomes: uint8 [K] position in OUTCOMES.
-        objects: int64 [G] category id of each object that has a mask, once per class that it counts for.
+        objects: int32 [G] category id of each object that has a mask, once per class that it counts for.
     """
 
     detections: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int32]
     scores: NDArray[np.float32]
     outcomes: NDArray[np.uint8]
-    objects: NDArray[np.int64]
+    objects: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +99,7 @@ class OpenImagesResult:
         return sum(one.outcomes[OUTCOMES[outcome]] for one in self.classes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """Outcomes in one image; see `Matches`."""
-
-    labels: NDArray[np.int32]
-    scores: NDArray[np.float32]
-    outcomes: NDArray[np.uint8]
-    objects: NDArray[np.int32]
-
-
-class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
+class OpenImagesMetric(PerImageMetric[Matches, OpenImagesResult]):
     """AP of the Open Images Challenge.
 
     Memory: nine bytes per detection and half a kilobyte per image on every rank after gathering, and three times as
@@ -126,12 +114,10 @@ class OpenImagesMetric(PerImageMetric[_Record, OpenImagesResult]):
         super().__init__(categories)
         self.parents = dict(parents or {})
 
-    def _record(self, image: EvaluatedImage) -> _Record:
-        matches = match(image, self.parents)
-        labels, objects = matches.labels.astype(np.int32), matches.objects.astype(np.int32)
-        return _Record(labels, matches.scores, matches.outcomes, objects)
+    def _record(self, image: EvaluatedImage) -> Matches:
+        return replace(match(image, self.parents), detections=np.empty(0, np.int64))
 
-    def _result(self, records: Sequence[_Record]) -> OpenImagesResult:
+    def _result(self, records: Sequence[Matches]) -> OpenImagesResult:
         # An empty array first, because there may be no records.
         labels = np.concatenate([np.empty(0, np.int32), *(record.labels for record in records)])
         scores = np.concatenate([np.empty(0, np.float32), *(record.scores for record in records)])
@@ -165,7 +151,8 @@ def match(image: EvaluatedImage, parents: Parents) -> Matches:
     outcomes[_in_region(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
     outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
     outcomes[_in_region(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
-    return Matches(rows, labels, found.scores[rows], outcomes, truth[masked & ~groups])
+    objects = truth[masked & ~groups].astype(np.int32)
+    return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, objects)
 
 
 def verified_classes(sample: Sample, parents: Parents) -> set[int]:

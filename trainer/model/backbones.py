@@ -6,12 +6,10 @@ one, so the same anchors suit all. torchvision's own MobileNet detectors use two
 objects.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 from torch import nn
 from torchvision.models import get_model
@@ -33,7 +31,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     features that freezing is meant to keep.
     """
 
-    def train(self, mode: bool = True) -> BatchNorm2d:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, but stay in evaluation mode while the weights are frozen."""
         super().train(mode and self.weight.requires_grad)
         return self

@@ -5,8 +5,6 @@ into the network that torchvision builds from the same settings, with the same d
 docs/models.md shows how to rebuild it from a checkpoint without this package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -13,8 +13,6 @@
 Nothing is pickled. If the newest checkpoint is damaged, the previous one is used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -39,6 +37,7 @@ from trainer.config.settings import Config
 
 FOLDER = "checkpoints"
 BEST = "best"
+STEP_FOLDER = r"step-(\d+)"
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -104,7 +103,9 @@ def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
 
 def steps_of(run: Location, folder: str = FOLDER) -> list[int]:
     """Return the steps of a run's finished checkpoints, ascending; empty if there are none."""
-    return [step for step in _folders(run, folder) if (step_folder(run, step, folder) / STATE_FILE).exists()]
+    return [
+        step for step in numbers_in(run / folder, STEP_FOLDER) if (step_folder(run, step, folder) / STATE_FILE).exists()
+    ]
 
 
 def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Location:
@@ -294,15 +295,14 @@ def _identity(config: Config, order: dict[str, Any], categories: Sequence[Catego
     }
 
 
-def _folders(run: Location, folder: str) -> list[int]:
-    """Return the steps that have a folder, finished or not, ascending."""
-    place = run / folder
-    with storage_errors(place.url):
+def numbers_in(folder: Location, pattern: str) -> list[int]:
+    """Return the numbers in the names in a folder, by a pattern with a group for them, ascending; it may be missing."""
+    with storage_errors(folder.url):
         try:
-            names = place.fs.ls(place.path, detail=False)
+            names = folder.fs.ls(folder.path, detail=False)
         except FileNotFoundError:
             return []
-    found = (re.fullmatch(r"step-(\d+)", str(name).rstrip("/").rsplit("/", 1)[-1]) for name in names)
+    found = (re.fullmatch(pattern, str(name).rstrip("/").rsplit("/", 1)[-1]) for name in names)
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -312,7 +312,7 @@ def _remove_older(run: Location, newest: int, keep: int, folder: str) -> None:
     Checkpoints of later steps stay: they are damaged, and the run is about to write them again.
     """
     kept = [step for step in steps_of(run, folder) if step <= newest][-keep:]
-    for step in _folders(run, folder):
+    for step in numbers_in(run / folder, STEP_FOLDER):
         if step < newest and step not in kept:
             place = step_folder(run, step, folder)
             (place / STATE_FILE).delete()  # first, so that a half-removed folder is not a checkpoint

@@ -15,8 +15,6 @@ head, RPN), then come the FPN and the backbone from back to front. The first fiv
 box regressor, box classifier, and the RPN's two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

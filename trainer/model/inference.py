@@ -5,8 +5,6 @@ take 4.8 GB. Here torchvision's steps are called one by one, each mask is pasted
 of boxes at a time, and encoded as RLE. The detections are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

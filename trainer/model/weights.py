@@ -7,8 +7,6 @@ torchvision's first COCO weights need an epsilon of 0, for which torchvision cha
 of 1e-5.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

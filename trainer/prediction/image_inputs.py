@@ -1,7 +1,5 @@
 """Images that are named on a command line, and file names of their pictures."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 from collections.abc import Sequence

@@ -7,32 +7,30 @@ share of the missing parts; when all exist, the main rank joins them in the orde
 everything that determines the content of the parts, so that parts of another run are never used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from torchvision.models.detection import MaskRCNN
 
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
-from shards.storage.explain import storage_errors
 from shards.storage.location import Location
-from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, write_picture
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torchvision.models.detection import MaskRCNN
-
-    from trainer.config.command_options import PredictOptions
-    from trainer.model.checkpoint import State
-    from trainer.prediction.output_files import Labels
+from shards.stream.loader import loader
+from shards.stream.streams import EvalStream
+from trainer.config.command_options import PredictOptions
+from trainer.data.collate import EvalCollate
+from trainer.model.checkpoint import State, numbers_in
+from trainer.model.inference import detect
+from trainer.prediction.output_files import COCO_FILE, Labels, PredictionFiles, image_record, write_picture
+from trainer.run.distributed import from_main
 
 PICTURES = "pictures"
 
@@ -61,14 +59,7 @@ class Parts:
 
     def missing(self) -> list[int]:
         """Return the parts that are not written, ascending."""
-        with storage_errors(self.folder.url):
-            try:
-                names = self.folder.fs.ls(self.folder.path, detail=False)
-            except FileNotFoundError:
-                names = []
-        found = (re.fullmatch(r"part-(\d+)\.jsonl", str(name).rsplit("/", 1)[-1]) for name in names)
-        done = {int(match[1]) for match in found if match}
-        return [number for number in range(len(self)) if number not in done]
+        return sorted(set(range(len(self))) - set(numbers_in(self.folder, r"part-(\d+)\.jsonl")))
 
     def write(self, number: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a part, whole or not at all."""
@@ -100,8 +91,6 @@ def predict_shards(
     `network` is that of the checkpoint `state`, on the device and in evaluation mode. Without `labels` there is no
     submission.
     """
-    from trainer.run.distributed import from_main
-
     out, images = Location(options.out), len(dataset.index(options.split))
     size = -(-options.part_images // options.batch_size) * options.batch_size
     parts = Parts(out / "parts" / parts_key(options, dataset, state, size), images, size)
@@ -126,8 +115,6 @@ def predict_shards(
 
 def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:
     """Hash what determines the parts: weights and settings of the network, the index, and the options."""
-    import torch
-
     digest = hashlib.blake2b(digest_size=8)
     settings = [options.split, options.score, options.batch_size, size, bool(options.pictures)]
     network = [dataclasses.asdict(state.config.model), state.config.data.min_size, state.config.data.max_size]
@@ -150,11 +137,6 @@ def _predict_parts(
     numbers: Sequence[int],
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield this rank's parts with their records, from one loader that reads ahead across parts."""
-    from shards.stream.loader import loader
-    from shards.stream.streams import EvalStream
-    from trainer.data.collate import EvalCollate
-    from trainer.model.inference import detect
-
     if not numbers:
         return
     data, out = state.config.data, Location(options.out)

@@ -4,28 +4,22 @@ Images are ranked by the F1 of their detections with at least a given score, mat
 detections that these ignore (on objects without a mask, in groups, of unverified classes) count neither way.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from PIL import Image
+from torch import Tensor
 
 from shards.format.dataset import Category
 from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
 from trainer.metrics.overlaps import EvaluatedImage
+from trainer.model.inference import Detections
 from trainer.report.pictures import draw_comparison, encode_jpeg
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trainer.model.inference import Detections
 
 LONGER_SIDE = 800  # pixels of a picture
 NO_IMAGES = {"worst": "an error", "best": "a right detection"}

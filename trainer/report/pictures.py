@@ -3,8 +3,6 @@
 <run>/pictures/step-000100/<ImageID>.jpg
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

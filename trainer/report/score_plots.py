@@ -1,7 +1,5 @@
 """Plots of an evaluation: precision over recall, and the confusion matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

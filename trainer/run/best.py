@@ -1,7 +1,5 @@
 """Which evaluation of a run is its best. Imports no torch, so that `compare --help` is quick."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

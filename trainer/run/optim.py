@@ -1,7 +1,5 @@
 """The optimizer of a stage, and the average of the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plots of a run: losses, AP, images/s, the wait for data, and the learning rate over the steps."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

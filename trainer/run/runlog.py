@@ -16,8 +16,6 @@ written whole at every checkpoint and evaluation (the trackers' files from a tem
 they end at the checkpoint. In both cases a resumed run drops the rows beyond its checkpoint: every step has one row.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -31,7 +29,10 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from shards.common.text import counted
 from shards.storage.location import Location
@@ -40,9 +41,6 @@ from trainer.config.yaml_config import save_config
 from trainer.run.best import best_evaluation
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
 from trainer.run.plots import draw_curves
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger("trainer")
 
@@ -234,9 +232,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Return the versions, machine and ranks of a run."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
@@ -244,7 +239,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,

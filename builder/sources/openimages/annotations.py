@@ -4,8 +4,6 @@ Coordinates are fractions of the image's width and height, in the order (x1, x2,
 in memory between two calls: a cache (`builder.fetching.table_cache`) makes the second reading fast.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Greedy one-to-one matching of mask rows to box rows by their coordinates."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

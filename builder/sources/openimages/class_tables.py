@@ -1,7 +1,5 @@
 """The class names and the class hierarchy of Open Images."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 

@@ -6,8 +6,6 @@ bucket, everything else (tables, mask zips, class names) is under one annotation
 Only light modules are imported here, because the command line needs these addresses to print its help.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Open Images as a source of images and annotations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
