@@ -85,7 +85,6 @@ class Entry:
 
 
 def _find_entries(kind: type) -> dict[str, Entry]:
-    """Return the options of a dataclass by name."""
     found = [
         Entry(section, item, *_optional(hint))
         for section, holder in (sections(kind) or {"": kind}).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shards.common.text import columns_of, padded, printable
+from shards.common.text import columns_of, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,10 +38,8 @@ def text_table(table: pd.DataFrame, formats: Formats | None = None, *, indent: s
     widths = [min(max(map(columns_of, cells)), WIDEST) for cells in columns]
     lines = []
     for row in zip(*columns, strict=True):
-        aligned = [
-            padded(cell, width) if left else " " * (width - columns_of(cell)) + cell
-            for cell, width, left in zip(row, widths, text, strict=True)
-        ]
+        gaps = [" " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)]
+        aligned = [cell + gap if left else gap + cell for cell, gap, left in zip(row, gaps, text, strict=True)]
         lines.append((indent + GAP.join(aligned)).rstrip())
     return lines
 
@@ -64,7 +62,6 @@ def _headers(table: pd.DataFrame) -> list[list[str]]:
 
 
 def _cells(table: pd.DataFrame, formats: Formats) -> list[list[str]]:
-    """Return the values of each column as text."""
     import pandas as pd
 
     def cell(value: Any, form: Callable[[Any], str]) -> str:

@@ -18,11 +18,6 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def padded(text: str, columns: int) -> str:
-    """Return text with trailing spaces up to a width in terminal columns."""
-    return text + " " * (columns - columns_of(text))
-
-
 def columns_of(text: str) -> int:
     """Return the width of text in terminal columns: wide East Asian characters take two, combining marks none."""
     if text.isascii():

@@ -17,11 +17,9 @@ STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 def contours(mask: NDArray[np.bool_]) -> list[Points]:
-    """Trace the closed contours of a mask [H, W], including those of holes.
+    """Trace the closed contours of a mask [H, W], including those of holes: the even-odd rule fills exactly the mask.
 
-    Returns:
-        Per contour the corners of pixels [n, 2] x, y, without points on straight lines; the last is joined to the
-        first. The even-odd rule fills exactly the mask.
+    A contour is the corners of pixels [n, 2] x, y, without points on straight lines; the last is joined to the first.
     """
     inside = np.pad(mask, 1)
     core = inside[1:-1, 1:-1]

@@ -40,16 +40,11 @@ class Account:
         """Whether it was wanted and could not be packed."""
         return self.status not in (PACKED, FILTERED)
 
-    @property
-    def failed_at_first(self) -> bool:
-        """Whether it failed in the build, even if a later retry recovered it."""
-        return self.failed or self.detail.startswith(RECOVERED)
-
 
 def failed_images(accounts: Iterable[Account], split: str, *, at_first: bool = False) -> set[str]:
     """Return the images of a split that failed; with `at_first` also those that were recovered since."""
     images = (account for account in accounts if account.kind == "image" and account.split == split)
-    return {account.image_id for account in images if (account.failed_at_first if at_first else account.failed)}
+    return {one.image_id for one in images if one.failed or (at_first and one.detail.startswith(RECOVERED))}
 
 
 def reasons(accounts: Iterable[Account]) -> dict[str, int]:

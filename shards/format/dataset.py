@@ -101,11 +101,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> DatasetInfo:
-        """Parse and check the object of `dataset.json`; `where` is named in errors.
-
-        Raises:
-            DatasetError: another format, a newer version, missing keys, or invalid values.
-        """
+        """Parse and check the object of `dataset.json`; a DatasetError that names `where` if it is not right."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
         version = value.get("version")
@@ -129,7 +125,6 @@ class DatasetInfo:
 
 
 def _check_values(info: DatasetInfo) -> None:
-    """Raise a ValueError for a value that no dataset can have."""
     if not isinstance(info.plan, str) or not is_text(info.plan):
         raise ValueError(f"plan is {shown(info.plan)}, not a text")
     for category in info.categories:
@@ -177,11 +172,7 @@ class Dataset:
         return self.columns.table()
 
     def index(self, split: str) -> Index:
-        """Return the selected rows of one split.
-
-        Raises:
-            DatasetError: the dataset has no such split, the selection leaves nothing of it, or the index is damaged.
-        """
+        """Return the selected rows of one split; a DatasetError if there are none, or the index is damaged."""
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
         paths = [shard.path for shard in self.info.shards_of(split)]
@@ -192,10 +183,8 @@ class Dataset:
         """Return the selected rows of a split as a DataFrame, one row per sample, in the order of the shards.
 
         Columns: `image_id`, `shard`, `offset`, `nbytes`, `crc32`, `width`, `height`, then for each class, under its
-        name, the number of its objects. A name that is taken is followed by the class's id, as in `width (7)`.
-
-        Raises:
-            DatasetError: as `index`.
+        name, the number of its objects. A name that is taken is followed by the class's id, as in `width (7)`. Errors
+        are those of `index`.
         """
         import pandas as pd
 
@@ -311,7 +300,6 @@ def _value_of(root: Location, answer: bytes | Exception) -> Any:
 
 
 def _read(location: Location, answer: bytes | Exception) -> bytes:
-    """Return what was read; an exception becomes a StorageError."""
     if isinstance(answer, bytes):
         return answer
     with storage_errors(location.url):

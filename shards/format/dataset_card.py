@@ -61,8 +61,6 @@ FEATURES = [
 
 @dataclass(frozen=True)
 class _About:
-    """The text of the card that depends on the source."""
-
     title: str  # name of the data
     heading: str  # of the card, before the names of the classes
     origin: str  # how the shards were made, in Markdown
@@ -228,5 +226,4 @@ def render_card(
 
 
 def _cell(name: str) -> str:
-    """Return a name as it is written in a table of Markdown."""
     return printable(name).replace("|", r"\|")

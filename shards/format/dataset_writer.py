@@ -215,7 +215,6 @@ class DatasetWriter:
         return {find_class(self.categories, wanted, where).id for wanted in classes}
 
     def _instance(self, value: Annotation | Instance, width: int, height: int, where: str) -> Instance:
-        """Convert an `Annotation` to an `Instance` with RLE."""
         if isinstance(value, Instance):
             return value
         if not isinstance(value, Mapping) or "category" not in value:
@@ -239,7 +238,6 @@ class DatasetWriter:
         return Instance(category.id, (x, y, w, h), segmentation, box_id, category.mid, **flags, predicted_iou=iou)
 
     def _finish(self) -> None:
-        """Write the shards, then the tables."""
         if not len(self):
             raise DatasetError(f"{self.root}: no sample was added: there is nothing to write")
         rows: list[IndexRow] = []
@@ -311,7 +309,6 @@ def _category(given: Category) -> Category:
 
 
 def _accounts(sample: Sample, split: str) -> list[Account]:
-    """Return the accounts of an image and of its masks, all packed."""
     return [Account("image", split, sample.image_id, "", f"{sample.image_id}.jpg", PACKED)] + [
         Account("mask", split, sample.image_id, instance.box_id, f"annotations[{number}]", PACKED)
         for number, instance in enumerate(sample.instances)

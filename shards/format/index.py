@@ -30,11 +30,7 @@ _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The bytes of `index.parquet`, of which a column is decoded when it is used; `where` is named in errors.
-
-    Raises:
-        DatasetError: it is not Parquet or has other columns; when a column is read: it has rows without a value.
-    """
+    """The bytes of `index.parquet`, of which a column is decoded when it is used; `where` is named in DatasetErrors."""
 
     data: bytes = field(repr=False)
     where: str = "index"
@@ -69,10 +65,7 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class Labels:
-    """The number of annotations of each class in each of N samples, from list columns with one list per sample.
-
-    Access to a column that is not in the format raises a DatasetError.
-    """
+    """The number of annotations of each class in each of N samples, from list columns with one list per sample."""
 
     columns: IndexFile | pa.Table = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
     rows: NDArray[np.int64] = field(repr=False)  # [N] the rows of `columns` that belong to the samples, ascending
@@ -140,11 +133,7 @@ class Index:
 
     @classmethod
     def read(cls, columns: IndexFile | pa.Table, shard_paths: Sequence[str], where: str = "index") -> Index:
-        """Read the rows of the shards of one split from the columns of the whole dataset.
-
-        Raises:
-            DatasetError: the rows are not in the order of the shards, or have invalid offsets or sizes.
-        """
+        """Read the rows of one split's shards; a DatasetError if they are not in order, or have invalid values."""
         codes = _shard_codes(columns["shard"], shard_paths)
         rows = np.flatnonzero(codes >= 0)
         shard = codes[rows]

@@ -112,7 +112,6 @@ class ShardCheck:
         return sample
 
     def _index_faults(self, found: Found, sample: Sample | None, row: IndexRow | None) -> Iterator[str]:
-        """Compare a sample with its row of the index."""
         if row is None:
             yield "the index does not have it here"
             return

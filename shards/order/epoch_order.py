@@ -144,7 +144,6 @@ class Order:
         return first * size, (first + batches + (lane < more)) * size
 
     def _lane_rows(self, epoch: int, lane: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Return samples `start` to `stop` of a lane of one epoch."""
         if self._portrait is not None:
             return self._pieces.get((epoch, lane), partial(self._grouped_lane, epoch, lane))[start:stop]
         window = self.settings.window
@@ -154,7 +153,6 @@ class Order:
         return np.concatenate(windows)[start - first * window : stop - first * window]
 
     def _window(self, epoch: int, lane: int, number: int) -> NDArray[np.int64]:
-        """Return the shuffled rows of one window of a lane."""
         first, last = self._lane(lane)
         start = first + number * self.settings.window
         numbers = np.arange(start, min(start + self.settings.window, last), dtype=np.int64)

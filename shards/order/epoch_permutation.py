@@ -9,13 +9,9 @@ _CHUNKS, _TURN = 1, 2  # the purpose of a hash: no two uses of an epoch's key ar
 
 
 class EpochPermutation:
-    """The permuted chunks of an epoch, with `key`, from which all its random numbers are made.
+    """The permuted chunks of an epoch, from whose `key` all its random numbers are made.
 
-    Args:
-        key: of the epoch.
-        starts: int64 [C], where each chunk begins in the unpermuted sequence.
-        visits: the length of the sequence.
-        rows: int64 [visits], the unpermuted sequence; None if it is 0, 1, 2, ...
+    Chunks begin at `starts`, int64 [C], of the sequence `rows`, int64 [visits]; None if it is 0, 1, 2, ...
     """
 
     def __init__(
@@ -69,8 +65,7 @@ def grouped(kind: NDArray[np.bool_], batch_size: int) -> NDArray[np.int64]:
 def passes(visits: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the rows of an epoch in which row i occurs `visits[i]` times.
 
-    First all rows that occur at all, ascending, then those that occur twice or more, and so on. `visits`, int64 [N], is
-    1 or more somewhere.
+    First all rows that occur at all, ascending, then those that occur twice or more, and so on.
     """
     return np.concatenate([np.flatnonzero(visits > number) for number in range(visits.max())])
 

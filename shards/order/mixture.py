@@ -89,8 +89,7 @@ class MixedOrder:
         indexes: the index of each dataset, without labels.
         batches_per_epoch: batches that hold as many samples as one epoch of every dataset: a measure, not a boundary.
 
-    Raises:
-        DatasetError: `group_by_aspect` is set, which needs batches of one dataset.
+    A DatasetError is raised if `group_by_aspect` is set, which needs batches of one dataset.
     """
 
     def __init__(self, indexes: Sequence[Index], weights: Sequence[float], settings: OrderSettings) -> None:

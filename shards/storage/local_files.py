@@ -18,13 +18,9 @@ ADVICE = 128 * 2**10  # bytes; Linux follows an advice up to the device's read-a
 def atomic_write(path: str, *, temporary: str = "", durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that appears at `path` whole or not at all.
 
-    Its folder is created. The bytes go to a temporary name, which is renamed at the end of the `with` block, or removed
-    after an exception. A kill leaves the temporary file and what was at `path` before.
-
-    Args:
-        path: the file.
-        temporary: the temporary name, on the same disk; by default one of this process and thread.
-        durable: the bytes reach the disk before the name appears, so that a crash of the machine leaves no other file.
+    Its folder is created. The bytes go to the name `temporary`, by default one of this process and thread, which is
+    renamed at the end of the `with` block, or removed after an exception. A kill leaves it, and what was at `path`
+    before. If `durable`, that also holds for a crash of the machine.
     """
     temporary = temporary or f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

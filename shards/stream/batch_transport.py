@@ -2,7 +2,7 @@
 
 The kernel clears each page of new memory when it is first touched, which takes longer than resizing an image into it. A
 loader process therefore keeps a few segments of shared memory. A batch is written into one of them, and crosses as a
-file descriptor and the places of its parts; the tensors of the reader are views of the segment. When the last of them
+file descriptor and the offsets of its parts; the tensors of the reader are views of the segment. When the last of them
 is freed, a byte in the segment lets the loader process write another batch there.
 
 Segments are anonymous files (memfd of Linux): they do not count towards the limit of /dev/shm, and disappear with the
@@ -44,8 +44,6 @@ class _Segment:
 
 
 class _Segments:
-    """The segments of this process."""
-
     def __init__(self) -> None:
         self.kept: list[_Segment] = []
         self.taken: list[_Segment] = []  # for the batch that is being made
@@ -100,7 +98,7 @@ def pack(batch: Any) -> Any:
 
 
 class _Parcel:
-    """A batch in a segment: pickled, it is the file descriptor and the places of the parts."""
+    """A batch in a segment: pickled, it is the file descriptor and the offsets of the parts."""
 
     def __init__(self, batch: Any, segments: _Segments) -> None:
         arrays: list[Any] = []
@@ -108,7 +106,7 @@ class _Parcel:
         _Packer(text, pickle.HIGHEST_PROTOCOL, True, arrays.append).dump(batch)
         arrays.append(text.getbuffer())
         self.segment = segment = segments.settle()
-        self.places: list[tuple[int, int]] = []  # offset and length of each part
+        self.parts: list[tuple[int, int]] = []  # offset and length of each part
         mapped = end = len(segment.memory)
         for array in (np.frombuffer(one, np.uint8) for one in arrays):
             offset = array.__array_interface__["data"][0] - segment.address
@@ -116,10 +114,10 @@ class _Parcel:
                 offset = -(-end // ALIGN) * ALIGN
                 _write(segment.file, array, offset)
                 end = offset + len(array)
-            self.places.append((offset, len(array)))
+            self.parts.append((offset, len(array)))
 
     def __reduce__(self) -> Any:
-        return _open, (DupFd(self.segment.file), self.places, os.getpid())
+        return _open, (DupFd(self.segment.file), self.parts, os.getpid())
 
 
 class _Packer(ForkingPickler):
@@ -154,7 +152,7 @@ def _write(file: int, values: Any, offset: int) -> None:
         left, offset = left[done:], offset + done
 
 
-def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any:
+def _open(duplicate: Any, parts: Sequence[tuple[int, int]], sender: int) -> Any:
     """Return the batch in the process that reads it, or a LoaderError if the loader process has ended."""
     try:
         file = duplicate.detach()
@@ -168,7 +166,7 @@ def _open(duplicate: Any, places: Sequence[tuple[int, int]], sender: int) -> Any
     whole = np.frombuffer(memory, np.uint8)
     weakref.finalize(whole, _give_back, memory, os.getpid()).atexit = False
     view = memoryview(whole)  # type: ignore[arg-type]
-    *arrays, text = (view[offset : offset + nbytes] for offset, nbytes in places)
+    *arrays, text = (view[offset : offset + nbytes] for offset, nbytes in parts)
     return pickle.loads(text, buffers=arrays)  # noqa: S301 - our own loader process wrote it
 
 

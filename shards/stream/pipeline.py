@@ -46,11 +46,7 @@ class BatchReader(Generic[T]):
         return wds.DataPipeline(self.samples, *choose, *stages, partial(map, parse), self.batches)
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples of all batches, each as webdataset's dict.
-
-        Raises:
-            DatasetError: a stage did not pass on exactly one sample for each that it received.
-        """
+        """Yield the samples of all batches, each as webdataset's dict, one at a time: see `_stage_error`."""
         # Readers look ahead, so each iterates over the positions on its own.
         sources = [reader.read(self._rows(number), who=self.who) for number, reader in enumerate(self.readers)]
         roots = [str(reader.root) for reader in self.readers]
@@ -68,11 +64,7 @@ class BatchReader(Generic[T]):
             yield from rows if len(rows) else (None,)
 
     def batches(self, samples: Iterator[Any]) -> Iterator[T]:
-        """Yield batches of the order's sizes, as webdataset's `batched` does for a fixed size.
-
-        Raises:
-            DatasetError: the stages ended early, or passed on too few or too many samples.
-        """
+        """Yield batches of the order's sizes, as webdataset's `batched` does for a fixed size; see `_stage_error`."""
         for position in self.positions():
             size, batch = sum(self.order.sizes(position)), list[Any]()
             for sample in islice(samples, size):

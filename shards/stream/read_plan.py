@@ -96,7 +96,6 @@ class ReadPlan:
         return row, done
 
     def _look_out(self) -> None:
-        """Find the rows within the horizon."""
         known, without = len(self._near) + len(self._far), 0
         while known < HORIZON and (without < HORIZON or not known):
             row = next(self._rows, _END)

@@ -51,8 +51,6 @@ log = logging.getLogger("shards.stream.sample_cache")
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """The content of the file `state`."""
-
     nbytes: int  # counted so far
     refused: int  # the first 64 bits of the lowest name that is refused
     counted: float  # when the files were last counted, in seconds since 1970
