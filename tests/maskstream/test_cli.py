@@ -1,4 +1,4 @@
-"""The command `maskstream`."""
+"""The command `maskstream`, and the names that users import."""
 
 import os
 import subprocess
@@ -108,3 +108,11 @@ def test_the_help_of_a_command_names_it_as_it_was_started(name: str, capsys: pyt
         with pytest.raises(SystemExit):
             import_module(f"trainer.commands.{name}").main(["--help"])
         assert capsys.readouterr().out.startswith(f"usage: {name}.py [options]")
+
+
+def test_a_public_name_is_the_object_of_its_module() -> None:
+    for name, module in maskstream._MODULES.items():
+        assert getattr(maskstream, name) is getattr(import_module(module), name)
+    assert set(maskstream.__all__) <= set(dir(maskstream))
+    with pytest.raises(AttributeError, match="no attribute 'ShardStreem'"):
+        maskstream.ShardStreem  # noqa: B018

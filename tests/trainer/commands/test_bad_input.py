@@ -16,12 +16,13 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
     code = """if True:
         import sys
         from contextlib import suppress
+        import maskstream
         from trainer.commands import compare, evaluate, predict, train
         for command in (compare, evaluate, predict, train):
             assert command.main(["--data.shard=3"]) == 2
             with suppress(SystemExit):
                 command.main(["--help"])
-        print([name for name in ("torch", "pandas", "pyarrow", "numpy") if name in sys.modules], file=sys.stderr)
+        print(sorted({"torch", "pandas", "pyarrow", "numpy", "webdataset"} & sys.modules.keys()), file=sys.stderr)
         """
     done = subprocess.run([sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True)
     *errors, modules = done.stderr.splitlines()
@@ -60,6 +61,8 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("predict --data.shards d --part-images 0", "--part-images is 0: it must be at least 1"),
         ("predict --data.shards d --device cpu", "--device is for images"),
         ("predict --data.shards DATASET --data.split test", "there is no split 'test'"),
+        ("predict --data.shards RENAMED", "class 2 is 'Ring' in RENAMED, and 'Disc' in the checkpoint CHECKPOINT"),
+        ("evaluate --data.shards RENAMED", "class 2 is 'Ring' in RENAMED, and 'Disc' in the checkpoint CHECKPOINT"),
         ("predict x.jpg --hierarchy tree.json", "--hierarchy needs --submission"),
         ("predict nowhere/*.jpg", "nowhere/*.jpg: nothing matches"),
         ("predict tests/trainer", "the folder has no image directly in it"),
@@ -76,6 +79,7 @@ def test_bad_input_is_one_line(
     words: str,
     message: str,
     dataset: Path,
+    renamed: Path,
     checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -84,7 +88,9 @@ def test_bad_input_is_one_line(
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
     monkeypatch.chdir(REPOSITORY)
     out = tmp_path / "out"
-    name, *more = shlex.split(words.replace("DATASET", str(dataset)))
+    for word, path in (("DATASET", dataset), ("RENAMED", renamed), ("CHECKPOINT", checkpoint)):
+        words, message = words.replace(word, str(path)), message.replace(word, str(path))
+    name, *more = shlex.split(words)
     required = {
         "train": tiny.arguments(dataset, out),
         "compare": ["--run.dir", str(out)],

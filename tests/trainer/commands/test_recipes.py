@@ -62,8 +62,14 @@ def test_a_recipe_trains(
     settings["run.dir"] = tmp_path
     arguments = ["--config", name]
     arguments += [str(text) for option, value in settings.items() for text in (f"--{option}", value)]
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    compile_module, compiled = nn.Module.compile, []
+
+    def compile_quickly(module: nn.Module) -> None:
+        """Trace the same graphs for a backend without a compiler: Inductor, the default, takes minutes."""
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
     assert train_script.main(arguments) == 0
 
     rows = tiny.rows(tmp_path / "metrics.jsonl")
@@ -74,24 +80,6 @@ def test_a_recipe_trains(
     ran, wanted = open_checkpoint(str(tmp_path)).config.to_dict(), recipe.to_dict()
     changed = {f"{part}.{key}" for part in wanted for key in wanted[part] if wanted[part][key] != ran[part][key]}
     assert changed <= settings.keys()
-
-
-@pytest.mark.slow
-def test_a_compiled_network_trains_and_is_evaluated(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Inductor, the default, takes minutes; dynamo and autograd trace the same graphs for a backend without a compiler.
-    compile_module, compiled = nn.Module.compile, []
-
-    def compile_quickly(module: nn.Module) -> None:
-        compiled.append(module)
-        compile_module(module, backend="aot_eager")
-
-    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
-    settings = {"train__compile": "true", "train__steps_per_epoch": 1}
-    assert train_script.main(tiny.arguments(dataset, tmp_path, **settings)) == 0
-    assert len(compiled) == 1
-    assert tiny.rows(tmp_path / "evaluations.jsonl")[-1]["images"] == 5
 
 
 def all_settings() -> dict[str, Config]:

@@ -12,7 +12,7 @@ from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.trainer import tiny
-from trainer.commands import evaluate, train
+from trainer.commands import evaluate, predict, train
 from trainer.config.yaml_config import load_config
 from trainer.model.checkpoint import open_checkpoint
 from trainer.run.distributed import tracker_folder
@@ -72,3 +72,23 @@ def test_a_run_folder_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         assert [name for name in files if name.startswith(f"pictures/step-{step:06d}/img10")]
     assert not Path(tracker_folder(run)).exists()
+
+
+def test_predict_processes_images_without_the_classes_of_the_network(dataset: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = {"data__classes": "[Square]", "data__val_split": "", "train__steps_per_epoch": 1}
+    assert train.main(tiny.arguments(dataset, run, **settings)) == 0
+    words = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
+    assert predict.main(words) == 0
+    assert len(json.loads((out / "predictions.json").read_text())["images"]) == 5  # with squares or without
+
+
+def test_weights_of_other_classes_are_loaded_without_their_class_specific_layers(
+    checkpoint: Path, renamed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the same number of classes; and the new run's checkpoint has the new names."""
+    caplog.set_level("INFO")
+    options = tiny.arguments(renamed, tmp_path, model__weights=checkpoint, train__steps_per_epoch=1, data__val_split="")
+    assert train.main(options) == 0
+    assert "class 2 is 'Ring' here and 'Disc' there" in caplog.text
+    assert [category.name for category in open_checkpoint(str(tmp_path)).categories] == ["Square", "Ring"]
