@@ -6,17 +6,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from builder.packing.executors import Engine, execute
-from builder.sources.openimages.layout import source_location
-from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import build, quotas
+from tests.builder.builds import build, mirror, quotas
 from tests.support import REPOSITORY
 
 CHOICE = quotas(("Person", "Car"), 30, 5, images_per_shard=8)
@@ -74,6 +73,9 @@ def test_execute_runs_every_task_once_and_raises_the_error_of_a_task(workers: in
     assert list(execute(square, [], Engine(workers))) == []
     with pytest.raises(UserError, match=r"^number \d is refused$"):
         list(execute(refuse, [0, 1], Engine(workers)))
+    if workers == 2:
+        with pytest.raises(UserError, match=r"a worker process died.*run the same command again to resume"):
+            list(execute(die, [1, 2, 3], Engine(workers)))
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "cannot be pickled"), (1, "NeedsTwoError: cannot be rebuilt")])
@@ -98,23 +100,13 @@ def test_workers_end_with_the_iteration() -> None:
     assert set(multiprocessing.active_children()) == before
 
 
-def test_a_killed_worker_is_reported_with_a_remedy() -> None:
-    with pytest.raises(UserError, match=r"a worker process died.*run the same command again to resume"):
-        list(execute(die, [1, 2, 3], Engine(2)))
-
-
 @pytest.mark.slow
-def test_a_dask_cluster_packs_the_same_bytes(
-    cluster: str, scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
-    infos = []
-    for engine in (Engine(1), Engine(2), Engine(cluster=cluster)):
-        root = tmp_path_factory.mktemp("out") / "shards"
-        build(source, CHOICE, Location(str(root)), engine=engine)
-        infos.append(open_dataset(str(root)).info)
-    assert infos[0] == infos[1] == infos[2]
-    assert len(infos[0].shards) > 3
+def test_a_dask_cluster_packs_the_same_bytes(cluster: str, scenes: SceneTruth, tmp_path: Path) -> None:
+    for name, engine in (("local", Engine(2)), ("cluster", Engine(cluster=cluster))):
+        build(mirror(scenes), CHOICE, Location(str(tmp_path / name)), engine=engine)
+    local, clustered = (open_dataset(tmp_path / name).info for name in ("local", "cluster"))
+    assert local == clustered
+    assert len(local.shards) > 3
 
 
 def test_an_unreachable_cluster_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

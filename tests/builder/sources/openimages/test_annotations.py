@@ -85,11 +85,9 @@ def test_every_annotation_is_kept_and_masks_are_joined_to_the_nearest_box(tmp_pa
         (2, "/m/0k4j", 0.1, "", True),
         (1, "/m/01g317", 0.7, "b2", False),
     ]
-    assert objects[0].is_occluded
-    assert objects[0].is_inside
-    assert not objects[0].is_truncated  # -1 is unknown
-    assert objects[1].mask_path == "a1_m01g317_b1.png"
-    assert objects[1].predicted_iou == 0.9
+    first, joined, *_ = objects
+    assert (first.is_occluded, first.is_inside, first.is_truncated) == (True, True, False)  # -1 is unknown
+    assert (joined.mask_path, joined.predicted_iou) == ("a1_m01g317_b1.png", 0.9)
 
 
 def test_repeated_rows_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -107,18 +105,6 @@ def test_repeated_rows_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert image.metadata.author == "first"
     assert "2 rows repeated among those of the chosen images" in caplog.text
     assert "1 row repeated among those of the chosen images" in caplog.text
-
-
-def test_objects_keep_the_order_of_the_table(tmp_path: Path) -> None:
-    boxes = [
-        box(f"a{n % 7}", ("/m/0k4j", "/m/04yx4")[n % 2], f"0.{n:04d},0.99,{(n * 37) % 50 / 100},0.99")
-        for n in range(2000)
-    ]
-    split = opened(tmp_path, boxes)
-    alone = split.describe(["a1"])["a1"]
-    assert alone == split.describe([f"a{n}" for n in range(7)])["a1"]
-    left = [planned.annotation.box[0] for planned in alone.objects]
-    assert left == sorted(left)
 
 
 def test_unusable_rows_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,33 +180,34 @@ def test_a_mask_with_a_low_estimate_leaves_its_box(tmp_path: Path) -> None:
     assert split.candidates()[2] == Candidates(("a2",), ("a1",))
     [planned] = split.describe(["a1"])["a1"].objects
     assert planned.mask == Failure("mask-filtered", "predicted IoU 0.55, --min-predicted-iou is 0.6")
-    assert not planned.has_mask
-    assert planned.annotation.box == (0.1, 0.2, 0.1, 0.2)
+    assert (planned.has_mask, planned.annotation.box) == (False, (0.1, 0.2, 0.1, 0.2))
 
 
-def test_objects_of_other_classes_are_kept_on_request(tmp_path: Path) -> None:
+def test_objects_of_other_classes_are_kept_on_request_in_the_order_of_the_table(tmp_path: Path) -> None:
     classes = TAXONOMY.choose(["Car"], others=True)
-    boxes = [box("a1", label) for label in ("/m/0k4j", "/m/04yx4", "/m/01g317")]
-    split = opened(tmp_path, [*boxes, box("a2", "/m/04yx4")], classes=classes)
     assert [category.name for category in classes.categories] == ["Car", "Man", "Person"]
-    assert split.candidates() == {1: Candidates((), ("a1",))}
-    assert [(o.category_id, o.label) for o in annotations(split)] == [(1, "/m/0k4j"), (2, "/m/04yx4"), (3, "/m/01g317")]
+    labels = ("/m/0k4j", "/m/04yx4", "/m/01g317")
+    boxes = [box(f"a{n % 7}", labels[n % 3], f"0.{n:04d},0.99,{(n * 37) % 50 / 100},0.99") for n in range(2000)]
+    split = opened(tmp_path, [*boxes, box("a9", "/m/04yx4")], classes=classes)
+    assert split.candidates() == {1: Candidates((), tuple(f"a{n}" for n in range(7)))}
+    objects = annotations(split)
+    assert [(o.category_id, o.label, o.box[0]) for o in objects] == [
+        (1 + n % 3, labels[n % 3], n / 10_000) for n in range(1, 2000, 7)
+    ]
+    assert objects == [planned.annotation for planned in split.describe([f"a{n}" for n in range(7)])["a1"].objects]
 
 
-def test_images_are_found_in_any_table_and_paths_are_not(tmp_path: Path) -> None:
-    split = opened(tmp_path, [box("b2", "/m/0jbk")])
-    assert split.find(["a9", "b2", "c3", "../a9", "a9/../a9", ""]) == {"a9": "a9", "b2": "b2"}
-
-
-def test_verified_labels_and_metadata(tmp_path: Path) -> None:
+def test_verified_labels_metadata_and_names_in_any_table(tmp_path: Path) -> None:
     split = opened(
         tmp_path,
+        [box("b2", "/m/0jbk")],
         labels=["a1,v,/m/04yx4,1", "a1,v,/m/0k4j,0", "a1,m,/m/0k4j,0.7", "a2,v,/m/0k4j,1"],
         metadata=[
             'a1,http://o,http://l,http://p,"Zoë, ""Z""","two\nlines",270.0',
             *(f"a{n},,,,,,{rotation}" for n, rotation in enumerate(("", "nan", "45", "-90", "1e300"), start=2)),
         ],
     )
+    assert split.find(["a5", "b2", "a2", "c3", "../a5", "a5/../a5", ""]) == {"a5": "a5", "b2": "b2", "a2": "a2"}
     assert split.verified(["a1"]) == {"a1": (frozenset(["/m/04yx4"]), frozenset(["/m/0k4j"]))}
     found = split.metadata([f"a{n}" for n in range(1, 7)])
     assert (found["a1"].author, found["a1"].title) == ('Zoë, "Z"', "two\nlines")
@@ -233,6 +220,5 @@ def test_real_rows_are_read_including_a_mid_that_ends_in_an_underscore() -> None
     table = read_table(location, MASK_COLUMNS, {"LabelName": pa.array(["/m/01jfm_", "/m/0k4j"])})
     assert table.num_rows == 9
     [plate] = [row for row in table.to_pylist() if row["LabelName"] == "/m/01jfm_"]
-    assert plate["MaskPath"] == "e8060b80552da6b2_m01jfm__2fd9f4ca.png"
-    assert plate["BoxID"] == "2fd9f4ca"
-    assert plate["PredictedIoU"] == 0.92198
+    found = (plate["MaskPath"], plate["BoxID"], plate["PredictedIoU"])
+    assert found == ("e8060b80552da6b2_m01jfm__2fd9f4ca.png", "2fd9f4ca", 0.92198)

@@ -77,8 +77,14 @@ def masks_of(split: str) -> list[dict[str, str]]:
     return rows(f"v5/{SOURCE_SPLIT[split]}-annotations-object-segmentation.csv")
 
 
-def test_every_planted_fault_is_accounted_for_and_nothing_else_fails(built: Dataset) -> None:
-    failed = {row["source"]: row["status"] for row in accounts_of(Path(built.root.path)) if row["status"] != "packed"}
+def test_every_requested_image_and_mask_has_one_account_and_only_planted_faults_fail(built: Dataset) -> None:
+    accounts = accounts_of(Path(built.root.path))
+    assert max(Counter((row["kind"], row["source"]) for row in accounts).values()) == 1
+    for split in SOURCE_SPLIT:
+        wanted = {row["MaskPath"] for row in masks_of(split) if row["LabelName"] in OWNERS}
+        assert {row["source"] for row in accounts if row["kind"] == "mask" and row["split"] == split} == wanted
+    assert sum(row["kind"] == "image" and row["status"] == "packed" for row in accounts) == built.table.num_rows
+    failed = {row["source"]: row["status"] for row in accounts if row["status"] != "packed"}
     reasons = {
         "image in the CSVs, absent from the bucket": "image-missing",
         "JPEG truncated to half": "image-undecodable",
@@ -93,35 +99,6 @@ def test_every_planted_fault_is_accounted_for_and_nothing_else_fails(built: Data
     assert lost <= {name for name, status in expected.items() if status.startswith("image-")}
 
 
-def test_every_requested_image_and_mask_has_one_account(built: Dataset) -> None:
-    accounts = accounts_of(Path(built.root.path))
-    assert max(Counter((row["kind"], row["source"]) for row in accounts).values()) == 1
-    for split in SOURCE_SPLIT:
-        wanted = {row["MaskPath"] for row in masks_of(split) if row["LabelName"] in OWNERS}
-        assert {row["source"] for row in accounts if row["kind"] == "mask" and row["split"] == split} == wanted
-    packed = sum(row["kind"] == "image" and row["status"] == "packed" for row in accounts)
-    assert packed == built.table.num_rows
-
-
-def test_packed_masks_are_their_source_pngs_resized(built: Dataset, samples: dict[str, dict[str, Sample]]) -> None:
-    compared, resized = 0, 0
-    for row in accounts_of(Path(built.root.path)):
-        if row["kind"] != "mask" or row["status"] != "packed":
-            continue
-        sample = samples[row["split"]][row["image_id"]]
-        [instance] = [instance for instance in sample.instances if instance.box_id == row["box_id"]]
-        assert instance.segmentation is not None
-        with Image.open(io.BytesIO(sample.image)) as image:
-            size = image.size
-        png = source_mask(SOURCE_SPLIT[row["split"]], row["source"])
-        expected = np.asarray(png.resize(size, Image.Resampling.NEAREST)) != 0
-        assert (rle.decode(instance.segmentation) == expected).all()
-        compared += 1
-        resized += png.size != size
-    assert compared > 200
-    assert resized > compared / 2
-
-
 def test_every_box_is_in_its_sample_with_or_without_a_mask(samples: dict[str, dict[str, Sample]]) -> None:
     without_mask = groups = 0
     for split in SOURCE_SPLIT:
@@ -131,11 +108,8 @@ def test_every_box_is_in_its_sample_with_or_without_a_mask(samples: dict[str, di
                 continue
             x, y = float(row["XMin"]) * sample.width, float(row["YMin"]) * sample.height
             w, h = float(row["XMax"]) * sample.width - x, float(row["YMax"]) * sample.height - y
-            matching = [
-                i
-                for i in sample.instances
-                if i.label == row["LabelName"] and np.allclose(i.bbox, (x, y, w, h), atol=0.01)
-            ]
+            same_label = [i for i in sample.instances if i.label == row["LabelName"]]
+            matching = [i for i in same_label if np.allclose(i.bbox, (x, y, w, h), atol=0.01)]
             assert matching, row
             assert any(i.is_group_of == (row["IsGroupOf"] == "1") for i in matching)
             without_mask += any(i.segmentation is None for i in matching)
@@ -165,11 +139,12 @@ def test_jpegs_verified_classes_and_attribution_equal_the_source(samples: dict[s
             assert not set(sample.verified_present) & set(sample.verified_absent)
 
 
-def test_labels_estimates_and_flags_of_masks_equal_the_source(
+def test_masks_their_labels_estimates_and_flags_equal_the_source(
     built: Dataset, samples: dict[str, dict[str, Sample]]
 ) -> None:
-    children = compared = 0
-    for split in SOURCE_SPLIT:
+    packed = {row["source"] for row in accounts_of(Path(built.root.path)) if row["status"] == "packed"}
+    counts = Counter[str]()
+    for split, source_split in SOURCE_SPLIT.items():
         flags = {
             (row["ImageID"], row["LabelName"], *(f"{float(row[c]):.4f}" for c in ("XMin", "XMax", "YMin", "YMax"))): row
             for row in boxes_of(split)
@@ -181,15 +156,24 @@ def test_labels_estimates_and_flags_of_masks_equal_the_source(
             [instance] = [i for i in sample.instances if i.box_id == row["BoxID"]]
             assert (instance.label, instance.category_id) == (row["LabelName"], OWNERS[row["LabelName"]])
             assert instance.predicted_iou == float(row["PredictedIoU"])
-            children += instance.label != built.categories[instance.category_id - 1].mid
+            counts["of children"] += instance.label != built.categories[instance.category_id - 1].mid
             corners = (f"{float(row[c]):.4f}" for c in ("BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax"))
             box = flags.get((row["ImageID"], row["LabelName"], *corners))
             if box is not None:
                 assert instance.is_truncated == (box["IsTruncated"] == "1")
                 assert instance.is_occluded == (box["IsOccluded"] == "1")
-                compared += 1
-    assert children > 0
-    assert compared > 100
+                counts["flagged"] += 1
+            assert (instance.segmentation is not None) == (row["MaskPath"] in packed)
+            if instance.segmentation is not None:
+                png = source_mask(source_split, row["MaskPath"])
+                expected = np.asarray(png.resize((sample.width, sample.height), Image.Resampling.NEAREST)) != 0
+                assert (rle.decode(instance.segmentation) == expected).all()
+                counts["packed"] += 1
+                counts["resized"] += png.size != (sample.width, sample.height)
+    assert counts["of children"] > 0
+    assert counts["flagged"] > 100
+    assert counts["packed"] > 200
+    assert counts["resized"] > counts["packed"] / 2
 
 
 def test_filters_leave_out_exactly_what_they_name(built: Dataset, samples: dict, tmp_path: Path) -> None:
