@@ -17,6 +17,7 @@ from demo.scenes import SceneTruth
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 
+Capture = pytest.CaptureFixture[str]
 WORDS = ["--classes", "Person", "Car", "--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4"]
 IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
 
@@ -26,7 +27,7 @@ def words(scenes: SceneTruth, out: Path | str, *more: str) -> list[str]:
     return [*WORDS, *places, "--workers", "1", *more]
 
 
-def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def one_line(capsys: Capture, *arguments: str) -> str:
     """Run the command and return its one-line error."""
     assert main(arguments) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -42,18 +43,17 @@ def without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_public_bucket_is_read_unsigned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    assert source_location("s3://open-images-dataset").anonymous
-    assert not source_location("s3://open-images-dataset-mine").anonymous
-    assert not source_location("s3://bucket/prefix").anonymous
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    urls = ("s3://open-images-dataset", "s3://open-images-dataset-mine", "s3://bucket/prefix")
+    assert [source_location(url).anonymous for url in urls] == [True, False, False]
     assert source_location("s3://bucket/prefix", anonymous=True).anonymous
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:8333")
     assert not source_location("s3://open-images-dataset").anonymous
 
 
 def test_bad_classes_and_places_are_one_line_each(
-    s3_scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3_scenes: SceneTruth, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_retries(monkeypatch)
     out, missing = str(tmp_path / "out"), "s3://no-such-bucket"
@@ -61,23 +61,19 @@ def test_bad_classes_and_places_are_one_line_each(
         (missing, ANNOTATIONS, out, "no-such-bucket"),
         (IMAGES, missing, out, "no-such-bucket"),
         (IMAGES, ANNOTATIONS, f"{missing}/x", "no-such-bucket"),
-        (IMAGES, ANNOTATIONS, "s3://", "it names no bucket"),
         (IMAGES, ANNOTATIONS, "/proc/nowhere", "/proc/nowhere: cannot be written (/proc is not a writable folder)"),
         (str(tmp_path / "gone"), ANNOTATIONS, out, "no such folder"),
         (IMAGES, str(tmp_path / "gone"), out, "no such object"),
-        (IMAGES, "nosuch://x", out, "nosuch"),
         (IMAGES, "http://127.0.0.1:9/x", out, "cannot be reached"),
     ):
         places = ["--images", images, "--annotations", annotations, "--out", root]
         assert message in one_line(capsys, "--per-class", "5", *places)
-    line = one_line(capsys, "--classes", "Persn", *words(s3_scenes, out)[3:])
-    assert "'Persn'" in line
-    assert "did you mean Person" in line
+    assert "'Persn': did you mean Person" in one_line(capsys, "--classes", "Persn", *words(s3_scenes, out)[3:])
     assert not Path(out).exists()
 
 
 def test_missing_credentials_and_an_unreachable_endpoint_are_one_line(
-    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("--per-class", "5", "--images", "s3://images", "--out", str(tmp_path / "out"))
     with monkeypatch.context() as patch:
@@ -93,9 +89,7 @@ def test_missing_credentials_and_an_unreachable_endpoint_are_one_line(
     assert "credentials" in one_line(capsys, *command)
 
 
-def test_a_build_from_s3_to_s3(
-    s3: S3Server, s3_scenes: SceneTruth, bucket: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_build_from_s3_to_s3(s3: S3Server, s3_scenes: SceneTruth, bucket: str, capsys: Capture) -> None:
     root = f"s3://{bucket}/some/prefix"
     command = [*WORDS, "--workers", "1", "--images", IMAGES, "--annotations", ANNOTATIONS, "--out", root]
     assert main(command) == 0
@@ -109,22 +103,22 @@ def test_a_build_from_s3_to_s3(
     assert "already built" in capsys.readouterr().out
 
 
-def test_json_is_the_only_output(scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_only_output(scenes: SceneTruth, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     for extra, key in (
-        (["--dry-run"], "jpegs_error"),
-        ([], "samples"),
-        ([], "already_built"),
-        (["--retry-failed"], "recovered"),
+        ("--dry-run", "jpegs_error"),
+        ("", "samples"),
+        ("", "already_built"),
+        ("--retry-failed", "recovered"),
     ):
-        assert main(words(scenes, out, "--json", *extra)) == 0
+        assert main(words(scenes, out, "--json", *extra.split())) == 0
         value = json.loads(capsys.readouterr().out)
         assert key in value
-        assert value["dry_run"] == (extra == ["--dry-run"])
-        assert out.exists() == (extra != ["--dry-run"])
+        assert value["dry_run"] == (extra == "--dry-run")
+        assert out.exists() == (extra != "--dry-run")
 
 
-def test_exit_codes_report_shortfalls(scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_report_shortfalls(scenes: SceneTruth, tmp_path: Path, capsys: Capture) -> None:
     images = tmp_path / "images"
     shutil.copytree(scenes.images, images)
     more = ("--per-class", "1000", "--eval-per-class", "0", "--images", str(images))
@@ -145,9 +139,7 @@ def test_exit_codes_report_shortfalls(scenes: SceneTruth, tmp_path: Path, capsys
     assert main(command) == 0
 
 
-def test_every_command_is_refused_while_a_build_runs(
-    scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_is_refused_while_a_build_runs(scenes: SceneTruth, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     with BuildLock(Location(str(out))):
         for extra in ([], ["--overwrite"], ["--retry-failed"], ["--dry-run"]):
@@ -182,7 +174,7 @@ class Files(BaseHTTPRequestHandler):
 
 
 def test_no_credential_is_printed_or_stored(
-    scenes: SceneTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    scenes: SceneTruth, tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With good and bad web roots that have a user and a password; the log is formatted as the command does."""
     handler = type("Handler", (Files,), {"folder": scenes.images.parent})

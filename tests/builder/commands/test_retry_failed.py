@@ -71,12 +71,15 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     build(world.source, CHOICE, Location(str(tmp_path / "whole")))
     lost = world.damage(tmp_path / "whole")
     root = tmp_path / "out"
+    with pytest.raises(UserError, match="not a shard dataset, or a build that has not finished"):
+        retry_failed(world.source, CHOICE, Location(str(root)))
     build(world.source, CHOICE, Location(str(root)))
     assert {name: statuses(root)[name] for name in lost} == lost
     before = tree(root)
 
-    nothing = retry_failed(world.source, CHOICE, Location(str(root)))
-    assert nothing.recovered == 0
+    assert retry_failed(world.source, CHOICE, Location(str(root))).recovered == 0
+    with pytest.raises(UserError, match="another plan"):
+        retry_failed(world.source, quotas(("Person",), 3, 0), Location(str(root)))
     assert tree(root) == before
 
     world.repair()
@@ -85,10 +88,8 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     summary = retry_failed(world.source, CHOICE, Location(str(root)))
     fetched = {image.image_id for call in read_images.call_args_list for image in call.args[0]}
     assert fetched == {name for name in lost if not name.endswith(".png")}
-    assert summary.recovered is not None
-    assert summary.recovered >= 3
-    assert not summary.shortfalls
-    assert not summary.failures
+    assert (summary.recovered or 0) >= 3
+    assert (summary.shortfalls, summary.failures) == ((), ())
     after, expected = tree(root), tree(tmp_path / "whole")
     assert after.keys() == expected.keys()
     assert all(after[name] == expected[name] for name in after if name.endswith((".tar", "index.parquet")))
@@ -182,15 +183,3 @@ def readable(root: Path, old: dict[str, bytes], new: dict[str, bytes]) -> bool:
     files = tree(root)
     shards = [shard.path for shard in dataset.info.shards] + ["index.parquet", "dataset.json"]
     return any(all(files[path] == version[path] for path in shards) for version in (old, new))
-
-
-def test_other_commands_and_unfinished_roots_are_refused(world: World, tmp_path: Path) -> None:
-    root = Location(str(tmp_path / "out"))
-    with pytest.raises(UserError, match="not a shard dataset, or a build that has not finished"):
-        retry_failed(world.source, CHOICE, root)
-    build(world.source, CHOICE, root)
-    before = tree(tmp_path / "out")
-    other = quotas(("Person",), 3, 0)
-    with pytest.raises(UserError, match="another plan"):
-        retry_failed(world.source, other, root)
-    assert tree(tmp_path / "out") == before

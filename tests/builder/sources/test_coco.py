@@ -1,16 +1,13 @@
-import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from pycocotools.coco import COCO
 
 from builder.commands.cli import main
-from builder.sources.base import Filters
+from builder.sources.base import Candidates, Filters
 from builder.sources.coco import Coco, CocoSplit, parse_places
 from shards.common.errors import UserError
 from shards.format import rle
@@ -18,6 +15,7 @@ from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import accounts_of, samples_of
 from tests.builder.coco_scenes import IMAGE, document, write_coco
+from tests.support import jpeg
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +108,7 @@ def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Pat
     value = json.loads((root / "instances.json").read_text())
     gone, small, damaged = value["images"][:3]
     (root / "images" / gone["file_name"]).unlink()
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((5, 50, 3), np.uint8)).save(buffer, "JPEG")
-    (root / "images" / small["file_name"]).write_bytes(buffer.getvalue())
+    (root / "images" / small["file_name"]).write_bytes(jpeg(50, 5, 0))
     for annotation in value["annotations"]:
         if annotation["image_id"] == small["id"]:
             annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
@@ -137,11 +133,9 @@ def opened(value: dict[str, Any], filters: Filters, *classes: str) -> CocoSplit:
 
 def test_filters_and_verified_classes() -> None:
     categories = [{"id": n, "name": name, "supercategory": "pet"} for n, name in ((1, "dog"), (2, "cat"), (3, "emu"))]
-    annotation = {"image_id": 1, "bbox": [1, 1, 4, 4], "segmentation": [[1, 1, 5, 1, 5, 5]]}
-    annotations = [
-        {**annotation, "id": 1, "category_id": 1, "predicted_iou": 0.4},
-        {**annotation, "id": 2, "category_id": 2, "iscrowd": 1},
-    ]
+    shared = {"image_id": 1, "bbox": [1, 1, 4, 4], "segmentation": [[1, 1, 5, 1, 5, 5]]}
+    own = ({"id": 1, "category_id": 1, "predicted_iou": 0.4}, {"id": 2, "category_id": 2, "iscrowd": 1})
+    annotations = [shared | each for each in own]
     value = document(categories=categories, annotations=annotations)
     key = "000000000001"
     split = opened(value, Filters(min_predicted_iou=0.5), "pet", "dog", "emu")
@@ -149,11 +143,7 @@ def test_filters_and_verified_classes() -> None:
     assert [(p.annotation.category_id, p.has_mask) for p in image.objects] == [(2, False), (1, True)]
     assert image.objects[0].annotation.box == (0.1, 0.5, 0.125, 0.625)
     assert (image.verified_present, image.verified_absent) == ((1, 2), (3,))
-    assert {c: (f.masked, f.boxed) for c, f in split.candidates().items()} == {
-        1: ((key,), ()),
-        2: ((), (key,)),
-        3: ((), ()),
-    }
+    assert split.candidates() == {1: Candidates((key,)), 2: Candidates((), (key,)), 3: Candidates()}
     assert not len(opened(value, Filters(drop=("group-of",)), "cat").candidates()[1])
     lvis = {**value, "images": [{**IMAGE, "neg_category_ids": [3], "not_exhaustive_category_ids": [2]}]}
     image = opened(lvis, Filters(), "dog", "cat", "emu").describe([key])[key]

@@ -79,10 +79,8 @@ def test_a_remote_url_without_a_bucket_or_host_is_not_a_local_path(url):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("file/a", "{root}/file is a file, not a folder: correct the path"),
         ("file/a/b", "{root}/file is a file, not a folder: correct the path"),
         ("folder", "it is a folder, not a file: correct the path"),
-        ("/proc/nowhere", "nothing can be written there: give another place"),
         ("/proc/nowhere/a", "nothing can be written there: give another place"),
     ],
 )
@@ -111,7 +109,6 @@ def test_check_writable_leaves_a_writable_place_unchanged(bucket, tmp_path, plac
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("file", "{place}: cannot be written ({root}/file is not a writable folder): choose another --out"),
         ("file/a/b", "{place}: cannot be written ({root}/file is not a writable folder): choose another --out"),
         ("link/a", "{place}: cannot be written ({root}/link is not a writable folder): choose another --out"),
         ("/proc/nowhere/a", "{place}: cannot be written (/proc is not a writable folder): choose another --out"),
@@ -192,10 +189,8 @@ def test_forked_children_read_whatever_other_threads_do(bucket):
     other.join()
     for child in children:
         child.join(60)
-    codes = [child.exitcode for child in children]
-    for child in children:
         child.kill()
-    assert codes == [0, 0, 0]
+    assert [child.exitcode for child in children] == [0, 0, 0]
     read_all(dataset)
 
 
