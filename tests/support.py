@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 
 from shards.format import rle
@@ -23,6 +24,7 @@ from shards.format.index import Index
 from shards.format.index_schema import INDEX_SCHEMA, IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path
+from shards.order.epoch_order import Order
 from shards.storage.location import Location
 
 REPOSITORY = Path(__file__).parents[1]
@@ -148,3 +150,9 @@ def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: 
     }
     table = pa.table({name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names})
     return Index.read(table, tuple(dict.fromkeys(shards)))
+
+
+def whole_epoch(order: Order, epoch: int) -> NDArray[np.int64]:
+    """Return the rows of all batches of one epoch, int64 [batches_per_epoch, B]."""
+    first = epoch * order.batches_per_epoch
+    return np.stack([order.rows(first + number) for number in range(order.batches_per_epoch)])

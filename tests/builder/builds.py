@@ -1,7 +1,5 @@
 """Builds in the process of a test: the steps that `build-shards` takes, in one call, and what they packed."""
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +21,7 @@ from demo.scenes import SceneTruth
 from shards.format.sample import Sample
 from shards.storage.location import Location
 
+IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
 Options = Mapping[str, Any]  # fields of `builder.planning.plan_build.BuildScope`
 
 
@@ -83,9 +82,14 @@ def samples_of(root: Path) -> dict[str, dict[str, Sample]]:
     return found
 
 
-def mirror(scenes: SceneTruth) -> OpenImages:
-    """Return the drawn scenes on disk as a source."""
-    return OpenImages(source_location(str(scenes.images)), source_location(str(scenes.annotations)))
+def mirror(scenes: SceneTruth, images: Path | None = None) -> OpenImages:
+    """Return the drawn scenes on disk as a source, with a folder of images that may be another one."""
+    return OpenImages(source_location(str(images or scenes.images)), source_location(str(scenes.annotations)))
+
+
+def s3_mirror() -> OpenImages:
+    """Return the scenes of `s3_scenes` as a source."""
+    return OpenImages(source_location(IMAGES), source_location(ANNOTATIONS))
 
 
 def tree(root: Path, *, without: str = "") -> dict[str, bytes]:

@@ -1,7 +1,5 @@
 """Small datasets in COCO's format, with masks of all kinds: polygons, run lengths of both kinds, crowds, no mask."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

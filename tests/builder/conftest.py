@@ -1,5 +1,3 @@
-"""Settings of all tests of the builder."""
-
 import pytest
 
 from builder.fetching import log_once

@@ -1,5 +1,3 @@
-"""A dataset of all drawn scenes, built once."""
-
 from pathlib import Path
 
 import pytest

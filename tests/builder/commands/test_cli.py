@@ -1,5 +1,3 @@
-"""`build-shards` as scripts use it: results, exit codes, one-line errors, the lock, and credentials."""
-
 import json
 import re
 import shutil
@@ -16,10 +14,10 @@ from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
+from tests.builder.builds import ANNOTATIONS, IMAGES
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ["--classes", "Person", "Car", "--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4"]
-IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
 
 
 def words(scenes: SceneTruth, out: Path | str, *more: str) -> list[str]:

@@ -1,5 +1,3 @@
-"""`build-shards` through a proxy that breaks requests, and builds that are killed at chosen requests."""
-
 import itertools
 import os
 import signal
@@ -12,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from builder.sources.openimages.layout import source_location
-from builder.sources.openimages.source import OpenImages
 from builder.target.build_lock import LOCK_FILE
 from demo.s3proxy import Fault, Kind, S3Proxy, Seen
 from demo.s3server import S3Server
@@ -21,10 +17,9 @@ from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import accounts_of, build, quotas, tree
+from tests.builder.builds import ANNOTATIONS, IMAGES, accounts_of, build, quotas, s3_mirror, tree
 from tests.support import REPOSITORY
 
-IMAGES, ANNOTATIONS = "s3://open-images-dataset", "s3://openimages"
 PER_CLASS = 12
 CHOICE = quotas(("Person", "Car", "Traffic light", "Traffic sign"), PER_CLASS, 0, images_per_shard=3)
 KILLED: dict[str, Any] = {"sent": signal.SIGKILL, "status": -signal.SIGKILL}
@@ -60,12 +55,8 @@ def target(s3: S3Server) -> Iterator[str]:
 def unbroken(s3_scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of a build without faults."""
     root = tmp_path_factory.mktemp("unbroken") / "out"
-    build(source(), CHOICE, Location(str(root)))
+    build(s3_mirror(), CHOICE, Location(str(root)))
     return root
-
-
-def source() -> OpenImages:
-    return OpenImages(source_location(IMAGES), source_location(ANNOTATIONS))
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -84,7 +75,7 @@ def test_transient_faults_at_sources_and_target_do_not_change_the_dataset(
     faults = [Fault(kind, share=0.04) for kind in TRANSIENT]
     with S3Proxy(s3.endpoint_url, faults) as proxy:
         through(proxy)
-        summary = build(source(), CHOICE, Location(f"s3://{target}/out"))
+        summary = build(s3_mirror(), CHOICE, Location(f"s3://{target}/out"))
     assert set(proxy.counters.faults) == set(TRANSIENT)
     assert summary.failures == ()
     assert s3_files(s3, f"{target}/out", tmp_path / "got") == files(unbroken)
@@ -105,7 +96,7 @@ def test_bytes_damaged_in_transit_are_transferred_again(
 
     with S3Proxy(s3.endpoint_url, on_request=when_packing) as proxy:
         through(proxy)
-        summary = build(source(), CHOICE, Location(f"s3://{target}/out"))
+        summary = build(s3_mirror(), CHOICE, Location(f"s3://{target}/out"))
     assert proxy.counters.faults["corrupt"] > 0
     assert summary.failures == ()
     assert s3_files(s3, f"{target}/out", tmp_path / "got") == files(unbroken)
@@ -122,7 +113,7 @@ def test_permanent_faults_are_in_the_accounts_and_do_not_affect_other_images(
     faults += [Fault("corrupt", "GET", f"{ids[4]}.jpg", after=0.0)]
     with S3Proxy(s3.endpoint_url, faults) as proxy:
         through(proxy)
-        summary = build(source(), CHOICE, Location(str(tmp_path / "out")))
+        summary = build(s3_mirror(), CHOICE, Location(str(tmp_path / "out")))
     rows = accounts_of(tmp_path / "out")
     images = {row["image_id"]: row["status"] for row in rows if row["kind"] == "image"}
     assert {image_id: images[image_id] for image_id in ids} == dict.fromkeys(ids, "packed") | bad
@@ -148,10 +139,10 @@ def test_a_target_that_cannot_be_written_is_one_line_and_the_build_can_be_resume
     with S3Proxy(s3.endpoint_url, [Fault(kind, "PUT", r"train/000001\.tar")]) as proxy:
         through(proxy)
         with pytest.raises(UserError, match=r"^[^\n]*train/000001\.tar[^\n]*$"):
-            build(source(), CHOICE, root)
+            build(s3_mirror(), CHOICE, root)
         assert not s3.filesystem().exists(f"{target}/out/dataset.json")
         proxy.faults = ()
-        assert build(source(), CHOICE, root).resumed > 0
+        assert build(s3_mirror(), CHOICE, root).resumed > 0
     assert s3_files(s3, f"{target}/out", tmp_path / "got") == files(unbroken)
 
 
@@ -172,7 +163,7 @@ def test_a_build_killed_at_any_request_is_resumed_with_the_same_bytes(
     root = f"s3://{target}/out" if place == "s3" else str(tmp_path / "out")
     for at_request in (15, 4):
         signalled_build(s3, root, workers, at_request=at_request, **KILLED)
-    build(source(), CHOICE, Location(root))
+    build(s3_mirror(), CHOICE, Location(root))
     assert (s3_files(s3, f"{target}/out", tmp_path / "got") if place == "s3" else files(Path(root))) == files(unbroken)
 
 
@@ -181,11 +172,11 @@ def test_an_overwriting_build_killed_at_any_request_is_resumed(
     s3: S3Server, target: str, unbroken: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "out"
-    build(source(), CHOICE | {"seed": 1}, Location(str(root)))
+    build(s3_mirror(), CHOICE | {"seed": 1}, Location(str(root)))
     assert files(root) != files(unbroken)
     for at_request in (1, 15):
         signalled_build(s3, str(root), 1, "--overwrite", at_request=at_request, **KILLED)
-    build(source(), CHOICE, Location(str(root)), overwrite=True)
+    build(s3_mirror(), CHOICE, Location(str(root)), overwrite=True)
     assert files(root) == files(unbroken)
 
 
@@ -198,7 +189,7 @@ def test_a_signal_releases_the_lock_and_the_same_command_resumes(
     assert "Traceback" not in errors, errors
     assert errors.splitlines()[-1].endswith("run the same command again to resume")
     assert not (root / LOCK_FILE).exists()
-    assert build(source(), CHOICE, Location(str(root))).resumed > 0
+    assert build(s3_mirror(), CHOICE, Location(str(root))).resumed > 0
     assert files(root) == files(unbroken)
 
 

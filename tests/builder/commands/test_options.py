@@ -1,5 +1,3 @@
-"""Options of `build-shards`: command line, `--config`, and the command that a dataset records."""
-
 import shlex
 import subprocess
 import sys

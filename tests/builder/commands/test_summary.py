@@ -1,5 +1,3 @@
-"""Dry runs, and the reports of builds and dry runs."""
-
 import itertools
 import shutil
 from pathlib import Path
@@ -10,19 +8,17 @@ from builder.commands.build import Summary
 from builder.commands.dry_run import SAMPLED
 from builder.commands.progress import Progress, duration
 from builder.commands.summary import render_estimate, render_summary
-from builder.sources.openimages.layout import source_location
-from builder.sources.openimages.source import OpenImages
 from demo.s3proxy import S3Proxy
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from shards.storage.location import Location
-from tests.builder.builds import build, estimate, quotas
+from tests.builder.builds import build, estimate, mirror, quotas, s3_mirror
 
 
 def test_a_dry_run_predicts_the_build_and_writes_nothing(
     s3: S3Server, s3_scenes: SceneTruth, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = OpenImages(source_location("s3://open-images-dataset"), source_location("s3://openimages"))
+    source = s3_mirror()
     root, options = Location(f"s3://{bucket}/out"), quotas(("Person", "Car"), 8, 3, images_per_shard=4)
     with S3Proxy(s3.endpoint_url) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
@@ -52,8 +48,7 @@ def test_an_estimate_names_its_error(scenes: SceneTruth, tmp_path: Path) -> None
     shutil.copytree(scenes.images, tmp_path / "images")
     for picture in sorted((tmp_path / "images" / "train").iterdir())[::4]:
         picture.unlink()
-    source = OpenImages(source_location(str(tmp_path / "images")), source_location(str(scenes.annotations)))
-    found = estimate(source, quotas(("Person",), 1000, 0), Location(str(tmp_path / "out")))
+    found = estimate(mirror(scenes, tmp_path / "images"), quotas(("Person",), 1000, 0), Location(str(tmp_path / "out")))
     assert 0 < found.unavailable < found.sampled
     text = render_estimate(found, "out")
     assert f"from the lengths of {found.sampled} images, {found.unavailable} of them unavailable" in text

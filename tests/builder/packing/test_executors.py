@@ -1,5 +1,3 @@
-"""Tasks have the same results in one process, in local processes and on a Dask cluster."""
-
 import multiprocessing
 import os
 import signal

@@ -1,5 +1,3 @@
-"""Selection and replacements, on a source that is only a table of names."""
-
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.packing.executors import Engine
-from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import accounts_of, build, quotas, tree
+from tests.builder.builds import accounts_of, build, mirror, quotas, tree
 
 CHOICE = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
 
@@ -25,7 +24,7 @@ CHOICE = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
 def broken(scenes: SceneTruth, tmp_path: Path) -> OpenImages:
     """`scenes` with links to its images, which a test can replace."""
     shutil.copytree(scenes.images, tmp_path / "images", copy_function=os.symlink)
-    return OpenImages(source_location(str(tmp_path / "images")), source_location(str(scenes.annotations)))
+    return mirror(scenes, tmp_path / "images")
 
 
 def test_failed_images_are_replaced_and_a_build_killed_in_any_round_resumes_to_the_same_bytes(
@@ -73,11 +72,10 @@ def test_accounts_add_up_whatever_fails(
             (folder / "images" / "train" / picture.name).symlink_to(picture)
         elif kind != "missing":
             (folder / "images" / "train" / picture.name).write_bytes(content)
-    source = OpenImages(source_location(str(folder / "images")), source_location(str(scenes.annotations)))
     quota = data.draw(st.integers(1, 30))
     scope = quotas(("Person", "Traffic sign"), quota, 0, images_per_shard=data.draw(st.integers(1, 40)))
     try:
-        summary = build(source, scope, Location(str(folder / "out")))
+        summary = build(mirror(scenes, folder / "images"), scope, Location(str(folder / "out")))
     except UserError:  # all images failed
         return
     dataset = open_dataset(str(folder / "out"))

@@ -1,5 +1,3 @@
-"""Arguments of the reading API: plain numbers come out of any kind, everything else is a one-line error."""
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,3 @@
-"""`inspect-shards`: counts as text and JSON, errors, exit statuses, imports."""
-
 import json
 import os
 import re

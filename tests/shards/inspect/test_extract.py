@@ -1,5 +1,3 @@
-"""`inspect-shards --extract`: the files of one image."""
-
 import json
 import re
 from collections.abc import Callable

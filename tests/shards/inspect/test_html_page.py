@@ -1,5 +1,3 @@
-"""`inspect-shards --html`: what the page holds, and how it behaves in Chromium."""
-
 import io
 import json
 import re

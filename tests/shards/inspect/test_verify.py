@@ -1,5 +1,3 @@
-"""`inspect-shards --verify`: which faults it reports, and what it does not blame."""
-
 import io
 import json
 import shutil

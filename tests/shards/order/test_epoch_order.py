@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from shards.common.errors import DatasetError
 from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
 from shards.order.epoch_permutation import apart, chunk_starts, grouped
-from tests.shards.order.support import whole_epoch
-from tests.support import make_index
+from tests.support import make_index, whole_epoch
 
 
 @st.composite

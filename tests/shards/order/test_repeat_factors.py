@@ -12,8 +12,7 @@ from shards.common.splitmix import fold
 from shards.order.epoch_order import Order, OrderSettings
 from shards.order.epoch_permutation import passes
 from shards.order.repeat_factors import UNIT, repeat_factors, rounded, units_of_repeats, visits_of_an_epoch
-from tests.shards.order.support import whole_epoch
-from tests.support import make_index
+from tests.support import make_index, whole_epoch
 
 labels = st.lists(st.sets(st.integers(1, 6), max_size=4), min_size=1, max_size=60)
 

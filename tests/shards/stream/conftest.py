@@ -1,7 +1,5 @@
 """Fixtures of the tests of streams: one dataset of 60 samples in 6 shards, on S3 and on the local disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

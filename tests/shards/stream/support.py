@@ -1,7 +1,3 @@
-"""What tests of streams share."""
-
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager

@@ -1,7 +1,3 @@
-"""Batches from loader processes in reused memory: a batch that is held never changes."""
-
-from __future__ import annotations
-
 import gc
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """The order on real processes: one per rank, each with torch's loader processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 from multiprocessing.connection import Connection
 

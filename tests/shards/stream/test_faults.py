@@ -1,7 +1,5 @@
 """The stream from S3 through a proxy that breaks requests: every sample still arrives exactly once and in order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import islice

@@ -1,7 +1,3 @@
-"""Loader processes: their statistics, how they die, and that they end."""
-
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -14,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import Mock
 
 import pytest
@@ -124,7 +120,7 @@ class _Pinned:
     def __init__(self, samples: list[Sample], epoch: int) -> None:
         self.samples, self.pinned = samples, False
 
-    def pin_memory(self) -> _Pinned:
+    def pin_memory(self) -> Self:
         self.pinned = True
         return self
 

@@ -30,31 +30,16 @@ def test_a_whole_split_takes_few_requests(local):
     assert reader.statistics.retries == 0
 
 
-def damaged(local, tmp_path, change):
-    shutil.copytree(local.root.path, tmp_path, dirs_exist_ok=True)
-    change(tmp_path / "train" / "000000.tar")
-    return SampleReader(Location(str(tmp_path)), local.index("train"))
-
-
-def flip_a_byte(shard):
-    data = bytearray(shard.read_bytes())
-    data[2000] ^= 1
-    shard.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (flip_a_byte, "the index says"),
-        (lambda shard: shard.write_bytes(shard.read_bytes()[:1000]), "ends before the sample does, with 1000 of its"),
-        (lambda shard: shard.unlink(), "there is no such object"),
-    ],
-    ids=["flipped byte", "truncated", "deleted"],
-)
-def test_an_unreadable_sample_is_an_error_with_shard_key_and_offset(local, tmp_path, monkeypatch, change, message):
+def test_an_unreadable_sample_is_an_error_with_shard_key_and_offset(local, tmp_path, monkeypatch):
     monkeypatch.setattr("shards.common.back_off.SCALE", 0)
-    reader = damaged(local, tmp_path, change)
-    with pytest.raises(SampleError, match=rf"train/000000.tar: sample {0:016x} at offset 0.*{message}"):
-        list(reader.read([0]))
-    # The intact samples can still be read.
-    assert [row for row, _ in reader.read([20, 39])] == [20, 39]
+    shutil.copytree(local.root.path, tmp_path, dirs_exist_ok=True)
+    shard, reader = tmp_path / "train" / "000000.tar", SampleReader(Location(str(tmp_path)), local.index("train"))
+    data = shard.read_bytes()
+    for damaged, message in (
+        (data[:2000] + b"\xff\xff" + data[2002:], "the index says"),
+        (data[:1000], "ends before the sample does, with 1000 of its"),
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(SampleError, match=rf"train/000000.tar: sample {0:016x} at offset 0.*{message}"):
+            list(reader.read([0]))
+    assert [row for row, _ in reader.read([20, 39])] == [20, 39]  # other samples can still be read

@@ -1,7 +1,3 @@
-"""The cache on a local disk: what it serves is correct, it keeps its limit, and it may fail."""
-
-from __future__ import annotations
-
 import fcntl
 import itertools
 import multiprocessing

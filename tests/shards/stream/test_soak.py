@@ -1,7 +1,3 @@
-"""Short runs of `benchmarks/soak.py`."""
-
-from __future__ import annotations
-
 import gc
 from pathlib import Path
 

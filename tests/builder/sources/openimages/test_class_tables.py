@@ -1,8 +1,6 @@
-import json
-
 import pytest
 
-from builder.sources.openimages.class_tables import parse_children, parse_class_names
+from builder.sources.openimages.class_tables import parse_class_names
 from shards.common.errors import UserError
 
 
@@ -18,15 +16,3 @@ def test_class_names_are_read_with_and_without_a_header(header: str) -> None:
 def test_damaged_class_names_are_an_error_that_names_the_file(data: bytes) -> None:
     with pytest.raises(UserError, match=r"^names\.csv: .*download it again"):
         parse_class_names(data, "names.csv")
-
-
-def test_children_are_subcategories_and_not_parts() -> None:
-    tree = {
-        "LabelName": "/m/root",
-        "Subcategory": [
-            {"LabelName": "/m/person", "Part": [{"LabelName": "/m/nose"}], "Subcategory": [{"LabelName": "/m/man"}]},
-            {"LabelName": "/m/car", "Part": [{"LabelName": "/m/plate"}]},
-        ],
-    }
-    found = parse_children(json.dumps(tree).encode(), "hierarchy.json")
-    assert found == {"/m/root": {"/m/person", "/m/car"}, "/m/person": {"/m/man"}}
