@@ -14,13 +14,6 @@ from shards.storage.location import Location
 from shards.stream.loader import loader
 from shards.stream.sample_cache import SampleCache
 from shards.stream.streams import EvalStream, ShardStream
-from tests.support import sample, write_dataset
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    root = tmp_path_factory.mktemp("data")
-    return write_dataset(root, {"train": [sample(n) for n in range(12)], "val": [sample(n) for n in range(20, 25)]})
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])

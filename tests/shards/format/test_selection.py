@@ -11,15 +11,9 @@ from shards.format.selection import Selection, hash_keys, select_rows
 from shards.order.epoch_order import Order, OrderSettings
 from shards.stream.streams import EvalStream, ShardStream
 from tests.shards.order.test_epoch_order import folded, mixed
-from tests.support import make_index, sample, write_dataset
+from tests.support import make_index
 
 KEYS = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True), min_size=1, max_size=20)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """40 samples with a person each, every other one with a car as well."""
-    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [sample(n) for n in range(40)]})
 
 
 def ids(index):
