@@ -82,19 +82,13 @@ class BuildOptions:
         default_help=f"{shlex.join(DEFAULT_CLASSES)}; with coco, all categories",
     )
     per_class: int | None = _select(
-        None,
-        "train images per class: images with masks of the class first, then images with boxes only",
-        low=1,
-        default_help="with coco, all images",
+        None, "train images per class, those with a mask of it first", low=1, default_help="with coco, all images"
     )
     images_list: str = _select(
         "", "pack the images of this file instead of --per-class: one ImageID or train/ImageID per line", metavar="URL"
     )
     eval_per_class: int | None = _select(
-        None,
-        "val images per class, and test images per class; 0 for no val and test splits",
-        low=0,
-        default_help="a tenth of --per-class",
+        None, "val and test images per class, each; 0 for neither split", low=0, default_help="a tenth of --per-class"
     )
     exact_classes: bool = _select(False, "ignore the children of a class (by default, a Man counts as a Person)")
     all_annotations: bool = _select(False, "keep all other classes as well; their ids follow in alphabetical order")
@@ -139,9 +133,7 @@ class BuildOptions:
         None, "processes; their number does not change the dataset", default_help="one per CPU", low=1
     )
     cluster: str = _execution(
-        "",
-        "pack on the workers of this Dask scheduler instead of local processes (pip install '.[cluster]')",
-        metavar="tcp://HOST:PORT",
+        "", "pack on the workers of this Dask scheduler (pip install '.[cluster]')", metavar="tcp://HOST:PORT"
     )
     json: bool = _execution(False, "print the result as one JSON object")
     dry_run: bool = _action(

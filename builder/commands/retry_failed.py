@@ -17,7 +17,7 @@ from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.traffic import Meter
 from builder.packing.executors import Engine, execute
-from builder.packing.pack import RECORDS, Job, Outcome, TaskResult, pack_image, pack_images, read_masks
+from builder.packing.pack import RECORDS, Job, TaskResult, pack_image, pack_images, read_masks
 from builder.planning.plan_build import PlannedBuild
 from builder.target.build_lock import BuildLock
 from builder.target.build_state import finish_retry, read_tables, retry_stage
@@ -101,7 +101,10 @@ def repair_task(repair: Repair, job: Job) -> TaskResult:
     outcomes = dict(zip(sorted(lost), pack_images(_by_id(task, lost), task.split, job, images, masks), strict=True))
     samples = _old_samples(repair, job.root)
     maskless = {a.image_id for a in repair.accounts if a.kind == "mask" and a.failed and a.image_id in samples}
-    outcomes |= _with_masks(_by_id(task, maskless), samples, old, job, masks, task.split)
+    known = [_known_masks(image, samples[image.image_id], old) for image in _by_id(task, maskless)]
+    contents = read_masks(known, job, masks, spare_per_image=0)
+    for image in known:
+        outcomes[image.image_id] = pack_image(image, samples[image.image_id].image, contents, task.split)
     new = {account.key: _merged(old[account.key], account) for _, found in outcomes.values() for account in found}
     accounts = tuple(new.get(account.key, account) for account in repair.accounts)
     if not _recovered(repair.accounts, accounts):
@@ -179,20 +182,6 @@ def _old_samples(repair: Repair, root: Location) -> dict[str, Sample]:
         members = parse_members(data[row.offset : row.offset + row.nbytes], row.image_id, where=str(where))
         samples[row.image_id] = Sample.from_members(row.image_id, members, where=str(where))
     return samples
-
-
-def _with_masks(
-    images: Sequence[PlannedImage],
-    samples: dict[str, Sample],
-    old: dict[Key, Account],
-    job: Job,
-    meter: Meter,
-    split: str,
-) -> dict[str, Outcome]:
-    """Return packed images with the masks that failed fetched again; the rest comes from their samples."""
-    known = [_known_masks(image, samples[image.image_id], old) for image in images]
-    found = read_masks(known, job, meter, spare_per_image=0)
-    return {image.image_id: pack_image(image, samples[image.image_id].image, found, split) for image in known}
 
 
 def _known_masks(image: PlannedImage, sample: Sample, old: dict[Key, Account]) -> PlannedImage:

@@ -1,12 +1,12 @@
 """Reports of a build, a retry and a dry run: tables for people, and JSON for programs."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from builder.commands.build import Summary
 from builder.commands.dry_run import Estimate
@@ -18,9 +18,6 @@ from shards.common.tables import text_table
 from shards.common.text import counted
 from shards.format.accounts import FILTERED
 from shards.format.dataset_card import ClassCounts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def render_summary(summary: Summary, out: str) -> str:
@@ -89,8 +86,6 @@ def to_json(result: Summary | Estimate, out: str) -> str:
 
 def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
     """Return a table of the requested classes and what is packed of them, and a line for each shortage and the rest."""
-    import pandas as pd
-
     reports = {(report.split, report.name): report for report in chosen}
     requested = [one for one in counts if (one.split, one.name) in reports]
     rows = []
@@ -111,8 +106,6 @@ def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], s
 
 def _traffic_lines(title: str, tables: Traffic, images: Traffic, masks: Traffic, jpegs: str = "") -> list[str]:
     """Return a table of requests and bytes."""
-    import pandas as pd
-
     total = tables + images + masks
     rows = [
         ("tables", tables.requests, tables.nbytes, "with zip directories, unless cached"),
@@ -125,8 +118,6 @@ def _traffic_lines(title: str, tables: Traffic, images: Traffic, masks: Traffic,
 
 def _whole_downloads(found: Estimate) -> pd.DataFrame:
     """Return a table of what a download of everything would fetch, as far as it is known."""
-    import pandas as pd
-
     rows = [
         ("tables", found.whole_tables, "sizes of the tables"),
         ("images", found.whole_images, "published sizes of all images of these splits"),

@@ -11,6 +11,7 @@ from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
 from builder.packing.images import check_jpeg, encode_mask, pixel_box
 from builder.packing.inline_masks import encode_inline
+from builder.sources.base import FLAGS
 from builder.tasks.plan import (
     Annotation,
     Failure,
@@ -208,12 +209,8 @@ def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: 
         segmentation=mask,
         box_id=annotation.box_id,
         label=annotation.label,
-        is_group_of=annotation.is_group_of,
-        is_occluded=annotation.is_occluded,
-        is_truncated=annotation.is_truncated,
-        is_depiction=annotation.is_depiction,
-        is_inside=annotation.is_inside,
         predicted_iou=annotation.predicted_iou,
+        **{flag: getattr(annotation, flag) for flag in FLAGS.values()},
     )
 
 

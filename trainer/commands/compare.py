@@ -1,8 +1,5 @@
 """Train with several settings on the same data and budget; one table and one plot of their AP.
 
-    python trainer/compare.py compare-layers --data.shards s3://bucket/prefix --run.dir runs/layers \
-        --launch "--multi_gpu --num_processes 8"
-
 A comparison is a YAML file:
 
     base: traffic-coco              # a recipe, a file in the same folder, or an absolute path or URL; or --config NAME
@@ -10,9 +7,8 @@ A comparison is a YAML file:
       last 5%: {train: {layers: last 5%}}
       all: {train: {layers: all}}
 
-`--section.key value` changes all runs. Each run has its own folder in --run.dir, and the same command again resumes the
-run that was interrupted. SIGTERM and SIGINT are passed on to the current run: it saves and ends, and then the
-comparison does. At the end --run.dir holds compare.md, compare.json and compare.png.
+Each run has its own folder in --run.dir, and the same command again resumes the run that was interrupted. SIGTERM and
+SIGINT are passed on to the current run: it saves and ends, and then the comparison does. See docs/training.md.
 """
 
 import argparse

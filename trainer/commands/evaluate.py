@@ -1,13 +1,8 @@
 """Evaluate a checkpoint on a split of a shard dataset: COCO's AP and Open Images' side by side.
 
-    accelerate launch trainer/evaluate.py --checkpoint runs/traffic --data.shards s3://bucket/prefix --data.split val
-
-Every image is evaluated once, on any number of processes. The command prints a table and writes to the folder --out:
-evaluation.json, classes.csv, curves.png (precision over recall), confusion.csv, confusion.png, and images.html, a page
-of the images with the worst and the best results.
-
-AP needs detections of any score: those of 0.05 or more are evaluated even if the checkpoint's own threshold is higher,
-because that would truncate the curves.
+Every image is evaluated once, on any number of processes. AP needs detections of any score: those of 0.05 or more are
+evaluated even if the checkpoint's own threshold is higher, because that would truncate the curves. See
+docs/evaluating.md.
 """
 
 from __future__ import annotations
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
     from torchvision.models.detection import MaskRCNN
 
     from shards.format.dataset import Category, Dataset
-    from shards.stream.streams import EvalStream
-    from trainer.data.collate import EvalBatch
     from trainer.metrics.confusion import Confusion
     from trainer.metrics.metric import Gather
     from trainer.metrics.openimages import Parents
@@ -203,13 +196,25 @@ def evaluate(
         watch: called with each batch of this rank: the pixels, and the images with their detections.
     """
     from shards.stream.loader import loader
+    from shards.stream.streams import EvalStream
+    from trainer.data.collate import EvalCollate, sample_cache
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.metrics.overlaps import EvaluatedImage
     from trainer.model.inference import detect
     from trainer.report.scorecard import Evaluation
 
-    stream = open_eval_stream(dataset, split, accelerator, data, train)
+    stream = EvalStream(
+        dataset,
+        split,
+        batch_size=train.eval_batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        read_ahead=data.read_ahead_mb * 2**20,
+        cache=sample_cache(data),
+        stall_s=data.stall_s,
+        collate=EvalCollate(),
+    )
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
     was_training = network.training
     network.eval()
@@ -229,26 +234,6 @@ def evaluate(
     if by_coco.images != len(dataset.index(split)):
         raise RuntimeError(f"{by_coco.images} images were evaluated, split {split!r} has {len(dataset.index(split))}")
     return Evaluation(by_coco, by_open_images)
-
-
-def open_eval_stream(
-    dataset: Dataset, split: str, accelerator: Accelerator, data: DataConfig, train: TrainConfig
-) -> EvalStream[EvalBatch]:
-    """Return the stream of this rank's share of a split."""
-    from shards.stream.streams import EvalStream
-    from trainer.data.collate import EvalCollate, sample_cache
-
-    return EvalStream(
-        dataset,
-        split,
-        batch_size=train.eval_batch_size,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        read_ahead=data.read_ahead_mb * 2**20,
-        cache=sample_cache(data),
-        stall_s=data.stall_s,
-        collate=EvalCollate(),
-    )
 
 
 def gather_to_main(accelerator: Accelerator) -> Gather:

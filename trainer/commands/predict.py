@@ -1,14 +1,8 @@
 """Find objects in images: pictures with detections, COCO JSON, and a submission to the Open Images Challenge.
 
-    python trainer/predict.py --checkpoint runs/traffic --out predictions street.jpg https://example.org/crossing.jpg
-    python trainer/predict.py --checkpoint runs/traffic --out predictions photos/ 's3://bucket/2024/*.jpg'
-    accelerate launch trainer/predict.py --checkpoint runs/traffic --out s3://bucket/found \
-        --data.shards s3://bucket/prefix --data.split test --submission
-
 Images are local paths, folders, globs, or any fsspec URLs of these; or a split of a shard dataset, which all ranks
-process in parts: the same command again processes the missing parts. --out receives one picture per image, and
-predictions.json: a COCO dataset ("images", "categories", "annotations") whose annotations have a score. Coordinates
-refer to the pixels as stored: EXIF orientation is ignored, as in training.
+process in parts: the same command again processes the missing parts. Coordinates refer to the pixels as stored: EXIF
+orientation is ignored, as in training. See docs/predicting.md.
 """
 
 from __future__ import annotations

@@ -32,10 +32,7 @@ class EvaluateOptions:
         None, "maximum detections per image; COCO evaluates 100 per class", low=1, default_help="the checkpoint's"
     )
     hierarchy: str = option(
-        "",
-        _HIERARCHY + "objects and detections of a class count for its parent classes as well in the Open Images AP, "
-        "such as those of Man for Person",
-        metavar="URL",
+        "", _HIERARCHY + "detections and objects count for parent classes in the Open Images AP", metavar="URL"
     )
     score: float = option(0.5, "lowest score in the confusion matrix and in the pictures", low=0, high=1)
     pictures: int = option(12, "how many of the worst and of the best images images.html shows", low=0)

@@ -25,11 +25,7 @@ class DataConfig:
     classes: list[str] = option([], "classes by name, MID or id; objects of other classes are ignored; empty for all")
     fraction: float = option(1.0, "share of the training split to use, above 0, by a hash of ImageID", low=0, high=1)
     repeat_threshold: float = option(
-        0.0,
-        "threshold t of LVIS's repeat factors: images of classes in less than this share of the images are repeated; 0 "
-        "to disable",
-        low=0,
-        high=1,
+        0.0, "repeat images of classes in less than this share of images (LVIS's t); 0 for none", low=0, high=1
     )
     batch_size: int = option(8, "images per batch on each GPU", low=1)
     workers: int = option(2, "loader processes per GPU; 0 to load in the training process", low=0)
@@ -156,11 +152,7 @@ class TrainConfig:
     stages: list[StageConfig] = option([], "stages, such as [{layers: heads, epochs: 2}, {layers: all, lr: 0.1}]")
     accumulate: int = option(1, "batches per step on each GPU, for gradient accumulation", low=1)
     ema: float = option(
-        0.0,
-        "decay of an exponential moving average of the weights, which is then evaluated and saved, such as 0.999; 0 to "
-        "disable",
-        low=0,
-        high=1,
+        0.0, "decay of a moving average of the weights, evaluated and saved, such as 0.999; 0 to disable", low=0, high=1
     )
     precision: Literal["launcher", "fp32", "bf16", "fp16"] = option(
         "launcher", "precision of training; launcher: that of accelerate's --mixed_precision"

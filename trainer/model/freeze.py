@@ -1,13 +1,9 @@
 """Which layers train: matterport's names for parts of the network, or a share of its layers counted from the output.
 
-    heads            FPN, RPN, box and mask heads; no layer of the backbone
-    5+, 4+, 3+, 2+   the heads, and the backbone from that stage on: stage n computes maps of stride 2^n
-    all              everything
-    last 10%         the last tenth of the layers, counted from the output
-
-Stage 5 of a ResNet is torchvision's `layer4`, stage 2 its `layer1`, stage 1 its stem; the stages of a MobileNet begin
-at its strided blocks. Frozen norms (`model.norm frozen`) never train. A batch norm trains with the convolution before
-it; otherwise it normalises with its saved statistics and keeps them (`backbones.BatchNorm2d`).
+docs/models.md lists the values of `train.layers`. Stage 5 of a ResNet is torchvision's `layer4`, stage 2 its `layer1`,
+stage 1 its stem; the stages of a MobileNet begin at its strided blocks. Frozen norms (`model.norm frozen`) never train.
+A batch norm trains with the convolution before it; otherwise it normalises with its saved statistics and keeps them
+(`backbones.BatchNorm2d`).
 
 A layer is a convolution or a linear module with the norm that follows it, so a share means the same layers with every
 norm. Layers are ordered by the number of layers between them and the output of their own head (ties: mask head, box

@@ -125,7 +125,13 @@ def load_weights(network: MaskRCNN, model: ModelConfig, categories: Sequence[Cat
         report = LoadReport("none", missing=tuple(_by_current_name(network.state_dict())))
     else:
         report = _load(network, model, _find(model), categories)
-    _check_frozen_norms(network, report)
+    norms = {name for name, module in network.named_modules() if isinstance(module, FrozenBatchNorm2d)}
+    bare = [name for name in report.missing if name.removesuffix(".running_var") in norms]
+    if bare:
+        raise UserError(
+            f"model.norm is frozen, and model.weights {report.source} has no statistics for {len(bare)} of its "
+            f"{len(norms)} norms ({_layers(bare)}): set --model.norm batch or group, or start from other weights"
+        )
     return report
 
 
@@ -283,16 +289,6 @@ def _class_difference(classes: Mapping[int, str], categories: Sequence[Category]
 
 def _coco_classes(weights: Any) -> dict[int, str]:
     return dict(enumerate(weights.meta["categories"]))
-
-
-def _check_frozen_norms(network: MaskRCNN, report: LoadReport) -> None:
-    norms = {name for name, module in network.named_modules() if isinstance(module, FrozenBatchNorm2d)}
-    bare = [name for name in report.missing if name.removesuffix(".running_var") in norms]
-    if bare:
-        raise UserError(
-            f"model.norm is frozen, and model.weights {report.source} has no statistics for {len(bare)} of its "
-            f"{len(norms)} norms ({_layers(bare)}): set --model.norm batch or group, or start from other weights"
-        )
 
 
 def _check_fits_coco(model: ModelConfig) -> None:

@@ -1,10 +1,10 @@
 """The results of an evaluation as a text table, JSON values, and one CSV row per class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from shards.common.tables import text_table
 from shards.common.text import counted
@@ -12,9 +12,6 @@ from shards.format.dataset import Category
 from trainer.metrics.coco import SUMMARY, CocoResult
 from trainer.metrics.confusion import Confusion
 from trainer.metrics.openimages import GROUP, UNMASKED, UNVERIFIED, OpenImagesResult
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TITLES = [("", "AP"), ("", "AP50"), ("", "AP75"), ("AP", "small"), ("AP", "medium"), ("AP", "large")]
 TITLES += [("", "AR1"), ("", "AR10"), ("", "AR100"), ("AR", "small"), ("AR", "medium"), ("AR", "large")]
@@ -42,8 +39,6 @@ class Evaluation:
 
 def summary(evaluation: Evaluation) -> str:
     """Return the evaluation as tables, in per cent."""
-    import pandas as pd
-
     coco = evaluation.coco
     images, objects = counted(coco.images, "image"), counted(coco.boxes, "object")
     kinds = {"boxes": coco.bbox, "masks": coco.segm}
@@ -56,8 +51,6 @@ def summary(evaluation: Evaluation) -> str:
 
 def class_scores(evaluation: Evaluation) -> pd.DataFrame:
     """Return COCO's and Open Images' results side by side, one row per class; missing where nothing is annotated."""
-    import pandas as pd
-
     coco, open_images = evaluation.coco, evaluation.open_images
     rows = [
         {
@@ -80,8 +73,6 @@ def class_scores(evaluation: Evaluation) -> pd.DataFrame:
 
 def class_table(evaluation: Evaluation) -> list[str]:
     """Return the lines of a table of the classes and their mean."""
-    import pandas as pd
-
     box, mask = evaluation.coco.bbox, evaluation.coco.segm
     mean = ["mean", evaluation.coco.boxes, evaluation.coco.masks, box.ap, box.ap50, mask.ap, mask.ap50]
     table = class_scores(evaluation).loc[:, "name":"open_images_ap"]  # type: ignore[misc]
@@ -106,8 +97,6 @@ def class_csv(evaluation: Evaluation, categories: Sequence[Category]) -> str:
 
 def confusion_csv(confusion: Confusion) -> str:
     """Return a CSV with a row per annotated class and a column per detected class."""
-    import pandas as pd
-
     table = pd.DataFrame(confusion.counts, [*confusion.names, NOTHING], [*confusion.names, MISSED])
     return str(table.to_csv(index_label="annotated / found", lineterminator="\n"))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Losses = Mapping[str, Tensor]  # by name; scalars
 
-COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `StepReport` that add up
+COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `LoaderStatistics` and `StepReport` that add up
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ def exchange(
     numbers = {
         "data_wait_s": loaded.waited_s,
         "read_mb": loaded.nbytes / 1e6,
-        "requests": loaded.requests,
-        "retries": loaded.retries,
-        "samples": loaded.samples,
-        "cache_hits": loaded.cache_hits,
+        **{name: getattr(loaded, name) for name in COUNTS},
         "memory_mb": peak_memory_mb(accelerator.device),
         "signal": signal,
     }

@@ -63,7 +63,10 @@ class OpenImagesSplit:
             of_box = np.append(dropped, False)  # [boxes + 1]: the row of a mask without a box is -1
             masks = masks.filter(pa.array(~of_box[_join(masks, boxes)]))
             boxes = boxes.filter(pa.array(~dropped))
-        masks = masks.filter(pc.fill_null(pc.greater_equal(_estimate(masks), self.filters.min_predicted_iou), True))
+        estimates = masks["PredictedIoU"]  # those outside 0 to 1 count as none
+        valid = pc.and_(pc.greater_equal(estimates, 0.0), pc.less_equal(estimates, 1.0))
+        too_low = pc.and_(valid, pc.less(estimates, self.filters.min_predicted_iou))
+        masks = masks.filter(pc.invert(pc.fill_null(too_low, False)))
         boxed = {} if boxes is None else self._images_by_class(boxes)
         return candidates_by_class(self.classes, self._images_by_class(masks), boxed)
 
@@ -235,12 +238,6 @@ def _flagged(boxes: pa.Table, drop: Iterable[str]) -> NDArray[np.bool_]:
     for name in drop:
         flagged |= boxes[FLAG_COLUMNS[FLAGS[name]]].to_numpy() == 1
     return flagged
-
-
-def _estimate(masks: pa.Table) -> pa.ChunkedArray:
-    """Return PredictedIoU, null where it is not from 0 to 1."""
-    values = masks["PredictedIoU"]
-    return pc.if_else(pc.and_(pc.greater_equal(values, 0.0), pc.less_equal(values, 1.0)), values, None)
 
 
 def _coordinates(table: pa.Table, names: Iterable[str]) -> NDArray[np.float64]:
