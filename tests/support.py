@@ -20,7 +20,7 @@ from PIL import Image
 from shards.format import rle
 from shards.format.dataset import Category, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import finish_dataset
-from shards.format.index import Index
+from shards.format.index import Index, IndexFile
 from shards.format.index_schema import INDEX_SCHEMA, IndexRow
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard, shard_path
@@ -149,7 +149,9 @@ def make_index(nbytes: Sequence[int] | np.ndarray, per_shard: int = 5, classes: 
         **{name: [[1] * len(own) for own in classes] for name in ("instances", "masks", "groups")},
     }
     table = pa.table({name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in INDEX_SCHEMA.names})
-    return Index.read(table, tuple(dict.fromkeys(shards)))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return Index.read(IndexFile(buffer.getvalue()), tuple(dict.fromkeys(shards)))
 
 
 def whole_epoch(order: Order, epoch: int) -> NDArray[np.int64]:

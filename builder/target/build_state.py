@@ -19,7 +19,8 @@ from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import UserError
 from shards.format.accounts import Account, read_accounts
-from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, README_FILE, SPLITS, Dataset, DatasetInfo
+from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo
+from shards.format.dataset_card import README_FILE
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
 from shards.storage.explain import storage_errors

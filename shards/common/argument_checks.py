@@ -1,11 +1,13 @@
-"""Numbers given to the API, of Python, numpy or torch, as plain numbers, which JSON can store."""
+"""Values with checked types: numbers given to the API as plain ones, which JSON can store, and JSON objects."""
 
 import operator
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from shards.common.errors import DatasetError
 from shards.common.text import shown
+
+T = TypeVar("T")
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
@@ -24,3 +26,26 @@ def real(name: str, value: Any) -> float:
     if not isinstance(value, Real):
         raise DatasetError(f"{name} is {shown(value)}: give a number")
     return float(value)
+
+
+def flat(kind: type[T], value: Any) -> T:
+    """Return a dataclass whose fields are all `int` or `str`, from an object of exactly these; else ValueError."""
+    name = kind.__name__.lower()
+    types = get_type_hints(kind)
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        raise ValueError(f"a {name} is {shown(value)}, not an object of {', '.join(types)}")
+    for key, wanted in types.items():
+        if type(value[key]) is not wanted:  # bool is not accepted as int
+            raise ValueError(f"{key} of a {name} is {shown(value[key])}, not of type {wanted.__name__}")
+        if wanted is str and not is_text(value[key]):
+            raise ValueError(f"{key} of a {name} is {shown(value[key])}, which is not valid Unicode")
+    return kind(**value)
+
+
+def is_text(value: str) -> bool:
+    """Return whether a string can be encoded as UTF-8: JSON can contain lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.common.argument_checks import flat, is_text
 from shards.common.errors import DatasetError, StorageError
-from shards.common.json_fields import flat, is_text
 from shards.common.text import counted, one_line, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
 from shards.format.sample import Category as Category
@@ -36,7 +36,6 @@ VERSION = 1
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
-README_FILE = "README.md"
 SPLITS = ("train", "val", "test")
 
 # The columns are the fields of `shards.format.accounts.Account`.
@@ -176,8 +175,7 @@ class Dataset:
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
         paths = [shard.path for shard in self.info.shards_of(split)]
-        index = Index.read(self.columns, paths, self.columns.where)
-        return select_rows(index, self.selection, f"{self.root}: split {split!r}")
+        return select_rows(Index.read(self.columns, paths), self.selection, f"{self.root}: split {split!r}")
 
     def to_pandas(self, split: str) -> pd.DataFrame:
         """Return the selected rows of a split as a DataFrame, one row per sample, in the order of the shards.

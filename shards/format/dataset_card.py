@@ -15,6 +15,7 @@ from shards.format.dataset import SPLITS, Category, Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import ATTRIBUTION, FLAGS
 
+README_FILE = "README.md"
 # Names of splits, and those of Hugging Face's tools.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 HUB_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")

@@ -7,14 +7,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
-from shards.common.argument_checks import whole
+from shards.common.argument_checks import flat, whole
 from shards.common.errors import DatasetError, SampleError
-from shards.common.json_fields import flat
 from shards.common.redact import redact
 from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
@@ -23,14 +21,13 @@ from shards.format.dataset import (
     ACCOUNTS_FILE,
     DATASET_FILE,
     INDEX_FILE,
-    README_FILE,
     SPLITS,
     Category,
     DatasetInfo,
     Shard,
     root_location,
 )
-from shards.format.dataset_card import count_classes, render_card
+from shards.format.dataset_card import README_FILE, count_classes, render_card
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
 from shards.format.jpeg import ImageError, jpeg_size
@@ -41,8 +38,6 @@ from shards.format.validation import content_faults
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location, check_writable
 from shards.storage.retry import retrying, write
-
-SAMPLES_PER_SHARD = 256
 
 
 class Annotation(TypedDict, total=False):
@@ -97,7 +92,7 @@ class DatasetWriter:
         root: str | os.PathLike[str] | Location,
         classes: Iterable[str | Category],
         *,
-        samples_per_shard: int = SAMPLES_PER_SHARD,
+        samples_per_shard: int = 256,
         seed: int = 0,
     ) -> None:
         self.root = root_location(root)
@@ -123,7 +118,7 @@ class DatasetWriter:
         self._spool = tempfile.TemporaryFile()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._spool is not None
         with self._spool:
             if kind is None:
@@ -155,7 +150,7 @@ class DatasetWriter:
             verified_present, verified_absent: names or ids of classes that are confirmed or ruled out in the image.
             **metadata: `rotation`, `license`, `author`, `author_url`, `original_url` and `title`; see `Sample`.
         """
-        where = self._where(image_id)
+        where = f"{self.root}: sample {image_id}"
         for name in metadata.keys() - {"rotation", *ATTRIBUTION}:
             hint = did_you_mean(name, ATTRIBUTION, f"known are rotation, {', '.join(ATTRIBUTION)}")
             raise DatasetError(f"{where}: unknown metadata {name!r}: {hint}")
@@ -183,7 +178,7 @@ class DatasetWriter:
         """
         if self._spool is None:
             raise DatasetError(f"{self.root}: samples can only be added within `with DatasetWriter(...) as writer:`")
-        where = self._where(sample.image_id)
+        where = f"{self.root}: sample {sample.image_id}"
         if split not in SPLITS:
             raise DatasetError(f"{where}: split is {shown(split)}: give one of {', '.join(SPLITS)}")
         if any(sample.image_id in added for added in self._added.values()):
@@ -207,9 +202,6 @@ class DatasetWriter:
         with storage_errors(tempfile.gettempdir()):
             self._spool.write(members["jpg"] + members["json"])
         self._added[split][sample.image_id] = spooled
-
-    def _where(self, image_id: str) -> str:
-        return f"{self.root}: sample {image_id}"
 
     def _ids(self, classes: Sequence[str | int], where: str) -> set[int]:
         return {find_class(self.categories, wanted, where).id for wanted in classes}

@@ -67,9 +67,8 @@ class IndexFile:
 class Labels:
     """The number of annotations of each class in each of N samples, from list columns with one list per sample."""
 
-    columns: IndexFile | pa.Table = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
+    columns: IndexFile = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
     rows: NDArray[np.int64] = field(repr=False)  # [N] the rows of `columns` that belong to the samples, ascending
-    where: str = "index"  # the file, named in errors
 
     @property
     def classes(self) -> NDArray[np.int32]:
@@ -85,19 +84,19 @@ class Labels:
         """Return [P] the entries of a column, parallel to `classes`."""
         values, lengths = self._flat(column)
         if not np.array_equal(lengths, self._classes[1]):
-            raise index_error(self.where, f"a row has another number of {column} than of classes")
+            raise index_error(self.columns.where, f"a row has another number of {column} than of classes")
         return values
 
     def take(self, rows: NDArray[np.int64]) -> Labels:
         """Return the labels of some samples, [n] rows ascending."""
-        return Labels(self.columns, self.rows[rows], self.where)
+        return Labels(self.columns, self.rows[rows])
 
     @cached_property
     def _classes(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """`classes`, and [N] the number of classes of each sample."""
         values, lengths = self._flat("classes")
         if len(values) and not 1 <= values.min() <= values.max() <= LARGEST_ID:
-            raise index_error(self.where, f"column classes has ids from {values.min()} to {values.max()}")
+            raise index_error(self.columns.where, f"column classes has ids from {values.min()} to {values.max()}")
         return values, lengths
 
     def _flat(self, column: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -132,19 +131,19 @@ class Index:
         return f"Index({counted(len(self), 'sample')} in {counted(len(self.shard_paths), 'shard')})"
 
     @classmethod
-    def read(cls, columns: IndexFile | pa.Table, shard_paths: Sequence[str], where: str = "index") -> Index:
+    def read(cls, columns: IndexFile, shard_paths: Sequence[str]) -> Index:
         """Read the rows of one split's shards; a DatasetError if they are not in order, or have invalid values."""
         codes = _shard_codes(columns["shard"], shard_paths)
         rows = np.flatnonzero(codes >= 0)
         shard = codes[rows]
         if len(rows) and (rows[-1] - rows[0] >= len(rows) or np.any(np.diff(shard) < 0)):
-            raise index_error(where, "its rows are not in the order of the shards")
+            raise index_error(columns.where, "its rows are not in the order of the shards")
         start, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
         def column(name: str, dtype: Any, least: int = 1) -> NDArray[Any]:
             values = np.ascontiguousarray(_to_numpy(columns[name].slice(start, end - start)), dtype=dtype)
             if len(values) and values.min() < least:
-                raise index_error(where, f"column {name} has {values.min()}")
+                raise index_error(columns.where, f"column {name} has {values.min()}")
             return values
 
         return cls(
@@ -155,8 +154,8 @@ class Index:
             crc32=column("crc32", np.uint32, 0),
             width=column("width", np.int32),
             height=column("height", np.int32),
-            image_ids=_keys(columns["image_id"].slice(start, end - start), where),
-            labels=Labels(columns, rows, where),
+            image_ids=_keys(columns["image_id"].slice(start, end - start), columns.where),
+            labels=Labels(columns, rows),
         )
 
     def image_id(self, row: int) -> str:
@@ -235,8 +234,6 @@ def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
 
 def _shard_codes(column: Any, shard_paths: Sequence[str]) -> NDArray[np.int32]:
     """Return the position of each row's shard in `shard_paths`, -1 for another shard."""
-    if not pa.types.is_dictionary(column.type):
-        column = column.dictionary_encode()
     known = {path: position for position, path in enumerate(shard_paths)}
     parts = [np.zeros(0, dtype=np.int32)]
     for chunk in column.chunks:

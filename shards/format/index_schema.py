@@ -97,9 +97,12 @@ def check_schema(found: pa.Schema, where: str) -> None:
         if (times := found.names.count(item.name)) != 1:
             problem = f"column {item.name} occurs {times} times" if times else f"there is no column {item.name}"
             raise index_error(where, problem)
-        kind = found.field(item.name).type
-        if not _same(kind, item.type):
-            raise index_error(where, f"column {item.name} is {kind}, not {item.type}")
+        kind, wanted = found.field(item.name).type, item.type
+        if pa.types.is_list(kind) and pa.types.is_list(wanted):
+            # Writers differ in the name of a list's entries and in whether they may be null, which is part of the type.
+            kind, wanted = kind.value_type, wanted.value_type
+        if kind != wanted:
+            raise index_error(where, f"column {item.name} is {found.field(item.name).type}, not {item.type}")
 
 
 def check_column(name: str, column: pa.ChunkedArray, where: str) -> None:
@@ -111,10 +114,3 @@ def check_column(name: str, column: pa.ChunkedArray, where: str) -> None:
         column.validate(full=True)
     if empty:
         raise index_error(where, f"column {name} has rows without a value")
-
-
-def _same(one: Any, other: Any) -> bool:
-    # Writers differ in the name of a list's entries and in whether they may be null, which is part of Arrow's type.
-    if pa.types.is_list(one) and pa.types.is_list(other):
-        return bool(one.value_type == other.value_type)
-    return bool(one == other)

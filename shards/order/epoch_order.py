@@ -25,7 +25,7 @@ of two windows, or if a window is shorter than two batches.
 Random numbers are a hash (splitmix64) of seed, epoch and position, which no version of numpy changes.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 from shards.common.argument_checks import real, whole
 from shards.common.errors import DatasetError
 from shards.common.splitmix import fold, hashes
-from shards.common.text import counted
+from shards.common.text import counted, shown
 from shards.format.index import Index
 from shards.order.epoch_permutation import EpochPermutation, apart, chunk_starts, grouped, passes
-from shards.order.repeat_factors import rounded, units_of_repeats, visits_of_an_epoch
+from shards.order.repeat_factors import UNIT, repeat_factors, rounded
 
 CHUNK_BYTES = 16 * 2**20
 # The purpose of a hash: no two uses of an epoch's key are equal (`EpochPermutation` has 1 and 2).
@@ -74,31 +74,21 @@ class OrderSettings:
 
 
 class Order:
-    """The endless sequence of global batches over one split.
-
-    Attributes:
-        samples: N, the number of samples of the split.
-        visits: samples that an epoch visits, leftovers included: N, or more with repeat factors.
-        indexes: the index of each dataset, here a single one, without labels.
-        lanes: `settings.lanes`, or the number of batches of an epoch if that is smaller.
-        batches_per_epoch: whole batches of an epoch.
-
-    Raises:
-        DatasetError: an epoch has fewer samples than one batch.
-    """
+    """The endless sequence of global batches over one split; a DatasetError if an epoch is smaller than one batch."""
 
     def __init__(self, index: Index, settings: OrderSettings) -> None:
         self.settings = settings
         self.samples = len(index)
         self.fingerprint = index.fingerprint
-        self._units = units_of_repeats(index, settings.repeat_threshold) if settings.repeat_threshold else None
-        self.visits = self.samples if self._units is None else visits_of_an_epoch(self._units)
+        self._units = repeat_factors(index, settings.repeat_threshold) if settings.repeat_threshold else None
+        # Samples that every epoch visits, leftovers included; with repeat factors an epoch may visit one more.
+        self.visits = self.samples if self._units is None else int(self._units.sum()) // UNIT
         if self.visits < settings.batch_size:
             raise DatasetError(
                 f"the split has {counted(self.samples, 'sample')}, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
-        self.indexes = (index.without_labels(),)
+        self.indexes = (index.without_labels(),)  # of each dataset: of one
         self.batches_per_epoch = self.visits // settings.batch_size
         self._starts = chunk_starts(index.shard, index.nbytes, settings.chunk_bytes)
         self._portrait = index.height > index.width if settings.group_by_aspect else None
@@ -218,6 +208,27 @@ def positions(
     """
     first, step = start + rank + world * worker, world * workers
     return count(first, step) if stop is None else iter(range(first, stop, step))
+
+
+def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key whose values differ, and both values (None if missing); None if all are equal."""
+    for key in {**saved, **now}:
+        if saved.get(key) != now.get(key):
+            return key, saved.get(key), now.get(key)
+    return None
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise a DatasetError if `order.identity()` of a saved position, as it was or from JSON, is another one now."""
+    if not isinstance(saved, Mapping):
+        raise DatasetError(f"identity is {shown(saved)}: give what order.identity() returned")
+    if (found := first_difference(saved, now)) is not None:
+        key, before, current = found
+        what = "index (the fingerprint of dataset, split and selection)" if key == "index" else key
+        raise DatasetError(
+            f"order: the run was started with {what} {before!r}, now it is {current!r}: its position means another "
+            "batch here; resume with the settings of the run, or start again with start=0 and no identity"
+        )
 
 
 @dataclass

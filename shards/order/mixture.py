@@ -1,11 +1,9 @@
 """Several datasets in given proportions, exact and resumable at one position.
 
-The share of each dataset in a global batch is computed from its position and not drawn at random. The proportions
-therefore hold in any stretch of the run to within a few samples per lane (`apportion`), and any position is computed
-directly. Each dataset runs through its own epochs, in the order of `shards.order.epoch_order`, and starts the next
-epoch when one ends (a batch may then hold samples of both).
-
-Batches are cut into lanes here as well: batch G comes from lane G mod lanes of every dataset.
+The share of each dataset in a global batch is computed from its position and not drawn at random: the proportions hold
+in any stretch of the run to within a few samples per lane (`apportion`). Each dataset runs through its own epochs, in
+the order of `shards.order.epoch_order`, and starts the next one when one ends (a batch may then hold samples of both).
+Batch G comes from lane G mod lanes of every dataset.
 """
 
 from collections.abc import Iterable, Sequence
@@ -81,16 +79,7 @@ class Mix:
 
 
 class MixedOrder:
-    """The endless sequence of global batches over several splits; see `Order`.
-
-    Attributes:
-        weights: the smallest whole numbers in the same proportion.
-        lanes: `settings.lanes`, or fewer, so that a lane of every split holds its share of at least two batches.
-        indexes: the index of each dataset, without labels.
-        batches_per_epoch: batches that hold as many samples as one epoch of every dataset: a measure, not a boundary.
-
-    A DatasetError is raised if `group_by_aspect` is set, which needs batches of one dataset.
-    """
+    """The endless sequence of global batches over several splits; see `Order`."""
 
     def __init__(self, indexes: Sequence[Index], weights: Sequence[float], settings: OrderSettings) -> None:
         if settings.group_by_aspect:
@@ -98,12 +87,14 @@ class MixedOrder:
         self.settings = settings
         self.weights = whole_weights(weights)
         shares = [-(-settings.batch_size * weight // sum(self.weights)) for weight in self.weights]
+        # At most as many as leave a lane of every split its share of two batches.
         self.lanes = max(1, min([settings.lanes, *(len(i) // (2 * share) for i, share in zip(indexes, shares))]))
         self._orders = [
             Order(index, replace(settings, batch_size=1, lanes=self.lanes, seed=int(fold(settings.seed, number))))
             for number, index in enumerate(indexes)
         ]
         self.indexes = tuple(order.indexes[0] for order in self._orders)
+        # As many samples as one epoch of every dataset: a measure, not a boundary.
         self.batches_per_epoch = max(1, sum(order.visits for order in self._orders) // settings.batch_size)
 
     def identity(self) -> dict[str, Any]:

@@ -4,13 +4,12 @@ The factors are those of LVIS (Gupta, Dollar, Girshick: "LVIS: A Dataset for Lar
 2019, appendix B.2): if f(c) is the share of samples that have class c, and t a threshold, class c has the factor
 r(c) = max(1, sqrt(t / f(c))), and a sample has the largest factor of its classes.
 
-A factor is fractional, but an epoch visits a sample a whole number of times: the factor is rounded up with its fraction
-as the probability, and down otherwise. All roundings of an epoch are drawn together by systematic sampling (Madow: "On
-the theory of systematic sampling", 1949): the samples are put into a random order, the cumulative sums of their factors
-are shifted by one random amount and rounded down, and a sample is visited as often as the sum grows at it. The
-probabilities are exact, and the total differs by at most one between epochs, unlike with independent roundings: the
-length of an epoch, and thus the meaning of a position, does not depend on the epochs before. Factors are whole
-multiples of 2^-20, so all sums are exact.
+An epoch visits a sample a whole number of times: the factor is rounded up with its fraction as the probability, and
+down otherwise. All roundings of an epoch are drawn together by systematic sampling (Madow: "On the theory of systematic
+sampling", 1949): the cumulative sums of the factors of the samples, in a random order, are shifted by one random amount
+and rounded down, and a sample is visited as often as the sum grows at it. The probabilities are exact, and the total
+differs by at most one between epochs: the meaning of a position does not depend on the epochs before. Factors are
+whole multiples of 2^-20, so all sums are exact.
 """
 
 import numpy as np
@@ -23,8 +22,8 @@ from shards.format.index import Index
 UNIT = 2**20  # one visit, in the units in which factors are summed
 
 
-def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
-    """Return how often each sample is visited on average, float64 [N], at least 1.
+def repeat_factors(index: Index, threshold: float) -> NDArray[np.int64]:
+    """Return how often each sample is visited on average, at least once: int64 [N], in units of 1 / `UNIT`.
 
     If classes are selected, only these count. A DatasetError is raised if `threshold`, t, is not above 0 and at most 1,
     or if the index has no labels.
@@ -43,17 +42,7 @@ def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
     of_class[present] = np.maximum(1, np.sqrt(threshold / share[present]))
     factors = np.ones(len(index))
     np.maximum.at(factors, samples, of_class[classes])
-    return factors
-
-
-def units_of_repeats(index: Index, threshold: float) -> NDArray[np.int64]:
-    """Return the repeat factors, int64 [N], in units of 1 / `UNIT`."""
-    return np.rint(repeat_factors(index, threshold) * UNIT).astype(np.int64)
-
-
-def visits_of_an_epoch(units: NDArray[np.int64]) -> int:
-    """Return the number of samples that every epoch visits at least; an epoch may visit one more."""
-    return int(units.sum()) // UNIT
+    return np.rint(factors * UNIT).astype(np.int64)
 
 
 def rounded(units: NDArray[np.int64], key: np.uint64) -> NDArray[np.int64]:

@@ -50,11 +50,7 @@ class ReadPlan:
     the gap between them is at most `MAX_GAP` and a quarter of the joining sample (so that less than a quarter is read
     in vain), and the range is at most `MAX_RANGE` long.
 
-    Args:
-        index: the index of the split.
-        rows: rows of the index, as they will be taken, None for each batch without one; may be endless.
-        budget: bytes.
-        is_cached: whether a row needs no request; called when it enters the look-ahead.
+    `rows` of the index may be endless, with None for each batch without one. A row `is_cached` if it needs no request.
     """
 
     def __init__(self, index: Index, rows: Iterator[int | None], budget: int, is_cached: Callable[[int], bool]) -> None:

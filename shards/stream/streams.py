@@ -26,8 +26,7 @@ from shards.common.errors import DatasetError
 from shards.common.text import counted, shown
 from shards.format.dataset import Dataset
 from shards.format.index import row_numbers
-from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, positions
-from shards.order.identity import check_identity
+from shards.order.epoch_order import EvaluationOrder, Order, OrderSettings, check_identity, positions
 from shards.order.mixture import Mix, MixedOrder
 from shards.storage.location import Location
 from shards.stream.pipeline import AnyOrder, BatchReader, Collate, Stage

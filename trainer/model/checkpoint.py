@@ -29,7 +29,7 @@ from torch import Tensor
 from shards.commands.options import update
 from shards.common.errors import StorageError, UserError
 from shards.format.dataset import Category
-from shards.order.identity import first_difference
+from shards.order.epoch_order import first_difference
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from trainer.config.schedule import stage_of

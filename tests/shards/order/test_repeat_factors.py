@@ -11,7 +11,7 @@ from shards.common.errors import DatasetError
 from shards.common.splitmix import fold
 from shards.order.epoch_order import Order, OrderSettings
 from shards.order.epoch_permutation import passes
-from shards.order.repeat_factors import UNIT, repeat_factors, rounded, units_of_repeats, visits_of_an_epoch
+from shards.order.repeat_factors import UNIT, repeat_factors, rounded
 from tests.support import make_index, whole_epoch
 
 labels = st.lists(st.sets(st.integers(1, 6), max_size=4), min_size=1, max_size=60)
@@ -33,7 +33,7 @@ def rare_ones(count=400):
 @given(labels, st.floats(0.001, 1))
 def test_factors_are_those_of_lvis(classes, threshold):
     index = make_index(np.full(len(classes), 10), classes=classes)
-    assert repeat_factors(index, threshold) == pytest.approx(lvis(classes, threshold))
+    assert repeat_factors(index, threshold) / UNIT == pytest.approx(lvis(classes, threshold))
 
 
 @given(st.lists(st.integers(UNIT, 5 * UNIT), min_size=1, max_size=50), st.integers(0, 2**64 - 1))
@@ -42,7 +42,7 @@ def test_factors_are_rounded_down_or_up_and_totals_differ_by_at_most_one(units, 
     visits = rounded(units, np.uint64(key))
     assert (visits >= units // UNIT).all()
     assert (visits <= -(-units // UNIT)).all()
-    assert int(visits.sum()) - visits_of_an_epoch(units) in (0, 1)
+    assert int(visits.sum()) - units.sum() // UNIT in (0, 1)
 
 
 def test_visits_average_to_the_factor():
@@ -73,8 +73,8 @@ def test_an_epoch_visits_every_sample_as_often_as_its_factor_says(classes, size,
     size = min(size, len(classes))
     order = Order(index, OrderSettings(size, 5, lanes, window, chunk_bytes=70, repeat_threshold=threshold))
     rows = whole_epoch(order, epoch)
-    wanted = units_of_repeats(index, threshold)
-    assert rows.shape == (visits_of_an_epoch(wanted) // size, size)
+    wanted = repeat_factors(index, threshold)
+    assert rows.shape == (wanted.sum() // UNIT // size, size)
     visits = np.bincount(rows.reshape(-1), minlength=len(index))
     assert (visits <= -(-wanted // UNIT)).all()
     # Only the leftovers are lost, fewer than a batch, and the one by which epochs differ.
@@ -86,7 +86,7 @@ def test_a_batch_rarely_holds_a_sample_twice():
     order = Order(index, OrderSettings(8, 1, 8, 128, chunk_bytes=20_000, repeat_threshold=0.5))
     batches = np.concatenate([whole_epoch(order, epoch) for epoch in range(3)])
     twice = sum(len(set(batch)) < len(batch) for batch in batches.tolist())
-    assert repeat_factors(index, 0.5).max() == pytest.approx(10)  # one of 200
+    assert repeat_factors(index, 0.5).max() / UNIT == pytest.approx(10)  # one of 200
     assert twice / len(batches) < 0.01
     # Visits of a rare sample are spread over the epoch.
     [places] = np.where((whole_epoch(order, 0) == 7).any(axis=1))
@@ -96,7 +96,7 @@ def test_a_batch_rarely_holds_a_sample_twice():
 
 def test_only_selected_classes_count_and_labels_are_needed():
     chosen = replace(rare_ones(), category_ids={1: 1, 2: 2})
-    assert repeat_factors(chosen, 0.5).max() == pytest.approx(sqrt(0.5 / (1 / 20)))
+    assert repeat_factors(chosen, 0.5).max() / UNIT == pytest.approx(sqrt(0.5 / (1 / 20)))
     with pytest.raises(DatasetError, match="need an index with labels"):
         repeat_factors(chosen.without_labels(), 0.5)
 
