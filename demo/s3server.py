@@ -107,17 +107,18 @@ class S3Server:
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def filesystem(self) -> Any:
+    def filesystem(self, endpoint_url: str | None = None, **options: Any) -> Any:
         """Return a new `s3fs.S3FileSystem` with this server's credentials and without caches."""
         import s3fs
 
         return s3fs.S3FileSystem(
-            endpoint_url=self.endpoint_url,
+            endpoint_url=endpoint_url or self.endpoint_url,
             key=KEY,
             secret=SECRET,
             client_kwargs={"region_name": REGION},
             use_listings_cache=False,
             skip_instance_cache=True,
+            **options,
         )
 
     def make_bucket(self, name: str) -> None:

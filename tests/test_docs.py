@@ -163,7 +163,6 @@ def at_the_test_server(words: list[str], s3: S3Server) -> list[str]:
     return [*words, "--annotations", "s3://openimages", "--workers", "1"] if words[0] == "build-shards" else words
 
 
-@pytest.mark.slow
 def test_data_commands_of_the_aws_page_run(
     my_bucket: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +195,6 @@ SMALL = shlex.split(
 )
 
 
-@pytest.mark.slow
 def test_getting_started_from_the_build_to_pictures(
     s3: S3Server, s3_scenes: SceneTruth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

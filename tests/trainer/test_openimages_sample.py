@@ -23,7 +23,7 @@ from trainer.model.inference import Detections
 
 SAMPLE = REPOSITORY / ".." / "shared" / "openimages-sample"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} does not exist")]
+pytestmark = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} does not exist")
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,6 @@ def test_a_killed_loader_process_is_one_line(
     assert line.startswith(f"train: error: loader process (pid {victims[0]}) was killed by signal: Killed")
 
 
-@pytest.mark.slow
 def test_a_sample_that_one_rank_cannot_read_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
     """The other rank waits in a collective operation at that moment, and would do so for hours."""
     root = tiny.write_dataset(tmp_path / "data")

@@ -25,7 +25,6 @@ def steps(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resumes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -55,7 +54,6 @@ def test_ctrl_c_ends_the_current_training_saved_and_another_number_of_ranks_resu
     assert [row["step"] for row in tiny.rows(run / "metrics.jsonl")] == list(range(1, step + 2))
 
 
-@pytest.mark.slow
 def test_a_signal_before_a_rank_exists_ends_the_rank_when_it_registers(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -65,7 +63,6 @@ def test_a_signal_before_a_rank_exists_ends_the_rank_when_it_registers(tmp_path:
     assert launcher.launch(script, [], options, [signal.SIGINT]) == 128 + signal.SIGINT  # 0 after the sleep
 
 
-@pytest.mark.slow
 def test_launch_returns_the_status_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

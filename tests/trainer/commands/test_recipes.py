@@ -50,7 +50,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str
     return {"imagenet": folder / "imagenet.safetensors", "coco": folder / "coco"}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
 def test_a_recipe_trains(

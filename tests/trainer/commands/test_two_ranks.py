@@ -14,8 +14,6 @@ from trainer.commands import evaluate, predict, train
 from trainer.model.checkpoint import State, flatten_optimizer, load, steps_of
 from trainer.run.distributed import TIMEOUT, TRAINING_TIMEOUT
 
-pytestmark = pytest.mark.slow
-
 TORCH_TIMEOUT = timedelta(minutes=30)  # of gloo
 
 
