@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -94,16 +95,22 @@ def test_the_command_prints_exports_and_stopping_leaves_nothing(tmp_path: Path) 
 
 
 @linux
-def test_the_server_dies_with_a_killed_parent(tmp_path: Path) -> None:
-    code = (
-        "import sys; from demo.s3server import S3Server\n"
-        "with S3Server(sys.argv[1]) as server: print(server.pid, *server.sockets, flush=True); sys.stdin.read()"
-    )
+def test_a_server_and_a_proxy_process_end_with_a_killed_parent(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        from demo.s3proxy import proxy_process
+        from demo.s3server import S3Server
+        with S3Server(sys.argv[1]) as server, proxy_process(server.endpoint_url) as proxy:
+            print(server.pid, proxy["AWS_ENDPOINT_URL"].rpartition(":")[2], *server.sockets, flush=True)
+            sys.stdin.read()
+    """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        pid, *sockets = process.stdout.readline().decode().split()
-        process.kill()
+        pid, port, *sockets = process.stdout.readline().split()
+        with socket.create_connection(("127.0.0.1", int(port)), timeout=20) as connection:
+            process.kill()
+            assert connection.recv(1) == b""  # closed by the proxy's end
         assert wait_until_gone(int(pid))
     for path in sockets:
         Path(path).unlink()
