@@ -7,11 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "" if CHROMIUM and DRIVER else "Chromium is not here: apt-get install chromium chromium-driver"
-in_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 @contextmanager

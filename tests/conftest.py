@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
-from tests.browser import chromium
+from tests.browser import MISSING, chromium
 
 # Examples have no deadline, because the machine may be busy, and are the same in every run.
 settings.register_profile("maskstream", deadline=None, derandomize=True)
@@ -97,6 +97,7 @@ def bucket(s3: S3Server) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One Chromium for all tests of pages; each sets the size that it needs."""
-    pytest.importorskip("selenium")
+    if MISSING:
+        pytest.skip(MISSING)
     with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver

@@ -15,7 +15,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from shards.inspect.cli import main
 from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_mask, small_picture
-from tests.browser import console, in_browser, press, requests, resize
+from tests.browser import console, press, requests, resize
 from tests.support import CATEGORIES, jpeg, sample, write_dataset
 
 CARD = "#gallery .card"
@@ -147,7 +147,6 @@ def visible(driver: Any, selector: str) -> int:
     return sum(element.is_displayed() for element in all_of(driver, selector))
 
 
-@in_browser
 def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, file: Path) -> None:
     value = data_of(file.read_text("utf-8"))
     rows = all_of(page, "#classes tbody tr")
@@ -171,7 +170,6 @@ def test_the_page_shows_counts_and_samples_and_loads_nothing(page: Any, file: Pa
     assert min(grounds[0]) > 200 > 60 > max(grounds[1])
 
 
-@in_browser
 def test_filters_by_class_split_and_flag(page: Any, file: Path) -> None:
     value = data_of(file.read_text("utf-8"))
     cars = [[item for item in one["objects"] if item["class"] == 2] for one in value["samples"]]
@@ -186,7 +184,6 @@ def test_filters_by_class_split_and_flag(page: Any, file: Path) -> None:
     assert choose(page, "by-split", "test") == 4
 
 
-@in_browser
 def test_masks_and_boxes_are_toggled(page: Any) -> None:
     masks, boxes = (page.find_element("css selector", f"#filters [data-kind={kind}]") for kind in ("masks", "boxes"))
     assert visible(page, "#gallery .area") > 0 < visible(page, "#gallery .box")
@@ -205,7 +202,6 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
     assert visible(page, "#photo .area") > 0 < visible(page, "#photo .box")
 
 
-@in_browser
 def test_the_keyboard_reaches_everything(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.wait import WebDriverWait
@@ -236,7 +232,6 @@ def test_the_keyboard_reaches_everything(page: Any) -> None:
     WebDriverWait(page, 60).until(lambda _: focused() == labels[2])  # the dialog's close event comes later
 
 
-@in_browser
 def test_every_control_has_an_accessible_name(page: Any) -> None:
     """In Chromium's accessibility tree."""
     from selenium.webdriver.common.keys import Keys
@@ -251,7 +246,6 @@ def test_every_control_has_an_accessible_name(page: Any) -> None:
         press(page, Keys.ESCAPE)  # the page behind the dialog
 
 
-@in_browser
 @pytest.mark.parametrize("width", [390, 320])
 def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
     resize(page, width, 844, phone=True)
@@ -267,7 +261,6 @@ def test_nothing_is_cut_off_on_a_phone(page: Any, width: int) -> None:
     assert close.rect["x"] + close.rect["width"] <= width
 
 
-@in_browser
 def test_markup_in_the_dataset_is_shown_as_text_and_the_policy_forbids_other_scripts_and_images(
     browser: Any, tmp_path: Path
 ) -> None:
@@ -292,7 +285,6 @@ def test_markup_in_the_dataset_is_shown_as_text_and_the_policy_forbids_other_scr
     assert all("Content Security Policy" in message for message in console(browser))
 
 
-@in_browser
 def test_a_direction_mark_in_a_name_does_not_affect_the_next_name(browser: Any, tmp_path: Path) -> None:
     categories = (Category(1, "\u202eevil", "/m/01g317"), CATEGORIES[1])
     write_dataset(tmp_path, {"train": [replace(sample(1), verified_present=(1, 2))]}, categories=categories)

@@ -1,11 +1,11 @@
 """`Instances` and `Batch`."""
 
 import numpy as np
-import torch
 
 from shards.format import rle
 from shards.format.sample import Instance
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, read_instances
+from tests.trainer.batches import SCENES, batch_of
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, read_instances
 
 
 def test_read_instances_flags_masks_and_groups():
@@ -40,15 +40,7 @@ def test_cap_ignores_all_but_a_random_choice_of_objects():
 
 
 def test_batch_to_leaves_on_the_host_what_python_reads():
-    batch = Batch(
-        images=torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
-        sizes=torch.tensor([[32, 32]]),
-        counts=torch.tensor([0]),
-        image_ids=("a",),
-        verified=(None,),
-        **vars(read_instances([])),
-    )
-    moved = batch.to("meta")
+    moved = batch_of(SCENES[:1]).to("meta")
     assert len(moved) == 1
     assert moved.images.device.type == moved.bitmaps.device.type == "meta"
     assert {host.device.type for host in (moved.sizes, moved.counts, moved.flags)} == {"cpu"}

@@ -11,7 +11,7 @@ import torch
 
 from shards.format.dataset import Category
 from shards.format.sample import Sample
-from tests.browser import console, in_browser, press, requests, resize
+from tests.browser import console, press, requests, resize
 from tests.trainer import tiny
 from trainer.metrics.openimages import match
 from trainer.metrics.overlaps import EvaluatedImage
@@ -74,7 +74,6 @@ def widths(driver: Any, selector: str) -> list[float]:
     return [one.rect["width"] for one in driver.find_elements("css selector", selector)]
 
 
-@in_browser
 def test_the_page_shows_all_pictures_with_names_and_loads_nothing(page: Any, written: Path) -> None:
     assert [one.text for one in page.find_elements("css selector", "h2")] == ["The 3 worst", "The 3 best"]
     # Pictures are decoded when they come near the viewport.
@@ -93,7 +92,6 @@ def test_the_page_shows_all_pictures_with_names_and_loads_nothing(page: Any, wri
     assert [n for n in named if not n.get("name", {}).get("value")] == []
 
 
-@in_browser
 def test_names_and_ids_are_never_markup(page: Any) -> None:
     def texts(selector: str) -> list[str]:
         return [one.get_property("textContent") for one in page.find_elements("css selector", selector)]
@@ -110,7 +108,6 @@ def test_names_and_ids_are_never_markup(page: Any) -> None:
     assert all(alt.endswith(text) for alt, text in zip(alts, shown, strict=True))
 
 
-@in_browser
 @pytest.mark.parametrize("width", [1280, 390, 320])
 def test_the_page_fits_any_width(page: Any, width: int) -> None:
     resize(page, width, 844, phone=width < 700)
@@ -124,7 +121,6 @@ def test_the_page_fits_any_width(page: Any, width: int) -> None:
         assert one["x"] + one["width"] <= other["x"]
 
 
-@in_browser
 def test_a_pair_is_enlarged_by_keyboard_and_by_click(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -143,7 +139,6 @@ def test_a_pair_is_enlarged_by_keyboard_and_by_click(page: Any) -> None:
     assert widths(page, "figure")[1] == large[0]
 
 
-@in_browser
 def test_the_content_security_policy_forbids_scripts(browser: Any, written: Path) -> None:
     browser.get(written.as_uri())
     browser.execute_script(
