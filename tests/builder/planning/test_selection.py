@@ -45,29 +45,8 @@ def test_every_class_gets_its_quota_with_masks_first_and_no_image_more(classes: 
                     break
                 expected.add(image)
     assert set(chosen) == expected
-
-
-@given(by_class, seeds)
-def test_without_a_quota_every_image_is_selected(classes: Classes, seed: int) -> None:
     everything = set().union(*map(members, classes.values()))
     assert select_images(classes, None, seed) == seeded_order(everything, seed)
-
-
-def test_a_shared_image_without_a_mask_counts_only_once_masks_run_out() -> None:
-    # Class 1 selects the images b0 to b4, on which class 2 only has boxes.
-    boxed = tuple(f"b{n}" for n in range(5))
-    masked = tuple(f"m{n}" for n in range(9))
-    chosen = set(select_images({1: Candidates(boxed), 2: Candidates(masked, boxed)}, 5, seed=0))
-    assert len(chosen & set(masked)) == 5
-    few = set(select_images({1: Candidates(boxed), 2: Candidates(masked[:3], (*boxed, "x"))}, 5, seed=0))
-    assert few == {*boxed, *masked[:3]}
-
-
-def test_the_selection_depends_on_the_seed_and_not_on_the_order_of_candidates() -> None:
-    ids = tuple(f"{n:016x}" for n in range(200))
-    first = select_images({1: Candidates(ids)}, 20, seed=0)
-    assert first == select_images({1: Candidates(ids[::-1])}, 20, seed=0)
-    assert first != select_images({1: Candidates(ids)}, 20, seed=1)
 
 
 @given(st.text(max_size=20), seeds, all_fractions)

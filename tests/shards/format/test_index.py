@@ -68,21 +68,13 @@ def test_rows_in_another_order_than_the_shards_are_refused():
         Index.read(index.labels.columns, index.shard_paths[::-1])
 
 
-def test_a_column_is_decoded_when_it_is_used(tmp_path, monkeypatch):
-    splits = {"train": [sample(n) for n in range(9)], "val": [sample(n) for n in range(9, 12)]}
-    dataset = write_dataset(tmp_path, splits)
-    read = []
-    original = IndexFile.__getitem__
-
-    def recorded(file, name):
-        read.append(name)
-        return original(file, name)
-
-    monkeypatch.setattr(IndexFile, "__getitem__", recorded)
+def test_a_column_is_decoded_when_it_is_used(dataset, monkeypatch):
+    read, original = [], IndexFile.__getitem__
+    monkeypatch.setattr(IndexFile, "__getitem__", lambda file, name: read.append(name) or original(file, name))
     index = dataset.index("val")
-    assert index.image_id(0) == f"{9:016x}"
+    assert index.image_id(0) == f"{100:016x}"
     assert "classes" not in read
-    assert index.counts("images", dataset.categories) == {1: 3, 2: 2}
+    assert index.counts("images", dataset.categories) == {1: 7, 2: 3}
     assert read.count("classes") == 1
     assert "masks" not in read
 

@@ -255,23 +255,22 @@ def test_a_shard_of_many_chunks(root: Path, chunk: int, monkeypatch: pytest.Monk
 
 def test_a_bucket_and_the_same_over_http(s3: S3Server, bucket: str, root: Path, capsys: Capture) -> None:
     """Over http, which has no listing, an extra shard is not found and a note says so."""
+
+    def without_reasons(lines: list[str]) -> list[str]:
+        return [line.partition(": cannot be read: ")[0] for line in lines]
+
     rows = open_dataset(str(root)).table.to_pylist()
     flip(root / FIRST, rows[1]["offset"] + 600)
     truncate(root / SECOND, rows[8]["offset"] + 700)
     (root / "val/000000.tar").unlink()
     (root / "train/000007.tar").write_bytes(b"")
     s3.upload(root, bucket)
-    first, *found = faults(f"s3://{bucket}")
+    first, *others = without_reasons(faults(root))
     assert first == "train/000007.tar: is not in dataset.json: of another build?"
-    assert any(f"{FIRST}: sample {1:016x} at offset {rows[1]['offset']}: crc32 is " in line for line in found)
-    assert any(line.startswith(f"{SECOND}: at offset ") and line.endswith(": truncated") for line in found)
-    assert found[-1].startswith("val/000000.tar: cannot be read: ")
-    assert not any(row["image_id"] in line for row in rows[2:8] for line in found)
-
+    assert without_reasons(faults(f"s3://{bucket}")) == [first, *others]
     address = f"{s3.endpoint_url}/{bucket}"
     assert main([address, "--verify"]) == 1
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[:-2] == found[:-1]
-    assert captured.out.splitlines()[-2].startswith("val/000000.tar: cannot be read: ")
+    assert without_reasons(captured.out.splitlines()[:-1]) == others
     assert captured.err.startswith(f"inspect-shards: note: {address}: http has no listing: ")
     assert captured.err.count("\n") == 1

@@ -146,13 +146,13 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 def test_memory_does_not_depend_on_the_size_of_the_dataset():
-    sizes = {}
-    for count in (2_000, 200_000):
+    sizes = []
+    for count in (2_000, 50_000):
         order = Order(make_index(np.full(count, 100_000), per_shard=1000), OrderSettings(8))
         for position in range(0, 3 * order.batches_per_epoch, order.batches_per_epoch // 50):
             order.rows(position)
-        sizes[count] = sum(piece.nbytes for piece in order._pieces.values.values())
-    assert sizes[200_000] == pytest.approx(sizes[2_000], rel=0.5)
+        sizes.append(sum(piece.nbytes for piece in order._pieces.values.values()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.5)
 
 
 @pytest.mark.parametrize("repeat_threshold", [0.0, 0.5])

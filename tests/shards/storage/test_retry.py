@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -7,32 +8,15 @@ from shards.storage import retry
 from shards.storage.location import Location
 
 
-@pytest.mark.parametrize(
-    ("failures", "error", "attempts"),
-    [
-        (retry.ATTEMPTS - 1, StorageError("busy"), retry.ATTEMPTS),
-        (99, StorageError("busy"), retry.ATTEMPTS),
-        (99, StorageError("refused", permanent=True), 1),
-    ],
-)
-def test_errors_that_may_pass_are_retried(
-    monkeypatch: pytest.MonkeyPatch, failures: int, error: StorageError, attempts: int
-) -> None:
+def test_errors_that_may_pass_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.common.back_off.SCALE", 0)
-    done: list[int] = []
-
-    def action() -> str:
-        done.append(1)
-        if len(done) <= failures:
-            raise error
-        return "done"
-
-    if failures < retry.ATTEMPTS:
-        assert retry.retrying(action) == "done"
-    else:
+    busy, refused = StorageError("busy"), StorageError("refused", permanent=True)
+    assert retry.retrying(Mock(side_effect=[busy] * (retry.ATTEMPTS - 1) + ["done"])) == "done"
+    for error, attempts in ((busy, retry.ATTEMPTS), (refused, 1)):
+        action = Mock(side_effect=error)
         with pytest.raises(StorageError, match=str(error)):
             retry.retrying(action)
-    assert len(done) == attempts
+        assert action.call_count == attempts
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
@@ -45,12 +29,9 @@ def test_create_never_overwrites(kind: str, tmp_path: Path, request: pytest.Fixt
 
 
 def test_create_reports_a_store_without_conditional_puts(monkeypatch: pytest.MonkeyPatch) -> None:
-    class RefusedError(Exception):
-        response = {"Error": {"Code": "NotImplemented"}}  # noqa: RUF012
-
-    def pipe_file(*_: object, **__: object) -> None:
-        raise OSError("not implemented") from RefusedError()
-
+    cause, refused = Exception(), OSError("not implemented")
+    cause.response = {"Error": {"Code": "NotImplemented"}}  # type: ignore[attr-defined]
+    refused.__cause__ = cause
     place = Location("memory://create/a")
-    monkeypatch.setattr(place.fs, "pipe_file", pipe_file)
+    monkeypatch.setattr(place.fs, "pipe_file", Mock(side_effect=refused))
     assert not retry.create(place, b"1")

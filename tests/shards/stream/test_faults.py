@@ -29,17 +29,11 @@ def test_a_range_that_fails_twice_is_read_again(local: Dataset, remote: Dataset,
     assert proxy.counters.faults[kind] == 12  # twice for each of six shards
 
 
-@pytest.mark.parametrize("wrong", [4, 5])
-def test_wrong_bytes_are_read_five_times(remote: Dataset, proxied: Proxied, wrong: int) -> None:
-    with proxied(Fault("corrupt", "GET", times=wrong, after=0.9)) as proxy:
+def test_wrong_bytes_are_read_five_times(remote: Dataset, proxied: Proxied) -> None:
+    with proxied(Fault("corrupt", "GET", times=4, after=0.9)) as proxy:
         reader = SampleReader(remote.root, remote.index("train"))
-        if wrong < 5:
-            assert [row for row, _ in reader.read([0])] == [0]
-        else:
-            with pytest.raises(SampleError, match=r"crc32 is (\w+), the index says (?!\1)\w+, after 5 reads"):
-                list(reader.read([0]))
-    assert proxy.counters.requests["GET"] == 5
-    assert reader.statistics.retries == 4
+        assert [row for row, _ in reader.read([0])] == [0]
+    assert (proxy.counters.requests["GET"], reader.statistics.retries) == (5, 4)
 
 
 def error_after(dataset: Dataset, change: Callable[[], None], workers: int) -> str:
@@ -59,7 +53,7 @@ def error_after(dataset: Dataset, change: Callable[[], None], workers: int) -> s
         ("missing", 0, "no such object"),
         ("expired", 0, "token has expired"),
         ("slow_down", 0, "SlowDown"),
-        ("corrupt", 0, "after 5 reads"),
+        ("corrupt", 0, r"crc32 is (\w+), the index says (?!\1)\w+, after 5 reads"),
         ("stall", 0, ""),
     ],
 )
@@ -71,7 +65,7 @@ def test_a_permanent_fault_is_one_line(
         def break_all() -> None:
             proxy.faults = (Fault(kind, "GET", after=0.0),)
 
-        assert message in error_after(remote, break_all, workers)
+        assert re.search(message, error_after(remote, break_all, workers))
         if kind in ("refuse", "missing", "expired"):  # not tried again: only the ranges in flight fail
             assert proxy.counters.faults[kind] <= 16 * max(1, workers)
 
