@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from builder.packing.executors import Engine
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
@@ -22,14 +21,12 @@ def test_build_packs_the_drawn_scenes(scenes: SceneTruth, unbroken: Path) -> Non
         assert len(index) == len(truth.sizes)
         for row in range(len(index)):
             assert (index.width[row], index.height[row]) == truth.sizes[index.image_id(row)]
-        counts = {
-            name: sum(index.counts(name, dataset.categories).values()) for name in ("groups", "masks", "instances")
-        }
-        assert counts["groups"] == truth.group_boxes
-        assert counts["masks"] == sum(truth.masks.values())
-        assert counts["instances"] == sum(truth.boxes.values()) + truth.group_boxes
-    masks = dataset.index("train").counts("masks", dataset.categories)
-    assert sum(masks.values()) == sum(scenes.splits["train"].masks.values())
+        names = ("groups", "masks", "instances")
+        groups, masks, instances = (sum(index.counts(name, dataset.categories).values()) for name in names)
+        assert (groups, masks) == (truth.group_boxes, sum(truth.masks.values()))
+        assert instances == sum(truth.boxes.values()) + truth.group_boxes
+    of_class = dataset.index("train").counts("masks", dataset.categories)
+    assert sum(of_class.values()) == sum(scenes.splits["train"].masks.values())
     packed = Counter((row["split"], row["kind"]) for row in accounts_of(unbroken) if row["status"] == "packed")
     for split in dataset.splits:
         index = dataset.index(split)
@@ -37,26 +34,12 @@ def test_build_packs_the_drawn_scenes(scenes: SceneTruth, unbroken: Path) -> Non
         assert packed[split, "mask"] == sum(index.counts("masks", dataset.categories).values())
 
 
-def test_build_measures_what_it_reads(scenes: SceneTruth, tmp_path: Path) -> None:
-    options = quotas(("Person",), 4, 0)
-    summary = build(mirror(scenes), options, Location(str(tmp_path / "out")))
-    dataset = open_dataset(str(tmp_path / "out"))
-    assert dataset.splits == ("train",)  # no evaluation splits
-    assert "val/" not in (tmp_path / "out" / "README.md").read_text().split("---")[1]
-    assert summary.samples == 4
-    [report] = summary.chosen
-    assert (report.asked, report.chosen) == (4, 4)
-    files = {path.stem: path.stat().st_size for path in scenes.images.rglob("*.jpg")}
-    assert summary.images.nbytes == sum(files[image_id] for image_id in dataset.table["image_id"].to_pylist())
-    assert summary.images.requests == 4
-    assert 0 < summary.packing <= summary.seconds
-    assert summary.tables.requests > 0
-
-
 def test_a_finished_root_is_unchanged_and_another_plan_is_refused(scenes: SceneTruth, tmp_path: Path) -> None:
     root = Location(str(tmp_path / "out"))
     few = EVERYTHING | quotas(CLASSES, 3, 0)
     assert not build(mirror(scenes), few, root).already_built
+    assert open_dataset(tmp_path / "out").splits == ("train",)  # a quota of 0: no evaluation splits
+    assert "val/" not in (tmp_path / "out" / "README.md").read_text().split("---")[1]
     before = tree(tmp_path)
     assert build(mirror(scenes), few, root).already_built
     other = few | {"seed": 1}
@@ -69,11 +52,6 @@ def test_a_finished_root_is_unchanged_and_another_plan_is_refused(scenes: SceneT
     assert after.pop("train/notes.txt") == b"mine"
     build(mirror(scenes), other, Location(str(tmp_path / "fresh")))
     assert after == tree(tmp_path / "fresh")
-
-
-def test_shards_do_not_depend_on_workers(scenes: SceneTruth, unbroken: Path, tmp_path: Path) -> None:
-    build(mirror(scenes), EVERYTHING, Location(str(tmp_path / "out")), engine=Engine(workers=4))
-    assert tree(tmp_path / "out") == tree(unbroken)
 
 
 def test_an_unfinished_build_is_resumed_and_its_damaged_files_are_replaced(
@@ -96,15 +74,6 @@ def test_an_unfinished_build_is_resumed_and_its_damaged_files_are_replaced(
     summary = build(mirror(scenes), EVERYTHING, Location(str(root)))
     assert summary.resumed == summary.shards - 3
     assert tree(root) == tree(unbroken)
-
-
-def test_a_partition_takes_each_image_of_train_once(scenes: SceneTruth, tmp_path: Path) -> None:
-    build(mirror(scenes), EVERYTHING | {"partition": (0.5, 0.3, 0.2)}, Location(str(tmp_path / "out")))
-    dataset = open_dataset(str(tmp_path / "out"))
-    assert dataset.splits == ("train", "val", "test")
-    ids = dataset.table["image_id"].to_pylist()
-    assert len(ids) == len(set(ids))
-    assert set(ids) <= set(scenes.splits["train"].image_ids)
 
 
 def test_a_build_without_any_image_is_an_error_and_can_be_corrected(scenes: SceneTruth, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-from builder.fetching.fetch import Refusal
 from builder.fetching.traffic import Traffic
 from builder.packing.pack import TaskResult, pack_image
 from builder.tasks.plan import Annotation, Member, Metadata, PlannedImage, PlannedObject
@@ -41,15 +40,6 @@ def test_pack_image_keeps_every_object_and_accounts_for_every_mask() -> None:
         ("mask", "good.png", "packed"),
         ("mask", "gone.png", "mask-missing"),
         ("mask", "boxless.png", "packed"),
-    ]
-
-
-def test_pack_image_accounts_for_the_masks_of_an_image_that_fails() -> None:
-    sample, accounts = pack_image(planned(), Refusal("missing"), {}, "val")
-    assert sample is None
-    assert [(a.kind, a.status, a.split) for a in accounts] == [
-        ("image", "image-missing", "val"),
-        *[("mask", "image-failed", "val")] * 3,
     ]
 
 

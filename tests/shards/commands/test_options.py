@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from shards.commands.command_line import Parser, run
-from shards.commands.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml, to_words
+from shards.commands.options import ConfigError, add_options, check, from_arguments, option, set_from_yaml
 from shards.common.errors import UserError
 from shards.common.text import one_line
 from shards.common.version import __version__
@@ -121,14 +121,6 @@ def test_only_options_are_suggested_for_unknown_arguments() -> None:
     one.add_argument("--extract")
     with pytest.raises(UserError, match=r"^unknown argument extra \(see --help\)$"):
         one.parse_args(["extra"])
-
-
-def test_words_set_the_same_options() -> None:
-    words = "--per-class 3 --drop inside --partition .5 .25 .25 --exact-classes --data.shards x"
-    options = parse(*words.split())
-    names = ("per-class", "drop", "partition", "exact-classes", "classes")
-    words = " ".join(to_words(options, names, always=["score"]))
-    assert words == "--per-class 3 --score 0.5 --partition 0.5 0.25 0.25 --drop inside --exact-classes"
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,12 @@ def test_rows_in_another_order_than_the_shards_are_refused():
 
 def test_a_column_is_decoded_when_it_is_used(dataset, monkeypatch):
     read, original = [], IndexFile.__getitem__
-    monkeypatch.setattr(IndexFile, "__getitem__", lambda file, name: read.append(name) or original(file, name))
+
+    def recorded(file, name):
+        read.append(name)
+        return original(file, name)
+
+    monkeypatch.setattr(IndexFile, "__getitem__", recorded)
     index = dataset.index("val")
     assert index.image_id(0) == f"{100:016x}"
     assert "classes" not in read

@@ -141,25 +141,6 @@ def test_memory_is_bounded_and_reused(local: Dataset) -> None:
     assert not segments()
 
 
-def test_a_segment_that_is_too_small_is_replaced() -> None:
-    segments = batch_transport._Segments()
-
-    def used(nbytes: int) -> batch_transport._Segment:
-        segments.take(nbytes)
-        return segments.settle()
-
-    first, second = used(100), used(100)
-    first.memory[0] = 0
-    larger = used(5000)
-    assert segments.kept == [larger, second]
-    second.memory[0] = 0
-    assert len(used(10).memory) == len(second.memory)
-    assert segments.kept == [larger, second]  # large enough for it
-    second.memory[0] = 0
-    assert len(used(200).memory) == len(larger.memory)  # as large as the largest so far
-    assert len(segments.kept) == 2
-
-
 def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[dict[str, Any]]) -> None:
     wanted = expected[60]
     reader = iter(batches(local, 1))

@@ -164,11 +164,9 @@ def test_a_full_cache_serves_its_share_of_every_epoch(tmp_path: Path) -> None:
 def test_samples_unused_for_a_day_are_dropped_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = ([name(n) for n in range(first, first + 200)] for first in (0, 1000))
     cache = SampleCache(str(tmp_path), 200 * 3 * 4096)
-    read_through(cache, old)
-    # If both are in use, each keeps about half.
-    read_through(cache, new)
-    assert 70 < sum(map(cache.has, old)) < 130
-    # Then the old ones are not used any more.
+    for names in (old, new):
+        read_through(cache, names)
+    assert 70 < sum(map(cache.has, old)) < 130  # if both are in use, each keeps about half
     day_ago = time.time() - 25 * 3600
     for key in old:
         if cache.has(key):

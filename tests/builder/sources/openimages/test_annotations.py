@@ -2,19 +2,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from builder.sources.base import Candidates, Filters
-from builder.sources.csv_tables import read_table
 from builder.sources.openimages.annotations import OpenImagesSplit
-from builder.sources.openimages.layout import BOX_FLAGS, MASK_COLUMNS, METADATA_COLUMNS, Layout
+from builder.sources.openimages.layout import BOX_FLAGS, METADATA_COLUMNS, Layout
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Annotation, Failure
 from shards.storage.location import Location
-from tests.support import REPOSITORY
 
-WILD = REPOSITORY.parent / "shared" / "openimages-sample" / "wild"
 TAXONOMY = Taxonomy(
     {"/m/01g317": "Person", "/m/04yx4": "Man", "/m/0k4j": "Car"}, {"/m/01g317": frozenset(["/m/04yx4"])}
 )
@@ -212,13 +208,3 @@ def test_verified_labels_metadata_and_names_in_any_table(tmp_path: Path) -> None
     found = split.metadata([f"a{n}" for n in range(1, 7)])
     assert (found["a1"].author, found["a1"].title) == ('Zoë, "Z"', "two\nlines")
     assert [found[f"a{n}"].rotation for n in range(1, 7)] == [270, 0, 0, 0, 270, 0]
-
-
-@pytest.mark.skipif(not WILD.is_dir(), reason=f"{WILD} is not here")
-def test_real_rows_are_read_including_a_mid_that_ends_in_an_underscore() -> None:
-    location = Location(str(WILD / "train-annotations-object-segmentation.sample.csv"))
-    table = read_table(location, MASK_COLUMNS, {"LabelName": pa.array(["/m/01jfm_", "/m/0k4j"])})
-    assert table.num_rows == 9
-    [plate] = [row for row in table.to_pylist() if row["LabelName"] == "/m/01jfm_"]
-    found = (plate["MaskPath"], plate["BoxID"], plate["PredictedIoU"])
-    assert found == ("e8060b80552da6b2_m01jfm__2fd9f4ca.png", "2fd9f4ca", 0.92198)
