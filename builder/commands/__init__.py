@@ -1,4 +1,1 @@
-"""The command `build-shards`: build, dry run, retry of what failed, and their summaries.
-
-The other folders do the work.
-"""
+"""The command `build-shards`: build, dry run, retry of what failed, and summaries. The other folders do the work."""

@@ -1,7 +1,4 @@
-"""`build-shards`: pack a training set of images and masks of Open Images or COCO into tar shards.
-
-Only light modules are imported at the top, because `--help` and a wrong argument must answer at once.
-"""
+"""`build-shards`: pack images and masks of Open Images or COCO into tar shards. Light imports only, for `--help`."""
 
 from __future__ import annotations
 

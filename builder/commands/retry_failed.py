@@ -48,11 +48,7 @@ class Repair:
 
 
 def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
-    """Fetch again what failed in a finished dataset; `command` is recorded in its card.
-
-    Raises:
-        UserError: the root holds no finished dataset of this plan, or another build is at work there.
-    """
+    """Fetch again what failed in a finished dataset of this plan; `command` is recorded in its card."""
     root, planned = prepared.root, prepared.planned
     with BuildLock(root) as lock:
         finish_retry(root)

@@ -1,4 +1,1 @@
-"""Concurrent reads with retries: whole objects, members of remote zips, and the cache of annotation tables.
-
-Requests and bytes are counted.
-"""
+"""Concurrent reads of objects and of members of zips, with retries. Tables are cached; requests are counted."""

@@ -40,10 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A read of a whole object (`end` is None) or of its bytes `start` to `end`, exclusive.
-
-    `etag` binds the read to one version of the object; see `shards.storage.ranges.Read`.
-    """
+    """A read of an object (`end` is None) or of its bytes `start` to `end`; see `shards.storage.ranges.Read`."""
 
     location: Location
     start: int = 0

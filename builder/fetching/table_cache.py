@@ -105,10 +105,7 @@ class Cache:
             return None
 
     def keep(self, content: Content, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Yield the tables and write them; the file appears once all have been consumed without an exception.
-
-        A folder that cannot be written or a full disk causes one warning and no error.
-        """
+        """Yield the tables and write them; the file appears once all were consumed. A full disk is a warning."""
         if not self.folder:
             yield from tables
             return

@@ -49,9 +49,7 @@ class BitImage:
     def resized(self, width: int, height: int) -> tuple[NDArray[np.uint8], int, int] | None:
         """Resize like Pillow's `resize(..., NEAREST)`, cropped to a box that contains all set pixels.
 
-        Returns:
-            The crop, uint8 [h, w] of 0 and 1, and the (left, top) of its corner; None if no set pixel is on the
-            sampling grid.
+        Returns uint8 [h, w] of 0 and 1, and the (left, top) of its corner; None if the sampling grid has no set pixel.
         """
         if self.extent is None:
             return None

@@ -29,12 +29,7 @@ PRELOADED = ["builder.packing.pack", "aiohttp", "botocore.auth", "botocore.sessi
 
 @dataclass(frozen=True)
 class Engine:
-    """Where tasks run.
-
-    Attributes:
-        workers: number of local processes; 1 runs tasks in this process.
-        cluster: address of a Dask scheduler, whose workers have this package installed; "" for local processes.
-    """
+    """Where tasks run: in local processes (1 is this process), or on the Dask scheduler with the address `cluster`."""
 
     workers: int = 1
     cluster: str = ""

@@ -1,4 +1,1 @@
-"""From the options of a user to a plan: images are selected, masks located, shards cut.
-
-Images that fail are replaced here, too.
-"""
+"""From the options of a user to a plan: images are selected, shards cut. Images that fail are replaced here, too."""

@@ -29,10 +29,7 @@ class ImageList:
     url: str
 
     def read(self, splits: Mapping[str, str]) -> tuple[ListedImage, ...]:
-        """Read the list; UserError if the file is none.
-
-        Its lines may use names of the dataset's splits or the source's, the keys and values of `splits`.
-        """
+        """Read the list; names of splits may be the dataset's or the source's, the keys and values of `splits`."""
         try:
             text = fetch_one(Request(source_location(self.url))).decode("utf-8-sig")
         except UnicodeDecodeError as error:

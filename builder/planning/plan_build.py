@@ -121,11 +121,7 @@ class PlannedBuild:
 
 
 def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:
-    """Read the annotations, select images, locate their masks and plan the shards.
-
-    Raises:
-        UserError: an unknown class, damaged annotations, a damaged list, or no image to pack.
-    """
+    """Read the annotations, select images, locate their masks and plan the shards."""
     classes = source.taxonomy().choose(scope.class_names, exact=scope.exact_classes, others=scope.all_annotations)
     layout = _split_layout(source, scope)
     unknown: tuple[Account, ...] = ()

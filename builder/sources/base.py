@@ -1,7 +1,4 @@
-"""The interface between the builder and the sources of images and annotations.
-
-The sources are `builder.sources.openimages.source` and `builder.sources.coco`.
-"""
+"""The interface between the builder and its sources, `builder.sources.openimages.source` and `builder.sources.coco`."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping

@@ -25,12 +25,7 @@ from shards.storage.location import Location
 
 @dataclass(frozen=True)
 class Coco:
-    """An image root and instances files (a `builder.sources.base.Source`).
-
-    Attributes:
-        files: Pairs of a split and its file.
-        named: Whether the user named the splits, so that keys begin with their names.
-    """
+    """An image root and a file per split (a `builder.sources.base.Source`); if `named`, keys begin with the split."""
 
     images: Location
     files: tuple[tuple[str, Location], ...]
@@ -159,11 +154,7 @@ def _planned(image: CocoImage, number: int, annotation: Mapping[str, Any], label
 
 
 def parse_places(texts: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], bool]:
-    """Parse `--annotations` for COCO, one file or `train=URL val=URL test=URL`; UserError if `texts` is neither.
-
-    Returns:
-        (split, URL) pairs, and whether the splits were named.
-    """
+    """Parse `--annotations` for COCO into (split, URL) pairs, and whether the splits were named."""
     named = [re.fullmatch(r"(train|val|test)=(.+)", text) for text in texts]
     found = [(match[1], match[2]) for match in named if match]
     if len(texts) == 1 and not found:

@@ -90,10 +90,7 @@ def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask
 
 
 def remove_strays(root: Location, shards: Collection[str]) -> None:
-    """Remove shards that are not part of the finished dataset.
-
-    A task that is packed again after a kill may have other failures than before, and so need other replacements.
-    """
+    """Remove shards that are not in the dataset: a task that is packed again may need fewer replacements."""
     for path in _split_sizes(root):
         if re.fullmatch(_SHARD_PATH, path) and path not in shards:
             delete(root / path)
@@ -107,8 +104,7 @@ def retry_stage(root: Location) -> Location:
 def finish_retry(root: Location) -> bool:
     """Move the new files of a retry into place, and return whether there were any. The caller holds the lock.
 
-    Meanwhile the root has no `dataset.json` and counts as unfinished. A move that is killed is completed by the next
-    call.
+    Meanwhile the root has no `dataset.json` and counts as unfinished. The next call completes a move that is killed.
     """
     stage = retry_stage(root)
     if not retrying((stage / DATASET_FILE).exists):

@@ -1,4 +1,1 @@
-"""Records that pass between the steps of a build: the plan, its tasks, and the images and annotations in them.
-
-They have no behaviour beyond their own consistency.
-"""
+"""Records that pass between the steps of a build, such as the plan. They have no behaviour beyond their consistency."""

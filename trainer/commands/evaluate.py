@@ -119,10 +119,7 @@ def write_results(
     matrix: Confusion,
     page: str,
 ) -> list[str]:
-    """Write the files of an evaluation, evaluation.json last; return the names of the others.
-
-    `context` is what was evaluated, for evaluation.json; `page` is images.html.
-    """
+    """Write the files of an evaluation, of which `context` says what was evaluated; return their names."""
     from trainer.report.score_plots import draw_confusion, draw_precision_recall
     from trainer.report.scorecard import class_csv, confusion_csv
 

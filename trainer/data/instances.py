@@ -1,7 +1,4 @@
-"""The annotated objects of one image (`Instances`) and of a batch (`Batch`) as flat tensors.
-
-A mask is a bitmap in a frame (`trainer.data.mask_bitmaps`). Coordinates are continuous: pixel i covers i to i + 1.
-"""
+"""The annotated objects of one image (`Instances`) and of a batch (`Batch`) as flat tensors, with masks as bitmaps."""
 
 from __future__ import annotations
 

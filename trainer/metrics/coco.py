@@ -190,10 +190,7 @@ def ground_truth(task: Task, instance: Instance, height: int, width: int) -> dic
 
 
 def _match(task: Task, sample: Sample, detections: Detections) -> dict[int, _Matches]:
-    """Return pycocotools' matches in one image, by category id, for classes with annotations or detections.
-
-    pycocotools computes its own overlaps: within a class, of the network's boxes, and of at most 100 detections.
-    """
+    """Return pycocotools' matches in one image, by category id, with its own overlaps, of at most 100 detections."""
     annotations = (ground_truth(task, instance, sample.height, sample.width) for instance in sample.instances)
     truth = [annotation for annotation in annotations if annotation is not None]
     found = _coco_detections(task, detections)

@@ -22,10 +22,7 @@ Result = TypeVar("Result")
 
 
 class PerImageMetric(ABC, Generic[Record, Result]):
-    """A metric over the images that every rank processes. Each image must be processed once, on one rank.
-
-    Masks are not kept: a record holds scores and outcomes.
-    """
+    """A metric over the images of all ranks; each is processed once, on one rank, and its record holds no masks."""
 
     def __init__(self, categories: Sequence[Category]) -> None:
         self.categories = tuple(categories)

@@ -52,11 +52,7 @@ class EvaluatedImage:
 
 
 def compute_overlaps(instances: Sequence[Instance], detections: Detections) -> Overlaps:
-    """Compute the overlaps of all pairs by pycocotools.
-
-    A detection's box is the extent of its mask, as in the official Open Images evaluation, where submissions have no
-    boxes.
-    """
+    """Compute the overlaps of all pairs; a detection's box is the extent of its mask, as Open Images evaluates it."""
     masks = [None if i.segmentation is None else i.segmentation.to_coco() for i in instances]
     found = [mask.to_coco() for mask in detections.masks]
     masked = np.array([i.segmentation is not None and rle.area(i.segmentation) > 0 for i in instances], dtype=np.bool_)
@@ -89,10 +85,7 @@ def compute_iou(found: Any, annotated: Any, groups: NDArray[np.bool_] | None = N
 
 
 def match_greedily(overlaps: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
-    """Match each row of overlaps [N, M], in order, with the free column that it overlaps most.
-
-    The result [N] is -1 where no free column reaches the threshold, which is above 0.
-    """
+    """Match each row of overlaps [N, M], in order, with the free column that it overlaps most, -1 below `threshold`."""
     free = np.ones(overlaps.shape[1], dtype=np.bool_)
     matched = np.full(len(overlaps), -1, dtype=np.int64)
     for i, row in enumerate(overlaps):

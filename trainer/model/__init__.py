@@ -1,4 +1,1 @@
-"""torchvision's Mask R-CNN: building, losses, freezing, starting weights, checkpoints and inference.
-
-The network is torchvision's own class, so its `state_dict` loads into stock torchvision.
-"""
+"""torchvision's Mask R-CNN: building, losses, weights, inference. Its `state_dict` loads into stock torchvision."""

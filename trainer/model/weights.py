@@ -273,10 +273,7 @@ def _by_current_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _class_difference(classes: Mapping[int, str], categories: Sequence[Category]) -> str:
-    """Describe how the source's classes differ from `categories`; empty if they do not.
-
-    Case is ignored: COCO's `person` is Open Images' `Person`.
-    """
+    """Describe how the source's classes differ from `categories`, if they do; case is ignored (COCO has `person`)."""
     for category in categories:
         name = classes.get(category.id, "missing")
         if name.casefold() != category.name.casefold():

@@ -1,4 +1,1 @@
-"""Prediction on images and on splits of a dataset.
-
-Results are written as pictures, COCO JSON and the CSV of the Open Images Challenge.
-"""
+"""Prediction on images and on splits. Results are pictures, COCO JSON and the CSV of the Open Images Challenge."""

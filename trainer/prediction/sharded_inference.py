@@ -37,10 +37,7 @@ PICTURES = "pictures"
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A split of `images` images in parts of `size`, the last one perhaps smaller, with a file each in `folder`.
-
-    The size is a multiple of the batch size: no batch spans two parts.
-    """
+    """A split of `images` images in parts of `size`, a multiple of the batch size, with a file each in `folder`."""
 
     folder: Location
     images: int

@@ -5,10 +5,7 @@ from typing import Any
 
 
 def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the row of evaluations.jsonl with the highest mask AP, or box AP if the split has no masks.
-
-    Of equal rows it is the first, as in most early stopping.
-    """
+    """Return the first row of evaluations.jsonl with the highest mask AP, or box AP if the split has no masks."""
 
     def deciding_ap(row: Mapping[str, Any]) -> float:
         ap = row["bbox"]["ap"] if row["segm"]["ap"] is None else row["segm"]["ap"]

@@ -1,7 +1,4 @@
-"""Joining the ranks of a run, and decisions of the main rank that all ranks follow.
-
-Every rank must call each of these functions.
-"""
+"""Joining the ranks of a run, and decisions of the main rank that all follow. Every rank must call each function."""
 
 from __future__ import annotations
 

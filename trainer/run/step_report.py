@@ -68,10 +68,7 @@ def exchange(
 
 
 def nonfinite_losses(reports: Sequence[StepReport], losses: Sequence[Losses], batches: Sequence[Batch]) -> str:
-    """Return which losses of a step are not finite, on which ranks and samples; empty where all are finite.
-
-    `reports` are of all ranks; `losses` and `batches` are of this rank.
-    """
+    """Return which losses are not finite, on which ranks and samples; empty if all are. `reports` are of all ranks."""
     bad = [
         (rank, name, value)
         for rank, report in enumerate(reports)

@@ -1,4 +1,1 @@
-"""Open Images as a source: its layout, tables, class hierarchy and mask zips.
-
-Mask rows are joined to box rows here.
-"""
+"""Open Images as a source: its layout, tables, class hierarchy and mask zips. Mask rows are joined to box rows here."""
