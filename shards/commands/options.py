@@ -71,17 +71,16 @@ class Entry:
         make = self.item.default_factory
         return self.item.default if make is dataclasses.MISSING else make()
 
-    def owner(self, options: Any) -> Any:
-        """Return the dataclass instance that holds the value."""
-        return getattr(options, self.section) if self.section else options
-
     def value(self, options: Any) -> Any:
         """Return the value."""
-        return getattr(self.owner(options), self.item.name)
+        return getattr(self._owner(options), self.item.name)
 
     def set(self, options: Any, value: Any) -> None:
         """Replace the value."""
-        setattr(self.owner(options), self.item.name, value)
+        setattr(self._owner(options), self.item.name, value)
+
+    def _owner(self, options: Any) -> Any:
+        return getattr(options, self.section) if self.section else options
 
 
 def _find_entries(kind: type) -> dict[str, Entry]:

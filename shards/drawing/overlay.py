@@ -67,7 +67,7 @@ def draw_instances(
     show_boxes: bool = True,
     scale: int = 1,
 ) -> Image.Image:
-    """Draw annotations or detections on a copy of an image.
+    """Draw annotations or detections on a copy of an image, in RGB and `scale` times its size.
 
     Masks are filled and outlined, boxes without a mask are dashed, and group-of regions are hatched. An object without
     room for its name has none if another object of its colour is named.
@@ -80,9 +80,6 @@ def draw_instances(
         colours: one per instance; by default those of the classes.
         show_masks, show_boxes: whether masks, or boxes and group-of regions, are drawn; names always are.
         scale: integer factor by which the image is enlarged (see `legible_scale`).
-
-    Returns:
-        An RGB image of `scale` times the size.
 
     Raises:
         ValueError: the length, shape or dtype of an argument does not match the others.
@@ -143,8 +140,7 @@ def display_instances(
         colors: one per instance: R, G, B from 0 to 1.
 
     Returns:
-        An RGB image. Without `ax`, a notebook displays it: end the last line of a cell with a semicolon, or it is
-        displayed twice.
+        An RGB image. Without `ax`, a notebook displays it: end a cell with a semicolon, or it is displayed twice.
 
     Raises:
         ValueError: the shape of an argument does not match the others, or a box is not finite.

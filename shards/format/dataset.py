@@ -66,14 +66,11 @@ class DatasetInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of `dataset.json`."""
-        splits = {
-            split: {
-                "shards": len(shards := self.shards_of(split)),
-                "samples": self.samples(split),
-                "nbytes": sum(shard.nbytes for shard in shards),
-            }
-            for split in self.splits
-        }
+        splits = {}
+        for split in self.splits:
+            shards = self.shards_of(split)
+            sizes = {"samples": self.samples(split), "nbytes": sum(shard.nbytes for shard in shards)}
+            splits[split] = {"shards": len(shards), **sizes}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -227,8 +224,7 @@ class Dataset:
             seed: seed of the hash; not negative.
 
         Raises:
-            DatasetError: an unknown class (the message has the nearest names) or none at all, a fraction or seed out
-                of range, or a fraction of a fraction.
+            DatasetError: an unknown class or none at all, a number out of range, or a fraction of a fraction.
         """
         where, before = str(self.root), self.selection
         if classes is None:

@@ -17,21 +17,12 @@ from shards.common.redact import redact
 from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
 from shards.format.accounts import PACKED, Account, reasons, write_accounts
-from shards.format.dataset import (
-    ACCOUNTS_FILE,
-    DATASET_FILE,
-    INDEX_FILE,
-    SPLITS,
-    Category,
-    DatasetInfo,
-    Shard,
-    root_location,
-)
+from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, Shard, root_location
 from shards.format.dataset_card import README_FILE, count_classes, render_card
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
 from shards.format.jpeg import ImageError, jpeg_size
-from shards.format.sample import ATTRIBUTION, FLAGS, Instance, Sample, canonical_json
+from shards.format.sample import ATTRIBUTION, FLAGS, Category, Instance, Sample, canonical_json
 from shards.format.selection import find_class
 from shards.format.shard_tar import pack_shard, seeded_order, shard_path
 from shards.format.validation import content_faults
@@ -69,12 +60,12 @@ class DatasetWriter:
         with DatasetWriter("s3://bucket/pets", classes=["cat", "dog"]) as writer:
             writer.add_image("rex-01", jpeg_bytes, [{"category": "dog", "mask": mask}], split="train")
 
-    Samples of a split are stored in the order of a seeded hash of their keys, whatever the order in which they are
-    added. Therefore they are first collected in a temporary file, which needs as much disk space as the dataset
-    (`TMPDIR` chooses the disk). Memory is limited to a few times the size of a shard, and about 1 kB per sample.
+    Samples of a split are stored in the order of a seeded hash of their keys. They are first collected in a temporary
+    file, which needs as much disk space as the dataset (`TMPDIR` chooses the disk). Memory is limited to a few times
+    the size of a shard, and about 1 kB per sample.
 
-    Nothing is written to `root` until the `with` block ends. If it ends with an exception, nothing is written at all;
-    if writing fails, `root` has no `dataset.json` and counts as unfinished.
+    Nothing is written to `root` until the `with` block ends without an exception. If writing fails, `root` has no
+    `dataset.json` and counts as unfinished.
 
     Args:
         root: local path or any fsspec URL, without a dataset.

@@ -133,24 +133,22 @@ def parse_members(data: bytes | memoryview, image_id: str, *, where: str) -> dic
     view = memoryview(data)
     members: dict[str, memoryview] = {}
     position = 0
+
+    def fault(what: str) -> SampleError:
+        return SampleError(f"{where}: {what}: build the dataset again")
+
     while position < len(view) and view[position]:
         found = _name_and_size(bytes(view[position : position + BLOCK]))
         if found is None:
-            raise SampleError(
-                f"{where}: sample {image_id}: no tar header of a plain file at its byte {position}: "
-                "build the dataset again"
-            )
+            raise fault(f"sample {image_id}: no tar header of a plain file at its byte {position}")
         name, size = found
         key, _, extension = name.partition(".")
         if key != image_id:
-            raise SampleError(f"{where}: found {name} where the index has {image_id}: build the dataset again")
+            raise fault(f"found {name} where the index has {image_id}")
         start = position + BLOCK
         members[extension] = view[start : start + size]
-        if len(members[extension]) != size:
-            raise SampleError(
-                f"{where}: {name} has {size} bytes, {len(members[extension])} of them are in the range of the index: "
-                "build the dataset again"
-            )
+        if (there := len(members[extension])) != size:
+            raise fault(f"{name} has {size} bytes, {there} of them are in the range of the index")
         position = start + _padded(size)
     return members
 

@@ -23,7 +23,7 @@ from shards.drawing.contours import Points, contours, simplify, svg_path
 from shards.drawing.overlay import class_colour, fitted_size
 from shards.format import rle
 from shards.format.dataset import Dataset
-from shards.format.sample import FLAGS, Sample
+from shards.format.sample import ATTRIBUTION, FLAGS, Sample
 from shards.inspect.preview_samples import choose, read_samples
 from shards.inspect.statistics import COUNTS, FLAG_NAMES, SplitCounts, totals
 
@@ -81,14 +81,11 @@ def _card(split: str, sample: Sample) -> dict[str, Any]:
     return {
         "id": sample.image_id,
         "split": split,
-        "width": sample.width,
-        "height": sample.height,
-        "rotation": sample.rotation,
         "picture": "data:image/jpeg;base64," + base64.b64encode(jpeg).decode(),
         "size": picture,
         "present": sample.verified_present,
         "absent": sample.verified_absent,
-        **{name: getattr(sample, name) for name in ("title", "author", "author_url", "license", "original_url")},
+        **{name: getattr(sample, name) for name in ("width", "height", "rotation", *ATTRIBUTION)},
         "objects": [
             {
                 "class": instance.category_id,

@@ -5,7 +5,6 @@ The choice does not depend on positions: a dataset that is built again with anot
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DatasetError, SampleError
 from shards.format.dataset import Dataset
-from shards.format.index import Index
+from shards.format.index import LARGEST_ID, Index
 from shards.format.sample import Sample
 from shards.format.selection import hash_keys, with_categories
 from shards.format.shard_tar import BLOCK, parse_header, parse_members
@@ -55,29 +54,24 @@ def choose(dataset: Dataset, count: int, seed: int = 0) -> list[Row]:
     The samples of each class of each split, and those without a class, wait in a queue in the order of the hash. The
     queues take turns; samples that were chosen before are skipped.
     """
-    queues: list[tuple[np.uint64, list[Row]]] = []  # each with the hash of its first sample
-    for split in dataset.splits:
+    import pandas as pd
+
+    found = []
+    for number, split in enumerate(dataset.splits):
         index = dataset.index(split)
-        keys = hash_keys(index.image_ids, seed)
-        for samples in _by_class(index, [category.id for category in dataset.categories]):
-            samples = samples[np.argsort(keys[samples], kind="stable")]
-            queues.append((keys[samples[0]], [Row(split, int(row)) for row in samples[:count]]))
-    queues.sort(key=lambda queue: queue[0])
-    turns = chain.from_iterable(zip_longest(*(rows for _, rows in queues)))
-    return list(islice(dict.fromkeys(row for row in turns if row is not None), count))
-
-
-def _by_class(index: Index, class_ids: Sequence[int]) -> list[NDArray[np.int64]]:
-    """Return the samples of each class that has any, ascending, and at the end those without a class."""
-    assert index.labels is not None, "an index of a dataset has labels"
-    wanted = np.isin(index.labels.classes, class_ids)
-    classes, samples = index.labels.classes[wanted], index.labels.samples[wanted]
-    order = np.argsort(classes, kind="stable")
-    groups = np.split(samples[order], np.flatnonzero(np.diff(classes[order])) + 1)
-    without = np.ones(len(index), np.bool_)
-    without[samples] = False
-    groups.append(np.flatnonzero(without))
-    return [group for group in groups if len(group)]
+        assert index.labels is not None, "an index of a dataset has labels"
+        own = pd.DataFrame({"row": index.labels.samples, "class": index.labels.classes})
+        own = own[own["class"].isin([category.id for category in dataset.categories])]
+        others = pd.DataFrame({"row": np.setdiff1d(np.arange(len(index)), own["row"]), "class": LARGEST_ID + 1})
+        own = pd.concat([own, others]).assign(split=number)
+        found.append(own.assign(hash=hash_keys(index.image_ids, seed)[own["row"]]))
+    if not found:
+        return []
+    rows = pd.concat(found).sort_values("hash", kind="stable", ignore_index=True)
+    queues = rows.groupby(["split", "class"])
+    rows = rows.assign(turn=queues.cumcount(), first=queues["hash"].transform("first"))
+    rows = rows.sort_values(["turn", "first", "split", "class"]).drop_duplicates(["split", "row"]).head(count)
+    return [Row(dataset.splits[split], row) for split, row in rows[["split", "row"]].itertuples(index=False)]
 
 
 def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, Sample]]:

@@ -28,10 +28,9 @@ from shards.order.epoch_order import Order, OrderSettings
 class Mix:
     """Datasets and their weights: a `ShardStream` takes one in place of a dataset.
 
-    All datasets must have the same classes, by name. If the ids differ, samples have the ids of the first dataset.
-
     Attributes:
-        datasets: at least one opened dataset, whole or a subset.
+        datasets: at least one opened dataset, whole or a subset. All must have the same classes, by name; if the ids
+            differ, samples have the ids of the first dataset.
         weights: the relative number of samples of each dataset, above 0: (3, 1) is the same as (0.75, 0.25).
 
     Raises:

@@ -1,8 +1,7 @@
 """Reading and writing files of this machine.
 
 The kernel is asked to read ahead into its page cache, and a sample is read when it is needed. Threads that keep the
-bytes in memory until then cost twice the processor time, because another core has them in its cache
-(`benchmarks/reads.py`).
+bytes in memory until then cost twice the processor time (`benchmarks/reads.py`): another core has them in its cache.
 """
 
 import os

@@ -4,8 +4,7 @@ Each process has one file system instance per protocol. It is created on first u
 process, and never crosses a fork: an s3fs instance owns an event loop and sockets, and a copy of them in a child hangs
 or mixes answers. A `Location` therefore holds only strings and can be pickled.
 
-S3 endpoints, regions and credentials come from the usual AWS variables and files (`AWS_ENDPOINT_URL`, `AWS_PROFILE`,
-...), which botocore reads by itself.
+botocore reads S3 endpoints, regions and credentials from the usual AWS variables and files (`AWS_PROFILE`, ...).
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ _instances_lock = threading.Lock()
 def _forget_instances() -> None:
     """In a forked child: drop the parent's instances, and its lock, which a thread may have held.
 
-    The instances are kept alive, unused: their finalisers would remove the sockets from the epoll set that child and
-    parent share, and the parent would wait for ever.
+    They are kept alive, unused: their finalisers would remove the parent's sockets from the epoll set that both share.
     """
     global _instances_lock
     _instances_lock = threading.Lock()

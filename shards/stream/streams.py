@@ -178,8 +178,8 @@ class ShardStream(Stream[T]):
         parse: makes a sample of webdataset's dict, in the loader process; default: a `Sample`. For the dict itself:
             `shards.stream.sample_decoders.webdataset_sample`.
         collate: makes a batch of a list of samples and the number of their visit, in the loader process; default: the
-            list. The number is the epoch or, if a sample can occur twice in an epoch (repeats, mixes), the position. A
-            seed that is folded from it and the sample's key differs in every batch.
+            list. No two batches with the same sample have the same number: the epoch or, with repeats and in mixes,
+            the position.
 
     Raises:
         DatasetError: no such split, too few samples for a batch on every rank, a wrong setting, or another identity.

@@ -1,8 +1,7 @@
 """Everything here that depends on internals of torch's `DataLoader` and of `multiprocessing`.
 
 Tested with torch 2.14.1; an earlier form of it also with 2.11. torch promises none of it: `_workers` and
-`_shutdown_workers` of the iterator of a `DataLoader`, the handler of SIGCHLD that it installs, and the exception that
-it raises if a worker has died.
+`_shutdown_workers` of the iterator of a `DataLoader`, its handler of SIGCHLD, and its exception if a worker has died.
 """
 
 import re
@@ -65,8 +64,7 @@ def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:
 def _ignore_sigchld_errors() -> None:
     """Keep torch from raising the death of a worker wherever the main thread happens to be; `receive` reports it.
 
-    Raised by torch's handler of SIGCHLD inside a finalizer it would be lost, and inside a library it may surface as any
-    other error.
+    Raised by its handler of SIGCHLD in a finalizer it would be lost, in a library it may surface as any other error.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return
