@@ -1,12 +1,13 @@
 """Builds in the process of a test: the steps that `build-shards` takes, in one call, and what they packed."""
 
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from builder.commands import build as build_module
 from builder.commands import dry_run
@@ -17,6 +18,7 @@ from builder.planning.selection import Quotas
 from builder.sources.base import Source
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
+from builder.target.build_lock import BuildLock
 from demo.scenes import SceneTruth
 from shards.format.sample import Sample
 from shards.storage.location import Location
@@ -26,7 +28,6 @@ Options = Mapping[str, Any]  # fields of `builder.planning.plan_build.BuildScope
 
 
 def quotas(class_names: tuple[str, ...], train: int | None, evaluation: int | None, **others: Any) -> dict[str, Any]:
-    """Return the options of a selection by quotas."""
     return {"class_names": class_names, "images": Quotas(train, evaluation), **others}
 
 
@@ -39,7 +40,6 @@ def build(
     overwrite: bool = False,
     command: str = "",
 ) -> build_module.Summary:
-    """Build a dataset."""
     prepared = build_module.prepare_build(
         source, root, partial(plan_build, source, BuildScope(**options)), engine=engine
     )
@@ -47,21 +47,18 @@ def build(
 
 
 def retry_failed(source: Source, options: Options, root: Location) -> build_module.Summary:
-    """Fetch again what failed in a dataset."""
     return retry_module.retry_failed(
         build_module.prepare_build(source, root, partial(plan_build, source, BuildScope(**options)))
     )
 
 
 def estimate(source: Source, options: Options, root: Location) -> dry_run.Estimate:
-    """Estimate what a build would cost."""
     return dry_run.estimate(
         build_module.prepare_build(source, root, partial(plan_build, source, BuildScope(**options)), writes=False)
     )
 
 
 def accounts_of(root: Path) -> list[dict[str, str]]:
-    """Return the rows of a dataset's accounts."""
     rows: list[dict[str, str]] = pq.read_table(root / "accounts.parquet").to_pylist()
     return rows
 
@@ -96,3 +93,30 @@ def tree(root: Path, *, without: str = "") -> dict[str, bytes]:
     """Return relative path -> bytes of the files under a folder, without the files of one name."""
     paths = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     return {name: path.read_bytes() for name, path in paths.items() if path.name != without}
+
+
+class Killed(BaseException):
+    pass
+
+
+def count_steps(action: Callable[[], object], kill_at: int = 0) -> int:
+    """Run an action and count its writes and deletes; `kill_at` kills it before one of them."""
+    steps = 0
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any, **options: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if kill_at and steps >= kill_at:
+                raise Killed  # also later ones: a killed process does not clean up
+            real(*arguments, **options)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write", "delete"):
+            patch.setattr(Location, name, counted(getattr(Location, name)))
+        patch.setattr(BuildLock, "__enter__", lambda self: self)
+        patch.setattr(BuildLock, "__exit__", lambda *_: None)
+        action()
+    return steps

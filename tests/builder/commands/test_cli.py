@@ -26,7 +26,6 @@ def words(scenes: SceneTruth, out: Path | str, *more: str) -> list[str]:
 
 
 def one_line(capsys: Capture, *arguments: str) -> str:
-    """Run the command and return its one-line error."""
     assert main(arguments) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("build-shards: error: ")

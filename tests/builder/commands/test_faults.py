@@ -53,7 +53,6 @@ def target(s3: S3Server) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(s3_scenes: SceneTruth, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of a build without faults."""
     root = tmp_path_factory.mktemp("unbroken") / "out"
     build(s3_mirror(), CHOICE, Location(str(root)))
     return root

@@ -2,10 +2,8 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,13 +11,12 @@ import pytest
 from builder.packing import pack
 from builder.sources.openimages.layout import source_location
 from builder.sources.openimages.source import OpenImages
-from builder.target.build_lock import BuildLock
 from demo.scenes import SceneTruth
 from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import RECOVERED
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import accounts_of, build, quotas, retry_failed, tree
+from tests.builder.builds import Killed, accounts_of, build, count_steps, quotas, retry_failed, tree
 
 CHOICE = quotas(("Person", "Car"), 1000, 0, images_per_shard=8)
 
@@ -120,23 +117,21 @@ def test_replacements_stay_when_the_replaced_images_are_recovered(world: World, 
     assert build(world.source, few, Location(str(root))).already_built
 
 
-def test_a_retry_killed_at_any_write_leaves_the_old_or_the_new_dataset(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retry_killed_at_any_write_leaves_the_old_or_the_new_dataset(world: World, tmp_path: Path) -> None:
     build(world.source, CHOICE, Location(str(tmp_path / "whole")))
     world.damage(tmp_path / "whole")
     build(world.source, CHOICE, Location(str(tmp_path / "damaged")))
     world.repair()
     old = tree(tmp_path / "damaged")
     shutil.copytree(tmp_path / "damaged", tmp_path / "repaired")
-    steps = count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(tmp_path / "repaired"))))
+    steps = count_steps(partial(retry_failed, world.source, CHOICE, Location(str(tmp_path / "repaired"))))
     new = tree(tmp_path / "repaired")
     built = set()
     for step in range(1, steps + 1):
         root, copy = tmp_path / f"retried-{step}", tmp_path / f"built-{step}"
         shutil.copytree(tmp_path / "damaged", root)
         with pytest.raises(Killed):
-            count_steps(monkeypatch, partial(retry_failed, world.source, CHOICE, Location(str(root))), kill_at=step)
+            count_steps(partial(retry_failed, world.source, CHOICE, Location(str(root))), kill_at=step)
         assert readable(root, old, new)
         shutil.copytree(root, copy)
         retry_failed(world.source, CHOICE, Location(str(root)))
@@ -145,33 +140,6 @@ def test_a_retry_killed_at_any_write_leaves_the_old_or_the_new_dataset(
         built.add(tree(copy) == new)
         assert tree(copy) in (old, new)
     assert built == {True, False}
-
-
-class Killed(BaseException):
-    pass
-
-
-def count_steps(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object], kill_at: int = 0) -> int:
-    """Run an action and count its writes and deletes; `kill_at` kills it before one of them."""
-    steps = 0
-
-    def counted(real: Callable[..., None]) -> Callable[..., None]:
-        def step(*arguments: Any, **options: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if kill_at and steps >= kill_at:
-                raise Killed  # also later ones: a killed process does not clean up
-            real(*arguments, **options)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        for name in ("write", "delete"):
-            patch.setattr(Location, name, counted(getattr(Location, name)))
-        patch.setattr(BuildLock, "__enter__", lambda self: self)
-        patch.setattr(BuildLock, "__exit__", lambda *_: None)
-        action()
-    return steps
 
 
 def readable(root: Path, old: dict[str, bytes], new: dict[str, bytes]) -> bool:

@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a Dask scheduler with two worker processes."""
     pytest.importorskip("distributed")
     script = tmp_path_factory.mktemp("dask") / "scheduler.py"
     script.write_text(SCHEDULER)

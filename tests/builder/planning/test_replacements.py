@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.builder.builds import accounts_of, build, mirror, quotas, tree
+from tests.builder.builds import Killed, accounts_of, build, count_steps, mirror, quotas, tree
 
 CHOICE = quotas(("Person", "Car"), 6, 0, images_per_shard=4)
 
@@ -28,7 +29,7 @@ def broken(scenes: SceneTruth, tmp_path: Path) -> OpenImages:
 
 
 def test_failed_images_are_replaced_and_a_build_killed_in_any_round_resumes_to_the_same_bytes(
-    broken: OpenImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: OpenImages, tmp_path: Path
 ) -> None:
     build(broken, CHOICE, Location(str(tmp_path / "whole")))
     for image_id in sorted(open_dataset(str(tmp_path / "whole")).table["image_id"].to_pylist())[:5]:
@@ -37,24 +38,13 @@ def test_failed_images_are_replaced_and_a_build_killed_in_any_round_resumes_to_t
     assert (summary.shortfalls, summary.replaced > 0) == ((), True)
     assert all(entry.images >= 6 for entry in summary.counts)
     expected = tree(tmp_path / "out")
-    write = Location.write
-    for kill_at in range(1, 2 * summary.shards + 5):  # plan, two files per task, accounts, card, index, dataset.json
-        root = tmp_path / f"killed-{kill_at}"
-        writes = 0
-
-        def killing(self: Location, data: bytes, kill_at: int = kill_at) -> None:
-            nonlocal writes
-            writes += 1
-            if writes == kill_at:
-                raise KeyboardInterrupt
-            write(self, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Location, "write", killing)
-            with pytest.raises(KeyboardInterrupt):
-                build(broken, CHOICE, Location(str(root)))
-        build(broken, CHOICE, Location(str(root)))
-        assert tree(root) == expected
+    steps = count_steps(partial(build, broken, CHOICE, Location(str(tmp_path / "counted"))))
+    for kill_at in range(1, steps + 1):
+        again = partial(build, broken, CHOICE, Location(str(tmp_path / f"killed-{kill_at}")))
+        with pytest.raises(Killed):
+            count_steps(again, kill_at)
+        again()
+        assert tree(tmp_path / f"killed-{kill_at}") == expected
 
 
 @settings(max_examples=15)

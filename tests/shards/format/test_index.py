@@ -85,7 +85,6 @@ def test_a_column_is_decoded_when_it_is_used(dataset, monkeypatch):
 
 
 def read_all(root):
-    """Read every column of the index."""
     dataset = open_dataset(root)
     return [dataset.index("train").counts(name, dataset.categories) for name in ("instances", "masks", "groups")]
 

@@ -23,7 +23,6 @@ def small_stream(dataset: Dataset | Mix, **options: Any) -> ShardStream[list[Sam
 
 
 def take(stream: Any, count: int, workers: int = 0) -> list[Any]:
-    """The first batches of a stream."""
     return list(itertools.islice(loader(stream, workers=workers), count))
 
 
@@ -32,5 +31,4 @@ def keys(samples: Iterable[Sample]) -> tuple[str, ...]:
 
 
 def take_keys(dataset: Dataset | Mix, count: int, workers: int = 0, **options: Any) -> list[tuple[str, ...]]:
-    """The keys of the first batches of a small stream."""
     return [keys(batch) for batch in take(small_stream(dataset, **options), count, workers)]
