@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from builder.packing.bit_png import BitImage, read_bits, sampled
+from builder.packing.bit_png import read_bits, sampled
 from tests.builder.packing.test_images import blob, png
 
 PIXELS = 1 << 20
@@ -68,6 +68,9 @@ def test_decoding_and_resizing_equal_pillows(picture: tuple[np.ndarray, bytes], 
         whole[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     assert (whole == expected).all()
     assert part is not None or not expected.any()
+    rows, columns = np.nonzero(bits)
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if bits.any() else None
+    assert found.extent == box
 
 
 @pytest.mark.parametrize(("source", "target"), [(1600, 1024), (1067, 683), (1024, 1024), (300, 1024), (7, 3), (1, 5)])
@@ -75,13 +78,6 @@ def test_the_sampling_grid_is_pillows(source: int, target: int) -> None:
     line = np.random.default_rng(0).integers(0, 256, (1, source), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(line).resize((target, 1), Image.Resampling.NEAREST))
     assert (line[:, sampled(source, target)] == expected).all()
-
-
-def test_extent_is_the_box_of_all_set_pixels() -> None:
-    empty = BitImage(9, 2, np.zeros((2, 2), np.uint8))
-    assert empty.extent is None
-    assert empty.resized(4, 4) is None
-    assert BitImage(9, 2, np.array([[0, 0], [0, 0x80]], np.uint8)).extent == (8, 1, 9, 2)
 
 
 @given(pictures(), st.data())

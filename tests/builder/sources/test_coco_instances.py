@@ -1,4 +1,3 @@
-import contextlib
 import json
 import math
 from typing import Any
@@ -23,16 +22,13 @@ from tests.builder.coco_scenes import IMAGE, document
     ("value", "message"),
     [
         ([], "no list 'images'"),
-        ({}, "no list 'images'"),
         (document(annotations=None), "no list 'annotations'"),
         (document(categories=[3]), "no list 'categories'"),
         (document(images=[{"id": 1}]), r"images\[0\]: 'file_name'"),
-        (document(images=[{**IMAGE, "id": True}]), "'id' is 'True'"),
         (document(images=[{**IMAGE, "id": 1.5}]), "'id' is '1.5'"),
         (document(images=[{**IMAGE, "width": "10"}]), "'width'"),
         (document(images=[{**IMAGE, "width": -10}]), "-10x8"),
         (document(images=[{**IMAGE, "height": 10**9}]), "10x1000000000"),
-        (document(images=[IMAGE, IMAGE]), "are the same"),
         (document(images=[IMAGE, {**IMAGE, "id": "000000000001"}]), "are the same"),
         *[
             (document(images=[{**IMAGE, "file_name": name}]), "is not under --images")
@@ -73,10 +69,9 @@ def test_any_value_is_planned_and_packed_or_refused(changes: list[tuple[tuple[st
     value = json.loads(json.dumps(document(licenses=[{"id": 1, "url": "x"}])))
     for (table, key), new in changes:
         value[table][0][key] = new
-    parsed = None
-    with contextlib.suppress(UserError):
+    try:
         parsed = parse_instances(json.dumps(value).encode(), "x.json")
-    if parsed is None:
+    except UserError:
         return
     classes = Taxonomy({name: name for name in parsed.names.values()}, {}).choose([])
     split = CocoSplit(Location("memory://x"), parsed, classes, Filters(min_predicted_iou=0.5, drop=("group-of",)))

@@ -5,6 +5,8 @@ import pytest
 from shards.common.errors import StorageError
 from shards.storage.explain import explain
 
+DnsError = type("ClientConnectorDNSError", (type("ClientConnectorError", (OSError,), {}),), {})
+
 
 @pytest.mark.parametrize(
     ("error", "url", "message"),
@@ -13,22 +15,14 @@ from shards.storage.explain import explain
         (PermissionError(13, "denied"), "s3://bucket/a", "check the credentials and the bucket's policy"),
         (TimeoutError(), "s3://bucket/a", "s3://bucket/a: TimeoutError: no further reason was given"),
         (OSError("two\nlines"), "/a", "/a: OSError: two lines"),
+        (DnsError("Cannot connect to host nowhere:443"), "s3://bucket/a", "the endpoint cannot be reached"),
     ],
 )
 def test_an_error_becomes_one_line_with_a_remedy(error: Exception, url: str, message: str) -> None:
     assert message in str(explain(error, url))
-
-
-def test_an_error_of_the_program_is_not_one_of_storage() -> None:
-    assert explain(KeyError("a"), "s3://bucket/a") is None
+    assert explain(KeyError("a"), url) is None  # of the program, not of storage
 
 
 def test_a_storage_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(StorageError("gone", permanent=True)))  # noqa: S301 (our own bytes, made here)
     assert (str(error), error.permanent) == ("gone", True)
-
-
-def test_a_name_that_cannot_be_resolved_is_an_unreachable_endpoint() -> None:
-    resolving = type("ClientConnectorDNSError", (type("ClientConnectorError", (OSError,), {}),), {})
-    message = str(explain(resolving("Cannot connect to host nowhere:443"), "s3://bucket/a"))
-    assert "the endpoint cannot be reached" in message
