@@ -1,8 +1,7 @@
 """Outlines of masks as polygons and as SVG paths.
 
 A contour follows the edges of pixels, so it is exact. Simplified (Douglas and Peucker, "Algorithms for the reduction of
-the number of points required to represent a digitized line", 1973) it stays within a tolerance, with about a tenth of
-the points.
+the number of points required to represent a digitized line", 1973) it stays within a tolerance.
 """
 
 from collections.abc import Iterable

@@ -226,9 +226,8 @@ def _checked_masks(name: str, masks: NDArray[Any], picture: Image.Image, count: 
     if not checked.size and not count:
         return np.zeros(shape, np.uint8)  # no masks, of any shape: an empty list as well
     if checked.shape != shape:
-        raise ValueError(
-            f"{name} has the shape {checked.shape}: it must be {shape}: H and W of the image, N of the other arguments"
-        )
+        given = f"{name} has the shape {checked.shape}"
+        raise ValueError(f"{given}: it must be {shape}: H and W of the image, N of the other arguments")
     return checked
 
 
@@ -238,10 +237,8 @@ def _as_picture(image: ImageLike) -> Image.Image:
         return image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise ValueError(
-            f"image has the shape {pixels.shape} and dtype {pixels.dtype}: it must be (H, W, 3) or (H, W) of uint8, "
-            "0 to 255"
-        )
+        given = f"image has the shape {pixels.shape} and dtype {pixels.dtype}"
+        raise ValueError(f"{given}: it must be (H, W, 3) or (H, W) of uint8, 0 to 255")
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels).convert("RGB")
 
 

@@ -102,9 +102,8 @@ class DatasetInfo:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
         version = value.get("version")
         if version != VERSION:
-            raise DatasetError(
-                f"{where}: format version {version!r}, this release reads version {VERSION}: upgrade maskstream"
-            )
+            found = f"{where}: format version {version!r}"
+            raise DatasetError(f"{found}, this release reads version {VERSION}: upgrade maskstream")
         try:
             info = cls(
                 categories=tuple(flat(Category, category) for category in value["classes"]),

@@ -21,12 +21,8 @@ HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 HUB_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
 
 
-def _fields(kind: str, *names: str) -> list[dict[str, Any]]:
-    return [{"name": name, "dtype": kind} for name in names]
-
-
-def _ints(name: str) -> dict[str, Any]:
-    return {"name": name, "list": "int32"}
+def _fields(kind: str, *names: str, of: str = "dtype") -> list[dict[str, Any]]:
+    return [{"name": name, of: kind} for name in names]
 
 
 # The features to which `datasets` decodes a sample. Without them, it infers the columns from the first five samples and
@@ -41,15 +37,17 @@ FEATURES = [
             *_fields("string", "image_id"),
             *_fields("int32", "width", "height", "rotation"),
             *_fields("string", *ATTRIBUTION),
-            _ints("verified_present"),
-            _ints("verified_absent"),
+            *_fields("int32", "verified_present", "verified_absent", of="list"),
             {
                 "name": "annotations",
                 "list": [
                     *_fields("int32", "category_id"),
-                    {"name": "bbox", "list": "float64"},
+                    *_fields("float64", "bbox", of="list"),
                     *_fields("int32", "iscrowd"),
-                    {"name": "segmentation", "struct": [_ints("size"), *_fields("string", "counts")]},
+                    {
+                        "name": "segmentation",
+                        "struct": [{"name": "size", "list": "int32"}, *_fields("string", "counts")],
+                    },
                     *_fields("string", "box_id", "label"),
                     *_fields("float64", "predicted_iou"),
                     *_fields("bool", *FLAGS),
@@ -204,11 +202,11 @@ def render_card(
         "configs": [{"config_name": "default", "data_files": files}],
         "dataset_info": {"config_name": "default", "features": FEATURES},
     }
-    rows = [
-        f"| {c.split} | {_cell(c.name)} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |"
-        for c in counts
-        if c.name in packed
-    ]
+    rows = []
+    for c in counts:
+        if c.name in packed:
+            name = printable(c.name).replace("|", r"\|")
+            rows.append(f"| {c.split} | {name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |")
     text = _TEXT.format(
         heading=about.heading,
         origin=about.origin,
@@ -224,7 +222,3 @@ def render_card(
         command=command,
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text}"
-
-
-def _cell(name: str) -> str:
-    return printable(name).replace("|", r"\|")

@@ -191,10 +191,6 @@ class Index:
         ids = (np.frombuffer(ends, np.int32, len(self) + 1), np.frombuffer(characters, np.uint8))
         return SharedArrays([*(getattr(self, name) for name in _ARRAYS), *ids])
 
-    def without_labels(self) -> Index:
-        """Return the index without labels, for a loader process: less to send."""
-        return replace(self, labels=None)
-
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with any sample, its offset or length, and with the selection."""
@@ -219,14 +215,11 @@ def row_numbers(rows: Any, samples: int) -> NDArray[np.int64]:
     """Return row numbers as int64 [n]; a DatasetError if they are no integers, out of range, or not in order."""
     found = np.asarray(rows)
     if found.ndim != 1 or not (len(found) == 0 or np.issubdtype(found.dtype, np.integer)):
-        raise DatasetError(
-            f"rows is an array of {found.dtype} of shape {found.shape}: give row numbers, one-dimensional "
-            "(for a mask: np.flatnonzero(mask))"
-        )
+        given = f"rows is an array of {found.dtype} of shape {found.shape}"
+        raise DatasetError(f"{given}: give row numbers, one-dimensional (for a mask: np.flatnonzero(mask))")
     if len(found) and not 0 <= found.min() <= found.max() < samples:
-        raise DatasetError(
-            f"rows are from {found.min()} to {found.max()}: the split has {counted(samples, 'sample')}, numbered from 0"
-        )
+        given = f"rows are from {found.min()} to {found.max()}"
+        raise DatasetError(f"{given}: the split has {counted(samples, 'sample')}, numbered from 0")
     if np.any(found[1:] <= found[:-1]):
         raise DatasetError("rows are not in ascending order without duplicates: give np.unique(rows)")
     return found.astype(np.int64)

@@ -37,9 +37,7 @@ def jpeg_size(data: bytes, max_pixels: int | None = None, *, decode: bool = True
 
     EXIF orientation is ignored. All coded coefficients are read, which is where damage shows; the arithmetic from
     coefficients to pixels, which cannot fail, is done at an eighth of the size. `decode=False` reads the header only.
-
-    Raises:
-        ImageError: damaged, of another format, or of more than `max_pixels` (None: than Pillow's own limit).
+    An ImageError is raised for another format, damage, or more than `max_pixels` (None: than Pillow's own limit).
     """
     with pillow_errors(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         width, height = image.size

@@ -133,7 +133,3 @@ def _verify(root: Location, *, as_json: bool) -> int:
             f"{checked.nbytes / 1e6:.1f} MB read in {time.monotonic() - started:.1f} s"
         )
     return 1 if checked.faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ The choice does not depend on positions: a dataset that is built again with anot
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,8 +23,7 @@ from shards.storage.ranges import Read, read_many
 from shards.stream.reader import SampleReader
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sample: its split, and its row in the index of that split."""
 
     split: str
@@ -37,9 +36,8 @@ def find(dataset: Dataset, image_id: str) -> Row:
         row = pc.index(dataset.index(split).image_ids, image_id).as_py()
         if row >= 0:
             return Row(split, row)
-    raise DatasetError(
-        f"{dataset.root}: there is no sample {image_id!r}: keys are ImageIDs such as 0123456789abcdef, without .jpg"
-    )
+    hint = "keys are ImageIDs such as 0123456789abcdef, without .jpg"
+    raise DatasetError(f"{dataset.root}: there is no sample {image_id!r}: {hint}")
 
 
 def first_rows(index: Index, count: int, seed: int = 0) -> NDArray[np.int64]:

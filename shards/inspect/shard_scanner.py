@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location
@@ -17,8 +17,7 @@ CHUNK = 8 * 2**20  # bytes per request; memory holds two chunks and the sample t
 TAR_RECORD = 10240  # bytes; a tar is filled with zeros up to a multiple of it
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A sample in the shard: its key, offset and length in bytes, crc32, and two members."""
 
     key: str
@@ -29,8 +28,7 @@ class Found:
     json: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(NamedTuple):
     """A place where the shard does not follow the format; `key` is "" if it is unknown."""
 
     key: str

@@ -42,18 +42,14 @@ class LabelCounts:
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """Counts of one split.
-
-    `classes` has one row per class, ids ascending: `id`, `name`, and the numbers of `images` that have it, of `boxes`,
-    of `masks`, and of `groups`, boxes that are group-of regions.
-    """
+    """Counts of one split."""
 
     split: str
     images: int
     shards: int
     nbytes: int  # of all shards
     sizes: Sizes | None  # None if there are no images
-    classes: pd.DataFrame
+    classes: pd.DataFrame  # per class, ids ascending: `id`, `name`, number of `images`, `boxes`, `masks`, and `groups`
     labels: LabelCounts | None  # None if no annotations were read
 
     def to_json(self) -> dict[str, Any]:

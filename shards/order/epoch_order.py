@@ -26,7 +26,7 @@ Random numbers are a hash (splitmix64) of seed, epoch and position, which no ver
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -88,7 +88,7 @@ class Order:
                 f"the split has {counted(self.samples, 'sample')}, fewer than one batch of {settings.batch_size}: "
                 "lower the batch size or build more samples"
             )
-        self.indexes = (index.without_labels(),)  # of each dataset: of one
+        self.indexes = (replace(index, labels=None),)  # of each dataset: of one; without labels, there is less to send
         self.batches_per_epoch = self.visits // settings.batch_size
         self._starts = chunk_starts(index.shard, index.nbytes, settings.chunk_bytes)
         self._portrait = index.height > index.width if settings.group_by_aspect else None
@@ -179,7 +179,7 @@ class EvaluationOrder:
     """
 
     def __init__(self, index: Index, batch_size: int, rows: NDArray[np.int64] | None = None) -> None:
-        self.indexes = (index.without_labels(),)
+        self.indexes = (replace(index, labels=None),)
         self._batch_size, self._rows = batch_size, np.arange(len(index)) if rows is None else rows
 
     def __len__(self) -> int:

@@ -46,9 +46,8 @@ class Mix:
         object.__setattr__(self, "datasets", tuple(datasets))
         object.__setattr__(self, "weights", tuple(weights))
         if not self.datasets or len(self.datasets) != len(self.weights):
-            raise DatasetError(
-                f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights: give one weight per dataset"
-            )
+            mix = f"a mix of {len(self.datasets)} datasets with {len(self.weights)} weights"
+            raise DatasetError(f"{mix}: give one weight per dataset")
         for dataset, weight in zip(self.datasets, self.weights):
             if not isinstance(dataset, Dataset):
                 raise DatasetError(f"a mix holds {shown(dataset)}: give what open_dataset returns")

@@ -25,11 +25,9 @@ UNIT = 2**20  # one visit, in the units in which factors are summed
 def repeat_factors(index: Index, threshold: float) -> NDArray[np.int64]:
     """Return how often each sample is visited on average, at least once: int64 [N], in units of 1 / `UNIT`.
 
-    If classes are selected, only these count. A DatasetError is raised if `threshold`, t, is not above 0 and at most 1,
-    or if the index has no labels.
+    `threshold`, t, is above 0 and at most 1. If classes are selected, only these count. A DatasetError is raised if the
+    index has no labels.
     """
-    if not 0 < threshold <= 1:
-        raise DatasetError(f"repeat_threshold is {threshold}: it must be above 0 and at most 1")
     if index.labels is None:
         raise DatasetError("repeat factors need an index with labels, which this one does not have")
     classes, samples = index.labels.classes, index.labels.samples

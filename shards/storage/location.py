@@ -27,7 +27,6 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.ranges` end within a minute
 S3_ATTEMPTS = 3  # of a request, by botocore
 SLOWEST_UPLOAD = 2**18  # bytes per second; a slower upload is aborted
-PROBE = ".probe"  # what `check_writable` puts and removes
 
 # A remote URL without a bucket or host, which fsspec would take for a relative path.
 _NOWHERE = re.compile(r"(s3a?|gc?s|https?):(?!//[^/])")
@@ -130,9 +129,8 @@ class Location:
                 with atomic_write(self.path) as file:
                     file.write(data)
             except FileNotFoundError as error:  # raised under /proc; it does not mean a missing object
-                raise StorageError(
-                    f"{self.url}: nothing can be written there: give another place", permanent=True
-                ) from error
+                message = f"{self.url}: nothing can be written there: give another place"
+                raise StorageError(message, permanent=True) from error
 
     def delete(self, *, recursive: bool = False) -> None:
         """Remove the object, or recursively a folder, if it exists."""
@@ -141,7 +139,7 @@ class Location:
                 self.fs.rm(self.path, recursive=recursive)
 
 
-def check_writable(folder: Location, option: str, probe: str = PROBE) -> None:
+def check_writable(folder: Location, option: str, probe: str = ".probe") -> None:
     """Raise a StorageError before hours of work if nothing can be written under a folder, which need not exist.
 
     On a local disk nothing is created there. Elsewhere the object `probe` is put and removed. `option` is the option

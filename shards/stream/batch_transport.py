@@ -1,12 +1,10 @@
 """Sends batches from a loader process to the process that reads them, in shared memory that is reused.
 
 The kernel clears each page of new memory when it is first touched, which takes longer than resizing an image into it. A
-loader process therefore keeps a few segments of shared memory. A batch is written into one of them, and crosses as a
+loader process therefore keeps a few segments of shared memory: anonymous files (memfd of Linux), which do not count
+towards the limit of /dev/shm, and disappear with the processes. A batch is written into one of them, and crosses as a
 file descriptor and the offsets of its parts; the tensors of the reader are views of the segment. When the last of them
-is freed, a byte in the segment lets the loader process write another batch there.
-
-Segments are anonymous files (memfd of Linux): they do not count towards the limit of /dev/shm, and disappear with the
-processes. On other systems batches cross as torch sends them.
+is freed, a byte in the segment lets the loader process write another batch there. On other systems torch sends batches.
 """
 
 import io

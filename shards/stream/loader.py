@@ -128,10 +128,7 @@ def _unchanged(item: Any) -> Any:
 
 
 class _Item(NamedTuple):
-    """What a loader process sends: a batch, or the error that ends the stream, and its running totals.
-
-    A named tuple, because torch pins the memory of its elements.
-    """
+    """What a loader process sends: a batch, or the error that ends the stream; torch pins the elements of a tuple."""
 
     batch: Any
     error: UserError | None

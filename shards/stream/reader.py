@@ -72,14 +72,10 @@ class SampleReader:
             self.cache = None
 
     def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
-        """Yield (row, bytes) for every row, in the given order; `rows` may be endless.
+        """Yield (row, bytes) for every row of the index, in the given order; `rows` may be endless.
 
-        Args:
-            rows: rows of the index. None for a batch without a sample of this index, which bounds the search for more.
-            who: named in the log if storage stalls, such as "rank 0".
-
-        Raises:
-            SampleError: a sample cannot be read, or its bytes do not have the index's crc32 after repeated reads.
+        They are None for a batch without a sample of this index, which bounds the search for more. `who` is named in
+        the log if storage stalls. A SampleError is raised if a sample cannot be read, or its crc32 stays wrong.
         """
         plan = ReadPlan(self.index, iter(rows), self.read_ahead, self._is_cached)
         ranges: dict[int, _Range] = {}  # by row; rows that are in the cache have none

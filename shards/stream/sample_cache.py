@@ -9,9 +9,9 @@ There is one file per sample, in 256 folders, named by a hash of everything that
 dataset was built again, unchanged samples are still found and changed ones never are. A kill leaves a file whole or
 absent; what a crash of the machine damages, the reader detects by the crc32.
 
-A writer holds one lock (flock of `state`, released with its process), and counts the bytes of a sample before it writes
-them: the files are within the limit even if it is killed. A killed writer can leave one more sample, in `incoming`,
-which the next one overwrites. Readers take no lock.
+A writer holds one lock (flock of `state`), and counts the bytes of a sample before it writes them: the files are within
+the limit even if it is killed. It can then leave one more sample, in `incoming`, which the next one overwrites. Readers
+take no lock.
 
 When the disk is full, the samples with the lowest names are kept: a fixed random part of the dataset. A cache that
 holds a share f of it then serves f of every epoch; dropping the least recently used instead would serve
@@ -100,9 +100,8 @@ class SampleCache:
                 if file is not None and (state is None or state.nbytes > self.limit):
                     self._make_room(0).write(file)
         except OSError as error:
-            raise StorageError(
-                f"cache {self.directory}: cannot be used ({error.strerror}): give another folder, or none"
-            ) from error
+            message = f"cache {self.directory}: cannot be used ({error.strerror}): give another folder, or none"
+            raise StorageError(message) from error
 
     def key(self, index: Index, row: int) -> str:
         """Return the name of a sample: 32 hex digits, a hash of everything that the index says of its bytes."""
@@ -214,9 +213,8 @@ class SampleCache:
     def _give_up(self, what: str, error: OSError) -> None:
         if not self._broken:
             self._broken = True
-            log.warning(
-                "cache %s: %s (%s): the run continues, this process stores nothing more", self.directory, what, error
-            )
+            message = "cache %s: %s (%s): the run continues, this process stores nothing more"
+            log.warning(message, self.directory, what, error)
 
 
 def _lock(file: int) -> bool:

@@ -127,12 +127,10 @@ class Stream(IterableDataset[T]):
         return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
 
     def _open(self, datasets: Sequence[Dataset], split: str, weights: Sequence[float]) -> None:
-        """Make a reader per dataset.
-
-        Its read-ahead is two of its largest samples, one waiting while another is needed, and a share by weight.
-        """
+        """Make a reader per dataset."""
         self._source = f"{_roots(datasets)}, {split!r}"
         self.statistics = SampleStatistics()
+        # Of each, two of its largest samples, one waiting while another is needed, and a share of the rest by weight.
         least = [2 * int(index.nbytes.max(initial=0)) for index in self.order.indexes]
         rest = self.read_ahead - sum(least)
         if rest < 0 or self.read_ahead < 1:

@@ -1,5 +1,6 @@
 import os
 import pickle
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def answer(pipe, indexes):
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memfd needs Linux")
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_spawned_process_shares_the_arrays(method):
-    index = make_index(np.arange(1, COUNT + 1)).without_labels()
+    index = replace(make_index(np.arange(1, COUNT + 1)), labels=None)
     context = get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, (index, index)))
@@ -49,7 +50,7 @@ def test_a_spawned_process_shares_the_arrays(method):
 
 
 def test_an_index_can_be_pickled_whole_or_in_part():
-    index = make_index(np.arange(1, 101)).without_labels()
+    index = replace(make_index(np.arange(1, 101)), labels=None)
     part = index.take(np.array([3, 50, 99]))
     for one in (index, part, index.take(np.zeros(0, np.int64))):
         assert same(pickle.loads(pickle.dumps(one)), one)  # noqa: S301 (bytes that this test made)

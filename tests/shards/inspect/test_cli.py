@@ -87,7 +87,7 @@ def test_a_closed_pipe_ends_the_command_quietly(root: str, options: list[str], u
     delete_shards(root)  # --verify has lines to print
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "shards.inspect.cli", root, *options]
+    command = [sys.executable, "-m", "maskstream", "inspect", root, *options]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)

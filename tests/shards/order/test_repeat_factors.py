@@ -98,7 +98,7 @@ def test_only_selected_classes_count_and_labels_are_needed():
     chosen = replace(rare_ones(), category_ids={1: 1, 2: 2})
     assert repeat_factors(chosen, 0.5).max() / UNIT == pytest.approx(sqrt(0.5 / (1 / 20)))
     with pytest.raises(DatasetError, match="need an index with labels"):
-        repeat_factors(chosen.without_labels(), 0.5)
+        repeat_factors(replace(chosen, labels=None), 0.5)
 
 
 def test_the_order_with_repeats_is_pinned():
