@@ -3,7 +3,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -89,14 +88,6 @@ def test_an_image_that_cannot_be_read_is_skipped_and_a_thin_one_is_not(
     entries = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
     assert [(entry["picture"], entry["width"]) for entry in entries] == [("thin.jpg", 600), ("street.jpg", 72)]
     assert all((tmp_path / "out" / entry["picture"]).exists() for entry in entries)
-
-
-def test_images_checkpoint_and_out_can_be_urls(checkpoint: Path, images: list[Path], tmp_path: Path) -> None:
-    root = Location(f"memory://{tmp_path.name}")
-    (root / "in.jpg").write(images[0].read_bytes())
-    shutil.copytree(checkpoint, tmp_path / "run")
-    predicted(f"file://{tmp_path}/run", root / "out", root / "in.jpg")
-    assert (root / "out" / "in.jpg").exists()
 
 
 def test_picture_names_are_unique(tmp_path: Path) -> None:

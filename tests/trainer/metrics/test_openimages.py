@@ -39,7 +39,10 @@ def aps(*pairs: Pair, parents: Parents | None = None) -> list[float | None]:
 
 
 TWO = (instance(PERSON, A), instance(PERSON, B))
-B_UNMASKED = (instance(PERSON, A), instance(PERSON, B, mask=False))
+OVERLAPPING = (instance(PERSON, A), instance(PERSON, (0, 1, 10, 10)))
+B_UNMASKED, A_UNMASKED_AND_A = (TWO[0], instance(PERSON, B, mask=False)), (instance(PERSON, A, mask=False), TWO[0])
+B_NO_PIXEL = (TWO[0], replace(TWO[1], segmentation=NO_PIXEL))
+IN_A_GROUP = (instance(PERSON, D), instance(PERSON, (15, 15, 25, 25), mask=False, group=True))
 # Annotations, detections, AP, and the outcome of each detection by descending score.
 CASES = {
     "all found": (TWO, persons(A, B), 1, "right right"),
@@ -50,33 +53,13 @@ CASES = {
     "IoU of half is enough": (TWO[:1], persons((0, 0, 5, 10)), 1, "right"),
     "IoU below half": (TWO[:1], persons((0, 0, 10, 4)), 0, "wrong"),
     "found once, by the best score": (TWO, found((PERSON, A, 0.8), (PERSON, A, 0.9)), 1 / 2, "right wrong"),
-    "only the largest overlap counts, as in VOC": (
-        (instance(PERSON, (0, 0, 10, 10)), instance(PERSON, (0, 1, 10, 10))),
-        persons((0, 0, 10, 10), (0, 0, 10, 9)),
-        1 / 2,
-        "right wrong",
-    ),
+    "only the largest overlap counts, as in VOC": (OVERLAPPING, persons(A, (0, 0, 10, 9)), 1 / 2, "right wrong"),
     "an object without a mask is not in the recall": (B_UNMASKED, persons(A), 1, "right"),
     "one detection of it is ignored": (B_UNMASKED, persons(B, B, A), 1 / 2, "unmasked wrong right"),
-    "masks are matched before boxes": (
-        (instance(PERSON, A, mask=False), instance(PERSON, A)),
-        persons(A, A, A),
-        1,
-        "right unmasked wrong",
-    ),
-    "an annotated mask without a pixel is none": (
-        (TWO[0], replace(TWO[1], segmentation=NO_PIXEL)),
-        persons(B, A),
-        1,
-        "unmasked right",
-    ),
+    "masks are matched before boxes": (A_UNMASKED_AND_A, persons(A, A, A), 1, "right unmasked wrong"),
+    "an annotated mask without a pixel is none": (B_NO_PIXEL, persons(B, A), 1, "unmasked right"),
     "a detection without a pixel": (TWO[:1], replace(persons(C), masks=(NO_PIXEL,)), 0, ""),
-    "an object inside a group": (
-        (instance(PERSON, D), instance(PERSON, (15, 15, 25, 25), mask=False, group=True)),
-        persons(D, D),
-        1,
-        "right group",
-    ),
+    "an object inside a group": (IN_A_GROUP, persons(D, D), 1, "right group"),
 }
 
 

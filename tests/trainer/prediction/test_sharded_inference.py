@@ -97,7 +97,7 @@ def test_predict_reads_and_writes_a_bucket(
 ) -> None:
     s3.upload(dataset, f"{bucket}/data")
     out = Location(f"s3://{bucket}/found")
-    command = ["--checkpoint", str(checkpoint), "--score", "0.1", "--submission", "--pictures"]
+    command = ["--checkpoint", f"file://{checkpoint}", "--score", "0.1", "--submission", "--pictures"]
     on_shards = [*command, "--data.shards", f"s3://{bucket}/data", "--data.workers", "2", "--part-images", "1"]
     on_shards += ["--batch-size", "2", "--out", str(out)]
     assert predict.main(on_shards) == 0
@@ -117,8 +117,8 @@ def test_predict_reads_and_writes_a_bucket(
 
     # A folder and a glob of the bucket are images as well.
     for asked, expected in (("pictures", pictures), ("pictures/*1.jpg", [p for p in pictures if p.endswith("1.jpg")])):
-        assert predict.main([*command, f"{out}/{asked}", "--out", str(tmp_path / "again")]) == 0
-        found = json.loads((tmp_path / "again" / "predictions.json").read_text())["images"]
+        assert predict.main([*command, f"{out}/{asked}", "--out", f"{out}/again"]) == 0
+        found = json.loads((out / "again/predictions.json").read())["images"]
         assert [entry["file_name"] for entry in found] == [f"{out}/{name}" for name in sorted(expected)]
 
 

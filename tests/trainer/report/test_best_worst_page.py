@@ -13,6 +13,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Sample
 from tests.browser import console, press, requests, resize
 from tests.trainer import tiny
+from tests.trainer.metrics import scenes
 from trainer.metrics.openimages import match
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
@@ -176,14 +177,9 @@ def test_images_are_sorted_by_f1_then_by_counts() -> None:
 
 
 def test_outcome_captions() -> None:
-    masked = next(one for one in tiny.draw_sample(3).instances if one.segmentation is not None)
-    sample = replace(tiny.draw_sample(3), instances=(masked,), verified_present=(), verified_absent=())
-    assert masked.segmentation is not None
-    x, y, w, h = masked.bbox
-    own, other = masked.category_id, 3 - masked.category_id
-    boxes, scores = np.array([(x, y, x + w, y + h)] * 3, np.float32), np.array([0.9, 0.8, 0.7], np.float32)
-    found = Detections(boxes, np.array([own, own, other]), scores, (masked.segmentation,) * 3)
-    image = EvaluatedImage(sample, found)
-    names = {one.id: one.name for one in tiny.CATEGORIES}
-    captions = outcome_captions(found, match(image, {}), tiny.CATEGORIES)
-    assert captions == [f"{names[own]} 0.90", f"{names[own]} 0.80 wrong", f"({names[other]} 0.70)"]
+    person, car, _ = scenes.CATEGORIES
+    box = (20.0, 20.0, 50.0, 50.0)
+    found = scenes.found((person.id, box, 0.9), (person.id, box, 0.8), (car.id, box, 0.7))
+    matches = match(EvaluatedImage(scenes.sample(scenes.instance(person.id, box)), found), {})
+    captions = outcome_captions(found, matches, scenes.CATEGORIES)
+    assert captions == ["Person 0.90", "Person 0.80 wrong", "(Car 0.70)"]
