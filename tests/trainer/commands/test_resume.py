@@ -77,22 +77,3 @@ def test_resume_continues_its_own_run_or_starts_from_a_named_checkpoint(
     status, line = run("one", 3, "--train.stages", "[{layers: heads, epochs: 4}]")
     assert status == 2
     assert "train.layers (at step 3) 'all', now it is 'heads'" in line
-
-
-def test_a_run_folder_of_other_settings_is_refused(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert train.main(tiny.arguments(dataset, run, **QUICK)) == 0
-    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for changes, difference in (
-        ({"model__fpn_channels": 24}, "model.fpn_channels 16, now it is 24"),
-        ({"data__batch_size": 3}, "data.batch_size 2, now it is 3"),
-        ({"train__seed": 5}, "train.seed 0, now it is 5"),
-        ({"data__shards": tiny.write_dataset(tmp_path / "other", samples=20)}, "data.shards"),
-    ):
-        assert train.main(tiny.arguments(dataset, run, **QUICK | changes)) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert difference in error
-        assert "give another --run.dir" in error
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,29 +29,38 @@ def test_a_run_folder_in_a_bucket_that_does_not_exist_is_reported_before_anythin
     assert capsys.readouterr().err.startswith(f"train: error: {message}")
 
 
-def test_a_run_on_part_of_a_dataset(
+def test_a_run_on_part_of_a_dataset_and_settings_with_which_it_does_not_resume(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    part = {"data__classes": "[Disc]", "data__fraction": 0.7, "data__repeat_threshold": 0.9}
+    run = tmp_path / "run"
+    part: dict[str, Any] = {"data__classes": "[Disc]", "data__fraction": 0.7, "data__repeat_threshold": 0.9}
     part["train__steps_per_epoch"] = 1
     with caplog.at_level(logging.INFO, logger="trainer"):
-        assert train.main(tiny.arguments(dataset, tmp_path, **part)) == 0
+        assert train.main(tiny.arguments(dataset, run, **part)) == 0
     assert "training on Disc: objects of the dataset's other classes are background" in caplog.text
-    state = open_checkpoint(str(tmp_path))
+    state = open_checkpoint(str(run))
     assert [(category.id, category.name) for category in state.categories] == [(2, "Disc")]
     assert state.order["repeat_threshold"] == 0.9
-    [row] = tiny.rows(tmp_path / "evaluations.jsonl")
+    [row] = tiny.rows(run / "evaluations.jsonl")
     assert row["images"] == len(open_dataset(str(dataset)).select(classes=["Disc"]).index("val"))
     # The evaluation of the checkpoint selects the same classes.
-    assert evaluate.main(["--checkpoint", str(tmp_path), "--data.split", "val", "--data.workers", "0"]) == 0
+    assert evaluate.main(["--checkpoint", str(run), "--data.split", "val", "--data.workers", "0"]) == 0
 
+    # Other settings are refused.
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for change, message in (
         ({"data__fraction": 0.9}, "data.fraction"),
         ({"data__repeat_threshold": 0.5}, "data.repeat_threshold 0.9, now it is 0.5"),
         ({"data__classes": "[]"}, "classes {2: 'Disc'}, now it is"),
+        ({"data__batch_size": 3}, "data.batch_size 2, now it is 3"),
+        ({"data__shards": tiny.write_dataset(tmp_path / "other", samples=20)}, "data.shards"),
+        ({"model__fpn_channels": 24}, "model.fpn_channels 16, now it is 24"),
+        ({"train__seed": 5}, "train.seed 0, now it is 5"),
     ):
-        assert train.main(tiny.arguments(dataset, tmp_path, **(part | change))) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert train.main(tiny.arguments(dataset, run, **(part | change))) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert (message in error, "give another --run.dir" in error) == (True, True), error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
 def test_a_run_folder_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
