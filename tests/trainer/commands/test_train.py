@@ -1,4 +1,7 @@
-"""The command train: its input, what it trains on, and the files of a run."""
+"""The command train: what it trains on, the files of a run, and how it resumes.
+
+`test_two_ranks.py` shows that a resumed run equals an uninterrupted one.
+"""
 
 import csv
 import io
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
@@ -15,7 +19,7 @@ from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import evaluate, predict, train
 from trainer.config.yaml_config import load_config
-from trainer.model.checkpoint import open_checkpoint
+from trainer.model.checkpoint import load, open_checkpoint
 from trainer.run.distributed import tracker_folder
 
 
@@ -63,18 +67,30 @@ def test_a_run_on_part_of_a_dataset_and_settings_with_which_it_does_not_resume(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
-def test_a_run_folder_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_on_an_object_store_continues_with_more_epochs_and_new_settings(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Location(f"memory://{tmp_path.name}/run")
-    for epochs in (1, 2):
-        changes = {"run__dir": run, "run__pictures": 2, "run__trackers": "[tensorboard]"}
-        arguments = tiny.arguments(dataset, tmp_path, train__epochs=epochs, train__steps_per_epoch=1, **changes)
-        assert train.main(arguments) == 0
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read().splitlines()]
-        assert [row["step"] for row in rows] == list(range(1, epochs + 1))
+    metrics, evaluations = run / "metrics.jsonl", run / "evaluations.jsonl"
+    settings = {"run__dir": run, "run__pictures": 2, "run__trackers": "[tensorboard]", "train__steps_per_epoch": 1}
+
+    def train_until(epochs: int, **changes: Any) -> None:
+        changes |= settings | {"train__epochs": epochs}
+        assert train.main(tiny.arguments(dataset, tmp_path, **changes)) == 0
         assert load_config(f"{run}/config.yaml").train.epochs == epochs
+        for file in (metrics, evaluations):
+            assert [json.loads(line)["step"] for line in file.read().splitlines()] == list(range(1, epochs + 1))
+
+    train_until(1)
+    train_until(2, optim__momentum=0.5, optim__weight_decay=0.25)
+    optimizer = load(run / "checkpoints/step-000002").optimizer
+    assert optimizer is not None
+    [group] = optimizer["param_groups"]
+    assert (group["momentum"], group["weight_decay"], bool(optimizer["state"])) == (0.5, 0.25, True)
     assert open_checkpoint(run.url).step == 2
     assert open_checkpoint(f"{run}/best").step in (1, 2)
     table = list(csv.DictReader(io.StringIO((run / "metrics.csv").read().decode())))
+    rows = [json.loads(line) for line in metrics.read().splitlines()]
     assert [float(row["loss_mask"]) for row in table] == [row["losses"]["loss_mask"] for row in rows]
     assert (run / "curves.png").read().startswith(b"\x89PNG")
     files = [str(name).partition("/run/")[2] for name in run.fs.find(run.path)]
@@ -82,6 +98,14 @@ def test_a_run_folder_on_an_object_store(dataset: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         assert [name for name in files if name.startswith(f"pictures/step-{step:06d}/img10")]
     assert not Path(tracker_folder(run)).exists()
+
+    # A finished run repeats an evaluation that was interrupted.
+    before = metrics.read(), evaluations.read()
+    evaluations.write(before[1][: before[1].index(b"\n") + 20])
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        train_until(2)
+    assert "is finished (2 steps): raise train.epochs to continue it" in caplog.text
+    assert (metrics.read(), evaluations.read()) == before
 
 
 def test_predict_processes_images_without_the_classes_of_the_network(dataset: Path, tmp_path: Path) -> None:
@@ -102,3 +126,42 @@ def test_weights_of_other_classes_are_loaded_without_their_class_specific_layers
     assert train.main(options) == 0
     assert "class 2 is 'Ring' here and 'Disc' there" in caplog.text
     assert [category.name for category in open_checkpoint(str(tmp_path)).categories] == ["Square", "Ring"]
+
+
+def test_resume_continues_its_own_run_or_starts_from_a_named_checkpoint(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, epochs: int, *more: str) -> tuple[int, str]:
+        settings = {"train__epochs": epochs, "train__steps_per_epoch": 1, "train__keep_checkpoints": 9}
+        words = tiny.arguments(dataset, tmp_path / name, **settings, data__val_split="")
+        status = train.main([*words, *more])
+        return status, (capsys.readouterr().err.splitlines() or [""])[-1]
+
+    error = f"train: error: {tmp_path}/one: there is no checkpoint to resume: "
+    status, line = run("one", 2, "--resume")
+    assert status == 2
+    assert line.startswith(error)
+    assert run("one", 2)[0] == 0
+    assert run("one", 3, "--resume")[0] == 0
+    assert len(tiny.rows(tmp_path / "one/metrics.jsonl")) == 3
+
+    # A run in another folder starts from a given checkpoint, and then resumes from its own.
+    first = str(tmp_path / "one/checkpoints/step-000001")
+    assert run("two", 2, "--resume", first)[0] == 0
+    assert run("two", 3, "--resume", first)[0] == 0
+    assert tiny.rows(tmp_path / "two/metrics.jsonl")[0]["step"] == 2
+    one, two = (open_checkpoint(str(tmp_path / name)).weights for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    # It evaluates the checkpoint if an evaluation is due, before it has a step of its own to draw.
+    assert run("three", 2, "--resume", first, "--data.val_split", "val")[0] == 0
+    assert [row["step"] for row in tiny.rows(tmp_path / "three/evaluations.jsonl")] == [1, 2]
+    assert (tmp_path / "three/curves.png").exists()
+
+    status, line = run("one", 3, "--resume", first)
+    assert status == 2
+    assert f"beyond {first}" in line
+    assert "to step 3: give another --run.dir" in line
+
+    status, line = run("one", 3, "--train.stages", "[{layers: heads, epochs: 4}]")
+    assert status == 2
+    assert "train.layers (at step 3) 'all', now it is 'heads'" in line
