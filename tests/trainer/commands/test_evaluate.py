@@ -14,11 +14,15 @@ from trainer.commands import evaluate
 FILES = {"evaluation.json", "classes.csv", "curves.png", "confusion.csv", "confusion.png", "images.html"}
 
 
-def test_evaluate_prints_a_table_and_writes_all_files(
-    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_prints_a_table_and_writes_all_files_also_with_other_thresholds_and_a_hierarchy(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    command = ["--checkpoint", str(checkpoint), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.SETTINGS, "model.score_threshold", 0.7)
+        tiny.write_checkpoint(run, dataset)
+    out = run / "evaluation-val"
+    command = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0"]
     assert evaluate.main([*command, "--score", "0.2", "--pictures", "2"]) == 0
     table = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == FILES
@@ -26,12 +30,18 @@ def test_evaluate_prints_a_table_and_writes_all_files(
     assert (value["split"], value["step"], value["images"]) == ("val", 1, 5)
     assert (value["score_threshold"], value["detections_per_image"]) == (0.05, 20)
     assert value["masks"] < value["boxes"]
-    assert f"{value['boxes']} objects, {value['masks']} with a mask" in table
     for kind in ("bbox", "segm", "open_images"):
         assert [entry["name"] for entry in value[kind]["classes"]] == ["Square", "Disc"]
         assert 0 <= value[kind]["ap"] <= 1
-    for word in ("boxes", "masks", "Square", "Disc", "AP50", "AR100", "Open Images", "evaluation.json"):
-        assert word in table
+    objects = [entry["objects"] for entry in value["segm"]["classes"]]
+    assert [entry["objects"] for entry in value["open_images"]["classes"]] == objects
+    for words in (
+        f"{value['boxes']} objects, {value['masks']} with a mask",
+        "scores of 0.05 or more, NMS at 0.5, at most 20 detections per image",
+        "the checkpoint's own: score_threshold 0.7",
+        *("boxes", "masks", "Square", "Disc", "AP50", "AR100", "Open Images", "evaluation.json"),
+    ):
+        assert words in table
     rows = list(csv.DictReader(io.StringIO((out / "classes.csv").read_text())))
     assert [row["mid"] for row in rows] == ["/m/sq", "/m/di"]
     assert sum(int(row["masks"]) for row in rows) == value["masks"]
@@ -43,32 +53,16 @@ def test_evaluate_prints_a_table_and_writes_all_files(
             assert np.asarray(picture.convert("L")).std() > 10
     assert (out / "images.html").read_text().count("<figure>") >= 2
 
-
-def test_evaluate_with_other_thresholds_and_a_hierarchy(
-    checkpoint: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.SETTINGS, "model.score_threshold", 0.7)
-        tiny.write_checkpoint(run, dataset)
-    command = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0", "--pictures", "0"]
-    assert evaluate.main(command) == 0
-    low = json.loads((run / "evaluation-val" / "evaluation.json").read_text())
-    text = capsys.readouterr().out
-    assert "scores of 0.05 or more, NMS at 0.5, at most 20 detections per image" in text
-    assert "the checkpoint's own: score_threshold 0.7" in text
-    objects = [entry["objects"] for entry in low["segm"]["classes"]]
-    assert [entry["objects"] for entry in low["open_images"]["classes"]] == objects
     tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
-    command += ["--hierarchy", str(tmp_path / "tree.json")]
+    command += ["--pictures", "0", "--hierarchy", str(tmp_path / "tree.json")]
     assert evaluate.main([*command, "--score-threshold", "0.7", "--detections", "3"]) == 0
-    high = json.loads((run / "evaluation-val" / "evaluation.json").read_text())
-    assert (high["score_threshold"], high["detections_per_image"]) == (0.7, 3)
-    assert high["detections"] < low["detections"]
-    assert low["detections"] > 3 * low["images"]
-    assert high["parents"] == {"2": [1]}
-    assert [entry["objects"] for entry in high["open_images"]["classes"]] == [high["masks"], objects[1]]
+    other = json.loads((out / "evaluation.json").read_text())
+    assert (other["score_threshold"], other["detections_per_image"]) == (0.7, 3)
+    assert other["detections"] < value["detections"]
+    assert value["detections"] > 3 * value["images"]
+    assert other["parents"] == {"2": [1]}
+    assert [entry["objects"] for entry in other["open_images"]["classes"]] == [other["masks"], objects[1]]
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_reported_before_the_evaluation(
