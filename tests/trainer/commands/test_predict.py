@@ -139,18 +139,6 @@ def test_find_images_returns_each_image_once(
     check_image_ids(find_images(["in", first]))
 
 
-def test_predict_a_folder_without_pictures_and_without_detections_below_the_score(
-    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    value = predicted(checkpoint, out, "--score", 1, "--no-pictures", images[0].parent)
-    assert [path.name for path in out.iterdir()] == ["predictions.json"]
-    assert [sorted(entry) for entry in value["images"]] == [["file_name", "height", "id", "width"]] * 2
-    assert value["annotations"] == []
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(": ")[2] for line in lines] == ["0 objects", "0 objects", "0 objects in 2 images"]
-
-
 def test_images_under_a_launcher_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,11 +157,17 @@ def test_submission(checkpoint: Path, images: list[Path], tmp_path: Path, capsys
     predicted(checkpoint, out, *words, "--score", 0.1, "--hierarchy", tmp_path / "tree.json", *images[:2])
     assert read_submission(out / "submission.csv") == submission_of(coco, {1: ["/m/sq"], 2: ["/m/di", "/m/sq"]})
 
-    predicted(checkpoint, out, *words, "--score", 1, images[0])
-    rows = (out / "submission.csv").read_text().splitlines()
-    assert rows == ["ImageID,ImageWidth,ImageHeight,PredictionString", "street,72,60,"]
-
+    # A folder without a detection above the score.
     capsys.readouterr()
+    coco = predicted(checkpoint, out, *words, "--score", 1, images[0].parent)
+    rows = (out / "submission.csv").read_text().splitlines()
+    assert rows == ["ImageID,ImageWidth,ImageHeight,PredictionString", "grey,72,60,", "street,72,60,"]
+    assert {path.name for path in out.iterdir()} == {"predictions.json", "submission.csv"}
+    assert [sorted(entry) for entry in coco["images"]] == [["file_name", "height", "id", "width"]] * 2
+    assert coco["annotations"] == []
+    lines = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["0 objects", "0 objects", "0 objects in 2 images"]
+
     assert predict.main(["--checkpoint", str(checkpoint), "--out", str(out), *words, *map(str, images)]) == 2
     assert "would both have the ImageID street" in capsys.readouterr().err
     with pytest.raises(UserError, match="class Kite has no MID"):
