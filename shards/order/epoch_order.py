@@ -80,7 +80,9 @@ class Order:
         self.settings = settings
         self.samples = len(index)
         self.fingerprint = index.fingerprint
-        self._units = repeat_factors(index, settings.repeat_threshold) if settings.repeat_threshold else None
+        self._units: NDArray[np.int64] | None = None
+        if settings.repeat_threshold:
+            self._units = np.rint(repeat_factors(index, settings.repeat_threshold) * UNIT).astype(np.int64)
         # Samples that every epoch visits, leftovers included; with repeat factors an epoch may visit one more.
         self.visits = self.samples if self._units is None else int(self._units.sum()) // UNIT
         if self.visits < settings.batch_size:

@@ -22,8 +22,8 @@ from shards.format.index import Index
 UNIT = 2**20  # one visit, in the units in which factors are summed
 
 
-def repeat_factors(index: Index, threshold: float) -> NDArray[np.int64]:
-    """Return how often each sample is visited on average, at least once: int64 [N], in units of 1 / `UNIT`.
+def repeat_factors(index: Index, threshold: float) -> NDArray[np.float64]:
+    """Return how often each sample is visited on average, float64 [N], at least 1.
 
     `threshold`, t, is above 0 and at most 1. If classes are selected, only these count. A DatasetError is raised if the
     index has no labels.
@@ -40,7 +40,7 @@ def repeat_factors(index: Index, threshold: float) -> NDArray[np.int64]:
     of_class[present] = np.maximum(1, np.sqrt(threshold / share[present]))
     factors = np.ones(len(index))
     np.maximum.at(factors, samples, of_class[classes])
-    return np.rint(factors * UNIT).astype(np.int64)
+    return factors
 
 
 def rounded(units: NDArray[np.int64], key: np.uint64) -> NDArray[np.int64]:
