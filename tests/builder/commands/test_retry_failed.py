@@ -25,32 +25,29 @@ class World:
     """A mirror that tests can damage and repair; `damage` breaks two images and a mask of a third."""
 
     def __init__(self, scenes: SceneTruth, folder: Path) -> None:
-        self.scenes, self.images, self.annotations = scenes, folder / "images", folder / "annotations"
+        self.copies = ((scenes.images, folder / "images"), (scenes.annotations, folder / "annotations"))
         self.repair()
-        self.source = OpenImages(source_location(str(self.images)), source_location(str(self.annotations)))
+        images, annotations = (source_location(str(copy)) for _, copy in self.copies)
+        self.source = OpenImages(images, annotations)
+
+    def repair(self) -> None:
+        for original, copy in self.copies:
+            shutil.copytree(original, copy, dirs_exist_ok=True)
 
     def damage(self, whole: Path) -> dict[str, str]:
         """Break files, and return image id or name of a mask -> expected status."""
-        accounts = accounts_of(whole)
+        accounts, images = accounts_of(whole), Path(self.source.images.url) / "train"
         ids = [row["image_id"] for row in accounts if row["kind"] == "image"]
-        (self.images / "train" / f"{ids[1]}.jpg").unlink()
-        (self.images / "train" / f"{ids[6]}.jpg").write_bytes(b"<html>")
+        (images / f"{ids[1]}.jpg").unlink()
+        (images / f"{ids[6]}.jpg").write_bytes(b"<html>")
         mask = next(row for row in accounts if row["kind"] == "mask" and row["image_id"] not in (ids[1], ids[6]))
-        self._flip(mask["source"], mask["image_id"])
-        return {ids[1]: "image-missing", ids[6]: "image-undecodable", mask["source"]: "mask-undecodable"}
-
-    def repair(self) -> None:
-        shutil.copytree(self.scenes.images / "train", self.images / "train", dirs_exist_ok=True)
-        shutil.copytree(self.scenes.annotations, self.annotations, dirs_exist_ok=True)
-
-    def _flip(self, name: str, image_id: str) -> None:
-        """Invert a byte of a mask in its zip, but not in the zip's directory."""
-        path = Path(self.source.mask_zip("train", image_id).url)
+        name, path = mask["source"], Path(self.source.mask_zip("train", mask["image_id"]).url)
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(name)
         data = bytearray(path.read_bytes())
-        data[info.header_offset + 30 + len(name) + info.compress_size // 2] ^= 0xFF
-        path.write_bytes(bytes(data))
+        data[info.header_offset + 30 + len(name) + info.compress_size // 2] ^= 0xFF  # in the mask, not in the directory
+        path.write_bytes(data)
+        return {ids[1]: "image-missing", ids[6]: "image-undecodable", name: "mask-undecodable"}
 
 
 @pytest.fixture

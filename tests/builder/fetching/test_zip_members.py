@@ -21,10 +21,8 @@ from demo.s3server import S3Server
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
 
-
-def contents(count: int = 40) -> dict[str, bytes]:
-    rng = np.random.default_rng(3)
-    return {f"{n:016x}_m01jfm__{n}.png": rng.bytes(int(rng.integers(0, 3000))) + b"\0" * 500 for n in range(count)}
+RANDOM = np.random.default_rng(3)
+CONTENTS = {f"{n:016x}_m01jfm__{n}.png": RANDOM.bytes(int(RANDOM.integers(0, 3000))) + b"\0" * 500 for n in range(40)}
 
 
 def write_zip(
@@ -32,7 +30,7 @@ def write_zip(
 ) -> Location:
     path.write_bytes(prefix)
     with zipfile.ZipFile(path, "a", method) as archive:
-        for name, data in contents().items():
+        for name, data in CONTENTS.items():
             with archive.open(name, "w", force_zip64=zip64) as file:
                 file.write(data)
         archive.comment = comment
@@ -43,11 +41,11 @@ def write_zip(
 @pytest.mark.parametrize(("zip64", "comment"), [(False, b"c" * 60000), (True, b"")])
 def test_members_are_what_zipfile_reads(tmp_path: Path, method: int, zip64: bool, comment: bytes) -> None:
     location = write_zip(tmp_path / "m.zip", method, zip64=zip64, comment=comment)
-    wanted = list(contents())[::3]
+    wanted = list(CONTENTS)[::3]
     found = locate_members({location: [*wanted, "not there.png"]})
     assert sorted(found) == sorted(wanted)
     meter = Meter()
-    assert read_members([found[name] for name in wanted], meter=meter) == [contents()[name] for name in wanted]
+    assert read_members([found[name] for name in wanted], meter=meter) == [CONTENTS[name] for name in wanted]
     assert meter.total.nbytes <= Path(location.path).stat().st_size
 
 
@@ -59,36 +57,28 @@ def test_zip64_end_records_prefixes_and_descriptors_are_read(tmp_path: Path, mon
     with open(tmp_path / "stream.zip", "wb") as file:  # not seekable: the sizes follow the data, in descriptors
         stream = Mock(write=file.write, flush=file.flush, spec=["write", "flush"])
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in contents().items():
+            for name, data in CONTENTS.items():
                 archive.writestr(name, data)
     for location in (prefixed, zip64, Location(str(tmp_path / "stream.zip"))):
-        found = locate_members({location: contents()})
-        assert read_members(list(found.values())) == [contents()[name] for name in found]
+        found = locate_members({location: CONTENTS})
+        assert read_members(list(found.values())) == [CONTENTS[name] for name in found]
         assert len(found) == 40
 
 
-@pytest.fixture(scope="module")
-def stored(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Location:
-    """A zip of `contents` in a bucket of its own, stored without compression."""
-    path = tmp_path_factory.mktemp("zip") / "m.zip"
-    write_zip(path, zipfile.ZIP_STORED)
-    s3.make_bucket("zip-members")
-    s3.upload(path.parent, "zip-members")
-    return Location("s3://zip-members/m.zip")
-
-
 def test_members_are_read_over_s3_and_http_and_damaged_ones_again(
-    s3: S3Server, stored: Location, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for location in (Location(f"{s3.endpoint_url}/zip-members/m.zip"), stored):
-        found = locate_members({location: contents()})
-        assert read_members(list(found.values())) == [contents()[name] for name in found]
+    write_zip(tmp_path / "m.zip", zipfile.ZIP_STORED)
+    s3.upload(tmp_path, bucket)
+    for location in (Location(f"{s3.endpoint_url}/{bucket}/m.zip"), Location(f"s3://{bucket}/m.zip")):
+        found = locate_members({location: CONTENTS})
+        assert read_members(list(found.values())) == [CONTENTS[name] for name in found]
     with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=2)]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         meter = Meter()
-        assert read_members(list(found.values()), meter=meter) == [contents()[name] for name in found]
+        assert read_members(list(found.values()), meter=meter) == [CONTENTS[name] for name in found]
     assert meter.total.requests == 3  # all members in one range, then the damaged one twice
-    assert meter.total.nbytes < sum(map(len, contents().values())) * 1.5
+    assert meter.total.nbytes < sum(map(len, CONTENTS.values())) * 1.5
 
 
 def test_an_empty_zip_contains_nothing_and_other_files_are_errors(tmp_path: Path) -> None:
@@ -105,18 +95,12 @@ def test_an_empty_zip_contains_nothing_and_other_files_are_errors(tmp_path: Path
         locate_members({Location(str(tmp_path / "gone.zip")): ["a.png"]})
 
 
-def one_member() -> tuple[bytes, Member]:
-    buffer = io.BytesIO()
-    data = b"mask" * 100
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("m.png", data)
-        info = archive.infolist()[0]
-        end = archive.start_dir
-    return buffer.getvalue()[:end], Member("z", "m.png", 0, end, 8, info.CRC, info.compress_size, len(data))
-
-
 def test_extract_names_the_damage() -> None:
-    data, member = one_member()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m.png", b"mask" * 100)
+        [info], end = archive.infolist(), archive.start_dir
+    data, member = buffer.getvalue()[:end], Member("z", "m.png", 0, end, 8, info.CRC, info.compress_size, 400)
     assert extract(data, member) == b"mask" * 100
     faults = {
         "no room": (data[:20], member),

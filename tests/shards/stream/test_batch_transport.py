@@ -142,7 +142,6 @@ def test_memory_is_bounded_and_reused(local: Dataset) -> None:
 
 
 def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[dict[str, Any]]) -> None:
-    wanted = expected[60]
     reader = iter(batches(local, 1))
     assert sum(1 for _ in itertools.islice(reader, 60)) == 60  # until each segment is large enough for any batch
     held = [next(reader)]
@@ -154,5 +153,5 @@ def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[d
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert sum(1 for _ in itertools.islice(reader, 10)) == 10
-    assert same(held[0], wanted)
+    assert same(held[0], expected[60])
     reader.close()
