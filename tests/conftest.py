@@ -3,15 +3,18 @@
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import s3fs
 from hypothesis import settings
 
+from demo.s3proxy import Fault, S3Proxy
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
 from tests.browser import MISSING, chromium
+from tests.support import Proxied
 
 # Examples have no deadline, because the machine may be busy, and are the same in every run.
 settings.register_profile("maskstream", deadline=None, derandomize=True)
@@ -92,6 +95,28 @@ def bucket(s3: S3Server) -> Iterator[str]:
     s3.make_bucket(name)
     yield name
     s3.filesystem().rm(name, recursive=True)
+
+
+@pytest.fixture
+def proxied(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Proxied:
+    """Start a proxy with faults, through which this process, and loader processes forked from it, read S3.
+
+    `timeout_s` is the read timeout: short only for faults that stall, because a busy machine exceeds a short one by
+    itself. `attempts` is the number of failures in a row after which a read is given up.
+    """
+
+    @contextmanager
+    def start(*faults: Fault, timeout_s: float = 60, attempts: int = 5, **options: Any) -> Iterator[S3Proxy]:
+        with S3Proxy(s3.endpoint_url, faults, **options) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+            monkeypatch.setattr("shards.storage.location._instances", {})
+            monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", timeout_s)
+            monkeypatch.setattr("shards.storage.ranges.ATTEMPTS", attempts)
+            monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+            monkeypatch.setattr("shards.common.back_off.SCALE", 0.05)
+            yield proxy
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import ANNOTATIONS, IMAGES, accounts_of, build, quotas, s3_mirror, tree
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, Proxied
 
 PER_CLASS = 12
 CHOICE = quotas(("Person", "Car", "Traffic light", "Traffic sign"), PER_CLASS, 0, images_per_shard=3)
@@ -27,20 +28,12 @@ TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate
 
 
 @pytest.fixture
-def through(s3_scenes: SceneTruth, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[S3Proxy], None]:
-    """Return a function that points this process at a proxy, with short time limits and an empty cache."""
-
-    def point(proxy: S3Proxy) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr("shards.storage.location._instances", {})
-        # The objects of Open Images have no checksums; those of the test do.
-        monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", 0.5)
-        monkeypatch.setattr("shards.common.back_off.SCALE", 0.02)
-        monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
-
-    return point
+def faulty(s3_scenes: SceneTruth, proxied: Proxied, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Proxied:
+    """The fixture `proxied` with a short time limit and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # The objects of Open Images have no checksums; those of the test do.
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    return partial(proxied, timeout_s=0.5)
 
 
 @pytest.fixture
@@ -69,11 +62,9 @@ def s3_files(s3: S3Server, root: str, to: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_transient_faults_at_sources_and_target_do_not_change_the_dataset(
-    s3: S3Server, target: str, unbroken: Path, through: Callable, tmp_path: Path
+    s3: S3Server, target: str, unbroken: Path, faulty: Proxied, tmp_path: Path
 ) -> None:
-    faults = [Fault(kind, share=0.04) for kind in TRANSIENT]
-    with S3Proxy(s3.endpoint_url, faults) as proxy:
-        through(proxy)
+    with faulty(*(Fault(kind, share=0.04) for kind in TRANSIENT)) as proxy:
         summary = build(s3_mirror(), CHOICE, Location(f"s3://{target}/out"))
     assert set(proxy.counters.faults) == set(TRANSIENT)
     assert summary.failures == ()
@@ -82,7 +73,7 @@ def test_transient_faults_at_sources_and_target_do_not_change_the_dataset(
 
 @pytest.mark.parametrize("damaged", [r"\.jpg$", r"\.zip$", r"/out/"], ids=["images", "masks", "target"])
 def test_bytes_damaged_in_transit_are_transferred_again(
-    s3: S3Server, target: str, unbroken: Path, through: Callable, tmp_path: Path, damaged: str
+    s3: S3Server, target: str, unbroken: Path, faulty: Proxied, tmp_path: Path, damaged: str
 ) -> None:
     """Checked by the ETag (MD5) of images, the CRC of zip members, and the signed SHA-256 of uploads.
 
@@ -93,8 +84,7 @@ def test_bytes_damaged_in_transit_are_transferred_again(
         if seen.method == "PUT" and seen.key.endswith(".build/plan.json"):
             proxy.faults = (Fault("corrupt", "GET|PUT", damaged, share=0.3),)
 
-    with S3Proxy(s3.endpoint_url, on_request=when_packing) as proxy:
-        through(proxy)
+    with faulty(on_request=when_packing) as proxy:
         summary = build(s3_mirror(), CHOICE, Location(f"s3://{target}/out"))
     assert proxy.counters.faults["corrupt"] > 0
     assert summary.failures == ()
@@ -103,15 +93,14 @@ def test_bytes_damaged_in_transit_are_transferred_again(
 
 @pytest.mark.parametrize("method", [".*", "GET"])
 def test_permanent_faults_are_in_the_accounts_and_do_not_affect_other_images(
-    s3: S3Server, unbroken: Path, through: Callable, tmp_path: Path, method: str
+    unbroken: Path, faulty: Proxied, tmp_path: Path, method: str
 ) -> None:
     before = {row["image_id"]: row for row in open_dataset(str(unbroken)).table.to_pylist()}
     ids = sorted(before)
     bad = {ids[1]: "image-missing", ids[5]: "image-missing", ids[8]: "image-refused", ids[4]: "image-undecodable"}
     faults = [Fault("missing", method, f"{ids[1]}|{ids[5]}"), Fault("refuse", method, ids[8])]
     faults += [Fault("corrupt", "GET", f"{ids[4]}.jpg", after=0.0)]
-    with S3Proxy(s3.endpoint_url, faults) as proxy:
-        through(proxy)
+    with faulty(*faults) as proxy:
         summary = build(s3_mirror(), CHOICE, Location(str(tmp_path / "out")))
     rows = accounts_of(tmp_path / "out")
     images = {row["image_id"]: row["status"] for row in rows if row["kind"] == "image"}
@@ -132,11 +121,10 @@ def test_permanent_faults_are_in_the_accounts_and_do_not_affect_other_images(
 
 @pytest.mark.parametrize("kind", ["expired", "refuse"])
 def test_a_target_that_cannot_be_written_is_one_line_and_the_build_can_be_resumed(
-    s3: S3Server, target: str, unbroken: Path, through: Callable, tmp_path: Path, kind: Kind
+    s3: S3Server, target: str, unbroken: Path, faulty: Proxied, tmp_path: Path, kind: Kind
 ) -> None:
     root = Location(f"s3://{target}/out")
-    with S3Proxy(s3.endpoint_url, [Fault(kind, "PUT", r"train/000001\.tar")]) as proxy:
-        through(proxy)
+    with faulty(Fault(kind, "PUT", r"train/000001\.tar")) as proxy:
         with pytest.raises(UserError, match=r"^[^\n]*train/000001\.tar[^\n]*$"):
             build(s3_mirror(), CHOICE, root)
         assert not s3.filesystem().exists(f"{target}/out/dataset.json")
@@ -146,10 +134,9 @@ def test_a_target_that_cannot_be_written_is_one_line_and_the_build_can_be_resume
 
 
 @pytest.mark.timeout(20)
-def test_a_store_that_does_not_answer_uploads_is_an_error(s3: S3Server, target: str, through: Callable) -> None:
+def test_a_store_that_does_not_answer_uploads_is_an_error(target: str, faulty: Proxied) -> None:
     """It accepts connections but sends nothing, not even `100 Continue`."""
-    with S3Proxy(s3.endpoint_url, [Fault("stall", "PUT", after=0.0)]) as proxy:
-        through(proxy)
+    with faulty(Fault("stall", "PUT", after=0.0)):
         with pytest.raises(UserError, match=f"{target}/object"):
             Location(f"s3://{target}/object").write(b"1")
 

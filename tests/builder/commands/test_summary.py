@@ -8,21 +8,16 @@ from builder.commands.build import Summary
 from builder.commands.dry_run import SAMPLED
 from builder.commands.progress import Progress, duration
 from builder.commands.summary import render_estimate, render_summary
-from demo.s3proxy import S3Proxy
-from demo.s3server import S3Server
 from demo.scenes import SceneTruth
 from shards.storage.location import Location
 from tests.builder.builds import build, estimate, mirror, quotas, s3_mirror
+from tests.support import Proxied
 
 
-def test_a_dry_run_predicts_the_build_and_writes_nothing(
-    s3: S3Server, s3_scenes: SceneTruth, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_predicts_the_build_and_writes_nothing(s3_scenes: SceneTruth, bucket: str, proxied: Proxied) -> None:
     source = s3_mirror()
     root, options = Location(f"s3://{bucket}/out"), quotas(("Person", "Car"), 8, 3, images_per_shard=4)
-    with S3Proxy(s3.endpoint_url) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        monkeypatch.setattr("shards.storage.location._instances", {})
+    with proxied() as proxy:
         found = estimate(source, options, root)
         assert not proxy.counters.requests["PUT"]
         before = len(proxy.requests)

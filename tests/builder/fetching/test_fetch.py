@@ -19,6 +19,7 @@ from demo.s3server import S3Server
 from shards.common.errors import StorageError
 from shards.storage import ranges
 from shards.storage.location import Location
+from tests.support import Proxied
 
 DATA = b"0123456789"
 
@@ -38,10 +39,9 @@ def stored(s3: S3Server) -> Location:
 
 
 @pytest.fixture
-def proxy(s3: S3Server, stored: Location, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+def proxy(stored: Location, proxied: Proxied) -> Iterator[S3Proxy]:
     """A proxy that requests to `stored` pass through."""
-    with S3Proxy(s3.endpoint_url) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint_url)
+    with proxied() as running:
         yield running
 
 

@@ -16,10 +16,11 @@ from builder.fetching import zip_members
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import DENSE, MemberError, extract, locate_members, plan_reads, read_members
 from builder.tasks.plan import Member
-from demo.s3proxy import Fault, S3Proxy
+from demo.s3proxy import Fault
 from demo.s3server import S3Server
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
+from tests.support import Proxied
 
 RANDOM = np.random.default_rng(3)
 CONTENTS = {f"{n:016x}_m01jfm__{n}.png": RANDOM.bytes(int(RANDOM.integers(0, 3000))) + b"\0" * 500 for n in range(40)}
@@ -66,16 +67,15 @@ def test_zip64_end_records_prefixes_and_descriptors_are_read(tmp_path: Path, mon
 
 
 def test_members_are_read_over_s3_and_http_and_damaged_ones_again(
-    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, bucket: str, tmp_path: Path, proxied: Proxied
 ) -> None:
     write_zip(tmp_path / "m.zip", zipfile.ZIP_STORED)
     s3.upload(tmp_path, bucket)
     for location in (Location(f"{s3.endpoint_url}/{bucket}/m.zip"), Location(f"s3://{bucket}/m.zip")):
         found = locate_members({location: CONTENTS})
         assert read_members(list(found.values())) == [CONTENTS[name] for name in found]
-    with S3Proxy(s3.endpoint_url, [Fault("corrupt", "GET", times=2)]) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        meter = Meter()
+    meter = Meter()
+    with proxied(Fault("corrupt", "GET", times=2)):
         assert read_members(list(found.values()), meter=meter) == [CONTENTS[name] for name in found]
     assert meter.total.requests == 3  # all members in one range, then the damaged one twice
     assert meter.total.nbytes < sum(map(len, CONTENTS.values())) * 1.5

@@ -1,9 +1,7 @@
 import itertools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import Any
 
-from demo.s3proxy import S3Proxy
 from shards.format.dataset import Dataset
 from shards.format.sample import Sample
 from shards.order.mixture import Mix
@@ -12,8 +10,6 @@ from shards.stream.streams import ShardStream
 
 SAMPLES, BATCH = 60, 4
 EPOCH = SAMPLES // BATCH  # batches
-
-Proxied = Callable[..., AbstractContextManager[S3Proxy]]
 
 
 def small_stream(dataset: Dataset | Mix, **options: Any) -> ShardStream[list[Sample]]:

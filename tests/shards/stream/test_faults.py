@@ -13,8 +13,8 @@ from shards.format.dataset import Dataset
 from shards.storage.location import Location
 from shards.stream.loader import loader
 from shards.stream.reader import SampleReader
-from tests.shards.stream.support import EPOCH, SAMPLES, Proxied, small_stream, take
-from tests.support import sample, write_dataset
+from tests.shards.stream.support import EPOCH, SAMPLES, small_stream, take
+from tests.support import Proxied, sample, write_dataset
 
 TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate", "stall", "corrupt")
 ONE_LINE = r"^[^\n]*train/0000\d\d\.tar: sample \w{16} at offset \d+[^\n]*$"

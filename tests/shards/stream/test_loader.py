@@ -24,8 +24,8 @@ from shards.stream import batch_transport
 from shards.stream.loader import Loader, LoaderStatistics, loader
 from shards.stream.streams import EvalStream, ShardStream
 from shards.stream.torch_internals import receive
-from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, Proxied, small_stream, take
-from tests.support import sample, write_dataset
+from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, small_stream, take
+from tests.support import Proxied, sample, write_dataset
 
 
 def children() -> set[int]:

@@ -14,8 +14,8 @@ from shards.common.errors import StorageError
 from shards.format.dataset import Dataset
 from shards.stream.loader import Loader, loader
 from shards.stream.sample_cache import SampleCache
-from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, Proxied, small_stream
-from tests.support import sample, write_dataset
+from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, small_stream
+from tests.support import Proxied, sample, write_dataset
 
 ROOM = 10 * 2**20
 
