@@ -70,7 +70,7 @@ def test_a_run_on_part_of_a_dataset_and_settings_with_which_it_does_not_resume(
 def test_a_run_on_an_object_store_continues_with_more_epochs_and_new_settings(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Location(f"memory://{tmp_path.name}/run")
+    run = Location(f"memory:/{tmp_path}/run")
     metrics, evaluations = run / "metrics.jsonl", run / "evaluations.jsonl"
     settings = {"run__dir": run, "run__pictures": 2, "run__trackers": "[tensorboard]", "train__steps_per_epoch": 1}
 
