@@ -1,6 +1,8 @@
 """Values with checked types: numbers given to the API as plain ones, which JSON can store, and JSON objects."""
 
+import functools
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, TypeVar, get_type_hints
 
@@ -8,6 +10,7 @@ from shards.common.errors import DatasetError
 from shards.common.text import shown
 
 T = TypeVar("T")
+_types: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)  # a dataset has thousands of shards
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
@@ -31,7 +34,7 @@ def real(name: str, value: Any) -> float:
 def flat(kind: type[T], value: Any) -> T:
     """Return a dataclass whose fields are all `int` or `str`, from an object of exactly these; else ValueError."""
     name = kind.__name__.lower()
-    types = get_type_hints(kind)
+    types = _types(kind)
     if not isinstance(value, dict) or value.keys() != types.keys():
         raise ValueError(f"a {name} is {shown(value)}, not an object of {', '.join(types)}")
     for key, wanted in types.items():
