@@ -2,10 +2,7 @@
 
 import argparse
 import contextlib
-import functools
-import http.server
 import re
-import threading
 import urllib.error
 from collections.abc import Iterator
 from dataclasses import replace
@@ -208,19 +205,14 @@ def test_weights_from_a_file(tmp_path, kind):
     assert "does not name its classes" in str(report)
 
 
-def test_weights_from_a_url(tmp_path):
-    (tmp_path / "www").mkdir()
-    torch.save(resnet18().state_dict(), tmp_path / "www" / "resnet18.pth")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        for query in ("", "?download=true&signature=a%2Fb"):  # signed links have a query
-            _, report = load(narrow(weights=f"{url}/resnet18.pth{query}"))
-            assert len(report.loaded) == 100
-        with refused(rf"model\.weights .*{url}/other\.pth"):
-            load(narrow(weights=f"{url}/other.pth"))
-        server.shutdown()
+def test_weights_from_a_url(s3, bucket, tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    s3.filesystem().put_file(str(tmp_path / "resnet18.pth"), f"{bucket}/resnet18.pth")
+    for query in ("", "?download=true&signature=a%2Fb"):  # signed links have a query
+        _, report = load(narrow(weights=f"{s3.endpoint_url}/{bucket}/resnet18.pth{query}"))
+        assert len(report.loaded) == 100
+    with refused(rf"model\.weights .*{s3.endpoint_url}/{bucket}/other\.pth"):
+        load(narrow(weights=f"{s3.endpoint_url}/{bucket}/other.pth"))
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step-000007", "checkpoints/step-000007/model.safetensors"])

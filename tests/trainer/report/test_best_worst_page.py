@@ -157,6 +157,7 @@ def test_the_page_shows_the_worst_and_the_best_of_all_ranks(written: Path) -> No
     assert html.escape(TITLE) in page
     assert "F1 0.00, 0 right, " in page
     assert "2 × Disc" in page
+    assert ": nothing" in page
 
 
 def test_the_page_without_right_or_wrong_detections() -> None:
