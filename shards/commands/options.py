@@ -214,10 +214,7 @@ def check_range(name: str, value: Any, item: dataclasses.Field[Any]) -> None:
 
 
 def to_words(options: Any, names: Collection[str], always: Collection[str] = ()) -> list[str]:
-    """Return the command-line arguments that set options of a flat dataclass, in the order of its fields.
-
-    Of `names`, only those that differ from their defaults are written; those of `always` in any case.
-    """
+    """Return the arguments that set options of a flat dataclass: of `names`, if not the default, and of `always`."""
     words: list[str] = []
     for name, entry in entries(type(options)).items():
         value = entry.value(options)

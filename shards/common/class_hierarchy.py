@@ -5,14 +5,12 @@ https://storage.googleapis.com/openimages/web/download_v7.html
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.common.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class HierarchyNode:
+class HierarchyNode(NamedTuple):
     """One node of the tree: its label, and the labels above it by `Subcategory`, from the root down.
 
     A label may occur at several nodes. A part is not a kind of its whole, so neither a part nor anything under it has

@@ -28,15 +28,13 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? ")
 
 @contextmanager
 def running(loader: Any) -> Iterator[Iterator[Any]]:
-    """Start the workers of a `DataLoader`, yield its iterator, and end the workers with the block.
-
-    The garbage collector would end them late, and after it has closed their queues: it then waits 5 s for each.
-    """
+    """Start the workers of a `DataLoader`, yield its iterator, and end the workers with the block."""
     iterator = iter(loader)
     _ignore_sigchld_errors()
     try:
         yield iterator
     finally:
+        # The garbage collector would end them after it has closed their queues, and then wait 5 s for each.
         if hasattr(iterator, "_shutdown_workers"):  # not without workers
             iterator._shutdown_workers()
 
