@@ -17,16 +17,8 @@ def be_a_rank(answer: Connection, dataset: Dataset, rank: int, world: int, readi
     answer.send([take_keys(dataset, steps, workers, start=start, **options) for workers, start, steps in readings])
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(local: Dataset) -> list[tuple[str, ...]]:
-    """The keys of global batches, read by one process."""
-    return take_keys(local, 3 * EPOCH, batch_size=SIZE)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_any_ranks_and_workers_read_the_same_global_batches_from_any_position(
-    local: Dataset, uninterrupted: list[tuple[str, ...]], world: int
-) -> None:
+def test_any_ranks_and_workers_read_the_same_global_batches_from_any_position(local: Dataset, world: int) -> None:
     """Any run can therefore be resumed at its position by any other."""
     across_an_epoch = -(-(EPOCH + 1) // world)
     readings = [(0, 7, 3), (3, 0, across_an_epoch), (2, 11, across_an_epoch)]  # workers, start, steps
@@ -41,6 +33,7 @@ def test_any_ranks_and_workers_read_the_same_global_batches_from_any_position(
     answers = [pipe.recv() for pipe in pipes]
     for process in ranks:
         process.join()
+    by_one_process = take_keys(local, 3 * EPOCH, batch_size=SIZE)
     for number, (_, start, steps) in enumerate(readings):
         batches = [answers[rank][number][step] for step in range(steps) for rank in range(world)]
-        assert batches == uninterrupted[start : start + world * steps]
+        assert batches == by_one_process[start : start + world * steps]
