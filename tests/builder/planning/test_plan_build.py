@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,6 @@ class FakeSource:
 class FakeSplit:
     table: Mapping[str, Mapping[str, bool]]
     classes: Classes
-    described: list[str] = field(default_factory=list)
 
     def candidates(self) -> Mapping[int, Candidates]:
         def images(name: str, mask: bool) -> tuple[str, ...]:
@@ -59,15 +58,12 @@ class FakeSplit:
         return {name: name for name in names if name in self.table}
 
     def describe(self, image_ids: Collection[str]) -> Mapping[str, PlannedImage]:
-        self.described.extend(image_ids)
-        return {image_id: self._describe(image_id) for image_id in image_ids}
+        def planned(name: str, mask: bool) -> PlannedObject:
+            annotation = Annotation(self.classes.owners[name], name, (0, 1, 0, 1), "mask" if mask else "")
+            return PlannedObject(annotation, None)
 
-    def _describe(self, image_id: str) -> PlannedImage:
-        objects = tuple(
-            PlannedObject(Annotation(self.classes.owners[name], name, (0, 1, 0, 1), "mask" if mask else ""), None)
-            for name, mask in self.table[image_id].items()
-        )
-        return PlannedImage(image_id, f"memory://fake/{image_id}", objects, (), (), Metadata())
+        objects = {image_id: tuple(planned(*item) for item in self.table[image_id].items()) for image_id in image_ids}
+        return {image_id: PlannedImage(image_id, "", objects[image_id], (), (), Metadata()) for image_id in image_ids}
 
 
 def split_of(planned: PlannedBuild, split: str = "train") -> list[str]:

@@ -61,18 +61,16 @@ def test_plain_tar_and_plain_webdataset_read_shards(tmp_path):
         assert len(value["annotations"]) == len(original.instances)
 
 
-@pytest.mark.parametrize("masks", [True, False])
-def test_hugging_face_datasets_reads_shards(tmp_path, monkeypatch, masks):
+def test_hugging_face_datasets_reads_shards_without_any_mask(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
-    samples = [sample(n, masks=masks) for n in range(8)]
+    samples = [sample(n, masks=False) for n in range(8)]
     write_dataset(tmp_path / "data", {"train": samples})
     files = str(tmp_path / "data" / "train" / "*.tar")
     read = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", cache_dir=tmp_path / "cache")
     for row, original in zip(read, samples, strict=True):
-        assert row["__key__"] == original.image_id
-        assert row["jpg"].size == (original.width, original.height)
+        assert (row["__key__"], row["jpg"].size) == (original.image_id, (original.width, original.height))
         stored = json.loads(original.to_members()["json"])
         for annotation, expected in zip(row["json"]["annotations"], stored["annotations"], strict=True):
             for name in ("category_id", "segmentation", "bbox"):
