@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from demo.s3proxy import S3Proxy
 from shards.format import rle
 from shards.format.dataset import Category, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import finish_dataset
@@ -29,7 +28,10 @@ from shards.format.shard_tar import pack_shard, shard_path
 from shards.order.epoch_order import Order
 from shards.storage.location import Location
 
-Proxied = Callable[..., AbstractContextManager[S3Proxy]]  # the fixture `proxied`
+if TYPE_CHECKING:
+    from demo.s3proxy import S3Proxy
+
+Proxied = Callable[..., "AbstractContextManager[S3Proxy]"]  # the fixture `proxied`
 REPOSITORY = Path(__file__).parents[1]
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
 

@@ -15,7 +15,6 @@ from shards.format.index_schema import INDEX_SCHEMA
 from tests.support import edit_index, make_index, sample, sign_index, write_dataset
 
 COUNT = 50_000
-SPLITS = {"train": [sample(n) for n in range(3)]}
 
 
 def same(one, other):
@@ -94,7 +93,7 @@ def row_with(**values):
     return lambda rows: rows[1].update(values)
 
 
-NOT_UTF8 = pa.StringArray.from_buffers(3, *pa.array([b"0", b"\xff", b"2"]).buffers()[1:])
+NOT_UTF8 = pa.StringArray.from_buffers(3, pa.py_buffer(np.arange(4, dtype=np.int32)), pa.py_buffer(b"0\xff2"))
 
 
 def with_column(name, values):
@@ -125,7 +124,7 @@ def with_column(name, values):
     ],
 )
 def test_an_index_of_another_form_is_a_one_line_error(tmp_path, edit, message):
-    write_dataset(tmp_path, SPLITS)
+    write_dataset(tmp_path, {"train": [sample(n) for n in range(3)]})
     edit_index(tmp_path, edit)
     with pytest.raises(DatasetError) as caught:
         read_all(tmp_path)
@@ -137,7 +136,7 @@ def test_an_index_of_another_form_is_a_one_line_error(tmp_path, edit, message):
 
 
 def test_an_index_that_is_not_parquet_is_refused(tmp_path):
-    write_dataset(tmp_path, SPLITS)
+    write_dataset(tmp_path, {"train": [sample(n) for n in range(3)]})
     whole = (tmp_path / "index.parquet").read_bytes()
     # No footer; and a footer whose pages are zeros.
     for data in (b"garbage", whole[:4] + bytes(len(whole) // 2 - 4) + whole[len(whole) // 2 :]):
@@ -149,7 +148,7 @@ def test_an_index_that_is_not_parquet_is_refused(tmp_path):
 
 def test_the_entries_of_lists_may_have_any_name(tmp_path):
     lists = pa.array([[1], [1, 2], [1]], pa.list_(pa.field("element", pa.int32())))
-    write_dataset(tmp_path, SPLITS)
+    write_dataset(tmp_path, {"train": [sample(n) for n in range(3)]})
     edit_index(tmp_path, with_column("classes", lists))
     dataset = open_dataset(str(tmp_path))
     assert dataset.index("train").counts("images", dataset.categories) == {1: 3, 2: 1}
