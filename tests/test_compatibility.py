@@ -229,7 +229,7 @@ def test_training_orders_are_the_same() -> None:
     assert order_facts() == facts("orders")
 
 
-def test_a_checkpoint_resumes(tmp_path: Path) -> None:
+def test_a_checkpoint_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = facts("checkpoint")
     state, place = checkpoint["state.json"], tmp_path / "checkpoints" / "step-000003"
     place.mkdir(parents=True)
@@ -246,6 +246,7 @@ def test_a_checkpoint_resumes(tmp_path: Path) -> None:
     [row] = tiny.rows(tmp_path / "metrics.jsonl")
     assert (row["step"], row["position"]) == (4, 4)
     assert math.isfinite(row["loss"])
+    assert "the checkpoint is of another release: from here on, other RoIs are drawn" in caplog.text
 
 
 def tensor(name: str, text: str) -> torch.Tensor:

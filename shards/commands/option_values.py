@@ -46,10 +46,13 @@ def parsed(text: str, hint: Any) -> Any:
 def checked(value: Any, hint: Any, where: str) -> Any:
     """Return a value of YAML or of a command line converted to a type, or raise a ConfigError that begins with `where`.
 
-    `hint` is `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them.
+    `hint` is `int`, `float`, `bool`, `str`, `Literal`, a list or tuple of them, or a dataclass of them. Where a choice
+    of a Literal is `no`, true is the first other one.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
+        if "no" in arguments and value in (True, False, "true", "false"):  # YAML reads no as false
+            value = "no" if value in (False, "false") else next(one for one in arguments if one != "no")
         if value not in arguments:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
         return value

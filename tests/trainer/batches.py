@@ -12,9 +12,9 @@ from shards.format import rle
 from shards.format.sample import Instance
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
 from trainer.data import augment
-from trainer.data.instances import HAS_MASK, Batch, Instances, read_instances
+from trainer.data.instances import HAS_MASK, Batch, padded, read_instances
 from trainer.model.build import build_model
-from trainer.model.losses import Trainable
+from trainer.step.trainable import Trainable
 
 Module = TypeVar("Module", bound=nn.Module)
 # Few proposals and detections: the heads of full width are slow on one thread.
@@ -70,16 +70,15 @@ def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
         annotations = [Instance(int(c), rle.bounds(mask), mask) for c, mask in zip(labels, encoded, strict=True)]
         instances.append(read_instances(annotations))
     sizes = torch.tensor([image.shape[-2:] for image, _, _ in scenes])
-    images = augment.empty_images(len(scenes), *sizes.amax(0).tolist())
+    images = augment.empty_images(len(scenes), *map(augment.round_up, sizes.amax(0).tolist()))
     for (image, _, _), slot in zip(scenes, images, strict=True):
         augment.pad_into(image, slot)
     return Batch(
         images=images,
         sizes=sizes,
-        counts=torch.tensor([len(one) for one in instances]),
         image_ids=tuple(str(i) for i in range(len(scenes))),
-        verified=(None,) * len(scenes),
-        **vars(Instances.concatenate(instances)),
+        verified=torch.ones((len(scenes), 4), dtype=torch.bool),
+        **padded(instances),
     )
 
 
@@ -87,13 +86,8 @@ SCENES = [scene(1, 128, 160, 4), scene(2, 96, 128, 1), scene(3, 120, 100, 0), sc
 
 
 def without_masks(batch: Batch, keep: Tensor) -> Batch:
-    """The batch with masks only where `keep`."""
-    return replace(
-        batch,
-        flags=torch.where(keep, batch.flags, batch.flags & ~HAS_MASK),
-        bitmaps=batch.bitmaps * keep[:, None, None],
-        frames=batch.frames * keep[:, None],
-    )
+    """The batch with masks only where `keep`, bool [B, G]."""
+    return replace(batch, flags=torch.where(keep, batch.flags, batch.flags & ~HAS_MASK))
 
 
 def losses_of(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -> dict[str, Tensor]:

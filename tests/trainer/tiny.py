@@ -26,7 +26,7 @@ from tests.support import REPOSITORY
 from trainer.commands import train
 from trainer.model.build import build_model, num_classes
 from trainer.model.checkpoint import State, save
-from trainer.model.losses import Trainable
+from trainer.step.trainable import Trainable
 
 CATEGORIES = (Category(1, "Square", "/m/sq"), Category(2, "Disc", "/m/di"))
 COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}

@@ -18,6 +18,7 @@ import logging
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from trainer.config.settings import Config, ConfigError
 from trainer.config.yaml_config import add_arguments, from_arguments
 from trainer.run.distributed import TrainingError, from_main
 from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
-from trainer.run.step_report import exchange, loading, mean_losses, nonfinite_losses, weighted_sum
+from trainer.run.step_report import PendingStep, exchange, loading, weighted_sum
 
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
     from torch import Tensor
@@ -75,6 +76,7 @@ def train(config: Config) -> MaskRCNN:
     t = set_up(config)
 
     from shards.stream.loader import loader
+    from trainer.run.device_batches import DeviceBatches
     from trainer.run.runlog import RunLog
 
     total, record = total_steps(config.train), None
@@ -84,8 +86,9 @@ def train(config: Config) -> MaskRCNN:
     if t.step >= total:
         log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
 
-    data = loader(t.stream, workers=config.data.workers, pin_memory=t.accelerator.device.type == "cuda")
-    batches = iter(data)
+    device = t.accelerator.device
+    data = loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda")
+    batches, pending = DeviceBatches(data, device, config.train.accumulate), deque[PendingStep]()
     with command.Signals() as signals:
         signal = 0  # that any rank received
         while True:
@@ -99,33 +102,71 @@ def train(config: Config) -> MaskRCNN:
             if t.stage != stage_of(config.train, t.step):
                 begin_stage(t)
 
-            began, before = time.perf_counter(), data.statistics
-            own = [next(batches) for _ in range(config.train.accumulate)]
-            row, signal = train_step(t, own, data.statistics.since(before), signals)
-            if record:
-                record.add_step(row, time.perf_counter() - began)
-            if checkpoint_is_due(config.train, t.step) or signal:
+            if not pending:
+                began = time.perf_counter()
+            pending.append(train_step(t, *batches.take(), signals))
+            batches.prefetch()
+            # A GPU computes this step while the host reads the result of the one before, unless this one is saved.
+            is_saved = checkpoint_is_due(config.train, t.step)
+            while len(pending) > (0 if device.type == "cpu" or is_saved or signal else 1):
+                row, received = finish_step(t, pending.popleft())
+                signal = signal or received
+                began, seconds = time.perf_counter(), time.perf_counter() - began
+                if record:
+                    record.add_step(row, seconds)
+            if is_saved or signal:
                 share_buffers(t)
                 if record:
                     record.flush(draw=t.step % config.train.steps_per_epoch == 0 or bool(signal))
                     save_state(t)
 
-    t.accelerator.wait_for_everyone()
-    t.accelerator.end_training()
-    if record:
-        record.close()
-    if signal:
-        raise command.Stopped(
-            signal,
-            f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command resumes from there",
-        )
+    end_run(t, record, signal)
     return t.network
 
 
 def train_step(
     t: Training, batches: Sequence[Batch], loaded: LoaderStatistics, signals: command.Signals
-) -> tuple[dict[str, Any], int]:
+) -> PendingStep:
     """Do one step on all ranks, with `train.accumulate` batches of this rank, for which its loader did `loaded`.
+
+    A step with a loss or gradient that is not finite changes nothing. The device decides that, on all ranks alike, and
+    nothing waits for it: `finish_step` does.
+    """
+    from trainer.run.optim import apply_update, mark_nonfinite
+
+    config, accelerator = t.config, t.accelerator
+    images = sum(len(batch) for batch in batches) * accelerator.num_processes
+    rate = learning_rate(config.optim, config.train, t.step, images)
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    statistics = norm_statistics(t.network)
+
+    losses = forward_backward(t, batches)
+    # The one exchange per step: every rank gets all losses and signals, so that all ranks do the same.
+    gathered = exchange(accelerator, losses, loaded, signals.number)
+    mark_nonfinite(t.model, gathered[:, : len(losses[0])])
+    norm = accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf)
+    is_done = norm.isfinite()
+    apply_update(t.optimizer, is_done)
+    t.optimizer.zero_grad()
+    for buffer, before in statistics:
+        buffer.copy_(buffer.where(is_done, before))
+    if t.ema is not None:
+        t.ema.update(t.network, is_done)
+    t.step += 1
+    row = {
+        "step": t.step,
+        "epoch": (t.step - 1) // config.train.steps_per_epoch + 1,
+        "position": t.position,
+        "data_epochs": t.position / t.stream.batches_per_epoch,
+        "lr": rate,
+        "images": images,
+    }
+    return PendingStep(gathered, norm, losses, [batch.image_ids for batch in batches], row)
+
+
+def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]:
+    """Wait for the result of a step; every rank calls this.
 
     Returns:
         The step's row of metrics.jsonl without its times, and the number of a signal that any rank received, or 0.
@@ -133,43 +174,17 @@ def train_step(
     Raises:
         TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
     """
-    config, accelerator = t.config, t.accelerator
-    images = sum(len(batch) for batch in batches) * accelerator.num_processes
-    rate = learning_rate(config.optim, config.train, t.step, images)
-    for group in t.optimizer.param_groups:
-        group["lr"] = rate
-    may_skip = t.skipped < config.train.skip_nonfinite
-    statistics = norm_statistics(t.network) if may_skip else []
-
-    losses = forward_backward(t, batches)
-    # The one exchange per step: every rank knows all losses and signals, so that all ranks do the same.
-    reports = exchange(accelerator, losses, loaded, signals.number)
-    problem = nonfinite_losses(reports, losses, batches)
-    norm = float(accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf))
-    if not problem and not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step itself
-        problem = f"the gradient is {norm}, though every loss is finite"
-    if problem and not may_skip:
-        raise TrainingError(f"step {t.step + 1}: {problem}: lower optim.lr, or look at the samples")
-    if problem:
-        skip_step(t, statistics, problem)
-    else:
-        optimizer_step(t)
-    t.step += 1
-
-    means = mean_losses(reports)
-    row = {
-        "step": t.step,
-        "epoch": (t.step - 1) // config.train.steps_per_epoch + 1,
-        "position": t.position,
-        "data_epochs": t.position / t.stream.batches_per_epoch,
-        "loss": weighted_sum(means, config.loss),
-        "losses": means,
-        "lr": rate,
-        "grad_norm": norm,
-        "images": images,
-        **loading(reports),
-    }
-    return row | ({"skipped": problem} if problem else {}), max(report.signal for report in reports)
+    result, row = pending.read(is_scaled=t.accelerator.scaler is not None), pending.row
+    row |= {"loss": weighted_sum(result.losses, t.config.loss), "losses": result.losses, "grad_norm": result.grad_norm}
+    row |= loading(result.reports)
+    if result.problem:
+        most = t.config.train.skip_nonfinite
+        if t.skipped >= most:
+            raise TrainingError(f"step {row['step']}: {result.problem}: lower optim.lr, or look at the samples")
+        t.skipped += 1
+        row["skipped"] = result.problem
+        log.warning("step %d is skipped (%d of %d): %s", row["step"], t.skipped, most, result.problem)
+    return row, result.signal
 
 
 def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
@@ -184,30 +199,24 @@ def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Te
         # The random choices of a step (which RoIs train) belong to its batch: they do not depend on earlier batches.
         torch.manual_seed(fold(t.config.train.seed, t.position + t.accelerator.process_index))
         with nullcontext() if number == len(batches) else t.accelerator.no_sync(t.model):
-            losses = t.model(batch.to(t.accelerator.device))
+            losses = t.model(batch)
             t.accelerator.backward(weighted_sum(losses, t.config.loss))
         found.append({name: loss.detach() for name, loss in losses.items()})
         t.position += world
     return found
 
 
-def optimizer_step(t: Training) -> None:
-    """Update the weights and their average from the gradients."""
-    t.optimizer.step()
-    t.optimizer.zero_grad()
-    if t.ema is not None:
-        t.ema.update_parameters(t.network)
-
-
-def skip_step(t: Training, statistics: Sequence[tuple[Tensor, Tensor]], problem: str) -> None:
-    """Drop the gradients, and restore the statistics of the norms to their values before the step."""
-    t.skipped += 1
-    for buffer, before in statistics:
-        buffer.copy_(before)
-    log.warning("step %d is skipped (%d of %d): %s", t.step + 1, t.skipped, t.config.train.skip_nonfinite, problem)
-    if t.accelerator.scaler is not None:
-        t.accelerator.scaler.update()  # `clip_grad_norm_` unscaled the gradients: the scaler expects an update
-    t.optimizer.zero_grad()
+def end_run(t: Training, record: RunLog | None, signal: int) -> None:
+    """End the trackers on all ranks; raise `command.Stopped` if a signal ended the run."""
+    t.accelerator.wait_for_everyone()
+    t.accelerator.end_training()
+    if record:
+        record.close()
+    if signal:
+        raise command.Stopped(
+            signal,
+            f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command resumes from there",
+        )
 
 
 def evaluate_now(t: Training, record: RunLog | None) -> None:

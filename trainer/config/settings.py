@@ -36,10 +36,11 @@ class DataConfig:
     cache_dir: str = option("", "folder on a local disk that caches samples for the next epoch; empty for no cache")
     cache_mb: int = option(65536, "maximum size of the cache of a machine, shared by all its processes, in MB", low=1)
     stall_s: int = option(30, "log a message when storage does not answer for more than this many seconds", low=1)
-    resize: Literal["square", "shortest", "scale_jitter"] = option(
+    resize: Literal["square", "shortest", "oriented", "scale_jitter"] = option(
         "square",
-        "square: pad to max_size x max_size; shortest: pad to the largest image of the batch; scale_jitter: scale "
-        "randomly within scale_range, then crop or pad to max_size x max_size",
+        "square: pad to max_size x max_size; shortest: pad to the largest image of the batch; oriented: pad to "
+        "max_size x min_size or the other way round, with group_by_aspect; scale_jitter: scale randomly within "
+        "scale_range, then crop or pad to max_size x max_size",
     )
     min_size: int = option(800, "shorter side of a scaled image in pixels; less if the longer exceeds max_size", low=1)
     max_size: int = option(1024, "maximum longer side of an image after scaling, in pixels", low=1)
@@ -158,7 +159,15 @@ class TrainConfig:
         "launcher", "precision of training; launcher: that of accelerate's --mixed_precision"
     )
     channels_last: bool = option(False, "store the weights of convolutions in channels-last order")
-    compile: bool = option(False, "compile backbone and FPN with torch.compile")
+    frozen_norms: Literal["fp32", "autocast"] = option(
+        "fp32",
+        "precision of what frozen norms return: fp32, as in torchvision, or autocast's, for less memory and time",
+    )
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = option(
+        "no",
+        "compile the training step with torch.compile in this mode; reduce-overhead and max-autotune use CUDA graphs, "
+        "on one GPU without accumulation",
+    )
     skip_nonfinite: int = option(0, "most steps of non-finite loss or gradient to skip; the next ends the run", low=0)
     checkpoint_steps: int = option(100, "steps between checkpoints; the end of an epoch is saved as well", low=1)
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep", low=1)
@@ -222,6 +231,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"model.{key} is empty: give at least one value")
     if len(model.anchor_sizes) != 5:
         raise ConfigError(f"model.anchor_sizes has {counted(len(model.anchor_sizes), 'value')}: the FPN has 5 levels")
+    if data.resize == "oriented" and not data.group_by_aspect:
+        raise ConfigError("data.resize is oriented, which needs batches of one orientation: set data.group_by_aspect")
     if data.copy_paste and data.batch_size < 2:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")
     if any(size > data.max_size for size in data.min_sizes):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from shards.stream import batch_transport
+from trainer.config.settings import DataConfig
 from trainer.data.instances import Instances
 
 STRIDE = 32  # of the coarsest feature map with weights: padded sizes are multiples of it, as in torchvision
@@ -79,6 +80,32 @@ def photometric(image: Tensor, probability: float, rng: np.random.Generator) -> 
 def flip(image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:
     """Mirror an image, [3, H, W], and its instances left and right."""
     return image.flip(-1), instances.flip(image.shape[-1])
+
+
+def padded_size(data: DataConfig, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size, (height, width), that a batch of images of these sizes is padded to."""
+    height, width = map(max, zip(*sizes))
+    if data.resize == "shortest":
+        return round_up(height), round_up(width)
+    # A batch of both orientations needs the square.
+    candidates = [*repeated_sizes(data), (round_up(data.max_size),) * 2]
+    return next(size for size in candidates if height <= size[0] and width <= size[1])
+
+
+def repeated_sizes(data: DataConfig) -> list[tuple[int, int]]:
+    """Return the sizes, (height, width), that most batches are padded to; none if there is no small number of them."""
+    longer, shorter = round_up(data.max_size), round_up(max(data.min_sizes or [data.min_size]))
+    return {
+        "square": [(longer, longer)],
+        "scale_jitter": [(longer, longer)],
+        "oriented": [(shorter, longer), (longer, shorter)],
+        "shortest": [],
+    }[data.resize]
+
+
+def round_up(side: int) -> int:
+    """Round the side of a padded image up to a multiple of STRIDE."""
+    return math.ceil(side / STRIDE) * STRIDE
 
 
 def empty_images(count: int, height: int, width: int) -> Tensor:

@@ -25,7 +25,7 @@ from shards.stream.sample_cache import SampleCache
 from trainer.config.settings import DataConfig
 from trainer.data import augment
 from trainer.data.copy_paste import paste_some
-from trainer.data.instances import Batch, Instances, read_instances
+from trainer.data.instances import Batch, Instances, padded, read_instances
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,15 @@ class EvalBatch:
 
 
 class TrainCollate:
-    """Decode, resize, augment and pad samples to a training `Batch`; `seed` is that of the augmentation."""
+    """Decode, resize, augment and pad samples to a training `Batch`.
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
+    `seed` is that of the augmentation; `classes` the number of the network's classes, with the background.
+    """
+
+    def __init__(self, data: DataConfig, seed: int, classes: int) -> None:
         self.data = data
         self.seed = seed
+        self.classes = classes
 
     def __call__(self, samples: Sequence[Sample], epoch: int) -> Batch:
         """Make a batch of samples for an epoch.
@@ -64,8 +68,7 @@ class TrainCollate:
             augment.scaled_size(sample.height, sample.width, min_size, data.max_size)
             for sample, min_size in zip(samples, min_sizes)
         ]
-        padded = map(max, zip(*sizes)) if data.resize == "shortest" else (data.max_size, data.max_size)
-        images = augment.empty_images(len(samples), *padded)
+        images = augment.empty_images(len(samples), *augment.padded_size(data, sizes))
         prepared = []
         # One after the other: an image is copied into its slot while it is still in the processor's cache.
         for sample, size, rng, slot in zip(samples, sizes, rngs, images):
@@ -83,10 +86,9 @@ class TrainCollate:
         return Batch(
             images=images,
             sizes=torch.tensor([image.shape[-2:] for image, _ in prepared]),
-            counts=torch.tensor([len(of_image) for of_image in instances]),
             image_ids=tuple(sample.image_id for sample in samples),
-            verified=tuple(verified_classes(sample) for sample in samples),
-            **vars(Instances.concatenate(instances)),
+            verified=torch.stack([verified_classes(sample, self.classes) for sample in samples]),
+            **padded(instances),
         )
 
     def _prepare(self, sample: Sample, size: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Instances]:
@@ -119,16 +121,19 @@ def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, int.from_bytes(digest, "little")])
 
 
-def verified_classes(sample: Sample) -> tuple[int, ...] | None:
-    """Return the ids of the classes whose annotations in a sample are complete, ascending; None for all classes.
+def verified_classes(sample: Sample, classes: int) -> Tensor:
+    """Return the classes whose annotations in a sample are complete, bool [classes]; the background, 0, is one.
 
     These are the verified present, the verified absent, and the classes with a box. A sample without either list comes
     from a source without verified labels, whose annotations are taken as complete.
     """
-    if not sample.verified_present and not sample.verified_absent:
-        return None
-    boxed = (instance.category_id for instance in sample.instances)
-    return tuple(sorted({*sample.verified_present, *sample.verified_absent, *boxed}))
+    known = {*sample.verified_present, *sample.verified_absent}
+    if not known:
+        return torch.ones(classes, dtype=torch.bool)
+    known |= {0, *(instance.category_id for instance in sample.instances)}
+    verified = torch.zeros(classes, dtype=torch.bool)
+    verified[list(known)] = True
+    return verified
 
 
 def decode_sample(sample: Sample) -> Tensor:

@@ -18,6 +18,8 @@ HAS_MASK = 1
 GROUP_OF = 2
 IGNORED = 4  # neither an object to learn from nor background
 
+PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
+MIN_ROWS = 8  # of a batch's annotations per image
 MIN_SIDE = 1.0  # boxes with a shorter side, in pixels, are dropped after resizing and cropping
 
 
@@ -87,16 +89,20 @@ class Instances:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of one training step, which crosses the worker boundary as eight flat tensors.
+    """The input of one training step, which crosses the worker boundary as a few tensors.
+
+    The annotations of an image are its first rows; the rest, up to G, is padding.
 
     Attributes:
         images: uint8 [B, 3, H, W] RGB, padded right and bottom with zeros.
-        sizes: int64 [B, 2] (height, width) of each image inside the padding. Stays on the host.
-        boxes, labels, flags, bitmaps, frames: as in `Instances`, image after image, in pixels of the resized image.
-            `flags` stays on the host.
-        counts: int64 [B] instances of each image. Stays on the host.
+        sizes: int64 [B, 2] (height, width) of each image inside the padding.
+        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels of the resized image; one pixel in padding.
+        labels: int64 [B, G] category ids, 1..C; 0 in padding.
+        flags: uint8 [B, G] as in `Instances`; 0 in padding.
+        bitmaps: uint8 [B, G, BITMAP, BITMAP] as in `Instances`.
+        frames: float32 [B, G, 4] as in `Instances`; one pixel without a mask.
+        verified: bool [B, C + 1] classes whose annotations are complete in the image; the background, 0, is one.
         image_ids: the B keys.
-        verified: for each image the ids of the classes whose annotations are complete; None for all classes.
     """
 
     images: Tensor
@@ -106,25 +112,48 @@ class Batch:
     flags: Tensor
     bitmaps: Tensor
     frames: Tensor
-    counts: Tensor
+    verified: Tensor
     image_ids: tuple[str, ...]
-    verified: tuple[tuple[int, ...] | None, ...]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to a device, except `sizes`, `counts` and `flags`: Python reads them, and would wait for a GPU."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), skip=("sizes", "counts", "flags"))
+        """Copy to a device, without waiting where the batch is in page-locked memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory (torch's DataLoader calls this)."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor], skip: Sequence[str] = ()) -> Batch:
-        names = [item.name for item in fields(self) if item.name not in ("image_ids", "verified", *skip)]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        names = [item.name for item in fields(self) if item.name != "image_ids"]
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **changed)
+
+
+def padded(parts: Sequence[Instances]) -> dict[str, Tensor]:
+    """Stack the instances of several images, padded to a number of rows that few other batches differ from.
+
+    Returns:
+        The columns of a `Batch`, boxes to frames, [B, G, ...] with G from `padded_count`.
+    """
+    count = padded_count(max(len(part) for part in parts))
+    columns: dict[str, Tensor] = {}
+    for item in fields(Instances):
+        values = [getattr(part, item.name) for part in parts]
+        columns[item.name] = values[0].new_zeros((len(parts), count, *values[0].shape[1:]))
+        for row, value in zip(columns[item.name], values):
+            row[: len(value)] = value
+    # A box or frame that is not used must not divide by its size of zero.
+    columns["boxes"][columns["labels"] == 0] = torch.tensor(PIXEL)
+    columns["frames"][columns["flags"] & HAS_MASK == 0] = torch.tensor(PIXEL)
+    return columns
+
+
+def padded_count(count: int) -> int:
+    """Return the number of rows that `count` instances are padded to: 8, 16, 32 and so on."""
+    return max(MIN_ROWS, 1 << max(count - 1, 0).bit_length())
 
 
 def read_instances(annotations: Sequence[Instance]) -> Instances:

@@ -81,6 +81,7 @@ class State:
         optimizer: the optimizer's state_dict; None if it was not loaded or not saved.
         raw: with train.ema, the state_dict that training resumes from.
         skipped: steps without an update, because a loss was not finite.
+        step_version: `trainer.step.trainable.VERSION` of the code that trained; 1 for all before it was recorded.
         scaler: the state_dict of the fp16 gradient scaler, a few numbers; None for other precisions.
     """
 
@@ -94,6 +95,7 @@ class State:
     raw: dict[str, Tensor] | None = None
     skipped: int = 0
     scaler: dict[str, float] | None = None
+    step_version: int = 1
 
 
 def step_folder(run: Location, step: int, folder: str = FOLDER) -> Location:
@@ -138,6 +140,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "step": state.step,
         "position": state.position,
         "skipped": state.skipped,
+        "step_version": state.step_version,
         "scaler": state.scaler,
         "order": state.order,
         "categories": categories,
@@ -173,6 +176,7 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
             else None,
             raw=_read_tensors(folder, RAW_FILE, files) if optimizer and RAW_FILE in files else None,
             skipped=int(value["skipped"]),
+            step_version=int(value.get("step_version", 1)),
             scaler=dict(value["scaler"]) if value.get("scaler") else None,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -1,17 +1,23 @@
 """The optimizer of a stage, and the average of the weights."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from trainer.config.settings import OptimConfig
 
+if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return SGD or AdamW over the trainable parameters of `model`.
+    """Return SGD or AdamW over the trainable parameters of `model`, in the form that `apply_update` can skip.
 
     Without `decay_norms`, parameters of one dimension (biases, and scale and shift of normalisation) have no decay.
     """
@@ -24,27 +30,65 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         ]
     if optim.optimizer == "adamw":
         b1, b2 = optim.betas
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(b1, b2), weight_decay=optim.weight_decay)
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(b1, b2), weight_decay=optim.weight_decay, fused=True)
+    sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+    if optim.momentum:
+        # torch creates them in the first update, and leaves them uninitialised if that one is skipped.
+        for parameter in trainable:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
-def averaged(network: nn.Module, decay: float, steps: int) -> AveragedModel:
-    """Return the exponential moving average of a network's weights and buffers after a number of steps.
+def mark_nonfinite(model: nn.Module, losses: Tensor) -> None:
+    """Make the gradient of `model` NaN if a loss is not finite, without reading it.
 
-    Call `update_parameters(network)` after each step. The decay of step n is at most (1 + n) / (10 + n), so that the
-    initial weights lose their influence quickly (as in TensorFlow's `ExponentialMovingAverage`). The network is copied;
-    a resumed run loads its saved average into `module`.
+    So that the norm of the gradient, and fp16's gradient scaler, show every step that must not be done.
+    """
+    gradient = next(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+    gradient.add_((losses * 0).sum().to(gradient.dtype))  # infinity times 0 is NaN
+
+
+def apply_update(optimizer: AcceleratedOptimizer, is_done: Tensor) -> None:
+    """Update the weights if `is_done`, a bool scalar on the device, which the optimizer's kernels read there.
+
+    The gradient scaler of fp16 decides by itself, from the same gradients.
+    """
+    if optimizer.scaler is not None:
+        optimizer.step()
+        return
+    inner = optimizer.optimizer
+    inner.found_inf, inner.grad_scale = (~is_done).float(), None  # what torch's own gradient scaler sets
+    try:
+        optimizer.step()
+    finally:
+        del inner.found_inf, inner.grad_scale
+
+
+class MovingAverage:
+    """The exponential moving average of a network's weights and buffers.
+
+    The decay of step n is at most (1 + n) / (10 + n), so that the initial weights lose their influence quickly (as in
+    TensorFlow's `ExponentialMovingAverage`).
+
+    Attributes:
+        module: a copy of the network with the average, in evaluation mode; a resumed run loads its saved average.
     """
 
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], number: Tensor | int) -> None:
-        n = int(number)
-        share = 1 - min(decay, (1 + n) / (10 + n))
-        for average, value in zip(averages, values):
+    def __init__(self, network: Module, decay: float, steps: int) -> None:
+        """Begin with the network's own weights, after `steps` steps."""
+        self.module = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+        self._steps = torch.tensor(float(steps), device=next(network.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, is_done: Tensor) -> None:
+        """Include the weights after a step, if it was done: a bool scalar on the device, which is not read."""
+        decay = ((1 + self._steps) / (10 + self._steps)).clamp(max=self.decay)
+        share = (1 - decay).masked_fill(self._steps == 0, 1) * is_done
+        self._steps += is_done
+        averages, values = (n.state_dict(keep_vars=True).values() for n in (self.module, network))
+        for average, value in zip(averages, values, strict=True):
             if average.is_floating_point():
                 average.lerp_(value.to(average), share)
             else:  # the counter of a batch norm
                 average.copy_(value)
-
-    average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
-    average.n_averaged.fill_(steps)
-    return average.eval()

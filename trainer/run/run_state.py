@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.schedule import Stage, stage_of, stages
-from trainer.config.settings import Config, ConfigError
+from trainer.config.settings import Config, ConfigError, TrainConfig
 from trainer.run.distributed import TRAINING_TIMEOUT, checkpoint_to_resume, main_can_write, start_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
-    from torch.optim.swa_utils import AveragedModel
     from torchvision.models.detection import MaskRCNN
 
     from shards.format.dataset import Dataset
     from shards.stream.streams import ShardStream
     from trainer.data.instances import Batch
+    from trainer.run.optim import MovingAverage
+    from trainer.step.trainable import Trainable
 
 log = logging.getLogger("trainer.run.run_state")
 
@@ -41,7 +42,7 @@ class Training:
     stage: Stage | None = None
     model: Any = None  # the network as a function from a batch to its losses, wrapped by accelerate in `begin_stage`
     optimizer: Any = None
-    ema: AveragedModel | None = None
+    ema: MovingAverage | None = None
 
     @property
     def evaluated(self) -> MaskRCNN:
@@ -63,12 +64,14 @@ def set_up(config: Config) -> Training:
         raise ConfigError(f"data.val_split is {config.data.val_split!r}: the dataset has {have} ('' for no evaluation)")
 
     from trainer.model.checkpoint import check_same_run
-    from trainer.run.optim import averaged
+    from trainer.run.optim import MovingAverage
+    from trainer.step.trainable import VERSION
 
     accelerator = start_accelerator(config.train.precision, config.run.trackers, run, TRAINING_TIMEOUT)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate would silently train in float32.
         raise ConfigError("train.precision is fp16, which needs a GPU, and this process has none: use fp32 or bf16")
+    check_compile(config.train, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.train.accumulate  # `backward` divides the losses by it
     main_can_write(run, "--run.dir", accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
@@ -86,20 +89,32 @@ def set_up(config: Config) -> Training:
         if accelerator.scaler is not None and resumed.scaler is not None:
             accelerator.scaler.load_state_dict(resumed.scaler)
         log.info("continuing %s from step %d", run, resumed.step)
+        if resumed.step_version != VERSION:
+            log.warning("the checkpoint is of another release: from here on, other RoIs are drawn from the same seed")
     else:
         load_initial_weights(t)
     begin_stage(t, resumed.optimizer if resumed else None)
     if config.train.ema:
-        t.ema = averaged(t.network, config.train.ema, t.step - t.skipped)
+        t.ema = MovingAverage(t.network, config.train.ema, t.step - t.skipped)
         if resumed:
             t.ema.module.load_state_dict(resumed.weights)
     return t
+
+
+def check_compile(train: TrainConfig, processes: int) -> None:
+    """Raise a ConfigError for CUDA graphs with several processes or accumulation, which torch does not support."""
+    if train.compile in ("reduce-overhead", "max-autotune") and (processes > 1 or train.accumulate > 1):
+        raise ConfigError(
+            f"train.compile is {train.compile}, whose CUDA graphs need one process and train.accumulate 1, not "
+            f"{counted(processes, 'process', 'processes')} and {train.accumulate}: use default"
+        )
 
 
 def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, start: int) -> ShardStream[Batch]:
     """Return this rank's stream of training batches, from global batch `start` on."""
     from shards.stream.streams import ShardStream
     from trainer.data.collate import TrainCollate, sample_cache
+    from trainer.model.build import num_classes
 
     data = config.data
     return ShardStream(
@@ -117,7 +132,7 @@ def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, star
         read_ahead=data.read_ahead_mb * 2**20,
         cache=sample_cache(data),
         stall_s=data.stall_s,
-        collate=TrainCollate(data, config.train.seed),
+        collate=TrainCollate(data, config.train.seed, num_classes(dataset.categories)),
     )
 
 
@@ -131,8 +146,6 @@ def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
     network = build_model(config.model, config.data, num_classes(dataset.categories))
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)
-    if config.train.compile:
-        network.backbone.compile()
     return network
 
 
@@ -155,7 +168,6 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     inside the stage.
     """
     from trainer.model.freeze import set_trainable
-    from trainer.model.losses import Trainable
     from trainer.run.optim import make_optimizer
 
     t.stage = stage_of(t.config.train, t.step)
@@ -165,13 +177,33 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     log.info(
         "stage %d of %d: %s (training: %s)", t.stage.number, t.stage.of, t.stage.layers, counted(len(names), "tensor")
     )
-    model = Trainable(t.network, t.config.loss).train()
+    model = make_step(t)
     # Not the loader: the stream already reads this rank's share only, and accelerate would split it again.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))
     if optimizer is not None and t.step > t.stage.start:
         # Only the state: momentum, weight decay and the like come from the current settings.
         groups = t.optimizer.state_dict()["param_groups"]
         t.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+
+
+def make_step(t: Training) -> Trainable:
+    """Return the network as a function from a batch to its losses, on its device; compiled with `train.compile`."""
+    import torch
+
+    from trainer.model.backbones import cache_frozen_norms
+    from trainer.model.build import num_classes
+    from trainer.step.trainable import Trainable
+    from trainer.step.warm_up import warm_up
+
+    train, device = t.config.train, t.accelerator.device
+    step = Trainable(t.network, t.config.loss).train().to(device)
+    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16} if train.frozen_norms == "autocast" else {}
+    cache_frozen_norms(t.network, reduced.get(t.accelerator.mixed_precision, torch.float32))
+    if train.compile != "no":
+        step.compile_parts(mode=train.compile)
+        with t.accelerator.autocast():
+            warm_up(step, t.config.data, num_classes(t.dataset.categories), device)
+    return step
 
 
 def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -194,6 +226,7 @@ def share_buffers(t: Training) -> None:
 def save_state(t: Training, *, best: bool = False) -> None:
     """Write a checkpoint, or only the weights as the run's best; only the main rank calls this."""
     from trainer.model.checkpoint import BEST, FOLDER, State, save
+    from trainer.step.trainable import VERSION
 
     state = State(
         t.step,
@@ -206,5 +239,6 @@ def save_state(t: Training, *, best: bool = False) -> None:
         None if best or t.ema is None else t.network.state_dict(),
         t.skipped,
         None if best or t.accelerator.scaler is None else t.accelerator.scaler.state_dict(),
+        VERSION,
     )
     save(t.run, state, 1 if best else t.config.train.keep_checkpoints, BEST if best else FOLDER)

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from shards.stream.loader import LoaderStatistics
     from trainer.config.settings import LossConfig
-    from trainer.data.instances import Batch
 
     Losses = Mapping[str, Tensor]  # by name; scalars
 
-COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `LoaderStatistics` and `StepReport` that add up
+# Fields of `StepReport` besides the losses, in the order in which ranks exchange them.
+NUMBERS = ("data_wait_s", "read_mb", "requests", "retries", "samples", "cache_hits", "memory_mb", "signal")
+COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `StepReport` that add up
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,114 @@ class StepReport:
     signal: int  # number of the signal that the rank received; 0 for none
 
 
-def exchange(
-    accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int
-) -> list[StepReport]:
-    """Share what this rank reports, in one collective operation; return the reports of all ranks, in their order.
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on every rank.
+
+    Attributes:
+        reports: of all ranks, in their order.
+        grad_norm: of the gradient of all parameters, averaged over the ranks, before clipping.
+        problem: which losses, or that the gradient, are not finite; empty if all are, and the step was done.
+    """
+
+    reports: list[StepReport]
+    grad_norm: float
+    problem: str
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Each loss, averaged over the ranks."""
+        names, count = self.reports[0].losses, len(self.reports)
+        return {name: sum(report.losses[name] for report in self.reports) / count for name in names}
+
+    @property
+    def signal(self) -> int:
+        """Number of a signal that any rank received; 0 for none."""
+        return max(report.signal for report in self.reports)
+
+
+class PendingStep:
+    """The result of a step, on its way to the host while the device may compute the next step.
+
+    Args:
+        gathered: what `exchange` returned.
+        norm: of the gradient, a scalar on the device.
+        losses: of each batch of this rank.
+        image_ids: of each batch of this rank.
+        row: what the host knows of the step's row of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        gathered: Tensor,
+        norm: Tensor,
+        losses: Sequence[Losses],
+        image_ids: Sequence[Sequence[str]],
+        row: dict[str, Any],
+    ) -> None:
+        from trainer.step.host_copy import HostCopy  # not at the top: --help answers without torch
+
+        self.row = row
+        self._names, self._image_ids = list(losses[0]), image_ids
+        self._gathered, self._norm, self._own = HostCopy(gathered), HostCopy(norm), HostCopy(_stacked(losses))
+
+    def read(self, *, is_scaled: bool) -> StepResult:
+        """Wait for the result; every rank must call this.
+
+        Args:
+            is_scaled: whether fp16's gradient scaler is on. It raises its scale until a gradient is not finite, which
+                is no problem.
+        """
+        reports = []
+        for row in self._gathered.read():  # [ranks, losses + numbers]
+            values: dict[str, Any] = dict(zip([*self._names, *NUMBERS], row, strict=True))
+            values |= {name: int(values[name]) for name in (*COUNTS, "signal")}
+            reports.append(StepReport({name: values.pop(name) for name in self._names}, **values))
+        norm: Any = self._norm.read()
+        problem = self._nonfinite_losses(reports)
+        if not problem and not math.isfinite(norm) and not is_scaled:
+            problem = f"the gradient is {norm}, though every loss is finite"
+        return StepResult(reports, norm, problem)
+
+    def _nonfinite_losses(self, reports: Sequence[StepReport]) -> str:
+        """Return which losses are not finite, on which ranks and samples; empty if all are finite."""
+        bad = [
+            (rank, name, value)
+            for rank, report in enumerate(reports)
+            for name, value in report.losses.items()
+            if not math.isfinite(value)
+        ]
+        if not bad:
+            return ""
+        from accelerate.utils import gather_object
+
+        own = [
+            image_id
+            for image_ids, losses in zip(self._image_ids, self._own.read(), strict=True)
+            if not all(map(math.isfinite, losses))
+            for image_id in image_ids
+        ]
+        gathered = gather_object([own])
+        where = ", ".join(f"{name} is {value} on rank {rank}" for rank, name, value in bad)
+        samples = ", ".join(image_id for rank in sorted({rank for rank, _, _ in bad}) for image_id in gathered[rank])
+        return f"{where} (samples {samples})"
+
+
+def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int) -> Tensor:
+    """Share what this rank reports, in one collective operation that the host does not wait for.
 
     Args:
         losses: of each batch of this rank.
         loaded: what this rank's loader did for these batches.
         signal: number of the signal that this rank received; 0 for none.
+
+    Returns:
+        float32 [ranks, losses + NUMBERS], the same on every rank.
     """
     import torch
 
-    means = torch.stack([torch.stack([loss.float() for loss in each.values()]) for each in losses]).mean(0)  # [losses]
+    from trainer.step.host_copy import to_device
+
     numbers = {
         "data_wait_s": loaded.waited_s,
         "read_mb": loaded.nbytes / 1e6,
@@ -58,42 +154,16 @@ def exchange(
         "memory_mb": peak_memory_mb(accelerator.device),
         "signal": signal,
     }
-    own = torch.cat((means, means.new_tensor(list(numbers.values()))))  # [losses + numbers]
-    reports = []
-    for row in accelerator.gather(own[None]).tolist():  # [ranks, losses + numbers]
-        values: dict[str, Any] = dict(zip([*losses[0], *numbers], row, strict=True))
-        values |= {name: int(values[name]) for name in (*COUNTS, "signal")}
-        reports.append(StepReport({name: values.pop(name) for name in losses[0]}, **values))
-    return reports
+    own = to_device([numbers[name] for name in NUMBERS], accelerator.device)
+    gathered: Tensor = accelerator.gather(torch.cat((_stacked(losses).mean(0), own))[None])
+    return gathered
 
 
-def nonfinite_losses(reports: Sequence[StepReport], losses: Sequence[Losses], batches: Sequence[Batch]) -> str:
-    """Return which losses are not finite, on which ranks and samples; empty if all are. `reports` are of all ranks."""
-    bad = [
-        (rank, name, value)
-        for rank, report in enumerate(reports)
-        for name, value in report.losses.items()
-        if not math.isfinite(value)
-    ]
-    if not bad:
-        return ""
-    from accelerate.utils import gather_object
+def _stacked(losses: Sequence[Losses]) -> Tensor:
+    """Return the losses of each batch, float32 [batches, losses]."""
+    import torch
 
-    own = [
-        image_id
-        for batch, each in zip(batches, losses, strict=True)
-        if not all(loss.isfinite() for loss in each.values())
-        for image_id in batch.image_ids
-    ]
-    image_ids = gather_object([own])
-    where = ", ".join(f"{name} is {value} on rank {rank}" for rank, name, value in bad)
-    samples = ", ".join(image_id for rank in sorted({rank for rank, _, _ in bad}) for image_id in image_ids[rank])
-    return f"{where} (samples {samples})"
-
-
-def mean_losses(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Return each loss, averaged over the ranks."""
-    return {name: sum(report.losses[name] for report in reports) / len(reports) for name in reports[0].losses}
+    return torch.stack([torch.stack([loss.float() for loss in each.values()]) for each in losses])
 
 
 def loading(reports: Sequence[StepReport]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.model.checkpoint import load, open_checkpoint
-from trainer.model.losses import Trainable
+from trainer.step.trainable import Trainable
 
 SKIP: dict[str, Any] = {"data__val_split": "", "train__skip_nonfinite": 1, "train__steps_per_epoch": 3}
 

@@ -24,6 +24,7 @@ from trainer.model.build import build_model
 from trainer.model.checkpoint import open_checkpoint
 from trainer.model.freeze import check_all_learned, trainable_parameters
 from trainer.model.weights import load_weights
+from trainer.step.trainable import Trainable
 
 # One epoch of one step; a stage is one.
 SIZES = {name: value for name, value in tiny.SETTINGS.items() if name.startswith(("data.", "model."))} | {
@@ -61,21 +62,21 @@ def test_a_recipe_trains(
     settings["run.dir"] = tmp_path
     arguments = ["--config", name]
     arguments += [str(text) for option, value in settings.items() for text in (f"--{option}", value)]
-    compile_module, compiled = nn.Module.compile, []
+    compile_parts, compiled = Trainable.compile_parts, []
 
-    def compile_quickly(module: nn.Module) -> None:
+    def compile_quickly(step: Trainable, mode: str) -> None:
         """Trace the same graphs for a backend without a compiler: Inductor, the default, takes minutes."""
-        compiled.append(module)
-        compile_module(module, backend="aot_eager")
+        compiled.append(mode)
+        compile_parts(step, backend="aot_eager")
 
-    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr(Trainable, "compile_parts", compile_quickly)
     assert train_script.main(arguments) == 0
 
     rows = tiny.rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 4 if recipe.train.stages else 2))
     assert all(value is not None for row in rows for value in row["losses"].values())
     assert tiny.rows(tmp_path / "evaluations.jsonl")[-1]["step"] == len(rows)
-    assert len(compiled) == recipe.train.compile
+    assert compiled == ([] if recipe.train.compile == "no" else [recipe.train.compile])
     ran, wanted = open_checkpoint(str(tmp_path)).config.to_dict(), recipe.to_dict()
     changed = {f"{part}.{key}" for part in wanted for key in wanted[part] if wanted[part][key] != ran[part][key]}
     assert changed <= settings.keys()

@@ -51,6 +51,14 @@ def test_saved_settings_read_back_the_same(tmp_path):
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
+def test_true_and_false_still_switch_compilation(tmp_path):
+    """As in the configurations of earlier releases; YAML reads no as false."""
+    for text, mode in (("true", "default"), ("false", "no"), ("no", "no"), ("max-autotune", "max-autotune")):
+        (tmp_path / "config.yaml").write_text(f"train: {{compile: {text}}}")
+        assert load_config(str(tmp_path / "config.yaml")).train.compile == mode
+        assert load_config(None, [("train.compile", text)]).train.compile == mode
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -63,7 +71,9 @@ def test_saved_settings_read_back_the_same(tmp_path):
         ("data.batch_size", "true", "data.batch_size: True is not a whole number"),
         ("data.batch_size", "0", "data.batch_size is 0: it must be at least 1"),
         ("data.group_by_aspect", "1", "1 is not true or false"),
-        ("data.resize", "round", "'round' is not one of square, shortest, scale_jitter"),
+        ("data.resize", "round", "'round' is not one of square, shortest, oriented, scale_jitter"),
+        ("data.resize", "oriented", "data.resize is oriented, .*: set data.group_by_aspect"),
+        ("train.compile", "fast", "'fast' is not one of no, default, reduce-overhead, max-autotune"),
         ("data.flip", "1.5", "data.flip is 1.5: it must be between 0 and 1"),
         ("data.min_size", "2000", "data.min_size 2000 is above data.max_size 1024"),
         ("data.scale_range", "[2.0, 0.1]", r"scale_range is \[2.0, 0.1\]: give the smallest scale before the largest"),

@@ -20,6 +20,7 @@ from shards.format.sample import Instance, Sample
 from trainer.config.settings import DataConfig
 from trainer.data.collate import EvalCollate, TrainCollate, decode_image
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.data.mask_bitmaps import BITMAP
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -53,7 +54,12 @@ def parts(batch: Batch, i: int) -> list[torch.Tensor]:
     """The pixels and columns of image i of a batch."""
     height, width = batch.sizes[i].tolist()
     columns = (batch.boxes, batch.labels, batch.flags, batch.bitmaps, batch.frames)
-    return [batch.images[i, :, :height, :width], *(c.split(batch.counts.tolist())[i] for c in columns)]
+    return [batch.images[i, :, :height, :width], *(column[i, : counts(batch)[i]] for column in columns)]
+
+
+def counts(batch: Batch) -> list[int]:
+    """The number of annotations of each image."""
+    return (batch.labels > 0).sum(1).tolist()
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -61,29 +67,36 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_batch_has_the_documented_shapes_and_dtypes():
-    batch = TrainCollate(CONFIG, 0)([sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)], 0)
+    batch = TrainCollate(CONFIG, 0, 6)([sample("a"), sample("b", 90, 60, 0), sample("c", 64, 64, 3)], 0)
     assert (batch.images.shape, batch.images.dtype) == ((3, 3, 128, 128), torch.uint8)
     assert batch.sizes.tolist() == [[96, 128], [128, 85], [96, 96]]
-    assert batch.counts.tolist() == [3, 1, 4]
+    assert counts(batch) == [3, 1, 4]
     assert batch.image_ids == ("a", "b", "c")
-    assert batch.labels.tolist() == [1, 2, 1, 1, 1, 2, 3, 1]
-    assert batch.flags.tolist() == [HAS_MASK, HAS_MASK, GROUP_OF, GROUP_OF, HAS_MASK, HAS_MASK, HAS_MASK, GROUP_OF]
+    assert [row[row > 0].tolist() for row in batch.labels] == [[1, 2, 1], [1], [1, 2, 3, 1]]
+    assert batch.flags[2].tolist() == [HAS_MASK, HAS_MASK, HAS_MASK, GROUP_OF, 0, 0, 0, 0]
     assert batch.boxes.dtype == batch.frames.dtype == torch.float32
-    assert batch.sizes.dtype == batch.counts.dtype == batch.labels.dtype == torch.int64
-    assert len(batch.bitmaps) == len(batch.frames) == len(batch.boxes) == 8
+    assert batch.sizes.dtype == batch.labels.dtype == torch.int64
+    assert batch.bitmaps.shape == (3, 8, BITMAP, BITMAP)
 
 
 def test_shortest_pads_to_the_largest_image_and_chooses_a_min_size():
-    collate = TrainCollate(DataConfig(min_size=96, max_size=200, resize="shortest"), 0)
+    collate = TrainCollate(DataConfig(min_size=96, max_size=200, resize="shortest"), 0, 6)
     assert collate([sample("a"), sample("b", 64, 64)], 0).images.shape == (2, 3, 96, 128)
-    collate = TrainCollate(DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest"), 0)
+    collate = TrainCollate(DataConfig(min_sizes=[48, 64], max_size=200, resize="shortest"), 0, 6)
     assert {collate([sample("a")], epoch).sizes.min().item() for epoch in range(10)} == {48, 64}
+
+
+def test_oriented_pads_to_one_of_two_shapes_and_a_mixed_batch_to_the_square():
+    collate = TrainCollate(DataConfig(min_size=64, max_size=90, resize="oriented"), 0, 6)
+    wide, tall = sample("a"), sample("b", 80, 60)
+    shapes = [tuple(collate(samples, 0).images.shape[-2:]) for samples in ([wide], [tall], [wide, tall])]
+    assert shapes == [(64, 96), (96, 64), (96, 96)]
 
 
 @pytest.mark.parametrize("resize", ["square", "shortest"])
 def test_a_sample_is_augmented_alike_at_any_place_and_in_a_loader_process(resize):
     samples = [sample("a"), sample("b", 90, 60, 0, seed=1), sample("c", 64, 64, 3, seed=2), sample("d", seed=3)]
-    collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 3)
+    collate = TrainCollate(DataConfig(min_size=96, max_size=128, resize=resize), 3, 6)
     here = collate(samples, 5)
     backwards: Any = samples[::-1]
     [there] = DataLoader(backwards, batch_size=4, num_workers=1, collate_fn=lambda batch: collate(batch, 5))
@@ -94,12 +107,14 @@ def test_a_sample_is_augmented_alike_at_any_place_and_in_a_loader_process(resize
 
 def test_flips_follow_seed_and_epoch():
     one = sample("a")
-    upright, mirrored = (TrainCollate(DataConfig(min_size=96, max_size=128, flip=flip), 0)([one], 0) for flip in (0, 1))
+    upright, mirrored = (
+        TrainCollate(DataConfig(min_size=96, max_size=128, flip=flip), 0, 6)([one], 0) for flip in (0, 1)
+    )
     assert torch.equal(mirrored.images[..., :96, :128], upright.images[..., :96, :128].flip(-1))
-    assert torch.allclose(mirrored.boxes[:, 0], 128 - upright.boxes[:, 2])
+    assert torch.allclose(mirrored.boxes[0, :3, 0], 128 - upright.boxes[0, :3, 2])
     flips = {
         seed: tuple(
-            torch.equal(TrainCollate(CONFIG, seed)([one], epoch).images, mirrored.images) for epoch in range(10)
+            torch.equal(TrainCollate(CONFIG, seed, 6)([one], epoch).images, mirrored.images) for epoch in range(10)
         )
         for seed in range(4)
     }
@@ -112,26 +127,24 @@ def test_all_augmentations_together_are_reproducible_and_keep_shapes():
         batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
     )
     samples = [sample("a", objects=6, seed=1), sample("b", 90, 60, 0, seed=2), sample("c", 64, 64, 3, seed=3)]
-    batches = [TrainCollate(config, 0)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
+    batches = [TrainCollate(config, 0, 6)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
     assert equal(parts(batches[0], 0), parts(batches[1], 0))
     assert not equal(parts(batches[0], 0), parts(batches[2], 0))
     for batch in batches:
         assert batch.images.shape == (3, 3, 128, 128)
         objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
-        assert max(int(part.sum()) for part in objects.split(batch.counts.tolist())) <= config.max_instances
-        assert int(batch.counts.sum()) == len(batch.boxes) == len(batch.bitmaps)
-        assert bool((batch.boxes[:, 2:] > batch.boxes[:, :2]).all())
+        assert int((objects & (batch.labels > 0)).sum(1).max()) <= config.max_instances
+        assert bool((batch.boxes[..., 2:] > batch.boxes[..., :2]).all())
     # The second image has only a group-of region of its own: the rest is pasted.
-    assert max(int(batch.counts[1]) for batch in batches) > 1
+    assert max(counts(batch)[1] for batch in batches) > 1
 
 
 def test_boxes_with_less_than_a_pixel_inside_the_image_are_dropped():
     boxes = [(10, 10, 0.3, 20), (79.7, 10, 5, 5), (10, 10, 20, 20), (-5, 3, 5.1, 8)]
     one = sample("a")
     narrow = replace(one, instances=tuple(Instance(i + 1, box, None) for i, box in enumerate(boxes)))
-    batch = TrainCollate(CONFIG, 0)([narrow, replace(one, instances=())], 0)
-    assert batch.labels.tolist() == [3]
-    assert batch.counts.tolist() == [1, 0]
+    batch = TrainCollate(CONFIG, 0, 6)([narrow, replace(one, instances=())], 0)
+    assert [row[row > 0].tolist() for row in batch.labels] == [[3], []]
 
 
 def test_verified_classes_are_the_lists_and_the_classes_with_a_box():
@@ -141,7 +154,8 @@ def test_verified_classes_are_the_lists_and_the_classes_with_a_box():
         replace(one, verified_absent=(4,), instances=()),
         one,
     ]
-    assert TrainCollate(CONFIG, 0)(samples, 0).verified == ((1, 2, 5), (4,), None)
+    verified = TrainCollate(CONFIG, 0, 6)(samples, 0).verified
+    assert [torch.where(row)[0].tolist() for row in verified] == [[0, 1, 2, 5], [0, 4], [0, 1, 2, 3, 4, 5]]
 
 
 def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():
@@ -204,7 +218,7 @@ def test_a_broken_image_is_a_sample_error_with_its_key(cut):
     whole = sample("abc123", 200, 200)
     broken = Sample("abc123", whole.image[:cut], 200, 200)
     with pytest.raises(SampleError, match=r"abc123.*cannot be decoded"):
-        TrainCollate(CONFIG, 0)([broken], 0)
+        TrainCollate(CONFIG, 0, 6)([broken], 0)
 
 
 def test_an_image_of_another_size_than_annotated_is_a_sample_error():

@@ -1,11 +1,11 @@
 """`Instances` and `Batch`."""
 
 import numpy as np
+import torch
 
 from shards.format import rle
 from shards.format.sample import Instance
-from tests.trainer.batches import SCENES, batch_of
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, read_instances
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch, padded, padded_count, read_instances
 
 
 def test_read_instances_flags_masks_and_groups():
@@ -39,9 +39,24 @@ def test_cap_ignores_all_but_a_random_choice_of_objects():
     assert instances.cap(10, np.random.default_rng(0)) is instances
 
 
-def test_batch_to_leaves_on_the_host_what_python_reads():
-    moved = batch_of(SCENES[:1]).to("meta")
+def test_padded_rows_are_the_same_for_similar_batches():
+    assert [padded_count(count) for count in (0, 1, 8, 9, 16, 17, 100)] == [8, 8, 8, 16, 16, 32, 128]
+    columns = padded([read_instances([]), read_instances([Instance(2, (1, 2, 3, 4), None)])])
+    assert {name: tuple(column.shape[:2]) for name, column in columns.items()} == dict.fromkeys(columns, (2, 8))
+    assert columns["labels"].sum() == columns["labels"][1, 0] == 2
+    assert columns["boxes"][1, 0].tolist() == [1, 2, 4, 6]
+    # Nothing that is not used can divide by zero.
+    assert (columns["boxes"][0, 0].tolist(), columns["frames"][1, 0].tolist()) == ([0, 0, 1, 1], [0, 0, 1, 1])
+
+
+def test_batch_to_moves_every_tensor():
+    batch = Batch(
+        images=torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        sizes=torch.tensor([[32, 32]]),
+        verified=torch.ones(1, 3, dtype=torch.bool),
+        image_ids=("a",),
+        **padded([read_instances([])]),
+    )
+    moved = batch.to("meta")
     assert len(moved) == 1
-    assert moved.images.device.type == moved.bitmaps.device.type == "meta"
-    assert {host.device.type for host in (moved.sizes, moved.counts, moved.flags)} == {"cpu"}
-    assert moved.verified == (None,)
+    assert {value.device.type for name, value in vars(moved).items() if name != "image_ids"} == {"meta"}

@@ -18,6 +18,7 @@ from tests.support import CATEGORIES, REPOSITORY
 from tests.trainer.batches import FEW, narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.config.yaml_config import load_config
+from trainer.model.backbones import cache_frozen_norms
 from trainer.model.build import build_model, num_classes, rebuild
 from trainer.model.checkpoint import CheckpointError, State, open_checkpoint, save
 
@@ -146,3 +147,28 @@ def test_the_traffic_recipe_has_matterports_settings():
     assert (model.score_threshold, model.nms_threshold) == (0.7, 0.3)
     assert (optim.lr, optim.momentum, optim.weight_decay, optim.clip_norm) == (0.001, 0.9, 1e-4, 5.0)
     assert config.train.steps_per_epoch == 100
+
+
+def test_frozen_norms_that_are_cached_return_what_torchvisions_return() -> None:
+    torch.manual_seed(0)
+    network = with_statistics(build_model(narrow(norm="frozen"), DATA, 3)).eval()
+    norm: Any = network.backbone.body.bn1
+    assert isinstance(norm, FrozenBatchNorm2d)
+    image, maps = torch.rand(1, 3, 96, 128), torch.randn(2, 64, 9, 7)
+    expected, normalised = network.backbone(image)["0"], norm(maps)
+    cache_frozen_norms(network, torch.float32)
+    torch.testing.assert_close(norm(maps), normalised, rtol=1e-6, atol=1e-6)  # one rounding less
+    torch.testing.assert_close(network.backbone(image)["0"], expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(maps.bfloat16()).dtype == torch.float32  # as in torchvision
+        cache_frozen_norms(network, torch.bfloat16)
+        assert norm(maps.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(maps.bfloat16()).float(), normalised, rtol=0.02, atol=0.02)
+
+
+def test_cached_norms_are_forgotten_with_other_weights_or_another_device() -> None:
+    for change in (lambda one: one.load_state_dict(one.state_dict()), nn.Module.double):
+        network = with_statistics(build_model(narrow(norm="frozen"), DATA, 3))
+        cache_frozen_norms(network, torch.float32)
+        change(network)
+        assert network.backbone.body.bn1.cached is None

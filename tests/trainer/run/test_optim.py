@@ -1,11 +1,13 @@
+import math
 from typing import Any, Literal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from trainer.config.settings import OptimConfig
-from trainer.run.optim import averaged, make_optimizer
+from trainer.run.optim import MovingAverage, apply_update, make_optimizer, mark_nonfinite
 
 
 def network() -> Any:
@@ -36,19 +38,40 @@ def test_make_optimizer_takes_trainable_parameters_and_may_exempt_norms_from_dec
     assert moved == [False, False, False, False, True, False]
 
 
-def test_the_average_follows_its_formula_across_a_resume() -> None:
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_an_update_that_is_not_done_changes_nothing_not_even_the_first(kind: Literal["sgd", "adamw"]) -> None:
+    built, plain = network(), network()
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(make_optimizer(built, OptimConfig(optimizer=kind, lr=0.1)))
+    reference = make_optimizer(plain, OptimConfig(optimizer=kind, lr=0.1))
+    for losses in ([1.0, torch.nan], [1.0, 2.0], [torch.inf, 0.0], [1.0, 2.0], [1.0, 2.0]):
+        done = all(map(math.isfinite, losses))
+        for one, other in zip(built.parameters(), plain.parameters(), strict=True):
+            one.grad, other.grad = torch.ones_like(one), torch.ones_like(other)
+        mark_nonfinite(built, torch.tensor(losses))
+        norm = torch.nn.utils.clip_grad_norm_(built.parameters(), 1e9)
+        assert bool(norm.isfinite()) == done
+        apply_update(optimizer, norm.isfinite())
+        if done:
+            reference.step()
+        assert all(torch.equal(*pair) for pair in zip(built.parameters(), plain.parameters(), strict=True))
+    assert not torch.equal(built[2].weight, network()[2].weight)
+
+
+def test_the_average_follows_its_formula_across_a_resume_and_skipped_steps() -> None:
     built = network()
-    average: Any = averaged(built, 0.7, 0)
+    average: Any = MovingAverage(built, 0.7, 0)
     expected = built[2].weight.detach().clone()
     for n in range(8):
         with torch.no_grad():
             built[2].weight.add_(torch.randn_like(built[2].weight))
         built[1].running_mean.add_(1.0)
         if n == 4:  # as a resumed run
-            again: Any = averaged(built, 0.7, n)
+            again: Any = MovingAverage(built, 0.7, n)
             again.module.load_state_dict(average.module.state_dict())
             average = again
-        average.update_parameters(built)
+        average.update(built, torch.tensor(False))
+        average.update(built, torch.tensor(True))
         share = 1.0 if n == 0 else 1 - min(0.7, (1 + n) / (10 + n))
         expected = expected + share * (built[2].weight.detach() - expected)
         assert torch.allclose(average.module[2].weight, expected, atol=1e-6)

@@ -1,51 +1,83 @@
-"""RoIAlign for training on a CPU: torchvision's forward pass, to the bit, with a faster backward pass.
+"""RoIAlign of all levels of an FPN, in two forms with the same result.
 
-torchvision's backward pass adds every pixel of every RoI to scattered places of one channel after the other, in a
-single thread. With the channels of a pixel next to each other, it is one sparse matrix product: the gradient of a pixel
-is the weighted sum of the gradients of the bins that read it (`torch.nn.functional.embedding_bag`). The order of the
-sums differs from torchvision's; it is the same in every run, whatever the number of threads. `benchmarks/training.py`
-measures both.
+- `pool_in_fixed_shapes` reads every level for every RoI, with the RoIs of other levels moved far outside, where
+  torchvision's `roi_align` reads zeros, and adds the results. No shape depends on the RoIs, so nothing waits for a GPU.
+- `pool_on_cpu` reads each RoI once, with a faster backward pass. torchvision's adds every pixel of every RoI to
+  scattered places of one channel after the other, in a single thread. With the channels of a pixel next to each other,
+  it is one sparse matrix product: the gradient of a pixel is the weighted sum of the gradients of the bins that read it
+  (`torch.nn.functional.embedding_bag`). The order of the sums differs from torchvision's; it is the same in every run,
+  whatever the number of threads. `benchmarks/training.py` measures both.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from trainer.step.boxes import area
+
+OUTSIDE = -1e5  # pixels; further from the image than any map's border
 
 
-def pool(
-    pooler: MultiScaleRoIAlign, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
-) -> Tensor:
-    """Call `pooler(features, boxes, sizes)`, with the faster backward pass on a CPU.
+class Rois(NamedTuple):
+    """RoIs of a batch.
 
-    Poolers with an adaptive `sampling_ratio` (0) keep torchvision's backward pass. As there, boxes get no gradient.
+    Attributes:
+        boxes: float32 [K, 4] x0, y0, x1, y1 in pixels.
+        images: int64 [K], which image each belongs to; ascending for `pool_on_cpu`.
     """
-    maps = {name: features[name] for name in pooler.featmap_names if name in features}
-    if pooler.sampling_ratio < 1 or any(of_level.device.type != "cpu" for of_level in maps.values()):
-        pooled: Tensor = pooler(features, boxes, sizes)
-    else:
-        pooled = _Pool.apply(pooler, tuple(maps), boxes, sizes, *maps.values())  # type: ignore[no-untyped-call]
+
+    boxes: Tensor
+    images: Tensor
+
+    def with_image(self) -> Tensor:
+        """Return the boxes as torchvision's operator takes them, float32 [K, 5] with the image in front."""
+        return torch.cat((self.images[:, None].to(self.boxes), self.boxes), dim=1)
+
+
+def levels_of(pooler: MultiScaleRoIAlign, boxes: Tensor) -> Tensor:
+    """Return the level that each box is read from, float32 [K]: equation 1 of the FPN paper, as in torchvision."""
+    mapper = pooler.map_levels
+    level = torch.floor(mapper.lvl0 + torch.log2(torch.sqrt(area(boxes)) / mapper.s0) + mapper.eps)
+    of_boxes: Tensor = level.clamp(mapper.k_min, mapper.k_max) - mapper.k_min
+    return of_boxes
+
+
+def pool_in_fixed_shapes(pooler: MultiScaleRoIAlign, maps: Sequence[Tensor], rois: Rois) -> Tensor:
+    """Read RoIs from `maps`, [B, C, h, w] per level: [K, C, S, S]. As in torchvision, boxes get no gradient."""
+    levels = levels_of(pooler, rois.boxes)
+    parts = []
+    for level, (of_level, scale) in enumerate(zip(maps, pooler.scales)):
+        own = Rois(rois.boxes.masked_fill((levels != level)[:, None], OUTSIDE), rois.images)
+        parts.append(roi_align(of_level, own.with_image(), pooler.output_size, scale, pooler.sampling_ratio))
+    pooled: Tensor = functools.reduce(torch.add, parts)
+    return pooled
+
+
+def pool_on_cpu(pooler: MultiScaleRoIAlign, maps: Sequence[Tensor], rois: Rois) -> Tensor:
+    """Read RoIs as `pool_in_fixed_shapes`, with the faster backward pass."""
+    pooled: Tensor = _Pool.apply(pooler, rois, *maps)  # type: ignore[no-untyped-call]
     return pooled
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        pooler: MultiScaleRoIAlign,
-        names: tuple[str, ...],
-        boxes: list[Tensor],
-        sizes: list[tuple[int, int]],
-        *maps: Tensor,
-    ) -> Tensor:
-        pooled: Tensor = pooler(dict(zip(names, maps)), boxes, sizes)
-        ctx.pooler, ctx.boxes = pooler, boxes
+    def forward(ctx: Any, pooler: MultiScaleRoIAlign, rois: Rois, *maps: Tensor) -> Tensor:
+        levels = levels_of(pooler, rois.boxes).long()
+        boxes = rois.with_image()
+        pooled = maps[0].new_zeros((len(boxes), maps[0].shape[1], *pooler.output_size))
+        for level, (of_level, scale) in enumerate(zip(maps, pooler.scales)):
+            index = torch.where(levels == level)[0]
+            part = roi_align(of_level, boxes[index], pooler.output_size, scale, pooler.sampling_ratio)
+            pooled[index] = part.to(pooled.dtype)  # under autocast, maps may have different dtypes
+        ctx.pooler, ctx.rois, ctx.levels = pooler, rois, levels
         ctx.maps = [(of_level.shape, of_level.dtype) for of_level in maps]
         return pooled
 
@@ -53,26 +85,21 @@ class _Pool(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         pooler, shapes = ctx.pooler, [shape for shape, _ in ctx.maps]
-        counts = [len(of_image) for of_image in ctx.boxes]
+        counts = torch.bincount(ctx.rois.images, minlength=shapes[0][0]).tolist()
         sizes = [(shape[2], shape[3]) for shape in shapes]
-        levels = _levels(pooler, ctx.boxes, len(shapes)).split(counts)
         # One image at a time, to bound the memory.
         of_images = [
             _gradient(of_bins, boxes, own, pooler.scales, sizes, pooler.sampling_ratio)
-            for of_bins, boxes, own in zip(gradient.split(counts), ctx.boxes, levels)
+            for of_bins, boxes, own in zip(
+                gradient.split(counts), ctx.rois.boxes.split(counts), ctx.levels.split(counts)
+            )
         ]
         pixels = torch.stack(of_images).split([shape[2] * shape[3] for shape in shapes], dim=1)
         of_maps = [
             of_level.unflatten(1, shape[2:]).permute(0, 3, 1, 2).to(dtype)
             for of_level, (shape, dtype) in zip(pixels, ctx.maps)
         ]
-        return None, None, None, None, *of_maps
-
-
-def _levels(pooler: MultiScaleRoIAlign, boxes: list[Tensor], count: int) -> Tensor:
-    """Return the map that each box is read from, int64 [R]."""
-    single = count == 1 or pooler.map_levels is None
-    return torch.zeros(sum(map(len, boxes)), dtype=torch.int64) if single else pooler.map_levels(boxes)
+        return None, None, *of_maps
 
 
 def _gradient(

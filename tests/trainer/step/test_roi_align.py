@@ -1,15 +1,14 @@
-"""`roi_align.pool`, against torchvision's own RoIAlign."""
+"""Both forms of RoIAlign, against torchvision's own."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from trainer.model.roi_align import pool
+from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
 
 SIZES = [(250, 320), (256, 300)]
 ALL_LEVELS = ["0", "1", "2", "3"]
@@ -43,11 +42,13 @@ def assert_agrees(
 ) -> None:
     """Values to the bit, gradients up to a tolerance."""
     boxes = [boxes_of(count, seed + number) for number, count in enumerate(counts)]
-    expected, found = pooler(features, boxes, SIZES), pool(pooler, features, boxes, SIZES)
-    assert torch.equal(found, expected)
-    torch.testing.assert_close(
-        gradients(found, features), gradients(expected, features), rtol=tolerance, atol=tolerance
-    )
+    rois = Rois(torch.cat(boxes), torch.tensor([0, 1]).repeat_interleave(torch.tensor(counts)))
+    expected = pooler(features, boxes, SIZES)
+    expected_gradients = gradients(expected, features)
+    for pool in (pool_on_cpu, pool_in_fixed_shapes):
+        found = pool(pooler, list(features.values()), rois)
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(gradients(found, features), expected_gradients, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=40)
@@ -60,14 +61,6 @@ def test_pool_equals_torchvision_to_the_bit_and_its_gradient_up_to_the_order_of_
     assert_agrees(MultiScaleRoIAlign(ALL_LEVELS, side, 2), maps(), counts, seed, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("levels", "samples", "tolerance"), [(1, 1, 1e-4), (1, 3, 1e-4), pytest.param(2, 0, 0.0, id="adaptive")]
-)
-def test_pool_with_other_levels_and_sampling_ratios(levels: int, samples: int, tolerance: float) -> None:
-    pooler = MultiScaleRoIAlign(ALL_LEVELS[:levels], 5, samples)
-    assert_agrees(pooler, maps(levels), (30, 20), 1, tolerance)
-
-
 def test_pool_of_bfloat16_maps_under_autocast() -> None:
     # bfloat16 has eight significant bits, and both round the gradient of each level to it.
     with torch.autocast("cpu", torch.bfloat16):
@@ -76,12 +69,13 @@ def test_pool_of_bfloat16_maps_under_autocast() -> None:
 
 def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
     pooler, features = MultiScaleRoIAlign(ALL_LEVELS, 14, 2), maps()
-    boxes = [boxes_of(200, 1), boxes_of(150, 2)]
+    pooler(features, [boxes_of(1, 1), boxes_of(1, 2)], SIZES)  # learns the maps' scales
+    rois = Rois(torch.cat([boxes_of(200, 1), boxes_of(150, 2)]), torch.arange(350) // 200)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            found.append(gradients(pool(pooler, features, boxes, SIZES), features))
+            found.append(gradients(pool_on_cpu(pooler, list(features.values()), rois), features))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -1,0 +1,41 @@
+"""Warming up a compiled step: every graph that training may need is made before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from tests.trainer.batches import small_network
+from trainer.config.settings import DataConfig
+from trainer.step.trainable import Trainable
+from trainer.step.warm_up import empty_batch, row_counts, warm_up
+
+
+def test_row_counts_reach_the_limit_of_objects() -> None:
+    assert [list(row_counts(limit)) for limit in (0, 8, 9, 100)] == [[8], [8], [8, 16], [8, 16, 32, 64, 128]]
+
+
+def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed() -> None:
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append("")
+        return aot_eager(graph, inputs)
+
+    network = small_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    step = Trainable(network)
+    torch._dynamo.reset()
+    step.compile_parts(backend=backend)
+    data = DataConfig(batch_size=2, min_size=64, max_size=96, resize="oriented", max_instances=10)
+    warm_up(step, data, 4, torch.device("cpu"))
+    made = len(graphs)
+    # Backbone and branches for two shapes with as many anchors, proposals for 8 and 16 rows of annotations.
+    assert made == 2 * (1 + 1 + len(step.mask_slots(2))) + 2
+    for height, width, rows in ((64, 96, 16), (96, 64, 8)):
+        step(empty_batch(2, height, width, rows, 4))
+    assert len(graphs) == made
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())

@@ -1,0 +1,54 @@
+"""Batches on the training device, copied there while the step before them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from shards.stream.loader import Loader, LoaderStatistics
+from trainer.data.instances import Batch
+
+
+class DeviceBatches:
+    """The batches of a loader, a fixed number per step, on a device.
+
+    On CUDA the next step's batches are copied on a stream of their own. A loop takes a step's batches, queues the
+    step, and calls `prefetch`: so the device computes while the host waits for the loader.
+    """
+
+    def __init__(self, loader: Loader[Batch], device: torch.device, per_step: int) -> None:
+        self._loader, self._batches = loader, iter(loader)
+        self._device, self._per_step = device, per_step
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: tuple[list[Batch], LoaderStatistics] | None = None
+
+    def take(self) -> tuple[list[Batch], LoaderStatistics]:
+        """Return the next step's batches, and what the loader did for them."""
+        batches, loaded = self._next or self._load()
+        self._next = None
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in _tensors(batches):
+                tensor.record_stream(current)  # its memory is not reused before the step is done with it
+        return batches, loaded
+
+    def prefetch(self) -> None:
+        """Start to copy the next batches to a CUDA device; on other devices they are loaded when they are taken."""
+        if self._stream is not None:
+            self._next = self._load()
+
+    def _load(self) -> tuple[list[Batch], LoaderStatistics]:
+        before = self._loader.statistics
+        with torch.cuda.stream(self._stream):  # no effect without one
+            batches = [next(self._batches).to(self._device) for _ in range(self._per_step)]
+        return batches, self._loader.statistics.since(before)
+
+
+def _tensors(batches: list[Batch]) -> Iterator[Tensor]:
+    for batch in batches:
+        values = (getattr(batch, item.name) for item in fields(batch))
+        yield from (value for value in values if isinstance(value, Tensor))

@@ -1,0 +1,51 @@
+"""What the annotations of a batch mean to the step: objects to learn from, and regions where nothing is taught.
+
+- A group-of box covers objects that were not annotated one by one. An anchor or RoI in such a region that matches no
+  object is ignored: neither positive nor negative.
+- A box without a mask trains class and box only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from trainer.config.settings import LossConfig
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+
+
+class GroundTruth(NamedTuple):
+    """The annotations of a batch. Rows that are neither object nor region are padding, or not used.
+
+    Attributes:
+        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels.
+        labels: int64 [B, G] category ids.
+        is_object: bool [B, G].
+        is_region: bool [B, G] where anchors and RoIs that match no object are ignored.
+        has_mask: bool [B, G].
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    is_object: Tensor
+    is_region: Tensor
+    has_mask: Tensor
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what matching compares: boxes, is_object and is_region."""
+        return self.boxes, self.is_object, self.is_region
+
+
+def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
+    """Return the annotations of a batch under the given treatment of incomplete ones."""
+    group, has_mask = (batch.flags & GROUP_OF) > 0, (batch.flags & HAS_MASK) > 0
+    is_region = (batch.flags & IGNORED) > 0
+    is_object = (batch.labels > 0) & ~is_region
+    if loss.unmasked == "background":
+        is_object = is_object & (has_mask | group)
+    if loss.group_of != "object":
+        is_object = is_object & ~group
+    if loss.group_of == "ignore":
+        is_region = is_region | group
+    return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask)

@@ -1,0 +1,63 @@
+"""Which annotated object each anchor or proposal belongs to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+
+from trainer.step.boxes import area, intersection
+from trainer.step.ground_truth import GroundTruth
+
+MIN_SHARE = 0.5  # of a box's area in a region; the official metric ignores detections by the same rule
+CHUNK_BYTES = 256 * 2**20  # of one table of overlaps; several such tables exist at a time
+
+POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+
+
+class Matches(NamedTuple):
+    """The matches of N boxes of every image.
+
+    Attributes:
+        role: int8 [B, N] POSITIVE, NEGATIVE or IGNORED.
+        objects: int64 [B, N] the object with the largest IoU, whatever the role.
+    """
+
+    role: Tensor
+    objects: Tensor
+
+
+def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor) -> Matches:
+    """Match boxes to objects as torchvision's `Matcher`, and ignore negative ones in regions.
+
+    A box that matches an object stays positive in a region, because that object is annotated. An image without objects
+    has negative boxes only. The objects are compared a few at a time, so that no table exceeds CHUNK_BYTES.
+
+    Args:
+        matcher: its thresholds, and whether the best box of every object is positive.
+        truth: objects and regions of each image.
+        boxes: float32 [B, N, 4], or [1, N, 4] for the same boxes in every image.
+    """
+    (images, count), boxes_per_image = truth.labels.shape, boxes.shape[1]
+    best = boxes.new_full((images, boxes_per_image), -1)
+    objects = torch.zeros_like(best, dtype=torch.int64)
+    is_best, in_region = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best, dtype=torch.bool)
+    at_a_time = max(1, CHUNK_BYTES // (4 * images * boxes_per_image))
+    for start in range(0, count, at_a_time):
+        some, is_object, is_region = (part[:, start : start + at_a_time] for part in truth.rows())
+        shared = intersection(some, boxes)  # [B, g, N]
+        in_region = in_region | ((shared >= MIN_SHARE * area(boxes)[:, None]) & is_region[:, :, None]).any(dim=1)
+        union = area(some)[:, :, None] + area(boxes)[:, None] - shared
+        iou = (shared / union).masked_fill_(~is_object[:, :, None], -1)
+        if matcher.allow_low_quality_matches:
+            # Compared within one table: a compiler that computed the IoU twice could find two values that differ in
+            # their last bit.
+            is_best = is_best | ((iou == iou.amax(dim=2, keepdim=True)) & is_object[:, :, None]).any(dim=1)
+        largest, index = iou.max(dim=1)  # [B, N]
+        objects = torch.where(largest > best, index + start, objects)
+        best = torch.maximum(best, largest)
+    is_positive = is_best | (best >= matcher.high_threshold)
+    is_ignored = (in_region | (best >= matcher.low_threshold)) & ~is_positive
+    return Matches(is_positive.to(torch.int8) - is_ignored.to(torch.int8), objects)

@@ -1,0 +1,254 @@
+"""A Mask R-CNN as a function from a batch to its losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection import MaskRCNN
+from torchvision.ops import MultiScaleRoIAlign
+
+from trainer.config.settings import LossConfig
+from trainer.data.instances import Batch
+from trainer.data.mask_bitmaps import sample_targets
+from trainer.step import losses
+from trainer.step.boxes import encode, take
+from trainer.step.ground_truth import GroundTruth, ground_truth_of
+from trainer.step.host_copy import HostCopy
+from trainer.step.matching import IGNORED, match
+from trainer.step.proposals import Anchors, Proposals, anchors_of, flatten_levels, proposal_slots, propose
+from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
+from trainer.step.sampling import positive_slots, sample
+
+Losses = dict[str, Tensor]  # by name; scalars
+
+MASK_SHARES = 8  # the mask branch gets a multiple of this share of its slots
+MOST_GRAPHS = 64  # that torch.compile may make of a part
+VERSION = 2  # of the random choices: another version draws other RoIs from the same seed
+
+
+class Keys(NamedTuple):
+    """Uniform random numbers in [0, 1) that choose what trains; see `trainer.step.sampling`.
+
+    Attributes:
+        anchors: float32 [B, A].
+        proposals: float32 [B, P + G], of proposals and then of annotated boxes.
+    """
+
+    anchors: Tensor
+    proposals: Tensor
+
+
+class RoiTargets(NamedTuple):
+    """The RoIs that train the second stage, and what they should predict.
+
+    Attributes:
+        rois: K boxes, and the image of each.
+        labels: int64 [K], 0 for background.
+        objects: int64 [K] the matched row of the image's annotations.
+        deltas: float32 [K, 4]; not finite where a RoI is not used.
+        is_used: bool [K]; false where an image has fewer RoIs than slots.
+        has_mask: bool [K] whether the RoI trains the mask branch.
+    """
+
+    rois: Rois
+    labels: Tensor
+    objects: Tensor
+    deltas: Tensor
+    is_used: Tensor
+    has_mask: Tensor
+
+    def first(self, wanted: Tensor, count: int) -> RoiTargets:
+        """Return `count` RoIs, those that are wanted, bool [K], before others, else in their order."""
+        index = wanted.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+        rois, *others = self
+        return RoiTargets(Rois(rois.boxes[index], rois.images[index]), *(part[index] for part in others))
+
+
+class Trainable(nn.Module):
+    """A Mask R-CNN as a function from a batch to its losses, for `accelerate` to wrap.
+
+    For inference call `network`, which is not copied, with a list of float images, as in torchvision. Checkpoints
+    contain its `state_dict`. `loss` says how incomplete annotations are treated.
+
+    In fixed shapes, no shape depends on a value on the device, with one exception: the host reads how many RoIs train
+    the mask branch, while the device computes the box branch, so that the mask branch runs on few more than these.
+    Otherwise both branches run on exactly the RoIs that train them. That is quicker on a CPU, and necessary where a
+    batch norm in a head would mix the others into its statistics. `fixed_shapes` chooses; None for the device's form.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: MaskRCNN, loss: LossConfig | None = None, *, fixed_shapes: bool | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = loss or LossConfig()
+        self.fixed_shapes = fixed_shapes
+        self.register_buffer("mean", torch.tensor(network.transform.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(network.transform.image_std).view(3, 1, 1), persistent=False)
+        self._anchors: dict[tuple[int, int, torch.device], Anchors] = {}
+
+    def forward(self, batch: Batch, keys: Keys | None = None) -> Losses:
+        """Compute loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg and loss_mask, scalars.
+
+        Every loss depends on every parameter of its head, whatever the batch contains, as DDP requires.
+
+        Args:
+            batch: on the network's device.
+            keys: the random choices; None to draw them from torch's generator.
+        """
+        torch.compiler.cudagraph_mark_step_begin()  # of use only to CUDA graphs
+        anchors, truth = self.anchors_of(batch), ground_truth_of(batch, self.loss)
+        keys = keys or self.draw_keys(batch)
+        maps, logits, deltas = self.backbone_stage(batch.images, batch.sizes)
+        rois, found = self.proposal_stage(logits, deltas, batch.sizes, anchors, truth, keys)
+        counts = HostCopy(torch.stack((rois.is_used.sum(), rois.has_mask.sum())))
+        fixed = self.in_fixed_shapes(batch.images.device)
+        if fixed:
+            found |= self.box_branch(maps, rois, batch.verified)
+            with_mask = counts.read()[1]
+            slots = next(slots for slots in self.mask_slots(len(batch)) if slots >= with_mask)
+        else:
+            used, with_mask = counts.read()
+            found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.verified)
+            slots = max(with_mask, 1)
+        masked = rois.first(rois.has_mask, slots)
+        return found | self.mask_branch(maps, masked, self.mask_targets(batch, masked))
+
+    def mask_slots(self, images: int) -> list[int]:
+        """Return the numbers of RoIs, ascending, that the mask branch may run on in fixed shapes."""
+        most = max(1, images * positive_slots(self.network.roi_heads.fg_bg_sampler))
+        return sorted({math.ceil(most * share / MASK_SHARES) for share in range(1, MASK_SHARES + 1)})
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the parts of the step, each as one graph, with options of `torch.compile`, and fix the shapes.
+
+        Per shape of the images there is one graph of `backbone_stage`, one of `box_branch`, MASK_SHARES of
+        `mask_branch`, and one of `proposal_stage` for each number of rows of annotations. The branches are not compiled
+        where a batch norm in a head forbids fixed shapes.
+        """
+        self.fixed_shapes = True
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
+        names = ["backbone_stage", "proposal_stage"]
+        if self.in_fixed_shapes(self.mean.device):
+            names += ["box_branch", "mask_branch"]
+        for name in names:
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, **options))
+
+    def anchors_of(self, batch: Batch) -> Anchors:
+        """Return the anchors of a batch's input shape, which are computed once per shape."""
+        height, width = batch.images.shape[-2:]
+        key = (height, width, batch.images.device)
+        if key not in self._anchors:
+            self._anchors[key] = anchors_of(self.network.rpn.anchor_generator, *key)
+        return self._anchors[key]
+
+    def draw_keys(self, batch: Batch) -> Keys:
+        """Draw random keys for a batch from torch's generator of its device."""
+        anchors, (images, objects) = self.anchors_of(batch), batch.labels.shape
+        proposals = proposal_slots(self.network.rpn, anchors) + objects
+        device = batch.images.device
+        return Keys(
+            torch.rand((images, len(anchors.boxes)), device=device), torch.rand((images, proposals), device=device)
+        )
+
+    def in_fixed_shapes(self, device: torch.device) -> bool:
+        """Return whether the step on a device computes in fixed shapes."""
+        heads = (self.network.roi_heads.box_head, self.network.roi_heads.mask_head)
+        if any(isinstance(module, _BatchNorm) and module.training for head in heads for module in head.modules()):
+            return False
+        return device.type != "cpu" if self.fixed_shapes is None else self.fixed_shapes
+
+    def backbone_stage(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Run backbone and RPN head on images, uint8 [B, 3, H, W], of these sizes, int64 [B, 2].
+
+        Returns:
+            The maps that RoIs are read from, [B, C, h, w] of each level; float32 [B, A] logits; [B, A, 4] deltas.
+        """
+        maps = list(self.network.backbone(self.network_input(images, sizes)).values())
+        logits, deltas = flatten_levels(*self.network.rpn.head(maps))
+        return maps[: len(self.network.roi_heads.box_roi_pool.featmap_names)], logits, deltas
+
+    def proposal_stage(
+        self, logits: Tensor, deltas: Tensor, sizes: Tensor, anchors: Anchors, truth: GroundTruth, keys: Keys
+    ) -> tuple[RoiTargets, Losses]:
+        """Choose the RoIs of the second stage, B x R, and return them with loss_objectness and loss_rpn_box_reg."""
+        rpn = self.network.rpn
+        with torch.no_grad():
+            proposals = propose(rpn, anchors, logits, deltas, sizes)
+            rois = self.choose_rois(proposals, truth, keys.proposals)
+            matches = match(rpn.proposal_matcher, truth, anchors.boxes[None])
+            chosen = sample(rpn.fg_bg_sampler, matches.role, keys.anchors)  # [B, S]
+            most = positive_slots(rpn.fg_bg_sampler)
+            index, is_positive = chosen.entries[:, :most], chosen.is_positive[:, :most]  # [B, P]
+            own = take(truth.boxes, take(matches.objects, index))
+            targets = encode(rpn.box_coder, own, anchors.boxes[index])  # [B, P, 4]
+        return rois, {
+            "loss_objectness": losses.objectness_loss(take(logits, chosen.entries), chosen.is_positive, chosen.is_used),
+            "loss_rpn_box_reg": losses.box_loss(take(deltas, index), targets, is_positive, chosen.is_used),
+        }
+
+    def network_input(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Normalise images, uint8 [B, 3, H, W], with zeros in the padding, in the memory format of the network.
+
+        As in torchvision, which pads after it normalises: the padding is the mean colour, not black.
+        """
+        weight = next(parameter for parameter in self.network.backbone.parameters() if parameter.dim() == 4)
+        channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        inside = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])  # [B, H, W]
+        return ((images.float() / 255 - self.mean) / self.std).masked_fill(~inside[:, None], 0)
+
+    def choose_rois(self, proposals: Proposals, truth: GroundTruth, keys: Tensor) -> RoiTargets:
+        """Choose RoIs among proposals and annotated boxes as `RoIHeads.select_training_samples`.
+
+        `keys` are float32 [B, P + G]. Background in regions is ignored.
+        """
+        heads = self.network.roi_heads
+        boxes = torch.cat((proposals.boxes, truth.boxes), dim=1)  # [B, P + G, 4]
+        valid = torch.cat((proposals.valid, truth.is_object), dim=1)
+        matches = match(heads.proposal_matcher, truth, boxes)
+        chosen = sample(heads.fg_bg_sampler, matches.role.masked_fill(~valid, IGNORED), keys)  # [B, R]
+        rois, objects = take(boxes, chosen.entries), take(matches.objects, chosen.entries)
+        labels = take(truth.labels, objects).masked_fill(~chosen.is_positive, 0)
+        deltas = encode(heads.box_coder, take(truth.boxes, objects), rois)
+        images = torch.arange(len(rois), device=rois.device)[:, None].expand_as(labels)
+        has_mask = chosen.is_positive & take(truth.has_mask, objects)
+        parts = (labels, objects, deltas, chosen.is_used, has_mask)
+        return RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *(part.flatten(0, 1) for part in parts))
+
+    def box_branch(self, maps: list[Tensor], targets: RoiTargets, verified: Tensor) -> Losses:
+        """Return loss_classifier and loss_box_reg; `verified` is bool [B, C], the verified classes of each image."""
+        heads = self.network.roi_heads
+        logits, deltas = heads.box_predictor(heads.box_head(self.pool(heads.box_roi_pool, maps, targets.rois)))
+        logits = logits.float()  # [K, C]
+        if self.loss.unverified == "ignore":
+            logits = losses.merge_unverified(logits, targets.labels, verified[targets.rois.images])
+        own = losses.of_label(deltas.float().unflatten(1, (-1, 4)), targets.labels)  # [K, 4]
+        return {
+            "loss_classifier": losses.class_loss(logits, targets.labels, targets.is_used),
+            "loss_box_reg": losses.box_loss(own, targets.deltas, targets.labels > 0, targets.is_used),
+        }
+
+    def mask_branch(self, maps: list[Tensor], targets: RoiTargets, expected: Tensor) -> Losses:
+        """Return loss_mask of the RoIs with a mask; `expected` is what `mask_targets` returns."""
+        heads = self.network.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, targets.rois))).float()
+        return {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask)}
+
+    def mask_targets(self, batch: Batch, targets: RoiTargets) -> Tensor:
+        """Return the masks that RoIs should predict, float32 [K, S, S], 0 to 1; any values where has_mask is false."""
+        row = targets.rois.images * batch.bitmaps.shape[1] + targets.objects
+        size = 2 * self.network.roi_heads.mask_roi_pool.output_size[0]  # the mask head doubles what it is given
+        return sample_targets(batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1), row, targets.rois.boxes, size)
+
+    def pool(self, pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
+        """Read RoIs from the maps in the form of the device: [K, C, S, S]."""
+        device = rois.boxes.device
+        by_roi = device.type == "cpu" and not self.in_fixed_shapes(device)
+        return pool_on_cpu(pooler, maps, rois) if by_roi else pool_in_fixed_shapes(pooler, maps, rois)
