@@ -173,7 +173,8 @@ def maskstream() -> Callable[[Job], Opened]:
             from trainer.data.collate import TrainCollate
 
             parse = parse_sample
-            collate = TrainCollate(DataConfig(min_size=job.min_size, max_size=job.max_size), SEED)
+            classes = max(category.id for category in open_dataset(job.root).categories) + 1
+            collate = TrainCollate(DataConfig(min_size=job.min_size, max_size=job.max_size), SEED, classes)
         start = _state(job) or 0
         stream: Any = ShardStream(
             open_dataset(job.root),

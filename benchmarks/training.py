@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import os
 import resource
@@ -30,34 +29,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_loss
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.building import machine
 from benchmarks.requirements import fail
-from shards.format import rle
-from shards.format.sample import Instance, Sample
-from trainer.config.settings import DataConfig, LossConfig, ModelConfig
+from benchmarks.training_sides import (
+    CLASSES,
+    HEIGHT,
+    WIDTH,
+    draw,
+    full_size,
+    network_of,
+    settings,
+    stock_load,
+    stock_losses,
+    stock_resize,
+)
+from shards.format.sample import Sample
 from trainer.data import augment
-from trainer.data.collate import TrainCollate, decode_image
+from trainer.data.collate import TrainCollate
 from trainer.data.instances import Batch, read_instances
-from trainer.model.build import build_model
-from trainer.model.losses import Trainable, mask_loss, targets_of
-from trainer.model.roi_align import pool
+from trainer.data.mask_bitmaps import sample_targets
+from trainer.step.losses import mask_loss
+from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
+from trainer.step.trainable import Trainable
 
 OBJECTS = (5, 20, 50)
-WIDTH, HEIGHT = 1024, 768
-CLASSES = 5  # with the background
 ROIS = 512  # per image, as in torchvision
 POSITIVE_ROIS = ROIS // 4
 SIDES = ("torchvision", "maskstream")
@@ -117,81 +118,6 @@ def in_own_process(key: Key) -> dict[str, float]:
     return row
 
 
-def draw(objects: int, number: int) -> Sample:
-    """Draw a smooth picture with ellipses that are 24 to 300 pixels wide and high."""
-    rng = np.random.default_rng([objects, number])
-    small = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    ys, xs = np.mgrid[:HEIGHT, :WIDTH] + 0.5
-    instances = []
-    for _ in range(objects):
-        h, w = np.exp(rng.uniform(np.log(24), np.log(300), 2))
-        y, x = rng.uniform(h / 2, HEIGHT - h / 2), rng.uniform(w / 2, WIDTH - w / 2)
-        mask = rle.encode(((((ys - y) / h * 2) ** 2 + ((xs - x) / w * 2) ** 2) <= 1).astype(np.uint8))
-        instances.append(Instance(int(rng.integers(1, CLASSES)), rle.bounds(mask), mask))
-    return Sample(f"{objects}-{number}", file.getvalue(), WIDTH, HEIGHT, tuple(instances))
-
-
-def settings(options: argparse.Namespace, flip: float = 0.5) -> DataConfig:
-    """Return the data settings of both sides."""
-    return DataConfig(
-        resize="shortest", min_size=options.max_size * 3 // 4, max_size=options.max_size, flip=flip, max_instances=0
-    )
-
-
-def network_of(options: argparse.Namespace) -> MaskRCNN:
-    """Build the network, with the same random weights in every process."""
-    torch.manual_seed(0)
-    model = ModelConfig(backbone=options.backbone, weights="none")
-    return build_model(model, settings(options), CLASSES).train().to(options.device)
-
-
-def stock_load(samples: Sequence[Sample], flip: float) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Make the input of torchvision's model as its reference scripts do (references/detection, presets with hflip)."""
-    transform = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(flip),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.SanitizeBoundingBoxes(),
-            v2.ToPureTensor(),
-        ]
-    )
-    images, targets = [], []
-    for sample in samples:
-        boxes = np.array([i.bbox for i in sample.instances], np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        image, target = transform(
-            tv_tensors.Image(decode_image(sample.image)),
-            {
-                "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(sample.height, sample.width)),
-                "labels": torch.tensor([i.category_id for i in sample.instances]),
-                "masks": tv_tensors.Mask(full_size(sample)),
-            },
-        )
-        images.append(image)
-        targets.append(target)
-    return images, targets
-
-
-def full_size(sample: Sample) -> np.ndarray:
-    """Decode the masks of a sample with pycocotools: uint8 [M, H, W]."""
-    return np.stack([rle.decode(i.segmentation) for i in sample.instances if i.segmentation is not None])
-
-
-def stock_resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize masks as torchvision's GeneralizedRCNNTransform: uint8 [M, h, w]."""
-    return F.interpolate(masks[:, None].float(), size=size)[:, 0].byte()
-
-
-def stock_losses(network: MaskRCNN, loaded: Any, device: str) -> dict[str, Tensor]:
-    """Compute torchvision's losses of what `stock_load` returned."""
-    images, targets = loaded
-    moved = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
-    losses: dict[str, Tensor] = network([image.to(device, non_blocking=True) for image in images], moved)
-    return losses
-
-
 def mask_bytes(side: str, loaded: Any, options: argparse.Namespace) -> int:
     """Return the bytes of a batch's masks during a step: as loaded, and for torchvision as resized in the model too."""
     if side == "maskstream":
@@ -214,7 +140,7 @@ class Loads(Dataset[Any]):
         start = number * self.options.batch % len(self.samples)
         some = [*self.samples, *self.samples][start : start + self.options.batch]
         if self.side == "maskstream":
-            return TrainCollate(settings(self.options, flip), 0)(some, 0)
+            return TrainCollate(settings(self.options, flip), 0, CLASSES)(some, 0)
         return stock_load(some, flip)
 
 
@@ -270,8 +196,8 @@ def measure_masks(side: str, objects: int, options: argparse.Namespace) -> dict[
         if side == "maskstream":
             instances = read_instances(sample.instances).flip(WIDTH).scale(*factors[:2].tolist())
             made = now()
-            target = {"masks": instances.bitmaps, "frames": instances.frames, "labels": labels}
-            value = mask_loss(logits, [rois], [matched], [target])
+            expected = sample_targets(instances.bitmaps, instances.frames, matched, rois, logits.shape[-1])
+            value = mask_loss(logits, labels[matched], expected, torch.ones(len(rois), dtype=torch.bool))
         else:
             masks = stock_resize(torch.from_numpy(full_size(sample)).flip(-1), size)
             made = now()
@@ -298,12 +224,14 @@ def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dic
     sides = torch.exp(torch.rand((options.batch, ROIS, 2), generator=generator) * 3 + 2.5)
     corners = torch.rand(sides.shape, generator=generator) * (torch.tensor([width, height]) - sides).clamp(min=0)
     boxes = [of_image.to(options.device) for of_image in torch.cat((corners, corners + sides), dim=2)]
-    sizes = [(height, width)] * options.batch
-    call = pool if side == "maskstream" else type(pooler).__call__
+    rois = Rois(torch.cat(boxes), torch.arange(options.batch, device=options.device).repeat_interleave(ROIS))
+    pool = pool_on_cpu if options.device == "cpu" else pool_in_fixed_shapes
+    stock = partial(pooler, features, boxes, [(height, width)] * options.batch)
+    call = stock if side == "torchvision" else partial(pool, pooler, list(features.values()), rois)
     forward, backward, now = [], [], CLOCKS[options.clock]
     for _ in range(5):
         start = now()
-        pooled = call(pooler, features, boxes, sizes)
+        pooled = call()
         middle = now()
         pooled.backward(torch.ones_like(pooled))
         if options.device.startswith("cuda"):
@@ -317,23 +245,25 @@ def measure_pooling(side: str, objects: int, options: argparse.Namespace) -> dic
 def measure_losses(side: str, objects: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the relative differences between both sides' losses of one batch.
 
-    Pixels, boxes, weights and sampled RoIs are the same. torchvision gets full-size masks, resized as it resizes them.
+    Pixels, boxes and weights are the same, and all anchors and RoIs train. torchvision gets full-size masks, resized as
+    it resizes them.
     """
     samples = [draw(objects, number) for number in range(options.batch)]
     network = network_of(options)
-    batch: Batch = TrainCollate(settings(options, flip=0), 0)(samples, 0).to(options.device)
+    batch: Batch = TrainCollate(settings(options, flip=0), 0, CLASSES)(samples, 0).to(options.device)
     stock = copy.deepcopy(network)
     stock.transform._skip_resize = True
     images, targets = [], []
-    for sample, target, image, (height, width) in zip(
-        samples, targets_of(batch, LossConfig()), batch.images, batch.sizes.tolist(), strict=True
-    ):
+    for number, (sample, image) in enumerate(zip(samples, batch.images, strict=True)):
+        height, width = batch.sizes[number].tolist()
         images.append(image[:, :height, :width].float() / 255)
         masks = stock_resize(torch.from_numpy(full_size(sample)), (height, width)).to(options.device)
-        targets.append({"boxes": target["boxes"], "labels": target["labels"], "masks": masks})
-    torch.manual_seed(7)
+        count = len(sample.instances)
+        targets.append({"boxes": batch.boxes[number, :count], "labels": batch.labels[number, :count], "masks": masks})
+    for one in (network, stock):  # every anchor and RoI trains: each side draws others from the same seed
+        for sampler in (one.rpn.fg_bg_sampler, one.roi_heads.fg_bg_sampler):
+            sampler.batch_size_per_image, sampler.positive_fraction = 10**6, 0.5
     found = Trainable(network)(batch)
-    torch.manual_seed(7)
     expected = stock(images, targets)
     return {name: (found[name] / expected[name] - 1).abs().item() for name in expected}
 
