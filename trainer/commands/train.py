@@ -221,16 +221,13 @@ def end_run(t: Training, record: RunLog | None, signal: int) -> None:
 
 def evaluate_now(t: Training, record: RunLog | None) -> None:
     """Evaluate the current weights on all ranks; the main rank draws pictures and keeps the best weights."""
-    import torch
-
     from trainer.commands.evaluate import evaluate
     from trainer.report.pictures import Pictures
     from trainer.report.scorecard import summary
 
     split, data = t.config.data.val_split, t.config.data
     pictures = Pictures(t.dataset.categories, t.config.run.pictures if record else 0)
-    with torch.compiler.set_stance("force_eager"):  # the images have many shapes, and each would be compiled
-        result = evaluate(t.evaluated, t.dataset, split, t.accelerator, data, t.config.train, watch=pictures.add)
+    result = evaluate(t.evaluated, t.dataset, split, t.accelerator, data, t.config.train, watch=pictures.add)
     if record and result:
         log.info("evaluation after step %d\n%s", t.step, summary(result))
         pictures.write(t.run, t.step)
