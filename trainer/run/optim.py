@@ -39,6 +39,27 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     return sgd
 
 
+def load_state(optimizer: AcceleratedOptimizer, saved: dict[str, Any]) -> None:
+    """Load the state of a checkpoint, such as momentum, into a new optimizer, whose settings stay.
+
+    A fused kernel reads parameter and state in the order of the parameter's memory. Saved tensors are contiguous, so
+    they are copied to the memory format of the parameter: otherwise CUDA raises an error, and a CPU mixes them up.
+
+    Args:
+        optimizer: as `make_optimizer` made it.
+        saved: a state_dict; what it lacks stays as it is.
+    """
+    new = optimizer.state_dict()
+    state = dict(new["state"])
+    for number, entries in saved["state"].items():
+        state[number] = {**state.get(number, {}), **{name: v for name, v in entries.items() if v is not None}}
+    optimizer.load_state_dict({"state": state, "param_groups": new["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
 def mark_nonfinite(model: nn.Module, losses: Tensor) -> None:
     """Make the gradient of `model` NaN if a loss is not finite, without reading it.
 

@@ -168,7 +168,7 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     inside the stage.
     """
     from trainer.model.freeze import set_trainable
-    from trainer.run.optim import make_optimizer
+    from trainer.run.optim import load_state, make_optimizer
 
     t.stage = stage_of(t.config.train, t.step)
     t.model = t.optimizer = None
@@ -181,9 +181,7 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
     # Not the loader: the stream already reads this rank's share only, and accelerate would split it again.
     t.model, t.optimizer = t.accelerator.prepare(model, make_optimizer(model, t.config.optim))
     if optimizer is not None and t.step > t.stage.start:
-        # Only the state: momentum, weight decay and the like come from the current settings.
-        groups = t.optimizer.state_dict()["param_groups"]
-        t.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+        load_state(t.optimizer, optimizer)  # momentum, weight decay and the like come from the current settings
 
 
 def make_step(t: Training) -> Trainable:

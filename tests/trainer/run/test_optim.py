@@ -1,3 +1,4 @@
+import copy
 import math
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainer.config.settings import OptimConfig
-from trainer.run.optim import MovingAverage, apply_update, make_optimizer, mark_nonfinite
+from trainer.run.optim import MovingAverage, apply_update, load_state, make_optimizer, mark_nonfinite
 
 
 def network() -> Any:
@@ -56,6 +57,43 @@ def test_an_update_that_is_not_done_changes_nothing_not_even_the_first(kind: Lit
             reference.step()
         assert all(torch.equal(*pair) for pair in zip(built.parameters(), plain.parameters(), strict=True))
     assert not torch.equal(built[2].weight, network()[2].weight)
+
+
+def trained(built: Any, optimizer: Any, seeds: range) -> Any:
+    """The weights after one step for each seed."""
+    for seed in seeds:
+        images = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
+        built(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return built.state_dict()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_load_state_resumes_to_the_bit_in_any_memory_format(
+    kind: Literal["sgd", "adamw"], memory_format: torch.memory_format
+) -> None:
+    settings, built = OptimConfig(optimizer=kind, lr=0.1), network().to(memory_format=memory_format)
+    optimizer = make_optimizer(built, settings)
+    trained(built, optimizer, range(2))
+    resumed, state = copy.deepcopy(built), copy.deepcopy(optimizer.state_dict())
+    for values in state["state"].values():  # as a checkpoint
+        values |= {name: value.contiguous() for name, value in values.items()}
+    again: Any = make_optimizer(resumed, settings)
+    load_state(again, state)
+    found, expected = trained(resumed, again, range(2, 4)), trained(built, optimizer, range(2, 4))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_load_state_keeps_the_momentum_that_a_checkpoint_lacks() -> None:
+    """A run that began without momentum; the first step after it may be skipped."""
+    built = network()
+    before: Any = make_optimizer(built, OptimConfig(momentum=0.0))
+    trained(built, before, range(1))
+    optimizer: Any = make_optimizer(built, OptimConfig(momentum=0.9))
+    load_state(optimizer, before.state_dict())
+    assert all(not optimizer.state[p]["momentum_buffer"].any() for p in built.parameters() if p.requires_grad)
 
 
 def test_the_average_follows_its_formula_across_a_resume_and_skipped_steps() -> None:
