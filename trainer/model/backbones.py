@@ -43,7 +43,7 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         return torch.addcmul(shift, x, scale)
 
     def cache(self, dtype: torch.dtype) -> None:
-        """Compute scale and shift in a dtype, until weights are loaded or the module is moved."""
+        """Compute scale and shift in a dtype, to be used until weights are loaded or converted to another dtype."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         self.cached = scale.to(dtype)[:, None, None], shift.to(dtype)[:, None, None]
@@ -53,8 +53,13 @@ class FrozenBatchNorm2d(misc.FrozenBatchNorm2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Whatever moves or converts a module calls this: accelerate does, even for a module that stays where it is.
+        cached, before = self.cached, self.weight.dtype
+        super()._apply(*args, **kwargs)
         self.cached = None
-        return super()._apply(*args, **kwargs)
+        if cached is not None and self.weight.dtype == before:
+            self.cache(cached[0].dtype)
+        return self
 
 
 def cache_frozen_norms(network: nn.Module, dtype: torch.dtype) -> None:

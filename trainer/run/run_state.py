@@ -98,6 +98,7 @@ def set_up(config: Config) -> Training:
         t.ema = MovingAverage(t.network, config.train.ema, t.step - t.skipped)
         if resumed:
             t.ema.module.load_state_dict(resumed.weights)
+            cache_norms(t, t.ema.module)
     return t
 
 
@@ -186,22 +187,28 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
 
 def make_step(t: Training) -> Trainable:
     """Return the network as a function from a batch to its losses, on its device; compiled with `train.compile`."""
-    import torch
-
-    from trainer.model.backbones import cache_frozen_norms
     from trainer.model.build import num_classes
     from trainer.step.trainable import Trainable
     from trainer.step.warm_up import warm_up
 
     train, device = t.config.train, t.accelerator.device
     step = Trainable(t.network, t.config.loss).train().to(device)
-    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16} if train.frozen_norms == "autocast" else {}
-    cache_frozen_norms(t.network, reduced.get(t.accelerator.mixed_precision, torch.float32))
+    cache_norms(t, t.network)
     if train.compile != "no":
         step.compile_parts(mode=train.compile)
         with t.accelerator.autocast():
             warm_up(step, t.config.data, num_classes(t.dataset.categories), device)
     return step
+
+
+def cache_norms(t: Training, network: MaskRCNN) -> None:
+    """Let the frozen norms of a network compute scale and shift once, in the precision of `train.frozen_norms`."""
+    import torch
+
+    from trainer.model.backbones import cache_frozen_norms
+
+    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16} if t.config.train.frozen_norms == "autocast" else {}
+    cache_frozen_norms(network, reduced.get(t.accelerator.mixed_precision, torch.float32))
 
 
 def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -166,9 +166,20 @@ def test_frozen_norms_that_are_cached_return_what_torchvisions_return() -> None:
     torch.testing.assert_close(norm(maps.bfloat16()).float(), normalised, rtol=0.02, atol=0.02)
 
 
-def test_cached_norms_are_forgotten_with_other_weights_or_another_device() -> None:
+def test_cached_norms_are_forgotten_with_other_weights_or_another_type() -> None:
     for change in (lambda one: one.load_state_dict(one.state_dict()), nn.Module.double):
         network = with_statistics(build_model(narrow(norm="frozen"), DATA, 3))
         cache_frozen_norms(network, torch.float32)
         change(network)
         assert network.backbone.body.bn1.cached is None
+
+
+def test_cached_norms_stay_cached_when_the_network_is_moved() -> None:
+    network = with_statistics(build_model(narrow(norm="frozen"), DATA, 3))
+    cache_frozen_norms(network, torch.bfloat16)
+    scale, shift = network.backbone.body.bn1.cached
+    network.to("cpu", memory_format=torch.channels_last)
+    again, moved = network.backbone.body.bn1.cached
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again, scale)
+    assert torch.equal(moved, shift)
