@@ -45,7 +45,7 @@ class Proposals(NamedTuple):
     """The proposals of a batch, in descending order of score.
 
     Attributes:
-        boxes: float32 [B, P, 4] x0, y0, x1, y1 in pixels.
+        boxes: float32 [B, P, 4] x0, y0, x1, y1 in pixels; finite, whatever the network predicts.
         valid: bool [B, P]; false where an image has fewer.
     """
 
@@ -90,6 +90,7 @@ def propose(rpn: RegionProposalNetwork, anchors: Anchors, logits: Tensor, deltas
     boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
     scores = take(logits, best).sigmoid()
     valid = ((boxes[..., 2:] - boxes[..., :2]) >= rpn.min_size).all(dim=-1) & (scores >= rpn.score_thresh)
+    boxes = boxes.masked_fill(~valid[..., None], 0)  # may be NaN, at which torchvision's roi_align crashes on a CPU
     keep = nms_keep(boxes, scores, valid, counts, rpn.nms_thresh)
     ranked = scores.masked_fill(~keep, -1).sort(dim=1, descending=True, stable=True)
     count = proposal_slots(rpn, anchors)

@@ -16,6 +16,7 @@ from tests.trainer.step.reference import reference_losses
 from trainer.config.settings import LossConfig
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
 from trainer.step.ground_truth import ground_truth_of
+from trainer.step.proposals import propose
 from trainer.step.trainable import Trainable
 
 BATCH = batch_of(SCENES)
@@ -199,6 +200,17 @@ def test_padding_of_the_annotations_changes_nothing(network: MaskRCNN) -> None:
     more = keys._replace(proposals=torch.nn.functional.pad(keys.proposals, (0, 8)))
     found, expected = step(wide, more), step(BATCH, keys)
     assert all(found[name].item() == pytest.approx(expected[name].item(), rel=1e-6) for name in LOSSES)
+
+
+def test_proposals_of_a_network_that_diverged_are_finite(network: MaskRCNN) -> None:
+    """torchvision's roi_align ends the process at a box that is NaN, on a CPU."""
+    step = Trainable(network)
+    anchors = step.anchors_of(BATCH)
+    with torch.no_grad():
+        _, logits, deltas = step.backbone_stage(BATCH.images, BATCH.sizes)
+        found = propose(network.rpn, anchors, logits, deltas * torch.nan, BATCH.sizes)
+    assert found.boxes.isfinite().all()
+    assert not found.valid.any()
 
 
 def test_a_few_steps_lower_the_loss(network: MaskRCNN) -> None:
