@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -43,7 +44,7 @@ class DeviceBatches:
 
     def _load(self) -> tuple[list[Batch], LoaderStatistics]:
         before = self._loader.statistics
-        with torch.cuda.stream(self._stream):  # no effect without one
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             batches = [next(self._batches).to(self._device) for _ in range(self._per_step)]
         return batches, self._loader.statistics.since(before)
 
