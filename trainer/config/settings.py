@@ -233,6 +233,11 @@ def validate(config: Config) -> None:
         raise ConfigError(f"model.anchor_sizes has {counted(len(model.anchor_sizes), 'value')}: the FPN has 5 levels")
     if data.resize == "oriented" and not data.group_by_aspect:
         raise ConfigError("data.resize is oriented, which needs batches of one orientation: set data.group_by_aspect")
+    if data.resize == "shortest" and config.train.compile != "no":
+        raise ConfigError(
+            f"train.compile is {config.train.compile}, and with data.resize shortest nearly every batch has a shape of "
+            "its own to compile: set data.resize to square or oriented, or train.compile to no"
+        )
     if data.copy_paste and data.batch_size < 2:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")
     if any(size > data.max_size for size in data.min_sizes):

@@ -98,6 +98,11 @@ def test_a_wrong_setting_is_one_line_that_names_it(name, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_compiling_is_refused_where_every_batch_has_its_own_shape():
+    with pytest.raises(UserError, match=r"train.compile is default, .* set data.resize to square or oriented"):
+        load_config(None, [("data.resize", "shortest"), ("train.compile", "default")])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
