@@ -50,9 +50,13 @@ def run_all_shapes(step: Trainable, batch: Batch) -> None:
     maps, logits, deltas = step.backbone_stage(batch.images, batch.sizes)
     rois, found = step.proposal_stage(logits, deltas, batch.sizes, step.anchors_of(batch), truth, keys)
     losses = [*found.values(), *step.box_branch(maps, rois, batch.verified).values()]
-    for slots in step.mask_slots(len(batch)):
-        losses += step.mask_branch(maps, *step.mask_rois(batch, rois, slots)).values()
     torch.stack(losses).sum().backward()
+    leaves = [of_level.detach().requires_grad_(of_level.requires_grad) for of_level in maps]
+    for slots in step.mask_slots(len(batch)):
+        [loss] = step.mask_branch(leaves, *step.mask_rois(batch, rois, slots)).values()
+        if loss.requires_grad:
+            loss.backward()
+        del loss  # frees what its backward pass would need, so that warming up takes no more memory than training
 
 
 def row_counts(limit: int) -> Sequence[int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from tests.trainer.batches import small_network
 from trainer.config.settings import DataConfig
 from trainer.step.trainable import Trainable
-from trainer.step.warm_up import empty_batch, row_counts, warm_up
+from trainer.step.warm_up import empty_batch, row_counts, run_all_shapes, warm_up
 
 
 def test_row_counts_reach_the_limit_of_objects() -> None:
@@ -39,3 +42,18 @@ def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed() -> None:
     assert len(graphs) == made
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_run_all_shapes_holds_one_mask_branch_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainable(small_network(), fixed_shapes=True)
+    branch, made = step.mask_branch, list[weakref.ref[Tensor]]()
+
+    def watched(*arguments: Any) -> dict[str, Tensor]:
+        assert all(loss() is None for loss in made)
+        found = branch(*arguments)
+        made.append(weakref.ref(found["loss_mask"]))
+        return found
+
+    monkeypatch.setattr(step, "mask_branch", watched)
+    run_all_shapes(step, empty_batch(2, 64, 96, 8, 4))
+    assert len(made) == len(step.mask_slots(2))
