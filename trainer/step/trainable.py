@@ -90,6 +90,7 @@ class Trainable(nn.Module):
         self.fixed_shapes = fixed_shapes
         self.register_buffer("mean", torch.tensor(network.transform.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(network.transform.image_std).view(3, 1, 1), persistent=False)
+        self._is_compiled = False
         self._anchors: dict[tuple[int, int, torch.device], Anchors] = {}
 
     def forward(self, batch: Batch, keys: Keys | None = None) -> Losses:
@@ -101,7 +102,8 @@ class Trainable(nn.Module):
             batch: on the network's device.
             keys: the random choices; None to draw them from torch's generator.
         """
-        torch.compiler.cudagraph_mark_step_begin()  # of use only to CUDA graphs
+        if self._is_compiled:  # torch imports its compiler for this, which takes seconds
+            torch.compiler.cudagraph_mark_step_begin()
         anchors, truth = self.anchors_of(batch), ground_truth_of(batch, self.loss)
         keys = keys or self.draw_keys(batch)
         maps, logits, deltas = self.backbone_stage(batch.images, batch.sizes)
@@ -128,9 +130,11 @@ class Trainable(nn.Module):
 
         Per shape of the images there is one graph of `backbone_stage`, `box_branch` and `mask_branch` (two of the last
         where torch convolves few RoIs differently), and one of `proposal_stage` for each number of rows of annotations.
-        The branches are not compiled where a batch norm in a head forbids fixed shapes.
+        The branches are not compiled where a batch norm in a head forbids fixed shapes. Earlier graphs are dropped, as
+        of another stage, which trains other parameters: torch limits the number of all graphs of a function.
         """
-        self.fixed_shapes = True
+        torch._dynamo.reset()
+        self.fixed_shapes = self._is_compiled = True
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
         names = ["backbone_stage", "proposal_stage"]
         if self.in_fixed_shapes(self.mean.device):
@@ -250,8 +254,9 @@ class Trainable(nn.Module):
         size = 2 * self.network.roi_heads.mask_roi_pool.output_size[0]  # the mask head doubles what it is given
         boxes, bitmaps, frames = masked.rois.boxes, batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
         expected = sample_targets(bitmaps, frames, row, boxes, size)
-        for part in (*masked.rois, *masked[1:], expected):
-            torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
+        if self._is_compiled:
+            for part in (*masked.rois, *masked[1:], expected):
+                torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
         return masked, expected
 
     def pool(self, pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network
+from trainer.step import trainable
 from trainer.step.trainable import Trainable
 
 
@@ -33,3 +35,16 @@ def test_parts_compile_as_whole_graphs_and_only_once_per_shape() -> None:
             assert one[name].item() == pytest.approx(other[name].item(), rel=1e-6)
     own, others = gradients(network, found[1]), gradients(network, expected[1])
     assert all(torch.allclose(own[name], others[name], rtol=1e-4, atol=1e-6) for name in others)
+
+
+def test_a_step_that_is_compiled_again_may_make_as_many_graphs_as_the_first() -> None:
+    """As in the next stage, which trains other layers of the same network."""
+    network, batch = small_network(), batch_of(SCENES)
+    with torch._dynamo.config.patch(cache_size_limit=1), mock.patch.object(trainable, "MOST_GRAPHS", 1):
+        for is_trained in (True, False):
+            network.backbone.requires_grad_(is_trained)
+            network.roi_heads.requires_grad_(is_trained)
+            step = Trainable(network)
+            step.compile_parts(backend="eager")
+            losses = step(batch)
+            assert losses["loss_mask"].requires_grad == is_trained
