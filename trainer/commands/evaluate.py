@@ -198,7 +198,7 @@ def evaluate(
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.metrics.overlaps import EvaluatedImage
-    from trainer.model.inference import detect
+    from trainer.model.inference import detect_batches
     from trainer.report.scorecard import Evaluation
 
     stream = EvalStream(
@@ -215,8 +215,8 @@ def evaluate(
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
     was_training = network.training
     network.eval()
-    for batch in loader(stream, workers=data.workers):
-        found = detect(network, batch.images, accelerator.device)
+    batches = loader(stream, workers=data.workers, pin_memory=accelerator.device.type == "cuda")
+    for batch, found in detect_batches(network, batches, accelerator.device):
         images = [EvaluatedImage(*pair) for pair in zip(batch.samples, found, strict=True)]
         coco.process(images)
         open_images.process(images)

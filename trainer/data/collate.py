@@ -43,6 +43,10 @@ class EvalBatch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def pin_memory(self) -> EvalBatch:
+        """Copy the images into page-locked memory, from which they are copied to a GPU asynchronously."""
+        return replace(self, images=[image.pin_memory() for image in self.images])
+
 
 class TrainCollate:
     """Decode, resize, augment and pad samples to a training `Batch`.

@@ -1,30 +1,30 @@
-"""Inference of Mask R-CNN in bounded memory.
+"""Inference of Mask R-CNN: from images to detections with masks as RLE, in bounded memory.
 
-torchvision pastes all masks of an image at once, as float at full size: 100 detections on a 4000 x 3000 photograph
-take 4.8 GB. Here torchvision's steps are called one by one, each mask is pasted into its box only, for `PASTE_BYTES`
-of boxes at a time, and encoded as RLE. The detections are the same.
+The detections are those of torchvision's network. On CUDA, `detect_batches` queues the next batches before it encodes
+the masks of one, so that the device computes while the host encodes and the caller evaluates.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
-from torchvision.models.detection.transform import resize_boxes
 
-from shards.format import rle
 from shards.format.rle import Rle
 from shards.format.sample import Instance
-from trainer.data.augment import scaled_size
+from trainer.data.collate import EvalBatch
+from trainer.model.detection import Boxes, choose_boxes, predict_masks, score_proposals
+from trainer.model.paste import Paste
 
-PASTE_BYTES = 16 * 2**20  # of masks that are pasted together, one byte per pixel of their boxes; at least one mask
-MASK_THRESHOLD = 0.5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,101 +54,92 @@ class Detections:
         ]
 
 
-@torch.no_grad()
+class Pasted(NamedTuple):
+    """The detections in a batch, whose masks are still being pasted.
+
+    Attributes:
+        boxes: float32 [K, 4] as in `Detections`, of all images one after the other.
+        labels: int64 [K].
+        scores: float32 [K].
+        counts: the number of detections in each image.
+        masks: K masks.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    counts: list[int]
+    masks: Paste
+
+
 def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | str) -> list[Detections]:
-    """Run a network in evaluation mode on RGB images of any sizes, [3, H, W] each, uint8 or float from 0 to 1."""
+    """Run a network in evaluation mode on RGB images of any sizes, [3, H, W] each, uint8 or float32 from 0 to 1."""
+    [found] = _detections(network, iter([images]), torch.device(device), ahead=0)
+    return found
+
+
+def detect_batches(
+    network: MaskRCNN, batches: Iterable[EvalBatch], device: torch.device
+) -> Iterator[tuple[EvalBatch, list[Detections]]]:
+    """Yield each batch with its detections; on CUDA, after the work of the next three batches is queued."""
+    taken = deque[EvalBatch]()
+
+    def images() -> Iterator[list[Tensor]]:
+        for batch in batches:
+            taken.append(batch)
+            yield batch.images
+
+    for found in _detections(network, images(), device, ahead=1 if device.type == "cuda" else 0):
+        yield taken.popleft(), found
+
+
+def _detections(
+    network: MaskRCNN, batches: Iterator[Sequence[Tensor]], device: torch.device, *, ahead: int
+) -> Iterator[list[Detections]]:
+    """Yield the detections in batches of images.
+
+    A stage waits for what the one before it computed for the same batch. With `ahead` = 1 the stage before has then
+    queued the next batch too, so the device does not run out of work.
+    """
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
-    inputs = [_network_input(image.to(device, non_blocking=True), network) for image in images]
-    batch, _ = network.transform(inputs)
-    features: Any = network.backbone(batch.tensors)
-    proposals, _ = network.rpn(batch, features)
-    found, _ = network.roi_heads(features, proposals, batch.image_sizes)
-    results = []
-    for image, input_size, entry in zip(images, batch.image_sizes, found, strict=True):
-        height, width = int(image.shape[-2]), int(image.shape[-1])
-        boxes = resize_boxes(entry["boxes"], list(input_size), [height, width])
-        results.append(
-            Detections(
-                boxes=boxes.float().cpu().numpy(),
-                labels=entry["labels"].cpu().numpy(),
-                scores=entry["scores"].float().cpu().numpy(),
-                masks=tuple(paste(entry["masks"].float(), boxes.float(), height, width)),
-            )
-        )
-    return results
+    scored = _delayed(map(partial(score_proposals, network, device), batches), ahead)
+    found = _delayed(map(partial(choose_boxes, network), scored), ahead)
+    yield from map(_encode, _delayed(map(partial(_start_masks, network), found), ahead))
 
 
-def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[Rle]:
-    """Paste masks into the image as torchvision's `paste_masks_in_image`, threshold and encode them.
-
-    For any number of masks this takes less than 2 * PASTE_BYTES plus 10 bytes per pixel of the image, for the mask that
-    is being resized or encoded: 154 MB for 4000 x 3000 pixels. `masks` are probabilities, float [N, 1, M, M], `boxes`
-    float [N, 4] left, top, right, bottom in pixels of the image.
-    """
-    padded, scale = expand_masks(masks, padding=1)
-    places = expand_boxes(boxes, scale).to(torch.int64).tolist()
-    encoded: list[Rle] = []
-    for start, stop in _groups([_window(place, height, width) for place in places]):
-        # In a function, so that its tensors are freed before the next group is resized.
-        encoded += _paste_group(padded[start:stop, 0], places[start:stop], height, width)
-    return encoded
+def _delayed(items: Iterator[T], count: int) -> Iterator[T]:
+    """Yield each item after `count` further ones were taken."""
+    waiting = deque[T]()
+    for item in items:
+        waiting.append(item)
+        del item  # it belongs to the caller
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
-def _paste_group(masks: Tensor, places: Sequence[Sequence[int]], height: int, width: int) -> list[Rle]:
-    parts = [_paste_part(mask, place, height, width) for mask, place in zip(masks, places, strict=True)]
-    shapes = [part.shape for part in parts]
-    # One copy from the device for the whole group.
-    bits = torch.cat([part.flatten() for part in parts]).cpu().numpy()
-    del parts
-    ends = np.cumsum([shape.numel() for shape in shapes])
-    encoded = []
-    for shape, place, piece in zip(shapes, places, np.split(bits, ends[:-1]), strict=True):
-        left, top, *_ = _window(place, height, width)
-        if not piece.size:  # outside the image
-            left, top, shape, piece = 0, 0, torch.Size((1, 1)), np.zeros(1, np.bool_)
-        encoded.append(rle.encode_part(piece.reshape(shape).view(np.uint8).T, left, top, height, width))
-    return encoded
+def _start_masks(network: MaskRCNN, found: Boxes) -> Pasted:
+    """Wait for the boxes of a batch, and queue the prediction and pasting of their masks."""
+    boxes, labels, scores = found.on_host.wait()
+    index = (scores.numpy() >= 0).reshape(-1).nonzero()[0]  # [K] of B * D
+    images = torch.from_numpy(index // scores.shape[1])
+    scale = found.sizes.original.float() / found.sizes.resized.float()  # as torchvision's `resize_boxes`
+    boxes = boxes.flatten(0, 1)[index] * scale.flip(1).repeat(1, 2)[images]
+    return Pasted(
+        boxes.numpy(),
+        labels.flatten()[index].numpy(),
+        scores.flatten()[index].numpy(),
+        (scores.numpy() >= 0).sum(axis=1).tolist(),
+        Paste(predict_masks(network, found, index), boxes, found.sizes.original[images]),
+    )
 
 
-def _window(place: Sequence[int], height: int, width: int) -> tuple[int, int, int, int]:
-    """Clip a box with inclusive right and bottom to the image: left, top, right, bottom (exclusive)."""
-    left, top, right, bottom = place
-    return max(left, 0), max(top, 0), min(right + 1, width), min(bottom + 1, height)
-
-
-def _groups(windows: Sequence[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield start and stop (exclusive) of consecutive windows of PASTE_BYTES together, or of one larger window."""
-    start = total = 0
-    for i, (left, top, right, bottom) in enumerate(windows):
-        size = max(right - left, 0) * max(bottom - top, 0)
-        if i > start and total + size > PASTE_BYTES:
-            yield start, i
-            start, total = i, 0
-        total += size
-    if windows:
-        yield start, len(windows)
-
-
-def _paste_part(mask: Tensor, place: Sequence[int], height: int, width: int) -> Tensor:
-    """Return which pixels of its window a mask covers, bool [w, h]: columns first, in the order of RLE."""
-    left, top, right, bottom = place
-    size = max(bottom - top + 1, 1), max(right - left + 1, 1)
-    full = interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    x0, y0, x1, y1 = _window(place, height, width)
-    return (full[max(y0 - top, 0) : max(y1 - top, 0), max(x0 - left, 0) : max(x1 - left, 0)] >= MASK_THRESHOLD).T
-
-
-def _network_input(image: Tensor, network: MaskRCNN) -> Tensor:
-    """Convert an image to float, 0 to 1, and resize a very thin one as in training, to at least one pixel.
-
-    torchvision would round its shorter side down to 0 (for 3000 x 3 pixels resized to a width of 1024) and fail. It
-    does not resize an image that already has its final size.
-    """
-    if image.dtype == torch.uint8:
-        image = image.float().div_(255)
-    height, width = image.shape[-2:]
-    size = scaled_size(height, width, network.transform.min_size[-1], network.transform.max_size)
-    if 1 not in size:
-        return image
-    return interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+def _encode(pasted: Pasted) -> list[Detections]:
+    """Wait for the masks of a batch."""
+    masks, ends = pasted.masks.encode(), np.cumsum(pasted.counts)
+    return [
+        Detections(pasted.boxes[start:end], pasted.labels[start:end], pasted.scores[start:end], tuple(masks[start:end]))
+        for start, end in zip(ends - pasted.counts, ends, strict=True)
+    ]

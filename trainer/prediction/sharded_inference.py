@@ -28,7 +28,7 @@ from shards.stream.streams import EvalStream
 from trainer.config.command_options import PredictOptions
 from trainer.data.collate import EvalCollate
 from trainer.model.checkpoint import State, numbers_in
-from trainer.model.inference import detect
+from trainer.model.inference import detect_batches
 from trainer.prediction.output_files import COCO_FILE, Labels, PredictionFiles, image_record, write_picture
 from trainer.run.distributed import from_main
 
@@ -147,8 +147,8 @@ def _predict_parts(
         rows=np.concatenate([parts.rows(number) for number in numbers]),
     )
     left, records = list(numbers), list[dict[str, Any]]()
-    for batch in loader(stream, workers=options.workers):
-        found = detect(network, batch.images, accelerator.device)
+    batches = loader(stream, workers=options.workers, pin_memory=accelerator.device.type == "cuda")
+    for batch, found in detect_batches(network, batches, accelerator.device):
         for sample, pixels, of_image in zip(batch.samples, batch.images, found, strict=True):
             name = f"{sample.image_id}.jpg"
             record = image_record(sample.image_id, name, sample.width, sample.height, of_image)

@@ -154,7 +154,7 @@ def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderS
         "memory_mb": peak_memory_mb(accelerator.device),
         "signal": signal,
     }
-    own = to_device([numbers[name] for name in NUMBERS], accelerator.device)
+    own = to_device(torch.tensor([numbers[name] for name in NUMBERS], dtype=torch.float32), accelerator.device)
     gathered: Tensor = accelerator.gather(torch.cat((_stacked(losses).mean(0), own))[None])
     return gathered
 

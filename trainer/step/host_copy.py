@@ -9,26 +9,30 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A small tensor on its way to the host, so that the device can be given other work before it is read."""
+    """Tensors on their way to the host, so that the device can be given other work before they are read."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, *values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._values = values
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+        if values[0].device.type == "cuda":
+            pinned = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in values]
+            self._values = tuple(host.copy_(one, non_blocking=True) for host, one in zip(pinned, values))
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values[0].device))
 
-    def read(self) -> list[Any]:
-        """Return the values as nested lists, after waiting for them if necessary."""
+    def wait(self) -> tuple[Tensor, ...]:
+        """Return the tensors on the host, after waiting for them if necessary."""
         if self._event is not None:
             self._event.synchronize()
-        values: list[Any] = self._values.tolist()
+        return tuple(one.cpu() for one in self._values)
+
+    def read(self) -> list[Any]:
+        """Return the values of a single tensor as nested lists, after waiting for them if necessary."""
+        [single] = self.wait()
+        values: list[Any] = single.tolist()
         return values
 
 
-def to_device(numbers: list[float], device: torch.device) -> Tensor:
-    """Return numbers as float32 on a device, without waiting for it."""
-    values = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
-    return values.to(device, non_blocking=True)
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor of the host to a device, without waiting for it."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

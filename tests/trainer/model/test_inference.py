@@ -13,9 +13,11 @@ from tests.support import REPOSITORY
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.data.augment import scaled_size
-from trainer.model import inference
+from trainer.model import paste
 from trainer.model.build import build_model
-from trainer.model.inference import detect, paste
+from trainer.model.detection import sizes_of
+from trainer.model.inference import detect
+from trainer.model.paste import Paste
 
 
 def small_network(**changes: object) -> MaskRCNN:
@@ -27,7 +29,7 @@ def small_network(**changes: object) -> MaskRCNN:
 
 @pytest.mark.parametrize("limit", [1, 2**30])
 def test_detect_gives_the_detections_of_torchvision(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "PASTE_BYTES", limit)  # one mask at a time, or all at once
+    monkeypatch.setattr(paste, "PASTE_BYTES", limit)  # one mask at a time, or all at once
     network = small_network()
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((90, 130), (64, 64))]
     with torch.no_grad():
@@ -45,11 +47,10 @@ def test_detect_gives_the_detections_of_torchvision(limit: int, monkeypatch: pyt
 @pytest.mark.parametrize("thin", [(3, 600), (600, 1), (5, 600), (1, 1)])
 def test_detect_resizes_a_thin_image_as_training_does(thin: tuple[int, int]) -> None:
     network = small_network(model__score_threshold=0.0)
-    seen: list[tuple[int, int]] = []
-    network.rpn.register_forward_pre_hook(lambda _, given: seen.extend(given[0].image_sizes))
     image, other = (torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in (thin, (48, 64)))
+    resized = sizes_of(network, [image, other]).resized.tolist()
+    assert resized == [list(scaled_size(*size, 64, 64)) for size in (thin, (48, 64))]
     found = detect(network, [image, other], "cpu")
-    assert seen == [scaled_size(*size, 64, 64) for size in (thin, (48, 64))]
     assert len(found[1]) > 0
     assert np.isfinite(found[0].boxes).all()
     assert all((mask.height, mask.width) == thin for mask in found[0].masks)
@@ -73,20 +74,25 @@ def random_masks(count: int, height: int, width: int) -> tuple[torch.Tensor, tor
     return masks, boxes
 
 
+def encoded(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[rle.Rle]:
+    """The masks of one image, [N, 1, M, M], as `Paste` encodes them."""
+    return Paste(masks[:, 0], boxes, torch.tensor([[height, width]]).expand(len(boxes), -1)).encode()
+
+
 @pytest.mark.parametrize("limit", [1, 3000, 2**30])
 def test_paste_gives_the_masks_of_torchvision(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "PASTE_BYTES", limit)
+    monkeypatch.setattr(paste, "PASTE_BYTES", limit)
     height, width = 61, 90
     masks, boxes = random_masks(40, height, width)
     expected = (paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5).numpy()
     assert expected.any(axis=(1, 2)).sum() > 30
-    assert paste(masks, boxes, height, width) == [rle.encode(mask) for mask in expected]
-    assert paste(masks[:0], boxes[:0], height, width) == []
+    assert encoded(masks, boxes, height, width) == [rle.encode(mask) for mask in expected]
+    assert encoded(masks[:0], boxes[:0], height, width) == []
 
 
 def test_paste_gives_an_empty_mask_for_a_box_outside_the_image() -> None:
     masks, _ = random_masks(3, 50, 50)
-    pasted = paste(masks, torch.tensor([[60.0, 10, 80, 30], [-40, -40, -20, -20], [10, 70, 30, 90]]), 50, 50)
+    pasted = encoded(masks, torch.tensor([[60.0, 10, 80, 30], [-40, -40, -20, -20], [10, 70, 30, 90]]), 50, 50)
     assert [rle.area(mask) for mask in pasted] == [0, 0, 0]
 
 
@@ -95,11 +101,11 @@ def test_paste_of_many_masks_on_a_large_photograph_stays_within_its_memory_limit
     height, width = 3000, 4000
     masks, boxes = random_masks(10, height, width)
     boxes[:] = torch.tensor([0.0, 0.0, width, height])  # the worst case; all masks together take 480 MB as float
-    paste(masks[:1], boxes[:1], height, width)
+    encoded(masks[:1], boxes[:1], height, width)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
-    paste(masks, boxes, height, width)
-    assert resident("VmHWM") - before < 2 * inference.PASTE_BYTES + 10 * height * width
+    encoded(masks, boxes, height, width)
+    assert resident("VmHWM") - before < 2 * paste.PASTE_BYTES + 10 * height * width
 
 
 def resident(name: str) -> int:

@@ -1,0 +1,184 @@
+"""Mask R-CNN at inference on a whole batch: three stages, between which the host reads a few values of the device.
+
+The detections are those of torchvision's network, which goes through the images one by one, and waits for the device
+several times for each. A stage queues its work and starts to copy what the host needs for the next one, so that a
+caller can queue other work before it starts the next stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.models.detection import MaskRCNN
+from torchvision.ops import MultiScaleRoIAlign
+
+from trainer.data.augment import scaled_size
+from trainer.step.boxes import decode
+from trainer.step.host_copy import HostCopy, to_device
+from trainer.step.losses import of_label
+from trainer.step.nms import nms_keep
+from trainer.step.proposals import anchors_of, flatten_levels, propose
+from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
+
+MIN_SIDE = 1e-2  # pixels; torchvision drops smaller boxes
+
+
+class Sizes(NamedTuple):
+    """Heights and widths of a batch's images, on the host.
+
+    Attributes:
+        original: int64 [B, 2].
+        resized: int64 [B, 2], as the network sees them, without padding.
+    """
+
+    original: Tensor
+    resized: Tensor
+
+
+class Scored(NamedTuple):
+    """The scores of a batch's proposals for each class.
+
+    Attributes:
+        sizes: of the images.
+        maps: from which RoIs are read, [B, F, h, w] of each level.
+        corners: float32 [B, 4] width, height, width, height of the resized images, to which boxes are clipped.
+        proposals: float32 [B, P, 4] x0, y0, x1, y1 in pixels of the padded input.
+        deltas: float32 [B, P, C + 1, 4] for each class; column 0 is the background.
+        scores: float32 [B * C, P]; -1 where the score is not above the network's threshold.
+        counts: how many rows have a score above it, and the largest number of such scores in a row.
+    """
+
+    sizes: Sizes
+    maps: list[Tensor]
+    corners: Tensor
+    proposals: Tensor
+    deltas: Tensor
+    scores: Tensor
+    counts: HostCopy
+
+
+class Boxes(NamedTuple):
+    """The best D boxes of each image, in descending order of score.
+
+    Attributes:
+        sizes: as in `Scored`.
+        maps: as in `Scored`.
+        boxes: float32 [B, D, 4] x0, y0, x1, y1 in pixels of the padded input.
+        labels: int64 [B, D] category ids.
+        on_host: copies of boxes, labels, and the scores, float32 [B, D]; a score is -1 where an image has fewer boxes.
+    """
+
+    sizes: Sizes
+    maps: list[Tensor]
+    boxes: Tensor
+    labels: Tensor
+    on_host: HostCopy
+
+
+def sizes_of(network: MaskRCNN, images: Sequence[Tensor]) -> Sizes:
+    """Return the sizes of images, [3, H, W] each, before and after resizing.
+
+    A very thin image is resized to at least one pixel, as in training. torchvision would round its shorter side down to
+    0 (for 3000 x 3 pixels resized to a width of 1024) and fail.
+    """
+    limits = network.transform.min_size[-1], network.transform.max_size
+    original = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+    return Sizes(torch.tensor(original), torch.tensor([scaled_size(*size, *limits) for size in original]))
+
+
+def network_input(network: MaskRCNN, images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
+    """Normalise, resize and pad images on the device, as torchvision's transform at inference: [B, 3, H, W]."""
+    transform, resized = network.transform, sizes.resized.tolist()
+    mean, std = to_device(torch.tensor([transform.image_mean, transform.image_std]), device)[:, :, None, None]
+    stride = transform.size_divisible
+    height, width = (math.ceil(max(sides) / stride) * stride for sides in zip(*resized, strict=True))
+    batch = torch.zeros((len(images), 3, height, width), device=device)
+    for image, (rows, columns), slot in zip(images, resized, batch, strict=True):
+        pixels = image.to(device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float().div_(255)
+        normal = ((pixels - mean) / std)[None]
+        slot[:, :rows, :columns] = interpolate(normal, size=(rows, columns), mode="bilinear", align_corners=False)[0]
+    return batch
+
+
+@torch.no_grad()
+def score_proposals(network: MaskRCNN, device: torch.device, images: Sequence[Tensor]) -> Scored:
+    """Find proposals in RGB images of any sizes, uint8 or float32 from 0 to 1, and score them for each class."""
+    heads, sizes = network.roi_heads, sizes_of(network, images)
+    batch, limits = network_input(network, images, sizes, device), to_device(sizes.resized.float(), device)
+    maps = list(network.backbone(batch).values())
+    anchors = anchors_of(network.rpn.anchor_generator, batch.shape[-2], batch.shape[-1], device)
+    proposals = propose(network.rpn, anchors, *flatten_levels(*network.rpn.head(maps)), limits)
+    maps = maps[: len(heads.box_roi_pool.featmap_names)]
+    numbers = torch.arange(len(batch), device=device)[:, None].expand_as(proposals.valid)
+    pooled = _pool(heads.box_roi_pool, maps, Rois(proposals.boxes.flatten(0, 1), numbers.flatten()))
+    logits, deltas = heads.box_predictor(heads.box_head(pooled))  # [B * P, C + 1], [B * P, (C + 1) * 4]
+    scores = logits.float().softmax(dim=1).unflatten(0, numbers.shape)[..., 1:]  # [B, P, C]
+    is_candidate = (scores > heads.score_thresh) & proposals.valid[..., None]
+    per_class = is_candidate.sum(dim=1)  # [B, C]
+    return Scored(
+        sizes,
+        maps,
+        limits.flip(1).repeat(1, 2),
+        proposals.boxes,
+        deltas.float().unflatten(1, (-1, 4)).unflatten(0, numbers.shape),
+        scores.masked_fill(~is_candidate, -1).transpose(1, 2).flatten(0, 1),
+        HostCopy(torch.stack(((per_class > 0).sum(), per_class.max()))),
+    )
+
+
+@torch.no_grad()
+def choose_boxes(network: MaskRCNN, scored: Scored) -> Boxes:
+    """Choose the best boxes of each image that overlap no better one of their class.
+
+    As `RoIHeads.postprocess_detections`. Boxes are decoded for the candidates only: S rows, each of one class in one
+    image, of N candidates or fewer.
+    """
+    heads, images = network.roi_heads, len(scored.corners)
+    rows, most = (max(count, 1) for count in scored.counts.read())
+    chosen = scored.scores.amax(dim=1).topk(rows).indices  # [S] of B * C
+    scores, index = scored.scores[chosen].sort(dim=1, descending=True, stable=True)
+    scores, index = scores[:, :most], index[:, :most]  # [S, N]
+    classes = len(scored.scores) // images
+    image, label = (chosen // classes)[:, None], (chosen % classes + 1)[:, None]  # [S, 1]
+    boxes = decode(heads.box_coder, scored.deltas[image, index, label], scored.proposals[image, index])
+    boxes = torch.minimum(boxes.clamp(min=0), scored.corners[image])  # [S, N, 4]
+    is_valid = (boxes[..., 2:] - boxes[..., :2] >= MIN_SIDE).all(dim=-1) & (scores >= 0)
+    keep = nms_keep(boxes, scores, is_valid, [most], heads.nms_thresh)
+    is_own = image[:, 0] == torch.arange(images, device=image.device)[:, None]  # [B, S]
+    of_images = scores.masked_fill(~keep, -1).masked_fill(~is_own[..., None], -1).flatten(1)  # [B, S * N]
+    best = of_images.topk(min(heads.detections_per_img, of_images.shape[1]), dim=1)  # [B, D]
+    boxes, labels = boxes.flatten(0, 1)[best.indices], label.expand_as(scores).flatten()[best.indices]
+    return Boxes(scored.sizes, scored.maps, boxes, labels, HostCopy(boxes, labels, best.values))
+
+
+@torch.no_grad()
+def predict_masks(network: MaskRCNN, found: Boxes, slots: NDArray[np.int64]) -> Tensor:
+    """Predict the masks of boxes for their own class.
+
+    Args:
+        network: in evaluation mode.
+        found: the boxes.
+        slots: int64 [K], ascending, of the B * D boxes.
+
+    Returns:
+        Probabilities, float32 [K, M, M].
+    """
+    heads, device = network.roi_heads, found.boxes.device
+    index = to_device(torch.from_numpy(slots), device)
+    rois = Rois(found.boxes.flatten(0, 1)[index], index // found.boxes.shape[1])
+    logits = heads.mask_predictor(heads.mask_head(_pool(heads.mask_roi_pool, found.maps, rois)))
+    return of_label(logits.float(), found.labels.flatten()[index]).sigmoid()
+
+
+def _pool(pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
+    pool = pool_on_cpu if rois.boxes.device.type == "cpu" else pool_in_fixed_shapes
+    return pool(pooler, maps, rois)
