@@ -153,11 +153,15 @@ def choose_boxes(network: MaskRCNN, scored: Scored) -> Boxes:
     boxes = torch.minimum(boxes.clamp(min=0), scored.corners[image])  # [S, N, 4]
     is_valid = (boxes[..., 2:] - boxes[..., :2] >= MIN_SIDE).all(dim=-1) & (scores >= 0)
     keep = nms_keep(boxes, scores, is_valid, [most], heads.nms_thresh)
+    scores = scores.masked_fill(~keep, -1)
+    # By score, and equal scores by proposal and class, as in torchvision: floats of 0 or more compare as their bits do.
+    rank = (scores.view(torch.int32).long() << 32) - (index * classes + label)  # [S, N]
     is_own = image[:, 0] == torch.arange(images, device=image.device)[:, None]  # [B, S]
-    of_images = scores.masked_fill(~keep, -1).masked_fill(~is_own[..., None], -1).flatten(1)  # [B, S * N]
-    best = of_images.topk(min(heads.detections_per_img, of_images.shape[1]), dim=1)  # [B, D]
+    rank = rank.masked_fill(~is_own[..., None], -1).flatten(1)  # [B, S * N]
+    best = rank.topk(min(heads.detections_per_img, rank.shape[1]), dim=1)  # [B, D]
     boxes, labels = boxes.flatten(0, 1)[best.indices], label.expand_as(scores).flatten()[best.indices]
-    return Boxes(scored.sizes, scored.maps, boxes, labels, HostCopy(boxes, labels, best.values))
+    scores = scores.flatten()[best.indices].masked_fill(best.values < 0, -1)
+    return Boxes(scored.sizes, scored.maps, boxes, labels, HostCopy(boxes, labels, scores))
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def test_predict_reads_and_writes_a_bucket(
     assert read_submission(tmp_path / "submission.csv") == submission_of(value, LABELS)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.model.inference.detect", None)  # nothing is left to do
+        patch.setattr("trainer.prediction.sharded_inference.detect_batches", None)  # nothing is left to do
         assert predict.main(on_shards) == 0
     assert (out / "predictions.json").read() == first
 
