@@ -7,7 +7,6 @@ caller can queue other work before it starts the next stage.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,15 +30,15 @@ MIN_SIDE = 1e-2  # pixels; torchvision drops smaller boxes
 
 
 class Sizes(NamedTuple):
-    """Heights and widths of a batch's images, on the host.
+    """Height and width of each image of a batch.
 
     Attributes:
         original: int64 [B, 2].
         resized: int64 [B, 2], as the network sees them, without padding.
     """
 
-    original: Tensor
-    resized: Tensor
+    original: NDArray[np.int64]
+    resized: NDArray[np.int64]
 
 
 class Scored(NamedTuple):
@@ -90,17 +89,16 @@ def sizes_of(network: MaskRCNN, images: Sequence[Tensor]) -> Sizes:
     """
     limits = network.transform.min_size[-1], network.transform.max_size
     original = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-    return Sizes(torch.tensor(original), torch.tensor([scaled_size(*size, *limits) for size in original]))
+    return Sizes(np.array(original), np.array([scaled_size(*size, *limits) for size in original]))
 
 
 def network_input(network: MaskRCNN, images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
     """Normalise, resize and pad images on the device, as torchvision's transform at inference: [B, 3, H, W]."""
-    transform, resized = network.transform, sizes.resized.tolist()
-    mean, std = to_device(torch.tensor([transform.image_mean, transform.image_std]), device)[:, :, None, None]
-    stride = transform.size_divisible
-    height, width = (math.ceil(max(sides) / stride) * stride for sides in zip(*resized, strict=True))
+    transform, stride = network.transform, network.transform.size_divisible
+    mean, std = to_device(np.array([transform.image_mean, transform.image_std], np.float32), device)[..., None, None]
+    height, width = (-(-sizes.resized.max(axis=0) // stride) * stride).tolist()
     batch = torch.zeros((len(images), 3, height, width), device=device)
-    for image, (rows, columns), slot in zip(images, resized, batch, strict=True):
+    for image, (rows, columns), slot in zip(images, sizes.resized.tolist(), batch, strict=True):
         pixels = image.to(device, non_blocking=True)
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(255)
@@ -113,7 +111,7 @@ def network_input(network: MaskRCNN, images: Sequence[Tensor], sizes: Sizes, dev
 def score_proposals(network: MaskRCNN, device: torch.device, images: Sequence[Tensor]) -> Scored:
     """Find proposals in RGB images of any sizes, uint8 or float32 from 0 to 1, and score them for each class."""
     heads, sizes = network.roi_heads, sizes_of(network, images)
-    batch, limits = network_input(network, images, sizes, device), to_device(sizes.resized.float(), device)
+    batch, limits = network_input(network, images, sizes, device), to_device(sizes.resized.astype(np.float32), device)
     maps = list(network.backbone(batch).values())
     anchors = anchors_of(network.rpn.anchor_generator, batch.shape[-2], batch.shape[-1], device)
     proposals = propose(network.rpn, anchors, *flatten_levels(*network.rpn.head(maps)), limits)
@@ -177,7 +175,7 @@ def predict_masks(network: MaskRCNN, found: Boxes, slots: NDArray[np.int64]) -> 
         Probabilities, float32 [K, M, M].
     """
     heads, device = network.roi_heads, found.boxes.device
-    index = to_device(torch.from_numpy(slots), device)
+    index = to_device(slots, device)
     rois = Rois(found.boxes.flatten(0, 1)[index], index // found.boxes.shape[1])
     logits = heads.mask_predictor(heads.mask_head(_pool(heads.mask_roi_pool, found.maps, rois)))
     return of_label(logits.float(), found.labels.flatten()[index]).sigmoid()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -54,24 +55,6 @@ class Detections:
         ]
 
 
-class Pasted(NamedTuple):
-    """The detections in a batch, whose masks are still being pasted.
-
-    Attributes:
-        boxes: float32 [K, 4] as in `Detections`, of all images one after the other.
-        labels: int64 [K].
-        scores: float32 [K].
-        counts: the number of detections in each image.
-        masks: K masks.
-    """
-
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    counts: list[int]
-    masks: Paste
-
-
 def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | str) -> list[Detections]:
     """Run a network in evaluation mode on RGB images of any sizes, [3, H, W] each, uint8 or float32 from 0 to 1."""
     [found] = _detections(network, iter([images]), torch.device(device), ahead=0)
@@ -105,7 +88,7 @@ def _detections(
         raise RuntimeError("the network is in training mode: call eval() first")
     scored = _delayed(map(partial(score_proposals, network, device), batches), ahead)
     found = _delayed(map(partial(choose_boxes, network), scored), ahead)
-    yield from map(_encode, _delayed(map(partial(_start_masks, network), found), ahead))
+    yield from map(_finish_masks, _delayed(map(partial(_start_masks, network), found), ahead))
 
 
 def _delayed(items: Iterator[T], count: int) -> Iterator[T]:
@@ -120,26 +103,21 @@ def _delayed(items: Iterator[T], count: int) -> Iterator[T]:
         yield waiting.popleft()
 
 
-def _start_masks(network: MaskRCNN, found: Boxes) -> Pasted:
-    """Wait for the boxes of a batch, and queue the prediction and pasting of their masks."""
-    boxes, labels, scores = found.on_host.wait()
-    index = (scores.numpy() >= 0).reshape(-1).nonzero()[0]  # [K] of B * D
-    images = torch.from_numpy(index // scores.shape[1])
-    scale = found.sizes.original.float() / found.sizes.resized.float()  # as torchvision's `resize_boxes`
-    boxes = boxes.flatten(0, 1)[index] * scale.flip(1).repeat(1, 2)[images]
-    return Pasted(
-        boxes.numpy(),
-        labels.flatten()[index].numpy(),
-        scores.flatten()[index].numpy(),
-        (scores.numpy() >= 0).sum(axis=1).tolist(),
-        Paste(predict_masks(network, found, index), boxes, found.sizes.original[images]),
-    )
+def _start_masks(network: MaskRCNN, found: Boxes) -> tuple[list[Detections], Paste]:
+    """Wait for the boxes of a batch, and queue their masks; the detections have none yet."""
+    boxes, labels, scores = (copy.flatten(0, 1).numpy() for copy in found.on_host.wait())  # [B * D, 4], [B * D] twice
+    [slots] = (scores >= 0).nonzero()  # [K]
+    sizes, images = found.sizes, slots // found.boxes.shape[1]
+    scale = sizes.original.astype(np.float32) / sizes.resized.astype(np.float32)  # as torchvision's `resize_boxes`
+    boxes = boxes[slots] * scale[images][:, [1, 0, 1, 0]]
+    ends = np.bincount(images, minlength=len(scale)).cumsum()[:-1]
+    columns = [np.split(column, ends) for column in (boxes, labels[slots], scores[slots])]
+    masks = Paste(predict_masks(network, found, slots), boxes, sizes.original[images])
+    return [Detections(*of_image, ()) for of_image in zip(*columns, strict=True)], masks
 
 
-def _encode(pasted: Pasted) -> list[Detections]:
-    """Wait for the masks of a batch."""
-    masks, ends = pasted.masks.encode(), np.cumsum(pasted.counts)
-    return [
-        Detections(pasted.boxes[start:end], pasted.labels[start:end], pasted.scores[start:end], tuple(masks[start:end]))
-        for start, end in zip(ends - pasted.counts, ends, strict=True)
-    ]
+def _finish_masks(started: tuple[list[Detections], Paste]) -> list[Detections]:
+    """Wait for the masks of a batch, and encode them."""
+    detections, masks = started
+    encoded = iter(masks.encode())
+    return [replace(of_image, masks=tuple(islice(encoded, len(of_image)))) for of_image in detections]

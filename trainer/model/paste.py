@@ -26,7 +26,7 @@ MASK_THRESHOLD = 0.5
 
 
 class Place(NamedTuple):
-    """Where a mask belongs in an image, in pixels; right and bottom are inclusive, and may be outside the image."""
+    """Where a mask is resized to, in pixels of its image: right and bottom are inclusive, and may be outside."""
 
     left: int
     top: int
@@ -35,17 +35,15 @@ class Place(NamedTuple):
     height: int  # of the image
     width: int
 
-    def rows(self) -> range:
-        """Return the rows of the image that the mask covers."""
-        return range(max(self.top, 0), min(self.bottom + 1, self.height))
-
-    def columns(self) -> range:
-        """Return the columns of the image that the mask covers."""
-        return range(max(self.left, 0), min(self.right + 1, self.width))
+    def inside(self) -> tuple[range, range]:
+        """Return the columns and rows of the image that the mask covers."""
+        columns = range(max(self.left, 0), min(self.right + 1, self.width))
+        return columns, range(max(self.top, 0), min(self.bottom + 1, self.height))
 
     def area(self) -> int:
         """Return the number of pixels of the image that the mask covers."""
-        return len(self.rows()) * len(self.columns())
+        columns, rows = self.inside()
+        return len(columns) * len(rows)
 
 
 class Paste:
@@ -57,15 +55,15 @@ class Paste:
 
     Args:
         masks: probabilities, float32 [K, M, M], on the device.
-        boxes: float32 [K, 4] x0, y0, x1, y1 in pixels of the images, on the host.
-        sizes: int64 [K, 2] height and width of each mask's image, on the host.
+        boxes: float32 [K, 4] x0, y0, x1, y1 in pixels of the images.
+        sizes: int64 [K, 2] height and width of each mask's image.
     """
 
-    def __init__(self, masks: Tensor, boxes: Tensor, sizes: Tensor) -> None:
+    def __init__(self, masks: Tensor, boxes: NDArray[np.float32], sizes: NDArray[np.int64]) -> None:
         side = masks.shape[-1]
-        corners = expand_boxes(boxes, (side + 2) / side).long()
+        corners = expand_boxes(torch.from_numpy(boxes), (side + 2) / side).long().numpy()
         self._masks = pad(masks, (1, 1, 1, 1))  # [K, M + 2, M + 2]
-        self._places = [Place(*place) for place in torch.cat((corners, sizes), dim=1).tolist()]
+        self._places = [Place(*place) for place in np.concatenate((corners, sizes), axis=1).tolist()]
         self._groups = _groups([place.area() for place in self._places])
         self._next = self._start_group()
 
@@ -109,7 +107,7 @@ def _paste(mask: Tensor, place: Place, out: Tensor) -> None:
     """Write which pixels a mask, float32 [m, m], covers to bool [columns x rows]: column by column, as in RLE."""
     size = max(place.bottom - place.top + 1, 1), max(place.right - place.left + 1, 1)
     full = interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    rows, columns = place.rows(), place.columns()
+    columns, rows = place.inside()
     inside = full[
         rows.start - place.top : rows.stop - place.top, columns.start - place.left : columns.stop - place.left
     ]
@@ -117,7 +115,7 @@ def _paste(mask: Tensor, place: Place, out: Tensor) -> None:
 
 
 def _encode(bits: NDArray[np.bool_], place: Place) -> Rle:
-    rows, columns = place.rows(), place.columns()
+    columns, rows = place.inside()
     if not bits.size:  # outside the image
         return rle.encode(np.zeros((place.height, place.width), np.bool_))
     part = bits.reshape(len(columns), len(rows)).view(np.uint8).T

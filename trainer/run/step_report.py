@@ -143,6 +143,7 @@ def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderS
     Returns:
         float32 [ranks, losses + NUMBERS], the same on every rank.
     """
+    import numpy as np
     import torch
 
     from trainer.step.host_copy import to_device
@@ -154,7 +155,7 @@ def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderS
         "memory_mb": peak_memory_mb(accelerator.device),
         "signal": signal,
     }
-    own = to_device(torch.tensor([numbers[name] for name in NUMBERS], dtype=torch.float32), accelerator.device)
+    own = to_device(np.array([numbers[name] for name in NUMBERS], np.float32), accelerator.device)
     gathered: Tensor = accelerator.gather(torch.cat((_stacked(losses).mean(0), own))[None])
     return gathered
 

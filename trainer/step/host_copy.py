@@ -1,10 +1,11 @@
-"""Values on their way from the device to the host."""
+"""Values on their way between the device and the host."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -33,6 +34,7 @@ class HostCopy:
         return values
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor of the host to a device, without waiting for it."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy a small array to a device, without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

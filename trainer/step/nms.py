@@ -19,6 +19,8 @@ from trainer.step.boxes import area, intersection
 
 log = logging.getLogger("trainer.step.nms")
 
+CHUNK_BYTES = 256 * 2**20  # of one table of overlaps; several such tables exist at a time
+
 
 @torch.library.custom_op("maskstream::nms_keep", mutates_args=())
 def nms_keep(boxes: Tensor, scores: Tensor, valid: Tensor, sizes: Sequence[int], threshold: float) -> Tensor:
@@ -51,30 +53,39 @@ def _(boxes: Tensor, scores: Tensor, valid: Tensor, sizes: Sequence[int], thresh
 
 @nms_keep.register_kernel("cuda")
 def _(boxes: Tensor, scores: Tensor, valid: Tensor, sizes: Sequence[int], threshold: float) -> Tensor:
-    if triton_agrees(boxes.device):
-        from trainer.step.triton_nms import keep_by_triton
+    with torch.cuda.device(boxes.device):  # Triton runs on the current device
+        if triton_agrees(boxes.device):
+            from trainer.step.triton_nms import keep_by_triton
 
-        return keep_by_triton(boxes, valid, sizes, threshold)
-    return keep_by_fixed_point(boxes, valid, sizes, threshold)
+            return keep_by_triton(boxes, valid, sizes, threshold)
+        return keep_by_fixed_point(boxes, valid, sizes, threshold)
 
 
 def keep_by_fixed_point(boxes: Tensor, valid: Tensor, sizes: Sequence[int], threshold: float) -> Tensor:
     """Compute `nms_keep` by repetition: keep the boxes that no box of the last round's suppresses.
 
     A box depends only on better ones, so every round settles at least one more box, and what a round leaves unchanged
-    is the result. In practice that takes 3 to 8 rounds. Each waits for the device.
+    is the result. In practice that takes 3 to 8 rounds. Each waits for the device. The images are processed a few at a
+    time, so that no table exceeds CHUNK_BYTES.
     """
     parts = []
     for own, there in zip(boxes.split(list(sizes), dim=1), valid.split(list(sizes), dim=1)):
-        shared, areas = intersection(own, own), area(own)  # [B, n, n], [B, n]
-        iou = shared / (areas[:, :, None] + areas[:, None] - shared)
-        suppresses = (iou > threshold).triu_(diagonal=1)  # [B, better, worse]
-        keep, before = there, None
-        while before is None or not torch.equal(keep, before):
-            before = keep
-            keep = there & ~(suppresses & before[:, :, None]).any(dim=1)
-        parts.append(keep)
+        at_a_time = max(1, CHUNK_BYTES // (4 * max(own.shape[1], 1) ** 2))
+        chunks = zip(own.split(at_a_time), there.split(at_a_time))
+        parts.append(torch.cat([_keep_in_group(*chunk, threshold) for chunk in chunks]))
     return torch.cat(parts, dim=1)
+
+
+def _keep_in_group(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Compute `keep_by_fixed_point` for a single group: float32 [B, n, 4] and bool [B, n]."""
+    shared, areas = intersection(boxes, boxes), area(boxes)  # [B, n, n], [B, n]
+    iou = shared / (areas[:, :, None] + areas[:, None] - shared)
+    suppresses = (iou > threshold).triu_(diagonal=1)  # [B, better, worse]
+    keep, before = valid, None
+    while before is None or not torch.equal(keep, before):
+        before = keep
+        keep = valid & ~(suppresses & before[:, :, None]).any(dim=1)
+    return keep
 
 
 @functools.cache

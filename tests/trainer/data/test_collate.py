@@ -165,6 +165,14 @@ def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():
     assert batch.samples == [replace(one, image=b"")]
 
 
+def test_pin_memory_copies_the_images_of_an_eval_batch(monkeypatch: pytest.MonkeyPatch):
+    batch = EvalCollate()([sample("a"), sample("b")], 0)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda image: image + 1)  # there may be no GPU
+    pinned = batch.pin_memory()
+    assert pinned.samples == batch.samples
+    assert all(torch.equal(*pair) for pair in zip(pinned.images, [image + 1 for image in batch.images], strict=True))
+
+
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [("RGB", "JPEG"), ("RGB", "PNG"), ("RGB", "WEBP"), ("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGBA", "PNG")],
