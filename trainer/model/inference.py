@@ -111,9 +111,9 @@ def _start_masks(network: MaskRCNN, found: Boxes) -> tuple[list[Detections], Pas
     scale = sizes.original.astype(np.float32) / sizes.resized.astype(np.float32)  # as torchvision's `resize_boxes`
     boxes = boxes[slots] * scale[images][:, [1, 0, 1, 0]]
     ends = np.bincount(images, minlength=len(scale)).cumsum()[:-1]
-    columns = [np.split(column, ends) for column in (boxes, labels[slots], scores[slots])]
+    of_images = zip(np.split(boxes, ends), np.split(labels[slots], ends), np.split(scores[slots], ends), strict=True)
     masks = Paste(predict_masks(network, found, slots), boxes, sizes.original[images])
-    return [Detections(*of_image, ()) for of_image in zip(*columns, strict=True)], masks
+    return [Detections(*columns, ()) for columns in of_images], masks
 
 
 def _finish_masks(started: tuple[list[Detections], Paste]) -> list[Detections]:
