@@ -23,7 +23,7 @@ from trainer.step.boxes import decode
 from trainer.step.host_copy import HostCopy, to_device
 from trainer.step.losses import of_label
 from trainer.step.nms import nms_keep
-from trainer.step.proposals import anchors_of, flatten_levels, propose
+from trainer.step.proposals import Proposals, anchors_of, flatten_levels, propose
 from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
 
 MIN_SIDE = 1e-2  # pixels; torchvision drops smaller boxes
@@ -115,6 +115,8 @@ def score_proposals(network: MaskRCNN, device: torch.device, images: Sequence[Te
     maps = list(network.backbone(batch).values())
     anchors = anchors_of(network.rpn.anchor_generator, batch.shape[-2], batch.shape[-1], device)
     proposals = propose(network.rpn, anchors, *flatten_levels(*network.rpn.head(maps)), limits)
+    if not in_fixed_shapes(device):
+        proposals = Proposals(*(part[:, : max(int(proposals.valid.sum(dim=1).max()), 1)] for part in proposals))
     maps = maps[: len(heads.box_roi_pool.featmap_names)]
     numbers = torch.arange(len(batch), device=device)[:, None].expand_as(proposals.valid)
     pooled = _pool(heads.box_roi_pool, maps, Rois(proposals.boxes.flatten(0, 1), numbers.flatten()))
@@ -181,6 +183,11 @@ def predict_masks(network: MaskRCNN, found: Boxes, slots: NDArray[np.int64]) -> 
     return of_label(logits.float(), found.labels.flatten()[index]).sigmoid()
 
 
+def in_fixed_shapes(device: torch.device) -> bool:
+    """Return whether empty slots of proposals are computed as well, which is quicker than to read their number."""
+    return device.type != "cpu"
+
+
 def _pool(pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
-    pool = pool_on_cpu if rois.boxes.device.type == "cpu" else pool_in_fixed_shapes
+    pool = pool_in_fixed_shapes if in_fixed_shapes(rois.boxes.device) else pool_on_cpu
     return pool(pooler, maps, rois)

@@ -24,7 +24,6 @@ from trainer.model.detection import sizes_of
 from trainer.model.inference import Detections, detect, detect_batches
 from trainer.model.paste import Paste
 from trainer.step.host_copy import HostCopy
-from trainer.step.roi_align import pool_in_fixed_shapes
 
 SIZES = ((90, 130), (200, 120), (64, 300), (33, 47))
 CASES: dict[str, tuple[tuple[tuple[int, int], ...], int, dict[str, Any]]] = {  # images, classes, settings
@@ -80,8 +79,7 @@ def assert_equal(found: Detections, expected: dict[str, Tensor]) -> None:
 def test_detect_gives_the_detections_of_torchvision(
     name: str, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fixed_shapes:
-        monkeypatch.setattr(detection, "pool_on_cpu", pool_in_fixed_shapes)
+    monkeypatch.setattr(detection, "in_fixed_shapes", lambda _: fixed_shapes)
     monkeypatch.setattr(paste, "PASTE_BYTES", 5000)  # groups of masks of more than one image
     sizes, classes, changes = CASES[name]
     network, images = random_network(classes, **changes), noise(sizes)
@@ -102,7 +100,7 @@ def test_detect_reports_training_mode() -> None:
 
 
 def test_the_host_waits_three_times_whatever_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "pool_on_cpu", pool_in_fixed_shapes)  # as on a GPU
+    monkeypatch.setattr(detection, "in_fixed_shapes", lambda _: True)  # as on a GPU
     waits = Mock(side_effect=HostCopy.wait, autospec=True)
     monkeypatch.setattr(HostCopy, "wait", lambda copy: waits(copy))
     network = random_network()
