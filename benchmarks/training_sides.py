@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ WIDTH, HEIGHT = 1024, 768
 CLASSES = 5  # with the background
 
 
+@functools.cache
 def draw(objects: int, number: int, width: int = WIDTH, height: int = HEIGHT) -> Sample:
     """Draw a smooth picture with ellipses that are 24 to 300 pixels wide and high, or less in small pictures."""
     rng = np.random.default_rng([objects, number])
