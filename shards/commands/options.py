@@ -276,7 +276,10 @@ def _help(entry: Entry) -> str:
     elif default in ("", None) or (default is False and not entry.section):
         pass  # the description says what no value means
     elif entry.section:
-        notes.append("default: " + yaml.safe_dump(default, default_flow_style=True).splitlines()[0])
+        as_text = (
+            default if isinstance(default, str) else yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+        )
+        notes.append(f"default: {as_text}")
     elif default != []:
         notes.append("default: " + (shlex.join(map(str, default)) if isinstance(default, list) else str(default)))
     text: str = entry.item.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
