@@ -100,7 +100,7 @@ class Run:
         self.cuda = torch.cuda.is_available() and not quick
         self.device = torch.device("cuda" if self.cuda else "cpu")
         self.width, self.height = (128, 96) if quick else (1333, 800)
-        self.warm_up, self.steps = (1, 1) if quick else (4, 12)
+        self.warm_up, self.steps, self.rois = (1, 1, 32) if quick else (4, 12, 512)
         self.data = DataConfig(resize="shortest", min_size=self.height, max_size=self.width, flip=0.5, max_instances=0)
 
     def autocast(self) -> torch.autocast:
@@ -110,7 +110,7 @@ class Run:
     def network(self, backbone: str) -> MaskRCNN:
         """Build a network with the same random weights for each side."""
         torch.manual_seed(0)
-        model = ModelConfig(backbone=backbone, weights="none")  # type: ignore[arg-type]
+        model = ModelConfig(backbone=backbone, weights="none", rois_per_image=self.rois)  # type: ignore[arg-type]
         network = build_model(model, self.data, sides.CLASSES)
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

@@ -128,9 +128,10 @@ def _caller() -> str:
 def step_of(side: str, images: int, objects: int, options: argparse.Namespace) -> Callable[[], None]:
     """Return a function that does one training step."""
     options = argparse.Namespace(**{**vars(options), "batch": images})
-    samples = [sides.draw(objects, number) for number in range(images)]
+    width, height = 4 * options.max_size, 3 * options.max_size
+    samples = [sides.draw(objects, number, width, height) for number in range(images)]
     torch.manual_seed(0)
-    model = ModelConfig(backbone=options.backbone, weights="none", rois_per_image=64)  # the counts do not depend on it
+    model = ModelConfig(backbone=options.backbone, weights="none", rois_per_image=16)  # the counts do not depend on it
     network = build_model(model, sides.settings(options), sides.CLASSES).train()
     if side == "maskstream":
         trainable = Trainable(network, fixed_shapes=True)
