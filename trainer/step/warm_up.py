@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -30,15 +30,16 @@ def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.devic
         classes: of the network, with the background.
         device: that of training.
     """
-    began, batches = time.perf_counter(), list(_batches(data, classes))
+    began = time.perf_counter()
+    shapes = [(*size, rows) for size in repeated_sizes(data) for rows in row_counts(data.max_instances)]
     buffers = [(buffer, buffer.clone()) for buffer in step.network.buffers()]
-    for batch in batches:
-        run_all_shapes(step, batch.to(device))
+    for height, width, rows in shapes:
+        run_all_shapes(step, empty_batch(data.batch_size, height, width, rows, classes).to(device))
     step.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
-    if batches:
-        log.info("compiled the step for %s in %.0f s", counted(len(batches), "shape"), time.perf_counter() - began)
+    if shapes:
+        log.info("compiled the step for %s in %.0f s", counted(len(shapes), "shape"), time.perf_counter() - began)
 
 
 def run_all_shapes(step: Trainable, batch: Batch) -> None:
@@ -65,12 +66,6 @@ def row_counts(limit: int) -> Sequence[int]:
     while counts[-1] < padded_count(limit):
         counts.append(2 * counts[-1])
     return counts
-
-
-def _batches(data: DataConfig, classes: int) -> Iterator[Batch]:
-    for height, width in repeated_sizes(data):
-        for rows in row_counts(data.max_instances):
-            yield empty_batch(data.batch_size, height, width, rows, classes)
 
 
 def empty_batch(images: int, height: int, width: int, rows: int, classes: int) -> Batch:
