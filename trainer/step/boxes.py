@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
+CHUNK_BYTES = 256 * 2**20  # of one table of overlaps; several such tables exist at a time
+
 
 def area(boxes: Tensor) -> Tensor:
     """Return the areas, float32 [...], of boxes, float32 [..., 4]."""

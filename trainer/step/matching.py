@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from trainer.step.boxes import area, intersection
+from trainer.step.boxes import CHUNK_BYTES, area, intersection
 from trainer.step.ground_truth import GroundTruth
 
 MIN_SHARE = 0.5  # of a box's area in a region; the official metric ignores detections by the same rule
-CHUNK_BYTES = 256 * 2**20  # of one table of overlaps; several such tables exist at a time
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 

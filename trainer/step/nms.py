@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from trainer.step.boxes import area, intersection
+from trainer.step.boxes import CHUNK_BYTES, area, intersection
 
 log = logging.getLogger("trainer.step.nms")
-
-CHUNK_BYTES = 256 * 2**20  # of one table of overlaps; several such tables exist at a time
 
 
 @torch.library.custom_op("maskstream::nms_keep", mutates_args=())

@@ -90,6 +90,15 @@ def test_losses_and_gradients_equal_torchvisions(network: MaskRCNN, name: str, f
         assert (own[parameter] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, parameter
 
 
+def test_comparing_one_object_at_a_time_changes_nothing(network: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, step = crowded(), Trainable(network)
+    keys = step.draw_keys(batch)
+    expected = step(batch, keys)
+    monkeypatch.setattr("trainer.step.matching.CHUNK_BYTES", 1)
+    found = step(batch, keys)
+    assert all(torch.equal(found[one], expected[one]) for one in LOSSES)
+
+
 @pytest.mark.parametrize("rois", [16, 400])
 def test_fewer_proposals_than_slots_and_more(rois: int) -> None:
     network = small_network()
