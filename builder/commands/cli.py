@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
 from shards.commands.command_line import run
-from shards.common.redact import redact
-from shards.common.text import one_line
+from shards.common.redact import RedactingFormatter
 from shards.storage.location import Location
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(
         "build-shards",
         lambda: _main(argv),
-        show=lambda text: redact(one_line(text)),
         interrupted="interrupted: finished shards are kept; run the same command again to resume",
     )
 
@@ -57,16 +55,9 @@ def _cache_folder(options: BuildOptions) -> Iterator[str]:
         yield os.path.abspath(os.path.expanduser(options.cache))
 
 
-class _RedactingFormatter(logging.Formatter):
-    """Formatter that removes credentials from URLs in messages."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 def _start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_RedactingFormatter("build-shards: %(message)s"))
+    handler.setFormatter(RedactingFormatter("build-shards: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("builder").setLevel(logging.INFO)
 

@@ -20,6 +20,7 @@ from shards.commands.options import (
     to_words,
 )
 from shards.common.errors import StorageError
+from shards.common.redact import redact_url
 from shards.storage.location import Location
 
 DEFAULT_CLASSES = ["Person", "Car", "Traffic light", "Traffic sign"]  # of Open Images
@@ -190,11 +191,15 @@ def parse(arguments: Sequence[str] | None = None) -> BuildOptions:
 
 
 def command_line(options: BuildOptions) -> str:
-    """Return the command that builds the same dataset, without options of a single run such as `--workers`."""
+    """Return the command that builds the same dataset, without options of a single run such as `--workers`.
+
+    It has no credentials: a URL with any of them has to be completed before the command can run.
+    """
     full = replace(options, classes=list(options.class_names), partition=options.fractions)
     names = list(entries(BuildOptions))
     always = ("seed", "images-per-shard", "images", "annotations", "out")
-    return shlex.join(["build-shards", *to_words(full, names[: names.index("out")], always)])
+    words = to_words(full, names[: names.index("out")], always)
+    return shlex.join(["build-shards", *map(redact_url, words)])
 
 
 def _check_combinations(options: BuildOptions) -> None:

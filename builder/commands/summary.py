@@ -13,7 +13,7 @@ from builder.commands.dry_run import Estimate
 from builder.commands.progress import duration
 from builder.fetching.traffic import Traffic
 from builder.planning.class_report import ClassReport
-from shards.common.redact import redact
+from shards.common.redact import redact_url
 from shards.common.tables import text_table
 from shards.common.text import counted
 from shards.format.accounts import FILTERED
@@ -22,7 +22,7 @@ from shards.format.dataset_card import ClassCounts
 
 def render_summary(summary: Summary, out: str) -> str:
     """Return the report of a build or a retry."""
-    out = redact(out)
+    out = redact_url(out)
     after = f"next: inspect-shards {shlex.quote(out)}"
     if summary.already_built:
         built = f"already built: {out} contains exactly this dataset; nothing to do"
@@ -70,7 +70,7 @@ def render_estimate(found: Estimate, out: str) -> str:
         [
             *lines,
             "",
-            f"{_images_in(found.images, found.shards)}, about {_size(found.output)}, for {redact(out)}",
+            f"{_images_in(found.images, found.shards)}, about {_size(found.output)}, for {redact_url(out)}",
             "dry run: only tables and zip directories were read, and nothing was written to --out",
         ]
     )
@@ -78,7 +78,7 @@ def render_estimate(found: Estimate, out: str) -> str:
 
 def to_json(result: Summary | Estimate, out: str) -> str:
     """Return the result as one JSON object, whose keys are the attributes of `Summary` and `Estimate`."""
-    value: dict[str, Any] = {"dry_run": isinstance(result, Estimate), "out": redact(out), **asdict(result)}
+    value: dict[str, Any] = {"dry_run": isinstance(result, Estimate), "out": redact_url(out), **asdict(result)}
     if isinstance(result, Summary):
         value["failures"] = dict(result.failures)
     return json.dumps(value, indent=2, allow_nan=False)

@@ -20,6 +20,7 @@ from builder.sources.coco_instances import CocoImage, Instances, fractional_box,
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Annotation, InlineMask, PlannedImage, PlannedObject
 from shards.common.errors import UserError
+from shards.common.redact import redact_url
 from shards.storage.location import Location
 
 
@@ -43,7 +44,8 @@ class Coco:
 
     def origin(self) -> dict[str, str]:
         """Return what `dataset.json` records about the source."""
-        files = " ".join(f"{split}={location}" if self.named else str(location) for split, location in self.files)
+        urls = {split: redact_url(location.url) for split, location in self.files}
+        files = " ".join(f"{split}={url}" if self.named else url for split, url in urls.items())
         return {"name": "COCO", "images": self.images.url, "annotations": files}
 
     def taxonomy(self) -> Taxonomy:

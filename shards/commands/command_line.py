@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.common.errors import UserError
+from shards.common.redact import redact
 from shards.common.text import did_you_mean, one_line
 from shards.common.version import __version__
 
@@ -62,14 +63,15 @@ def run(
 ) -> int:
     """Run a command and return its exit status: its own, 2 for a `UserError`, 130 for Ctrl-C, 141 for a closed stdout.
 
-    Messages begin with `name`; `show` makes the text of an error printable; `interrupted` is the message after Ctrl-C.
+    Messages begin with `name`; `show` makes the text of an error printable, and credentials are removed from it;
+    `interrupted` is the message after Ctrl-C.
     """
 
     def guarded() -> int:
         try:
             return action()
         except UserError as error:
-            print(f"{name}: error: {show(str(error))}", file=sys.stderr)
+            print(f"{name}: error: {redact(show(str(error)))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)

@@ -13,7 +13,7 @@ import numpy as np
 
 from shards.common.argument_checks import flat, whole
 from shards.common.errors import DatasetError, SampleError
-from shards.common.redact import redact
+from shards.common.redact import redact, redact_values
 from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
 from shards.format.accounts import PACKED, Account, reasons, write_accounts
@@ -318,7 +318,7 @@ def write_tables(
     counts = count_classes(rows, categories)
     card = render_card(categories, counts, shards, redact(command), reasons(accounts), source["name"])
     write(root / README_FILE, card.encode())
-    safe = json.loads(redact(canonical_json(source).decode()))
+    safe = redact_values(json.loads(canonical_json(source)))
     return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=plan, source=safe))
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from builder.commands.cli import SHORTFALL, _RedactingFormatter, main
+from builder.commands.cli import SHORTFALL, main
 from builder.sources.openimages.layout import source_location
 from builder.target.build_lock import BuildLock
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
+from shards.common.redact import RedactingFormatter
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import ANNOTATIONS, IMAGES
@@ -187,7 +188,7 @@ def test_no_credential_is_printed_or_stored(
         assert main([*WORDS, "--images", good, "--annotations", bad, "--out", str(out)]) == 2
         server.shutdown()
     printed = capsys.readouterr()
-    log = "\n".join(map(_RedactingFormatter("%(message)s").format, caplog.records))
+    log = "\n".join(map(RedactingFormatter("%(message)s").format, caplog.records))
     stored = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     for text in (printed.out, printed.err, log, stored.decode("latin-1")):
         assert "hunter2" not in text

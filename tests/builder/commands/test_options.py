@@ -82,6 +82,15 @@ def test_every_flag_of_an_annotation_can_be_dropped() -> None:
     assert parse(["--per-class", "1", "--drop", ",".join(FLAGS)]).drop == sorted(FLAGS)
 
 
+def test_the_recorded_command_has_no_credentials() -> None:
+    url = "https://me:it's@host/i.json?apikey='s3cret\"&part=2"
+    recorded = command_line(parse(["--source", "coco", "--images", url, "--annotations", f"val={url}", f"test={url}"]))
+    words = shlex.split(recorded)
+    safe = "https://***@host/i.json?apikey=***&part=***"
+    assert words[words.index("--images") + 1] == safe
+    assert words[words.index("--annotations") + 1 :][:2] == [f"val={safe}", f"test={safe}"]
+
+
 def test_a_file_sets_options_and_the_command_line_overrides_it(tmp_path: Path) -> None:
     file = tmp_path / "traffic.yaml"
     file.write_text("per_class: 7\nclasses: [Person, Car]\neval-per-class: 0\nout: --strange\ndry-run: false")
