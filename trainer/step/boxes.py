@@ -18,6 +18,23 @@ def area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+def area_inside(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Return the areas of the parts of boxes that are inside their images.
+
+    Args:
+        boxes: float32 [B, N, 4], or [1, N, 4] for the same boxes in every image.
+        sizes: int64 [B, 2], height and width of each image.
+
+    Returns:
+        float32 [B, N] in pixels; 0 outside.
+    """
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    height, width = sizes.to(boxes).split(1, dim=1)  # [B, 1] each
+    across = torch.minimum(x1, width) - x0.clamp(min=0)
+    down = torch.minimum(y1, height) - y0.clamp(min=0)
+    return across.clamp_(min=0).mul_(down.clamp_(min=0))
+
+
 def intersection(first: Tensor, second: Tensor) -> Tensor:
     """Return the area that every box of one set shares with every box of another.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from trainer.step.boxes import CHUNK_BYTES, area, intersection
+from trainer.step.boxes import CHUNK_BYTES, area, area_inside, intersection
 from trainer.step.ground_truth import GroundTruth
 
-MIN_SHARE = 0.5  # of a box's area in a region; the official metric ignores detections by the same rule
+MIN_SHARE = 0.5  # of a box's area inside the image; the official metric ignores detections by the same rule
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
@@ -28,26 +28,30 @@ class Matches(NamedTuple):
     objects: Tensor
 
 
-def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor) -> Matches:
+def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor, sizes: Tensor) -> Matches:
     """Match boxes to objects as torchvision's `Matcher`, and ignore negative ones in regions.
 
     A box that matches an object stays positive in a region, because that object is annotated. An image without objects
-    has negative boxes only. The objects are compared a few at a time, so that no table exceeds CHUNK_BYTES.
+    has negative boxes only. A region ends with the image, so only the part of a box inside the image is compared with it; a
+    box without such a part, in the padding, is in no region. The objects are compared a few at a time, so that no table exceeds CHUNK_BYTES.
 
     Args:
         matcher: its thresholds, and whether the best box of every object is positive.
         truth: objects and regions of each image.
         boxes: float32 [B, N, 4], or [1, N, 4] for the same boxes in every image.
+        sizes: int64 [B, 2], height and width of each image.
     """
     (images, count), boxes_per_image = truth.labels.shape, boxes.shape[1]
     best = boxes.new_full((images, boxes_per_image), -1)
     objects = torch.zeros_like(best, dtype=torch.int64)
     is_best, in_region = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best, dtype=torch.bool)
+    needed = MIN_SHARE * area_inside(boxes, sizes)  # [B, N]
+    needed = needed.masked_fill_(needed == 0, torch.inf)
     at_a_time = max(1, CHUNK_BYTES // (4 * images * boxes_per_image))
     for start in range(0, count, at_a_time):
         some, is_object, is_region = (part[:, start : start + at_a_time] for part in truth.rows())
         shared = intersection(some, boxes)  # [B, g, N]
-        in_region = in_region | ((shared >= MIN_SHARE * area(boxes)[:, None]) & is_region[:, :, None]).any(dim=1)
+        in_region = in_region | ((shared >= needed[:, None]) & is_region[:, :, None]).any(dim=1)
         union = area(some)[:, :, None] + area(boxes)[:, None] - shared
         iou = (shared / union).masked_fill_(~is_object[:, :, None], -1)
         if matcher.allow_low_quality_matches:

@@ -73,13 +73,14 @@ class _KeyedSampler:
         return chosen
 
 
-def _without_regions(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
+def _without_regions(labels: Tensor, boxes: Tensor, regions: Tensor, size: tuple[int, int]) -> Tensor:
+    boxes = torch.stack([boxes[:, i].clamp(0, size[1 - i % 2]) for i in range(4)], dim=1)
     labels = labels.clone()
     for x0, y0, x1, y1 in regions.tolist():
         across = (boxes[:, 2].clamp(max=x1) - boxes[:, 0].clamp(min=x0)).clamp(min=0)
         down = (boxes[:, 3].clamp(max=y1) - boxes[:, 1].clamp(min=y0)).clamp(min=0)
         own = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        labels[(labels == 0) & (across * down >= MIN_SHARE * own)] = -1
+        labels[(labels == 0) & (across * down >= MIN_SHARE * own) & (own > 0)] = -1
     return labels
 
 
@@ -88,6 +89,7 @@ def _losses(
 ) -> dict[str, Tensor]:
     rpn, heads = network.rpn, network.roi_heads
     sizes = [(int(h), int(w)) for h, w in batch.sizes.tolist()]
+    regions = [target["regions"] for target in targets]
     pixels = network.transform.normalize(batch.images.contiguous().float() / 255)
     for image, (height, width) in zip(pixels, sizes):
         image[:, height:] = 0
@@ -101,7 +103,7 @@ def _losses(
     boxes = rpn.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
     proposals, _ = rpn.filter_proposals(boxes, objectness, sizes, per_level)
     labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
-    labels = [_without_regions(own, b, t["regions"]) for own, b, t in zip(labels, anchors, targets)]
+    labels = [_without_regions(*each) for each in zip(labels, anchors, regions, sizes)]
     regression = rpn.box_coder.encode(matched, anchors)
     if any(bool((own >= 0).any()) for own in labels):
         loss_objectness, loss_rpn_box_reg = rpn.compute_loss(objectness, deltas, labels, regression)
@@ -116,7 +118,7 @@ def _losses(
     own_boxes = [t["boxes"] for t in targets]
     rois = heads.add_gt_proposals(proposals, own_boxes)
     objects, labels = heads.assign_targets_to_proposals(rois, own_boxes, [t["labels"] for t in targets])
-    labels = [_without_regions(own, b, t["regions"]) for own, b, t in zip(labels, rois, targets)]
+    labels = [_without_regions(*each) for each in zip(labels, rois, regions, sizes)]
     chosen = heads.subsample(labels)
     rois, objects, labels = ([part[i] for part, i in zip(parts, chosen)] for parts in (rois, objects, labels))
     found: dict[str, Any] = {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_rpn_box_reg}

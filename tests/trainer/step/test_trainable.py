@@ -45,12 +45,13 @@ def crowded() -> Batch:
 
 
 def covered() -> Batch:
-    """Every image covered by a group-of box, so that no anchor is left to train."""
-    boxes = BATCH.boxes.clone()
-    boxes[:, 0] = torch.tensor([-1e4, -1e4, 1e4, 1e4])
+    """Images without padding, each exactly covered by a group-of box: anchors that leave the image are in it, too."""
+    boxes, (height, width) = BATCH.boxes.clone(), BATCH.images.shape[-2:]
+    boxes[:, 0] = torch.tensor([0, 0, width, height])
     first = torch.zeros_like(BATCH.labels)
     first[:, 0] = 1
-    return replace(BATCH, boxes=boxes, labels=first, flags=(first * GROUP_OF).byte())
+    sizes = torch.tensor([height, width]).expand(len(BATCH), 2)
+    return replace(BATCH, sizes=sizes, boxes=boxes, labels=first, flags=(first * GROUP_OF).byte())
 
 
 def without(batch: Batch, removed: Tensor) -> Batch:
