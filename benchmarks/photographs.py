@@ -43,7 +43,7 @@ from shards.stream.streams import EvalStream
 from trainer.data.collate import EvalCollate
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.overlaps import EvaluatedImage
-from trainer.model.build import rebuild
+from trainer.model.build import num_classes, rebuild
 from trainer.model.checkpoint import load, step_folder, steps_of
 from trainer.model.inference import Detections, detect
 
@@ -156,7 +156,8 @@ def evaluate(dataset: Dataset, run: Location, step: int) -> tuple[Any, Any]:
     """A checkpoint on the training images: by COCO's rules, and without the objects that have no mask."""
     network = rebuild(load(step_folder(run, step), optimizer=False)).eval()
     metrics = CocoMetric(dataset.categories), CocoMetric(dataset.categories)
-    for batch in loader(EvalStream(dataset, "train", batch_size=4, collate=EvalCollate()), workers=0):
+    collate = EvalCollate(num_classes(dataset.categories))
+    for batch in loader(EvalStream(dataset, "train", batch_size=4, collate=collate), workers=0):
         found: list[Detections] = detect(network, batch.images, "cpu")
         for sample, each in zip(batch.samples, found, strict=True):
             metrics[0].process([EvaluatedImage(sample, each)])

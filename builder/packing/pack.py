@@ -210,6 +210,7 @@ def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: 
         box_id=annotation.box_id,
         label=annotation.label,
         predicted_iou=annotation.predicted_iou,
+        area=annotation.area,
         **{flag: getattr(annotation, flag) for flag in FLAGS.values()},
     )
 

@@ -7,6 +7,7 @@ file may count from 1. The file name is the sample's title.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -143,6 +144,7 @@ class CocoSplit:
 def _planned(image: CocoImage, number: int, annotation: Mapping[str, Any], label: str, category: int) -> PlannedObject:
     segmentation = annotation.get("segmentation")
     iou: Any = annotation.get("predicted_iou")
+    area: Any = annotation.get("area")
     found = Annotation(
         category_id=category,
         label=label,
@@ -151,6 +153,7 @@ def _planned(image: CocoImage, number: int, annotation: Mapping[str, Any], label
         box_id=str(annotation.get("id", ""))[:64],
         predicted_iou=float(iou) if type(iou) in (int, float) and 0 <= iou <= 1 else None,
         is_group_of=annotation.get("iscrowd") == 1,
+        area=float(area) if type(area) in (int, float) and 0 <= area < math.inf else None,
     )
     return PlannedObject(found, InlineMask(image.width, image.height, segmentation) if segmentation else None)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards.format.dataset import VERSION, Category
-from shards.format.sample import canonical_json
+from shards.format.sample import OMIT_NONE, canonical_json
 from shards.format.shard_tar import shard_path
 
 
@@ -21,6 +21,7 @@ class Annotation:
         mask_path: name of its mask in the accounts, such as the file name in the source's zip; "" without a mask.
         box_id: Open Images' BoxID ("" without a mask, because only the mask table has it), or COCO's annotation id.
         predicted_iou: the source's estimate of the mask's quality; None without an estimate.
+        area: the object's area in pixels by the source; None if it gives none.
     """
 
     category_id: int
@@ -34,6 +35,7 @@ class Annotation:
     is_truncated: bool = False
     is_depiction: bool = False
     is_inside: bool = False
+    area: float | None = field(default=None, metadata=OMIT_NONE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ FEATURES = [
                         "struct": [{"name": "size", "list": "int32"}, *_fields("string", "counts")],
                     },
                     *_fields("string", "box_id", "label"),
-                    *_fields("float64", "predicted_iou"),
+                    *_fields("float64", "predicted_iou", "area"),
                     *_fields("bool", *FLAGS),
                 ],
             },

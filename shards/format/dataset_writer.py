@@ -180,7 +180,7 @@ class DatasetWriter:
         try:
             members = sample.to_members()
             # As readers see it: for example, whole numbers of a box become floats, which JSON writes differently.
-            sample = Sample.from_members(sample.image_id, members)
+            sample = Sample.from_members(sample.image_id, members, check=False)
             members = sample.to_members()
         except (SampleError, TypeError, ValueError) as error:
             raise DatasetError(f"{where}: cannot be stored: {error}") from error

@@ -6,6 +6,7 @@ they are stored as a compressed ASCII string.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,21 +86,72 @@ def runs(rle: Rle) -> NDArray[np.int64]:
 
     Unlike pycocotools, it raises a ValueError if `counts` is not a compressed RLE.
     """
-    codes = np.frombuffer(rle.counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    numbers, _ = _numbers(rle.counts)
+    return _undo_differences(numbers)
+
+
+def fault(rle: Rle, width: int, height: int) -> str:
+    """Return why a mask must not reach pycocotools, which checks nothing, in an image of that size; "" if it may."""
+    if (rle.width, rle.height) != (width, height):
+        return f"the RLE is of {rle.width}x{rle.height}, the image {width}x{height}"
+    try:
+        lengths = runs(rle)
+    except ValueError as error:
+        return f"the RLE cannot be decoded: {error}"
+    if (len(lengths) and lengths.min() < 0) or lengths.sum() != width * height:
+        return f"the RLE has runs of {lengths.sum()} pixels, the image {width * height}"
+    return ""
+
+
+def all_valid(masks: Sequence[Rle], width: int, height: int) -> bool:
+    """Return whether no mask of an image has a `fault`: all of them at once, because every sample that is read pays."""
+    if not masks:
+        return True
+    if any((mask.width, mask.height) != (width, height) or not mask.counts for mask in masks):
+        return False
+    try:
+        numbers, ends = _numbers("".join(mask.counts for mask in masks))
+    except ValueError:
+        return False
+    # The place of each mask's last character, which must be the last of a number.
+    last = np.cumsum([len(mask.counts) for mask in masks]) - 1
+    stops = np.searchsorted(ends, last)
+    if not np.array_equal(ends[stops], last):
+        return False
+    starts = np.concatenate(([0], stops[:-1] + 1))
+    for start, stop in zip(starts.tolist(), stops.tolist()):
+        _undo_differences(numbers[start : stop + 1])
+    return bool(numbers.min() >= 0) and bool((np.add.reduceat(numbers, starts) == width * height).all())
+
+
+def _numbers(counts: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the numbers in compressed runs, and the place of the last character of each; ValueError for other text."""
+    codes = np.frombuffer(counts.encode("ascii"), dtype=np.uint8) - np.uint8(48)
     if not len(codes):
-        return codes
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     # Six bits per character: five of a number, lowest first, and one that is set if more characters follow.
-    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    if codes.max() > 63 or codes[-1] & 32:
         raise ValueError("not a compressed RLE")
     ends = np.flatnonzero((codes & 32) == 0)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if lengths.max() > 7:
+    longest = int(lengths.max())
+    if longest > 7:
         raise ValueError("not a compressed RLE: a run of more than 32 bits")
-    digit = np.arange(len(codes)) - np.repeat(starts, lengths)
-    numbers = np.add.reduceat((codes & 31) << (5 * digit), starts)
-    numbers -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # bit 4 of the last character is the sign
-    # From the fourth run on, each is stored as the difference to the previous run of the same value.
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
+    numbers = (codes[starts] & 31).astype(np.int64)
+    for digit in range(1, longest):  # few runs have many digits
+        longer = np.flatnonzero(lengths > digit)
+        numbers[longer] += (codes[starts[longer] + digit] & 31).astype(np.int64) << (5 * digit)
+    negative = np.flatnonzero(codes[ends] & 16)  # bit 4 of the last character is the sign
+    numbers[negative] -= 1 << (5 * lengths[negative])
+    return numbers, ends
+
+
+def _undo_differences(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turn the numbers of one mask into its runs, in place.
+
+    From the fourth run on, each is stored as the difference to the previous run of the same value.
+    """
+    np.cumsum(numbers[1::2], out=numbers[1::2])
+    np.cumsum(numbers[2::2], out=numbers[2::2])
     return numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from shards.common.errors import SampleError
 from shards.common.text import counted
-from shards.format.rle import Rle, decode
+from shards.format.rle import Rle, all_valid, decode
+from shards.format.rle import fault as mask_fault
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 FLAGS = ("is_group_of", "is_occluded", "is_truncated", "is_depiction", "is_inside")
+OMIT_NONE = {"omit_none": True}  # metadata of a field that `canonical_json` leaves out while it is None
+LARGEST_SIDE = 65_535  # pixels; JPEG has no larger images
+SLACK = 0.01  # pixels by which a box may extend beyond the image: coordinates are rounded to 1/1000
 ATTRIBUTION = ("license", "author", "author_url", "original_url", "title")
 
 
@@ -48,6 +53,8 @@ class Instance:
         is_group_of: one box over several touching objects: a region, not an object. The same as COCO's `iscrowd`.
         is_occluded, is_truncated, is_depiction, is_inside: the source's other flags.
         predicted_iou: Open Images' estimate of the mask's quality, 0 to 1; None if unknown.
+        area: the object's area in pixels by the source, which COCO's metric takes for small, medium and large; None if
+            the source gives none.
     """
 
     category_id: int
@@ -61,6 +68,7 @@ class Instance:
     is_depiction: bool = False
     is_inside: bool = False
     predicted_iou: float | None = None
+    area: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return COCO's annotation with the additional fields of Open Images."""
@@ -69,13 +77,14 @@ class Instance:
             "bbox": list(self.bbox),
             "iscrowd": int(self.is_group_of),
             "segmentation": None if self.segmentation is None else self.segmentation.to_json(),
+            **({} if self.area is None else {"area": self.area}),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Instance:
         """Parse what `to_json` returns; KeyError, TypeError or ValueError if `value` has another form."""
         x, y, w, h = (float(v) for v in value["bbox"])
-        segmentation, predicted_iou = value["segmentation"], value["predicted_iou"]
+        segmentation, predicted_iou, area = value["segmentation"], value["predicted_iou"], value.get("area")
         return cls(
             category_id=int(value["category_id"]),
             bbox=(x, y, w, h),
@@ -83,6 +92,7 @@ class Instance:
             box_id=str(value["box_id"]),
             label=str(value["label"]),
             predicted_iou=None if predicted_iou is None else float(predicted_iou),
+            area=None if area is None else float(area),
             **{flag: bool(value[flag]) for flag in FLAGS},
         )
 
@@ -166,15 +176,20 @@ class Sample:
         return {"jpg": self.image, "json": canonical_json(value)}
 
     @classmethod
-    def from_members(cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "") -> Sample:
-        """Parse the members `jpg` and `json`; a SampleError, after `where` (the shard's URL), if they are not right."""
+    def from_members(
+        cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "", check: bool = True
+    ) -> Sample:
+        """Parse the members `jpg` and `json`; a SampleError, after `where` (the shard's URL), if they are not right.
+
+        With `check`, so is one whose size, boxes or masks must not reach native code (`unsafe`).
+        """
         name = f"{where}: sample {image_id}" if where else f"sample {image_id}"
         for extension in ("jpg", "json"):
             if extension not in members:
                 raise SampleError(f"{name}: there is no {image_id}.{extension}: is the shard truncated?")
         try:
             value = json.loads(bytes(members["json"]))
-            return cls(
+            sample = cls(
                 image_id=image_id,
                 image=bytes(members["jpg"]),
                 width=int(value["width"]),
@@ -189,12 +204,52 @@ class Sample:
             # The repr of a UnicodeError begins with all of the bytes.
             reason = (str(error) if isinstance(error, UnicodeError) else repr(error))[:200]
             raise SampleError(f"{name}: {image_id}.json is not in the shard format ({reason})") from error
+        if check and (problem := unsafe(sample)):
+            raise SampleError(f"{name}: {problem}: build the dataset again")
+        return sample
+
+
+def unsafe(sample: Sample) -> str:
+    """Return why the code that draws, trains and evaluates must not get a sample, "" if it may.
+
+    That code is partly native and checks nothing: a mask whose runs exceed its image writes beyond an array, and a box
+    far outside of it is rasterised there.
+    """
+    width, height = sample.width, sample.height
+    if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE):
+        return f"{sample.image_id}.json says {width}x{height}, not the size of a JPEG"
+    masks = [instance.segmentation for instance in sample.instances if instance.segmentation is not None]
+    valid = all_valid(masks, width, height)
+    for number, instance in enumerate(sample.instances):
+        mask = None if valid else instance.segmentation
+        problem = box_fault(instance.bbox, width, height) or ("" if mask is None else mask_fault(mask, width, height))
+        if problem:
+            return f"annotation {number}{f' (box {instance.box_id})' if instance.box_id else ''}: {problem}"
+    return ""
+
+
+def box_fault(bbox: tuple[float, float, float, float], width: int, height: int) -> str:
+    """Return what is wrong with the place of a box x, y, w, h in an image of that size in pixels; "" if nothing is."""
+    x, y, w, h = bbox
+    # NaN fails every comparison.
+    if w >= 0 and h >= 0 and x >= -SLACK and y >= -SLACK and x + w <= width + SLACK and y + h <= height + SLACK:
+        return ""
+    shown = f"bbox {shown_box(bbox)}"
+    if not all(map(math.isfinite, bbox)):
+        return f"{shown} is not finite"
+    return f"{shown} is empty" if w < 0 or h < 0 else f"{shown} leaves the image of {width}x{height}"
+
+
+def shown_box(box: tuple[float, float, float, float]) -> str:
+    """Return a box for a message: `[1, 2, 3.5, 4]`."""
+    return f"[{', '.join(f'{value:g}' for value in box)}]"
 
 
 def canonical_json(value: Any) -> bytes:
     """Return UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
-    A dataclass becomes an object of its fields, a number of numpy a plain one; NaN and infinities are a ValueError.
+    A dataclass becomes an object of its fields (see OMIT_NONE), a number of numpy a plain one; NaN and infinities are a
+    ValueError.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields_of
@@ -207,4 +262,5 @@ def _fields_of(value: Any) -> Any:
         return value.item()
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    values = {name: (getattr(value, name), item.metadata) for name, item in value.__dataclass_fields__.items()}
+    return {name: one for name, (one, metadata) in values.items() if one is not None or metadata != OMIT_NONE}

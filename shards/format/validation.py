@@ -7,11 +7,10 @@ from shards.common.errors import SampleError
 from shards.common.text import one_line
 from shards.format import rle
 from shards.format.jpeg import ImageError, jpeg_size
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance, Sample, box_fault, shown_box
 
 Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
 ROTATIONS = (0, 90, 180, 270)
-SLACK = 0.01  # pixels by which a box may extend beyond the image: coordinates are rounded to 1/1000
 COVERED = 0.5  # minimum share of a mask's tight box that is inside the object's box,
 MARGIN = 1.0  # extended by a pixel on every side: the mask of a small object has whole pixels, its box has not
 
@@ -59,36 +58,26 @@ def instance_faults(instance: Instance, width: int, height: int, categories: Set
     """Yield each fault of one annotation of an image of that size in pixels."""
     if instance.category_id not in categories:
         yield f"category_id {instance.category_id} is not the id of a class"
-    x, y, w, h = instance.bbox
-    shown = _shown(instance.bbox)
-    if not all(map(math.isfinite, instance.bbox)):
-        yield f"bbox {shown} is not finite"
-    elif w <= 0 or h <= 0:
-        yield f"bbox {shown} is empty"
-    elif x < -SLACK or y < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
-        yield f"bbox {shown} leaves the image of {width}x{height}"
+    if problem := box_fault(instance.bbox, width, height):
+        yield problem
+    elif not all(instance.bbox[2:]):
+        yield f"bbox {shown_box(instance.bbox)} is empty"
     iou = instance.predicted_iou
     if iou is not None and not 0 <= iou <= 1:
         yield f"predicted_iou {iou:g} is not from 0 to 1"
+    if instance.area is not None and not 0 <= instance.area < math.inf:
+        yield f"area {instance.area:g} is not a number of pixels"
     if instance.segmentation is not None:
         yield from _mask_faults(instance.segmentation, instance.bbox, width, height)
 
 
 def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Iterator[str]:
-    if (mask.width, mask.height) != (width, height):
-        yield f"the RLE is of {mask.width}x{mask.height}, the image {width}x{height}"
-        return
-    try:
-        runs = rle.runs(mask)
-    except ValueError as error:
-        yield f"the RLE cannot be decoded: {error}"
-        return
-    if (len(runs) and runs.min() < 0) or runs.sum() != width * height:
-        yield f"the RLE has runs of {runs.sum()} pixels, the image {width * height}"
-    elif not runs[1::2].sum():
+    if problem := rle.fault(mask, width, height):
+        yield problem
+    elif not rle.area(mask):
         yield "the RLE is empty: no pixel is the object's"
     elif _covered(rle.bounds(mask), bbox) < COVERED:
-        yield f"the mask is at {_shown(rle.bounds(mask))}, mostly outside its bbox {_shown(bbox)}"
+        yield f"the mask is at {shown_box(rle.bounds(mask))}, mostly outside its bbox {shown_box(bbox)}"
 
 
 def _picture_faults(sample: Sample) -> Iterator[str]:
@@ -100,10 +89,6 @@ def _picture_faults(sample: Sample) -> Iterator[str]:
         jpeg_size(sample.image)
     except ImageError as error:
         yield f"{name} cannot be decoded: {one_line(error)}"
-
-
-def _shown(box: Rectangle) -> str:
-    return f"[{', '.join(f'{value:g}' for value in box)}]"
 
 
 def _covered(mask: Rectangle, box: Rectangle) -> float:

@@ -101,7 +101,7 @@ class ShardCheck:
         """Count a sample and add the faults of its members; None if it cannot be parsed."""
         checked.samples += 1
         try:
-            sample = Sample.from_members(found.key, {"jpg": found.jpg, "json": found.json})
+            sample = Sample.from_members(found.key, {"jpg": found.jpg, "json": found.json}, check=False)
         except SampleError as error:
             checked.faults.append(self._fault(str(error).partition(": ")[2], found.key, found.offset))
             return None

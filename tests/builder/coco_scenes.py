@@ -55,9 +55,9 @@ def _object(rng: np.random.Generator, width: int, height: int) -> dict[str, Any]
     kind = rng.choice(["polygons", "runs", "string", "box"])
     x, y = float(rng.uniform(0, width - 20)), float(rng.uniform(0, height - 20))
     corners = [[x, y], [x + 15.5, y + 1.2], [x + 18, y + 12], [x + 4, y + 17.3]]
-    bbox = [x, y, 18.0, 17.3]
+    bbox, area = [x, y, 18.0, 17.3], round(15.5 * 17.3, 2)
     if kind == "box":
-        return {"bbox": bbox, "iscrowd": 0}
+        return {"bbox": bbox, "iscrowd": 0, "area": area}
     polygons = [[value for corner in corners for value in corner]]
     if kind == "polygons":
         polygons.append([x + 1, y + 1, x + 19.9, y + 19, x + 2, y + 19.9])

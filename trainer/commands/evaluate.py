@@ -198,6 +198,7 @@ def evaluate(
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.metrics.overlaps import EvaluatedImage
+    from trainer.model.build import num_classes
     from trainer.model.inference import detect_batches
     from trainer.report.scorecard import Evaluation
 
@@ -210,13 +211,12 @@ def evaluate(
         read_ahead=data.read_ahead_mb * 2**20,
         cache=sample_cache(data),
         stall_s=data.stall_s,
-        collate=EvalCollate(),
+        collate=EvalCollate(num_classes(dataset.categories)),
     )
     coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
     was_training = network.training
-    network.eval()
     batches = loader(stream, workers=data.workers, pin_memory=accelerator.device.type == "cuda")
-    for batch, found in detect_batches(network, batches, accelerator.device):
+    for batch, found in detect_batches(network.eval(), batches, accelerator.device):
         images = [EvaluatedImage(*pair) for pair in zip(batch.samples, found, strict=True)]
         coco.process(images)
         open_images.process(images)

@@ -63,9 +63,12 @@ class TrainCollate:
         """Make a batch of samples for an epoch.
 
         Raises:
-            SampleError: an image cannot be decoded, or has another size than its sample says.
+            SampleError: an image cannot be decoded, or has another size than its sample says; or a class is none of the
+                dataset's.
         """
         data = self.data
+        for sample in samples:
+            check_classes(sample, self.classes)
         rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]
         min_sizes = [int(rng.choice(data.min_sizes or [data.min_size])) for rng in rngs]
         sizes = [
@@ -111,10 +114,15 @@ class TrainCollate:
 
 
 class EvalCollate:
-    """Decode samples to an `EvalBatch`; the network resizes."""
+    """Decode samples to an `EvalBatch`; the network resizes. `classes` as of `TrainCollate`."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
 
     def __call__(self, samples: Sequence[Sample], epoch: int) -> EvalBatch:
         """Make a batch of samples; `epoch` is not used. Errors are those of `TrainCollate`."""
+        for sample in samples:
+            check_classes(sample, self.classes)
         images = [decode_sample(sample) for sample in samples]
         return EvalBatch(images, [replace(sample, image=b"") for sample in samples])
 
@@ -123,6 +131,15 @@ def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     """Return the random number generator of one sample in one epoch."""
     digest = hashlib.blake2b(image_id.encode("utf-8"), digest_size=8).digest()
     return np.random.default_rng([seed, epoch, int.from_bytes(digest, "little")])
+
+
+def check_classes(sample: Sample, classes: int) -> None:
+    """Raise a SampleError for a category id of a sample that is not one of the network's, 1 to `classes` - 1."""
+    ids = {instance.category_id for instance in sample.instances}
+    for number in sorted(ids.union(sample.verified_present, sample.verified_absent)):
+        if not 0 < number < classes:
+            name = f"sample {sample.image_id}: category id {number}"
+            raise SampleError(f"{name} is not one of 1 to {classes - 1}: build the dataset again")
 
 
 def verified_classes(sample: Sample, classes: int) -> Tensor:

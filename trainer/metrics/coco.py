@@ -1,9 +1,11 @@
 """COCO's average precision of boxes and masks, computed by pycocotools.
 
 Boxes and masks are evaluated against different annotations, because many Open Images objects have a box and no mask:
-  - boxes: every annotated box counts; small, medium and large are by the area of the box;
-  - masks: objects without a mask are left out; sizes are by the area of the mask. COCO has no "unknown", so a correct
-    detection of an object without a mask counts as an error here: read mask AP with that in mind.
+  - boxes: every annotated box counts;
+  - masks: objects without a mask are left out. COCO has no "unknown", so a detection of an object without a mask counts
+    as an error here, unless it matches an object with a mask: read mask AP with that in mind.
+Small, medium and large are by the area that the source's annotation states, as COCO does for boxes and masks; without
+one by that of the mask, else of the box. A detection's is that of its box for boxes, of its mask for masks.
 A group-of region is COCO's crowd: detections inside it are ignored. If it has no mask, its box is used.
 
 pycocotools matches each image on the rank that processes it. Scores and bits are kept and gathered, no masks;
@@ -172,17 +174,19 @@ class CocoMetric(PerImageMetric[_Record, CocoResult]):
 def ground_truth(task: Task, instance: Instance, height: int, width: int) -> dict[str, Any] | None:
     """Return the COCO annotation (without ids) of an object in an image of this size; None if the task ignores it."""
     x, y, w, h = instance.bbox
+    mask, area = instance.segmentation, instance.area
+    if area is None:
+        area = (0.0 if mask is None else float(rle.area(mask))) or w * h
     annotation: dict[str, Any] = {
         "category_id": instance.category_id,
         "bbox": [x, y, w, h],
-        "area": w * h,
+        "area": area,
         "iscrowd": int(instance.is_group_of),
     }
     if task == "bbox":
         return annotation
-    if instance.segmentation is not None:
-        mask = instance.segmentation
-        return {**annotation, "segmentation": mask.to_coco(), "area": float(rle.area(mask))}
+    if mask is not None:
+        return {**annotation, "segmentation": mask.to_coco()}
     if not instance.is_group_of:
         return None
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -247,7 +251,8 @@ def _coco_detections(task: Task, detections: Detections) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     columns = (detections.boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), detections.masks)
     for (left, top, right, bottom), label, score, mask in zip(*columns, strict=True):
-        instance = Instance(label, (left, top, right - left, bottom - top), mask)
+        area = (right - left) * (bottom - top) if task == "bbox" else None  # as `COCO.loadRes`, for boxes
+        instance = Instance(label, (left, top, right - left, bottom - top), mask, area=area)
         rows.append({**(ground_truth(task, instance, mask.height, mask.width) or {}), "score": score})
     return rows
 

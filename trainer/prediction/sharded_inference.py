@@ -27,6 +27,7 @@ from shards.stream.loader import loader
 from shards.stream.streams import EvalStream
 from trainer.config.command_options import PredictOptions
 from trainer.data.collate import EvalCollate
+from trainer.model.build import num_classes
 from trainer.model.checkpoint import State, numbers_in
 from trainer.model.inference import detect_batches
 from trainer.prediction.output_files import COCO_FILE, Labels, PredictionFiles, image_record, write_picture
@@ -143,7 +144,7 @@ def _predict_parts(
         batch_size=options.batch_size,
         read_ahead=data.read_ahead_mb * 2**20,
         stall_s=data.stall_s,
-        collate=EvalCollate(),
+        collate=EvalCollate(num_classes(dataset.categories)),
         rows=np.concatenate([parts.rows(number) for number in numbers]),
     )
     left, records = list(numbers), list[dict[str, Any]]()

@@ -54,6 +54,7 @@ def test_packed_masks_boxes_and_labels_are_those_of_pycocotools(scenes: Path, tm
             assert classes[instance.category_id] == instance.label == name
             assert instance.bbox == pytest.approx(expected["bbox"], abs=1e-3)
             assert instance.is_group_of == bool(expected["iscrowd"])
+            assert instance.area == expected.get("area")
             assert (instance.segmentation is not None) == ("segmentation" in expected)
             if instance.segmentation is not None:
                 assert (rle.decode(instance.segmentation) == coco.annToMask(expected)).all()

@@ -43,10 +43,11 @@ def test_rle_is_that_of_pycocotools_and_decodes_to_the_mask(mask):
         label=st.text(max_size=12),
         **dict.fromkeys(FLAGS, st.booleans()),
         predicted_iou=st.none() | st.floats(0, 1),
+        area=st.none() | st.floats(0, 1e6),
     )
 )
 def test_any_instance_is_restored_from_json(instance):
-    original = Sample("0a", b"\xff\xd8", 4, 3, (instance,), author='Ünï "quoted" \u2028')
+    original = Sample("0a", b"\xff\xd8", 4000, 4000, (instance,), author='Ünï "quoted" \u2028')
     assert Sample.from_members("0a", original.to_members()) == original
 
 
@@ -90,6 +91,48 @@ def test_json_in_another_format_is_one_short_line_with_shard_and_sample(old, new
     assert len(str(caught.value)) < 300
     with pytest.raises(SampleError, match=r"there is no 0a.json"):
         Sample.from_members("0a", {"jpg": b""})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"counts": "PP5"}, "annotation 0 \\(box b0\\): the RLE has runs of .* pixels, the image 1536"),
+        ({"counts": "0" + rle.encode(np.ones((9, 9))).counts}, "the RLE has runs of 81 pixels"),
+        ({"counts": "T2N0"}, "the RLE has runs of"),  # a negative run
+        ({"counts": "zz!~"}, "the RLE cannot be decoded: not a compressed RLE"),
+        ({"counts": "oooooooo1"}, "cannot be decoded: not a compressed RLE: a run of more than 32 bits"),
+        ({"counts": "\xe9"}, "the RLE cannot be decoded"),
+        ({"counts": ""}, "the RLE has runs of 0 pixels"),
+        ({"size": [0, 0]}, "the RLE is of 0x0, the image 48x32"),
+        ({"size": [2**31, 2**31]}, "the RLE is of 2147483648x2147483648, the image 48x32"),
+        ({"bbox": [0, 0, float("nan"), 5]}, "bbox \\[0, 0, nan, 5\\] is not finite"),
+        ({"bbox": [0, 0, 1e30, 5]}, "bbox .* leaves the image of 48x32"),
+        ({"bbox": [9, 9, -5, 5]}, "bbox .* is empty"),
+        ({"width": 0}, "0a.json says 0x32, not the size of a JPEG"),
+        ({"height": 2**31}, "0a.json says 48x2147483648, not the size of a JPEG"),
+    ],
+)
+def test_contents_that_native_code_would_not_survive_are_one_line_with_shard_and_sample(changes, reason):
+    value = json.loads(sample(1).to_members()["json"])
+    for key, new in changes.items():
+        if key in ("counts", "size"):
+            value["annotations"][0]["segmentation"][key] = new
+        else:
+            (value if key in value else value["annotations"][0])[key] = new
+    with pytest.raises(SampleError, match=f"^t.tar: sample 0a: .*{reason}.*: build the dataset again$"):
+        Sample.from_members("0a", {"jpg": b"", "json": json.dumps(value).encode()}, where="t.tar")
+
+
+@given(st.lists(masks, min_size=1, max_size=5), st.data())
+def test_masks_of_an_image_are_checked_together_as_one_by_one(parts, data):
+    whole = [rle.encode(np.pad(part, ((0, 20 - part.shape[0]), (0, 20 - part.shape[1])))) for part in parts]
+    assert rle.all_valid(whole, 20, 20)
+    number = data.draw(st.integers(0, len(whole) - 1))
+    text = data.draw(st.text("".join(map(chr, range(46, 114))), max_size=4))
+    counts = whole[number].counts
+    place = data.draw(st.integers(0, len(counts)))
+    whole[number] = rle.Rle(20, 20, counts[:place] + text + counts[place + data.draw(st.integers(0, 3)) :])
+    assert rle.all_valid(whole, 20, 20) == (not any(rle.fault(mask, 20, 20) for mask in whole))
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys():

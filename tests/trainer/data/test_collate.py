@@ -127,7 +127,7 @@ def test_all_augmentations_together_are_reproducible_and_keep_shapes():
         batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
     )
     samples = [sample("a", objects=6, seed=1), sample("b", 90, 60, 0, seed=2), sample("c", 64, 64, 3, seed=3)]
-    batches = [TrainCollate(config, 0, 6)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
+    batches = [TrainCollate(config, 0, 7)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
     assert equal(parts(batches[0], 0), parts(batches[1], 0))
     assert not equal(parts(batches[0], 0), parts(batches[2], 0))
     for batch in batches:
@@ -160,13 +160,13 @@ def test_verified_classes_are_the_lists_and_the_classes_with_a_box():
 
 def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():
     one = sample("a")
-    batch = EvalCollate()([one], 0)
+    batch = EvalCollate(6)([one], 0)
     assert torch.equal(batch.images[0], decode_image(one.image))
     assert batch.samples == [replace(one, image=b"")]
 
 
 def test_pin_memory_copies_the_images_of_an_eval_batch(monkeypatch: pytest.MonkeyPatch):
-    batch = EvalCollate()([sample("a"), sample("b")], 0)
+    batch = EvalCollate(6)([sample("a"), sample("b")], 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda image: image + 1)  # there may be no GPU
     pinned = batch.pin_memory()
     assert pinned.samples == batch.samples
@@ -221,6 +221,14 @@ def test_decode_image_refuses_32_bit_numbers(kind):
         decode_image(data)
 
 
+@pytest.mark.parametrize("collate", [TrainCollate(CONFIG, 0, 6), EvalCollate(6)])
+def test_a_class_that_the_dataset_does_not_have_is_a_sample_error(collate):
+    one = sample("abc")
+    for changes in ({"verified_absent": (6,)}, {"instances": (replace(one.instances[0], category_id=-1),)}):
+        with pytest.raises(SampleError, match=r"sample abc: category id (6|-1) is not one of 1 to 5: build"):
+            collate([replace(one, **changes)], 0)
+
+
 @pytest.mark.parametrize("cut", [0, 10, 300, -40])
 def test_a_broken_image_is_a_sample_error_with_its_key(cut):
     whole = sample("abc123", 200, 200)
@@ -231,4 +239,4 @@ def test_a_broken_image_is_a_sample_error_with_its_key(cut):
 
 def test_an_image_of_another_size_than_annotated_is_a_sample_error():
     with pytest.raises(SampleError, match=r"abc.*80x60.*for 81x60"):
-        EvalCollate()([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)
+        EvalCollate(6)([Sample("abc", encoded(pixels(60, 80)), 81, 60)], 0)

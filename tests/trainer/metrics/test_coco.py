@@ -1,8 +1,12 @@
 """`CocoMetric`: cases worked by hand, and a comparison with pycocotools' own loading of results."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from shards.format import rle
+from shards.format.sample import Instance
 from tests.trainer.metrics.reference import pycocotools_stats
 from tests.trainer.metrics.scenes import CATEGORIES, Pair, evaluate, found, instance, random_pairs, sample
 from trainer.metrics.coco import SUMMARY, CocoMetric, CocoResult, Scores
@@ -25,6 +29,20 @@ def test_agrees_with_pycocotools_by_load_res(capsys: pytest.CaptureFixture[str])
     assert np.mean([c.ap for c in result.segm.classes]) == pytest.approx(result.segm.ap)
     assert np.mean([c.ap50 for c in result.bbox.classes]) == pytest.approx(result.bbox.ap50)
     assert capsys.readouterr().out == ""
+
+
+def test_small_medium_and_large_are_by_the_area_of_the_annotation_then_the_mask_then_the_box() -> None:
+    box = (20.0, 20.0, 40.0, 40.0)  # medium
+    detections = found((1, box, 0.9))
+    thin = replace(instance(1, box), segmentation=rle.encode(np.eye(200)))  # of 200 pixels
+
+    def sizes(one: Instance) -> list[str]:
+        boxes = score((replace(sample(one), width=200, height=200), detections)).bbox
+        return [name for name in ("small", "medium", "large") if getattr(boxes, f"ap_{name}") is not None]
+
+    assert sizes(instance(1, box, mask=False)) == ["medium"]
+    assert sizes(thin) == ["small"]
+    assert sizes(replace(thin, area=10_000.0)) == ["large"]
 
 
 def test_perfect_detections_and_none() -> None:
