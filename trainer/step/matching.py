@@ -32,8 +32,9 @@ def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor, sizes: Tensor) ->
     """Match boxes to objects as torchvision's `Matcher`, and ignore negative ones in regions.
 
     A box that matches an object stays positive in a region, because that object is annotated. An image without objects
-    has negative boxes only. A region ends with the image, so only the part of a box inside the image is compared with it; a
-    box without such a part, in the padding, is in no region. The objects are compared a few at a time, so that no table exceeds CHUNK_BYTES.
+    has negative boxes only. A region ends with the image, so only the part of a box inside the image is compared with
+    it; a box without such a part, in the padding, is in no region. The objects are compared a few at a time, so that no
+    table exceeds CHUNK_BYTES.
 
     Args:
         matcher: its thresholds, and whether the best box of every object is positive.
