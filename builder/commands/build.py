@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from builder.commands.image_check import check_images
 from builder.commands.progress import Progress
 from builder.fetching.fetch import Request, fetch
 from builder.fetching.traffic import PROCESS, Traffic
@@ -144,7 +145,8 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
     source, root, planned = prepared.source, prepared.root, prepared.planned
     plan = planned.plan
     with BuildLock(root) as lock:
-        if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite):
+        confirm = partial(_check_images, prepared)
+        if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite, confirm=confirm):
             dataset = open_dataset(root)
             short = shortfalls(planned, *read_tables(dataset), dataset.categories)
             return Summary(already_built=True, chosen=planned.reports, shortfalls=tuple(short))
@@ -156,7 +158,11 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         if not rows:
             delete(root / RECORDS, recursive=True)
             found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
-            raise UserError(f"none of the chosen images could be packed ({found}): check --images ({source.images})")
+            raise UserError(
+                f"none of the chosen images could be packed ({found}), such as {plan.tasks[0].images[0].url}: check "
+                f"--images ({source.images}): the images must be at {source.image_layout}"
+            )
+        _warn_of_empty_splits(prepared, rows)
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
         origin = {**source.origin(), "choice": json.loads(canonical_json(planned.scope.recorded()))}
@@ -241,6 +247,24 @@ def _check_places(source: Source, root: Location, writes: bool) -> None:
     fetch([Request(source.images / "train" / "0000000000000000.jpg")])
     if writes:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
+
+
+def _check_images(prepared: PreparedBuild, resuming: bool) -> None:
+    """Raise a UserError if the images are not where they should be; splits of which some were packed are not checked.
+
+    Without the check, a build whose root of images is wrong would try all that the source lists.
+    """
+    planned, job = prepared.planned, prepared.job
+    finished = finished_results(job.root, job.fingerprint, planned.plan.tasks) if resuming else {}
+    check_images(prepared.source, planned, packed={row.split for one in finished.values() for row in one.rows})
+
+
+def _warn_of_empty_splits(prepared: PreparedBuild, rows: Sequence[IndexRow]) -> None:
+    packed = {row.split for row in rows}
+    first = {task.split: task.images[0].url for task in prepared.planned.plan.tasks if task.split not in packed}
+    for split, url in first.items():
+        layout = prepared.source.image_layout
+        logger.warning("no image of %s could be packed, such as %s: the images must be at %s", split, url, layout)
 
 
 def _run(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builder.commands.build import PreparedBuild
+from builder.commands.image_check import check_images
 from builder.fetching.fetch import Refusal, describe, length_of
 from builder.fetching.traffic import Traffic
 from builder.fetching.zip_members import plan_reads
@@ -67,8 +68,9 @@ class Estimate:
 
 
 def estimate(prepared: PreparedBuild) -> Estimate:
-    """Estimate what a build would pack and fetch. Nothing is written."""
+    """Estimate what a build would pack and fetch, without writing; a UserError if the images are not at their root."""
     source, planned = prepared.source, prepared.planned
+    check_images(source, planned)
     plan = planned.plan
     images = [image for task in plan.tasks for image in task.images]
     lengths, unavailable = _sample(images, source.images.anonymous, planned.scope.seed)

@@ -17,6 +17,8 @@ from shards.format.accounts import Account
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
 
+MIN_TRIED = 8  # images; that fewer are unavailable proves nothing about the others of their split
+
 logger = logging.getLogger(__name__)
 
 
@@ -87,14 +89,21 @@ class PlannedBuild:
     def next_round(self, tasks: Sequence[ShardTask], failed: Mapping[str, Set[str]]) -> list[ShardTask]:
         """Return tasks that pack replacements of failed images; none once quotas are met or candidates run out.
 
+        A split of which every image failed, and at least `MIN_TRIED`, gets none either: the root of the images is
+        wrong. The same rule applies to all splits together.
+
         A round depends on nothing but the plan and the failures before it, so a resumed build repeats the same rounds.
         `tasks` are those of the plan and of all rounds so far, `failed` the images that failed, by split.
         """
         fresh: list[ShardTask] = []
+        all_requested = {(task.split, image.image_id) for task in tasks for image in task.images}
+        if _hopeless(all_requested, {(split, image_id) for split in SPLITS for image_id in failed[split]}):
+            return []
         for split in SPLITS:
             of_split = [task for task in tasks if task.split == split]
-            requested = {image.image_id for task in of_split for image in task.images}
-            if missing := failed[split] & requested:
+            requested = {image_id for part, image_id in all_requested if part == split}
+            missing = failed[split] & requested
+            if missing and not _hopeless(requested, missing):
                 images = [image for image in self.replacements(split, missing) if image.image_id not in requested]
                 first = 1 + max(task.number for task in of_split)
                 fresh += cut_tasks(split, images, self.scope.images_per_shard, first=first)
@@ -118,6 +127,10 @@ class PlannedBuild:
         state.chosen.update(fresh)
         described = state.source.describe(fresh)
         return [described[image_id] for image_id in fresh]
+
+
+def _hopeless(requested: Set[Any], failed: Set[Any]) -> bool:
+    return len(requested) >= MIN_TRIED and requested <= failed
 
 
 def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:

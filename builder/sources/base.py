@@ -99,6 +99,10 @@ class Source(Protocol):
         """The root of the images."""
 
     @property
+    def image_layout(self) -> str:
+        """Where the images are under their root, for messages."""
+
+    @property
     def annotations(self) -> Location:
         """The root of the annotations; mask zips are read with its access settings."""
 

@@ -34,6 +34,11 @@ class Coco:
     named: bool = False
 
     @property
+    def image_layout(self) -> str:
+        """Where the images are under their root, for messages."""
+        return "<root>/<file_name>, with each file_name as in --annotations"
+
+    @property
     def annotations(self) -> Location:
         """The first file."""
         return self.files[0][1]

@@ -10,7 +10,7 @@ A finished dataset has none of them.
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from builder.fetching.fetch import Refusal, Request, fetch
@@ -43,10 +43,14 @@ class _Occupant:
     command: str = ""
 
 
-def claim(root: Location, fingerprint: str, command: str, *, overwrite: bool) -> bool:
+def claim(
+    root: Location, fingerprint: str, command: str, *, overwrite: bool, confirm: Callable[[bool], None] = lambda _: None
+) -> bool:
     """Mark a locked root as being built by a plan; False if it already contains the finished dataset of this plan.
 
-    UserError if the root contains something of another plan, and `overwrite` is not set.
+    Unless it does, `confirm` is called before anything is discarded or written, with whether an unfinished build of
+    this plan is resumed; its exception leaves the root as it is. UserError if the root contains something of another
+    plan, and `overwrite` is not set.
     """
     finish_retry(root)
     found = _occupant(root)
@@ -63,7 +67,9 @@ def claim(root: Location, fingerprint: str, command: str, *, overwrite: bool) ->
             f"{root}: contains {'a finished' if found.finished else 'an unfinished'} dataset of another plan (its "
             f"fingerprint is {found.fingerprint[:16]}, this command's is {fingerprint[:16]}): {remedy}"
         )
-    if found is not None and (overwrite or not same):
+    discard = found is not None and (overwrite or not same)
+    confirm(found is not None and not discard)
+    if discard:
         _discard(root)
     if root.is_local:
         _remove_partial_files(root)

@@ -19,6 +19,11 @@ class OpenImages(Layout):
     cache: Cache = NO_CACHE
 
     @property
+    def image_layout(self) -> str:
+        """Where the images are under their root, for messages."""
+        return "<root>/train/<ImageID>.jpg, and so in validation/ and test/"
+
+    @property
     def splits(self) -> Mapping[str, str]:
         """A dict from split names of a shard dataset to those of Open Images."""
         return SOURCE_SPLITS

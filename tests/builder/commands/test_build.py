@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +81,14 @@ def test_a_build_without_any_image_is_an_error_and_can_be_corrected(scenes: Scen
     (tmp_path / "empty").mkdir()
     wrong = replace(mirror(scenes), images=Location(str(tmp_path / "empty")))
     root = Location(str(tmp_path / "out"))
-    with pytest.raises(UserError, match=r"none of the chosen images.*image-missing.*--images"):
+    with pytest.raises(UserError, match=r"empty: none of 56 images of train, val and test is there, .*--images"):
         build(wrong, EVERYTHING, root)
+    shutil.copytree(scenes.images, tmp_path / "pages")
+    for path in (tmp_path / "pages").glob("*/*.jpg"):
+        path.write_bytes(b"<html>")
+    pages = replace(mirror(scenes), images=Location(str(tmp_path / "pages")))
+    with pytest.raises(UserError, match=r"none of the chosen images.*image-undecodable.*--images .*<ImageID>.jpg"):
+        build(pages, quotas(CLASSES, 4, 1), root)
     with pytest.raises(UserError, match="no image of the requested splits"):
         build(mirror(scenes), quotas(("Dog",), 1000, 1000), root)
     build(mirror(scenes), quotas(CLASSES, 2, 0), root)

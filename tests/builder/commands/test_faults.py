@@ -147,7 +147,7 @@ def test_a_build_killed_at_any_request_is_resumed_with_the_same_bytes(
     s3: S3Server, target: str, unbroken: Path, tmp_path: Path, place: str, workers: int
 ) -> None:
     root = f"s3://{target}/out" if place == "s3" else str(tmp_path / "out")
-    for at_request in (15, 4):
+    for at_request in (23, 4):
         signalled_build(s3, root, workers, at_request=at_request, **KILLED)
     build(s3_mirror(), CHOICE, Location(root))
     assert (s3_files(s3, f"{target}/out", tmp_path / "got") if place == "s3" else files(Path(root))) == files(unbroken)
@@ -160,7 +160,7 @@ def test_an_overwriting_build_killed_at_any_request_is_resumed(
     root = tmp_path / "out"
     build(s3_mirror(), CHOICE | {"seed": 1}, Location(str(root)))
     assert files(root) != files(unbroken)
-    for at_request in (1, 15):
+    for at_request in (1, 23):
         signalled_build(s3, str(root), 1, "--overwrite", at_request=at_request, **KILLED)
     build(s3_mirror(), CHOICE, Location(str(root)), overwrite=True)
     assert files(root) == files(unbroken)
@@ -171,7 +171,7 @@ def test_a_signal_releases_the_lock_and_the_same_command_resumes(
     s3: S3Server, target: str, unbroken: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     root = tmp_path / "out"
-    errors = signalled_build(s3, str(root), 2, at_request=14, sent=sent, status=130)
+    errors = signalled_build(s3, str(root), 2, at_request=22, sent=sent, status=130)
     assert "Traceback" not in errors, errors
     assert errors.splitlines()[-1].endswith("run the same command again to resume")
     assert not (root / LOCK_FILE).exists()

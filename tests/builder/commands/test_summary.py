@@ -8,6 +8,7 @@ from builder.commands.build import Summary
 from builder.commands.dry_run import SAMPLED
 from builder.commands.progress import Progress, duration
 from builder.commands.summary import render_estimate, render_summary
+from builder.planning.plan_build import MIN_TRIED
 from demo.scenes import SceneTruth
 from shards.storage.location import Location
 from tests.builder.builds import build, estimate, mirror, quotas, s3_mirror
@@ -30,7 +31,8 @@ def test_a_dry_run_predicts_the_build_and_writes_nothing(s3_scenes: SceneTruth, 
     assert found.masks == summary.masks
     assert found.output == pytest.approx(summary.nbytes, rel=0.25)
     assert found.masks_wanted <= found.masks.nbytes < found.whole_zips
-    assert sum(seen.key.endswith(".jpg") for seen in packing) == summary.images.requests + 1  # one checks the access
+    looks = 1 + 3 * MIN_TRIED  # one checks the access, and a few of each split whether they are there
+    assert 0 <= sum(seen.key.endswith(".jpg") for seen in packing) - summary.images.requests <= looks
     assert found.whole_images is None
     assert found.whole_tables is not None
     for text in (render_estimate(found, "x"), render_summary(summary, "x")):

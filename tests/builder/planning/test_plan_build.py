@@ -27,6 +27,7 @@ class FakeSource:
 
     tables: Mapping[str, Mapping[str, Mapping[str, bool]]]
     images: Location = Location("memory://fake/images")
+    image_layout: str = "<root>/<name>"
     annotations: Location = Location("memory://fake/annotations")
 
     @property
