@@ -25,7 +25,7 @@ from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
 from shards.common.text import counted
-from shards.format.accounts import Account, failed_images, reasons
+from shards.format.accounts import Account, failed_images, reasons, remarks
 from shards.format.dataset import SPLITS, Category, DatasetInfo, open_dataset
 from shards.format.dataset_card import ClassCounts, count_classes
 from shards.format.dataset_writer import write_tables
@@ -56,6 +56,7 @@ class Summary:
         chosen: reports of the selection, per split and class.
         counts: packed images, masks and boxes per split and class.
         failures: pairs of a reason and the number of images and masks that were not packed for it.
+        remarks: pairs of a remark and the number of packed images and masks that it is about.
         shortfalls: classes that failures left short; `("", "listed images", ...)` for a list of images.
         replaced: images that were fetched to replace failed ones.
         recovered: images and masks that `--retry-failed` recovered; None for a build.
@@ -68,6 +69,7 @@ class Summary:
     chosen: tuple[ClassReport, ...] = ()
     counts: tuple[ClassCounts, ...] = ()
     failures: tuple[tuple[str, int], ...] = ()
+    remarks: tuple[tuple[str, int], ...] = ()
     shortfalls: tuple[Shortfall, ...] = ()
     replaced: int = 0
     recovered: int | None = None
@@ -201,6 +203,7 @@ def summarise(
         chosen=planned.reports,
         counts=tuple(count_classes(rows, planned.plan.categories)),
         failures=tuple(reasons(accounts).items()),
+        remarks=tuple(remarks(accounts).items()),
         shortfalls=tuple(shortfalls(planned, rows, accounts, info.categories)),
         shards=len(info.shards),
         samples=sum(shard.samples for shard in info.shards),

@@ -23,7 +23,7 @@ from builder.target.build_lock import BuildLock
 from builder.target.build_state import finish_retry, read_tables, retry_stage
 from builder.tasks.plan import InlineMask, Member, PlannedImage, ShardTask
 from shards.common.errors import DatasetError, UserError
-from shards.format.accounts import PACKED, RECOVERED, Account, failed_images
+from shards.format.accounts import PACKED, RECOVERED, UNKNOWN, Account, failed_images
 from shards.format.dataset import SPLITS, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import write_tables
 from shards.format.index_schema import IndexRow
@@ -143,10 +143,9 @@ def _repairs(
     failed = {split: failed_images(accounts, split, at_first=True) for split in SPLITS}
     while fresh := planned.next_round(tasks, failed):
         tasks += fresh
-    unknown = {account.key for account in planned.unknown}
     by_image: dict[tuple[str, str], list[Account]] = {}
     for account in accounts:
-        if account.key not in unknown:
+        if account.status != UNKNOWN:
             by_image.setdefault((account.split, account.image_id), []).append(account)
     if set(by_image) != {(task.split, image.image_id) for task in tasks for image in task.images}:
         raise UserError(
@@ -198,7 +197,9 @@ def _merged(old: Account, new: Account) -> Account:
     """Return the account after a retry: unchanged if packed before, with the former status if recovered."""
     if old.status == PACKED:
         return old
-    return replace(new, detail=f"{RECOVERED}{old.status}") if new.status == PACKED else new
+    if new.status != PACKED:
+        return new
+    return replace(new, detail="; ".join(filter(None, (f"{RECOVERED}{old.status}", new.detail))))
 
 
 def _check_untouched(repair: Repair, rows: Sequence[IndexRow], touched: dict[str, tuple]) -> None:

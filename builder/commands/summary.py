@@ -32,6 +32,9 @@ def render_summary(summary: Summary, out: str) -> str:
         *_class_lines(summary.chosen, summary.counts, "packed"),
         f"not packed: {failures} (see accounts.parquet)" if failures else "not packed: nothing",
     ]
+    lines += [
+        f"remark on {counted(count, 'image or mask', 'images and masks')}: {text}" for text, count in summary.remarks
+    ]
     if summary.replaced:
         lines.append(f"replaced: {counted(summary.replaced, 'image')} fetched to replace images that failed")
     if summary.recovered is not None:
@@ -81,6 +84,7 @@ def to_json(result: Summary | Estimate, out: str) -> str:
     value: dict[str, Any] = {"dry_run": isinstance(result, Estimate), "out": redact_url(out), **asdict(result)}
     if isinstance(result, Summary):
         value["failures"] = dict(result.failures)
+        value["remarks"] = dict(result.remarks)
     return json.dumps(value, indent=2, allow_nan=False)
 
 

@@ -1,6 +1,7 @@
 """Check JPEGs, resize and encode mask PNGs, convert boxes to pixels. Pure functions.
 
-Images are taken as stored: EXIF orientation is ignored, because Open Images' boxes and masks ignore it.
+Images are taken as stored: EXIF orientation is ignored, because Open Images' boxes and masks ignore it. Annotations
+that follow it are turned by `builder.packing.picture_frame`.
 """
 
 import io
@@ -12,13 +13,13 @@ from PIL import Image
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
 from builder.packing.bit_png import BitImage, read_bits
-from builder.tasks.plan import Failure
+from builder.tasks.plan import Box, Failure, Size
 from shards.format import jpeg, rle
 
 MAX_PIXELS = 64 << 20  # of an image or mask: 64 Mpx, sixty times the images of Open Images, below Pillow's own limit
 
 
-def check_jpeg(data: bytes | Refusal) -> tuple[int, int] | Failure:
+def check_jpeg(data: bytes | Refusal) -> Size | Failure:
     """Return the (width, height) of an image in pixels, EXIF orientation ignored, or why it cannot be used."""
     if isinstance(data, Refusal):
         return Failure(f"image-{data.reason}", "")
@@ -47,7 +48,7 @@ def encode_mask(data: bytes | MemberError | None, width: int, height: int) -> rl
     return rle.encode_part(*part, height, width)
 
 
-def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_shape(one: Size, other: Size) -> bool:
     """Return whether two (width, height) can be the same picture at two sizes.
 
     Each side was rounded to whole pixels, up or down. This error of less than one pixel per side changes the cross
@@ -56,7 +57,7 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[0] * other[1] - one[1] * other[0]) <= sum(one) + sum(other)
 
 
-def pixel_box(box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, float, float, float]:
+def pixel_box(box: Box, width: int, height: int) -> Box:
     """Convert (x1, x2, y1, y2) in fractions to (x, y, w, h) in pixels, clipped to the image, rounded to 0.001."""
     x1, x2, y1, y2 = (min(max(value, 0.0), 1.0) for value in box)
     left, right, top, bottom = (round(value, 3) for value in (x1 * width, x2 * width, y1 * height, y2 * height))

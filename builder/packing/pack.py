@@ -11,6 +11,7 @@ from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
 from builder.packing.images import check_jpeg, encode_mask, pixel_box
 from builder.packing.inline_masks import encode_inline
+from builder.packing.picture_frame import Frame, frame_of
 from builder.sources.base import FLAGS
 from builder.tasks.plan import (
     Annotation,
@@ -20,6 +21,7 @@ from builder.tasks.plan import (
     PlannedImage,
     PlannedObject,
     ShardTask,
+    StatedFile,
     task_fingerprint,
 )
 from shards.format import rle
@@ -149,35 +151,34 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
 
     def account(status: str, detail: str, annotation: Annotation | None = None) -> Account:
         if annotation is None:
-            return Account("image", split, image.image_id, "", f"{image.image_id}.jpg", status, detail)
+            return Account("image", split, image.image_id, "", image.file_name, status, detail)
         return Account("mask", split, image.image_id, annotation.box_id, annotation.mask_path, status, detail)
 
-    checked = check_jpeg(data)
-    if isinstance(checked, Failure):
+    frame = _check_image(data, image.stated)
+    if isinstance(frame, Failure):
         with_mask = [planned.annotation for planned in image.objects if planned.annotation.mask_path]
-        lost = [account("image-failed", checked.status, annotation) for annotation in with_mask]
-        return None, [account(checked.status, checked.detail), *lost]
+        lost = [account("image-failed", frame.status, annotation) for annotation in with_mask]
+        return None, [account(frame.status, frame.detail), *lost]
 
-    width, height = checked
-    accounts = [account(PACKED, "")]
+    accounts = [account(PACKED, frame.note)]
     instances: list[Instance] = []
     for planned in image.objects:
         annotation = planned.annotation
-        mask = _resolve_mask(planned, masks, width, height) if annotation.mask_path else None
+        mask = _resolve_mask(planned, masks, frame) if annotation.mask_path else None
         if isinstance(mask, Failure):
             accounts.append(account(mask.status, mask.detail, annotation))
             mask = None
         elif mask is not None:
             accounts.append(account(PACKED, "", annotation))
-        instance = _instance(annotation, mask, width, height)
+        instance = _instance(annotation, mask, frame)
         if instance is not None:
             instances.append(instance)
     assert isinstance(data, bytes)
     sample = Sample(
         image_id=image.image_id,
         image=data,
-        width=width,
-        height=height,
+        width=frame.width,
+        height=frame.height,
         instances=tuple(instances),
         verified_present=image.verified_present,
         verified_absent=image.verified_absent,
@@ -186,19 +187,28 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
     return sample, accounts
 
 
-def _resolve_mask(planned: PlannedObject, masks: Masks, width: int, height: int) -> rle.Rle | Failure:
+def _check_image(data: bytes | Refusal, stated: StatedFile | None) -> Frame | Failure:
+    size = check_jpeg(data)
+    if isinstance(size, Failure):
+        return size
+    assert isinstance(data, bytes)
+    return frame_of(data, size, stated)
+
+
+def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> rle.Rle | Failure:
     """Return a mask at the size of its image, from a zip or from the annotations, or why there is none."""
     place = planned.mask
     if isinstance(place, Failure):
         return place
     if isinstance(place, InlineMask):
-        return encode_inline(place, width, height)
-    return encode_mask(None if place is None else masks[place], width, height)
+        mask = encode_inline(place, *frame.annotated)
+        return mask if isinstance(mask, Failure) else frame.stored_mask(mask)
+    return encode_mask(None if place is None else masks[place], frame.width, frame.height)
 
 
-def _instance(annotation: Annotation, mask: rle.Rle | None, width: int, height: int) -> Instance | None:
+def _instance(annotation: Annotation, mask: rle.Rle | None, frame: Frame) -> Instance | None:
     """Return the object in pixels; None if neither its box nor its mask has an extent."""
-    bbox = pixel_box(annotation.box, width, height)
+    bbox = pixel_box(frame.stored_box(annotation.box), frame.width, frame.height)
     if min(bbox[2:]) <= 0:
         if mask is None:
             return None

@@ -13,7 +13,7 @@ from builder.sources.taxonomy import Classes
 from builder.tasks.plan import Plan, PlannedImage, ShardTask, cut_tasks, make_plan
 from shards.common.errors import UserError
 from shards.common.text import counted
-from shards.format.accounts import Account
+from shards.format.accounts import UNKNOWN, Account
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
 
@@ -219,7 +219,7 @@ def _unknown(image: ListedImage, layout: Mapping[str, Sequence[str]]) -> Account
     detail = f"in no table of {image.split or ', '.join(layout)}"
     if image.split and image.split not in layout:
         detail = f"{image.split} is not a split that is read"
-    return Account("image", split, image.name, "", image.name, "image-unknown", detail)
+    return Account("image", split, image.name, "", image.name, UNKNOWN, detail)
 
 
 def _describe(

@@ -19,7 +19,7 @@ from builder.fetching.fetch import Request, fetch_one
 from builder.sources.base import Candidates, Filters, candidates_by_class
 from builder.sources.coco_instances import CocoImage, Instances, fractional_box, parse_instances
 from builder.sources.taxonomy import Classes, Taxonomy
-from builder.tasks.plan import Annotation, InlineMask, PlannedImage, PlannedObject
+from builder.tasks.plan import Annotation, InlineMask, PlannedImage, PlannedObject, StatedFile
 from shards.common.errors import UserError
 from shards.common.redact import redact_url
 from shards.storage.location import Location
@@ -127,6 +127,7 @@ class CocoSplit:
             verified_present=verified_present,
             verified_absent=verified_absent,
             metadata=image.metadata,
+            stated=StatedFile(image.file_name, image.width, image.height),
         )
 
     def _with_parents(self, name: str) -> set[str]:

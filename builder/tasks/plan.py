@@ -3,11 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from shards.format.dataset import VERSION, Category
 from shards.format.sample import OMIT_NONE, canonical_json
 from shards.format.shard_tar import shard_path
+
+Box: TypeAlias = tuple[float, float, float, float]
+Size: TypeAlias = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Annotation:
 
     category_id: int
     label: str
-    box: tuple[float, float, float, float]
+    box: Box
     mask_path: str = ""
     box_id: str = ""
     predicted_iou: float | None = None
@@ -108,8 +111,20 @@ class PlannedObject:
 
 
 @dataclass(frozen=True, slots=True)
+class StatedFile:
+    """What the annotations state about an image's file: its name, and its size in pixels (0 if they do not)."""
+
+    name: str
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """An image to pack: the JPEG's URL, its objects, verified category ids and metadata."""
+    """An image to pack: the JPEG's URL, its objects, verified category ids and metadata.
+
+    `stated` is None if the annotations do not describe the file, which then is `<ImageID>.jpg`.
+    """
 
     image_id: str
     url: str
@@ -117,6 +132,12 @@ class PlannedImage:
     verified_present: tuple[int, ...]
     verified_absent: tuple[int, ...]
     metadata: Metadata
+    stated: StatedFile | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file at the source."""
+        return f"{self.image_id}.jpg" if self.stated is None else self.stated.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +153,7 @@ class ShardTask:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        text = canonical_json([self.split, self.number, self.images])
+        text = canonical_json([self.split, self.number, list(map(_that_decide, self.images))])
         object.__setattr__(self, "digest", hashlib.sha256(text).hexdigest())
 
     @property
@@ -144,6 +165,12 @@ class ShardTask:
     def path(self) -> str:
         """Path of the shard under the root, such as `train/000000.tar`."""
         return shard_path(self.split, self.number)
+
+
+def _that_decide(image: PlannedImage) -> dict[str, Any]:
+    """Return the fields of an image that decide bytes; without a statement, those of earlier releases."""
+    names = image.__dataclass_fields__
+    return {name: getattr(image, name) for name in names if name != "stated" or image.stated is not None}
 
 
 @dataclass(frozen=True)

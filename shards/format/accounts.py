@@ -9,7 +9,12 @@ from shards.format.index_schema import parquet_bytes
 
 PACKED = "packed"
 FILTERED = "mask-filtered"  # left out by the command's own filters: requested at the source, and not a failure
+UNKNOWN = "image-unknown"  # listed, but not at the source
 RECOVERED = "at first "  # prefix of the detail of what failed in the build and was packed by --retry-failed
+
+# Remarks in the detail of what was packed, one after another with `; ` between them.
+TURNED = "annotations turned to the stored pixels, as the EXIF orientation says"
+EXIF_IGNORED = "EXIF orientation ignored: check whether the annotations are for the picture as stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +22,9 @@ class Account:
     """What became of one image or mask; the columns of `ACCOUNTS_SCHEMA`.
 
     `kind` is image or mask, `box_id` "" for an image, `source` the name of the file at the source. `status` is
-    `packed`, or one of image-unknown, image-missing, image-refused, image-undecodable, image-too-large; mask-missing,
-    mask-undecodable, mask-empty, mask-shape; image-failed for the masks of an image that was not packed; and
-    mask-filtered for what the command itself leaves out.
+    `packed`, or one of image-unknown, image-missing, image-refused, image-undecodable, image-too-large, image-shape;
+    mask-missing, mask-undecodable, mask-empty, mask-shape; image-failed for the masks of an image that was not packed;
+    and mask-filtered for what the command itself leaves out.
     """
 
     kind: str
@@ -33,7 +38,7 @@ class Account:
     @property
     def key(self) -> tuple[str, str, str, str]:
         """What identifies an image or mask within its split."""
-        return self.kind, self.image_id, self.source, self.box_id
+        return self.kind, self.image_id, "" if self.kind == "image" else self.source, self.box_id
 
     @property
     def failed(self) -> bool:
@@ -50,6 +55,13 @@ def failed_images(accounts: Iterable[Account], split: str, *, at_first: bool = F
 def reasons(accounts: Iterable[Account]) -> dict[str, int]:
     """Count the images and masks that were not packed by reason, sorted by reason."""
     return dict(sorted(Counter(account.status for account in accounts if account.status != PACKED).items()))
+
+
+def remarks(accounts: Iterable[Account]) -> dict[str, int]:
+    """Count the remarks on images and masks that were packed, sorted by text."""
+    details = (one.detail.split("; ") for one in accounts if one.status == PACKED and one.detail)
+    found = Counter(text for texts in details for text in texts if not text.startswith(RECOVERED))
+    return dict(sorted(found.items()))
 
 
 def write_accounts(accounts: Iterable[Account]) -> bytes:

@@ -1,11 +1,14 @@
 """The check that every JPEG passes before it is stored or after it was read."""
 
 import io
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
+
+_ORIENTATION = 0x0112  # tag of EXIF
 
 
 class ImageError(ValueError):
@@ -30,6 +33,16 @@ def pillow_errors(wanted: str = "a JPEG") -> Iterator[None]:
     # For damaged files there is no common type: it depends on the format and on where the damage is.
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
         raise ImageError(str(error)) from error
+
+
+def exif_orientation(data: bytes) -> int:
+    """Return the orientation, 1 to 8, that the EXIF or XMP data of a JPEG states; 1 (as stored) without one."""
+    try:
+        with pillow_errors(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            found = image.getexif().get(_ORIENTATION, 1)
+    except (ImageError, KeyError, TypeError, struct.error):  # damaged metadata
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def jpeg_size(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:
