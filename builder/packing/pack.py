@@ -25,11 +25,12 @@ from builder.tasks.plan import (
     task_fingerprint,
 )
 from shards.format import rle
-from shards.format.accounts import PACKED, Account
+from shards.format.accounts import BOX_FROM_MASK, PACKED, Account
 from shards.format.dataset import Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard
+from shards.format.validation import Rectangle, mask_fits
 from shards.storage.location import Location
 from shards.storage.retry import write
 
@@ -163,14 +164,12 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
     accounts = [account(PACKED, frame.note)]
     instances: list[Instance] = []
     for planned in image.objects:
-        annotation = planned.annotation
-        mask = _resolve_mask(planned, masks, frame) if annotation.mask_path else None
+        mask = _resolve_mask(planned, masks, frame) if planned.annotation.mask_path else None
+        instance, remark = _pack_object(planned.annotation, mask, frame)
         if isinstance(mask, Failure):
-            accounts.append(account(mask.status, mask.detail, annotation))
-            mask = None
+            accounts.append(account(mask.status, mask.detail, planned.annotation))
         elif mask is not None:
-            accounts.append(account(PACKED, "", annotation))
-        instance = _instance(annotation, mask, frame)
+            accounts.append(account(PACKED, remark, planned.annotation))
         if instance is not None:
             instances.append(instance)
     assert isinstance(data, bytes)
@@ -206,13 +205,23 @@ def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> rle.Rle
     return encode_mask(None if place is None else masks[place], frame.width, frame.height)
 
 
-def _instance(annotation: Annotation, mask: rle.Rle | None, frame: Frame) -> Instance | None:
-    """Return the object in pixels; None if neither its box nor its mask has an extent."""
-    bbox = pixel_box(frame.stored_box(annotation.box), frame.width, frame.height)
+def _pack_object(annotation: Annotation, mask: rle.Rle | Failure | None, frame: Frame) -> tuple[Instance | None, str]:
+    """Return the object in pixels, None if neither its box nor its mask has an extent, and a remark on its mask.
+
+    A box that its mask is not in belongs to something else, and `inspect-shards --verify` would report it.
+    """
+    mask = None if isinstance(mask, Failure) else mask
+    bbox, remark = pixel_box(frame.stored_box(annotation.box), frame.width, frame.height), ""
     if min(bbox[2:]) <= 0:
         if mask is None:
-            return None
+            return None, ""
         bbox = rle.bounds(mask)
+    elif mask is not None and not mask_fits(mask, bbox):
+        bbox, remark = rle.bounds(mask), BOX_FROM_MASK
+    return _instance(annotation, mask, bbox), remark
+
+
+def _instance(annotation: Annotation, mask: rle.Rle | None, bbox: Rectangle) -> Instance:
     return Instance(
         category_id=annotation.category_id,
         bbox=bbox,

@@ -76,8 +76,13 @@ def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Ite
         yield problem
     elif not rle.area(mask):
         yield "the RLE is empty: no pixel is the object's"
-    elif _covered(rle.bounds(mask), bbox) < COVERED:
+    elif not mask_fits(mask, bbox):
         yield f"the mask is at {shown_box(rle.bounds(mask))}, mostly outside its bbox {shown_box(bbox)}"
+
+
+def mask_fits(mask: rle.Rle, bbox: Rectangle) -> bool:
+    """Return whether a mask with at least one pixel is the object of a box: mostly inside it."""
+    return _covered(rle.bounds(mask), bbox) >= COVERED
 
 
 def _picture_faults(sample: Sample) -> Iterator[str]:
