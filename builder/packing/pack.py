@@ -3,14 +3,14 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Self, TypeAlias
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
 from builder.packing.images import check_jpeg, encode_mask, pixel_box
-from builder.packing.inline_masks import encode_inline
+from builder.packing.inline_masks import EncodedMask, encode_inline
 from builder.packing.picture_frame import Frame, frame_of
 from builder.sources.base import FLAGS
 from builder.tasks.plan import (
@@ -164,12 +164,13 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
     accounts = [account(PACKED, frame.note)]
     instances: list[Instance] = []
     for planned in image.objects:
-        mask = _resolve_mask(planned, masks, frame) if planned.annotation.mask_path else None
+        found = _resolve_mask(planned, masks, frame) if planned.annotation.mask_path else None
+        mask = found.mask if isinstance(found, EncodedMask) else None
         instance, remark = _pack_object(planned.annotation, mask, frame)
-        if isinstance(mask, Failure):
-            accounts.append(account(mask.status, mask.detail, planned.annotation))
-        elif mask is not None:
-            accounts.append(account(PACKED, remark, planned.annotation))
+        if isinstance(found, Failure):
+            accounts.append(account(found.status, found.detail, planned.annotation))
+        elif found is not None:
+            accounts.append(account(PACKED, "; ".join(filter(None, (found.remark, remark))), planned.annotation))
         if instance is not None:
             instances.append(instance)
     assert isinstance(data, bytes)
@@ -194,23 +195,23 @@ def _check_image(data: bytes | Refusal, stated: StatedFile | None) -> Frame | Fa
     return frame_of(data, size, stated)
 
 
-def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> rle.Rle | Failure:
+def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> EncodedMask | Failure:
     """Return a mask at the size of its image, from a zip or from the annotations, or why there is none."""
     place = planned.mask
     if isinstance(place, Failure):
         return place
     if isinstance(place, InlineMask):
-        mask = encode_inline(place, *frame.annotated)
-        return mask if isinstance(mask, Failure) else frame.stored_mask(mask)
-    return encode_mask(None if place is None else masks[place], frame.width, frame.height)
+        inline = encode_inline(place, *frame.annotated)
+        return inline if isinstance(inline, Failure) else replace(inline, mask=frame.stored_mask(inline.mask))
+    mask = encode_mask(None if place is None else masks[place], frame.width, frame.height)
+    return mask if isinstance(mask, Failure) else EncodedMask(mask)
 
 
-def _pack_object(annotation: Annotation, mask: rle.Rle | Failure | None, frame: Frame) -> tuple[Instance | None, str]:
+def _pack_object(annotation: Annotation, mask: rle.Rle | None, frame: Frame) -> tuple[Instance | None, str]:
     """Return the object in pixels, None if neither its box nor its mask has an extent, and a remark on its mask.
 
     A box that its mask is not in belongs to something else, and `inspect-shards --verify` would report it.
     """
-    mask = None if isinstance(mask, Failure) else mask
     bbox, remark = pixel_box(frame.stored_box(annotation.box), frame.width, frame.height), ""
     if min(bbox[2:]) <= 0:
         if mask is None:

@@ -15,6 +15,7 @@ RECOVERED = "at first "  # prefix of the detail of what failed in the build and 
 # Remarks in the detail of what was packed, one after another with `; ` between them.
 TURNED = "annotations turned to the stored pixels, as the EXIF orientation says"
 BOX_FROM_MASK = "box taken from the mask, which is mostly outside the source's box"
+PARTS_LEFT_OUT = "parts of the mask that are no polygons left out"
 EXIF_IGNORED = "EXIF orientation ignored: check whether the annotations are for the picture as stored"
 
 
