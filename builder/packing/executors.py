@@ -17,6 +17,7 @@ from multiprocessing import connection, forkserver
 from typing import Any, TypeVar, cast
 
 from shards.common.errors import UserError
+from shards.common.socket_folder import shorten_socket_paths
 from shards.common.text import one_line
 
 Task = TypeVar("Task")
@@ -186,6 +187,7 @@ def warm_up(engine: Engine) -> None:
 def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    shorten_socket_paths()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # imported once, not once per worker
     return context

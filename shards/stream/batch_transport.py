@@ -7,13 +7,16 @@ file descriptor and the offsets of its parts; the tensors of the reader are view
 is freed, a byte in the segment lets the loader process write another batch there. On other systems torch sends batches.
 """
 
+import errno
 import io
 import math
 import mmap
 import os
 import pickle
+import tempfile
 import weakref
 from collections.abc import Sequence
+from multiprocessing import AuthenticationError
 from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import Any
 
@@ -91,8 +94,32 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def pack(batch: Any) -> Any:
-    """Return what to send in place of a batch, which must not be used afterwards; unpickling it restores the batch."""
-    return batch if _segments is None else _Parcel(batch, _segments)
+    """Return what to send in place of a batch, which must not be used afterwards; unpickling it restores the batch.
+
+    A LoaderError is raised if it cannot be sent. What remains for the thread of the queue that pickles the result
+    cannot fail, because the reader would wait forever for what is lost there.
+    """
+    try:
+        return _Pickled(batch) if _segments is None else _Parcel(batch, _segments)
+    except OSError as error:
+        raise LoaderError(f"loader process (pid {os.getpid()}) cannot send a batch: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why a batch is not sent or received, with what to do."""
+    if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
+        return f"{error}: it needs memory, and a socket in the temporary folder {tempfile.gettempdir()} (TMPDIR)"
+    return f"{error}: too many files are open; raise the limit (ulimit -n 4096), or use fewer workers"
+
+
+class _Pickled:
+    """A batch as the bytes of `pickle`, with torch's way of sending tensors."""
+
+    def __init__(self, batch: Any) -> None:
+        self.data = bytes(ForkingPickler.dumps(batch))
+
+    def __reduce__(self) -> Any:
+        return pickle.loads, (self.data,)
 
 
 class _Parcel:
@@ -113,9 +140,10 @@ class _Parcel:
                 _write(segment.file, array, offset)
                 end = offset + len(array)
             self.parts.append((offset, len(array)))
+        self.duplicate = DupFd(self.segment.file)
 
     def __reduce__(self) -> Any:
-        return _open, (DupFd(self.segment.file), self.parts, os.getpid())
+        return _open, (self.duplicate, self.parts, os.getpid())
 
 
 class _Packer(ForkingPickler):
@@ -151,15 +179,20 @@ def _write(file: int, values: Any, offset: int) -> None:
 
 
 def _open(duplicate: Any, parts: Sequence[tuple[int, int]], sender: int) -> Any:
-    """Return the batch in the process that reads it, or a LoaderError if the loader process has ended."""
+    """Return the batch in the process that reads it, or a LoaderError if it cannot be received.
+
+    The error is returned: if memory is pinned, an exception would end the thread that receives.
+    """
     try:
         file = duplicate.detach()
-    except (OSError, EOFError):  # returned: if memory is pinned, an exception would end the thread that receives
+        try:
+            memory = mmap.mmap(file, 0)
+        finally:
+            os.close(file)
+    except (ConnectionError, FileNotFoundError, EOFError):
         return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
-    try:
-        memory = mmap.mmap(file, 0)
-    finally:
-        os.close(file)
+    except (OSError, RuntimeError, AuthenticationError) as error:  # a RuntimeError: the descriptor did not arrive
+        return LoaderError(f"a batch of loader process (pid {sender}) cannot be received: {_reason(error)}")
     # Every part of the batch holds a reference to this array, and with it to the segment.
     whole = np.frombuffer(memory, np.uint8)
     weakref.finalize(whole, _give_back, memory, os.getpid()).atexit = False

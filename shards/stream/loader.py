@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from shards.common.argument_checks import whole
 from shards.common.errors import DatasetError, LoaderError, UserError
+from shards.common.socket_folder import shorten_socket_paths
 from shards.stream import batch_transport, torch_internals
 from shards.stream.reader import SampleStatistics
 from shards.stream.streams import Stream
@@ -112,6 +113,8 @@ def loader(
     methods = multiprocessing.get_all_start_methods()
     if start_method not in (None, *methods):
         raise DatasetError(f"start_method is {start_method!r}: give one of {', '.join(methods)}")
+    if workers:
+        shorten_socket_paths()
     inner: DataLoader = DataLoader(
         _Reporting(stream),
         batch_size=None,
@@ -153,7 +156,7 @@ class _Reporting(IterableDataset):
             torch_internals.ignore_lost_readers()
         try:
             for batch in self.stream:
-                batch = batch_transport.pack(batch)
+                batch = batch if info is None else batch_transport.pack(batch)
                 yield _Item(batch, None, worker, self.stream.statistics.since(before))
                 del batch
         except UserError as error:

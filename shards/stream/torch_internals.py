@@ -22,6 +22,11 @@ WHY_KILLED = (
     "memory and shared memory"
 )
 
+OWN_ERROR = (
+    "its own error is printed above; if the start method is spawn or forkserver, the script that reads the loader must "
+    'do so under `if __name__ == "__main__":`'
+)
+
 # The texts of torch's RuntimeError: from the handler of SIGCHLD, and from a wait for a batch (within 5 s).
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid(\(s\))? ")
 
@@ -54,9 +59,18 @@ def dead_worker(iterator: Iterator[Any]) -> LoaderError | None:
     for worker in getattr(iterator, "_workers", ()):
         code = worker.exitcode
         if code:
-            how = f"was killed by signal: {signal.strsignal(-code)}" if code < 0 else f"ended with exit status {code}"
-            return LoaderError(f"loader process (pid {worker.pid}) {how}: {WHY_KILLED}")
+            return LoaderError(f"loader process (pid {worker.pid}) {_how_it_ended(code)}")
     return None
+
+
+def _how_it_ended(code: int) -> str:
+    """Return what an exit code of `multiprocessing` says; only a SIGKILL may be the kernel's, for lack of memory."""
+    if code > 0:
+        return f"ended with exit status {code}: {OWN_ERROR}"
+    why = (
+        WHY_KILLED if code == -signal.SIGKILL else "the kernel's answer to a crash in a library, or a kill from outside"
+    )
+    return f"was killed by signal: {signal.strsignal(-code)}: {why}"
 
 
 def _ignore_sigchld_errors() -> None:

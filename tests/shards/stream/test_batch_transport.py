@@ -1,7 +1,9 @@
+import errno
 import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +141,48 @@ def test_memory_is_bounded_and_reused(local: Dataset) -> None:
     assert len(segments(worker.pid)) <= batch_transport.SEGMENTS + 3
     reader.close()
     assert not segments()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_long_temporary_folder_works(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    folder = tmp_path / ("long-scratch-folder-of-a-job" * 4)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    reader = iter(batches(local, 1, method))
+    assert len(next(reader)["samples"]) == 2
+    reader.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC])
+def test_a_batch_that_cannot_be_sent_or_received_is_an_error(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The reader of a batch that is lost on its way would wait forever."""
+
+    def fails(*arguments: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    remedy = "ulimit -n" if number == errno.EMFILE else "TMPDIR"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_transport, "DupFd", fails)
+        with pytest.raises(LoaderError, match=rf"loader process \(pid \d+\) cannot send a batch: .*{remedy}"):
+            next(iter(batches(local, 1, "fork")))
+    reader = iter(batches(local, 1, "fork"))
+    next(reader)
+    monkeypatch.setattr("mmap.mmap", fails)
+    with pytest.raises(LoaderError, match=rf"a batch of loader process \(pid \d+\) cannot be received: .*{remedy}"):
+        next(reader)
+
+
+def test_without_shared_segments_a_batch_is_pickled_before_it_is_queued() -> None:
+    """As on systems without memfd: what cannot be pickled is an error, not a wait."""
+    whole = {"images": torch.arange(6).view(2, 3), "samples": ["a"]}
+    assert same(pickle.loads(pickle.dumps(batch_transport.pack(whole))), whole)  # noqa: S301
+    with pytest.raises(AttributeError, match="local object"):
+        batch_transport.pack(lambda: None)
 
 
 def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[dict[str, Any]]) -> None:

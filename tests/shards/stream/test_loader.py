@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 from unittest.mock import Mock
 
@@ -24,7 +25,7 @@ from shards.format.sample import Sample
 from shards.stream import batch_transport
 from shards.stream.loader import Loader, LoaderStatistics, loader
 from shards.stream.streams import EvalStream, ShardStream
-from shards.stream.torch_internals import receive
+from shards.stream.torch_internals import dead_worker, receive
 from tests.shards.stream.support import BATCH, EPOCH, SAMPLES, small_stream, take
 from tests.support import Proxied, sample, write_dataset
 
@@ -80,6 +81,20 @@ def test_a_killed_loader_process_is_one_line_in_the_loop(local: Dataset) -> None
         r" \(workers=, or --data\.workers of a command\) or less read-ahead \(read_ahead=, or [^\n]*",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (1, "ended with exit status 1: its own error is printed above; if the start method is spawn .*__main__"),
+        (-11, "was killed by signal: Segmentation fault: the kernel's answer to a crash in a library"),
+        (-9, "was killed by signal: Killed: usually the kernel kills it because memory runs out"),
+    ],
+)
+def test_only_a_kill_is_blamed_on_memory(code: int, reason: str) -> None:
+    error = dead_worker(SimpleNamespace(_workers=[SimpleNamespace(exitcode=code, pid=5)]))  # type: ignore[arg-type]
+    assert re.match(rf"loader process \(pid 5\) {reason}", str(error))
+    assert ("memory" in str(error)) == (code == -9)
 
 
 def test_a_process_that_ends_with_status_0_is_an_error_with_the_remedy() -> None:
