@@ -6,8 +6,8 @@
         raw.safetensors         with train.ema: the weights that training resumes from; model.safetensors has their
                                 average
         optimizer.safetensors   the optimizer's tensors, "<parameter number>.<name>"
-        state.json              everything else, and the sha256 of the other files. Written last: a folder without it
-                                is not a checkpoint
+        state.json              everything else, the sha256 of the other files, and that of its own values. Written
+                                last: a folder without it is not a checkpoint
     <run>/best/step-000080/     the weights with the highest mask AP so far: model.safetensors and state.json
 
 Nothing is pickled. If the newest checkpoint is damaged, the previous one is used.
@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from shards.commands.options import update
+from shards.commands.options import ConfigError, update
 from shards.common.errors import StorageError, UserError
+from shards.common.text import one_line, shown
 from shards.format.dataset import Category
 from shards.order.epoch_order import first_difference
 from shards.storage.explain import storage_errors
@@ -148,22 +149,25 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "optimizer": structure,
         "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
     }
-    (place / STATE_FILE).write(json.dumps(value, indent=1).encode("utf-8"))
+    (place / STATE_FILE).write(json.dumps({**value, "sha256": _digest(value)}, indent=1).encode("utf-8"))
     _remove_older(run, state.step, keep, folder)
     return place
 
 
 def load(folder: Location, *, optimizer: bool = True) -> State:
     """Read one checkpoint; without `optimizer` only what inference needs. CheckpointError if it is damaged."""
+    place = folder / STATE_FILE
     try:
-        value = json.loads((folder / STATE_FILE).read())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / STATE_FILE}: not JSON ({error}): the checkpoint is damaged") from error
+        value = json.loads(place.read())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place}: not JSON ({one_line(error)}): the checkpoint is damaged") from error
+    if isinstance(value, dict) and "sha256" in value and value.pop("sha256") != _digest(value):  # old ones have none
+        raise CheckpointError(f"{place}: its sha256 is not that of its values: the checkpoint is damaged")
     if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
-        raise CheckpointError(f"{folder / STATE_FILE}: not a checkpoint of this release ({FORMAT} version {VERSION})")
+        raise CheckpointError(f"{place}: not a checkpoint of this release ({FORMAT} version {VERSION})")
     files, config = value.get("files", {}), Config()
     try:
-        update(config, value["config"], str(folder / STATE_FILE))
+        update(config, value["config"], str(place))
         return State(
             step=int(value["step"]),
             position=int(value["position"]),
@@ -179,8 +183,15 @@ def load(folder: Location, *, optimizer: bool = True) -> State:
             step_version=int(value.get("step_version", 1)),
             scaler=dict(value["scaler"]) if value.get("scaler") else None,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the checkpoint is damaged ({error!r})") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the checkpoint is damaged, or of another release") from error
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged ({shown(error)})") from error
+
+
+def _digest(value: dict[str, Any]) -> str:
+    """Return the sha256, in hex, of the values of a state.json, in whatever order and with whatever spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_newest(run: Location, *, optimizer: bool = True, folder: str = FOLDER) -> tuple[Location, State] | None:

@@ -1,10 +1,14 @@
 """Saving, loading and choosing checkpoints."""
 
+import contextlib
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,6 +117,66 @@ def test_load_newest_skips_a_damaged_checkpoint(tmp_path: Path, name: str, caplo
     if name != "state.json":
         with pytest.raises(CheckpointError, match="each of the 2 checkpoints is damaged"):
             load_newest(run)
+
+
+def test_a_changed_bit_of_state_json_is_never_loaded(tmp_path: Path) -> None:
+    run = Location(str(tmp_path))
+    wanted = load(save(run, state(5), keep=1), optimizer=False)
+    place = tmp_path / "checkpoints/step-000005/state.json"
+    whole, rng = place.read_bytes(), np.random.default_rng(0)
+    for number in rng.choice(len(whole) * 8, 150, replace=False).tolist():
+        data = bytearray(whole)
+        data[number // 8] ^= 1 << number % 8
+        place.write_bytes(data)
+        with contextlib.suppress(CheckpointError):
+            found = load(run / "checkpoints/step-000005", optimizer=False)
+            # White space, and the case of \u00FC, carry no value.
+            assert replace(found, weights={}) == replace(wanted, weights={}), whole[number // 8 - 20 : number // 8 + 20]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda value: {**value, "step": 6},
+        lambda value: {**value, "files": {}},
+        lambda value: [value],
+        lambda value: {"sha256": None},
+    ],
+)
+def test_whatever_is_wrong_with_state_json_it_is_passed_over(tmp_path: Path, damage: Callable[[Any], Any]) -> None:
+    run = Location(str(tmp_path))
+    for step in (5, 10):
+        save(run, state(step), keep=2)
+    place = tmp_path / "checkpoints/step-000010/state.json"
+    place.write_text(json.dumps(damage(json.loads(place.read_text()))))
+    assert newest(run)[1].step == 5
+    place.write_text("[" * 100_000)
+    assert newest(run)[1].step == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),  # as releases before wrote it
+        ({"files": {"model.safetensors": 3}}, "damaged"),
+        ({"position": float("inf")}, "damaged"),
+        ({"scaler": 7}, "damaged"),
+        ({"optimizer": []}, "damaged"),
+        ({"config": {"optim": {"lr": "high"}}}, "damaged, or of another release"),
+    ],
+)
+def test_a_checkpoint_without_its_own_sha256_is_read(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    run = Location(str(tmp_path))
+    save(run, state(5), keep=1)
+    place = tmp_path / "checkpoints/step-000005/state.json"
+    value = json.loads(place.read_text())
+    del value["sha256"]
+    place.write_text(json.dumps({**value, **changes}))
+    if not reason:
+        assert newest(run)[1].step == 5
+        return
+    with pytest.raises(CheckpointError, match=reason):
+        load(run / "checkpoints/step-000005")
 
 
 def test_save_keeps_what_it_wrote_even_before_a_later_damaged_checkpoint(tmp_path: Path) -> None:
