@@ -30,7 +30,7 @@ from shards.format.dataset import Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import Instance, Sample, canonical_json
 from shards.format.shard_tar import pack_shard
-from shards.format.validation import Rectangle, mask_fits
+from shards.format.validation import mask_fits
 from shards.storage.location import Location
 from shards.storage.retry import write
 
@@ -219,20 +219,18 @@ def _pack_object(annotation: Annotation, mask: rle.Rle | None, frame: Frame) -> 
         bbox = rle.bounds(mask)
     elif mask is not None and not mask_fits(mask, bbox):
         bbox, remark = rle.bounds(mask), BOX_FROM_MASK
-    return _instance(annotation, mask, bbox), remark
-
-
-def _instance(annotation: Annotation, mask: rle.Rle | None, bbox: Rectangle) -> Instance:
-    return Instance(
+    area = None if annotation.area is None else annotation.area * frame.scale
+    instance = Instance(
         category_id=annotation.category_id,
         bbox=bbox,
         segmentation=mask,
         box_id=annotation.box_id,
         label=annotation.label,
         predicted_iou=annotation.predicted_iou,
-        area=annotation.area,
+        area=area,
         **{flag: getattr(annotation, flag) for flag in FLAGS.values()},
     )
+    return instance, remark
 
 
 def _read_images(images: Sequence[PlannedImage], job: Job, meter: Meter) -> list[bytes | Refusal]:

@@ -26,13 +26,16 @@ SWAPPING = (5, 6, 7, 8)
 class Frame:
     """An image as stored, in pixels, and the EXIF orientation in which its annotations see it.
 
-    `note` is the remark on it for the image's account; "" without one.
+    Attributes:
+        scale: stored pixels, by area, per pixel of the annotated picture, which may have been of another size.
+        note: the remark on it for the image's account; "" without one.
     """
 
     width: int
     height: int
     orientation: int = AS_STORED
     note: str = ""
+    scale: float = 1.0
 
     @property
     def annotated(self) -> Size:
@@ -70,11 +73,12 @@ def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Fail
     orientation = exif_orientation(data)
     # Two nearly square sizes can be of one shape either way: then equal numbers decide.
     as_stored = wanted == size or (wanted != swapped and same_shape(wanted, size))
+    scale = size[0] * size[1] / (wanted[0] * wanted[1])
     if not as_stored and orientation in SWAPPING and same_shape(wanted, swapped):
-        return Frame(*size, orientation, TURNED)
+        return Frame(*size, orientation, TURNED, scale)
     if not as_stored:
         found = f"the annotations are for {wanted[0]}x{wanted[1]} pixels, the JPEG has {size[0]}x{size[1]}"
         return Failure("image-shape", f"{found}, its EXIF orientation is {orientation}")
     is_square = same_shape(size, swapped)
     doubtful = orientation != AS_STORED and (orientation not in SWAPPING or is_square)
-    return Frame(*size, note=EXIF_IGNORED if doubtful else "")
+    return Frame(*size, note=EXIF_IGNORED if doubtful else "", scale=scale)

@@ -17,6 +17,7 @@ from typing import Any
 
 from builder.fetching.fetch import Request, fetch_one
 from builder.sources.base import Candidates, Filters, candidates_by_class
+from builder.sources.coco_categories import without_cycles
 from builder.sources.coco_instances import CocoImage, Instances, fractional_box, parse_instances
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Annotation, InlineMask, PlannedImage, PlannedObject, StatedFile
@@ -63,7 +64,8 @@ class Coco:
             for name, parent in instances.parents.items():
                 children[parent].add(name)
         groups = frozenset(children.keys() - names.keys())
-        subcategories = {parent: frozenset(found) for parent, found in children.items()}
+        acyclic = without_cycles(children, "--annotations")
+        subcategories = {parent: frozenset(found) for parent, found in acyclic.items()}
         names |= {name: name for name in groups}
         return Taxonomy(names, subcategories, groups, "the categories of --annotations")
 

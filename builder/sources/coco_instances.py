@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.sources.base import FAR, FILE_NAME
+from builder.sources.coco_categories import CocoCategory, arrange
 from builder.tasks.plan import Metadata
 from shards.common.errors import UserError
 from shards.common.text import counted
@@ -61,7 +62,7 @@ def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
         rows = value.get(name) if isinstance(value, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{where}: has no list {name!r} of objects: --annotations takes COCO instances files")
-    names, parents = _categories(value["categories"], where)
+    names, parents = _categories(value["categories"], value["annotations"], where)
     licenses = value.get("licenses")
     images = _images(value["images"], licenses if isinstance(licenses, list) else [], names, where, prefix)
     _assign(value["annotations"], images, names, where)
@@ -110,19 +111,20 @@ def _get(row: Mapping[str, Any], key: str, kinds: tuple[type, ...], place: str) 
     return found
 
 
-def _categories(rows: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[int, str], dict[str, str]]:
-    names: dict[int, str] = {}
-    parents: dict[str, str] = {}
+def _categories(
+    rows: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], where: str
+) -> tuple[dict[int, str], dict[str, str]]:
+    """Return the names of the classes by id, and their supercategories by name."""
+    found: dict[int, CocoCategory] = {}
     for number, row in enumerate(rows):
         place = f"{where}: categories[{number}]"
-        found, name = _get(row, "id", (int,), place), " ".join(_get(row, "name", (str,), place).split())
-        if not name or found in names or name in names.values():
-            raise UserError(f"{place}: id {found}, name {name!r}: empty, or used before: correct the file")
-        names[found] = name
+        category_id, name = _get(row, "id", (int,), place), " ".join(_get(row, "name", (str,), place).split())
+        if not name or category_id in found:
+            raise UserError(f"{place}: id {category_id}, name {name!r}: empty, or used before: correct the file")
         parent = " ".join(str(row.get("supercategory") or "").split())
-        if parent and parent != name:
-            parents[name] = parent
-    return names, parents
+        found[category_id] = CocoCategory(category_id, name, "" if parent.casefold() == "none" else parent)
+    ids = (row.get("category_id") for row in annotations)
+    return arrange(list(found.values()), {each for each in ids if type(each) is int}, where)
 
 
 def _images(

@@ -106,7 +106,7 @@ class Taxonomy:
         requested = len(mids)
 
         def labels_of(mid: str) -> frozenset[str]:
-            return frozenset([mid]) if exact else _reachable(mid, self.children)
+            return frozenset([mid]) if exact else reachable(mid, self.children)
 
         owners: dict[str, int] = {}
         # A descendant has a smaller subtree than its ancestors: the most specific classes come first.
@@ -125,11 +125,12 @@ class Taxonomy:
             requested=requested,
             owners=owners,
             descendants={i + 1: labels_of(mid) for i, mid in enumerate(mids)},
-            ancestors={i + 1: _reachable(mid, parents) for i, mid in enumerate(mids)},
+            ancestors={i + 1: reachable(mid, parents) for i, mid in enumerate(mids)},
         )
 
 
-def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]:
+def reachable(start: str, edges: Mapping[str, Iterable[str]]) -> frozenset[str]:
+    """Return a node and all that follow it along the edges, cycles or not."""
     found, to_visit = {start}, [start]
     while to_visit:
         fresh = set(edges.get(to_visit.pop(), ())) - found

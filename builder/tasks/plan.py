@@ -132,7 +132,7 @@ class PlannedImage:
     verified_present: tuple[int, ...]
     verified_absent: tuple[int, ...]
     metadata: Metadata
-    stated: StatedFile | None = None
+    stated: StatedFile | None = field(default=None, metadata=OMIT_NONE)
 
     @property
     def file_name(self) -> str:
@@ -153,7 +153,7 @@ class ShardTask:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        text = canonical_json([self.split, self.number, list(map(_that_decide, self.images))])
+        text = canonical_json([self.split, self.number, self.images])
         object.__setattr__(self, "digest", hashlib.sha256(text).hexdigest())
 
     @property
@@ -165,12 +165,6 @@ class ShardTask:
     def path(self) -> str:
         """Path of the shard under the root, such as `train/000000.tar`."""
         return shard_path(self.split, self.number)
-
-
-def _that_decide(image: PlannedImage) -> dict[str, Any]:
-    """Return the fields of an image that decide bytes; without a statement, those of earlier releases."""
-    names = image.__dataclass_fields__
-    return {name: getattr(image, name) for name in names if name != "stated" or image.stated is not None}
 
 
 @dataclass(frozen=True)

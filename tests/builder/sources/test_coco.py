@@ -17,6 +17,8 @@ from tests.builder.builds import accounts_of, samples_of
 from tests.builder.coco_scenes import IMAGE, document, write_coco
 from tests.support import jpeg
 
+NO_FILTERS = Filters()
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -127,7 +129,7 @@ def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Pat
     assert len({(row["kind"], row["source"]) for row in rows}) == len(rows)
 
 
-def opened(value: dict[str, Any], filters: Filters, *classes: str) -> CocoSplit:
+def opened(value: dict[str, Any], filters: Filters = NO_FILTERS, *classes: str) -> CocoSplit:
     path = Location("memory://coco-tests/instances.json")
     path.write(json.dumps(value).encode())
     source = Coco(Location("memory://coco-tests/images"), (("train", path),))

@@ -17,6 +17,9 @@ from shards.format.sample import KEY
 from shards.storage.location import Location
 from tests.builder.coco_scenes import IMAGE, document
 
+TWICE = [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]
+OBJECT = document()["annotations"]
+
 
 @pytest.mark.parametrize(
     ("value", "message"),
@@ -34,7 +37,8 @@ from tests.builder.coco_scenes import IMAGE, document
             (document(images=[{**IMAGE, "file_name": name}]), "is not under --images")
             for name in ("/etc/passwd", "../a.jpg", "b/../../a.jpg", "b/..", "a\\b.jpg", "b//a.jpg", "a\n.jpg", "")
         ],
-        (document(categories=[{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]), "used before"),
+        (document(categories=[{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]), "used before"),
+        (document(categories=TWICE, annotations=[*OBJECT, {**OBJECT[0], "category_id": 2}]), "1 and 2 .*named 'dog'"),
         (document(categories=[{"id": 1, "name": " "}]), "empty"),
         (document(annotations=[{"image_id": 1, "category_id": 9}]), "no category 9"),
         (document(annotations=[{"category_id": 1}]), "'image_id'"),
