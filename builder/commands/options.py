@@ -93,6 +93,9 @@ class BuildOptions:
     )
     exact_classes: bool = _select(False, "ignore the children of a class (by default, a Man counts as a Person)")
     all_annotations: bool = _select(False, "keep all other classes as well; their ids follow in alphabetical order")
+    keep_empty: bool = _select(
+        False, "with coco and without --per-class: also pack the images without an object of the classes, as background"
+    )
     require_mask: bool = _select(False, "count only images with a mask of the class, not images with boxes only")
     min_predicted_iou: float = _select(
         0.0, "omit masks whose quality the source estimates to be lower; their objects keep their boxes", low=0, high=1
@@ -217,6 +220,8 @@ def _check_combinations(options: BuildOptions) -> None:
         fault = "--splits partition cuts a single instances file: give one file in --annotations"
     elif options.images_list and (options.per_class or options.eval_per_class is not None):
         fault = "--images-list determines the images: omit --per-class and --eval-per-class"
+    elif options.keep_empty and (options.source != "coco" or options.per_class or options.images_list):
+        fault = "--keep-empty is for all images of COCO files: give --source coco, and no --per-class or --images-list"
     elif not (options.per_class or options.images_list or options.source == "coco"):
         fault = "--per-class N is required: how many train images per class (or --images-list)"
     else:

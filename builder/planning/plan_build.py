@@ -43,6 +43,7 @@ class BuildScope:
         all_annotations: keep annotations of all other classes in the selected images, too.
         partition: fractions of the source's train split for train, val and test; None for the source's own splits.
         seed: seed of the selection, of the order in the shards and of the partition.
+        keep_empty: without a quota, select images without an object of the classes, too.
     """
 
     class_names: Sequence[str]
@@ -53,6 +54,7 @@ class BuildScope:
     partition: tuple[float, float, float] | None = None
     seed: int = 0
     images_per_shard: int = 256
+    keep_empty: bool = False
 
     @property
     def parts(self) -> Partition | None:
@@ -73,6 +75,7 @@ class BuildScope:
             "partition": self.partition,
             "seed": self.seed,
             "images_per_shard": self.images_per_shard,
+            **({"keep_empty": True} if self.keep_empty else {}),
         }
 
 
@@ -182,8 +185,20 @@ def _select(
                 for category, f in candidates.items()
             }
             quota = quotas.of(split)
-            states[split] = _SplitState(opened, own, quota, set(select_images(own, quota, scope.seed)))
+            chosen = set(select_images(own, quota, scope.seed))
+            if quota is None:
+                chosen.update(_backgrounds(split, eligible(opened.backgrounds()), keep=scope.keep_empty))
+            states[split] = _SplitState(opened, own, quota, chosen)
     return states
+
+
+def _backgrounds(split: str, images: Sequence[str], *, keep: bool) -> Sequence[str]:
+    """Return the images without an object that are to be packed, of all of a split."""
+    if images:
+        found = f"{counted(len(images), 'image')} without an object of the requested classes"
+        done = "packed as background" if keep else "left out (--keep-empty packs them as background)"
+        logger.info("%s: %s: %s", split, found, done)
+    return images if keep else ()
 
 
 def _take_listed(

@@ -1,7 +1,7 @@
 """The interface between the builder and its sources, `builder.sources.openimages.source` and `builder.sources.coco`."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +80,9 @@ class SourceSplit(Protocol):
 
     def candidates(self) -> Mapping[int, Candidates]:
         """Return a dict from the id of each requested class to the images that count for it, sorted."""
+
+    def backgrounds(self) -> Sequence[str]:
+        """Return the images that are known to hold no object of the requested classes, sorted."""
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
         """Return a dict from names of images in a user's list to image ids, without unknown names."""

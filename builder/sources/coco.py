@@ -99,6 +99,17 @@ class CocoSplit:
                 (masked if planned.has_mask else boxed)[planned.annotation.category_id].add(image.key)
         return candidates_by_class(self.classes, masked, boxed)
 
+    def backgrounds(self) -> tuple[str, ...]:
+        """Return the images without an annotation of the requested classes, whatever the filters, sorted."""
+        wanted = frozenset(self.classes.wanted_labels)
+        names = self.instances.names
+        held = {
+            image.key
+            for image in self.instances.images.values()
+            if any(names[annotation["category_id"]] in wanted for _, annotation in image.annotations)
+        }
+        return tuple(sorted(self.instances.images.keys() - held))
+
     def find(self, names: Collection[str]) -> dict[str, str]:
         """Return the keys of images given by key, id, or file name (with or without `.jpg`)."""
         known: dict[str, str] = {}

@@ -70,6 +70,10 @@ class OpenImagesSplit:
         boxed = {} if boxes is None else self._images_by_class(boxes)
         return candidates_by_class(self.classes, self._images_by_class(masks), boxed)
 
+    def backgrounds(self) -> tuple[str, ...]:
+        """Return none: that an image is in no table of a class says nothing about the class."""
+        return ()
+
     def find(self, names: Collection[str]) -> dict[str, str]:
         """Return the names that are ImageIDs in the split's tables, as a mapping to themselves."""
         wanted = {"ImageID": pa.array(sorted(name for name in names if KEY.fullmatch(name)), pa.string())}

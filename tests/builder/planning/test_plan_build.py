@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,9 @@ class FakeSplit:
             return tuple(sorted(i for i, objects in self.table.items() if objects.get(name) is mask))
 
         return {c.id: Candidates(images(c.name, True), images(c.name, False)) for c in self.classes.wanted}
+
+    def backgrounds(self) -> Sequence[str]:
+        return ()
 
     def find(self, names: Collection[str]) -> Mapping[str, str]:
         return {name: name for name in names if name in self.table}

@@ -12,6 +12,7 @@ from builder.sources.coco import Coco, CocoSplit, parse_places
 from shards.common.errors import UserError
 from shards.format import rle
 from shards.format.dataset import open_dataset
+from shards.inspect.cli import main as inspect
 from shards.storage.location import Location
 from tests.builder.builds import accounts_of, samples_of
 from tests.builder.coco_scenes import IMAGE, document, write_coco
@@ -103,6 +104,29 @@ def test_a_list_names_images_by_id_key_or_file(scenes: Path, tmp_path: Path) -> 
     assert set(samples_of(tmp_path / "out")["train"]) == {f"{n:012d}" for n in (1, 8, 15)}
     unknown = [row["image_id"] for row in accounts_of(tmp_path / "out") if row["status"] == "image-unknown"]
     assert unknown == ["nowhere"]
+
+
+def test_images_without_objects_are_named_and_packed_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = write_coco(tmp_path, images=6)
+    value["annotations"] = [row for row in value["annotations"] if row["image_id"] not in (1, 8)]
+    (tmp_path / "instances.json").write_text(json.dumps(value))
+    caplog.set_level("INFO")
+    assert run(tmp_path, tmp_path / "out") == 0
+    assert len(samples_of(tmp_path / "out")["train"]) == 4
+    assert "train: 2 images without an object of the requested classes: left out (--keep-empty" in caplog.text
+    assert run(tmp_path, tmp_path / "all", "--keep-empty") == 0
+    samples = samples_of(tmp_path / "all")["train"]
+    assert len(samples) == 6
+    for number in (1, 8):
+        empty = samples[f"{number:012d}"]
+        assert (empty.instances, empty.verified_present, empty.verified_absent) == ((), (), (1, 2, 3, 4))
+    assert "--keep-empty" in (tmp_path / "all" / "README.md").read_text()
+    capsys.readouterr()
+    assert inspect(["--verify", str(tmp_path / "all")]) == 0
+    assert run(tmp_path, tmp_path / "no", "--keep-empty", "--per-class", "2") == 2
+    assert "--keep-empty is for all images" in capsys.readouterr().err
 
 
 def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Path) -> None:
