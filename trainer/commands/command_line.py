@@ -16,7 +16,7 @@ from shards.commands.command_line import Parser as Parser
 from shards.commands.command_line import print_to_reader
 from shards.common.errors import UserError
 from shards.common.text import one_line
-from trainer.commands.launcher import leave_status, register_rank
+from trainer.commands.launcher import is_ending, leave_status, register_rank
 
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
 
@@ -51,6 +51,7 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.number = number
+        is_ending.set()
         self.__exit__()
 
 

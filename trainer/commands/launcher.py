@@ -5,14 +5,21 @@ on: with a single rank it ends at once and leaves the rank running, with several
 a terminal reaches every process in the foreground: a signal that is passed on as well would be the second one of a
 rank, which ends it at once. So the launcher runs in a session without the terminal, every rank registers itself in a
 folder that an environment variable names, and each signal is passed on to each rank once.
+
+A launcher that is killed (SIGKILL) passes on nothing. So every rank watches its parent and, through a locked file in
+that folder, the process of `launch`; when one of them is gone, it ends as by SIGTERM, and if it is one of several, at
+the latest after GRACE_S.
 """
 
 import atexit
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +30,14 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RANKS = "MASKSTREAM_RANKS"  # environment variable: a folder with one empty file per rank, named by its process id
 STATUS = "status"  # file in that folder: exit status of the rank that failed first
 POLL_S = 0.1
+LOCKED = "launcher"  # file in that folder, which `launch` keeps locked as long as it lives
+WATCH_S = 1.0
+GRACE_S = 30.0  # for one of several ranks to finish its step and save: it may also wait forever for one that is gone
+# Set by `launch`, by torch's launcher, and by `accelerate launch` with one process: the parent is a launcher. Without
+# one, a script under `nohup` must survive its parent.
+LAUNCHED = (RANKS, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+
+is_ending = threading.Event()  # set once this process has received a signal that it ends by
 
 
 @contextmanager
@@ -52,7 +67,8 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
         one, else the launcher's.
     """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options]
-    with tempfile.TemporaryDirectory(prefix="maskstream-") as ranks:
+    with tempfile.TemporaryDirectory(prefix="maskstream-") as ranks, open(Path(ranks, LOCKED), "w") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         environment = {**os.environ, RANKS: ranks}
         process = subprocess.Popen([*accelerate, str(script), *arguments], start_new_session=True, env=environment)
         sent: Counter[int] = Counter()
@@ -61,16 +77,39 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
                 return _exit_status(process.wait(timeout=POLL_S), Path(ranks, STATUS), noted)
             except subprocess.TimeoutExpired:
                 if noted:
-                    pass_on(len(noted), (int(name) for name in os.listdir(ranks) if name != STATUS), sent)
+                    pass_on(len(noted), map(int, filter(str.isdecimal, os.listdir(ranks))), sent)
 
 
 def register_rank() -> None:
-    """Let the `launch` that started this process, if any, pass signals on to it until it exits."""
+    """Let the `launch` that started this process, if any, pass signals on to it until it exits; see `end_with`."""
+    if any(name in os.environ for name in LAUNCHED):
+        watch = threading.Thread(target=end_with, args=(os.getppid(), Path(os.environ.get(RANKS, ""), LOCKED)))
+        watch.daemon = True
+        watch.start()
     if RANKS in os.environ:
         file = Path(os.environ[RANKS], str(os.getpid()))
         with suppress(OSError):  # that `launch` has ended
             file.touch()
             atexit.register(file.unlink, missing_ok=True)
+
+
+def end_with(parent: int, locked: Path) -> None:
+    """Wait until the parent process is another one, or nobody locks a file, then end this process."""
+    while os.getppid() == parent and not _is_unlocked(locked):
+        time.sleep(WATCH_S)
+    if not is_ending.is_set():  # a second signal would end it at once
+        os.kill(os.getpid(), signal.SIGTERM)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(GRACE_S)
+        os._exit(128 + signal.SIGTERM)
+
+
+def _is_unlocked(file: Path) -> bool:
+    """Return whether a file that exists is locked by no process."""
+    with suppress(OSError), open(file) as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def leave_status(status: int) -> None:

@@ -24,12 +24,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from shards.common.text import counted
+from shards.storage.location import Location
 from trainer.commands import command_line as command
 from trainer.config.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
 from trainer.config.settings import Config, ConfigError
 from trainer.config.yaml_config import add_arguments, from_arguments
 from trainer.run.distributed import TrainingError, from_main
 from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
+from trainer.run.run_writer import RunWriter
 from trainer.run.step_report import PendingStep, exchange, loading, weighted_sum
 
 if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong argument
@@ -73,7 +75,13 @@ def train(config: Config) -> MaskRCNN:
         command.Stopped: a signal ended the run, which is saved.
     """
     command.start_logging()
-    t = set_up(config)
+    with RunWriter(Location(config.run.dir)) as writer:
+        return train_as(writer, config)
+
+
+def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
+    """Do what `train` does, as the writer of the run's folder."""
+    t = set_up(config, writer)
 
     from shards.stream.loader import loader
     from trainer.run.device_batches import DeviceBatches
@@ -117,6 +125,7 @@ def train(config: Config) -> MaskRCNN:
             if is_saved or signal:
                 share_buffers(t)
                 if record:
+                    writer.check()
                     record.flush(draw=t.step % config.train.steps_per_epoch == 0 or bool(signal))
                     save_state(t)
 

@@ -6,11 +6,11 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from shards.common.errors import StorageError, UserError
+from shards.common.errors import UserError
 from shards.storage.location import check_writable
 
 if TYPE_CHECKING:
@@ -107,12 +107,17 @@ def from_main(value: Any) -> Any:
 
 
 def main_can_write(folder: Location, option: str, accelerator: Accelerator) -> None:
-    """Check on the main rank that a folder is writable; the `StorageError` is raised on every rank, so none waits."""
+    """Check on the main rank that a folder is writable; errors as in `on_main`."""
+    on_main(lambda: check_writable(folder, option), accelerator)
+
+
+def on_main(action: Callable[[], None], accelerator: Accelerator) -> None:
+    """Run an action on the main rank; its `UserError` is raised on every rank, so that none waits."""
     problem = None
     if accelerator.is_main_process:
         try:
-            check_writable(folder, option)
-        except StorageError as error:
+            action()
+        except UserError as error:
             problem = error
     problem = from_main(problem)
     if problem is not None:

@@ -10,7 +10,8 @@ from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.schedule import Stage, stage_of, stages
 from trainer.config.settings import Config, ConfigError, TrainConfig
-from trainer.run.distributed import TRAINING_TIMEOUT, checkpoint_to_resume, main_can_write, start_accelerator
+from trainer.run.distributed import TRAINING_TIMEOUT, checkpoint_to_resume, main_can_write, on_main, start_accelerator
+from trainer.run.run_writer import RunWriter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,8 +51,8 @@ class Training:
         return self.ema.module if self.ema is not None else self.network
 
 
-def set_up(config: Config) -> Training:
-    """Create data, network and optimizer, in the state of the run's newest checkpoint.
+def set_up(config: Config, writer: RunWriter | None = None) -> Training:
+    """Create data, network and optimizer, in the state of the run's newest checkpoint, as the run's `writer`.
 
     UserError if settings or data are wrong, or storage fails; nothing is left in the run's folder then.
     """
@@ -74,6 +75,8 @@ def set_up(config: Config) -> Training:
     check_compile(config.train, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.train.accumulate  # `backward` divides the losses by it
     main_can_write(run, "--run.dir", accelerator)
+    if writer is not None:
+        on_main(writer.claim, accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
     stream = open_stream(config, dataset, accelerator, start=resumed.position if resumed else 0)
     if len(dataset.categories) < len(dataset.info.categories):

@@ -1,5 +1,6 @@
 """Signals to a comparison, in real processes: the current training saves and ends, and no process remains."""
 
+import fcntl
 import logging
 import os
 import shlex
@@ -9,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -98,6 +100,52 @@ def test_a_rank_is_registered_until_it_exits(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
     assert not list(tmp_path.iterdir())
+
+
+RANK = """
+import os, signal, sys, threading
+from trainer.commands import launcher
+launcher.WATCH_S = launcher.GRACE_S = 0.02
+launcher.register_rank()
+print("started", flush=True)
+if len(sys.argv) > 1:  # it waits for a rank that is gone
+    signal.signal(signal.SIGTERM, lambda number, frame: print("noted", flush=True))
+while True:
+    threading.Event().wait(1)
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@pytest.mark.parametrize("arguments", [[], ["deaf"]])
+def test_a_rank_ends_when_its_launcher_is_killed(arguments: list[str]) -> None:
+    more = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", PARENT, RANK, *arguments]
+    process = subprocess.Popen(command, env=tiny.environment(**more), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.kill()
+    assert process.stdout.read() == ("noted\n" if arguments else "")  # returns when the rank has ended
+    process.stdout.close()
+    process.wait()
+
+
+def test_a_rank_watches_the_process_that_launched_its_launcher(tmp_path: Path) -> None:
+    locked = tmp_path / launcher.LOCKED
+    assert not launcher._is_unlocked(locked)  # started by no `launch`
+    with open(locked, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not launcher._is_unlocked(locked)
+    assert launcher._is_unlocked(locked)
+
+
+def test_a_rank_that_saves_after_ctrl_c_is_not_signalled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for is_set in (False, True):
+        monkeypatch.setattr(launcher, "is_ending", Mock(is_set=Mock(return_value=is_set)))
+        launcher.end_with(-1, tmp_path)
+    assert sent == [signal.SIGTERM]
 
 
 def test_each_signal_is_passed_on_to_each_rank_once(monkeypatch: pytest.MonkeyPatch) -> None:
