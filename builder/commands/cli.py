@@ -55,8 +55,18 @@ def _cache_folder(options: BuildOptions) -> Iterator[str]:
         yield os.path.abspath(os.path.expanduser(options.cache))
 
 
+class _BarHandler(logging.StreamHandler):
+    """Handler that writes above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def _start_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BarHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("build-shards: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("builder").setLevel(logging.INFO)
@@ -121,7 +131,7 @@ def make_source(options: BuildOptions, cache: str) -> Source:
     from builder.sources.openimages.source import OpenImages
 
     annotations = source_location(options.annotations[0], anonymous=options.anonymous)
-    return OpenImages(images, annotations, Cache(cache))
+    return OpenImages(images, annotations, Cache(cache, lasting=not options.no_cache))
 
 
 if __name__ == "__main__":

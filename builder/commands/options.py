@@ -129,7 +129,7 @@ class BuildOptions:
     cache: str = _caching(
         default_cache_folder,
         "folder that keeps annotation tables (as Parquet) and zip directories for later builds from the same source: "
-        "about 1 GB for all of Open Images; may be deleted at any time",
+        "about 1 GB for all of Open Images, and up to 2.3 GB more during a download; may be deleted at any time",
         metavar="DIR",
     )
     no_cache: bool = _caching(False, "read everything from the source, and keep nothing after the run")

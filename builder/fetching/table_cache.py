@@ -12,6 +12,10 @@ source when it was read:
 
 Files are written atomically, so any number of processes may share a folder. Every page has a checksum: a damaged file
 is reported, deleted and read again from the source. A folder that cannot be written causes a warning and no error.
+
+While a table of more than a megabyte is downloaded, what has arrived of it is kept as well, if the store reports an
+ETag: a download that is interrupted or killed is resumed while the object has the same ETag
+(`builder.fetching.partial_file`).
 """
 
 import hashlib
@@ -19,6 +23,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -29,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.fetching.log_once import warn_once
+from builder.fetching.partial_file import PartialFile
 from shards.common.text import one_line
 from shards.storage.local_files import atomic_write
 from shards.storage.location import Location
@@ -36,8 +42,9 @@ from shards.storage.ranges import Description
 
 FORMAT = 1  # part of every file name: files of other versions of the cache are not read
 ROWS = 1 << 18  # at least, in a row group: the unit of writing, reading and filtering, a few tens of MB in memory
-SUFFIX, UNFINISHED = ".parquet", ".tmp"
-ABANDONED_S = 24 * 3600  # an unfinished file of this age belongs to a process that was killed
+SUFFIX, UNFINISHED, PARTIAL = ".parquet", ".tmp", ".part"
+# Files of this age belong to processes that were killed; a download may be resumed days later.
+ABANDONED_S = {UNFINISHED: 24 * 3600, PARTIAL: 7 * 24 * 3600}
 STATE_KEY = b"source"
 
 Result = TypeVar("Result")
@@ -73,10 +80,16 @@ class Content:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder on a local disk, created when it is first needed; with an empty name, nothing is cached."""
+    """A folder on a local disk, created when it is first needed; with an empty name, nothing is cached.
+
+    Attributes:
+        lasting: whether the folder outlives the process, so that downloads can be resumed.
+        known: names of the files that this process has written or read, and need not be logged again.
+    """
 
     folder: str
-    written: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files, by this process
+    lasting: bool = True
+    known: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def read(self, content: Content, use: Callable[[Iterator[pa.Table]], Result]) -> Result | None:
         """Return what `use` makes of the row groups of a file; None without a valid file.
@@ -113,7 +126,27 @@ class Cache:
             for table in tables:
                 writer.add(table)
                 yield table
-        self.written.add(content.file_name)
+        self.known.add(content.file_name)
+        with suppress(OSError):  # most have none
+            os.unlink(self._partial_path(content))
+
+    def open_partial(self, content: Content) -> PartialFile | None:
+        """Open what has arrived of a download; None if it is not kept, or if another process is downloading it.
+
+        It is not kept if the disk has less than twice the object's size left, because the cache itself comes first.
+        """
+        etag, size = content.description.etag, content.description.size
+        if not self.folder or not self.lasting or not etag or etag.startswith("W/"):  # a weak one may be of other bytes
+            return None
+        try:
+            if shutil.disk_usage(self.folder).free < 2 * (size or 0):
+                return None
+        except OSError:
+            return None
+        return PartialFile.open(self._partial_path(content), content.state)
+
+    def _partial_path(self, content: Content) -> str:
+        return os.path.join(self.folder, content.file_name + PARTIAL)
 
 
 NO_CACHE = Cache("")
@@ -184,7 +217,7 @@ class _Writer:
 def _remove_abandoned(folder: str) -> None:
     """Delete unfinished files of killed processes; those of running processes are younger."""
     for entry in os.scandir(folder):
-        if entry.name.endswith(UNFINISHED):
+        if limit := ABANDONED_S.get(os.path.splitext(entry.name)[1]):
             with suppress(OSError):  # another process was faster
-                if time.time() - entry.stat().st_mtime > ABANDONED_S:
+                if time.time() - entry.stat().st_mtime > limit:
                     os.unlink(entry.path)

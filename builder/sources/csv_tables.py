@@ -18,6 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from builder.fetching.fetch import Inventory, RangeFile
+from builder.fetching.download import Download
+from builder.fetching.fetch import Inventory
 from builder.fetching.log_once import warn_once
 from builder.fetching.table_cache import NO_CACHE, Cache, Content
 from shards.common.errors import UserError
@@ -33,7 +35,6 @@ from shards.common.text import counted, one_line
 from shards.storage.location import Location
 
 BLOCK_BYTES = 8 << 20
-HEAD_BYTES = 1 << 20  # read first; most tables are no longer
 HEADER_BYTES = 64 << 10  # the longest first line
 GATHER_ROWS = 1 << 19  # rows gathered before a filter of many values, which builds a hash table each time
 MANY_VALUES = 1 << 12
@@ -94,10 +95,11 @@ def read_table(
     content = Content(location, (inventory or Inventory()).of(location), json.dumps(dict(columns)), stored)
     selection = cache.read(content, lambda tables: _Selection(declared, where).add_all(tables))
     if selection is not None:
-        if content.file_name not in cache.written:
+        if content.file_name not in cache.known:
+            cache.known.add(content.file_name)
             logger.info("%s: %s from the cache", location, counted(selection.rows, "row"))
     else:
-        tables = cache.keep(content, _stream(content, newlines_in_values))
+        tables = cache.keep(content, _stream(content, newlines_in_values, cache))
         selection = _Selection(declared, where).add_all(tables)
     if not selection.rows:
         warn_once(location.url, "no rows", "has a header and no rows")
@@ -149,10 +151,15 @@ class _Selection:
         return rows
 
 
-def _stream(content: Content, newlines_in_values: bool) -> Iterator[pa.Table]:
+def _stream(content: Content, newlines_in_values: bool, cache: Cache) -> Iterator[pa.Table]:
     """Yield all rows of a CSV, block by block; see `read_table` for errors."""
-    location, schema = content.location, content.schema
-    file = _LineCounter(location, content.description, 0, HEAD_BYTES)
+    with _LineCounter(content.location, content.description, partial(cache.open_partial, content)) as file:
+        yield from _parse(file, content.schema, newlines_in_values)
+        file.check_unchanged()
+
+
+def _parse(file: "_LineCounter", schema: pa.Schema, newlines_in_values: bool) -> Iterator[pa.Table]:
+    location = file.location
     names = _read_header(location, file.kept[:HEADER_BYTES], schema.names)
     rows = 0
     try:
@@ -174,7 +181,6 @@ def _stream(content: Content, newlines_in_values: bool) -> Iterator[pa.Table]:
             if not newlines_in_values:
                 raise _not_a_table(location, found)
             warn_once(location.url, "line ends", f"{found}; if no value should, an unbalanced quote swallows rows")
-    file.check_unchanged()
 
 
 def _trimmed(rows: pa.Table) -> pa.Table:
@@ -219,7 +225,7 @@ def _not_a_table(location: Location, reason: str) -> UserError:
     return UserError(f"{location}: not the expected CSV table ({reason}): download it again, or check --annotations")
 
 
-class _LineCounter(RangeFile):
+class _LineCounter(Download):
     """Counts the non-blank lines of a file that is read once, from start to end."""
 
     lines = 0

@@ -2,6 +2,7 @@ import logging
 import os
 import resource
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_other_rows_of_a_cached_table_come_from_the_cache(
     assert not opened
     assert caplog.messages[0] == f"{table}: 1000 rows from the cache"
     assert caplog.messages[1] == f"{table}: 250 rows without ImageID or LabelName: left out"
+    assert sum("from the cache" in message for message in caplog.messages) == 1  # not once per read
     few = {"ImageID": "string", "LabelName": "string"}
     assert read_table(table, few, PEOPLE, cache=cache).column_names == list(few)
     assert len(list(Path(cache.folder).iterdir())) == 2  # other columns are in another file
@@ -207,14 +209,16 @@ def test_concurrent_writers_of_a_file_do_not_disturb_each_other(cache: Cache) ->
     assert only_file(cache) == path
 
 
-def test_unfinished_files_are_deleted_after_a_day(table: Location, cache: Cache) -> None:
+def test_unfinished_files_are_deleted_after_a_day_and_downloads_after_a_week(table: Location, cache: Cache) -> None:
     os.makedirs(cache.folder)
-    old, young = Path(cache.folder, "old.tmp"), Path(cache.folder, "young.tmp")
-    for path in (old, young):
+    ages = {"old.tmp": 2, "young.tmp": 0, "old.part": 8, "young.part": 2}  # days
+    for name, days in ages.items():
+        path = Path(cache.folder, name)
         path.write_bytes(b"half")
-    os.utime(old, (1, 1))
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
     read_table(table, COLUMNS, PEOPLE, cache=cache)
-    assert (old.exists(), young.exists()) == (False, True)
+    assert {path.name for path in Path(cache.folder).iterdir()} >= {"young.tmp", "young.part"}
+    assert not list(Path(cache.folder).glob("old.*"))
 
 
 def test_zip_directories_are_cached(tmp_path: Path, cache: Cache, opened: list[str]) -> None:
