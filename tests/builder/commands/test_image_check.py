@@ -114,6 +114,7 @@ def test_a_wrong_root_leaves_the_target_as_it_is_and_fails_a_dry_run(
     build(mirror(scenes), options, Location(str(out)))
     before = tree(out)
     caplog.set_level(logging.INFO, "builder")
+    caplog.clear()
     with pytest.raises(UserError, match="is there, such as"):
         build(mirror(scenes, empty), options, Location(str(out)), overwrite=True)
     assert tree(out) == before
