@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.commands.cli import main
-from builder.commands.options import default_cache_folder
+from builder.commands.cli import main, make_source
+from builder.commands.options import default_cache_folder, parse
 from builder.fetching import log_once, table_cache
 from builder.fetching.fetch import Inventory, RangeFile
 from builder.fetching.table_cache import Cache, Content
 from builder.fetching.zip_members import locate_members
 from builder.sources import csv_tables
 from builder.sources.csv_tables import read_table
+from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import StorageError
 from shards.storage.location import Location
@@ -266,6 +267,10 @@ def test_the_options_of_the_command(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     arguments = ["--classes", "Car", "--per-class", "3", "--eval-per-class", "0", "--dry-run"]
     arguments += ["--images", str(scenes.images), "--annotations", str(scenes.annotations)]
+    for more, lasting in (([], True), (["--no-cache"], False)):
+        source = make_source(parse([*arguments, *more]), str(tmp_path))
+        assert isinstance(source, OpenImages)
+        assert source.cache.lasting == lasting  # without a folder that stays, no download can be resumed
     assert main([*arguments, "--no-cache"]) == 0
     folder = tmp_path / "home" / "maskstream"
     assert not folder.exists()
