@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +23,7 @@ from builder.fetching.traffic import PROCESS, Meter
 from builder.tasks.plan import Member
 from shards.common.back_off import DAMAGED_READS
 from shards.common.errors import StorageError, UserError
+from shards.common.text import counted
 from shards.storage.location import Location
 
 ZIPS_AT_ONCE = 4  # the directory of a train zip of Open Images takes about 100 MB in memory while it is read
@@ -31,6 +32,7 @@ GAP_BYTES = 16 << 10  # reading this many unwanted bytes costs less than another
 SPAN_BYTES = 8 << 20  # the largest merged read
 SPARE_BYTES = 1 << 20  # unwanted bytes that may be read in all, by default
 DENSE = 2 / 3  # a stretch of which more than this share is wanted is read whole
+MIN_WANTED = 8  # files; that fewer are missing proves nothing about their zip
 MEMBER_BYTES = 64 << 20  # the largest size, compressed or not, of a member that may be a mask
 
 # The fields of a `Member`, without its zip.
@@ -70,7 +72,8 @@ def locate_members(
 ) -> dict[str, Member]:
     """Look up files in the central directories of zips; names that no zip holds are left out.
 
-    Costs about two requests per zip, and another one if a directory is longer than `TAIL_BYTES`.
+    The files may all be in one folder of a zip, as in one that was unpacked and zipped again. Costs about two requests
+    per zip, and another one if a directory is longer than `TAIL_BYTES`.
 
     Args:
         wanted: Zip -> the names to look up in it; no name is looked up in two zips.
@@ -78,27 +81,68 @@ def locate_members(
         inventory: Knows the versions of the zips to read.
 
     Raises:
-        UserError: Not a zip, or a damaged one.
+        UserError: Not a zip, or a damaged one; or none of the files is in the zips, as far as that is no coincidence.
         StorageError: A zip is missing, cannot be read, or was replaced while it was being read.
     """
     inventory = inventory or Inventory()
     inventory.load(list(wanted))
 
-    def find(location: Location) -> list[Member]:
+    def look_up(location: Location) -> _LookUp:
         content = Content(location, inventory.of(location), "zip directory", DIRECTORY)
-        select = partial(_rows_named, wanted[location])
-        rows = cache.read(content, select)
-        if rows is None:
-            rows = select(cache.keep(content, _read_directory(content)))
-        return [Member(zip_url=location.url, **row) for row in rows]
+        select = partial(_LookUp.of, wanted[location])
+        found = cache.read(content, select)
+        return select(cache.keep(content, _read_directory(content))) if found is None else found
 
     with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
-        return {member.name: member for members in pool.map(find, wanted) for member in members}
+        found = dict(zip(wanted, pool.map(look_up, wanted), strict=True))
+    empty = [location for location, one in found.items() if not one.rows]
+    if len(empty) < len(found):  # one of few files may be missing from a zip that is the right one
+        empty = [location for location in empty if found[location].has_folders or len(wanted[location]) >= MIN_WANTED]
+    if empty and (found[empty[0]].has_folders or sum(len(wanted[location]) for location in empty) >= MIN_WANTED):
+        raise _nothing_found(empty[0], sorted(wanted[empty[0]]), found[empty[0]])
+    return {
+        name: Member(zip_url=location.url, **row) for location, one in found.items() for name, row in one.rows.items()
+    }
 
 
-def _rows_named(names: Collection[str], tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
-    wanted = pa.array(sorted(names), pa.string())
-    return [row for table in tables for row in table.filter(pc.is_in(table["name"], value_set=wanted)).to_pylist()]
+@dataclass(frozen=True)
+class _LookUp:
+    """What a zip has of the wanted files: rows of its directory by name; and how many files, such as `example`."""
+
+    rows: dict[str, dict[str, Any]]
+    files: int
+    example: str
+
+    @property
+    def has_folders(self) -> bool:
+        """Whether the files of the zip are in folders, as far as the example says."""
+        return "/" in self.example
+
+    @classmethod
+    def of(cls, names: Collection[str], tables: Iterable[pa.Table]) -> Self:
+        """Look up files by their names at the top of a zip, or else in the one folder that has any of them."""
+        wanted = pa.array(sorted(names), pa.string())
+        folders: dict[str, dict[str, dict[str, Any]]] = {}
+        files, example = 0, ""
+        for table in tables:
+            own_names = table["name"]
+            if pc.any(pc.match_substring(own_names, "/")).as_py():
+                own_names = pc.replace_substring_regex(own_names, "^.*/", "")
+            for row in table.filter(pc.is_in(own_names, value_set=wanted)).to_pylist():
+                folder, _, name = row["name"].rpartition("/")
+                folders.setdefault(folder, {})[name] = row
+            files += table.num_rows
+            example = example or next(iter(table["name"].slice(table.num_rows // 2, 1).to_pylist()), "")
+        folders = {folder: rows for folder, rows in folders.items() if "" not in folders or not folder}
+        return cls(next(iter(folders.values())) if len(folders) == 1 else {}, files, example)
+
+
+def _nothing_found(location: Location, wanted: Sequence[str], found: _LookUp) -> UserError:
+    holds = f"{counted(found.files, 'file')}, such as {found.example!r}" if found.files else "no file"
+    return UserError(
+        f"{location}: it holds {holds}, and none of the {counted(len(wanted), 'mask')} looked for, such as "
+        f"{wanted[0]!r}: check --annotations (masks must be at the top of a zip, or all in one folder)"
+    )
 
 
 def _read_directory(content: Content) -> Iterator[pa.Table]:

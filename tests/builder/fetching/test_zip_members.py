@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.fetching import zip_members
+from builder.fetching.table_cache import Cache
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import DENSE, MemberError, extract, locate_members, plan_reads, read_members
 from builder.tasks.plan import Member
@@ -93,6 +94,43 @@ def test_an_empty_zip_contains_nothing_and_other_files_are_errors(tmp_path: Path
             locate_members({Location(str(tmp_path / "bad.zip")): ["a.png"]})
     with pytest.raises(StorageError, match=r"gone\.zip"):
         locate_members({Location(str(tmp_path / "gone.zip")): ["a.png"]})
+
+
+def zip_again(path: Path, folders: Sequence[str]) -> Location:
+    """Write `CONTENTS` into a zip with folders, one after another."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("__MACOSX/._x", b"")
+        for number, (name, data) in enumerate(CONTENTS.items()):
+            archive.writestr(f"{folders[number % len(folders)]}{name}", data)
+    return Location(str(path))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_masks_in_one_folder_of_a_zip_are_found(tmp_path: Path, cached: bool) -> None:
+    cache = Cache(str(tmp_path / "cache") if cached else "")
+    location = zip_again(tmp_path / "m.zip", ["some/train-masks-0/"])
+    for _ in range(2):
+        found = locate_members({location: CONTENTS}, cache=cache)
+        assert found.keys() == CONTENTS.keys()
+        assert read_members(list(found.values())) == [CONTENTS[name] for name in found]
+
+
+def test_a_zip_without_any_of_its_masks_is_an_error_that_says_what_it_holds(tmp_path: Path) -> None:
+    names = list(CONTENTS)
+    two = zip_again(tmp_path / "two.zip", ["a/", "b/"])
+    with pytest.raises(UserError, match=r"two\.zip: it holds 41 files, such as '[ab]/.*none of the 40 masks"):
+        locate_members({two: CONTENTS})
+    good = write_zip(tmp_path / "good.zip")
+    others = [f"{number}.png" for number in range(8)]
+    with pytest.raises(
+        UserError, match=r"good\.zip: it holds 40 files, such as .*none of the 8 masks looked for, such as '0\.png'"
+    ):
+        locate_members({good: others})
+    assert locate_members({good: others[:7]}) == {}  # a few masks of one zip may be missing
+    one_each = {zip_again(tmp_path / f"{number}.zip", [""]): [f"gone-{number}.png"] for number in range(8)}
+    with pytest.raises(UserError, match=r"none of the 1 mask looked for"):
+        locate_members(one_each)
+    assert locate_members({**one_each, good: names[:1]}).keys() == {names[0]}
 
 
 def test_extract_names_the_damage() -> None:
