@@ -20,7 +20,7 @@ from builder.planning.image_list import ImageList
 from builder.planning.plan_build import PlannedBuild
 from builder.sources.base import Source
 from builder.target.build_lock import BuildLock, refuse_if_held
-from builder.target.build_state import claim, finished_results, read_tables, remove_strays
+from builder.target.build_state import check_shards, claim, finished_results, read_tables, remove_strays
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
@@ -141,7 +141,8 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         command: the command to record in the dataset card.
 
     Raises:
-        UserError: another dataset or another running build in the root, or no image could be packed.
+        UserError: another dataset or another running build in the root, shards that were packed are gone from it, or no
+            image could be packed.
         StorageError: a location cannot be reached, read or written.
     """
     source, root, planned = prepared.source, prepared.root, prepared.planned
@@ -150,6 +151,7 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         confirm = partial(_check_images, prepared)
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite, confirm=confirm):
             dataset = open_dataset(root)
+            check_shards(root, dataset.info.shards, "Build the dataset again, with --overwrite")
             short = shortfalls(planned, *read_tables(dataset), dataset.categories)
             return Summary(already_built=True, chosen=planned.reports, shortfalls=tuple(short))
         tasks, by_name, resumed = _run(planned, prepared.job, prepared.engine, lock)
@@ -167,6 +169,7 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         _warn_of_empty_splits(prepared, rows)
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
+        check_shards(root, shards, "Run the same command again: it packs what is missing")
         origin = {**source.origin(), "choice": json.loads(canonical_json(planned.scope.recorded()))}
         info = write_tables(
             root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command

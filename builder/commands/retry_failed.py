@@ -20,7 +20,7 @@ from builder.packing.executors import Engine, execute
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_image, pack_images, read_masks
 from builder.planning.plan_build import PlannedBuild
 from builder.target.build_lock import BuildLock
-from builder.target.build_state import finish_retry, read_tables, retry_stage
+from builder.target.build_state import check_shards, finish_retry, read_tables, retry_stage
 from builder.tasks.plan import InlineMask, Member, PlannedImage, ShardTask
 from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import PACKED, RECOVERED, UNKNOWN, Account, failed_images
@@ -59,6 +59,7 @@ def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
                 f"{root}: holds a dataset of another plan: --retry-failed needs the command that built it, and "
                 "unchanged annotations and zips (otherwise build again, with --overwrite or another --out)"
             )
+        check_shards(root, info.shards, "Build the dataset again, with --overwrite")
         rows, accounts = read_tables(dataset)
         repairs = _repairs(planned, dataset, rows, accounts)
         stage = retry_stage(root)

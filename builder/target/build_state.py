@@ -18,8 +18,9 @@ from builder.packing.pack import RECORDS, TaskResult, record_location
 from builder.target.build_lock import LOCK_FILE
 from builder.tasks.plan import ShardTask, task_fingerprint
 from shards.common.errors import UserError
+from shards.common.text import counted
 from shards.format.accounts import Account, read_accounts
-from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo
+from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo, Shard
 from shards.format.dataset_card import README_FILE
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
@@ -93,6 +94,16 @@ def finished_results(root: Location, fingerprint: str, tasks: Sequence[ShardTask
         if result is not None and (result.shard is None or shards.get(result.shard.path) == result.shard.nbytes):
             results[task.name] = result
     return results
+
+
+def check_shards(root: Location, shards: Collection[Shard], remedy: str) -> None:
+    """Raise a UserError, with the remedy, unless the root has all of these shards in their full length."""
+    sizes = _split_sizes(root)
+    if lost := [shard.path for shard in shards if sizes.get(shard.path) != shard.nbytes]:
+        raise UserError(
+            f"{root}: {len(lost)} of {counted(len(shards), 'written shard')} gone or of another size, such as "
+            f"{lost[0]}: does something else write or delete there? {remedy}"
+        )
 
 
 def remove_strays(root: Location, shards: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
 from shards.format.jpeg import jpeg_size
 from shards.storage.location import Location
-from tests.builder.builds import accounts_of, build, mirror, quotas, tree
+from tests.builder.builds import accounts_of, build, mirror, quotas, retry_failed, tree
 from tests.builder.commands.conftest import CLASSES, EVERYTHING
 
 
@@ -53,6 +53,28 @@ def test_a_finished_root_is_unchanged_and_another_plan_is_refused(scenes: SceneT
     assert after.pop("train/notes.txt") == b"mine"
     build(mirror(scenes), other, Location(str(tmp_path / "fresh")))
     assert after == tree(tmp_path / "fresh")
+
+
+def test_shards_that_vanish_are_noticed_while_packing_and_afterwards(
+    scenes: SceneTruth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, folder = EVERYTHING | quotas(CLASSES, 3, 0), tmp_path / "out"
+    root = Location(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr("builder.commands.build.remove_strays", lambda *_: shutil.rmtree(folder / "train"))
+        with pytest.raises(UserError, match=r"gone or of another size, such as train/000000\.tar.*same command again"):
+            build(mirror(scenes), few, root)
+    assert not (folder / "dataset.json").exists()
+    build(mirror(scenes), few, root)
+    whole = tree(folder)
+    shards = sorted((folder / "train").iterdir())
+    shards[0].unlink()
+    shards[1].write_bytes(b"short")
+    for action in (build, retry_failed):
+        with pytest.raises(UserError, match=rf"2 of {len(shards)} written shards gone.*--overwrite"):
+            action(mirror(scenes), few, root)
+    build(mirror(scenes), few, root, overwrite=True)
+    assert tree(folder) == whole
 
 
 def test_an_unfinished_build_is_resumed_and_its_damaged_files_are_replaced(
