@@ -90,20 +90,22 @@ def to_json(result: Summary | Estimate, out: str) -> str:
 
 def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
     """Return a table of the requested classes and what is packed of them, and a line for each shortage and the rest."""
-    reports = {(report.split, report.name): report for report in chosen}
-    requested = [one for one in counts if (one.split, one.name) in reports]
+    found = {(one.split, one.name): one for one in counts}
     rows = []
-    for one in requested:
-        report = reports[one.split, one.name]
+    for report in chosen:
+        one = found.pop((report.split, report.name), ClassCounts(report.split, report.name, 0, 0, 0, 0))
         rows.append((one.split, one.name, report.asked, report.available, one.images, one.masks, one.boxes))
     columns = ["split", "class", "requested", "available", "images", "masks", "boxes"]
     lines = text_table(pd.DataFrame(rows, columns=columns))
     lines.append(f"requested: images; available: images of the class at the source; images, masks, boxes: {state}")
-    reasons = ((one.split, one.name, reports[one.split, one.name].reason) for one in requested)
-    lines += [f"{split} {name}: {reason}" for split, name, reason in reasons if reason]
-    others = [one for one in counts if (one.split, one.name) not in reports]
-    if others:
-        masks, boxes = sum(one.masks for one in others), sum(one.boxes for one in others)
+    lines += [f"{report.split} {report.name}: {report.reason}" for report in chosen if report.reason]
+    packed = {one.split for one in counts}
+    for split in dict.fromkeys(report.split for report in chosen if report.split not in packed):
+        empty = not any(report.available for report in chosen if report.split == split)
+        reason = "the source has no image of these classes for it" if empty else "none of its images could be packed"
+        lines.append(f"{split}: no image: {reason}")
+    if found:
+        masks, boxes = sum(one.masks for one in found.values()), sum(one.boxes for one in found.values())
         lines.append(f"other classes in these images: {counted(masks, 'mask')}, {counted(boxes, 'box', 'boxes')}")
     return lines
 

@@ -172,6 +172,10 @@ def _select(
     """Select images by quotas."""
     parts = scope.parts
     states: dict[str, _SplitState] = {}
+    absent = [split for split in SPLITS if quotas.of(split) and split not in source.splits and parts is None]
+    if absent:
+        remedy = "name its file in --annotations, or cut it from train with --splits partition"
+        logger.info("no %s split: the source has none: %s", " and no ".join(absent), remedy)
     for source_split, splits in layout.items():
         opened = _open(source, source_split, classes, scope.filters)
         candidates = opened.candidates()
@@ -260,7 +264,8 @@ def _report(
     where = "at the source" if scope.partition is None else "in this part of the source"
     for split, of_split in planned.items():
         if isinstance(scope.images, ImageList):
-            reports += report_classes(split, classes.wanted, of_split, classes_held(of_split), None)
+            held = classes_held(of_split)
+            reports += report_classes(split, classes.wanted, of_split, held, None) if of_split else []
         else:
             found = report_classes(split, classes.wanted, of_split, states[split].candidates, states[split].quota)
             reports += [explain_shortage(one, where, require_mask=scope.filters.require_mask) for one in found]

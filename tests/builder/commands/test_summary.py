@@ -1,10 +1,13 @@
 import itertools
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from builder.commands.build import Summary
+from builder.commands.cli import main
 from builder.commands.dry_run import SAMPLED
 from builder.commands.progress import Progress, duration
 from builder.commands.summary import render_estimate, render_summary
@@ -12,7 +15,10 @@ from builder.planning.plan_build import MIN_TRIED
 from demo.scenes import SceneTruth
 from shards.storage.location import Location
 from tests.builder.builds import build, estimate, mirror, quotas, s3_mirror
+from tests.builder.coco_scenes import CATEGORIES, document, write_coco
 from tests.support import Proxied
+
+SPLIT_FILES = {"train": "instances", "val": "val", "test": "test"}
 
 
 def test_a_dry_run_predicts_the_build_and_writes_nothing(s3_scenes: SceneTruth, bucket: str, proxied: Proxied) -> None:
@@ -50,6 +56,21 @@ def test_an_estimate_names_its_error(scenes: SceneTruth, tmp_path: Path) -> None
     text = render_estimate(found, "out")
     assert f"from the lengths of {found.sampled} images, {found.unavailable} of them unavailable" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_an_image_has_rows_of_zeros_and_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_coco(tmp_path, images=4)
+    (tmp_path / "val.json").write_text(json.dumps(document(annotations=[], categories=CATEGORIES)))
+    (tmp_path / "test.json").write_text(json.dumps(document(categories=CATEGORIES)))  # of an image that is not there
+    files = [f"{split}={tmp_path}/{name}.json" for split, name in SPLIT_FILES.items()]
+    command = ["--source", "coco", "--images", str(tmp_path / "images"), "--annotations", *files, "--workers", "1"]
+    for more in (["--dry-run"], []):
+        main([*command, "--out", str(tmp_path / "out"), "--classes", "person", "car", *more])
+        printed = re.sub(" +", " ", capsys.readouterr().out)
+        assert "\nval person 0 0 0 0 0\nval car 0 0 0 0 0\n" in printed
+        assert "\nval: no image: the source has no image of these classes for it\n" in printed
+        assert ("\ntest: no image: none of its images could be packed\n" in printed) == (not more)
+    assert "\ntest person 1 1 0 0 0\n" in printed
 
 
 def test_a_summary_counts_in_the_singular() -> None:
