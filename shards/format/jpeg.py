@@ -2,11 +2,12 @@
 
 import io
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
+
+from shards.common.errors import UserError
 
 _ORIENTATION = 0x0112  # tag of EXIF
 
@@ -30,9 +31,11 @@ def pillow_errors(wanted: str = "a JPEG") -> Iterator[None]:
         raise ImageError(f"not {wanted}") from error  # Pillow's text contains a memory address
     except Image.DecompressionBombError as error:
         raise ImageError(str(error), too_large=True) from error
+    except UserError:
+        raise
     # For damaged files there is no common type: it depends on the format and on where the damage is.
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
-        raise ImageError(str(error)) from error
+    except Exception as error:
+        raise ImageError(str(error) or type(error).__name__) from error
 
 
 def exif_orientation(data: bytes) -> int:

@@ -18,7 +18,7 @@ from shards.common.text import counted
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.config.command_options import PredictOptions
-from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, stem
+from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, read_image, stem
 from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def predict_files(options: PredictOptions) -> int:
 
     import torch
 
-    from trainer.data.collate import decode_image
+    from trainer.data.collate import IMAGE_FORMATS, decode_image
     from trainer.model.checkpoint import open_checkpoint
     from trainer.model.inference import detect
 
@@ -113,7 +113,7 @@ def predict_files(options: PredictOptions) -> int:
     with PredictionFiles(out, state.categories, labels) as files:
         for image, name in zip(images, picture_names(images, options.out), strict=True):
             try:
-                pixels = decode_image(Location(image).read())
+                pixels = decode_image(read_image(image), IMAGE_FORMATS)
             except UserError as error:
                 # A storage error already starts with the image's path.
                 message = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"

@@ -1,8 +1,12 @@
 """Images that are named on a command line, and file names of their pictures."""
 
+from __future__ import annotations
+
+import asyncio
 import os
 import posixpath
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shards.common.errors import UserError
@@ -10,6 +14,46 @@ from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of images in folders and globs
+LARGEST = 512 * 2**20  # bytes of an image; Pillow's own limit of pixels is 512 MiB of RGB
+TIMEOUT_S = 120.0  # for an image at an http URL
+
+
+def read_image(url: str) -> bytes:
+    """Return the bytes of an image; UserError if there are more than LARGEST, or if http takes more than TIMEOUT_S."""
+    place = Location(url)
+    with storage_errors(url):
+        if place.protocol in ("http", "https"):
+            from fsspec.asyn import sync
+
+            data = sync(place.fs.loop, _download, place.fs, place.path)
+        elif place.is_local:
+            with open(place.path, "rb") as file:  # it may be a device, which has no size
+                data = file.read(LARGEST + 1)
+        elif (place.fs.size(place.path) or 0) > LARGEST:
+            data = None
+        else:
+            data = place.fs.cat_file(place.path)
+    if data is None or len(data) > LARGEST:
+        raise UserError(f"{url}: it has more than {LARGEST >> 20} MiB: give an image")
+    return bytes(data)
+
+
+async def _download(fs: Any, url: str) -> bytes:
+    """Return at most LARGEST + 1 bytes of what a server sends, whatever length it states."""
+    parts, left = [], LARGEST + 1
+    try:
+        async with asyncio.timeout(TIMEOUT_S), (await fs.set_session()).get(fs.encode_url(url)) as answer:
+            if answer.status in (404, 410):
+                raise FileNotFoundError(url)
+            answer.raise_for_status()
+            async for part in answer.content.iter_any():
+                parts.append(part[:left])
+                left -= len(parts[-1])
+                if not left:
+                    break
+    except TimeoutError as error:
+        raise UserError(f"{url}: it did not arrive within {TIMEOUT_S:.0f} s: download it first") from error
+    return b"".join(parts)
 
 
 def find_images(names: Sequence[str]) -> list[str]:

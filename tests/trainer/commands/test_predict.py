@@ -3,7 +3,11 @@ import csv
 import io
 import json
 import re
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ from shards.format.dataset import Category
 from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import predict
-from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names
+from trainer.data.collate import IMAGE_FORMATS
+from trainer.prediction import image_inputs
+from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, read_image
 from trainer.prediction.output_files import submission_labels
 
 
@@ -31,6 +37,34 @@ def images(tmp_path: Path) -> list[Path]:
         path.write_bytes(tiny.draw_sample(number).image)
     Image.open(io.BytesIO(tiny.draw_sample(3).image)).convert("L").save(second)
     return [first, second, third]
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Sends bytes without end, or nothing, until the client leaves."""
+
+    def do_GET(self) -> None:
+        if "missing" in self.path:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.flush()
+        with suppress(ConnectionError):
+            while "endless" in self.path:
+                self.wfile.write(bytes(2**16))
+            self.rfile.read(1)
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def predicted(checkpoint: Path | str, out: Path | Location, *words: object) -> dict[str, Any]:
@@ -83,11 +117,36 @@ def test_an_image_that_cannot_be_read_is_skipped_and_a_thin_one_is_not(
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == f"predict: {missing}: there is no such object"
     assert re.match(f"predict: {broken}: .*cannot be decoded", errors[1])
-    assert errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: not in a format that Pillow reads"
+    assert (
+        errors[2] == f"predict: {text}: an image of 12 bytes cannot be decoded: not one of {', '.join(IMAGE_FORMATS)}"
+    )
     assert len(errors) == 3
     entries = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
     assert [(entry["picture"], entry["width"]) for entry in entries] == [("thin.jpg", 600), ("street.jpg", 72)]
     assert all((tmp_path / "out" / entry["picture"]).exists() for entry in entries)
+
+
+def test_an_image_is_read_within_limits_of_bytes_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endless: str
+) -> None:
+    monkeypatch.setattr(image_inputs, "LARGEST", 100_000)
+    place = Location(f"memory://{tmp_path.name}/a.jpg")
+    for size, local in ((100_000, tmp_path / "a.jpg"), (100_001, tmp_path / "b.jpg")):
+        local.write_bytes(bytes(size))
+        place.write(bytes(size))
+        for name in (str(local), str(place)):
+            if size == 100_000:
+                assert read_image(name) == bytes(size)
+                continue
+            with pytest.raises(UserError, match=f"^{name}: it has more than 0 MiB"):
+                read_image(name)
+    with pytest.raises(UserError, match=r"/endless\.jpg: it has more than 0 MiB"):
+        read_image(f"{endless}/endless.jpg")
+    with pytest.raises(UserError, match=r"/missing\.jpg: there is no such object"):
+        read_image(f"{endless}/missing.jpg")
+    monkeypatch.setattr(image_inputs, "TIMEOUT_S", 0.05)
+    with pytest.raises(UserError, match=r"/silent\.jpg: it did not arrive within 0 s"):
+        read_image(f"{endless}/silent.jpg")
 
 
 def test_picture_names_are_unique(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import struct
 import zlib
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from shards.common.errors import SampleError
 from shards.format import rle
 from shards.format.sample import Instance, Sample
 from trainer.config.settings import DataConfig
-from trainer.data.collate import EvalCollate, TrainCollate, decode_image
+from trainer.data.collate import IMAGE_FORMATS, EvalCollate, TrainCollate, decode_image
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
 from trainer.data.mask_bitmaps import BITMAP
 
@@ -180,7 +181,7 @@ def test_pin_memory_copies_the_images_of_an_eval_batch(monkeypatch: pytest.Monke
 def test_decode_image_converts_every_mode_to_rgb(mode, kind):
     image, file = Image.fromarray(pixels(40, 50)).convert(mode), io.BytesIO()
     image.save(file, kind)
-    decoded = decode_image(file.getvalue())
+    decoded = decode_image(file.getvalue(), IMAGE_FORMATS)
     assert (decoded.shape, decoded.dtype) == ((3, 40, 50), torch.uint8)
     expected = np.asarray(image.convert("RGB")).astype(int)
     assert np.abs(decoded.permute(1, 2, 0).numpy() - expected).mean() < 5
@@ -192,7 +193,7 @@ def test_decode_image_keeps_the_upper_eight_bits_of_16_bit_colours():
     data = b"\x89PNG\r\n\x1a\n"
     for name, content in ((b"IHDR", struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw))):
         data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), image)
+    assert np.array_equal(decode_image(data, IMAGE_FORMATS).permute(1, 2, 0).numpy(), image)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
@@ -200,25 +201,42 @@ def test_decode_image_keeps_the_upper_eight_bits_of_16_bit_grey(kind):
     grey = pixels(40, 50)[:, :, 0]
     rng = np.random.default_rng(0)
     stored = grey.astype(np.uint16) * 256 + rng.integers(0, 256, grey.shape, dtype=np.uint16)
-    decoded = decode_image(encoded(stored, kind))
+    decoded = decode_image(encoded(stored, kind), IMAGE_FORMATS)
     assert decoded.dtype == torch.uint8
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.stack([grey] * 3, axis=2))
     if kind == "TIFF":  # big-endian
-        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind)), decoded)
+        assert torch.equal(decode_image(encoded(stored.astype(">u2"), kind), IMAGE_FORMATS), decoded)
 
 
 def test_decode_image_ignores_exif_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees for display
     image = pixels(40, 50)
-    assert torch.equal(decode_image(encoded(image, exif=exif)), decode_image(encoded(image)))
+    assert torch.equal(
+        decode_image(encoded(image, exif=exif), IMAGE_FORMATS), decode_image(encoded(image), IMAGE_FORMATS)
+    )
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_decode_image_refuses_32_bit_numbers(kind):
     data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
     with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
-        decode_image(data)
+        decode_image(data, IMAGE_FORMATS)
+
+
+def test_decode_image_opens_no_other_format_than_those_asked_for():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"  # Pillow starts Ghostscript
+    png = encoded(pixels(4, 5), "PNG")
+    for data, formats, wanted in ((eps, IMAGE_FORMATS, "one of JPEG, PNG, "), (png, ("JPEG",), "a JPEG")):
+        with pytest.raises(SampleError, match=f"cannot be decoded: not {wanted}"):
+            decode_image(data, formats)
+
+
+def test_whatever_pillow_raises_is_an_image_that_cannot_be_decoded(monkeypatch):
+    for error in (RuntimeError("decode"), AttributeError("x"), struct.error("y"), AssertionError()):
+        monkeypatch.setattr(Image, "open", Mock(side_effect=error))
+        with pytest.raises(SampleError, match=f"cannot be decoded: {error or 'AssertionError'}"):
+            decode_image(b"")
 
 
 @pytest.mark.parametrize("collate", [TrainCollate(CONFIG, 0, 6), EvalCollate(6)])
