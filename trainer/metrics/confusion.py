@@ -37,7 +37,8 @@ class ConfusionMetric:
 
     Detections are matched in the order of their scores, first with objects of their own class, the remaining ones with
     those of other classes. An unmatched detection is a false positive, unless it is in a group-of region of its class,
-    or its class is not verified in the image: these are not counted. Detections below `score` are ignored.
+    or its class is not verified in the image: these are not counted. Detections below `score` are ignored. Classes are
+    those of the annotations, without a hierarchy: a man that is detected as a person is a confusion.
     """
 
     def __init__(self, categories: Sequence[Category], score: float) -> None:

@@ -6,8 +6,8 @@
 
 Boxes are y1, x1, y2, x2 in pixels, masks [H, W, N]; rows of zeros are padding. Some errors of matterport are fixed:
 
-- An object is found once. In matterport, the object found by the first prediction can be found again
-  (`gt_match[j] > 0`), so that duplicates raise the AP.
+- An object is found once. In matterport before October 2018, the object found by the first prediction can be found
+  again (`gt_match[j] > 0`), so that duplicates raise the AP.
 - Padding may be at any position, and is removed with its class, score and mask. matterport cuts scores and the masks of
   objects at the end, and classes not at all.
 - Predictions of equal score keep their order; matterport reverses it.

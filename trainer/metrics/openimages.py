@@ -5,7 +5,7 @@ official evaluator (`per_image_evaluation.py` of the TensorFlow Object Detection
 
   1. Classes. An object, a verified label and a detection count for their class and its ancestors, as far as these are
      among the dataset's classes. A class is evaluated in an image where it is verified, present or absent, or has an
-     annotation; detections of other classes are ignored.
+     annotation; detections of other classes are ignored. An image without any verified label has only the latter.
   2. Masks. Each detection, by descending score, is compared with the object of its class that it overlaps most. At IoU
      0.5 or more it is right, unless a detection with a higher score was matched with that object.
   3. Boxes. Most objects of Open Images have a box and no mask. One detection for each, by box IoU 0.5 or more, is
@@ -49,6 +49,7 @@ class Matches:
         scores: float32 [K].
         outcomes: uint8 [K] position in OUTCOMES.
         objects: int32 [G] category id of each object that has a mask, once per class that it counts for.
+        is_verified: whether the image has verified labels.
     """
 
     detections: NDArray[np.int64]
@@ -56,6 +57,7 @@ class Matches:
     scores: NDArray[np.float32]
     outcomes: NDArray[np.uint8]
     objects: NDArray[np.int32]
+    is_verified: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +86,24 @@ class ClassResult:
 
 @dataclass(frozen=True, slots=True)
 class OpenImagesResult:
-    """Mean AP, 0 to 1, None where no object has a mask; and each class in the dataset's order."""
+    """Mean AP, 0 to 1, None where no object has a mask; and each class in the dataset's order.
+
+    `unverified_images` have no verified label; with `has_hierarchy`, a detection counts for several classes.
+    """
 
     ap: float | None
     images: int
     classes: tuple[ClassResult, ...]
+    unverified_images: int = 0
+    has_hierarchy: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without the curves."""
-        return {"ap": self.ap, "images": self.images, "classes": [one.to_json() for one in self.classes]}
+        numbers = {"ap": self.ap, "images": self.images, "unverified_images": self.unverified_images}
+        return {**numbers, "classes": [one.to_json() for one in self.classes]}
 
     def count(self, outcome: int) -> int:
-        """Return the number of detections of all classes with this outcome."""
+        """Return the number of detections with this outcome, each once for every class that it counts for."""
         return sum(one.outcomes[OUTCOMES[outcome]] for one in self.classes)
 
 
@@ -130,7 +138,8 @@ class OpenImagesMetric(PerImageMetric[Matches, OpenImagesResult]):
             for category in self.categories
         )
         defined = [one.ap for one in classes if one.ap is not None]
-        return OpenImagesResult(float(np.mean(defined)) if defined else None, len(records), classes)
+        unverified, ap = sum(not record.is_verified for record in records), float(np.mean(defined)) if defined else None
+        return OpenImagesResult(ap, len(records), classes, unverified, bool(self.parents))
 
 
 def match(image: EvaluatedImage, parents: Parents) -> Matches:
@@ -152,7 +161,8 @@ def match(image: EvaluatedImage, parents: Parents) -> Matches:
     outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
     outcomes[_in_region(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
     objects = truth[masked & ~groups].astype(np.int32)
-    return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, objects)
+    is_verified = bool(image.sample.verified_present or image.sample.verified_absent)
+    return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, objects, is_verified)
 
 
 def verified_classes(sample: Sample, parents: Parents) -> set[int]:

@@ -19,9 +19,9 @@ CLASS_TITLES = [("", "class"), ("", "objects"), ("", "masks"), ("COCO boxes", "A
 CLASS_TITLES += [("COCO masks", "AP"), ("COCO masks", "AP50"), ("Open Images masks", "AP50")]
 NOTHING, MISSED = "(nothing annotated)", "(nothing found)"
 IGNORED = {  # by the Open Images AP, with what COCO's mask AP does instead
-    UNMASKED: "on an object that has a box and no mask: COCO's mask AP counts each as an error, although it is right",
-    UNVERIFIED: "of a class that nobody verified in the image: COCO counts each as an error, although it may be right",
-    GROUP: "in a group-of region of the same class: COCO ignores them as well",
+    UNMASKED: "on an object that has a box and no mask: errors by COCO's mask AP, unless they overlap a masked object",
+    UNVERIFIED: "of a class that nobody verified in the image: errors by COCO, although they may be right",
+    GROUP: "in a group-of region of the same class: COCO ignores them as well, at IoU 0.5",
 }
 
 
@@ -83,9 +83,19 @@ def class_table(evaluation: Evaluation) -> list[str]:
 
 def ignored_detections(evaluation: Evaluation) -> list[str]:
     """Return why COCO's mask AP and the Open Images AP differ, with the counts of this evaluation."""
-    counts = {outcome: evaluation.open_images.count(outcome) for outcome in IGNORED}
-    lines = [f"Detections that the Open Images AP leaves out: {sum(counts.values())}"]
-    return lines + [f"  {count} {IGNORED[outcome]}" for outcome, count in counts.items() if count]
+    result = evaluation.open_images
+    counts = {outcome: result.count(outcome) for outcome in IGNORED}
+    once = ", counted once for each class of the hierarchy that they count for" if result.has_hierarchy else ""
+    lines = [f"Detections that the Open Images AP leaves out{once}: {sum(counts.values())}"]
+    lines += [f"  {count} {IGNORED[outcome]}" for outcome, count in counts.items() if count]
+    if result.unverified_images:
+        lines.append(
+            f"{counted(result.unverified_images, 'image')} without verified labels: training takes the annotations as "
+            "complete there; the Open Images AP leaves out detections of classes without an annotation"
+        )
+    if result.has_hierarchy:
+        lines.append("The confusion matrix is of classes as annotated, without the hierarchy.")
+    return lines
 
 
 def class_csv(evaluation: Evaluation, categories: Sequence[Category]) -> str:

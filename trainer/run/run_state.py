@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torchvision.models.detection import MaskRCNN
 
-    from shards.format.dataset import Dataset
+    from shards.format.dataset import Category, Dataset
+    from shards.format.index import Index
     from shards.stream.streams import ShardStream
     from trainer.data.instances import Batch
     from trainer.run.optim import MovingAverage
     from trainer.step.trainable import Trainable
 
 log = logging.getLogger("trainer.run.run_state")
+
+FEW_MASKS = 50  # of a class; with fewer, its masks are hardly learnt
+SHOWN_CLASSES = 10  # in a warning
 
 
 @dataclass
@@ -82,6 +87,9 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
     if len(dataset.categories) < len(dataset.info.categories):
         names = ", ".join(category.name for category in dataset.categories)
         log.info("training on %s: objects of the dataset's other classes are background", names)
+    warnings = mask_warnings(dataset.index(config.data.split), dataset.categories)
+    for warning in warnings if accelerator.is_main_process else ():
+        log.warning("data.split %s: %s", config.data.split, warning)
     if resumed:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
 
@@ -103,6 +111,29 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
             t.ema.module.load_state_dict(resumed.weights)
             cache_norms(t, t.ema.module)
     return t
+
+
+def mask_warnings(index: Index, categories: Sequence[Category]) -> list[str]:
+    """Return a warning about the classes without a mask in a split, and one about those with few, if there are any."""
+    objects, masks = index.counts("instances", categories), index.counts("masks", categories)
+    groups = index.counts("groups", categories)
+    without, few = [], []
+    for category in categories:
+        alone = objects[category.id] - groups[category.id]
+        if alone > 0 and masks[category.id] < min(FEW_MASKS, alone):
+            kind = few if masks[category.id] else without
+            kind.append(f"{category.name} ({masks[category.id]} of {counted(alone, 'object')})")
+    effect = "boxes and classes are learnt, masks"
+    return [
+        f"{what}: {_some(found)}: {effect} {how}"
+        for what, found, how in (("no mask", without, "never"), ("few masks", few, "hardly"))
+        if found
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
+    return ", ".join(names[:SHOWN_CLASSES]) + more
 
 
 def check_compile(train: TrainConfig, processes: int) -> None:

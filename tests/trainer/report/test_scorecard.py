@@ -33,8 +33,9 @@ def test_summary_and_class_csv_count_the_detections_that_only_coco_counts_as_err
     table = summary(evaluation)
     assert table.startswith("1 image, 2 objects, 1 with a mask, 4 detections\n")
     assert "Detections that the Open Images AP leaves out: 3\n" in table
-    assert "1 on an object that has a box and no mask: COCO's mask AP counts each as an error" in table
-    assert "1 of a class that nobody verified in the image: COCO counts each as an error" in table
+    assert "1 on an object that has a box and no mask: errors by COCO's mask AP, unless they overlap a" in table
+    assert "1 of a class that nobody verified in the image: errors by COCO, although they may be right" in table
+    assert "1 image without verified labels: training takes the annotations as complete there" in table
     assert "1 in a group-of region of the same class: COCO ignores them as well" in table
     assert re.search(r"^Person +2 +1 +\S+ +\S+ +50\.0 +50\.0 +100\.0$", table, re.M)
     assert re.search(r"^mean +2 +1( +\S+){5}$", table, re.M)
@@ -46,6 +47,18 @@ def test_summary_and_class_csv_count_the_detections_that_only_coco_counts_as_err
     assert (rows[0]["right"], rows[0]["unmasked"], rows[1]["group"], rows[2]["unverified"]) == ("1", "1", "1", "1")
     assert (rows[0]["objects"], float(rows[0]["mask_ap50"])) == ("2", evaluation.coco.segm.classes[0].ap50)
     assert (rows[2]["name"], rows[2]["mid"], rows[2]["mask_ap"]) == (CATEGORIES[2].name, "/m/s", "")
+
+
+def test_with_a_hierarchy_the_summary_says_what_is_counted_several_times_and_what_ignores_it() -> None:
+    pairs = [(sample(instance(1, A), absent=(2,)), found((1, A, 0.9), (5, B, 0.8)))]
+    with_parents = evaluate(OpenImagesMetric(CATEGORIES, {5: (2,)}), *pairs)
+    lines = summary(Evaluation(evaluate(CocoMetric(CATEGORIES), *pairs), with_parents)).splitlines()
+    assert any(
+        line.startswith("Detections that the Open Images AP leaves out, counted once for each") for line in lines
+    )
+    assert lines[-1] == "The confusion matrix is of classes as annotated, without the hierarchy."
+    assert not any("without verified labels" in line for line in lines)
+    assert "hierarchy" not in summary(evaluation_of(pairs))
 
 
 def test_the_mean_of_a_curve_is_the_ap() -> None:

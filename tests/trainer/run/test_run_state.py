@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from shards.format import rle
+from shards.format.dataset import Category
+from shards.format.sample import Instance
+from tests.support import write_dataset
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.model.backbones import FrozenBatchNorm2d
 from trainer.model.build import build_model
-from trainer.run.run_state import set_up
+from trainer.run.run_state import mask_warnings, set_up
 
 
 def types_of_norms(network: nn.Module) -> set[torch.dtype | None]:
     """The types in which the frozen norms of a network are cached; None for one that is not."""
     norms = [module for module in network.modules() if isinstance(module, FrozenBatchNorm2d)]
     return {None if norm.cached is None else norm.cached[0].dtype for norm in norms}
+
+
+def test_classes_with_no_or_few_masks_are_named_at_the_start(tmp_path: Path) -> None:
+    box = (4.0, 4.0, 30.0, 30.0)
+    one = tiny.draw_sample(1)
+    masked, bare = Instance(1, box, rle.encode(np.ones((one.height, one.width)))), Instance(2, box, None)
+    group = Instance(3, box, None, is_group_of=True)
+    instances = (*[masked] * 3, replace(masked, segmentation=None), *[bare] * 12, group, replace(masked, category_id=4))
+    names = ("Square", "Tree", "Crowd", "Disc")
+    categories = tuple(Category(number, name, "") for number, name in enumerate(names, 1))
+    dataset = write_dataset(tmp_path, {"train": [replace(one, instances=instances)]}, categories=categories)
+    assert mask_warnings(dataset.index("train"), categories) == [
+        "no mask: Tree (0 of 12 objects): boxes and classes are learnt, masks never",
+        "few masks: Square (3 of 4 objects): boxes and classes are learnt, masks hardly",
+    ]
 
 
 def test_frozen_norms_are_cached_in_a_new_and_in_a_resumed_run(dataset: Path, tmp_path: Path) -> None:
