@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from shards.common.argument_checks import is_text
 from shards.common.errors import UserError
 from shards.common.redact import redact
 from shards.common.text import did_you_mean, one_line
@@ -39,6 +40,9 @@ class Parser(argparse.ArgumentParser):
             import argcomplete  # type: ignore[import-not-found]
 
             argcomplete.autocomplete(self)
+        for word in sys.argv[1:] if args is None else args:
+            if not is_text(word):  # a path that cannot be a URL, a key of a store, or text in a file
+                self.error(f"argument {word!r} is not UTF-8: rename the file or folder")
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False  # checked below: a misspelt option is unknown, not missing
@@ -81,7 +85,12 @@ def run(
 
 
 def print_to_reader(command: Callable[[], int]) -> int:
-    """Run a command and return its exit status; `UNREAD`, without a message, if the reader of its output is gone."""
+    r"""Run a command and return its exit status; `UNREAD`, without a message, if the reader of its output is gone.
+
+    Characters that the output's encoding does not have are written as `\u00e4`, as Python does on stderr.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return command()

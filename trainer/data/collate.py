@@ -175,7 +175,7 @@ def decode_sample(sample: Sample) -> Tensor:
     return image
 
 
-def decode_image(data: bytes, formats: Sequence[str] = ("JPEG",)) -> Tensor:
+def decode_image(data: bytes, formats: tuple[str, ...] = ("JPEG",)) -> Tensor:
     """Decode an image of one of some formats, by Pillow's names; of no other, because some start other programs.
 
     EXIF orientation is ignored, because annotations refer to the pixels as stored. 16-bit channels keep their upper

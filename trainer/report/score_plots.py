@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from trainer.metrics.coco import RECALLS
 from trainer.metrics.confusion import Confusion
 from trainer.metrics.openimages import ClassResult
 from trainer.report.scorecard import MISSED, NOTHING, Evaluation, in_percent
-from trainer.run.plots import png
+from trainer.run.plots import Figure, png
 
 NAMED_CURVES = 10  # classes with a colour and a name; the others are grey
 MATRIX_CLASSES = 25  # most classes in the picture of the matrix; the CSV has all

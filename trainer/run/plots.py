@@ -1,12 +1,20 @@
 """Plots of a run: losses, AP, images/s, the wait for data, and the learning rate over the steps."""
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+try:
+    from matplotlib.figure import Figure
+except ValueError:
+    # MPLBACKEND of a notebook's kernel, which its `!` commands inherit, names a backend of the notebook's environment.
+    # Figures are drawn without any.
+    os.environ.pop("MPLBACKEND")
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or evaluations.jsonl
 Floats = NDArray[np.float64]

@@ -1,5 +1,6 @@
 """Options of a flat dataclass, as `build-shards` has them; sections are tested with the trainer's settings."""
 
+import io
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,3 +150,15 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("try", Mock(side_effect=UserError("two\nlines")), show=lambda text: one_line(text).upper()) == 2
     assert run("try", Mock(side_effect=KeyboardInterrupt), interrupted="run it again") == 130
     assert capsys.readouterr().err == "try: error: TWO LINES\ntry: run it again\n"
+
+
+def test_an_argument_that_is_not_utf8_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"argument 'm\\udce4rz' is not UTF-8: rename the file or folder"):
+        parse("--per-class", "3", "m\udce4rz")
+
+
+def test_characters_that_the_output_does_not_have_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run("test", lambda: print("B\xe4r \u732b \udce4") or 0) == 0
+    assert output.buffer.getvalue() == b"B\\xe4r \\u732b \\udce4\n"  # type: ignore[attr-defined]

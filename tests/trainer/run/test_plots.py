@@ -1,8 +1,20 @@
+import subprocess
+import sys
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import REPOSITORY
 from trainer.run.plots import downsampled, draw_curves
+
+
+def test_the_backend_of_a_notebook_that_is_not_installed_here_does_not_matter() -> None:
+    """As in `!maskstream train` in a notebook, with an environment of its own."""
+    environment = {"MPLBACKEND": "module://a_notebook.inline", "PYTHONPATH": str(REPOSITORY), "PATH": ""}
+    code = "from trainer.run.plots import Figure, png; print(png(Figure())[1:4])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("b'PNG'\n", "")
 
 
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 5))
