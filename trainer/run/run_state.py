@@ -117,7 +117,7 @@ def mask_warnings(index: Index, categories: Sequence[Category]) -> list[str]:
     """Return a warning about the classes without a mask in a split, and one about those with few, if there are any."""
     objects, masks = index.counts("instances", categories), index.counts("masks", categories)
     groups = index.counts("groups", categories)
-    without, few = [], []
+    without, few = list[str](), list[str]()
     for category in categories:
         alone = objects[category.id] - groups[category.id]
         if alone > 0 and masks[category.id] < min(FEW_MASKS, alone):
