@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 except ValueError:
     # MPLBACKEND of a notebook's kernel, which its `!` commands inherit, names a backend of the notebook's environment.
     # Figures are drawn without any.
     os.environ.pop("MPLBACKEND")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or evaluations.jsonl
 Floats = NDArray[np.float64]
