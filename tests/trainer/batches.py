@@ -49,6 +49,14 @@ def small_network() -> MaskRCNN:
     return build_model(model, DataConfig(min_size=96, max_size=128), 4).train()
 
 
+def shallow_network() -> MaskRCNN:
+    """A `small_network` with half the blocks, for `torch.compile`, which takes long for each."""
+    network = small_network()
+    for level in (1, 2, 3, 4):
+        del getattr(network.backbone.body, f"layer{level}")[1]
+    return network
+
+
 def scene(seed: int, height: int, width: int, objects: int) -> tuple[Tensor, list[np.ndarray], Tensor]:
     """A noise image, uint8 [3, H, W], elliptic masks and labels."""
     rng = np.random.default_rng(seed)
