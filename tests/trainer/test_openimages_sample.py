@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builder.commands.cli import main as build_shards
 from demo.s3server import S3Server
 from shards.format import rle
 from shards.format.dataset import Category, open_dataset
@@ -17,6 +18,7 @@ from tests.trainer import tiny
 from tests.trainer.metrics.reference import open_images_ap, pycocotools_stats
 from tests.trainer.metrics.scenes import evaluate
 from tests.trainer.metrics.test_coco import numbers
+from trainer.commands import train
 from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric
 from trainer.model.inference import Detections
@@ -34,15 +36,13 @@ def shards(s3: S3Server) -> str:
         s3.upload(SAMPLE / folder, f"photographs/{folder}")
     root, source = "s3://photographs/shards", "s3://photographs"
     sources = ["--images", f"{source}/open-images-dataset", "--annotations", f"{source}/openimages"]
-    built = tiny.run("-m", ["builder.commands.cli", "--per-class", "1000", *sources, "--no-cache", "--out", root])
-    assert built.returncode == 0, built.stderr
+    assert build_shards(["--per-class", "1000", *sources, "--no-cache", "--out", root]) == 0
     return root
 
 
-def test_two_ranks_train_from_s3(shards: str, tmp_path: Path) -> None:
+def test_train_from_s3(shards: str, tmp_path: Path) -> None:
     options = tiny.arguments(shards, tmp_path, data__workers=1, train__steps_per_epoch=3)
-    trained = tiny.run(REPOSITORY / "trainer" / "train.py", options, ranks=2)
-    assert trained.returncode == 0, trained.stderr
+    assert train.main(options) == 0
     rows = tiny.rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(row["loss"]) for row in rows)
