@@ -1,5 +1,6 @@
 """What tests of several packages share: an S3 server, drawn scenes in the Open Images layout, and a browser."""
 
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,12 @@ settings.load_profile("maskstream")
 
 
 def pytest_configure() -> None:
-    """A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that tests send it to."""
+    """Give each process one thread, also those that tests start, and Ctrl-C its effect.
+
+    Tests run side by side, and on tiny tensors several threads mostly wait for each other. A shell starts what it puts
+    into the background deaf to Ctrl-C, and so would be all that tests send it to.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -241,7 +241,7 @@ def test_a_checkpoint_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         state["files"][name] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (place / "state.json").write_text(json.dumps(state).replace("RUN", str(tmp_path)))
     dataset = write_dataset("t", 24).root.url
-    settings = {"data__val_split": "", "train__steps_per_epoch": 4, "train__ema": 0.9}
+    settings = {"data__val_split": "", "train__steps_per_epoch": 4, "train__ema": 0.9, "model__backbone": "resnet18"}
     assert train(tiny.arguments(dataset, tmp_path, **settings)) == 0
     [row] = tiny.rows(tmp_path / "metrics.jsonl")
     assert (row["step"], row["position"]) == (4, 4)

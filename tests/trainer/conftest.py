@@ -16,8 +16,7 @@ from tests.trainer import tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_trainings() -> None:
-    # On tiny tensors several threads mostly wait for each other.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # where this folder was named, torch is imported before OMP_NUM_THREADS is set
     gc.freeze()  # accelerate collects garbage in every stage: not among all that the tests imported
 
 
@@ -61,7 +60,7 @@ def fresh_accelerator() -> Iterator[Callable[[], None]]:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `two_ranks.py` left, launched once for all test processes."""
+    """The folder that `two_ranks.py` left, run once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder = root / "two-ranks"
@@ -70,7 +69,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not folder.exists():
             tiny.write_dataset(folder / "data")
             (folder / "file").touch()
-            done = tiny.run(Path(__file__).parent / "commands" / "two_ranks.py", [str(folder)], ranks=2)
+            done = tiny.run(Path(__file__).parent / "commands" / "two_ranks.py", [str(folder)])
             (folder / "stderr").write_text(done.stderr)
     assert (folder / "rank-1.json").exists(), (folder / "stderr").read_text()
     return folder

@@ -34,7 +34,7 @@ COLOURS = {1: (220, 50, 40), 2: (40, 80, 220)}
 # A run of seconds.
 SECTIONS = """
 data: {batch_size: 2, workers: 0, lanes: 2, min_size: 64, max_size: 64}
-model: {backbone: resnet18, norm: batch, weights: none, fpn_channels: 16, box_head_features: 32,
+model: {backbone: mobilenet_v2, norm: batch, weights: none, fpn_channels: 16, box_head_features: 32,
         mask_head_channels: [16], anchor_sizes: [8, 16, 32, 48, 64], rpn_pre_nms: [100, 100], rpn_post_nms: [50, 30],
         rois_per_image: 16, detections_per_image: 20}
 optim: {lr: 0.005, warmup_steps: 3}
@@ -150,12 +150,16 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def launch_options(ranks: int) -> list[str]:
-    """Return the arguments of `accelerate launch` for a number of CPU processes."""
+def free_port() -> int:
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    several = ["--multi_gpu", "--main_process_port", str(port)] if ranks > 1 else []
+        return int(probe.getsockname()[1])
+
+
+def launch_options(ranks: int) -> list[str]:
+    """Return the arguments of `accelerate launch` for a number of CPU processes."""
+    several = ["--multi_gpu", "--main_process_port", str(free_port())] if ranks > 1 else []
     common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return ["--num_processes", str(ranks), *common, *several]
 

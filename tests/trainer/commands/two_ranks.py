@@ -1,6 +1,8 @@
-"""All that two ranks do together and end normally, in one launch: `accelerate launch two_ranks.py FOLDER`.
+"""All that two ranks do together and end normally: `python two_ranks.py FOLDER`.
 
-Each rank leaves `rank-N.json` with what it saw, next to the folders of the runs; `test_two_ranks.py` looks at them.
+The second rank is forked when everything is imported: starting a launcher and two ranks would take longer than what
+they do, and other tests launch them. Each rank leaves `rank-N.json` with what it saw, next to the folders of the runs;
+`test_two_ranks.py` looks at them.
 """
 
 import gc
@@ -25,7 +27,12 @@ from trainer.commands import evaluate, predict, train
 from trainer.run import distributed
 from trainer.run.run_state import begin_stage
 
-FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
+FOLDER = Path(sys.argv[1])
+PORT = str(tiny.free_port())
+SECOND = os.fork()  # its process id, or 0 in itself
+RANK = 0 if SECOND else 1
+os.environ |= {"RANK": str(RANK), "LOCAL_RANK": str(RANK), "WORLD_SIZE": "2"}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
 # Every part of a run's state at once.
 EVERYTHING = tiny.STAGES | {
     "train__accumulate": 2,
@@ -103,7 +110,6 @@ def predict_twice(accelerator: Accelerator) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     gc.freeze()  # as in the fixture of the other trainings
     Accelerator.end_training = lambda self: None  # it would end the group of processes
     mock.patch("trainer.run.runlog.draw_curves", return_value=b"").start()  # slower than the training
@@ -119,6 +125,8 @@ def main() -> None:
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     predict_twice(accelerator)
     (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(facts))
+    if SECOND:
+        os.waitpid(SECOND, 0)
 
 
 if __name__ == "__main__":
