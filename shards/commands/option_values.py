@@ -11,6 +11,7 @@ import yaml
 from shards.common.errors import UserError
 from shards.common.text import did_you_mean, one_line
 
+LARGEST_YAML = 100_000  # values in a file of options
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -23,12 +24,31 @@ class YamlError(ValueError):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """Return the value of YAML; raises YamlError."""
+    """Return the value of YAML; raises YamlError, also for one that its aliases (`*name`) make too large or endless."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        if (count := _count(value, {})) > LARGEST_YAML:
+            raise YamlError(f"its aliases expand to {count:.0e} values")
+        return value
     # PyYAML converts values such as 2024-13-45 or `!!bool x` without a check, and nested ones by recursion.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise YamlError(one_line(error)) from error
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Return the number of values in a value of YAML, where an alias counts like what it stands for.
+
+    `known` are those of the containers that were counted, by `id`, 0 for those around `value`.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    elif not known[id(value)]:
+        raise YamlError("an alias stands for a value that contains it")
+    return known[id(value)]
 
 
 def parsed(text: str, hint: Any) -> Any:

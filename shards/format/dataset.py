@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from shards.common.argument_checks import flat, is_text
 from shards.common.errors import DatasetError, StorageError
 from shards.common.text import counted, one_line, shown
 from shards.format.index import LARGEST_ID, Index, IndexFile
+from shards.format.index_schema import index_error, size_fault
 from shards.format.sample import Category as Category
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
@@ -126,6 +128,10 @@ def _check_values(info: DatasetInfo) -> None:
         if not 1 <= category.id <= LARGEST_ID:
             raise ValueError(f"id of a category is {shown(category.id)}: ids are from 1 to {LARGEST_ID}")
     for shard in info.shards:
+        if not all(part.strip(".") for part in shard.path.split("/")) or re.search(r"[\\:?#]|\s", shard.path):
+            raise ValueError(
+                f"path of a shard is {shown(shard.path)}: it must be under the dataset, as train/000000.tar"
+            )
         if shard.split not in SPLITS:
             raise ValueError(f"split of a shard is {shown(shard.split)}, not one of {', '.join(SPLITS)}")
         if min(shard.samples, shard.nbytes) < 0:
@@ -257,7 +263,10 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
             f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256}: "
             "the two files are not of one build; build the dataset again"
         )
-    return Dataset(location, info, IndexFile(data, str(location / INDEX_FILE)))
+    where, samples = str(location / INDEX_FILE), sum(shard.samples for shard in info.shards)
+    if fault := size_fault(data, samples, len(info.categories), where):
+        raise index_error(where, fault)
+    return Dataset(location, info, IndexFile(data, where))
 
 
 def root_location(root: str | os.PathLike[str] | Location) -> Location:

@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.common.errors import DatasetError
-from shards.common.text import counted
+from shards.common.text import counted, one_line
+
+# Bytes that decoding may take: per file, per row without its classes, and per class of a row.
+BYTES_PER_FILE, BYTES_PER_ROW, BYTES_PER_CLASS = 2**20, 512, 32
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -89,6 +92,34 @@ def parquet_bytes(rows: Sequence[Any], schema: pa.Schema) -> bytes:
 def index_error(where: str, fault: str) -> DatasetError:
     """Return the error for an index that is not in the format."""
     return DatasetError(f"{where}: {fault}: build the dataset again")
+
+
+def size_fault(data: bytes, most_rows: int, classes: int, where: str) -> str:
+    """Return why an index is not decoded, "" if it may be: a few bytes of Parquet can hold any number of values.
+
+    Args:
+        data: the bytes of `index.parquet`.
+        most_rows: rows that it may have, by `dataset.json`.
+        classes: of the dataset, each of which a row names at most once.
+        where: named in the DatasetError for data that is not Parquet.
+    """
+    try:
+        about = pq.ParquetFile(pa.BufferReader(data)).metadata
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        columns = [one for one in columns if one.path_in_schema.partition(".")[0] in INDEX_SCHEMA.names]
+    except (pa.ArrowException, OSError) as error:
+        raise index_error(where, f"is not an index in Parquet ({one_line(error)[:200]})") from error
+    rows = max(about.num_rows, sum(group.num_rows for group in groups))
+    values = max((column.num_values for column in columns), default=0)
+    nbytes = sum(column.total_uncompressed_size for column in columns)
+    if rows > most_rows:
+        return f"it has {counted(rows, 'row')}, of {counted(most_rows, 'sample')} at most"
+    if values > rows * max(classes, 1):
+        return f"a column has {values} values for {counted(rows, 'row')} and {counted(classes, 'class', 'classes')}"
+    if nbytes > BYTES_PER_FILE + rows * (BYTES_PER_ROW + BYTES_PER_CLASS * classes):
+        return f"it has {nbytes} bytes for {counted(rows, 'row')}"
+    return ""
 
 
 def check_schema(found: pa.Schema, where: str) -> None:

@@ -16,7 +16,7 @@ from shards.common.errors import DatasetError, StorageError
 from shards.common.text import counted, shown
 from shards.format.dataset import DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, Shard, read_value
 from shards.format.index import IndexFile
-from shards.format.index_schema import IndexRow
+from shards.format.index_schema import IndexRow, size_fault
 from shards.inspect.shard_check import Checked, Fault, ShardCheck
 from shards.storage.explain import explain
 from shards.storage.location import Location
@@ -102,6 +102,11 @@ class Verification:
             found = hashlib.sha256(data).hexdigest()
             if found != self.info.index_sha256:
                 faults.append(Fault(INDEX_FILE, f"sha256 is {found}, {DATASET_FILE} says {self.info.index_sha256}"))
+            # Up to twice the rows are a fault of some shards, which is reported for each of them.
+            most = 2 * sum(shard.samples for shard in self.info.shards) + 1000
+            if fault := size_fault(data, most, len(self.info.categories), INDEX_FILE):
+                faults.append(Fault(INDEX_FILE, fault))
+                return None
             return IndexFile(data, INDEX_FILE).table()
         except StorageError as error:
             faults.append(Fault(INDEX_FILE, f"cannot be read: {error}"))

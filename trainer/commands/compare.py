@@ -24,6 +24,7 @@ from typing import Any
 from shards.commands.option_values import YamlError, read_yaml
 from shards.commands.options import add_options, from_arguments, update
 from shards.common.errors import UserError
+from shards.common.text import one_line
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.commands.launcher import default_options, launch, noted_signals
@@ -147,7 +148,10 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
 def read_run(name: str, run: Location) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of metrics.jsonl and evaluations.jsonl of a finished run, each at least one."""
     files = ("metrics.jsonl", "evaluations.jsonl")
-    steps, evaluations = ([json.loads(line) for line in (run / file).read().splitlines()] for file in files)
+    try:
+        steps, evaluations = ([json.loads(line) for line in (run / file).read().splitlines()] for file in files)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {run}: {' or '.join(files)} is damaged ({one_line(error)}): train again") from error
     if not evaluations:
         raise UserError(f"{name}: {run} has no evaluation to compare: set data.val_split")
     return steps, evaluations

@@ -26,7 +26,7 @@ from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_V2_Weig
 from torchvision.ops import FrozenBatchNorm2d
 
 from shards.common.errors import StorageError, UserError
-from shards.common.text import counted
+from shards.common.text import counted, shown
 from shards.format.dataset import Category
 from shards.storage.location import Location
 from trainer.config.settings import ModelConfig
@@ -212,11 +212,20 @@ def _from_file(place: Location) -> Source:
         # The name of torchvision's file contains its hash, so a copy is recognised by its name.
         if posixpath.basename(_path(place)) == posixpath.basename(weights.url):
             return replace(source, classes=_coco_classes(weights), eps=eps)
-    description = _description(data)
-    if description is None:
-        return source
-    classes = {int(entry["id"]): str(entry["name"]) for entry in description["categories"]}
-    return replace(source, classes=classes, eps=float(description["model"]["norm_eps"]))
+    try:
+        description = _description(data)
+        if description is None:
+            return source
+        classes = {int(entry["id"]): str(entry["name"]) for entry in description["categories"]}
+        eps = float(description["model"]["norm_eps"])
+        if not 0 <= eps < 1:
+            raise ValueError(f"norm_eps is {eps}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"model.weights {place}: its metadata {DESCRIPTION!r} does not describe a network ({shown(error)}): save "
+            "the tensors without it, or take the file of a checkpoint"
+        ) from error
+    return replace(source, classes=classes, eps=eps)
 
 
 def _path(place: Location) -> str:

@@ -71,7 +71,7 @@ class Parts:
             records = [json.loads(line) for line in place.read().splitlines()]
             if len(records) != images:
                 raise ValueError(f"{counted(len(records), 'image')} instead of {images}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} is damaged ({error}): delete it and run the command again") from error
         return records
 

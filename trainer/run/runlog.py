@@ -52,7 +52,7 @@ class RowFile:
 
     def __init__(self, location: Location, step: int) -> None:
         self.location = location
-        text = location.read().decode("utf-8") if location.exists() else ""
+        text = location.read().decode("utf-8", "replace") if location.exists() else ""
         self.rows = [row for row in map(_parsed, text.splitlines()) if row is not None and row["step"] <= step]
         self._write()
 
@@ -261,7 +261,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """Return a row, or None for a line that a crash truncated."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 

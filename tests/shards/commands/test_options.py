@@ -14,6 +14,8 @@ from shards.common.errors import UserError
 from shards.common.text import one_line
 from shards.common.version import __version__
 
+LAUGHS = "\n".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi"))
+LAUGHS = "a: &a [1]\n" + LAUGHS
 Flag = Literal["inside", "occluded"]
 
 
@@ -107,6 +109,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(words: str, message: str) ->
         ("exact-classes: 3", "exact-classes: 3 is not true or false"),
         ("per-class: 2024-13-45", "not YAML: month must be in 1..12"),
         pytest.param("[" * 2000, "not YAML", id="nested"),
+        (LAUGHS, r"not YAML: its aliases expand to 1e\+\d+ values"),
+        ("a: &a [1, *a]", "not YAML: an alias stands for a value that contains it"),
         ("a: !!python/object:os.system x", "not YAML"),
         ("dry-run: true\nretry: true", "cannot be combined"),
     ],

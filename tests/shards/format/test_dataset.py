@@ -50,6 +50,17 @@ def test_a_root_without_dataset_json_is_an_unfinished_build_and_one_that_is_not_
         ({"shards": [SHARD | {"nbytes": 1.5}]}, "nbytes of a shard is 1.5, not of type int"),
         ({"shards": [SHARD | {"nbytes": -5}]}, "'train/000000.tar' has 1 samples and -5 bytes"),
         ({"shards": [SHARD | {"split": "foo"}]}, "split of a shard is 'foo', not one of train, val, test"),
+        *(
+            ({"shards": [SHARD | {"path": path}]}, "path of a shard is .*: it must be under the dataset")
+            for path in (
+                "../train/000000.tar",
+                "/etc/000000.tar",
+                "train//0.tar",
+                "",
+                "s3://x/0.tar",
+                "train/\\..\\0.tar",
+            )
+        ),
         ({"plan": "\ud800"}, r"plan is '\\ud800', not a text"),
         ({"index": {"path": "index.parquet", "sha256": "0" * 64}}, "the two files are not of one build"),
     ],

@@ -12,6 +12,8 @@ from shards.common.errors import DatasetError
 from shards.format.dataset import open_dataset
 from shards.format.index import Index, IndexFile, row_numbers
 from shards.format.index_schema import INDEX_SCHEMA
+from shards.inspect.verify import Verification
+from shards.storage.location import Location
 from tests.support import edit_index, make_index, sample, sign_index, write_dataset
 
 COUNT = 50_000
@@ -144,6 +146,34 @@ def test_an_index_that_is_not_parquet_is_refused(tmp_path):
         sign_index(tmp_path)
         with pytest.raises(DatasetError, match=r"index\.parquet: is not an index in Parquet \("):
             read_all(tmp_path)
+
+
+def repeated(table, rows):
+    """A table with the first row this many times, which Parquet stores in a few bytes each."""
+    return pa.concat_tables([table.slice(0, 1)]).take(pa.array(np.zeros(rows, np.int64)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: repeated(table, 60_000), "it has 60000 rows, of 3 samples at most"),
+        (
+            lambda table: table.set_column(8, "classes", pa.array([[1] * 50_000, [1], [1]], pa.list_(pa.int32()))),
+            "a column has 50002 values for 3 rows and 2 classes",
+        ),
+        (
+            lambda table: table.set_column(0, "image_id", pa.array(["x" * 2_000_000, "b", "c"])),
+            r"it has \d+ bytes for 3 rows",
+        ),
+    ],
+)
+def test_an_index_that_unpacks_to_more_than_dataset_json_says_is_refused_unread(tmp_path, monkeypatch, edit, message):
+    write_dataset(tmp_path, {"train": [sample(n) for n in range(3)]})
+    edit_index(tmp_path, lambda rows: edit(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)))
+    with pytest.raises(DatasetError, match=rf"index\.parquet: {message}: build the dataset again"):
+        open_dataset(str(tmp_path))
+    faults = [str(fault) for part in Verification(Location(str(tmp_path))).run() for fault in part.faults]
+    assert any("index.parquet: " in fault for fault in faults)
 
 
 def test_the_entries_of_lists_may_have_any_name(tmp_path):

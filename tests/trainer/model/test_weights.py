@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import re
 import urllib.error
 from collections.abc import Iterator
@@ -246,6 +247,10 @@ def test_frozen_norms_need_statistics(tmp_path):
     assert load(narrow())[1].loaded == ()
 
 
+def described(eps):
+    return json.dumps({"categories": [{"id": 1, "name": "a"}], "model": {"norm_eps": eps}})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -256,6 +261,10 @@ def test_frozen_norms_need_statistics(tmp_path):
         (b"hello", "cannot be read"),
         (b"\x80\x02}q\x00.", ""),
         (b"12345678{not json", "cannot be read"),
+        *(
+            (safetensors.torch.save({"x": torch.zeros(3)}, {"maskstream": text}), "its metadata 'maskstream' does not")
+            for text in ("no JSON", "3", "[" * 5000, '{"categories": 3}', described(None), described(float("inf")))
+        ),
     ],
 )
 def test_a_file_without_usable_weights_is_refused_in_one_line(tmp_path, content, message):
