@@ -1,6 +1,7 @@
 """The command `maskstream`: one entry point for every command of the project.
 
-`maskstream build` is `build-shards` and `maskstream inspect` is `inspect-shards`. `maskstream train`, `evaluate` and
+`maskstream build` is `build-shards`, `maskstream classes` its `--list-classes`, and `maskstream inspect` is
+`inspect-shards`. `maskstream train`, `evaluate` and
 `predict` check their arguments, then run in this process, or under `accelerate launch` where there are several GPUs or
 an accelerate configuration (`predict` for a dataset only, not for images). Only the chosen command is imported.
 """
@@ -19,6 +20,7 @@ from shards.common.version import __version__
 # Command -> its module, and its line of help.
 COMMANDS = {
     "build": ("builder.commands.cli", "select images and masks of Open Images or COCO and pack them into shards"),
+    "classes": ("builder.commands.cli", "list the classes of Open Images or COCO files, with images, masks and boxes"),
     "inspect": ("shards.inspect.cli", "show what a shard dataset contains, verify it, or extract a sample"),
     "train": ("trainer.commands.train", "train Mask R-CNN on a shard dataset"),
     "evaluate": ("trainer.commands.evaluate", "score a checkpoint on a split of a shard dataset"),
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, program = import_module(COMMANDS[name][0]), f"maskstream {name}"
     if name in ("build", "inspect"):
         return int(module.main(rest))
+    if name == "classes":
+        return int(module.main(["--list-classes", *rest]))
     if name not in LAUNCHED or not _needs_launcher(name, module.parse, rest, program):
         return int(module.main(rest, program))
     from trainer.commands.launcher import default_options, launch, noted_signals

@@ -40,6 +40,9 @@ def _main(argv: Sequence[str] | None) -> int:
     _start_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send SIGTERM for Ctrl-C
     with _cache_folder(options) as cache:
+        if options.list_classes:
+            print(_classes(options, cache))
+            return 0
         result = build_dataset(options, cache)
     print(_render(result, options))
     return SHORTFALL if getattr(result, "shortfalls", ()) else 0
@@ -79,6 +82,13 @@ def _render(result: Summary | Estimate, options: BuildOptions) -> str:
     if options.json:
         return to_json(result, options.out)
     return render_summary(result, options.out) if isinstance(result, Summary) else render_estimate(result, options.out)
+
+
+def _classes(options: BuildOptions, cache: str) -> str:
+    from builder.commands.list_classes import list_classes
+
+    source = make_source(options, cache)
+    return list_classes(source, options.classes, exact=options.exact_classes, as_json=options.json)
 
 
 def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:

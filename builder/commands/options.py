@@ -43,6 +43,8 @@ examples:
   build-shards --images-list ids.txt --all-annotations
   build-shards --source coco --images s3://bucket/train2017 --annotations instances_train2017.json --classes person car
   build-shards --per-class 20 --images s3://mirror/images --annotations s3://mirror/openimages --out /data/try
+  build-shards --list-classes
+      print the 600 classes, with images, masks and boxes per split: 250 of them have no mask
   build-shards --per-class 1000 --dry-run
       print what would be packed and fetched, before any image is fetched
   build-shards --config traffic.yaml --retry-failed
@@ -146,6 +148,9 @@ class BuildOptions:
     retry_failed: bool = _action(
         False, "for the finished dataset of this command: fetch what failed again, and rewrite only the affected shards"
     )
+    list_classes: bool = _action(
+        False, "list all classes of the source, or those of --classes, with their images, masks and boxes per split"
+    )
     overwrite: bool = _action(False, "discard another dataset or unfinished build in --out")
 
     @property
@@ -212,7 +217,9 @@ def _check_combinations(options: BuildOptions) -> None:
         fault = "--partition needs --splits partition"
     elif options.partition is not None and sum(options.partition) <= 0:
         fault = "--partition: at least one part must be greater than 0"
-    elif options.source == "coco" and (options.images == PUBLIC_IMAGES or options.annotations == [PUBLIC_ANNOTATIONS]):
+    elif options.source == "coco" and (
+        options.annotations == [PUBLIC_ANNOTATIONS] or (options.images == PUBLIC_IMAGES and not options.list_classes)
+    ):
         fault = "--source coco needs --images (the root of its files) and --annotations (its instances JSON)"
     elif several and options.source != "coco":
         fault = "--annotations takes one root; several files are for --source coco"
@@ -222,7 +229,7 @@ def _check_combinations(options: BuildOptions) -> None:
         fault = "--images-list determines the images: omit --per-class and --eval-per-class"
     elif options.keep_empty and (options.source != "coco" or options.per_class or options.images_list):
         fault = "--keep-empty is for all images of COCO files: give --source coco, and no --per-class or --images-list"
-    elif not (options.per_class or options.images_list or options.source == "coco"):
+    elif not (options.per_class or options.images_list or options.list_classes or options.source == "coco"):
         fault = "--per-class N is required: how many train images per class (or --images-list)"
     else:
         return

@@ -1,5 +1,6 @@
 """What selection gave each class, compared with its quota and with what the source offers."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,10 @@ from builder.sources.base import Candidates
 from builder.tasks.plan import PlannedImage
 from shards.common.text import counted
 from shards.format.dataset import Category
+
+FEW_MASKS = 20  # of a class in train, while most of its objects have none
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,21 @@ def report_classes(
             )
         )
     return reports
+
+
+def warn_of_few_masks(reports: Iterable[ClassReport]) -> None:
+    """Log the classes that have boxes and no mask, or hardly any, in the selected images of train."""
+    of_train = [one for one in reports if one.split == "train" and one.boxes]
+    none = [one.name for one in of_train if not one.masks]
+    few = [f"{one.name} ({one.masks})" for one in of_train if 0 < one.masks < min(FEW_MASKS, one.boxes / 2)]
+    for what, names in (("no mask", none), ("few masks", few)):
+        if names:
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            logger.warning(
+                "%s in the selected images of train: %s: Mask R-CNN learns boxes from them, and hardly a mask "
+                "(--list-classes counts the masks at the source)",
+                *(what, shown),
+            )
 
 
 def classes_held(images: Iterable[PlannedImage]) -> dict[int, Candidates]:

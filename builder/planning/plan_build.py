@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from builder.planning.class_report import ClassReport, classes_held, explain_shortage, report_classes
+from builder.planning.class_report import ClassReport, classes_held, explain_shortage, report_classes, warn_of_few_masks
 from builder.planning.image_list import ImageList, ListedImage
 from builder.planning.selection import Partition, Quotas, select_images
 from builder.sources.base import Candidates, Filters, Source, SourceSplit
@@ -151,7 +151,9 @@ def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:
         raise _nothing_to_pack(classes, scope, len(unknown))
     rules = [scope.seed, {split: state.quota for split, state in states.items()}, asdict(scope.filters)]
     plan = make_plan(classes.categories, tasks, rules)
-    return PlannedBuild(plan, _report(planned, states, classes, scope), unknown, scope, states)
+    reports = _report(planned, states, classes, scope)
+    warn_of_few_masks(reports)
+    return PlannedBuild(plan, reports, unknown, scope, states)
 
 
 def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...]]:

@@ -55,6 +55,15 @@ class Filters:
         return PlannedObject(planned.annotation, Failure(FILTERED, detail))
 
 
+@dataclass(frozen=True, slots=True)
+class ClassTotals:
+    """What a split of a source has of a class: images with an object of it, masks, and boxes (with or without one)."""
+
+    images: int = 0
+    masks: int = 0
+    boxes: int = 0
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Images that count for a class: those with a mask of it, and those that only have boxes of it; disjoint."""
@@ -80,6 +89,9 @@ class SourceSplit(Protocol):
 
     def candidates(self) -> Mapping[int, Candidates]:
         """Return a dict from the id of each requested class to the images that count for it, sorted."""
+
+    def totals(self) -> Mapping[int, ClassTotals]:
+        """Return a dict from category ids to what the split has of the class, without those it has nothing of."""
 
     def backgrounds(self) -> Sequence[str]:
         """Return the images that are known to hold no object of the requested classes, sorted."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from builder.fetching.fetch import Request, fetch_one
-from builder.sources.base import Candidates, Filters, candidates_by_class
+from builder.sources.base import Candidates, ClassTotals, Filters, candidates_by_class
 from builder.sources.coco_categories import without_cycles
 from builder.sources.coco_instances import CocoImage, Instances, fractional_box, parse_instances
 from builder.sources.taxonomy import Classes, Taxonomy
@@ -98,6 +98,18 @@ class CocoSplit:
             for planned in self._objects(image):
                 (masked if planned.has_mask else boxed)[planned.annotation.category_id].add(image.key)
         return candidates_by_class(self.classes, masked, boxed)
+
+    def totals(self) -> dict[int, ClassTotals]:
+        """Return a dict from category ids to what the file has of the class, after filters."""
+        images, masks, boxes = Counter[int](), Counter[int](), Counter[int]()
+        for image in self.instances.images.values():
+            objects = self._objects(image)
+            images.update({planned.annotation.category_id for planned in objects})
+            boxes.update(planned.annotation.category_id for planned in objects)
+            masks.update(planned.annotation.category_id for planned in objects if planned.has_mask)
+        return {
+            category: ClassTotals(images[category], masks[category], boxes[category]) for category in sorted(images)
+        }
 
     def backgrounds(self) -> tuple[str, ...]:
         """Return the images without an annotation of the requested classes, whatever the filters, sorted."""

@@ -73,6 +73,7 @@ def read_table(
     where: Mapping[str, pa.Array],
     *,
     newlines_in_values: bool = False,
+    reduce: Callable[[pa.Table], pa.Table] = lambda rows: rows,
     cache: Cache = NO_CACHE,
     inventory: Inventory | None = None,
 ) -> pa.Table:
@@ -83,6 +84,7 @@ def read_table(
         columns: Columns to read -> their Arrow types, named as in `pyarrow.type_for_alias`. Empty numbers are null.
         where: Column -> selected values. An empty string is never selected.
         newlines_in_values: Quoted values may span lines.
+        reduce: Makes a smaller table of the selected rows of each block; the result is all of these tables.
         cache: The cache that keeps the columns of all rows for the next read.
         inventory: Descriptions of objects, among them the version of the table to read.
 
@@ -93,14 +95,14 @@ def read_table(
     coded = {name: pa.dictionary(pa.int32(), pa.string()) for name in REPETITIVE}
     stored = pa.schema([(field.name, coded.get(field.name, field.type)) for field in declared])
     content = Content(location, (inventory or Inventory()).of(location), json.dumps(dict(columns)), stored)
-    selection = cache.read(content, lambda tables: _Selection(declared, where).add_all(tables))
+    selection = cache.read(content, lambda tables: _Selection(declared, where, reduce).add_all(tables))
     if selection is not None:
         if content.file_name not in cache.known:
             cache.known.add(content.file_name)
             logger.info("%s: %s from the cache", location, counted(selection.rows, "row"))
     else:
         tables = cache.keep(content, _stream(content, newlines_in_values, cache))
-        selection = _Selection(declared, where).add_all(tables)
+        selection = _Selection(declared, where, reduce).add_all(tables)
     if not selection.rows:
         warn_once(location.url, "no rows", "has a header and no rows")
     warn_left_out(location, selection.incomplete, f"without {' or '.join(selection.keys)}")
@@ -110,11 +112,14 @@ def read_table(
 class _Selection:
     """Gathers the selected rows of a table; counts the `rows` seen and those `incomplete`, which lack one of `keys`."""
 
-    def __init__(self, schema: pa.Schema, where: Mapping[str, pa.Array]) -> None:
+    def __init__(
+        self, schema: pa.Schema, where: Mapping[str, pa.Array], reduce: Callable[[pa.Table], pa.Table]
+    ) -> None:
         self.rows = self.incomplete = 0
         self.keys = [name for name in KEYS if name in schema.names]
         self._schema = schema
         self._where = where
+        self._reduce = reduce
         self._few = [name for name, values in where.items() if len(values) <= MANY_VALUES]
         self._many = [name for name in where if name not in self._few]
         self._gathered: list[pa.Table] = []
@@ -137,13 +142,13 @@ class _Selection:
     def table(self) -> pa.Table:
         """All selected rows, in few chunks."""
         self._select_gathered()
-        return pa.concat_tables(self._selected) if self._selected else self._schema.empty_table()
+        return pa.concat_tables(self._selected or [self._reduce(self._schema.empty_table())])
 
     def _select_gathered(self) -> None:
         if self._gathered:
             rows = pa.concat_tables(self._gathered).combine_chunks()
             self._gathered = []
-            self._selected.append(self._filter(rows, self._many))
+            self._selected.append(self._reduce(self._filter(rows, self._many)))
 
     def _filter(self, rows: pa.Table, names: Iterable[str]) -> pa.Table:
         for name in names:

@@ -5,8 +5,8 @@ in memory between two calls: a cache (`builder.fetching.table_cache`) makes the 
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from builder.fetching.fetch import Inventory
 from builder.fetching.table_cache import NO_CACHE, Cache
 from builder.fetching.zip_members import locate_members
-from builder.sources.base import FAR, FLAGS, Candidates, Filters, candidates_by_class
+from builder.sources.base import FAR, FLAGS, Candidates, ClassTotals, Filters, candidates_by_class
 from builder.sources.csv_tables import leave_out, read_table, warn_left_out
 from builder.sources.openimages import layout as columns
 from builder.sources.openimages.box_matching import match_boxes
@@ -69,6 +69,29 @@ class OpenImagesSplit:
         masks = masks.filter(pc.invert(pc.fill_null(too_low, False)))
         boxed = {} if boxes is None else self._images_by_class(boxes)
         return candidates_by_class(self.classes, self._images_by_class(masks), boxed)
+
+    def totals(self) -> dict[int, ClassTotals]:
+        """Return a dict from category ids to what the tables list of the class, repeated rows included."""
+        labels = pa.array(sorted(self.classes.owners), pa.string())
+        owners = pa.array([self.classes.owners[label] for label in labels.to_pylist()], pa.int32())
+
+        def count(rows: pa.Table) -> pa.Table:
+            category = owners.take(pc.index_in(rows["LabelName"], value_set=labels).combine_chunks())
+            pairs = pa.table({"image": rows["ImageID"], "category": category})
+            return pairs.group_by(["image", "category"]).aggregate([([], "count_all")])
+
+        def counts(location: Location, types: Mapping[str, str], good: Callable[[pa.Table], Any]) -> pa.Table:
+            return self._table(location, types, {"LabelName": labels}, lambda rows: count(rows.filter(good(rows))))
+
+        boxes = counts(self.layout.boxes(self.name), columns.BOX_COLUMNS, lambda rows: pa.array(_have_extent(rows)))
+        masks = counts(self.layout.masks(self.name), columns.MASK_COLUMNS, lambda rows: pc.is_valid(rows["MaskPath"]))
+        images = pa.concat_tables([boxes, masks]).group_by(["image", "category"]).aggregate([])
+        held = Counter(images["category"].to_pylist())
+        rows_of = [
+            dict(zip(*table.group_by("category").aggregate([("count_all", "sum")]).to_pydict().values(), strict=True))
+            for table in (masks, boxes)
+        ]
+        return {c: ClassTotals(held[c], *(rows.get(c, 0) for rows in rows_of)) for c in sorted(held)}
 
     def backgrounds(self) -> tuple[str, ...]:
         """Return none: that an image is in no table of a class says nothing about the class."""
@@ -146,10 +169,23 @@ class OpenImagesSplit:
         return leave_out(boxes, _have_extent, location, "whose box is empty, inverted or not of numbers")
 
     def _table(
-        self, location: Location, types: Mapping[str, str], where: Mapping[str, pa.Array], newlines: bool = False
+        self,
+        location: Location,
+        types: Mapping[str, str],
+        where: Mapping[str, pa.Array],
+        reduce: Callable[[pa.Table], pa.Table] = lambda rows: rows,
+        *,
+        newlines: bool = False,
     ) -> pa.Table:
-        cache, inventory = self.cache, self.inventory
-        return read_table(location, types, where, newlines_in_values=newlines, cache=cache, inventory=inventory)
+        return read_table(
+            location,
+            types,
+            where,
+            newlines_in_values=newlines,
+            reduce=reduce,
+            cache=self.cache,
+            inventory=self.inventory,
+        )
 
     def _images_by_class(self, table: pa.Table) -> dict[int, set[str]]:
         owners = self.classes.owners

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from builder.planning.image_list import ImageList
 from builder.planning.plan_build import BuildScope, PlannedBuild, plan_build
 from builder.planning.selection import Quotas
-from builder.sources.base import Candidates, Filters
+from builder.sources.base import Candidates, ClassTotals, Filters
 from builder.sources.taxonomy import Classes, Taxonomy
 from builder.tasks.plan import Annotation, Metadata, PlannedImage, PlannedObject
 from shards.common.errors import UserError
@@ -54,6 +54,9 @@ class FakeSplit:
             return tuple(sorted(i for i, objects in self.table.items() if objects.get(name) is mask))
 
         return {c.id: Candidates(images(c.name, True), images(c.name, False)) for c in self.classes.wanted}
+
+    def totals(self) -> Mapping[int, ClassTotals]:
+        return {}
 
     def backgrounds(self) -> Sequence[str]:
         return ()
@@ -107,7 +110,7 @@ def test_rounds_end_with_quotas_met_or_no_candidates_left(
             assert len(good & set(requested)) >= min(quota, len(good))
 
 
-def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
+def test_reports_state_the_outcome_and_reason_for_each_class(caplog: pytest.LogCaptureFixture) -> None:
     table = {f"m{n}": {"Car": True} for n in range(3)} | {f"b{n}": {"Car": False, "Dog": False} for n in range(4)}
     planned = plan_build(FakeSource({"train": table}), BuildScope(("Car", "Dog", "Person"), Quotas(5, 0)))
     found = [(r.name, r.asked, r.available, r.masked, r.chosen, r.masks, r.boxes, r.reason) for r in planned.reports]
@@ -115,6 +118,13 @@ def test_reports_state_the_outcome_and_reason_for_each_class() -> None:
         ("Car", 5, 7, 3, 7, 3, 7, "only 3 images with a mask at the source, others have boxes only"),
         ("Dog", 5, 4, 0, 4, 0, 4, "only 4 images at the source"),
         ("Person", 5, 0, 0, 0, 0, 0, "no images at the source"),
+    ]
+    assert caplog.messages[-2:] == [
+        f"{start}: Mask R-CNN learns boxes from them, and hardly a mask (--list-classes counts the masks at the source)"
+        for start in (
+            "no mask in the selected images of train: Dog",
+            "few masks in the selected images of train: Car (3)",
+        )
     ]
     masks_only = Filters(require_mask=True)
     [report] = plan_build(FakeSource({"train": table}), BuildScope(("Car",), Quotas(5, 0), filters=masks_only)).reports
