@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from builder.target import build_lock
 from builder.target.build_lock import LOCK_FILE
 from demo.s3proxy import Fault, Kind, S3Proxy, Seen
 from demo.s3server import S3Server
@@ -24,7 +25,20 @@ from tests.support import REPOSITORY, Proxied
 PER_CLASS = 12
 CHOICE = quotas(("Person", "Car", "Traffic light", "Traffic sign"), PER_CLASS, 0, images_per_shard=3)
 KILLED: dict[str, Any] = {"sent": signal.SIGKILL, "status": -signal.SIGKILL}
+# `build-shards`, which takes over the lock of a killed build without the wait that `test_build_lock.py` shows.
+COMMAND = """
+import sys
+from builder.commands.cli import main
+from builder.target import build_lock
+build_lock.SETTLE_S = 0.0
+sys.exit(main())
+"""
 TRANSIENT: tuple[Kind, ...] = ("slow_down", "internal_error", "reset", "truncate", "stall")
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_for_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_lock, "SETTLE_S", 0.0)
 
 
 @pytest.fixture
@@ -189,9 +203,9 @@ def signalled_build(
         if not seen.key.startswith("openimages/") and next(counted) == at_request:
             os.kill(process.pid, sent)
 
-    words = f"-m builder.commands.cli --per-class {PER_CLASS} --eval-per-class 0 --workers {workers}"
+    words = f"--per-class {PER_CLASS} --eval-per-class 0 --workers {workers}"
     words += f" --images-per-shard {CHOICE['images_per_shard']} --images {IMAGES} --annotations {ANNOTATIONS}"
-    command = [sys.executable, *words.split(), "--out", root, *more]
+    command = [sys.executable, "-c", COMMAND, *words.split(), "--out", root, *more]
     with S3Proxy(s3.endpoint_url, on_request=count) as proxy:
         environment = {**os.environ, **proxy.environment()}
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)

@@ -55,9 +55,9 @@ from trainer.step.nms import keep_by_fixed_point
 from trainer.step.triton_nms import keep_by_triton
 for seed, sizes in enumerate(([50], [130, 40, 7], [33, 32], [300])):
     boxes, scores, valid = drawn(seed, sizes)
-    for threshold in (0.3, 0.7):
-        found = keep_by_triton(boxes, valid, sizes, threshold)
-        assert torch.equal(found, keep_by_fixed_point(boxes, valid, sizes, threshold))
+    threshold = 0.7 if seed % 2 else 0.3
+    found = keep_by_triton(boxes, valid, sizes, threshold)
+    assert torch.equal(found, keep_by_fixed_point(boxes, valid, sizes, threshold))
 """
 
 
