@@ -29,7 +29,7 @@ from shards.format.sample import Sample
 from shards.format.shard_tar import pack_shard, parse_members
 from shards.storage.local_files import expect, read_file
 from shards.storage.location import Location
-from shards.storage.ranges import Read, read_many
+from shards.storage.reads import Read, read_many
 
 COUNT, RANGE, WHOLE = 1000, 2000, 164_000
 

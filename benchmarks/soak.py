@@ -104,8 +104,10 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
     wrong = 0
     with S3Proxy(endpoint, faults) as proxy, mock.patch.dict(os.environ, proxy.environment()):
         with (
+            mock.patch("shards.storage.location._instances", {}),
+            mock.patch("shards.storage.object_store._settings", {}),
             mock.patch("shards.storage.location.READ_TIMEOUT_S", 2.0),
-            mock.patch("shards.storage.ranges.BACK_OFF_S", 0.02),
+            mock.patch("shards.common.back_off.SCALE", 0.1),
         ):
             batches, reference = loader(stream(dataset), workers=workers), stream(local)
             count = epochs * reference.batches_per_epoch

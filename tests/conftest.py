@@ -15,7 +15,7 @@ from demo.s3proxy import Fault, S3Proxy
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
 from tests.browser import MISSING, chromium
-from tests.support import Proxied
+from tests.support import Proxied, forget_connections
 
 # Examples have no deadline, because the machine may be busy, and are the same in every run.
 settings.register_profile("maskstream", deadline=None, derandomize=True)
@@ -115,10 +115,9 @@ def proxied(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Proxied:
     def start(*faults: Fault, timeout_s: float = 60, attempts: int = 5, **options: Any) -> Iterator[S3Proxy]:
         with S3Proxy(s3.endpoint_url, faults, **options) as proxy:
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-            monkeypatch.setattr("shards.storage.location._instances", {})
+            forget_connections(monkeypatch)
             monkeypatch.setattr("shards.storage.location.READ_TIMEOUT_S", timeout_s)
-            monkeypatch.setattr("shards.storage.ranges.ATTEMPTS", attempts)
-            monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+            monkeypatch.setattr("shards.storage.reads.ATTEMPTS", attempts)
             monkeypatch.setattr("shards.common.back_off.SCALE", 0.05)
             yield proxy
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 Proxied = Callable[..., "AbstractContextManager[S3Proxy]"]  # the fixture `proxied`
 REPOSITORY = Path(__file__).parents[1]
 CATEGORIES = (Category(1, "Person", "/m/01g317"), Category(2, "Car", "/m/0k4j"))
+
+
+def forget_connections(patch: pytest.MonkeyPatch) -> None:
+    """Let this process find addresses and credentials again, by the environment of now."""
+    for name in ("location._instances", "object_store._settings", "object_store._stores"):
+        patch.setattr(f"shards.storage.{name}", {})
 
 
 def run_examples(guide: str, names: dict[str, Any]) -> int:

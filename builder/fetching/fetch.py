@@ -9,16 +9,8 @@ from builder.fetching.traffic import PROCESS, Meter
 from shards.common.errors import StorageError
 from shards.storage.explain import explain, is_missing_bucket
 from shards.storage.location import Location
-from shards.storage.ranges import (
-    Description,
-    Read,
-    ReadStatistics,
-    ReplacedError,
-    TooLargeError,
-    WrongBytesError,
-    describe_many,
-    read_many,
-)
+from shards.storage.reads import Description, Read, ReadStatistics, describe_many, read_many
+from shards.storage.store_errors import ReplacedError, TooLargeError, WrongBytesError
 
 IN_FLIGHT = 32  # concurrent requests
 OBJECT_BYTES = 256 << 20  # the largest image or record: an image of Open Images has about half a megabyte
@@ -40,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A read of an object (`end` is None) or of its bytes `start` to `end`; see `shards.storage.ranges.Read`."""
+    """A read of an object (`end` is None) or of its bytes `start` to `end`; see `shards.storage.reads.Read`."""
 
     location: Location
     start: int = 0
@@ -59,7 +51,7 @@ def fetch(requests: Sequence[Request], meter: Meter = PROCESS, largest: int | No
     """Read concurrently and return the answers in the order of the requests.
 
     Timeouts, server errors, broken connections and bytes that do not match their checksum are retried with back-off
-    (`shards.storage.ranges`). StorageError if a read fails at every attempt, or cannot succeed (no such bucket, no
+    (`shards.storage.reads`). StorageError if a read fails at every attempt, or cannot succeed (no such bucket, no
     credentials). `largest` is the limit for whole objects, in bytes, by default `OBJECT_BYTES`.
     """
     statistics = ReadStatistics()

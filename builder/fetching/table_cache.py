@@ -38,7 +38,7 @@ from builder.fetching.partial_file import PartialFile
 from shards.common.text import one_line
 from shards.storage.local_files import atomic_write
 from shards.storage.location import Location
-from shards.storage.ranges import Description
+from shards.storage.reads import Description
 
 FORMAT = 1  # part of every file name: files of other versions of the cache are not read
 ROWS = 1 << 18  # at least, in a row group: the unit of writing, reading and filtering, a few tens of MB in memory

@@ -28,7 +28,7 @@ from shards.format.sample import Category as Category
 from shards.format.selection import Selection, find_class, select_rows
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
-from shards.storage.ranges import Read, read_many
+from shards.storage.reads import Read, read_many
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,7 +251,7 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
         StorageError: the root cannot be reached.
     """
     location = root_location(root)
-    answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)])
+    answers = read_many([Read(location / DATASET_FILE), Read(location / INDEX_FILE)], before_fork=True)
     info = DatasetInfo.from_json(_value_of(location, answers[0]), str(location / DATASET_FILE))
     try:
         data = _read(location / INDEX_FILE, answers[1])
@@ -281,7 +281,7 @@ def root_location(root: str | os.PathLike[str] | Location) -> Location:
 
 def read_value(root: Location) -> Any:
     """Return the JSON of `dataset.json`, for `DatasetInfo.from_json`; a DatasetError if it is missing or not JSON."""
-    [answer] = read_many([Read(root / DATASET_FILE)])
+    [answer] = read_many([Read(root / DATASET_FILE)], before_fork=True)
     return _value_of(root, answer)
 
 

@@ -19,7 +19,7 @@ from shards.format.shard_tar import BLOCK, parse_header, parse_members
 from shards.format.validation import check_contents
 from shards.storage.explain import explain
 from shards.storage.location import Location
-from shards.storage.ranges import Read, read_many
+from shards.storage.reads import Read, read_many
 from shards.stream.reader import SampleReader
 
 
@@ -112,7 +112,7 @@ def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> l
 
 def _received(reads: Sequence[Read], keys: Sequence[str]) -> Iterator[bytes]:
     """Yield the bytes of each read; a SampleError names the first that failed."""
-    for read, key, answer in zip(reads, keys, read_many(reads)):
+    for read, key, answer in zip(reads, keys, read_many(reads, before_fork=True)):
         if isinstance(answer, Exception):
             reason = explain(answer, str(read.location)) or repr(answer)
             raise SampleError(f"{read.location}: sample {key}: cannot be read: {reason}") from answer

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location
-from shards.storage.ranges import Bytes, Read, start_read
+from shards.storage.reads import Bytes, Read, start_read
 
 CHUNK = 8 * 2**20  # bytes per request; memory holds two chunks and the sample that is being checked
 TAR_RECORD = 10240  # bytes; a tar is filled with zeros up to a multiple of it

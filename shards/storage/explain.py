@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from shards.common.errors import StorageError
 from shards.common.text import one_line
 
-# Of botocore, aiohttp (whose failed look-ups of names are a subclass) and the standard library.
+# Of botocore, aiohttp (whose failed look-ups of names are a subclass), the standard library and this package.
 UNREACHABLE = frozenset(
-    ("EndpointConnectionError", "ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError")
+    (
+        "EndpointConnectionError",
+        "ClientConnectorError",
+        "ConnectTimeoutError",
+        "ConnectionRefusedError",
+        "UnreachableError",
+    )
 )
 
 

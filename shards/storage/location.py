@@ -9,11 +9,9 @@ botocore reads S3 endpoints, regions and credentials from the usual AWS variable
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import tempfile
-import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,31 +22,16 @@ from shards.storage.explain import storage_errors
 from shards.storage.local_files import atomic_write
 
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.ranges` end within a minute
+READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.reads` end within a minute
 S3_ATTEMPTS = 3  # of a request, by botocore
 SLOWEST_UPLOAD = 2**18  # bytes per second; a slower upload is aborted
 
 # A remote URL without a bucket or host, which fsspec would take for a relative path.
 _NOWHERE = re.compile(r"(s3a?|gc?s|https?):(?!//[^/])")
 
-_instances: dict[tuple[str, bool], Any] = {}
-_inherited: list[dict[tuple[str, bool], Any]] = []
-_instances_lock = threading.Lock()
-
-
-def _forget_instances() -> None:
-    """In a forked child: drop the parent's instances, and its lock, which a thread may have held.
-
-    They are kept alive, unused: their finalisers would remove the parent's sockets from the epoll set that both share.
-    """
-    global _instances_lock
-    _instances_lock = threading.Lock()
-    _inherited.append(dict(_instances))
-    _instances.clear()
-    gc.freeze()  # instances that the parent has dropped must not be collected here either
-
-
-os.register_at_fork(after_in_child=_forget_instances)
+# By process. A forked child keeps its parent's alive, unused: their finalisers would remove the parent's sockets from
+# the epoll set that both share.
+_instances: dict[tuple[int, str, bool], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -90,11 +73,10 @@ class Location:
     @property
     def fs(self) -> Any:
         """This process's fsspec file system for the location."""
-        key = (self.protocol, self.anonymous)
-        with _instances_lock:
-            if key not in _instances:
-                _instances[key] = _new_filesystem(self)
-            return _instances[key]
+        key = (os.getpid(), self.protocol, self.anonymous)
+        if key not in _instances:  # two threads may both make one, of which one is kept
+            _instances.setdefault(key, _new_filesystem(self))
+        return _instances[key]
 
     @property
     def path(self) -> str:

@@ -19,10 +19,11 @@ from shards.common.back_off import DAMAGED_READS, attempts
 from shards.common.errors import DatasetError, SampleError
 from shards.common.text import counted
 from shards.format.index import Index
-from shards.storage.explain import explain
+from shards.storage.explain import explain, storage_errors
 from shards.storage.local_files import expect, read_file
 from shards.storage.location import Location
-from shards.storage.ranges import Bytes, Read, ReadStatistics, start_read
+from shards.storage.object_store import find_settings
+from shards.storage.reads import Bytes, Read, ReadStatistics, start_read
 from shards.stream.read_plan import ByteRange, ReadPlan
 
 if TYPE_CHECKING:  # it needs Unix, which reading does not
@@ -70,6 +71,9 @@ class SampleReader:
             raise DatasetError(f"stall_s is {self.stall_s}: it must be a number of seconds above 0")
         if self.root.is_local:
             self.cache = None
+            return
+        with storage_errors(str(self.root)):
+            find_settings(self.root)  # once, instead of in each loader process
 
     def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
         """Yield (row, bytes) for every row of the index, in the given order; `rows` may be endless.

@@ -17,7 +17,6 @@ from builder.fetching.traffic import Meter, Traffic
 from demo.s3proxy import Fault, Kind, S3Proxy
 from demo.s3server import S3Server
 from shards.common.errors import StorageError
-from shards.storage import ranges
 from shards.storage.location import Location
 from tests.support import Proxied
 
@@ -26,7 +25,7 @@ DATA = b"0123456789"
 
 @pytest.fixture(autouse=True)
 def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.storage.ranges.BACK_OFF_S", 0.01)
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +147,13 @@ def test_an_object_costs_one_request_and_another_one_if_its_checksum_is_wrong(pr
 def test_an_etag_that_twice_differs_from_the_same_md5_is_no_md5(
     proxy: S3Proxy, stored: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "_md5_of", lambda answer: "0" * 32)
-    assert fetch([Request(stored)]) == [DATA]
+    monkeypatch.setattr("shards.storage.reads._etag_is_md5", {})
+    proxy.faults = (Fault("corrupt", "GET"),)
+    other = bytes([*DATA[:5], DATA[5] ^ 0xFF, *DATA[6:]])
+    assert fetch([Request(stored)]) == [other]
     assert proxy.counters.requests["GET"] == 2
-
-
-def test_only_an_etag_that_is_an_md5_is_taken_for_one() -> None:
-    md5 = "0123456789abcdef0123456789abcdef"
-    assert ranges._md5_of({"ETag": f'"{md5.upper()}"'}) == md5
-    for other in ({"ETag": f'"{md5}-2"'}, {"ETag": f'"{md5}"', "x-amz-server-side-encryption": "aws:kms"}, {}):
-        assert ranges._md5_of(other) == ""
+    assert fetch([Request(stored)]) == [other]
+    assert proxy.counters.requests["GET"] == 3  # it is the same for all objects of a bucket
 
 
 def test_expired_credentials_are_an_error_and_denied_access_and_large_objects_are_answers(

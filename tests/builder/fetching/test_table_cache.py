@@ -24,7 +24,7 @@ from builder.sources.openimages.source import OpenImages
 from demo.scenes import SceneTruth
 from shards.common.errors import StorageError
 from shards.storage.location import Location
-from shards.storage.ranges import Description
+from shards.storage.reads import Description
 from tests.builder.builds import build, mirror, quotas, tree
 
 COLUMNS = {"ImageID": "string", "LabelName": "string", "XMin": "float64"}

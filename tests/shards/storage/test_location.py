@@ -10,9 +10,9 @@ import pytest
 from shards.common.errors import StorageError
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location, check_writable
-from shards.storage.ranges import Read, read_many
+from shards.storage.reads import Read, read_many
 from shards.stream.reader import SampleReader
-from tests.support import sample, write_dataset
+from tests.support import forget_connections, sample, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_check_writable_refuses_a_place_that_cannot_be_written(bucket, tmp_path,
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "http://", "minio:9000"])
 def test_an_endpoint_that_is_not_a_url_is_reported_as_such(endpoint, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setattr("shards.storage.location._instances", {})
+    forget_connections(monkeypatch)
     root = Location("s3://bucket/data", anonymous=True)
     place = root / "dataset.json"
     for action in (lambda: open_dataset(root), place.exists, place.read, lambda: place.write(b"1")):
@@ -149,8 +149,7 @@ def test_missing_credentials_name_the_way_to_read_a_public_bucket(bucket, monkey
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    for name in ("location._instances", "buckets._addresses", "buckets._known"):
-        monkeypatch.setattr(f"shards.storage.{name}", {})
+    forget_connections(monkeypatch)
     for action in (place.read, lambda: open_dataset(bucket)):
         error = one_line_error(action)
         assert "no AWS credentials were found: " in str(error)
