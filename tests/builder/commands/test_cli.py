@@ -34,9 +34,8 @@ def one_line(capsys: Capture, *arguments: str) -> str:
 
 
 def without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.storage.location._instances", {})
+    forget_connections(monkeypatch)
     monkeypatch.setattr("shards.storage.location.S3_ATTEMPTS", 1)
-    monkeypatch.setattr("shards.common.back_off.SCALE", 0.0)
     monkeypatch.setattr("shards.common.back_off.SCALE", 0.0)
 
 
