@@ -18,7 +18,7 @@ from builder.fetching.fetch import RangeFile
 from builder.fetching.partial_file import PartialFile
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
-from shards.storage.ranges import Description
+from shards.storage.reads import Description
 
 HEAD_BYTES = 1 << 20  # read first, by itself; most tables are no longer
 RANGE_BYTES = 4 << 20

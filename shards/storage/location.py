@@ -14,6 +14,7 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 
@@ -63,6 +64,9 @@ class Location:
         return self.url
 
     def __truediv__(self, name: str) -> Location:
+        """Return the location of a file under this one; its name is quoted where that makes it a part of a URL."""
+        if self.protocol in ("http", "https"):
+            name = quote(name)
         return replace(self, url=f"{self.url.rstrip('/')}/{name}")
 
     @property

@@ -188,7 +188,7 @@ def _region_of(fs: Any, bucket: str) -> str:
     try:
         answer = sync(fs.loop, fs.s3.head_bucket, Bucket=bucket)
     except Exception as error:
-        answer = getattr(error, "response", {})
+        answer = getattr(error, "response", None) or {}
     return str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
 
 
@@ -219,7 +219,7 @@ def _new_store(settings: Settings, location: Location) -> Any:
     address = settings.config.get("endpoint", "") if settings.kind != "http" else settings.bucket
     if address.startswith("http://"):
         options["allow_http"] = True
-    common: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}  # retries are ours
+    common: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}  # retries are in `reads`
     if settings.kind == "http":
         return HTTPStore.from_url(settings.bucket, **common)
     provider = {"credential_provider": _s3_credentials(location)} if settings.renewable else {}

@@ -16,6 +16,7 @@ from shards.common.redact import RedactingFormatter
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import ANNOTATIONS, IMAGES
+from tests.support import forget_connections
 
 Capture = pytest.CaptureFixture[str]
 WORDS = ["--classes", "Person", "Car", "--per-class", "8", "--eval-per-class", "3", "--images-per-shard", "4"]

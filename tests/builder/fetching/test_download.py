@@ -28,7 +28,7 @@ from demo.s3proxy import S3Proxy, Seen
 from demo.s3server import S3Server
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
-from shards.storage.ranges import Description
+from shards.storage.reads import Description
 from tests.support import REPOSITORY, Proxied
 
 DATA = bytes(range(256)) * 40  # 10,240 bytes: a head of 1000, and ten ranges

@@ -9,10 +9,8 @@ from shards.storage.location import Location
 NAMES = ["plain.jpg", "a b.jpg", "a%20b.jpg", "50%.jpg", "100%25.jpg", "tag#1.jpg", "what?.jpg", "x?y=1&z#w.jpg"]
 NAMES += ["a&b=c;d,e+f.jpg", "[x]{1}.jpg", "q'uote\".jpg", "bild_ä日本.jpg", "p|q~*.jpg", "my folder#2/50%25 (1).jpg"]
 
-not_over_http = pytest.mark.xfail(reason="names are not quoted when they become http URLs", strict=True)
 
-
-@pytest.mark.parametrize("kind", ["local", "s3", pytest.param("http", marks=not_over_http)])
+@pytest.mark.parametrize("kind", ["local", "s3", "http"])
 def test_names_of_any_characters_are_those_of_files(kind: str, s3: S3Server, bucket: str, tmp_path: Path) -> None:
     """A name is what the annotations state, not a part of a URL: it arrives as it is, whatever the kind of root."""
     for name in NAMES:

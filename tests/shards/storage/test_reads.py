@@ -61,7 +61,8 @@ class OtherRegion(Handler):
             self.send_header("x-amz-bucket-region", "eu-west-1")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     do_HEAD = do_GET
 
