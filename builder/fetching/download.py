@@ -46,6 +46,7 @@ class Download(RangeFile):
         self._left = memoryview(self.kept)  # of the current piece
         self._partial = open_partial() if len(self.kept) < self.length else None
         self._ahead: deque[Future[bytes]] = deque()
+        self._closing = False
         self._pieces = self._arrive()
         self._lock = threading.Lock()
 
@@ -96,10 +97,16 @@ class Download(RangeFile):
         requested = map(self._request, range(start, self.length, RANGE_BYTES))
         self._ahead.extend(islice(requested, RANGES_AHEAD))
         while self._ahead:
+            if self._closing:  # by another thread, which may not have seen the newest requests
+                self._cancel()
             data = self._ahead[0].result()
             self._ahead.popleft()
             self._ahead.extend(islice(requested, 1))
             yield data
+
+    def _cancel(self) -> None:
+        for future in list(self._ahead):
+            future.cancel()
 
     def _request(self, start: int) -> Future[bytes]:
         """Fetch a range in a thread that the end of the process does not wait for, as it does for those of a pool."""
@@ -123,8 +130,8 @@ class Download(RangeFile):
 
     def close(self, *, keep: bool = True) -> None:
         """Close the file without waiting for ranges that are on their way."""
-        for future in list(self._ahead):
-            future.cancel()
+        self._closing = True
+        self._cancel()
         with self._lock:
             self._pieces.close()
             if self._partial is not None:
