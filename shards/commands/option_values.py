@@ -95,9 +95,10 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _checked_list(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
+    if origin is list and arguments[0] is str and isinstance(value, str) and value and not value.startswith("["):
+        value = [value]
     if not isinstance(value, list):
-        example = f"[{value}]" if arguments[0] is str and isinstance(value, str) and value else "[1, 2]"
-        raise ConfigError(f"{where}: {value!r} is not a list such as {example}")
+        raise ConfigError(f"{where}: {value!r} is not a list such as [1, 2]")
     if origin is tuple and len(value) != len(arguments):
         raise ConfigError(f"{where}: {value!r} has {len(value)} values: give {len(arguments)}")
     return origin(checked(entry, arguments[0], where) for entry in value)

@@ -1,10 +1,10 @@
 """Train Mask R-CNN on a shard dataset, streaming.
 
-    accelerate launch trainer/train.py --config configs/traffic.yaml --data.shards s3://bucket/prefix --run.dir runs/one
+    accelerate launch -q trainer/train.py --config traffic --data.shards s3://bucket/prefix --run.dir runs/one
 
     # all GPUs of a machine; or, without GPUs, two CPU processes
-    accelerate launch --multi_gpu --num_processes 8 trainer/train.py ...
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 trainer/train.py ...
+    accelerate launch -q --multi_gpu --num_processes 8 trainer/train.py ...
+    ACCELERATE_USE_CPU=true accelerate launch -q --multi_gpu --num_processes 2 trainer/train.py ...
 
 The same command again resumes from the newest checkpoint in --run.dir, with any number of processes. With the same
 number the losses equal those of an uninterrupted run: a step depends only on the weights, the optimizer's state, the

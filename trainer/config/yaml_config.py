@@ -41,14 +41,14 @@ def read_config(name: str, kind: str = "config") -> bytes:
     try:
         return Location(config_path(name)).read()
     except StorageError as error:
-        hint = ""
+        problem = f"cannot be read: {error}"
         if error.missing:
             known, what = recipes(), "recipes"
             if kind == "comparison":
                 known, what = [one for one in _packaged() if one not in known], "comparisons"
             near = did_you_mean(name.rpartition("/")[2].removesuffix(".yaml"), known)
-            hint = f": {near + ' The' if near else 'the'} packaged {what} are {', '.join(known)}"
-        raise ConfigError(f"{kind} {name}: cannot be read: {error}{hint}") from error
+            problem = f"not found: {near + ' The' if near else 'the'} packaged {what} are {', '.join(known)}"
+        raise ConfigError(f"{kind} {name}: {problem}") from error
 
 
 def _packaged() -> list[str]:

@@ -28,9 +28,8 @@ from torch import Tensor
 
 from shards.commands.options import ConfigError, update
 from shards.common.errors import StorageError, UserError
-from shards.common.text import one_line, shown
+from shards.common.text import counted, one_line, shown
 from shards.format.dataset import Category
-from shards.order.epoch_order import first_difference
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from trainer.config.schedule import stage_of
@@ -57,8 +56,10 @@ ORDER_OPTIONS = {
     "window": "data.window",
     "group_by_aspect": "data.group_by_aspect",
     "repeat_threshold": "data.repeat_threshold",
-    "index": "data.shards, data.classes or data.fraction (fingerprint of the index of what is selected)",
+    "index": "data.shards (fingerprint of what is selected)",
 }
+SELECTION = ("shards", "split", "classes", "fraction")  # the options of `data` that choose samples
+MOST_SHOWN = 5  # options in the message about another run
 
 
 class CheckpointError(UserError):
@@ -292,11 +293,19 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
         for identity, of, step in ((before, state.config, state.step - 1), (now, config, state.step)):
             identity[f"train.layers (at step {state.step})"] = stage_of(of.train, step).layers
             identity |= {f"optim.{key}": getattr(of.optim, key) for key in ("optimizer", "decay_norms")}
-    found = first_difference(before, now)
-    if found is not None:
-        key, was, is_now = found
+    found = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    index = ORDER_OPTIONS["index"]
+    if index in found:  # named by the options that choose it, unless these are the same
+        chosen = {f"data.{name}": (getattr(state.config.data, name), getattr(config.data, name)) for name in SELECTION}
+        if others := {key: (was, is_now) for key, (was, is_now) in chosen.items() if was != is_now}:
+            del found[index]
+            found = others | found
+    if found:
+        texts = [f"{key} {was!r}, now it is {is_now!r}" for key, (was, is_now) in list(found.items())[:MOST_SHOWN]]
+        more = f"; and {counted(len(found) - MOST_SHOWN, 'more option')}" if len(found) > MOST_SHOWN else ""
+        rebuilt = " (the dataset was built again)" if index in found else ""
         raise CheckpointError(
-            f"{config.run.dir}: this run was started with {key} {was!r}, now it is {is_now!r}: "
+            f"{config.run.dir}: this run was started with {'; with '.join(texts)}{more}{rebuilt}: "
             "start it as before, or give another --run.dir"
         )
 

@@ -36,6 +36,7 @@ class RunWriter:
     def __init__(self, run: Location) -> None:
         self.run = run
         self._folder: int | None = None  # descriptor of the locked folder
+        self._is_new = False
         self._token = ""
 
     def __enter__(self) -> Self:
@@ -45,6 +46,9 @@ class RunWriter:
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
+            if self._is_new:  # a training that failed before it wrote anything leaves nothing
+                with suppress(OSError):
+                    os.rmdir(self.run.path)
 
     def claim(self) -> None:
         """Become the writer of the folder; UserError if another training on this disk stays the writer."""
@@ -68,6 +72,7 @@ class RunWriter:
 
     def _lock(self) -> None:
         with suppress(OSError):
+            self._is_new = not os.path.exists(self.run.path)
             os.makedirs(self.run.path, exist_ok=True)
             self._folder = os.open(self.run.path, os.O_RDONLY)
         deadline, is_logged = time.monotonic() + self.timeout_s, False

@@ -27,13 +27,13 @@ def test_a_path_is_read_even_if_a_recipe_has_its_name(tmp_path, monkeypatch):
     [
         ("trafic", "config", "did you mean traffic or traffic-coco.*he packaged recipes are coco, "),
         ("configs/fast.yaml", "config", "did you mean fast.*he packaged recipes are coco, "),
-        ("./none.yaml", "config", "no such object.*he packaged recipes are coco, "),
+        ("./none.yaml", "config", "the packaged recipes are coco, "),
         ("compare-layer", "comparison", "did you mean compare-layers.*The packaged comparisons are c"),
     ],
 )
 def test_a_missing_file_is_an_error_that_lists_the_packaged_ones(name, kind, hint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"{kind} {name}: cannot be read: .*{hint}"):
+    with pytest.raises(ConfigError, match=rf"{kind} {name}: not found: .*{hint}"):
         read_config(name, kind)
 
 
@@ -43,6 +43,12 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
     assert (config.data.batch_size, config.data.workers, config.optim.lr) == (3, 5, 0.01)
     assert config.model.mask_head_channels == [8, 8]
     assert config.optim.momentum == Config().optim.momentum
+
+
+def test_a_text_where_a_list_of_texts_is_expected_is_a_list_of_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {classes: Traffic light}")
+    assert load_config(str(tmp_path / "c.yaml")).data.classes == ["Traffic light"]
+    assert load_config(None, [("data.classes", "Person"), ("run.trackers", "[wandb]")]).data.classes == ["Person"]
 
 
 def test_saved_settings_read_back_the_same(tmp_path):
@@ -84,7 +90,8 @@ def test_true_and_false_still_switch_compilation(tmp_path):
         ("model.anchor_ratios", "[0.0]", r"model.anchor_ratios is \[0.0\]: it must be at least"),
         ("model.rpn_pre_nms", "[1]", r"model.rpn_pre_nms is \[1\]: give two numbers, \[training, inference\]"),
         ("optim.lr", ".nan", "optim.lr is nan: give a finite number, at least 0"),
-        ("run.trackers", "wandb", r"'wandb' is not a list such as \[wandb\]"),
+        ("run.trackers", "[wandb", r"'\[wandb' is not a list such as \[1, 2\]"),
+        ("data.classes", "", r"None is not a list such as \[1, 2\]"),
         ("train.stages", "[{layer: heads}]", "train.stages: unknown key 'layer': did you mean layers"),
         ("train.stages", "[heads]", r"'heads' is not keys and values such as \{layers: heads"),
         ("train.stages", "[{epochs: many}]", "train.stages.epochs: 'many' is not a whole number"),

@@ -17,7 +17,16 @@ from shards.common.errors import UserError
 from shards.storage.location import Location
 from tests.support import CATEGORIES
 from trainer.config.settings import Config
-from trainer.model.checkpoint import CheckpointError, State, load, load_newest, open_checkpoint, save, steps_of
+from trainer.model.checkpoint import (
+    CheckpointError,
+    State,
+    check_same_run,
+    load,
+    load_newest,
+    open_checkpoint,
+    save,
+    steps_of,
+)
 
 ORDER = {"seed": 0, "batch_size": 2, "index": "abc"}
 
@@ -177,6 +186,23 @@ def test_a_checkpoint_without_its_own_sha256_is_read(tmp_path: Path, changes: di
         return
     with pytest.raises(CheckpointError, match=reason):
         load(run / "checkpoints/step-000005")
+
+
+def test_another_run_is_refused_with_all_options_that_differ_and_both_values() -> None:
+    before, config = state(0), Config()
+    config.run.dir, config.model.backbone, config.data.classes = "/runs/a", "resnet18", ["Car"]
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(before, config, {**ORDER, "index": "def", "batch_size": 4}, CATEGORIES)
+    assert str(caught.value) == (
+        "/runs/a: this run was started with data.classes [], now it is ['Car']; "
+        "with model.backbone 'resnet50', now it is 'resnet18'; "
+        "with data.batch_size 2, now it is 4: start it as before, or give another --run.dir"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"data.shards .* 'abc', now it is 'def' \(the dataset was built again\): "
+    ):
+        check_same_run(before, Config(), {**ORDER, "index": "def"}, CATEGORIES)
+    check_same_run(before, Config(), ORDER, CATEGORIES)
 
 
 def test_save_keeps_what_it_wrote_even_before_a_later_damaged_checkpoint(tmp_path: Path) -> None:
