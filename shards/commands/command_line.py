@@ -84,6 +84,11 @@ def run(
     return print_to_reader(guarded)
 
 
+def say(text: str) -> None:
+    """Print text to stdout at once, without the credentials of URLs."""
+    print(redact(text), flush=True)
+
+
 def print_to_reader(command: Callable[[], int]) -> int:
     r"""Run a command and return its exit status; `UNREAD`, without a message, if the reader of its output is gone.
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from shards.commands.command_line import Parser, run
+from shards.commands.command_line import Parser, run, say
 from shards.commands.options import add_options, from_arguments, option
+from shards.common.redact import redact, redact_values
 from shards.common.text import counted, printable
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def _run(options: InspectOptions) -> int:
         from shards.inspect.extract import extract
 
         for image_id in options.extract:
-            print(*extract(dataset, image_id, Location(options.out)), sep="\n")
+            for place in extract(dataset, image_id, Location(options.out)):
+                say(str(place))
         return 0
     splits = count(dataset, label_images=options.label_images, seed=options.seed)
     if options.html:
@@ -98,7 +100,7 @@ def _run(options: InspectOptions) -> int:
 
         page, target = make_page(dataset, splits, samples=options.samples, seed=options.seed), Location(options.html)
         target.write(page)
-        print(f"{target}: {len(page) / 1e6:.1f} MB")
+        say(f"{target}: {len(page) / 1e6:.1f} MB")
         return 0
     from shards.inspect.text_report import json_report, text_report
 
@@ -119,12 +121,12 @@ def _verify(root: Location, *, as_json: bool) -> int:
             checked.add(part)
             if not as_json:
                 for fault in part.faults:
-                    tqdm.write(str(fault), file=sys.stdout)
+                    tqdm.write(redact(str(fault)), file=sys.stdout)
                 sys.stdout.flush()
     if verification.note:
-        print(f"inspect-shards: note: {verification.note}", file=sys.stderr)
+        print(redact(f"inspect-shards: note: {verification.note}"), file=sys.stderr)
     if as_json:
-        print(json.dumps({"root": str(root), **asdict(checked)}, indent=2))
+        print(json.dumps(redact_values({"root": str(root), **asdict(checked)}), indent=2))
     else:
         print(
             f"{counted(len(checked.faults), 'fault') if checked.faults else 'no fault'}: "

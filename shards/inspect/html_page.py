@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
 from shards.drawing.overlay import class_colour, fitted_size
 from shards.format import rle
@@ -40,7 +41,7 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
     rows = choose(dataset, samples, seed)
     cards = {row: _card(row.split, sample) for row, sample in read_samples(dataset, rows)}
     data = {
-        "root": str(dataset.root),
+        "root": redact_url(str(dataset.root)),
         "plan": dataset.info.plan,
         "seed": seed,
         "flags": list(FLAG_NAMES.values()),
@@ -52,7 +53,7 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
         "all": totals(splits)[["id", "name", *COUNTS]].to_dict("records"),
         "samples": [cards[row] for row in rows],
     }
-    return _fill(str(dataset.root), data)
+    return _fill(redact_url(str(dataset.root)), data)
 
 
 def _fill(title: str, data: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shards.common.redact import redact_url
 from shards.common.tables import percent, text_table
 from shards.common.text import counted, printable
 from shards.format.dataset import Dataset
@@ -20,7 +21,7 @@ MOST_BOX_ONLY = 5  # classes named at the end of the report
 def text_report(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
     """Return the counts for people: a table of splits, a table of classes per split, classes with few masks."""
     plan = printable(dataset.info.plan[:16]) or "unknown"
-    lines = [str(dataset.root), f"plan {plan}", "", *text_table(split_table(splits), {"portrait": percent})]
+    lines = [redact_url(str(dataset.root)), f"plan {plan}", "", *text_table(split_table(splits), {"portrait": percent})]
     for split in splits:
         lines += ["", split.split, *_class_lines(split)]
     return "\n".join([*lines, "", *_box_only_lines(totals(splits))])
@@ -28,7 +29,8 @@ def text_report(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
 
 def json_report(dataset: Dataset, splits: Sequence[SplitCounts]) -> str:
     """Return the counts as a JSON object."""
-    value = {"root": str(dataset.root), "plan": dataset.info.plan, "splits": [split.to_json() for split in splits]}
+    about = {"root": redact_url(str(dataset.root)), "plan": dataset.info.plan}
+    value = {**about, "splits": [split.to_json() for split in splits]}
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 

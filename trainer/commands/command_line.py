@@ -14,7 +14,9 @@ from typing import Any, Self
 
 from shards.commands.command_line import Parser as Parser
 from shards.commands.command_line import print_to_reader
+from shards.commands.command_line import say as say
 from shards.common.errors import UserError
+from shards.common.redact import RedactingFormatter, redact
 from shards.common.text import one_line
 from trainer.commands.launcher import is_ending, leave_status, register_rank
 
@@ -96,8 +98,13 @@ def _run(name: str, action: Callable[[], Any]) -> int:
 
 
 def start_logging() -> None:
-    """Log this project's messages at INFO on the main rank, and warnings of all packages on every rank."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Log this project's messages at INFO on the main rank, and warnings of all packages on every rank.
+
+    Credentials of URLs are removed.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for name in ("trainer", "shards"):
         logging.getLogger(name).setLevel(level)
@@ -113,6 +120,7 @@ def _lost_a_rank(error: RuntimeError) -> bool:
 
 def _report(line: str, *, to_launcher: bool = True) -> None:
     """Print a line to stderr, and write it to the file with which torch's launcher ends its own report."""
+    line = redact(line)
     print(line, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and to_launcher:

@@ -125,7 +125,7 @@ def compare(configs: dict[str, Config], folder: Location, options: Sequence[str]
     (folder / "compare.md").write(text.encode("utf-8"))
     (folder / "compare.json").write(json.dumps(rows, indent=1).encode("utf-8"))
     (folder / "compare.png").write(draw_ap_curves({name: evaluations for name, (_, evaluations) in runs.items()}))
-    print(f"\n{text}\nalso in {folder}: compare.md, compare.json, compare.png")
+    command.say(f"\n{text}\nalso in {folder}: compare.md, compare.json, compare.png")
 
 
 def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ def train_all(configs: dict[str, Config], options: Sequence[str]) -> None:
     with noted_signals() as noted, tempfile.TemporaryDirectory(prefix="maskstream-") as temporary:
         settings = Location(f"{temporary}/settings.yaml")
         for name, config in configs.items():
-            print(f"\n{name}: {config.run.dir}", flush=True)
+            command.say(f"\n{name}: {config.run.dir}")
             yaml_config.save_config(config, settings)
             status = launch(TRAIN, ["--config", settings.path], options or default_options(), noted)
             if noted:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.commands.options import add_options, from_arguments
 from shards.common.errors import DatasetError
+from shards.common.redact import HIDDEN, redact, redact_values
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.commands import command_line as command
@@ -74,7 +75,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     if not options.out:  # not earlier: a missing checkpoint should be reported as such
         main_can_write(out, "--out", accelerator)
     config = state.config
-    dataset = (dataset or open_dataset(config.data.shards)).select(classes=config.data.classes or None)
+    dataset = (dataset or open_stored(config.data.shards)).select(classes=config.data.classes or None)
     check_classes(state.categories, dataset.categories, options.checkpoint, str(dataset.root))
     parents = read_parents(Location(options.hierarchy), dataset.categories) if options.hierarchy else {}
     network = rebuild(state)
@@ -93,7 +94,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
         network, dataset, options.split, accelerator, config.data, config.train, parents=parents, watch=watch
     )
     gather = gather_to_main(accelerator)
-    title = f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}"
+    title = redact(f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}")
     matrix, page = confusion.evaluate(gather), pictures.render(title, gather)
     if result is not None and matrix is not None and page is not None:
         context = {
@@ -105,10 +106,19 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
             "parents": {str(child): list(above) for child, above in parents.items()},
         }
         names = write_results(out, context, dataset.categories, result, matrix, page)
-        print(f"{title}\n{describe_thresholds(thresholds, config.model)}\n{summary(result)}\n")
-        print(f"all numbers: {out / 'evaluation.json'}; in the same folder: {', '.join(names)}")
+        command.say(f"{title}\n{describe_thresholds(thresholds, config.model)}\n{summary(result)}\n")
+        command.say(f"all numbers: {out / 'evaluation.json'}; in the same folder: {', '.join(names)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def open_stored(shards: str) -> Dataset:
+    """Open the dataset of a checkpoint's training; DatasetError if its URL was stored without its credentials."""
+    from shards.format.dataset import open_dataset
+
+    if HIDDEN in shards:
+        raise DatasetError(f"the checkpoint does not have the credentials of its dataset, {shards}: give --data.shards")
+    return open_dataset(shards)
 
 
 def write_results(
@@ -132,7 +142,7 @@ def write_results(
     }
     for name, data in files.items():
         (out / name).write(data)
-    value = {**context, **result.to_json(), "confusion": matrix.to_json()}
+    value = {**redact_values(context), **result.to_json(), "confusion": matrix.to_json()}
     (out / "evaluation.json").write(json.dumps(value, indent=1, allow_nan=False).encode("utf-8"))
     return list(files)
 

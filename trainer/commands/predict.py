@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shards.commands.options import add_options, from_arguments
 from shards.common.errors import UserError
+from shards.common.redact import redact, redact_url
 from shards.common.text import counted
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
@@ -117,18 +118,18 @@ def predict_files(options: PredictOptions) -> int:
             except UserError as error:
                 # A storage error already starts with the image's path.
                 message = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
-                print(f"predict: {message}", file=sys.stderr, flush=True)
+                print(redact(f"predict: {message}"), file=sys.stderr, flush=True)
                 failures += 1
                 continue
             found = detect(network, [pixels], device)[0]
             height, width = pixels.shape[-2:]
-            record = image_record(stem(image), image, width, height, found)
+            record = image_record(stem(image), redact_url(image), width, height, found)
             if options.pictures:
                 record["image"]["picture"] = name
                 write_picture(out / name, pixels, found, state.categories)
             files.add(record)
-            print(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}", flush=True)
-    print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
+            command.say(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}")
+    command.say(f"{out / COCO_FILE}: {files.counts()}")
     return 1 if failures else 0
 
 

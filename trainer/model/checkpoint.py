@@ -28,6 +28,7 @@ from torch import Tensor
 
 from shards.commands.options import ConfigError, update
 from shards.common.errors import StorageError, UserError
+from shards.common.redact import redact_values
 from shards.common.text import counted, one_line, shown
 from shards.format.dataset import Category
 from shards.storage.explain import storage_errors
@@ -146,7 +147,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "scaler": state.scaler,
         "order": state.order,
         "categories": categories,
-        "config": state.config.to_dict(),
+        "config": redact_values(state.config.to_dict()),
         "optimizer": structure,
         "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
     }
@@ -296,7 +297,8 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
     found = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     index = ORDER_OPTIONS["index"]
     if index in found:  # named by the options that choose it, unless these are the same
-        chosen = {f"data.{name}": (getattr(state.config.data, name), getattr(config.data, name)) for name in SELECTION}
+        sides = [redact_values(asdict(one.data)) for one in (state.config, config)]
+        chosen = {f"data.{name}": (sides[0][name], sides[1][name]) for name in SELECTION}
         if others := {key: (was, is_now) for key, (was, is_now) in chosen.items() if was != is_now}:
             del found[index]
             found = others | found
@@ -313,7 +315,7 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
 def _identity(config: Config, order: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
     """Return everything that must not change within a run, by the names of its options."""
     return {
-        **{f"model.{key}": value for key, value in asdict(config.model).items()},
+        **{f"model.{key}": redact_values(value) for key, value in asdict(config.model).items()},
         "classes": {category.id: category.name for category in categories},
         **{ORDER_OPTIONS.get(key, key): value for key, value in order.items()},
     }

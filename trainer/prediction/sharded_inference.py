@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torchvision.models.detection import MaskRCNN
 
+from shards.commands.command_line import say
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
@@ -96,11 +97,11 @@ def predict_shards(
     missing: list[int] = from_main(parts.missing() if main else None)
     if main:
         done = f"{len(parts) - len(missing)} of {counted(len(parts), 'part')} done already"
-        print(f"{counted(images, 'image')} of {options.split}: {done}", flush=True)
+        say(f"{counted(images, 'image')} of {options.split}: {done}")
     for number, records in _predict_parts(options, dataset, state, network, accelerator, parts, missing[rank::world]):
         parts.write(number, records)
         objects = sum(len(record["annotations"]) for record in records)
-        print(f"{parts.place(number)}: {counted(objects, 'object')}", flush=True)
+        say(f"{parts.place(number)}: {counted(objects, 'object')}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # the other ranks do not wait until the parts are joined
     if main:
@@ -108,7 +109,7 @@ def predict_shards(
             for number in range(len(parts)):
                 for record in parts.read(number):
                     files.add(record)
-        print(f"{out / COCO_FILE}: {files.counts()}", flush=True)
+        say(f"{out / COCO_FILE}: {files.counts()}")
 
 
 def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:

@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
+from shards.common.redact import redact_values
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.settings import Config
-from trainer.config.yaml_config import save_config
 from trainer.run.best import best_evaluation
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
 from trainer.run.plots import draw_curves
@@ -80,13 +81,14 @@ class RunLog:
 
     def __init__(self, run: Location, config: Config, accelerator: Accelerator, step: int, total: int) -> None:
         self.run, self.accelerator = run, accelerator
-        save_config(config, run / "config.yaml")
+        public = redact_values(config.to_dict())  # files of a run are often shared
+        (run / "config.yaml").write(yaml.safe_dump(public, sort_keys=False).encode("utf-8"))
         (run / "environment.json").write(json.dumps(environment(accelerator), indent=1).encode("utf-8"))
         self.steps = RowFile(run / "metrics.jsonl", step)
         self.evaluations = RowFile(run / "evaluations.jsonl", step)
         self._drawn = len(self.steps.rows), len(self.evaluations.rows)
         self.progress = Progress(config.run.log_steps, total)
-        accelerator.init_trackers("maskstream", config=flattened(config.to_dict()))
+        accelerator.init_trackers("maskstream", config=flattened(public))
 
     @property
     def last_evaluation(self) -> int:
@@ -243,7 +245,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "world_size": accelerator.num_processes,
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
-        "command": sys.argv,
+        "command": redact_values(sys.argv),
     }
 
 

@@ -9,12 +9,14 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
+from shards.inspect import cli as inspect
 from shards.storage.location import Location
 from tests.trainer import tiny
 from trainer.commands import evaluate, predict, train
@@ -115,6 +117,35 @@ def test_predict_processes_images_without_the_classes_of_the_network(dataset: Pa
     words = ["--checkpoint", str(run), "--data.shards", str(dataset), "--data.workers", "0", "--out", str(out)]
     assert predict.main(words) == 0
     assert len(json.loads((out / "predictions.json").read_text())["images"]) == 5  # with squares or without
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_credentials_of_urls_are_in_no_file_and_no_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    place = f"memory://me:hunter2@{tmp_path.name}"
+    tiny.write_dataset(f"{place}/data", samples=4, val=2)  # type: ignore[arg-type]
+    settings = {"train__steps_per_epoch": 1, "run__dir": f"{place}/run", "data__shards": f"{place}/data"}
+    arguments = tiny.arguments(place, tmp_path, **settings)
+    with patch("sys.argv", ["train.py", *arguments]):
+        assert train.main(arguments) == 0
+        assert train.main([*arguments, "--train.epochs", "2"]) == 0  # the run is still the same
+    common = ["--checkpoint", f"{place}/run", "--out", f"{place}/out", "--data.workers", "0"]
+    assert evaluate.main(common) == 2
+    assert "credentials of its dataset, memory://***@" in capfd.readouterr().err
+    shards = ["--data.shards", f"{place}/data"]
+    assert evaluate.main([*common, *shards]) == 0
+    assert predict.main([*common, *shards]) == 0
+    Location(f"{place}/a.jpg").write(tiny.draw_sample(0).image)
+    words = [f"{place}/a.jpg", f"{place}/none.jpg", "--checkpoint", f"{place}/run", "--out", f"{place}/found"]
+    assert predict.main(words) == 1
+    assert inspect.main([f"{place}/data", "--verify", "--json"]) == inspect.main([f"{place}/data", "--json"]) == 0
+    assert inspect.main([f"{place}/data", "--html", f"{place}/page.html"]) == 0
+    root = Location(place)
+    files = [str(name) for name in root.fs.find(root.path)]
+    assert len(files) > 20
+    assert [name for name in files if b"hunter2" in root.fs.cat_file(name)] == []
+    captured = capfd.readouterr()
+    assert "memory://***@" in captured.out
+    assert "hunter2" not in captured.out + captured.err
 
 
 def test_weights_of_other_classes_are_loaded_without_their_class_specific_layers(
