@@ -43,12 +43,13 @@ class RunWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
-            if self._is_new:  # a training that failed before it wrote anything leaves nothing
-                with suppress(OSError):
-                    os.rmdir(self.run.path)
+        if self._folder is None:
+            return
+        if self._is_new:  # a training that failed before it wrote anything leaves nothing
+            with suppress(OSError):
+                os.rmdir(self.run.path)
+        os.close(self._folder)
+        self._folder = None
 
     def claim(self) -> None:
         """Become the writer of the folder; UserError if another training on this disk stays the writer."""
@@ -71,24 +72,32 @@ class RunWriter:
             raise UserError(f"{self.run}: another training ({who}) has taken this run over: this one ends, unsaved")
 
     def _lock(self) -> None:
-        with suppress(OSError):
-            self._is_new = not os.path.exists(self.run.path)
-            os.makedirs(self.run.path, exist_ok=True)
-            self._folder = os.open(self.run.path, os.O_RDONLY)
         deadline, is_logged = time.monotonic() + self.timeout_s, False
-        while self._folder is not None:
-            try:
-                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise UserError(
-                        f"{self.run}: another training is writing there: wait until it has ended, or give another "
-                        "--run.dir"
-                    ) from None
-                if not is_logged:
-                    log.warning("%s: waiting for another training to end, which still writes there", self.run)
-                is_logged = True
-                time.sleep(POLL_S)
-            except OSError:  # this disk has no locks
-                return
+        self._is_new = not os.path.exists(self.run.path)
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                problem = "another training is writing there: wait until it has ended, or give another --run.dir"
+                raise UserError(f"{self.run}: {problem}")
+            if not is_logged:
+                log.warning("%s: waiting for another training to end, which still writes there", self.run)
+            is_logged = True
+            time.sleep(POLL_S)
+
+    def _try_lock(self) -> bool:
+        """Return whether this process has the folder's lock now, or there can be none."""
+        folder = None
+        try:
+            os.makedirs(self.run.path, exist_ok=True)
+            folder = os.open(self.run.path, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(folder), os.stat(self.run.path)):  # not one that was removed meanwhile
+                self._folder, folder = folder, None
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:  # this disk has no locks
+            return True
+        finally:
+            if folder is not None:
+                os.close(folder)
+        return False

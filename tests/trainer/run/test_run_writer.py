@@ -19,7 +19,16 @@ def test_on_a_disk_a_second_writer_waits_and_is_refused(tmp_path: Path, monkeypa
         first.check()
     with RunWriter(run) as third:  # the first has ended
         third.claim()
-    assert list((tmp_path / "runs" / "one").iterdir()) == []
+        (tmp_path / "runs" / "one" / "file").touch()
+    assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["file"]
+
+
+def test_a_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
+    for folder, is_kept in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with RunWriter(Location(str(folder))) as writer:
+            writer.claim()
+        assert folder.exists() == is_kept
 
 
 def test_a_writer_waits_for_one_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
