@@ -35,7 +35,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# `make test-fast` leaves out tests that need a server, a browser, a build, a training or large networks, and tests that
+# `make test-fast` leaves out tests that need a server, a browser, a build, a training, large networks or torch.compile, and tests that
 # are marked.
 SLOW_FIXTURES = {"s3", "browser", "scenes", "dataset", "checkpoint"}
 SLOW_PLACES = (
@@ -47,6 +47,8 @@ SLOW_PLACES = (
     "tests/trainer/model/test_build",
     "tests/trainer/model/test_weights",
     "tests/trainer/prediction/",
+    "tests/trainer/step/test_compile",
+    "tests/trainer/step/test_warm_up",
 )
 
 

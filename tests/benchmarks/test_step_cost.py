@@ -19,6 +19,7 @@ from tests.trainer import tiny
 from trainer.config.settings import ModelConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "precision", "most"), [("resnet18", "float32", 842), ("resnet50", "bfloat16", 1645)]
 )

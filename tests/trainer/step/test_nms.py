@@ -61,6 +61,7 @@ for seed, sizes in enumerate(([50], [130, 40, 7], [33, 32], [300])):
 """
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_equals_the_fixed_point_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="torch has no Triton on this platform")
     environment = tiny.environment(TRITON_INTERPRET="1")
