@@ -35,8 +35,8 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# `make test-fast` leaves out tests that need a server, a browser, a build, a training, large networks or torch.compile, and tests that
-# are marked.
+# `make test-fast` leaves out tests that need a server, a browser, a build, a training, large networks or torch.compile,
+# and tests that are marked.
 SLOW_FIXTURES = {"s3", "browser", "scenes", "dataset", "checkpoint"}
 SLOW_PLACES = (
     "tests/builder/commands/",
