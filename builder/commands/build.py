@@ -247,10 +247,11 @@ def shortfalls(
 
 def _check_places(source: Source, root: Location, writes: bool) -> None:
     """Check access to the images and the root before gigabytes of tables are read."""
-    if source.images.is_local and not os.path.isdir(source.images.path):
-        raise StorageError(f"{source.images}: there is no such folder: check --images")
-    # This key need not exist: a missing bucket, endpoint or credential raises.
-    fetch([Request(source.images / "train" / "0000000000000000.jpg")])
+    for root_of_images in source.image_roots:
+        if root_of_images.is_local and not os.path.isdir(root_of_images.path):
+            raise StorageError(f"{root_of_images}: there is no such folder: check --images")
+    # These keys need not exist: a missing bucket, endpoint or credential raises.
+    fetch([Request(each / "train" / "0000000000000000.jpg") for each in source.image_roots])
     if writes:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
 

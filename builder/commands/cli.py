@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
 from shards.commands.command_line import run
+from shards.common.errors import UserError
 from shards.common.redact import RedactingFormatter
 from shards.storage.location import Location
 
@@ -130,18 +131,25 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
 
 def make_source(options: BuildOptions, cache: str) -> Source:
     """Return the source of images and annotations that the options name."""
-    images = source_location(options.images, anonymous=options.anonymous)
+    locate = partial(source_location, anonymous=options.anonymous)
     if options.source == "coco":
         from builder.sources.coco import Coco, parse_places
 
         places, named = parse_places(options.annotations)
-        files = tuple((split, source_location(url, anonymous=options.anonymous)) for split, url in places)
-        return Coco(images, files, named)
+        files = tuple((split, locate(url)) for split, url in places)
+        roots, per_split = parse_places(options.images, "--images")
+        located = {split: locate(url) for split, url in roots}
+        if not per_split:
+            return Coco(located["train"], files, named)
+        if missing := [split for split, _ in files if split not in located]:
+            found = " and ".join(located)
+            raise UserError(f"--images has no root for {missing[0]}, only for {found}: add {missing[0]}=URL")
+        return Coco(located[files[0][0]], files, named, tuple((split, located[split]) for split, _ in files))
     from builder.fetching.table_cache import Cache
     from builder.sources.openimages.source import OpenImages
 
-    annotations = source_location(options.annotations[0], anonymous=options.anonymous)
-    return OpenImages(images, annotations, Cache(cache, lasting=not options.no_cache))
+    tables = Cache(cache, lasting=not options.no_cache)
+    return OpenImages(locate(options.images[0]), locate(options.annotations[0]), tables)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,10 @@ class BuildOptions:
     )
     seed: int = _select(0, "seed of the selection and of the order of the images", low=0)
     images_per_shard: int = _select(256, "images per shard", low=1)
-    images: str = _place(PUBLIC_IMAGES, "root of <split>/<ImageID>.jpg; with coco, of its file names")
+    images: list[str] = _place(
+        [PUBLIC_IMAGES],
+        "root of <split>/<ImageID>.jpg; with coco, of its file names, or several as train=URL val=URL test=URL",
+    )
     annotations: list[str] = _place(
         [PUBLIC_ANNOTATIONS],
         "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
@@ -213,16 +216,19 @@ def command_line(options: BuildOptions) -> str:
 def _check_combinations(options: BuildOptions) -> None:
     """Raise ConfigError for options that need or exclude each other."""
     several = len(options.annotations) > 1
+    several_roots = len(options.images) > 1
     if options.partition is not None and options.splits != "partition":
         fault = "--partition needs --splits partition"
     elif options.partition is not None and sum(options.partition) <= 0:
         fault = "--partition: at least one part must be greater than 0"
     elif options.source == "coco" and (
-        options.annotations == [PUBLIC_ANNOTATIONS] or (options.images == PUBLIC_IMAGES and not options.list_classes)
+        options.annotations == [PUBLIC_ANNOTATIONS] or (options.images == [PUBLIC_IMAGES] and not options.list_classes)
     ):
         fault = "--source coco needs --images (the root of its files) and --annotations (its instances JSON)"
     elif several and options.source != "coco":
         fault = "--annotations takes one root; several files are for --source coco"
+    elif several_roots and options.source != "coco":
+        fault = "--images takes one root; several are for --source coco"
     elif several and options.splits == "partition":
         fault = "--splits partition cuts a single instances file: give one file in --annotations"
     elif options.images_list and (options.per_class or options.eval_per_class is not None):

@@ -114,6 +114,10 @@ class Source(Protocol):
         """The root of the images."""
 
     @property
+    def image_roots(self) -> Sequence[Location]:
+        """All roots of images: one, or one per split; `images` is the first."""
+
+    @property
     def image_layout(self) -> str:
         """Where the images are under their root, for messages."""
 

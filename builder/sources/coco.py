@@ -28,11 +28,24 @@ from shards.storage.location import Location
 
 @dataclass(frozen=True)
 class Coco:
-    """An image root and a file per split (a `builder.sources.base.Source`); if `named`, keys begin with the split."""
+    """An image root and a file per split (a `builder.sources.base.Source`); if `named`, keys begin with the split.
+
+    `roots` are those of splits whose images are not under the common root.
+    """
 
     images: Location
     files: tuple[tuple[str, Location], ...]
     named: bool = False
+    roots: tuple[tuple[str, Location], ...] = ()
+
+    @property
+    def image_roots(self) -> tuple[Location, ...]:
+        """The roots of the splits, each once."""
+        return tuple(dict.fromkeys(self.root_of(split) for split in self.splits))
+
+    def root_of(self, split: str) -> Location:
+        """Return the root of the images of a split."""
+        return dict(self.roots).get(split, self.images)
 
     @property
     def image_layout(self) -> str:
@@ -53,7 +66,8 @@ class Coco:
         """Return what `dataset.json` records about the source."""
         urls = {split: redact_url(location.url) for split, location in self.files}
         files = " ".join(f"{split}={url}" if self.named else url for split, url in urls.items())
-        return {"name": "COCO", "images": self.images.url, "annotations": files}
+        roots = " ".join(f"{split}={redact_url(root.url)}" for split, root in self.roots)
+        return {"name": "COCO", "images": roots or self.images.url, "annotations": files}
 
     def taxonomy(self) -> Taxonomy:
         """Return the categories of all files by name; supercategories are their parents."""
@@ -71,7 +85,7 @@ class Coco:
 
     def open_split(self, split: str, classes: Classes, filters: Filters) -> CocoSplit:
         """Open one of `splits`."""
-        return CocoSplit(self.images, self._instances[split], classes, filters)
+        return CocoSplit(self.root_of(split), self._instances[split], classes, filters)
 
     @cached_property
     def _instances(self) -> Mapping[str, Instances]:
@@ -189,14 +203,14 @@ def _planned(image: CocoImage, number: int, annotation: Mapping[str, Any], label
     return PlannedObject(found, InlineMask(image.width, image.height, segmentation) if segmentation else None)
 
 
-def parse_places(texts: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], bool]:
-    """Parse `--annotations` for COCO into (split, URL) pairs, and whether the splits were named."""
+def parse_places(texts: Sequence[str], option: str = "--annotations") -> tuple[tuple[tuple[str, str], ...], bool]:
+    """Parse `--annotations` or `--images` for COCO into (split, URL) pairs, and whether the splits were named."""
     named = [re.fullmatch(r"(train|val|test)=(.+)", text) for text in texts]
     found = [(match[1], match[2]) for match in named if match]
     if len(texts) == 1 and not found:
         return (("train", texts[0]),), False
     if len(found) != len(texts) or len(dict(found)) != len(found):
         raise UserError(
-            f"--annotations {' '.join(texts)[:200]}: give one file, or one per split as train=URL val=URL test=URL"
+            f"{option} {' '.join(texts)[:200]}: give one URL, or one per split as train=URL val=URL test=URL"
         )
     return tuple(found), True

@@ -10,6 +10,7 @@ from builder.sources.openimages.annotations import OpenImagesSplit
 from builder.sources.openimages.class_tables import parse_children, parse_class_names
 from builder.sources.openimages.layout import SOURCE_SPLITS, Layout
 from builder.sources.taxonomy import Classes, Taxonomy
+from shards.storage.location import Location
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class OpenImages(Layout):
     """Open Images or a mirror of it (a `builder.sources.base.Source`); `cache` keeps tables and zip directories."""
 
     cache: Cache = NO_CACHE
+
+    @property
+    def image_roots(self) -> tuple[Location, ...]:
+        """The root of all splits."""
+        return (self.images,)
 
     @property
     def image_layout(self) -> str:

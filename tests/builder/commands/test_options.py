@@ -56,7 +56,7 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], words:
 def test_per_class_alone_is_a_complete_command() -> None:
     options = parse(["--per-class", "1000"])
     assert "--classes Person Car 'Traffic light' 'Traffic sign'" in command_line(options)
-    assert options.images == "s3://open-images-dataset"
+    assert options.images == ["s3://open-images-dataset"]
     assert options.annotations == ["https://storage.googleapis.com/openimages"]
     assert options.out == "./shards-data"
 

@@ -31,6 +31,10 @@ class FakeSource:
     annotations: Location = Location("memory://fake/annotations")
 
     @property
+    def image_roots(self) -> Sequence[Location]:
+        return (self.images,)
+
+    @property
     def splits(self) -> Mapping[str, str]:
         return {"train": "train", "val": "validation"}
 

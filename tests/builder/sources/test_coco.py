@@ -86,6 +86,23 @@ def test_supercategories_quotas_and_named_splits(scenes: Path, tmp_path: Path) -
             assert sum(any(i.category_id == category for i in s.instances) for s in found[split].values()) >= quota
 
 
+def test_splits_may_have_their_own_roots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):  # one file name for two images
+        write_coco(tmp_path / split, images=3, seed=3)
+        for path in (tmp_path / split / "images").rglob("*.jpg"):
+            path.write_bytes(path.read_bytes() + split.encode())
+    files = tuple(f"{split}={split}/instances.json" for split in ("train", "val"))
+    roots = [f"{split}={tmp_path / split / 'images'}" for split in ("train", "val")]
+    assert run(tmp_path, tmp_path / "out", "--images", *roots, annotations=files) == 0
+    for split, samples in samples_of(tmp_path / "out").items():
+        assert len(samples) == 3
+        assert all(sample.image.endswith(split.encode()) for sample in samples.values())
+    source = json.loads((tmp_path / "out" / "dataset.json").read_text())["source"]
+    assert source["images"] == " ".join(roots)
+    assert run(tmp_path, tmp_path / "no", "--images", roots[0], annotations=files) == 2
+    assert "--images has no root for val, only for train: add val=URL" in capsys.readouterr().err
+
+
 def test_one_file_can_be_partitioned_and_all_annotations_kept(scenes: Path, tmp_path: Path) -> None:
     parts = ("--splits", "partition", "--partition", "0.5", "0.25", "0.25")
     assert run(scenes, tmp_path, "--classes", "person", "--all-annotations", *parts) == 0
