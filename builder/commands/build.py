@@ -52,7 +52,7 @@ class Summary:
     """Result of a build or a retry; traffic, `handled`, `resumed` and the durations in seconds are those of this run.
 
     Attributes:
-        already_built: whether the root already held this dataset; only `chosen` and `shortfalls` are set then.
+        already_built: whether the root already held this dataset; then only `chosen`, `failures`, `shortfalls` are set.
         chosen: reports of the selection, per split and class.
         counts: packed images, masks and boxes per split and class.
         failures: pairs of a reason and the number of images and masks that were not packed for it.
@@ -152,8 +152,13 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         if not claim(root, plan.fingerprint, redact(command), overwrite=overwrite, confirm=confirm):
             dataset = open_dataset(root)
             check_shards(root, dataset.info.shards, "Build the dataset again, with --overwrite")
-            short = shortfalls(planned, *read_tables(dataset), dataset.categories)
-            return Summary(already_built=True, chosen=planned.reports, shortfalls=tuple(short))
+            rows, accounts = read_tables(dataset)
+            return Summary(
+                already_built=True,
+                chosen=planned.reports,
+                failures=tuple(reasons(accounts).items()),
+                shortfalls=tuple(shortfalls(planned, rows, accounts, dataset.categories)),
+            )
         tasks, by_name, resumed = _run(planned, prepared.job, prepared.engine, lock)
         results = [by_name[task.name] for task in tasks]
         rows = [row for result in results for row in result.rows]
@@ -161,7 +166,11 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         accounts = [*planned.unknown, *(account for result in results for account in result.accounts)]
         if not rows:
             delete(root / RECORDS, recursive=True)
-            found = ", ".join(f"{reason} {count}" for reason, count in reasons(accounts).items())
+            details = {account.status: account.detail for account in reversed(accounts) if account.kind == "image"}
+            found = ", ".join(
+                f"{reason} {count}" + (f": {details[reason]}" if details.get(reason) else "")
+                for reason, count in reasons(accounts).items()
+            )
             raise UserError(
                 f"none of the chosen images could be packed ({found}), such as {plan.tasks[0].images[0].url}: check "
                 f"--images ({source.images}): the images must be at {source.image_layout}"

@@ -51,7 +51,8 @@ class Progress:
             speed = self._done / seconds
             left = duration((self._images - self._done) / max(speed, 1e-9))
             total = counted(self._images, "image")
-            logger.info("packed %d of %s, %.1f images/s, %s, %s left", self._done, total, speed, rate, left)
+            packed = self._done - self._failed
+            logger.info("packed %d of %s, %.1f images/s, %s, %s left", packed, total, speed, rate, left)
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,8 @@ from shards.common.text import counted
 from shards.format.accounts import FILTERED
 from shards.format.dataset_card import ClassCounts
 
+RETRIABLE = ("image-missing", "image-refused")  # the store may answer otherwise another time; a file stays what it is
+
 
 def render_summary(summary: Summary, out: str) -> str:
     """Return the report of a build or a retry."""
@@ -142,8 +144,10 @@ def _recovered(summary: Summary) -> str:
 
 
 def _shortfalls(summary: Summary) -> list[str]:
+    may_help = summary.recovered is None and any(reason in RETRIABLE for reason, _ in summary.failures)
+    hint = "try --retry-failed" if may_help else "accounts.parquet has the reasons"
     return [
-        f"short: {f'{short.split} {short.name}'.strip()}: {short.packed} of {short.wanted} (try --retry-failed)"
+        f"short: {f'{short.split} {short.name}'.strip()}: {short.packed} of {short.wanted} ({hint})"
         for short in summary.shortfalls
     ]
 

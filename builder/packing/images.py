@@ -18,6 +18,16 @@ from shards.format import jpeg, rle
 
 MAX_PIXELS = 64 << 20  # of an image or mask: 64 Mpx, sixty times the images of Open Images, below Pillow's own limit
 
+# First bytes -> name of the format.
+_OTHER_FORMATS = {
+    b"\x89PNG\r\n": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+
 
 def check_jpeg(data: bytes | Refusal) -> Size | Failure:
     """Return the (width, height) of an image in pixels, EXIF orientation ignored, or why it cannot be used."""
@@ -26,6 +36,8 @@ def check_jpeg(data: bytes | Refusal) -> Size | Failure:
     try:
         return jpeg.jpeg_size(data, MAX_PIXELS)
     except jpeg.ImageError as error:
+        if kind := next((name for start, name in _OTHER_FORMATS.items() if data.startswith(start)), ""):
+            return Failure("image-undecodable", f"a {kind}, not a JPEG: shards hold JPEGs, convert it first")
         return Failure("image-too-large" if error.too_large else "image-undecodable", str(error))
 
 

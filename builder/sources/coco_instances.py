@@ -20,6 +20,7 @@ from shards.common.text import counted
 from shards.format.sample import KEY
 
 LONGEST_SIDE = 1 << 16  # pixels
+OTHER_IMAGES = (".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def _images(
     }
     images: dict[int | str, CocoImage] = {}
     ids: dict[str, int | str] = {}
+    _note_names([str(row.get("file_name")) for row in rows], where)
     for number, row in enumerate(rows):
         place = f"{where}: images[{number}]"
         image = _image(row, terms, names, place, prefix)
@@ -156,7 +158,11 @@ def _image(
     width, height = (_get(row, side, (int,), place) for side in ("width", "height"))
     if not (0 < width <= LONGEST_SIDE and 0 < height <= LONGEST_SIDE):
         raise UserError(f"{place}: is {width}x{height} pixels large: each side must be 1 to {LONGEST_SIDE}")
-    file_name = file_name.removeprefix("./")
+    file_name = file_name.replace("\\", "/").removeprefix("./")  # as tools write it on Windows
+    if re.match("[A-Za-z]:/", file_name):
+        raise UserError(
+            f"{place}: the file_name {file_name[:80]!r} is a whole path of Windows: write it as under --images"
+        )
     if not FILE_NAME.fullmatch(file_name):
         raise UserError(f"{place}: the file_name {file_name[:80]!r} is not under --images: correct the file")
     license_id = row.get("license")
@@ -168,6 +174,18 @@ def _image(
     absent = _named(row["neg_category_ids"], names) if "neg_category_ids" in row else None
     uncertain = _named(row.get("not_exhaustive_category_ids"), names)
     return CocoImage(sample_key(found, prefix), found, file_name, width, height, metadata, absent, uncertain, [])
+
+
+def _note_names(names: Sequence[str], where: str) -> None:
+    """Log how many names of files are read as something else, or are of files that cannot be packed."""
+    if backslashes := sum("\\" in name for name in names):
+        logger.info("%s: %s with backslashes, read as folders", where, counted(backslashes, "file name"))
+    others = [name for name in names if name.lower().endswith(OTHER_IMAGES)]
+    if others:
+        found = (
+            f"{counted(len(others), 'image')} of {len(names)} {'is' if len(others) == 1 else 'are'} not called a JPEG"
+        )
+        logger.warning("%s: %s, such as %s: shards hold JPEGs: convert them first", where, found, others[0][:80])
 
 
 def _named(ids: Any, names: Mapping[int, str]) -> tuple[str, ...]:

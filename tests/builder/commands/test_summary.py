@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.commands.build import Summary
+from builder.commands.build import Shortfall, Summary
 from builder.commands.cli import main
 from builder.commands.dry_run import SAMPLED
 from builder.commands.progress import Progress, duration
@@ -80,6 +80,23 @@ def test_a_summary_counts_in_the_singular() -> None:
     assert "1 image in 0 s" in text
 
 
+@pytest.mark.parametrize(
+    ("reason", "recovered", "helps"),
+    [("image-missing", None, True), ("image-refused", None, True), ("image-missing", 0, False)]
+    + [(reason, None, False) for reason in ("image-undecodable", "image-too-large", "image-shape", "image-unknown")],
+)
+@pytest.mark.parametrize("built", [False, True])
+def test_a_retry_is_recommended_only_where_it_can_help(
+    reason: str, recovered: int | None, helps: bool, built: bool
+) -> None:
+    short = (Shortfall("train", "Person", 1, 2),)
+    text = render_summary(
+        Summary(already_built=built, failures=((reason, 1),), shortfalls=short, recovered=recovered), "x"
+    )
+    assert ("(try --retry-failed)" in text) == helps
+    assert "short: train Person: 1 of 2 (" in text
+
+
 def test_progress_logs_lines_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,7 +108,7 @@ def test_progress_logs_lines_without_a_terminal(
         progress.expect(1)
         progress.advance(7, 1, 0)
     assert caplog.messages == [
-        "packed 4 of 10 images, 4.0 images/s, 2.0 MB/s, 1 failed, 2 s left",
-        "packed 11 of 11 images, 5.5 images/s, 1.0 MB/s, 1 failed, 0 s left",
+        "packed 3 of 10 images, 4.0 images/s, 2.0 MB/s, 1 failed, 2 s left",
+        "packed 10 of 11 images, 5.5 images/s, 1.0 MB/s, 1 failed, 0 s left",
     ]
     assert [duration(s) for s in (0.4, 48, 425, 12_000)] == ["0 s", "48 s", "7 min 5 s", "3 h 20 min"]

@@ -54,6 +54,14 @@ def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
         assert same_shape((first(one[0]), first(one[1])), (second(other[0]), second(other[1])))
 
 
+def test_another_format_is_named() -> None:
+    for name in ("PNG", "GIF", "WebP", "BMP", "TIFF"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, name)
+        found = check_jpeg(buffer.getvalue())
+        assert found == Failure("image-undecodable", f"a {name}, not a JPEG: shards hold JPEGs, convert it first")
+
+
 def test_same_shape() -> None:
     assert same_shape((1600, 1200), (1024, 768))
     assert same_shape((1600, 1067), (1024, 683))

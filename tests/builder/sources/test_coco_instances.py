@@ -35,7 +35,17 @@ OBJECT = document()["annotations"]
         (document(images=[IMAGE, {**IMAGE, "id": "000000000001"}]), "are the same"),
         *[
             (document(images=[{**IMAGE, "file_name": name}]), "is not under --images")
-            for name in ("/etc/passwd", "../a.jpg", "b/../../a.jpg", "b/..", "a\\b.jpg", "b//a.jpg", "a\n.jpg", "")
+            for name in (
+                "/etc/passwd",
+                "../a.jpg",
+                "b/../../a.jpg",
+                "b/..",
+                "..\\a.jpg",
+                "\\a.jpg",
+                "b//a.jpg",
+                "a\n.jpg",
+                "",
+            )
         ],
         (document(categories=[{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]), "used before"),
         (document(categories=TWICE, annotations=[*OBJECT, {**OBJECT[0], "category_id": 2}]), "1 and 2 .*named 'dog'"),
@@ -50,6 +60,21 @@ def test_parse_instances_refuses_wrong_files_with_one_line(value: Any, message: 
         parse_instances(value if isinstance(value, bytes) else json.dumps(value).encode(), "x.json")
     assert str(caught.value).startswith("x.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_files_as_windows_writes_them_and_of_other_formats(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    names = ("images\\a.jpg", ".\\b\\c.PNG", "d.jpg")
+    images = [{**IMAGE, "id": number, "file_name": name} for number, name in enumerate(names)]
+    parsed = parse_instances(json.dumps(document(images=images)).encode(), "x.json")
+    assert [image.file_name for image in parsed.images.values()] == ["images/a.jpg", "b/c.PNG", "d.jpg"]
+    assert caplog.messages == [
+        "x.json: 2 file names with backslashes, read as folders",
+        "x.json: 1 image of 3 is not called a JPEG, such as .\\b\\c.PNG: shards hold JPEGs: convert them first",
+    ]
+    whole = document(images=[{**IMAGE, "file_name": "C:\\data\\a.jpg"}])
+    with pytest.raises(UserError, match=r"images\[0\]: the file_name 'C:/data/a\.jpg' is a whole path of Windows"):
+        parse_instances(json.dumps(whole).encode(), "x.json")
 
 
 json_values = st.recursive(
