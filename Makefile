@@ -26,6 +26,7 @@ docs: $(VENV)/.docs
 
 # pip, not uv: on machines with a CPU build of torch at hand pip takes it, and no lock file has to agree.
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v}, maskstream needs 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python

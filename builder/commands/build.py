@@ -166,15 +166,7 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         accounts = [*planned.unknown, *(account for result in results for account in result.accounts)]
         if not rows:
             delete(root / RECORDS, recursive=True)
-            details = {account.status: account.detail for account in reversed(accounts) if account.kind == "image"}
-            found = ", ".join(
-                f"{reason} {count}" + (f": {details[reason]}" if details.get(reason) else "")
-                for reason, count in reasons(accounts).items()
-            )
-            raise UserError(
-                f"none of the chosen images could be packed ({found}), such as {plan.tasks[0].images[0].url}: check "
-                f"--images ({source.images}): the images must be at {source.image_layout}"
-            )
+            raise _nothing_packed(source, plan.tasks[0].images[0].url, accounts)
         _warn_of_empty_splits(prepared, rows)
         lock.check()
         remove_strays(root, {shard.path for shard in shards})
@@ -273,6 +265,15 @@ def _check_images(prepared: PreparedBuild, resuming: bool) -> None:
     planned, job = prepared.planned, prepared.job
     finished = finished_results(job.root, job.fingerprint, planned.plan.tasks) if resuming else {}
     check_images(prepared.source, planned, packed={row.split for one in finished.values() for row in one.rows})
+
+
+def _nothing_packed(source: Source, url: str, accounts: Sequence[Account]) -> UserError:
+    details = {account.status: f": {account.detail}" for account in reversed(accounts) if account.detail}
+    found = ", ".join(f"{reason} {count}{details.get(reason, '')}" for reason, count in reasons(accounts).items())
+    return UserError(
+        f"none of the chosen images could be packed ({found}), such as {url}: check --images ({source.images}): the "
+        f"images must be at {source.image_layout}"
+    )
 
 
 def _warn_of_empty_splits(prepared: PreparedBuild, rows: Sequence[IndexRow]) -> None:

@@ -81,7 +81,7 @@ class TaskResult:
                 rows=tuple(map(IndexRow.from_values, value["rows"])),
                 accounts=tuple(Account(**account) for account in value["accounts"]),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

@@ -10,7 +10,9 @@ holder that lost its lock stops after its next heartbeat.
 import fcntl
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -24,6 +26,7 @@ from typing import Self
 
 from builder.fetching.fetch import Refusal, Request, fetch
 from shards.common.errors import StorageError, UserError
+from shards.common.text import printable
 from shards.format.sample import canonical_json
 from shards.storage import retry
 from shards.storage.location import Location
@@ -137,7 +140,8 @@ class BuildLock:
 def refuse_if_held(root: Location, now: Callable[[], float] = time.time) -> Holder | None:
     """Return the holder of a stale lock, or None without a lock; UserError if a running build holds the lock."""
     found = read_lock(root)
-    if found is None or now() - found.beat > STALE_S or found.has_died_here():
+    # A beat far in the future is no beat: another clock was wrong, or the lock was not written by a build.
+    if found is None or abs(now() - found.beat) > STALE_S or found.has_died_here():
         return found
     raise UserError(
         f"{root}: another build is at work there: {found.build}: wait for it, or choose another --out (should it be "
@@ -151,7 +155,9 @@ def read_lock(root: Location) -> Holder | None:
     [answer] = fetch([Request(root / LOCK_FILE)])
     if isinstance(answer, Refusal):
         return None
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         value = json.loads(answer)
-        return Holder(str(value["token"]), str(value["build"]), float(value["beat"]))
+        token, build, beat = value["token"], value["build"], value["beat"]
+        if re.fullmatch("[0-9A-Za-z]{1,64}", token) and type(build) is str and math.isfinite(beat):
+            return Holder(token, printable(build)[:200], float(beat))
     return Holder("", "an unknown process", 0.0)  # damaged, or killed while it created the lock

@@ -167,7 +167,7 @@ def _occupant(root: Location) -> _Occupant | None:
         if not isinstance(plan, Refusal):
             value = json.loads(plan)
             return _Occupant(str(value["fingerprint"]), finished=False, command=str(value["command"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{root}: contains damaged files of a dataset ({error!r}): choose another --out") from error
     return None
 

@@ -1,5 +1,7 @@
 """The dataset card: `README.md` with the front matter that Hugging Face reads."""
 
+import html
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -140,9 +142,9 @@ dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"]
 
 ## How it was made
 
-```
+{fence}
 {command}
-```
+{fence}
 """
 
 
@@ -171,6 +173,11 @@ def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> l
         if split in found
         for category in categories
     ]
+
+
+def _escaped(name: str) -> str:
+    """Return the name of a class as Markdown text on one line: without HTML, links, code and columns of a table."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(name), quote=False))
 
 
 def render_card(
@@ -205,20 +212,20 @@ def render_card(
     rows = []
     for c in counts:
         if c.name in packed:
-            name = printable(c.name).replace("|", r"\|")
-            rows.append(f"| {c.split} | {name} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |")
+            rows.append(f"| {c.split} | {_escaped(c.name)} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |")
     text = _TEXT.format(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
-        classes=classes,
+        classes=", ".join(_escaped(category.name) for category in categories),
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),
         megabytes=sum(shard.nbytes for shard in shards) / 1e6,
         counts="\n".join(rows),
         failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",
-        ids=", ".join(f"{category.id} {category.name}" for category in categories),
+        ids=", ".join(f"{category.id} {_escaped(category.name)}" for category in categories),
         first_split=HUB_SPLITS[splits[0]],
         command=command,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{text}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ from shards.storage.local_files import atomic_write
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.reads` end within a minute
 S3_ATTEMPTS = 3  # of a request, by botocore
+DELETES_AT_ONCE = 16
 SLOWEST_UPLOAD = 2**18  # bytes per second; a slower upload is aborted
 
 # A remote URL without a bucket or host, which fsspec would take for a relative path.
@@ -119,10 +121,24 @@ class Location:
                 raise StorageError(message, permanent=True) from error
 
     def delete(self, *, recursive: bool = False) -> None:
-        """Remove the object, or recursively a folder, if it exists."""
+        """Remove the object, or recursively a folder, if it exists.
+
+        Some stores take S3's request that deletes many objects only with a Content-MD5, which botocore does not send:
+        a single object has a request of its own, and so has every object of a folder if the request for many fails.
+        """
         with storage_errors(self.url):
-            if self.fs.exists(self.path):
-                self.fs.rm(self.path, recursive=recursive)
+            if not self.fs.exists(self.path):
+                return
+            if not recursive:
+                self.fs.rm_file(self.path)
+                return
+            try:
+                self.fs.rm(self.path, recursive=True)
+            except OSError:
+                if self.is_local:
+                    raise
+                with ThreadPoolExecutor(DELETES_AT_ONCE) as pool:
+                    list(pool.map(self.fs.rm_file, self.fs.find(self.path)))
 
 
 def check_writable(folder: Location, option: str, probe: str = ".probe") -> None:

@@ -155,6 +155,30 @@ def test_a_damaged_lock_is_taken_over_unless_it_is_being_written(root: Location,
         late.__enter__()
 
 
+WRONG_LOCKS = [b"[]", b"7", b"null", b'"x"', b"[" * 100_000, b"\xff"]
+WRONG_VALUES: list[dict[str, object]] = [
+    {"beat": float("nan")},
+    {"beat": float("inf")},
+    {"beat": 10**400},
+    {"beat": "1"},
+    {"beat": None},
+]
+WRONG_VALUES += [{"token": 1}, {"token": "../../x"}, {"token": "a\0"}, {"build": ["x"]}]
+WRONG_VALUES += [{"beat": 1e9 + STALE_S + 1}, {"beat": 1e300}]
+
+
+def test_a_lock_of_wrong_types_or_of_the_future_does_not_block(tmp_path: Path, clock: Clock) -> None:
+    root = Location(str(tmp_path))
+    for data in [*WRONG_LOCKS, *(lock_of(clock, **value) for value in WRONG_VALUES)]:
+        (root / LOCK_FILE).write(data)
+        with lock(root, clock) as held:
+            held.check()
+        clock.seconds = 1e9
+    (root / LOCK_FILE).write(lock_of(clock, beat=1e9 + 1, build="a\nb\x1b[2J"))  # a clock may be a little ahead
+    with pytest.raises(UserError, match=r"at work there: a\\nb\\x1b\[2J: wait for it"):
+        refuse_if_held(root, clock.now)
+
+
 def test_a_heartbeat_renews_the_lock_and_notices_its_loss(tmp_path: Path, clock: Clock) -> None:
     root = Location(str(tmp_path))
     with lock(root, clock) as held:

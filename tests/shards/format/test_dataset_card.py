@@ -11,6 +11,34 @@ COUNTS = [("Dog", 2, 2, 4, 0), ("Cat", 0, 0, 0, 0), ("Ant", 2, 0, 2, 2)]
 ROW = IndexRow("a", "val", "val/000000.tar", 0, 2048, 7, 4, 3, (1, 3), (2, 1), (1, 0), (0, 1))
 
 
+def test_names_and_commands_cannot_leave_their_place_in_the_card() -> None:
+    names = [
+        "<img src=x onerror=alert(1)>",
+        "a|b",
+        "[x](http://y)",
+        "```\n# z",
+        "R&D",
+        "back\\slash",
+        "snake_case dog's",
+    ]
+    categories = [Category(number, name, name) for number, name in enumerate(names, start=1)]
+    counts = [ClassCounts("val", name, 1, 1, 1, 0) for name in names]
+    command = "build-shards --classes '```' '````'"
+    text = render_card(categories, counts, [SHARD], command, {}).split("---\n", 2)[2]
+    rows = [line for line in text.splitlines() if line.startswith("| val |")]
+    assert [row.split(" | ")[1] for row in rows] == [
+        "&lt;img src=x onerror=alert(1)&gt;",
+        r"a\|b",
+        r"\[x\](http://y)",
+        r"\`\`\`\\n# z",
+        "R&amp;D",
+        r"back\\slash",
+        "snake_case dog's",
+    ]
+    assert not any(name in text.replace(command, "") for name in names[:6])
+    assert f"`````\n{command}\n`````\n" in text
+
+
 @pytest.mark.parametrize(
     ("source", "licenses", "expected"),
     [
