@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from shards.common.argument_checks import is_text
 from shards.common.errors import UserError
 from shards.common.redact import redact
-from shards.common.text import did_you_mean, one_line
+from shards.common.text import did_you_mean, one_line, printable
 from shards.common.version import __version__
 
 UNREAD = 141  # a shell's exit status for a process that SIGPIPE (13) ended
@@ -75,7 +75,7 @@ def run(
         try:
             return action()
         except UserError as error:
-            print(f"{name}: error: {redact(show(str(error)))}", file=sys.stderr)
+            print(f"{name}: error: {printable(redact(show(str(error))))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)

@@ -104,7 +104,7 @@ class DatasetInfo:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
         version = value.get("version")
         if version != VERSION:
-            found = f"{where}: format version {version!r}"
+            found = f"{where}: format version {shown(version)}"
             raise DatasetError(f"{found}, this release reads version {VERSION}: upgrade maskstream")
         try:
             info = cls(
@@ -176,7 +176,7 @@ class Dataset:
         """Return the selected rows of one split; a DatasetError if there are none, or the index is damaged."""
         if split not in self.splits:
             raise DatasetError(f"{self.root}: there is no split {split!r}: it has {', '.join(self.splits) or 'none'}")
-        paths = [shard.path for shard in self.info.shards_of(split)]
+        paths = list(dict.fromkeys(shard.path for shard in self.info.shards_of(split)))
         return select_rows(Index.read(self.columns, paths), self.selection, f"{self.root}: split {split!r}")
 
     def to_pandas(self, split: str) -> pd.DataFrame:
@@ -260,7 +260,7 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
     found = hashlib.sha256(data).hexdigest()
     if found != info.index_sha256:
         raise DatasetError(
-            f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256}: "
+            f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256[:64]}: "
             "the two files are not of one build; build the dataset again"
         )
     where, samples = str(location / INDEX_FILE), sum(shard.samples for shard in info.shards)
@@ -312,5 +312,5 @@ def accounts_table(data: bytes, where: str) -> pa.Table:
     """Parse the bytes of `accounts.parquet`; a DatasetError that names `where` if they are not such a table."""
     try:
         return pq.read_table(pa.BufferReader(data), schema=ACCOUNTS_SCHEMA)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{where}: damaged ({one_line(error)[:200]}): build the dataset again") from error

@@ -59,7 +59,7 @@ class IndexFile:
     def _damaged(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise index_error(self.where, f"is not an index in Parquet ({one_line(error)[:200]})") from error
 
 

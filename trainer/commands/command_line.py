@@ -17,7 +17,7 @@ from shards.commands.command_line import print_to_reader
 from shards.commands.command_line import say as say
 from shards.common.errors import UserError
 from shards.common.redact import RedactingFormatter, redact
-from shards.common.text import one_line
+from shards.common.text import one_line, printable
 from trainer.commands.launcher import is_ending, leave_status, register_rank
 
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
@@ -79,7 +79,7 @@ def _run(name: str, action: Callable[[], Any]) -> int:
     except UserError as error:
         if rank > 0:
             time.sleep(MAIN_RANK_TIMEOUT_S)
-        _report(f"{name}: error{f' on rank {rank}' if rank else ''}: {one_line(str(error))}")
+        _report(f"{name}: error{f' on rank {rank}' if rank else ''}: {printable(one_line(str(error)))}")
         return 2
     except Stopped as stopped:
         if rank == 0:

@@ -158,10 +158,6 @@ def repeated(table, rows):
     [
         (lambda table: repeated(table, 60_000), "it has 60000 rows, of 3 samples at most"),
         (
-            lambda table: table.set_column(8, "classes", pa.array([[1] * 50_000, [1], [1]], pa.list_(pa.int32()))),
-            "a column has 50002 values for 3 rows and 2 classes",
-        ),
-        (
             lambda table: table.set_column(0, "image_id", pa.array(["x" * 2_000_000, "b", "c"])),
             r"it has \d+ bytes for 3 rows",
         ),
