@@ -268,8 +268,11 @@ def _check_images(prepared: PreparedBuild, resuming: bool) -> None:
 
 
 def _nothing_packed(source: Source, url: str, accounts: Sequence[Account]) -> UserError:
-    details = {account.status: f": {account.detail}" for account in reversed(accounts) if account.detail}
-    found = ", ".join(f"{reason} {count}{details.get(reason, '')}" for reason, count in reasons(accounts).items())
+    details = {account.status: account.detail for account in reversed(accounts) if account.kind == "image"}
+    found = ", ".join(
+        f"{reason} {count}" + (f": {details[reason]}" if details.get(reason) else "")
+        for reason, count in reasons(accounts).items()
+    )
     return UserError(
         f"none of the chosen images could be packed ({found}), such as {url}: check --images ({source.images}): the "
         f"images must be at {source.image_layout}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from builder.commands.options import BuildOptions, command_line, parse
 from builder.sources.openimages.layout import source_location
-from shards.commands.command_line import run
+from shards.commands.command_line import run, say
 from shards.common.errors import UserError
 from shards.common.redact import RedactingFormatter
 from shards.storage.location import Location
@@ -42,10 +42,10 @@ def _main(argv: Sequence[str] | None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send SIGTERM for Ctrl-C
     with _cache_folder(options) as cache:
         if options.list_classes:
-            print(_classes(options, cache))
+            say(_classes(options, cache))
             return 0
         result = build_dataset(options, cache)
-    print(_render(result, options))
+    say(_render(result, options))
     return SHORTFALL if getattr(result, "shortfalls", ()) else 0
 
 

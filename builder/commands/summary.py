@@ -34,9 +34,7 @@ def render_summary(summary: Summary, out: str) -> str:
         *_class_lines(summary.chosen, summary.counts, "packed"),
         f"not packed: {failures} (see accounts.parquet)" if failures else "not packed: nothing",
     ]
-    lines += [
-        f"remark on {counted(count, 'image or mask', 'images and masks')}: {text}" for text, count in summary.remarks
-    ]
+    lines += [f"remark: {text} ({count}, see accounts.parquet)" for text, count in summary.remarks]
     if summary.replaced:
         lines.append(f"replaced: {counted(summary.replaced, 'image')} fetched to replace images that failed")
     if summary.recovered is not None:

@@ -77,8 +77,12 @@ def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Fail
     if not as_stored and orientation in SWAPPING and same_shape(wanted, swapped):
         return Frame(*size, orientation, TURNED, scale)
     if not as_stored:
-        found = f"the annotations are for {wanted[0]}x{wanted[1]} pixels, the JPEG has {size[0]}x{size[1]}"
-        return Failure("image-shape", f"{found}, its EXIF orientation is {orientation}")
+        found = "x".join(map(str, size))
+        return Failure(
+            "image-shape",
+            f"the annotations are for {wanted[0]}x{wanted[1]} pixels, the JPEG has {found}, its EXIF orientation is "
+            f"{orientation}",
+        )
     is_square = same_shape(size, swapped)
     doubtful = orientation != AS_STORED and (orientation not in SWAPPING or is_square)
     return Frame(*size, note=EXIF_IGNORED if doubtful else "", scale=scale)

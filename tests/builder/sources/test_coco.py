@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 from builder.commands.cli import main
@@ -144,6 +145,14 @@ def test_images_without_objects_are_named_and_packed_on_request(
     assert inspect(["--verify", str(tmp_path / "all")]) == 0
     assert run(tmp_path, tmp_path / "no", "--keep-empty", "--per-class", "2") == 2
     assert "--keep-empty is for all images" in capsys.readouterr().err
+
+
+def test_a_source_of_png_images_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = write_coco(tmp_path, images=2)
+    for image in value["images"]:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "images" / image["file_name"], "PNG")
+    assert run(tmp_path, tmp_path / "out") == 2
+    assert "image-undecodable 2: a PNG, not a JPEG: shards hold JPEGs, convert it first)" in capsys.readouterr().err
 
 
 def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Path) -> None:
