@@ -1,6 +1,7 @@
 """What all commands share: the parser with its one-line errors, `--version` and completion, and exit statuses."""
 
 import argparse
+import logging
 import os
 import select
 import sys
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 from shards.common.argument_checks import is_text
 from shards.common.errors import UserError
-from shards.common.redact import redact
+from shards.common.redact import RedactingFormatter, redact
 from shards.common.text import did_you_mean, one_line, printable
 from shards.common.version import __version__
 
@@ -96,6 +97,8 @@ def print_to_reader(command: Callable[[], int]) -> int:
     """
     if hasattr(sys.stdout, "reconfigure"):  # not a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # prints warnings of commands without a log
+        logging.lastResort.setFormatter(RedactingFormatter("%(message)s"))
     try:
         try:
             return command()

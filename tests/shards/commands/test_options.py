@@ -1,6 +1,7 @@
 """Options of a flat dataclass, as `build-shards` has them; sections are tested with the trainer's settings."""
 
 import io
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,6 +160,15 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_argument_that_is_not_utf8_is_one_line() -> None:
     with pytest.raises(UserError, match=r"argument 'm\\udce4rz' is not UTF-8: rename the file or folder"):
         parse("--per-class", "3", "m\udce4rz")
+
+
+def test_a_warning_without_a_log_has_no_credentials(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("test", lambda: 0) == 0
+    assert logging.lastResort is not None
+    logging.lastResort.handle(
+        logging.makeLogRecord({"msg": "waiting for https://me:secret@host/x?sig=5", "levelno": 30})
+    )
+    assert capfd.readouterr().err == "waiting for https://***@host/x?sig=***\n"
 
 
 def test_characters_that_the_output_does_not_have_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
