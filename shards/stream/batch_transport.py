@@ -2,9 +2,10 @@
 
 The kernel clears each page of new memory when it is first touched, which takes longer than resizing an image into it. A
 loader process therefore keeps a few segments of shared memory: anonymous files (memfd of Linux), which do not count
-towards the limit of /dev/shm, and disappear with the processes. A batch is written into one of them, and crosses as a
-file descriptor and the offsets of its parts; the tensors of the reader are views of the segment. When the last of them
-is freed, a byte in the segment lets the loader process write another batch there. On other systems torch sends batches.
+towards the limit of /dev/shm, and disappear with the processes. A batch is written into one of them, and crosses as
+the file's name under /proc and the offsets of its parts; the tensors of the reader are views of the segment. When the
+last of them is freed, a byte in the segment lets the loader process write another batch there. No socket and no thread
+is involved, which could fail while the reader waits for them. On other systems torch sends batches.
 """
 
 import errno
@@ -13,11 +14,9 @@ import math
 import mmap
 import os
 import pickle
-import tempfile
 import weakref
 from collections.abc import Sequence
-from multiprocessing import AuthenticationError
-from multiprocessing.reduction import DupFd, ForkingPickler
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -30,31 +29,43 @@ from shards.stream.torch_internals import WHY_KILLED, reduce_tensor
 # Segments that a process keeps. Two are being sent (torch asks a loader process for two batches ahead) and two are held
 # by the reader, which has one while it takes the next. If it holds more batches, these are in new memory.
 SEGMENTS = 4
-ALIGN = 64  # bytes; tensors start at multiples of it, the first one after the byte that says that a segment is in use
+ALIGN = 64  # bytes; tensors start at multiples of it, the first one after the two flags
+IN_USE, RECEIVED = 0, 1  # the bytes of a segment that are flags
 
 
 class _Segment:
-    """Shared memory in the process that writes it; the first byte is not 0 while it is in use."""
+    """Shared memory in the process that writes it; its flags are not 0 while it is in use, and once it is received."""
 
     def __init__(self, nbytes: int) -> None:
-        self.file = os.memfd_create("maskstream-batch")
+        try:
+            self.file = os.memfd_create("maskstream-batch")
+        except OSError as error:
+            raise _cannot_send(error) from error
         weakref.finalize(self, os.close, self.file)
         os.ftruncate(self.file, nbytes)
         self.memory = mmap.mmap(self.file, nbytes)
         self.address = np.frombuffer(self.memory, np.uint8).__array_interface__["data"][0]
+
+    @property
+    def name(self) -> tuple[str, tuple[int, int]]:
+        """The name under which another process can open the file while this one has it, and the file's identity."""
+        status = os.fstat(self.file)
+        return f"/proc/{os.getpid()}/fd/{self.file}", (status.st_dev, status.st_ino)
 
 
 class _Segments:
     def __init__(self) -> None:
         self.kept: list[_Segment] = []
         self.taken: list[_Segment] = []  # for the batch that is being made
+        self.sent: list[_Segment] = []  # whose files must stay open until they are received
         self.largest = 0
 
     def take(self, nbytes: int) -> _Segment:
         """Return a segment with room for `nbytes`, now in use."""
         nbytes = ALIGN + max(nbytes, 1)
         self.largest = max(self.largest, nbytes)
-        free = [segment for segment in self.kept if not segment.memory[0]]
+        self.sent = [segment for segment in self.sent if not segment.memory[RECEIVED]]
+        free = [segment for segment in self.kept if not segment.memory[IN_USE]]
         segment = next((one for one in free if len(one.memory) >= nbytes), None)
         if segment is None:
             segment = _Segment(self.largest)  # untouched pages cost nothing
@@ -62,7 +73,7 @@ class _Segments:
                 self.kept[self.kept.index(free[0])] = segment
             elif len(self.kept) < SEGMENTS:
                 self.kept.append(segment)
-        segment.memory[0] = 1
+        segment.memory[IN_USE], segment.memory[RECEIVED] = 1, 0
         self.taken.append(segment)
         return segment
 
@@ -70,8 +81,9 @@ class _Segments:
         """Return the segment for the batch that was made."""
         segment = self.taken[0] if self.taken else self.take(0)
         for other in self.taken[1:]:
-            other.memory[0] = 0
+            other.memory[IN_USE] = 0
         self.taken = []
+        self.sent.append(segment)
         return segment
 
 
@@ -81,7 +93,8 @@ _segments: _Segments | None = None
 def begin() -> None:
     """From now on, `pack` sends the batches of this process in shared memory."""
     global _segments
-    _segments = _Segments() if hasattr(os, "memfd_create") else None
+    is_linux = hasattr(os, "memfd_create") and os.path.exists(f"/proc/{os.getpid()}/fd")
+    _segments = _Segments() if is_linux else None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -102,14 +115,18 @@ def pack(batch: Any) -> Any:
     try:
         return _Pickled(batch) if _segments is None else _Parcel(batch, _segments)
     except OSError as error:
-        raise LoaderError(f"loader process (pid {os.getpid()}) cannot send a batch: {_reason(error)}") from error
+        raise _cannot_send(error) from error
 
 
-def _reason(error: Exception) -> str:
+def _cannot_send(error: OSError) -> LoaderError:
+    return LoaderError(f"loader process (pid {os.getpid()}) cannot send a batch: {_reason(error)}")
+
+
+def _reason(error: OSError) -> str:
     """Return why a batch is not sent or received, with what to do."""
-    if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
-        return f"{error}: it needs memory, and a socket in the temporary folder {tempfile.gettempdir()} (TMPDIR)"
-    return f"{error}: too many files are open; raise the limit (ulimit -n 4096), or use fewer workers"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{error}: too many files are open: raise the limit (ulimit -n 4096), or use fewer workers"
+    return f"{error}: give it more memory, or use fewer workers"
 
 
 class _Pickled:
@@ -140,10 +157,10 @@ class _Parcel:
                 _write(segment.file, array, offset)
                 end = offset + len(array)
             self.parts.append((offset, len(array)))
-        self.duplicate = DupFd(self.segment.file)
+        self.place = (*segment.name, os.getpid())
 
     def __reduce__(self) -> Any:
-        return _open, (self.duplicate, self.parts, os.getpid())
+        return _open, (*self.place, self.parts)
 
 
 class _Packer(ForkingPickler):
@@ -178,21 +195,25 @@ def _write(file: int, values: Any, offset: int) -> None:
         left, offset = left[done:], offset + done
 
 
-def _open(duplicate: Any, parts: Sequence[tuple[int, int]], sender: int) -> Any:
+def _open(path: str, identity: tuple[int, int], sender: int, parts: Sequence[tuple[int, int]]) -> Any:
     """Return the batch in the process that reads it, or a LoaderError if it cannot be received.
 
     The error is returned: if memory is pinned, an exception would end the thread that receives.
     """
     try:
-        file = duplicate.detach()
+        file = os.open(path, os.O_RDWR)
         try:
+            status = os.fstat(file)
+            if (status.st_dev, status.st_ino) != identity:  # of another process, which has the sender's id now
+                raise FileNotFoundError(path)
             memory = mmap.mmap(file, 0)
         finally:
             os.close(file)
-    except (ConnectionError, FileNotFoundError, EOFError):
+    except FileNotFoundError:
         return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
-    except (OSError, RuntimeError, AuthenticationError) as error:  # a RuntimeError: the descriptor did not arrive
+    except OSError as error:
         return LoaderError(f"a batch of loader process (pid {sender}) cannot be received: {_reason(error)}")
+    memory[RECEIVED] = 1
     # Every part of the batch holds a reference to this array, and with it to the segment.
     whole = np.frombuffer(memory, np.uint8)
     weakref.finalize(whole, _give_back, memory, os.getpid()).atexit = False
@@ -203,4 +224,4 @@ def _open(duplicate: Any, parts: Sequence[tuple[int, int]], sender: int) -> Any:
 
 def _give_back(memory: mmap.mmap, process: int) -> None:
     if os.getpid() == process:  # not in a process that was forked from the reader since
-        memory[0] = 0
+        memory[IN_USE] = 0

@@ -165,9 +165,9 @@ def test_a_batch_that_cannot_be_sent_or_received_is_an_error(
     def fails(*arguments: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    remedy = "ulimit -n" if number == errno.EMFILE else "TMPDIR"
+    remedy = "ulimit -n" if number == errno.EMFILE else "more memory"
     with monkeypatch.context() as patch:
-        patch.setattr(batch_transport, "DupFd", fails)
+        patch.setattr(os, "memfd_create", fails)
         with pytest.raises(LoaderError, match=rf"loader process \(pid \d+\) cannot send a batch: .*{remedy}"):
             next(iter(batches(local, 1, "fork")))
     reader = iter(batches(local, 1, "fork"))
