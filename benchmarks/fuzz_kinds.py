@@ -103,7 +103,7 @@ def change_value(value: Any, rng: np.random.Generator) -> Any:
         changed = change_value(value[place], rng)
         return [*value[:place], *([changed] * int(rng.choice([0, 1, 1, 1, 1, 2]))), *value[place + 1 :]]
     if isinstance(value, str) and rng.random() < 0.6:
-        return change_bytes(value.encode(), rng).decode("latin-1")
+        return change_bytes(value.encode("utf-8", "surrogatepass"), rng).decode("latin-1")
     if isinstance(value, int | float) and rng.random() < 0.4:
         return value + int(rng.integers(-3, 4))
     return HOSTILE[int(rng.integers(len(HOSTILE)))]

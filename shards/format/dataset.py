@@ -260,7 +260,7 @@ def open_dataset(root: str | os.PathLike[str] | Location) -> Dataset:
     found = hashlib.sha256(data).hexdigest()
     if found != info.index_sha256:
         raise DatasetError(
-            f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {info.index_sha256[:64]}: "
+            f"{location / INDEX_FILE}: sha256 is {found}, {DATASET_FILE} says {shown(info.index_sha256)}: "
             "the two files are not of one build; build the dataset again"
         )
     where, samples = str(location / INDEX_FILE), sum(shard.samples for shard in info.shards)
