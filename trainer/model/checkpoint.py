@@ -57,7 +57,6 @@ ORDER_OPTIONS = {
     "window": "data.window",
     "group_by_aspect": "data.group_by_aspect",
     "repeat_threshold": "data.repeat_threshold",
-    "index": "data.shards (fingerprint of what is selected)",
 }
 SELECTION = ("shards", "split", "classes", "fraction")  # the options of `data` that choose samples
 MOST_SHOWN = 5  # options in the message about another run
@@ -295,19 +294,19 @@ def check_same_run(state: State, config: Config, order: dict[str, Any], categori
             identity[f"train.layers (at step {state.step})"] = stage_of(of.train, step).layers
             identity |= {f"optim.{key}": getattr(of.optim, key) for key in ("optimizer", "decay_norms")}
     found = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    index = ORDER_OPTIONS["index"]
-    if index in found:  # named by the options that choose it, unless these are the same
+    texts = []
+    if found.pop("index", None):  # a fingerprint, which says nothing: named by the options that choose samples
         sides = [redact_values(asdict(one.data)) for one in (state.config, config)]
         chosen = {f"data.{name}": (sides[0][name], sides[1][name]) for name in SELECTION}
         if others := {key: (was, is_now) for key, (was, is_now) in chosen.items() if was != is_now}:
-            del found[index]
             found = others | found
-    if found:
-        texts = [f"{key} {was!r}, now it is {is_now!r}" for key, (was, is_now) in list(found.items())[:MOST_SHOWN]]
-        more = f"; and {counted(len(found) - MOST_SHOWN, 'more option')}" if len(found) > MOST_SHOWN else ""
-        rebuilt = " (the dataset was built again)" if index in found else ""
+        else:
+            texts.append(f"another dataset at data.shards {sides[1]['shards']!r}, which was built again")
+    texts += [f"{key} {was!r}, now it is {is_now!r}" for key, (was, is_now) in found.items()]
+    if texts:
+        more = f"; and {counted(len(texts) - MOST_SHOWN, 'more option')}" if len(texts) > MOST_SHOWN else ""
         raise CheckpointError(
-            f"{config.run.dir}: this run was started with {'; with '.join(texts)}{more}{rebuilt}: "
+            f"{config.run.dir}: this run was started with {'; with '.join(texts[:MOST_SHOWN])}{more}: "
             "start it as before, or give another --run.dir"
         )
 
