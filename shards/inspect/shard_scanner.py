@@ -48,7 +48,8 @@ class ShardBytes:
         self.position = 0  # of the next byte that `take` returns
         self.received = 0  # bytes
         starts = range(0, size + 1, CHUNK)
-        self._chunks = _prefetched([Read(location, start, min(start + CHUNK, size + 1)) for start in starts])
+        # Not a list: the size is what `dataset.json` says, which may be any number.
+        self._chunks = _prefetched(Read(location, start, min(start + CHUNK, size + 1)) for start in starts)
         self._on_bytes = on_bytes
         self._buffer = memoryview(b"")
         self._digest = hashlib.sha256()
@@ -87,11 +88,11 @@ class ShardBytes:
         return bool(data)
 
 
-def _prefetched(reads: Sequence[Read]) -> Generator[Bytes, None, None]:
+def _prefetched(reads: Iterator[Read]) -> Generator[Bytes, None, None]:
     """Yield the bytes of each read while the next one is under way, up to the end of the object."""
-    ahead = start_read(reads[0])
+    ahead = start_read(next(reads))
     try:
-        for following in reads[1:]:
+        for following in reads:
             data = ahead.result()
             if len(data) < CHUNK:  # the object has ended
                 yield data

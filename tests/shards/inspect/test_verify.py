@@ -94,6 +94,11 @@ def test_a_truncated_shard(root: Path, sample_and_bytes: tuple[int, int]) -> Non
         assert blamed == (place >= number)
 
 
+def test_a_shard_that_should_be_longer_than_any_disk_is_a_fault(root: Path) -> None:
+    edit_info(root, lambda info: info["shards"][0].update(nbytes=2**63))
+    assert any(f"dataset.json says {2**63}: truncated" in line for line in faults(root))
+
+
 def test_swapped_shards(root: Path) -> None:
     (root / FIRST).rename(root / "kept")
     (root / SECOND).rename(root / FIRST)
