@@ -17,6 +17,7 @@ changed inputs may be accepted. Prints a Markdown table; exits with 1 if there w
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import multiprocessing
@@ -97,6 +98,7 @@ def try_all(kind: type[Kind], name: str, seed: int, numbers: Sequence[int]) -> I
 
 
 def _child(pipe: Any, kind: type[Kind], name: str, seed: int, numbers: Sequence[int]) -> None:
+    faulthandler.disable()  # of a test's parent: its report of a crash is long
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
