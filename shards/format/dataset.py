@@ -128,7 +128,8 @@ def _check_values(info: DatasetInfo) -> None:
         if not 1 <= category.id <= LARGEST_ID:
             raise ValueError(f"id of a category is {shown(category.id)}: ids are from 1 to {LARGEST_ID}")
     for shard in info.shards:
-        if not all(part.strip(".") for part in shard.path.split("/")) or re.search(r"[\\:?#]|\s", shard.path):
+        parts = shard.path.split("/")
+        if not all(part.strip(".") for part in parts) or not re.fullmatch(r"[\w./=@+~-]+", shard.path):
             raise ValueError(
                 f"path of a shard is {shown(shard.path)}: it must be under the dataset, as train/000000.tar"
             )

@@ -58,6 +58,7 @@ def test_a_root_without_dataset_json_is_an_unfinished_build_and_one_that_is_not_
                 "train//0.tar",
                 "",
                 "s3://x/0.tar",
+                "train/\0.tar",
                 "train/\\..\\0.tar",
             )
         ),
