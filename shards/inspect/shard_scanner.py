@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location
-from shards.storage.reads import Bytes, Read, start_read
+from shards.storage.reads import Read, start_read
 
 CHUNK = 8 * 2**20  # bytes per request; memory holds two chunks and the sample that is being checked
 TAR_RECORD = 10240  # bytes; a tar is filled with zeros up to a multiple of it
@@ -88,18 +88,18 @@ class ShardBytes:
         return bool(data)
 
 
-def _prefetched(reads: Iterator[Read]) -> Generator[Bytes, None, None]:
+def _prefetched(reads: Iterator[Read]) -> Generator[bytes, None, None]:
     """Yield the bytes of each read while the next one is under way, up to the end of the object."""
     ahead = start_read(next(reads))
     try:
         for following in reads:
-            data = ahead.result()
+            data = bytes(ahead.result())
             if len(data) < CHUNK:  # the object has ended
                 yield data
                 return
             ahead = start_read(following)
             yield data
-        yield ahead.result()
+        yield bytes(ahead.result())
     finally:
         ahead.cancel()
 

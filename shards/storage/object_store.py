@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -72,11 +74,19 @@ def open_object(location: Location) -> Opened | None:
     root, path = split
     key = (os.getpid(), root)
     if (opened := _stores.get(key)) is None:
-        settings = find_settings(location)
-        assert settings is not None
-        opened = _stores[key] = (_new_store(settings, location), settings)
+        with _lock(os.getpid()):  # the first reads of a process all start at the same moment
+            if (opened := _stores.get(key)) is None:
+                settings = find_settings(location)
+                assert settings is not None
+                opened = _stores[key] = (_new_store(settings, location), settings)
     store, settings = opened
     return Opened(store, path, settings)
+
+
+@cache
+def _lock(process: int) -> threading.Lock:
+    """Return the lock of this process: a thread of its parent may have had its own at the moment of the fork."""
+    return threading.Lock()
 
 
 def find_settings(location: Location) -> Settings | None:
@@ -136,7 +146,7 @@ def _split(location: Location) -> tuple[_Root, str] | None:
         bucket, _, path = location.url.partition("://")[2].partition("/")
         plain, root = True, (protocol, bucket, location.anonymous)
     # obstore's paths have no empty, "." or ".." parts, which the keys of a store may have.
-    plain = plain and not {"", ".", ".."}.intersection(path.split("/"))
+    plain = plain and (not path or not {"", ".", ".."}.intersection(path.split("/")))
     return (root, path) if plain else None
 
 
@@ -212,13 +222,13 @@ def _new_store(settings: Settings, location: Location) -> Any:
         "read_timeout": timedelta(seconds=storage.READ_TIMEOUT_S),
         "timeout": timedelta(seconds=max(SLOWEST_BODY_S, storage.READ_TIMEOUT_S)),
     }
-    authorities = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-    if authorities:
-        with open(authorities, "rb") as file:
-            options["root_certificate"] = file.read()
     address = settings.config.get("endpoint", "") if settings.kind != "http" else settings.bucket
+    authorities = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
     if address.startswith("http://"):
         options["allow_http"] = True
+    elif authorities:
+        with open(authorities, "rb") as file:
+            options["root_certificate"] = file.read()
     common: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}  # retries are in `reads`
     if settings.kind == "http":
         return HTTPStore.from_url(settings.bucket, **common)

@@ -12,10 +12,12 @@ import os
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from shards.common.back_off import delay
@@ -38,8 +40,6 @@ ATTEMPTS = 5  # in a row without progress
 PROGRESS = 256 * 2**10  # bytes; what arrives in pieces of this size is kept when an answer breaks
 SLOWEST_READ = 2**14  # bytes per second; a slower read from another file system than obstore's is aborted
 IN_FLIGHT = 32
-
-Bytes = bytes | bytearray | memoryview  # a result is not copied to make it immutable
 
 T = TypeVar("T")
 Asked = TypeVar("Asked")
@@ -84,6 +84,30 @@ class ReadStatistics:
     nbytes: int = 0
     retries: int = 0
     trouble: str = ""
+
+
+class Received:
+    """The bytes of a read, in the pieces in which they arrived: a large range is not copied to join them."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = [memoryview(part) for part in parts]
+        self._ends = list(accumulate(map(len, self._parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self._parts)
+
+    def cut(self, start: int, end: int) -> bytes:
+        """Return a copy of the bytes `start` to `end` (exclusive), or fewer if they end before."""
+        pieces = []
+        for number in range(bisect_right(self._ends, start), len(self._parts)):
+            begin = self._ends[number] - len(self._parts[number])
+            if begin >= end:
+                break
+            pieces.append(self._parts[number][max(start - begin, 0) : end - begin])
+        return b"".join(pieces)
 
 
 # Errors that another attempt cannot fix.
@@ -132,7 +156,7 @@ def describe_many(
     return _all(partial(_describe, statistics=statistics or ReadStatistics()), locations, in_flight)
 
 
-def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[Bytes]:
+def start_read(read: Read, *, statistics: ReadStatistics | None = None) -> Future[Received]:
     """Start a read in the background; the future's result or exception is that of `read_many`."""
     return _threads(os.getpid()).submit(_read, read, statistics or ReadStatistics())
 
@@ -169,9 +193,9 @@ def _all(ask: Callable[[Asked], T], things: Sequence[Asked], in_flight: int) -> 
     return answers
 
 
-def _read(read: Read, statistics: ReadStatistics, before_fork: bool = False) -> Bytes:
+def _read(read: Read, statistics: ReadStatistics, before_fork: bool = False) -> Received:
     if read.end is not None and read.end <= read.start:
-        return b""
+        return Received([])
     if before_fork or open_object(read.location) is None:
         return _attempted(_FilesystemRead(read, statistics))
     return _attempted(_StoreRead(read, statistics))
@@ -199,7 +223,7 @@ class _FilesystemRead:
     statistics: ReadStatistics
     received: int = 0
 
-    def attempt(self) -> Bytes:
+    def attempt(self) -> Received:
         """Read once, with a time limit if the file system is asynchronous: a thread cannot be ended."""
         read, limit = self.read, {}
         fs = read.location.fs
@@ -217,7 +241,7 @@ class _FilesystemRead:
         if read.largest is not None and len(data) > read.largest:
             raise TooLargeError(f"{len(data)} bytes, the limit is {read.largest}")
         self.statistics.nbytes += len(data)
-        return bytes(data)
+        return Received([data])
 
 
 @dataclass
@@ -233,7 +257,7 @@ class _StoreRead:
     _parts: list[Any] = field(default_factory=list)
     _wrong_md5: str = ""  # of an earlier body that did not match its ETag
 
-    def attempt(self) -> Bytes:
+    def attempt(self) -> Received:
         """Send one request for what is missing, and return the bytes if the object's are complete and right."""
         opened = open_object(self.read.location)
         assert opened is not None
@@ -249,15 +273,14 @@ class _StoreRead:
                 self._drop()
                 raise TransientError("the object was replaced while it was read") from error
             if isinstance(error, BeyondEndError):
-                return b""
+                return Received([])
             raise error from None
         if self.missing > 0:  # although the answer itself was complete
             raise TransientError(f"the answer ended {counted(self.missing, 'byte')} early")
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        if not self._is_right(data, opened):
+        if not self._is_right(opened):
             self._drop()
             raise WrongBytesError("the bytes do not have the MD5 of the store's ETag")
-        return memoryview(data)
+        return Received(self._parts)
 
     @property
     def missing(self) -> int:
@@ -299,7 +322,7 @@ class _StoreRead:
         self._parts.clear()
         self.received = 0
 
-    def _is_right(self, data: Any, opened: Opened) -> bool:
+    def _is_right(self, opened: Opened) -> bool:
         """Return whether the bytes of a whole object of S3 match its ETag, as far as that is an MD5.
 
         It is not if the object was put in parts or is encrypted with a key of KMS: the form of the ETag gives the
@@ -311,7 +334,10 @@ class _StoreRead:
         known = _etag_is_md5.get(bucket)
         if not whole or opened.settings.kind != "s3" or known is False or not re.fullmatch(r"[0-9a-f]{32}", tag):
             return True
-        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        digest = hashlib.md5(usedforsecurity=False)
+        for part in self._parts:
+            digest.update(part)
+        found = digest.hexdigest()
         if found == tag:
             _etag_is_md5[bucket] = True
             return True
@@ -325,7 +351,7 @@ class _StoreRead:
 _etag_is_md5: dict[str, bool] = {}  # by bucket
 
 
-def _attempted(what: _FilesystemRead | _StoreRead) -> Bytes:
+def _attempted(what: _FilesystemRead | _StoreRead) -> Received:
     """Return the result of the first attempt that succeeds; raise the last error.
 
     Attempts are counted from the last one that brought data. After the end of the main thread there is only one.
