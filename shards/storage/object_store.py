@@ -117,18 +117,21 @@ def move_to_region(opened: Opened, location: Location, region: str) -> bool:
 
 
 def _usable() -> bool:
+    """Return whether this process may use obstore; the first call decides, and logs if it may not."""
     global _user
-    if _user is None:
-        _user = os.getpid()
-    if _user == os.getpid():
+    process = os.getpid()
+    if _user == process:
         return True
-    if _user != -1:
-        log.warning(
-            "this process was forked from one that had read from storage itself, so it reads more slowly, through "
-            "fsspec: start loader processes before the first loop without them, or with start_method='forkserver'"
-        )
-        _user = -1  # logged
-    return False
+    with _lock(process):
+        if _user is None:
+            _user = process
+        if _user not in (process, -1):
+            log.warning(
+                "this process was forked from one that had read from storage itself, so it reads more slowly, through "
+                "fsspec: start loader processes before the first loop without them, or with start_method='forkserver'"
+            )
+            _user = -1  # logged
+        return _user == process
 
 
 def _split(location: Location) -> tuple[_Root, str] | None:
