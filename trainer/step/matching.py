@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from trainer.step.boxes import CHUNK_BYTES, area, area_inside, intersection
+from trainer.step.boxes import CHUNK_BYTES, area, intersection
 from trainer.step.ground_truth import GroundTruth
 
 MIN_SHARE = 0.5  # of a box's area inside the image; the official metric ignores detections by the same rule
@@ -28,7 +28,7 @@ class Matches(NamedTuple):
     objects: Tensor
 
 
-def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor, sizes: Tensor) -> Matches:
+def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor, inside: Tensor) -> Matches:
     """Match boxes to objects as torchvision's `Matcher`, and ignore negative ones in regions.
 
     A box that matches an object stays positive in a region, because that object is annotated. An image without objects
@@ -40,13 +40,13 @@ def match(matcher: Matcher, truth: GroundTruth, boxes: Tensor, sizes: Tensor) ->
         matcher: its thresholds, and whether the best box of every object is positive.
         truth: objects and regions of each image.
         boxes: float32 [B, N, 4], or [1, N, 4] for the same boxes in every image.
-        sizes: int64 [B, 2], height and width of each image.
+        inside: float32 [B, N], the area of each box's part inside its image.
     """
     (images, count), boxes_per_image = truth.labels.shape, boxes.shape[1]
     best = boxes.new_full((images, boxes_per_image), -1)
     objects = torch.zeros_like(best, dtype=torch.int64)
     is_best, in_region = torch.zeros_like(best, dtype=torch.bool), torch.zeros_like(best, dtype=torch.bool)
-    needed = MIN_SHARE * area_inside(boxes, sizes)  # [B, N]
+    needed = MIN_SHARE * inside
     needed = needed.masked_fill_(needed == 0, torch.inf)
     at_a_time = max(1, CHUNK_BYTES // (4 * images * boxes_per_image))
     for start in range(0, count, at_a_time):

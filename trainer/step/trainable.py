@@ -15,7 +15,7 @@ from trainer.config.settings import LossConfig
 from trainer.data.instances import Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step import losses
-from trainer.step.boxes import encode, take
+from trainer.step.boxes import area, area_inside, encode, take
 from trainer.step.ground_truth import GroundTruth, ground_truth_of
 from trainer.step.host_copy import HostCopy
 from trainer.step.matching import IGNORED, match
@@ -183,8 +183,8 @@ class Trainable(nn.Module):
         rpn = self.network.rpn
         with torch.no_grad():
             proposals = propose(rpn, anchors, logits, deltas, sizes)
-            rois = self.choose_rois(proposals, truth, sizes, keys.proposals)
-            matches = match(rpn.proposal_matcher, truth, anchors.boxes[None], sizes)
+            rois = self.choose_rois(proposals, truth, keys.proposals)
+            matches = match(rpn.proposal_matcher, truth, anchors.boxes[None], area_inside(anchors.boxes[None], sizes))
             chosen = sample(rpn.fg_bg_sampler, matches.role, keys.anchors)  # [B, S]
             most = positive_slots(rpn.fg_bg_sampler)
             index, is_positive = chosen.entries[:, :most], chosen.is_positive[:, :most]  # [B, P]
@@ -207,7 +207,7 @@ class Trainable(nn.Module):
         inside = (rows[:, None] < sizes[:, :1, None]) & (columns < sizes[:, 1:, None])  # [B, H, W]
         return ((images.float() / 255 - self.mean) / self.std).masked_fill(~inside[:, None], 0)
 
-    def choose_rois(self, proposals: Proposals, truth: GroundTruth, sizes: Tensor, keys: Tensor) -> RoiTargets:
+    def choose_rois(self, proposals: Proposals, truth: GroundTruth, keys: Tensor) -> RoiTargets:
         """Choose RoIs among proposals and annotated boxes as `RoIHeads.select_training_samples`.
 
         `keys` are float32 [B, P + G]. Background in regions is ignored.
@@ -215,7 +215,7 @@ class Trainable(nn.Module):
         heads = self.network.roi_heads
         boxes = torch.cat((proposals.boxes, truth.boxes), dim=1)  # [B, P + G, 4]
         valid = torch.cat((proposals.valid, truth.is_object), dim=1)
-        matches = match(heads.proposal_matcher, truth, boxes, sizes)
+        matches = match(heads.proposal_matcher, truth, boxes, area(boxes))  # which are inside their images
         chosen = sample(heads.fg_bg_sampler, matches.role.masked_fill(~valid, IGNORED), keys)  # [B, R]
         rois, objects = take(boxes, chosen.entries), take(matches.objects, chosen.entries)
         labels = take(truth.labels, objects).masked_fill(~chosen.is_positive, 0)
