@@ -33,8 +33,8 @@ LOCKED = "launcher"  # file in that folder, which `launch` keeps locked as long 
 WATCH_S = 1.0
 GRACE_S = 30.0  # for one of several ranks to finish its step and save: it may also wait forever for one that is gone
 # Set by `launch`, by torch's launcher, and by `accelerate launch` with one process: the parent is a launcher. Without
-# one, a script under `nohup` must survive its parent.
-LAUNCHED = (RANKS, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+# one, a script under `nohup` must survive its parent. (People set other variables of accelerate themselves.)
+LAUNCHED = (RANKS, "TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
 
 is_ending = threading.Event()  # set once this process has received a signal that it ends by
 
@@ -82,9 +82,8 @@ def launch(script: Path, arguments: Sequence[str], options: Sequence[str], noted
 def register_rank() -> None:
     """Let the `launch` that started this process, if any, pass signals on to it until it exits; see `end_with`."""
     if any(name in os.environ for name in LAUNCHED):
-        watch = threading.Thread(target=end_with, args=(os.getppid(), Path(os.environ.get(RANKS, ""), LOCKED)))
-        watch.daemon = True
-        watch.start()
+        locked = Path(os.environ[RANKS], LOCKED) if RANKS in os.environ else None
+        threading.Thread(target=end_with, args=(os.getppid(), locked), daemon=True).start()
     if RANKS in os.environ:
         file = Path(os.environ[RANKS], str(os.getpid()))
         with suppress(OSError):  # that `launch` has ended
@@ -92,10 +91,10 @@ def register_rank() -> None:
             atexit.register(file.unlink, missing_ok=True)
 
 
-def end_with(parent: int, locked: Path) -> None:
-    """Wait until the parent process is another one, or nobody locks a file, then end this process."""
+def end_with(parent: int, locked: Path | None) -> None:
+    """Wait until the parent process is another one, or nobody locks a file, if one is given; then end this process."""
     wait = threading.Event().wait  # `time.sleep` is the commands' own, which tests replace
-    while os.getppid() == parent and not _is_unlocked(locked):
+    while os.getppid() == parent and not (locked and _is_unlocked(locked)):
         wait(WATCH_S)
     if not is_ending.is_set():  # a second signal would end it at once
         os.kill(os.getpid(), signal.SIGTERM)

@@ -138,6 +138,24 @@ def test_a_rank_watches_the_process_that_launched_its_launcher(tmp_path: Path) -
     assert launcher._is_unlocked(locked)
 
 
+def test_a_rank_without_a_launch_does_not_look_for_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    watch = Mock()
+    monkeypatch.setattr("threading.Thread", watch)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.delenv(launcher.RANKS, raising=False)
+    launcher.register_rank()
+    assert watch.call_args.kwargs["args"] == (os.getppid(), None)
+    (tmp_path / launcher.LOCKED).touch()  # a file of that name in the working folder
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "is_ending", Mock(is_set=Mock(return_value=True)))
+    parents = iter([1, 1, 2])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(launcher, "WATCH_S", 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    launcher.end_with(1, None)
+    assert not list(parents)  # it watched until the parent changed
+
+
 def test_a_rank_that_saves_after_ctrl_c_is_not_signalled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
