@@ -93,8 +93,9 @@ _segments: _Segments | None = None
 def begin() -> None:
     """From now on, `pack` sends the batches of this process in shared memory."""
     global _segments
-    is_linux = hasattr(os, "memfd_create") and os.path.exists(f"/proc/{os.getpid()}/fd")
-    _segments = _Segments() if is_linux else None
+    # In a container, /proc may be missing, or be of the processes outside.
+    has_names = hasattr(os, "memfd_create") and os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
+    _segments = _Segments() if has_names else None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -126,7 +127,9 @@ def _reason(error: OSError) -> str:
     """Return why a batch is not sent or received, with what to do."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{error}: too many files are open: raise the limit (ulimit -n 4096), or use fewer workers"
-    return f"{error}: give it more memory, or use fewer workers"
+    if error.errno in (errno.ENOMEM, errno.ENOSPC):
+        return f"{error}: give it more memory, or use fewer workers"
+    return f"{error}: read without loader processes (workers=0)"
 
 
 class _Pickled:
@@ -136,7 +139,7 @@ class _Pickled:
         self.data = bytes(ForkingPickler.dumps(batch))
 
     def __reduce__(self) -> Any:
-        return pickle.loads, (self.data,)
+        return _load, (self.data, (), os.getpid())
 
 
 class _Parcel:
@@ -209,17 +212,29 @@ def _open(path: str, identity: tuple[int, int], sender: int, parts: Sequence[tup
             memory = mmap.mmap(file, 0)
         finally:
             os.close(file)
-    except FileNotFoundError:
-        return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
     except OSError as error:
-        return LoaderError(f"a batch of loader process (pid {sender}) cannot be received: {_reason(error)}")
+        return _not_received(sender, error)
     memory[RECEIVED] = 1
     # Every part of the batch holds a reference to this array, and with it to the segment.
     whole = np.frombuffer(memory, np.uint8)
     weakref.finalize(whole, _give_back, memory, os.getpid()).atexit = False
     view = memoryview(whole)  # type: ignore[arg-type]
     *arrays, text = (view[offset : offset + nbytes] for offset, nbytes in parts)
-    return pickle.loads(text, buffers=arrays)  # noqa: S301 - our own loader process wrote it
+    return _load(text, arrays, sender)
+
+
+def _load(text: Any, arrays: Sequence[Any], sender: int) -> Any:
+    """Unpickle a batch; tensors that torch sends itself are fetched from the loader process, which may have ended."""
+    try:
+        return pickle.loads(text, buffers=arrays)  # noqa: S301 - our own loader process wrote it
+    except (OSError, EOFError) as error:
+        return _not_received(sender, error)
+
+
+def _not_received(sender: int, error: OSError | EOFError) -> LoaderError:
+    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return LoaderError(f"loader process (pid {sender}) ended while it sent a batch: {WHY_KILLED}")
+    return LoaderError(f"a batch of loader process (pid {sender}) cannot be received: {_reason(error)}")
 
 
 def _give_back(memory: mmap.mmap, process: int) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -156,16 +157,18 @@ def test_a_long_temporary_folder_works(
     reader.close()
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "more memory"), (errno.EACCES, "denied: .* without loader processes")],
+)
 def test_a_batch_that_cannot_be_sent_or_received_is_an_error(
-    local: Dataset, monkeypatch: pytest.MonkeyPatch, number: int
+    local: Dataset, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
     """The reader of a batch that is lost on its way would wait forever."""
 
     def fails(*arguments: Any) -> Any:
         raise OSError(number, os.strerror(number))
 
-    remedy = "ulimit -n" if number == errno.EMFILE else "more memory"
     with monkeypatch.context() as patch:
         patch.setattr(os, "memfd_create", fails)
         with pytest.raises(LoaderError, match=rf"loader process \(pid \d+\) cannot send a batch: .*{remedy}"):
@@ -183,6 +186,25 @@ def test_without_shared_segments_a_batch_is_pickled_before_it_is_queued() -> Non
     assert same(pickle.loads(pickle.dumps(batch_transport.pack(whole))), whole)  # noqa: S301
     with pytest.raises(AttributeError, match="local object"):
         batch_transport.pack(lambda: None)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), EOFError()])
+def test_a_process_that_ends_while_torch_fetches_a_tensor_from_it_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A parameter is sent by torch; an exception would end the thread that pins memory."""
+    packed = pickle.dumps(batch_transport.pack(torch.nn.Parameter(torch.ones(2))))
+    monkeypatch.setattr(batch_transport, "pickle", Mock(loads=Mock(side_effect=error)))
+    found = pickle.loads(packed)  # noqa: S301
+    assert isinstance(found, LoaderError)
+    assert f"loader process (pid {os.getpid()}) ended" in str(found)
+
+
+def test_where_proc_is_of_other_processes_torch_sends_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with process ids of its own that sees /proc of the host: names there are of other files."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    batch_transport.begin()
+    assert batch_transport._segments is None
 
 
 def test_a_forked_process_does_not_free_batches(local: Dataset, expected: list[dict[str, Any]]) -> None:
