@@ -251,7 +251,7 @@ def _coco_detections(task: Task, detections: Detections) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     columns = (detections.boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), detections.masks)
     for (left, top, right, bottom), label, score, mask in zip(*columns, strict=True):
-        area = (right - left) * (bottom - top) if task == "bbox" else None  # as `COCO.loadRes`, for boxes
+        area = (right - left) * (bottom - top) if task == "bbox" else float(rle.area(mask))  # as `COCO.loadRes`
         instance = Instance(label, (left, top, right - left, bottom - top), mask, area=area)
         rows.append({**(ground_truth(task, instance, mask.height, mask.width) or {}), "score": score})
     return rows

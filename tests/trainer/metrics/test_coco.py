@@ -45,6 +45,17 @@ def test_small_medium_and_large_are_by_the_area_of_the_annotation_then_the_mask_
     assert sizes(replace(thin, area=10_000.0)) == ["large"]
 
 
+def test_a_detection_without_a_pixel_is_small_for_masks_as_for_pycocotools() -> None:
+    box = (20.0, 20.0, 20.0, 20.0)
+    detections = found((1, box, 0.8), (1, (50.0, 50.0, 100.0, 100.0), 0.9))
+    nothing = rle.encode(np.zeros((200, 200), np.uint8))
+    pairs = [(sample(instance(1, box)), replace(detections, masks=(detections.masks[0], nothing)))]
+    result = score(*pairs)
+    assert result.segm.ap_small == pytest.approx(0.5)
+    assert numbers(result.bbox) == pytest.approx(pycocotools_stats("bbox", pairs, CATEGORIES), abs=1e-9)
+    assert numbers(result.segm) == pytest.approx(pycocotools_stats("segm", pairs, CATEGORIES), abs=1e-9)
+
+
 def test_perfect_detections_and_none() -> None:
     boxes = (20.0, 30.0, 50.0, 60.0), (100.0, 100.0, 20.0, 20.0)
     one = sample(instance(1, boxes[0]), instance(2, boxes[1]))
