@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from typing import Self
 
-from shards.common.errors import UserError
+from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
 
 WRITER_FILE = "writer.json"
@@ -64,9 +64,14 @@ class RunWriter:
         """Raise a UserError if another training has taken the run over since `claim`; call it before writing."""
         if not self._token:
             return
-        found = {}
-        with suppress(ValueError):
+        try:
             found = json.loads((self.run / WRITER_FILE).read())
+        except (ValueError, RecursionError):
+            return
+        except StorageError as error:
+            if error.missing:  # somebody tidied up
+                return
+            raise
         if isinstance(found, dict) and found.get("token", self._token) != self._token:
             who = str(found.get("writer"))[:200]
             raise UserError(f"{self.run}: another training ({who}) has taken this run over: this one ends, unsaved")

@@ -6,7 +6,7 @@ import pytest
 
 from shards.common.errors import UserError
 from shards.storage.location import Location
-from trainer.run.run_writer import RunWriter
+from trainer.run.run_writer import WRITER_FILE, RunWriter
 
 
 def test_on_a_disk_a_second_writer_waits_and_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,5 +46,10 @@ def test_on_a_store_the_newest_writer_takes_over(tmp_path: Path) -> None:
         first.check()
         second.claim()
         second.check()
+        (run / WRITER_FILE).write(b"{")
+        second.check()
+        (run / WRITER_FILE).delete()  # by somebody who tidies up
+        second.check()
+        second.claim()
         with pytest.raises(UserError, match=r"another training \(process \d+ on .*\) has taken this run over"):
             first.check()
