@@ -87,9 +87,9 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
     if len(dataset.categories) < len(dataset.info.categories):
         names = ", ".join(category.name for category in dataset.categories)
         log.info("training on %s: objects of the dataset's other classes are background", names)
-    warnings = mask_warnings(dataset.index(config.data.split), dataset.categories)
-    for warning in warnings if accelerator.is_main_process else ():
-        log.warning("data.split %s: %s", config.data.split, warning)
+    if accelerator.is_main_process:
+        for warning in mask_warnings(dataset.index(config.data.split), dataset.categories):
+            log.warning("data.split %s: %s", config.data.split, warning)
     if resumed:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
 
