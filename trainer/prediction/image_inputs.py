@@ -42,7 +42,7 @@ async def _download(fs: Any, url: str) -> bytes:
     """Return at most LARGEST + 1 bytes of what a server sends, whatever length it states."""
     parts, left = [], LARGEST + 1
     try:
-        async with asyncio.timeout(TIMEOUT_S), (await fs.set_session()).get(fs.encode_url(url)) as answer:
+        async with asyncio.timeout(TIMEOUT_S), (await fs.set_session()).get(fs.encode_url(url), **fs.kwargs) as answer:
             if answer.status in (404, 410):
                 raise FileNotFoundError(url)
             answer.raise_for_status()
