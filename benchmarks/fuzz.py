@@ -66,7 +66,7 @@ def outcome_of(kind: Kind, name: str, seed: int, number: int) -> tuple[str, str]
         return ("refused", "") if is_line else ("traceback", f"not one line: {text!r}")
     except Unnoticed as error:
         return "unnoticed", str(error)
-    except Exception:
+    except Exception:  # any: what a command does not expect ends it in this traceback, which is a fault and printed
         return "traceback", traceback.format_exc()
     return "accepted", ""
 
@@ -80,8 +80,9 @@ def try_all(kind: type[Kind], name: str, seed: int, numbers: Sequence[int]) -> I
         child.start()
         other_end.close()
         try:
-            pipe.poll(10 * TIMEOUT_S)
-            pipe.recv()  # it is set up
+            if not pipe.poll(10 * TIMEOUT_S):
+                raise RuntimeError(f"the inputs of {name} are not made after {10 * TIMEOUT_S:g} s")
+            pipe.recv()
             while left:
                 if not pipe.poll(TIMEOUT_S):
                     yield left.pop(0), "hang", f"more than {TIMEOUT_S:g} s"

@@ -209,9 +209,12 @@ class Checkpoints:
                 path.unlink()
             else:
                 path.write_bytes(change_bytes(self.files[path], rng))
-            found = load_newest(self.run)
+            try:
+                found = load_newest(self.run)
+            except UserError as error:
+                raise RuntimeError("the checkpoint before it is not used") from error
             if found is None:
-                raise UserError("there is no checkpoint")
+                raise RuntimeError("the run would begin again at step 0")
             if not hostile and not _same_state(found[1], self.states[5 if found[1].step == 5 else 10]):
                 raise Unnoticed(f"step {found[1].step} was loaded with other values")
             _from_file(Location(str(self.newest / "model.safetensors")))
