@@ -96,7 +96,7 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, H, W] RGB, padded right and bottom with zeros.
         sizes: int64 [B, 2] (height, width) of each image inside the padding.
-        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels of the resized image; one pixel in padding.
+        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels of the resized image, inside it; one pixel in padding.
         labels: int64 [B, G] category ids, 1..C; 0 in padding.
         flags: uint8 [B, G] as in `Instances`; 0 in padding.
         bitmaps: uint8 [B, G, BITMAP, BITMAP] as in `Instances`.

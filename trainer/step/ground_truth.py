@@ -19,7 +19,7 @@ class GroundTruth(NamedTuple):
     """The annotations of a batch. Rows that are neither object nor region are padding, or not used.
 
     Attributes:
-        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels.
+        boxes: float32 [B, G, 4] x0, y0, x1, y1 in pixels, inside the image.
         labels: int64 [B, G] category ids.
         is_object: bool [B, G].
         is_region: bool [B, G] where anchors and RoIs that match no object are ignored.

@@ -45,7 +45,7 @@ class Proposals(NamedTuple):
     """The proposals of a batch, in descending order of score.
 
     Attributes:
-        boxes: float32 [B, P, 4] x0, y0, x1, y1 in pixels; finite, whatever the network predicts.
+        boxes: float32 [B, P, 4] x0, y0, x1, y1 in pixels; inside the images, whatever the network predicts.
         valid: bool [B, P]; false where an image has fewer.
     """
 

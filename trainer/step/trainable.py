@@ -215,7 +215,8 @@ class Trainable(nn.Module):
         heads = self.network.roi_heads
         boxes = torch.cat((proposals.boxes, truth.boxes), dim=1)  # [B, P + G, 4]
         valid = torch.cat((proposals.valid, truth.is_object), dim=1)
-        matches = match(heads.proposal_matcher, truth, boxes, area(boxes))  # which are inside their images
+        # Proposals and annotated boxes are clipped to their images, anchors are not.
+        matches = match(heads.proposal_matcher, truth, boxes, area(boxes))
         chosen = sample(heads.fg_bg_sampler, matches.role.masked_fill(~valid, IGNORED), keys)  # [B, R]
         rois, objects = take(boxes, chosen.entries), take(matches.objects, chosen.entries)
         labels = take(truth.labels, objects).masked_fill(~chosen.is_positive, 0)

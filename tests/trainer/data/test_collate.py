@@ -136,6 +136,8 @@ def test_all_augmentations_together_are_reproducible_and_keep_shapes():
         objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
         assert int((objects & (batch.labels > 0)).sum(1).max()) <= config.max_instances
         assert bool((batch.boxes[..., 2:] > batch.boxes[..., :2]).all())
+        assert bool((batch.boxes >= 0).all())
+        assert bool((batch.boxes[..., 2:] <= batch.sizes.flip(1)[:, None]).all())
     # The second image has only a group-of region of its own: the rest is pasted.
     assert max(counts(batch)[1] for batch in batches) > 1
 

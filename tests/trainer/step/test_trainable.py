@@ -212,15 +212,17 @@ def test_padding_of_the_annotations_changes_nothing(network: MaskRCNN) -> None:
     assert all(found[name].item() == pytest.approx(expected[name].item(), rel=1e-6) for name in LOSSES)
 
 
-def test_proposals_of_a_network_that_diverged_are_finite(network: MaskRCNN) -> None:
+def test_proposals_are_inside_their_images_also_of_a_network_that_diverged(network: MaskRCNN) -> None:
     """torchvision's roi_align ends the process at a box that is NaN, on a CPU."""
     step = Trainable(network)
     anchors = step.anchors_of(BATCH)
     with torch.no_grad():
         _, logits, deltas = step.backbone_stage(BATCH.images, BATCH.sizes)
-        found = propose(network.rpn, anchors, logits, deltas * torch.nan, BATCH.sizes)
-    assert found.boxes.isfinite().all()
-    assert not found.valid.any()
+        proposals = [propose(network.rpn, anchors, logits, deltas * scale, BATCH.sizes) for scale in (1e3, torch.nan)]
+    for found in proposals:
+        assert ((found.boxes >= 0) & (found.boxes <= BATCH.sizes.flip(1).repeat(1, 2)[:, None])).all()
+    assert proposals[0].valid.any()
+    assert not proposals[1].valid.any()
 
 
 def test_a_few_steps_lower_the_loss(network: MaskRCNN) -> None:
