@@ -81,8 +81,9 @@ class RunWriter:
         self._is_new = not os.path.exists(self.run.path)
         while not self._try_lock():
             if time.monotonic() >= deadline:
-                problem = "another training is writing there: wait until it has ended, or give another --run.dir"
-                raise UserError(f"{self.run}: {problem}")
+                raise UserError(
+                    f"{self.run}: another training is writing there: wait until it has ended, or give another --run.dir"
+                )
             if not is_logged:
                 log.warning("%s: waiting for another training to end, which still writes there", self.run)
             is_logged = True
