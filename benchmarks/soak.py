@@ -106,9 +106,7 @@ def soak(endpoint: str, remote: str, local: Dataset, *, epochs: int, workers: in
         with (
             mock.patch("shards.storage.location._instances", {}),
             mock.patch("shards.storage.object_store._settings", {}),
-            mock.patch("shards.storage.reads.PROGRESS", 256),  # samples of 3 kB instead of 164 kB
-            mock.patch("shards.storage.reads.ATTEMPTS", 12),  # nearly half of all requests fail
-            mock.patch("shards.storage.location.READ_TIMEOUT_S", 1.0),
+            mock.patch("shards.storage.location.READ_TIMEOUT_S", 2.0),
             mock.patch("shards.common.back_off.SCALE", 0.1),
         ):
             batches, reference = loader(stream(dataset), workers=workers), stream(local)

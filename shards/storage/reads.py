@@ -37,7 +37,9 @@ from shards.storage.store_errors import (
 )
 
 ATTEMPTS = 5  # in a row without progress
-PROGRESS = 256 * 2**10  # bytes; what arrives in pieces of this size is kept when an answer breaks
+# Bytes of one answer. All that arrives is kept, but an answer with less, within the time limits of
+# `shards.storage.object_store`, means a server or proxy in trouble: a range would take hours at that rate.
+PROGRESS = 1024
 SLOWEST_READ = 2**14  # bytes per second; a slower read from another file system than obstore's is aborted
 IN_FLIGHT = 32
 
@@ -313,7 +315,7 @@ class _StoreRead:
         self.changed = str(meta["last_modified"])
         if self.read.largest is not None and self.size > self.read.largest:
             raise TooLargeError(f"{self.size} bytes, the limit is {self.read.largest}")
-        for part in answer.stream(min_chunk_size=PROGRESS):
+        for part in answer.stream(min_chunk_size=1):  # in the pieces in which it arrives
             self._parts.append(part)
             self.received += len(part)
             self.statistics.nbytes += len(part)
@@ -363,7 +365,7 @@ def _attempted(what: _FilesystemRead | _StoreRead) -> Received:
             statistics.requests += 1
             return what.attempt()
         except OSError as error:
-            failures = 0 if what.received > before else failures + 1
+            failures = 0 if what.received - before >= PROGRESS else failures + 1
             if isinstance(error, FINAL) or failures >= ATTEMPTS or not threading.main_thread().is_alive():
                 raise
             statistics.retries += 1

@@ -128,7 +128,6 @@ def test_an_answer_that_breaks_is_continued(
     poor: Location, monkeypatch: pytest.MonkeyPatch, ways: list[str], timeout_s: float
 ) -> None:
     limit_time(monkeypatch, timeout_s)
-    monkeypatch.setattr("shards.storage.reads.PROGRESS", 1000)
     Poor.ways, done = ways, ReadStatistics()
     assert read_many([Read(poor, 1000, 9000)], statistics=done) == [OBJECT[1000:9000]]
     assert done.nbytes == 8000

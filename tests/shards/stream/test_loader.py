@@ -41,11 +41,8 @@ def kill(process: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_statistics_are_those_of_all_loader_processes(
-    remote: Dataset, proxied: Proxied, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_are_those_of_all_loader_processes(remote: Dataset, proxied: Proxied, workers: int) -> None:
     nbytes = int(remote.index("train").nbytes.sum())
-    monkeypatch.setattr("shards.storage.reads.PROGRESS", 256)
     with proxied(Fault("truncate", "GET", times=1)) as proxy:
         batches: Loader = loader(EvalStream(remote, "train", batch_size=BATCH), workers=workers)
         assert batches.statistics == LoaderStatistics()
@@ -56,7 +53,7 @@ def test_statistics_are_those_of_all_loader_processes(
         assert once.requests == proxy.counters.requests["GET"]
         assert once.retries == proxy.counters.faults["truncate"] == 6
         if not workers:  # a process that was forked from one that has read so reads again from the start
-            assert nbytes <= once.nbytes <= proxy.counters.sent < 1.1 * nbytes  # continued where the answer broke
+            assert nbytes <= once.nbytes == proxy.counters.sent < 1.1 * nbytes  # continued where the answer broke
         assert 0 < once.waited_s < once.seconds
         shares = (once.waited_s, once.nbytes / 1e6, SAMPLES)
         assert (once.wait_share, once.mb_per_s, once.samples_per_s) == pytest.approx([n / once.seconds for n in shares])
@@ -211,6 +208,8 @@ def test_a_stall_is_logged_by_the_waiting_process_and_so_is_its_end(
     assert again
     assert len([line for line in lines if "was forked from one" not in line]) == len(again) + len(waits)
     stalled = [found for found in waits if found["shard"] == "3"]  # a busy machine may log other ranges, too
+    if not workers:
+        assert any(int(found["received"]) > 0 for found in stalled)
     why = "the answer took too long|Read timeout|no answer came"
     assert any(int(found["retries"]) > 0 and re.match(why, found["why"] or "") for found in stalled)
 

@@ -15,7 +15,7 @@ from shards.storage.location import Location
 def test_epochs_with_faults_hold_every_sample_once_and_in_order(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     local = soak.write_samples(Location(str(tmp_path)), 200, per_shard=50)
     s3.upload(tmp_path, bucket)
-    run = partial(soak.soak, epochs=3, workers=2, seed=4, share=0.04)
+    run = partial(soak.soak, epochs=3, workers=2, seed=4, share=0.1)
     # A new process, because loader processes that are forked from one that has read do so through fsspec.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as new:
         result = new.submit(run, s3.endpoint_url, f"s3://{bucket}", local).result()
