@@ -7,15 +7,21 @@ from contextlib import contextmanager
 from shards.common.errors import StorageError
 from shards.common.text import one_line
 
-# Of botocore, aiohttp (whose failed look-ups of names are a subclass), the standard library and this package.
+# Of botocore, aiohttp (whose failed look-ups of names are a subclass), httpx, the standard library and this package.
 UNREACHABLE = frozenset(
     (
         "EndpointConnectionError",
         "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
         "ConnectTimeoutError",
         "ConnectionRefusedError",
         "UnreachableError",
     )
+)
+# Libraries under fsspec's file systems, whose errors are not all of the kind OSError.
+LIBRARIES = frozenset(
+    ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpcore", "httpx", "httpx2", "s3fs")
 )
 
 
@@ -42,6 +48,16 @@ def is_missing_bucket(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error).lower()
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether no connection could be made."""
+    return not UNREACHABLE.isdisjoint(one.__name__ for one in type(error).__mro__)
+
+
+def library_of(error: BaseException) -> str:
+    """Return the top-level package that defines the error's class."""
+    return type(error).__module__.split(".")[0]
+
+
 def explain(error: BaseException, url: str) -> str | None:
     """Return one line about an error that a file system raised at `url`; None if it is not an error of storage."""
     kind, text = type(error).__name__, one_line(error)
@@ -53,7 +69,7 @@ def explain(error: BaseException, url: str) -> str | None:
         )
     if _is_wrong_endpoint(error):
         return f"{url}: {text}: give http://host:port in AWS_ENDPOINT_URL"
-    if UNREACHABLE.intersection(one.__name__ for one in type(error).__mro__):
+    if is_unreachable(error):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         remedy = f"; AWS_ENDPOINT_URL is {endpoint}" if endpoint and url.startswith("s3") else ""
         return f"{url}: the endpoint cannot be reached ({text}){remedy}: check the address and the network"
@@ -69,8 +85,7 @@ def explain(error: BaseException, url: str) -> str | None:
         return f"{url}: access was refused ({text}): check the permissions of the file and its folder"
     if isinstance(error, PermissionError):
         return f"{url}: access was refused ({text}): check the credentials and the bucket's policy"
-    library = type(error).__module__.split(".")[0]
-    if isinstance(error, OSError | TimeoutError) or library in ("aiohttp", "botocore", "aiobotocore", "s3fs"):
+    if isinstance(error, OSError | TimeoutError) or library_of(error) in LIBRARIES:
         return f"{url}: {kind}: {text or 'no further reason was given'}"
     return None
 

@@ -18,11 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from shards.common.back_off import delay
 from shards.common.text import counted, one_line
 from shards.storage import location as storage
+from shards.storage.explain import is_unreachable, library_of
 from shards.storage.location import Location
 from shards.storage.object_store import Opened, move_to_region, open_object
 from shards.storage.store_errors import (
@@ -31,6 +32,7 @@ from shards.storage.store_errors import (
     ReplacedError,
     TooLargeError,
     TransientError,
+    UnreachableError,
     WrongBytesError,
     WrongRegionError,
     as_os_error,
@@ -42,6 +44,7 @@ ATTEMPTS = 5  # in a row without progress
 PROGRESS = 1024
 SLOWEST_READ = 2**14  # bytes per second; a slower read from another file system than obstore's is aborted
 IN_FLIGHT = 32
+HTTP_CLIENTS = ("aiohttp", "httpcore", "httpx", "httpx2")  # errors that are no OSError; s3fs retries botocore's
 
 T = TypeVar("T")
 Asked = TypeVar("Asked")
@@ -221,6 +224,8 @@ def _describe(location: Location, statistics: ReadStatistics) -> Description:
 class _FilesystemRead:
     """A read through fsspec."""
 
+    connection_attempts: ClassVar[int] = 3  # a command without a network says so within seconds
+
     read: Read
     statistics: ReadStatistics
     received: int = 0
@@ -237,9 +242,10 @@ class _FilesystemRead:
             reason = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
             raise TransientError(reason) from error
         except Exception as error:
-            if isinstance(error, OSError) or type(error).__module__.split(".")[0] != "aiohttp":
+            if isinstance(error, OSError) or library_of(error) not in HTTP_CLIENTS:
                 raise
-            raise TransientError(one_line(error)) from error
+            kind = UnreachableError if is_unreachable(error) else TransientError
+            raise kind(one_line(error)) from error
         if read.largest is not None and len(data) > read.largest:
             raise TooLargeError(f"{len(data)} bytes, the limit is {read.largest}")
         self.statistics.nbytes += len(data)
@@ -249,6 +255,8 @@ class _FilesystemRead:
 @dataclass
 class _StoreRead:
     """A read through obstore, which may take several answers."""
+
+    connection_attempts: ClassVar[int] = ATTEMPTS
 
     read: Read
     statistics: ReadStatistics  # counts all bytes, including those that are dropped
@@ -366,7 +374,8 @@ def _attempted(what: _FilesystemRead | _StoreRead) -> Received:
             return what.attempt()
         except OSError as error:
             failures = 0 if what.received - before >= PROGRESS else failures + 1
-            if isinstance(error, FINAL) or failures >= ATTEMPTS or not threading.main_thread().is_alive():
+            most = what.connection_attempts if is_unreachable(error) else ATTEMPTS
+            if isinstance(error, FINAL) or failures >= most or not threading.main_thread().is_alive():
                 raise
             statistics.retries += 1
             statistics.trouble = one_line(error) or type(error).__name__

@@ -5,6 +5,7 @@ import pytest
 from shards.common.errors import StorageError
 from shards.storage.explain import explain
 
+ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx"})  # no OSError
 DnsError = type("ClientConnectorDNSError", (type("ClientConnectorError", (OSError,), {}),), {})
 
 
@@ -15,6 +16,7 @@ DnsError = type("ClientConnectorDNSError", (type("ClientConnectorError", (OSErro
         (PermissionError(13, "denied"), "s3://bucket/a", "check the credentials and the bucket's policy"),
         (TimeoutError(), "s3://bucket/a", "s3://bucket/a: TimeoutError: no further reason was given"),
         (OSError("two\nlines"), "/a", "/a: OSError: two lines"),
+        (ConnectError("Name or service not known"), "hf://datasets/a/b", "the endpoint cannot be reached"),
         (DnsError("Cannot connect to host nowhere:443"), "s3://bucket/a", "the endpoint cannot be reached"),
     ],
 )
