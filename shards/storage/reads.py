@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from shards.common.back_off import delay
 from shards.common.text import counted, one_line
@@ -39,6 +39,7 @@ from shards.storage.store_errors import (
 )
 
 ATTEMPTS = 5  # in a row without progress
+ATTEMPTS_AT_START = 3  # to connect, of the reads through fsspec that come first: no network is reported within seconds
 # Bytes of one answer. All that arrives is kept, but an answer with less, within the time limits of
 # `shards.storage.object_store`, means a server or proxy in trouble: a range would take hours at that rate.
 PROGRESS = 1024
@@ -224,8 +225,6 @@ def _describe(location: Location, statistics: ReadStatistics) -> Description:
 class _FilesystemRead:
     """A read through fsspec."""
 
-    connection_attempts: ClassVar[int] = 3  # a command without a network says so within seconds
-
     read: Read
     statistics: ReadStatistics
     received: int = 0
@@ -255,8 +254,6 @@ class _FilesystemRead:
 @dataclass
 class _StoreRead:
     """A read through obstore, which may take several answers."""
-
-    connection_attempts: ClassVar[int] = ATTEMPTS
 
     read: Read
     statistics: ReadStatistics  # counts all bytes, including those that are dropped
@@ -374,7 +371,8 @@ def _attempted(what: _FilesystemRead | _StoreRead) -> Received:
             return what.attempt()
         except OSError as error:
             failures = 0 if what.received - before >= PROGRESS else failures + 1
-            most = what.connection_attempts if is_unreachable(error) else ATTEMPTS
+            at_start = isinstance(what, _FilesystemRead) and is_unreachable(error)
+            most = min(ATTEMPTS, ATTEMPTS_AT_START) if at_start else ATTEMPTS
             if isinstance(error, FINAL) or failures >= most or not threading.main_thread().is_alive():
                 raise
             statistics.retries += 1
