@@ -166,6 +166,8 @@ def _stream(content: Content, newlines_in_values: bool, cache: Cache) -> Iterato
 def _parse(file: "_LineCounter", schema: pa.Schema, newlines_in_values: bool) -> Iterator[pa.Table]:
     location = file.location
     names = _read_header(location, file.kept[:HEADER_BYTES], schema.names)
+    if len(file.kept) == file.length and not re.search(rb"[\r\n][^\r\n]", file.kept):
+        return  # no rows: whether Arrow raises an error for a header alone depends on its line end
     rows = 0
     try:
         with csv.open_csv(
@@ -178,14 +180,12 @@ def _parse(file: "_LineCounter", schema: pa.Schema, newlines_in_values: bool) ->
                 rows += batch.num_rows
                 yield _trimmed(pa.Table.from_batches([batch]))
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        if rows or file.lines > 1:  # whether Arrow raises an error for a header without rows depends on its line end
-            raise _not_a_table(location, one_line(error)[:300]) from error
-    else:
-        if file.lines != rows + 1:
-            found = f"{file.lines} lines make {rows + 1} rows: quoted values contain line ends"
-            if not newlines_in_values:
-                raise _not_a_table(location, found)
-            warn_once(location.url, "line ends", f"{found}; if no value should, an unbalanced quote swallows rows")
+        raise _not_a_table(location, one_line(error)[:300]) from error
+    if file.lines != rows + 1:
+        found = f"{file.lines} lines make {rows + 1} rows: quoted values contain line ends"
+        if not newlines_in_values:
+            raise _not_a_table(location, found)
+        warn_once(location.url, "line ends", f"{found}; if no value should, an unbalanced quote swallows rows")
 
 
 def _trimmed(rows: pa.Table) -> pa.Table:

@@ -167,6 +167,15 @@ def test_a_header_without_rows_causes_a_warning(tmp_path: Path, end: bytes, capl
     assert caplog.messages == [f"{location}: has a header and no rows"]
 
 
+def test_a_first_line_that_is_longer_than_a_block_is_an_error_and_not_a_table_without_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_tables, "BLOCK_BYTES", 16)
+    data = VALID.replace(b"Source", b"Source" * 1000)
+    with pytest.raises(UserError, match="not the expected CSV table"):
+        read_table(write(tmp_path / "t.csv", data), COLUMNS, LABELS)
+
+
 def test_values_with_line_ends_cause_a_warning_where_they_are_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
