@@ -147,16 +147,15 @@ def _nothing_found(location: Location, wanted: Sequence[str], found: _LookUp) ->
 
 def _read_directory(content: Content) -> Iterator[pa.Table]:
     """Yield all members as one table, in the order of the directory; of repeated names the last, as `zipfile` does."""
+    file = RangeFile(content.location, content.description, -TAIL_BYTES, TAIL_BYTES)
     try:
-        file = RangeFile(content.location, content.description, -TAIL_BYTES, TAIL_BYTES)
         with zipfile.ZipFile(file) as archive:
             starts = sorted(info.header_offset for info in archive.infolist())
             following = dict(zip(starts, [*starts[1:], archive.start_dir]))
             infos = list(archive.NameToInfo.values())
-        file.check_unchanged()
-        starts = [info.header_offset for info in infos]
         # A member ends before the next header, and earlier in a zip with holes.
         longest = [_LONGEST_HEADER + info.compress_size + _DESCRIPTOR_BYTES for info in infos]
+        starts = [info.header_offset for info in infos]
         columns = {
             "name": [info.filename for info in infos],
             "start": starts,
@@ -167,8 +166,10 @@ def _read_directory(content: Content) -> Iterator[pa.Table]:
             "size": [info.file_size for info in infos],
         }
         table = pa.table(columns, schema=DIRECTORY)
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
+    # Damage can also be in a name (not UTF-8), the version that a member needs, or a number (more than 63 bits).
+    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, OverflowError) as error:
         raise UserError(f"{content.location}: not a readable zip ({error}): check --annotations") from error
+    file.check_unchanged()
     yield table
 
 

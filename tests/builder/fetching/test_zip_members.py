@@ -96,6 +96,28 @@ def test_an_empty_zip_contains_nothing_and_other_files_are_errors(tmp_path: Path
         locate_members({Location(str(tmp_path / "gone.zip")): ["a.png"]})
 
 
+def test_damage_in_a_directory_that_zipfile_does_not_call_a_bad_zip_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 5)  # sizes of 64 bits follow the name
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ä.png", b"0123456789")
+    data = buffer.getvalue()
+    entry = data.index(b"PK\x01\x02")
+    name = data.index("ä".encode(), entry)
+    size = data.index(struct.pack("<Q", 10), name)
+    location = Location(str(tmp_path / "m.zip"))
+    for at, damage, reason in (
+        (entry + 6, b"\x7f", "zip file version"),
+        (name, b"\xff", "decode byte 0xff"),
+        (size, b"\xff" * 8, "too large"),
+    ):
+        location.write(data[:at] + damage + data[at + len(damage) :])
+        with pytest.raises(UserError, match=rf"m\.zip: not a readable zip \(.*{reason}"):
+            locate_members({location: ["ä.png"]})
+
+
 def zip_again(path: Path, folders: Sequence[str]) -> Location:
     """Write `CONTENTS` into a zip with folders, one after another."""
     with zipfile.ZipFile(path, "w") as archive:
