@@ -91,10 +91,10 @@ def test_a_split_without_images_is_an_error_unless_it_is_tiny_or_was_packed_or_l
 def test_roots_in_a_bucket_and_on_a_web_server_are_checked_without_the_bytes_of_images(
     s3: S3Server, bucket: str, proxied: Proxied
 ) -> None:
-    s3.filesystem().pipe({f"{bucket}/root/train/{number}.jpg": bytes(100_000) for number in range(9)})
+    s3.filesystem().pipe({f"{bucket}/photos/train/{number}.jpg": bytes(100_000) for number in range(9)})
     with proxied() as proxy:
         for root in (f"s3://{bucket}", f"{proxy.endpoint_url}/{bucket}"):
-            right, wrong = (OpenImages(Location(f"{root}/{name}"), NOWHERE) for name in ("root", "wrong"))
+            right, wrong = (OpenImages(Location(f"{root}/{name}"), NOWHERE) for name in ("photos", "wrong"))
             proxy.faults = ()
             before = PROCESS.total.nbytes
             check_images(right, planned(right, {"train": 9}))
