@@ -22,10 +22,10 @@ _PIECE = struct.Struct("<QII")  # offset, length, CRC-32
 class PartialFile:
     """The pieces of one version of an object, from some offset on; made by `open`."""
 
-    def __init__(self, path: str, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BinaryIO, start: int) -> None:
         self._path, self._file = path, file
+        self._start = start  # of the first piece in the file
         self._broken = False
-        self._kept = 0  # bytes in pieces
 
     @classmethod
     def open(cls, path: str, version: str) -> Self | None:
@@ -42,7 +42,7 @@ class PartialFile:
                     file.seek(0)
                     file.truncate()
                     file.write(first)
-                return cls(path, file)
+                return cls(path, file, len(first))
         except OSError:
             pass
         file.close()
@@ -55,7 +55,6 @@ class PartialFile:
             while data := self._read_piece(start):
                 place = self._file.tell()
                 start += len(data)
-                self._kept += len(data)
                 yield data
             self._file.seek(place)
             self._file.truncate()
@@ -81,16 +80,16 @@ class PartialFile:
             self._file.write(_PIECE.pack(start, len(data), zlib.crc32(data)))
             self._file.write(data)
             self._file.flush()
-            self._kept += len(data)
         except OSError:
             self._delete()
 
     def close(self, *, keep: bool) -> None:
         """Unlock the file for the next process, or delete it, also if it has no piece."""
-        if not self._file.closed and not (keep and self._kept):
-            self._delete()
-        with suppress(OSError):
-            self._file.close()
+        if self._file.closed:
+            return
+        with suppress(OSError), self._file:
+            if not keep or os.fstat(self._file.fileno()).st_size <= self._start:
+                self._delete()
 
     def _delete(self) -> None:
         self._broken = True

@@ -133,17 +133,17 @@ class Cache:
     def open_partial(self, content: Content) -> PartialFile | None:
         """Open what has arrived of a download; None if it is not kept, or if another process is downloading it.
 
-        It is not kept if the disk has less than twice the object's size left, because the cache itself comes first.
+        It is not kept if the disk has room for less than twice the object's size, because the cache itself comes first.
         """
         etag, size = content.description.etag, content.description.size
         if not self.folder or not self.lasting or not etag or etag.startswith("W/"):  # a weak one may be of other bytes
             return None
+        path = self._partial_path(content)
         try:
-            if shutil.disk_usage(self.folder).free < 2 * (size or 0):
-                return None
+            room = shutil.disk_usage(self.folder).free + (os.path.getsize(path) if os.path.exists(path) else 0)
         except OSError:
             return None
-        return PartialFile.open(self._partial_path(content), content.state)
+        return PartialFile.open(path, content.state) if room >= 2 * (size or 0) else None
 
     def _partial_path(self, content: Content) -> str:
         return os.path.join(self.folder, content.file_name + PARTIAL)

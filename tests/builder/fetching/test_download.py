@@ -215,6 +215,30 @@ def test_downloads_without_a_strong_etag_a_lasting_folder_or_space_keep_nothing(
         assert (Cache(str(tmp_path / "c")).open_partial(content) is not None) == keeps
 
 
+def test_what_was_kept_stays_if_the_next_process_ends_at_once_and_on_a_disk_that_it_has_filled(
+    store: Store,
+    opening: Callable[..., Callable[[], PartialFile | None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = 2 * len(DATA)
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: SimpleNamespace(free=free - sum(path.stat().st_size for path in kept(tmp_path)))
+    )
+    store.fail(4500, StorageError("gone"))
+    with pytest.raises(StorageError):
+        read(ONE, opening(ONE))
+    [left] = kept(tmp_path)
+    before = left.read_bytes()
+    store.work()
+    with Download(OBJECT, ONE, opening(ONE)) as file:
+        assert file.read(500) == DATA[:500]
+    assert left.read_bytes() == before
+    store.starts = []
+    assert read(ONE, opening(ONE)) == DATA
+    assert sorted(store.starts) == [0, *range(4000, len(DATA), 1000)]
+
+
 def test_two_processes_do_not_share_a_file(
     store: Store, opening: Callable[..., Callable[[], PartialFile | None]], tmp_path: Path
 ) -> None:
