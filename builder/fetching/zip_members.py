@@ -96,10 +96,13 @@ def locate_members(
     with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
         found = dict(zip(wanted, pool.map(look_up, wanted), strict=True))
     empty = [location for location, one in found.items() if not one.rows]
-    if len(empty) < len(found):  # one of few files may be missing from a zip that is the right one
-        empty = [location for location in empty if found[location].has_folders or len(wanted[location]) >= MIN_WANTED]
-    if empty and (found[empty[0]].has_folders or sum(len(wanted[location]) for location in empty) >= MIN_WANTED):
-        raise _nothing_found(empty[0], sorted(wanted[empty[0]]), found[empty[0]])
+    if len(empty) < len(found):  # a few files may be missing from a zip that is the right one
+        empty = [location for location in empty if len(wanted[location]) >= MIN_WANTED]
+    wrong = [location for location, one in found.items() if one.scattered]
+    if not wrong and sum(len(wanted[location]) for location in empty) >= MIN_WANTED:
+        wrong = empty
+    if wrong:
+        raise _nothing_found(wrong[0], sorted(wanted[wrong[0]]), found[wrong[0]])
     return {
         name: Member(zip_url=location.url, **row) for location, one in found.items() for name, row in one.rows.items()
     }
@@ -107,16 +110,17 @@ def locate_members(
 
 @dataclass(frozen=True)
 class _LookUp:
-    """What a zip has of the wanted files: rows of its directory by name; and how many files, such as `example`."""
+    """What a zip has of the wanted files.
+
+    Attributes:
+        rows: rows of its directory by name; none if the files are `scattered` over several folders.
+        files: the number of all its files, such as `example`.
+    """
 
     rows: dict[str, dict[str, Any]]
+    scattered: bool
     files: int
     example: str
-
-    @property
-    def has_folders(self) -> bool:
-        """Whether the files of the zip are in folders, as far as the example says."""
-        return "/" in self.example
 
     @classmethod
     def of(cls, names: Collection[str], tables: Iterable[pa.Table]) -> Self:
@@ -134,7 +138,7 @@ class _LookUp:
             files += table.num_rows
             example = example or next(iter(table["name"].slice(table.num_rows // 2, 1).to_pylist()), "")
         folders = {folder: rows for folder, rows in folders.items() if "" not in folders or not folder}
-        return cls(next(iter(folders.values())) if len(folders) == 1 else {}, files, example)
+        return cls(next(iter(folders.values())) if len(folders) == 1 else {}, len(folders) > 1, files, example)
 
 
 def _nothing_found(location: Location, wanted: Sequence[str], found: _LookUp) -> UserError:

@@ -142,7 +142,12 @@ def test_a_zip_without_any_of_its_masks_is_an_error_that_says_what_it_holds(tmp_
     two = zip_again(tmp_path / "two.zip", ["a/", "b/"])
     with pytest.raises(UserError, match=r"two\.zip: it holds 41 files, such as '[ab]/.*none of the 40 masks"):
         locate_members({two: CONTENTS})
+    with pytest.raises(UserError, match=r"two\.zip: .*none of the 2 masks"):
+        locate_members({two: names[:2]})  # one in each folder
+    folder = zip_again(tmp_path / "folder.zip", ["masks/"])
+    assert locate_members({folder: ["gone.png"]}) == {}
     good = write_zip(tmp_path / "good.zip")
+    assert locate_members({folder: ["gone.png"], good: names[:1]}).keys() == {names[0]}
     others = [f"{number}.png" for number in range(8)]
     with pytest.raises(
         UserError, match=r"good\.zip: it holds 40 files, such as .*none of the 8 masks looked for, such as '0\.png'"
