@@ -109,7 +109,7 @@ class Download(RangeFile):
             future.cancel()
 
     def _request(self, start: int) -> Future[bytes]:
-        """Fetch a range in a thread that the end of the process does not wait for, as it does for those of a pool."""
+        """Fetch a range in a thread of its own, whose future can be cancelled while it runs: `close` need not wait."""
         future = Future[bytes]()
 
         def fetch() -> None:

@@ -67,7 +67,7 @@ def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Fail
 
     They may be two sizes of one picture. If the sides are swapped, the JPEG's EXIF orientation has to explain it.
     """
-    if stated is None or not stated.width:
+    if stated is None:
         return Frame(*size)
     wanted, swapped = (stated.width, stated.height), (size[1], size[0])
     orientation = exif_orientation(data)

@@ -112,11 +112,11 @@ class PlannedObject:
 
 @dataclass(frozen=True, slots=True)
 class StatedFile:
-    """What the annotations state about an image's file: its name, and its size in pixels (0 if they do not)."""
+    """What the annotations state about an image's file: its name, and its size in pixels."""
 
     name: str
-    width: int = 0
-    height: int = 0
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,5 +262,8 @@ def _fields_of(value: Any) -> Any:
         return value.item()
     if not is_dataclass(value):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
-    values = {name: (getattr(value, name), item.metadata) for name, item in value.__dataclass_fields__.items()}
-    return {name: one for name, (one, metadata) in values.items() if one is not None or metadata != OMIT_NONE}
+    return {
+        name: found
+        for name, item in value.__dataclass_fields__.items()
+        if (found := getattr(value, name)) is not None or item.metadata != OMIT_NONE
+    }
