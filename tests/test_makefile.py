@@ -19,7 +19,7 @@ def test_an_old_python_is_refused_before_anything_is_installed(tmp_path: Path) -
     )
     old.chmod(0o755)
     for target in ("demo", "check"):
-        command = ["make", target, f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+        command = ["make", "--no-print-directory", target, f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         assert done.returncode == 2
         assert f"{old} is Python 3.10.12, maskstream needs 3.11 or newer" in done.stderr
