@@ -16,7 +16,7 @@ value. Server and proxy share the machine with what is measured, equally for all
   on disk after it. Measured in runs that are not timed.
 - CPU: processor time per sample of all processes of the loader, without the server.
 - training batches: decoded and resized, by `TrainCollate` or by torchvision's reference pipeline for the peers.
-- the limit: decoding and resizing the same JPEGs from memory, on the same number of processes, by Pillow.
+- the limit: decoding and resizing the same JPEGs from memory, on the same number of processes.
 """
 
 from __future__ import annotations
@@ -308,13 +308,17 @@ def proxy(upstream: str, latency: float) -> Iterator[dict[str, str]]:
 
 def render(results: dict[str, Any], table: Table, options: argparse.Namespace) -> str:
     """Markdown."""
-    limit, limit_cpu = (statistics.median(one[name] for one in results["limit"]) for name in ("rate", "cpu_ms"))
+    limit, limit_cpu, pillow, pillow_cpu = (
+        statistics.median(one[name] for one in results["limit"])
+        for name in ("rate", "cpu_ms", "pillow_rate", "pillow_cpu_ms")
+    )
     lines = [
         f"{results['machine']}; {results['data']}; {options.workers} workers, batches of {options.batch_size}, medians "
         f"of {options.repeats}. " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "",
         f"The limit of decoding and resizing on {options.workers} processes: {limit:.0f} samples/s, "
-        f"{limit_cpu:.2f} ms of processor time per sample.",
+        f"{limit_cpu:.2f} ms of processor time per sample; with Pillow's decoder {pillow:.0f} samples/s, "
+        f"{pillow_cpu:.2f} ms.",
     ]
     for source in dict.fromkeys(source for _, source in table):
         lines += [

@@ -73,7 +73,10 @@ class ReferencePipeline:
 
 
 def limit(job: Job) -> dict[str, float]:
-    """Measure decoding and resizing of JPEGs in memory, in `workers` processes, as `TrainCollate` does it."""
+    """Measure decoding and resizing of JPEGs in memory, in `workers` processes, as `TrainCollate` does it.
+
+    `pillow_rate` and `pillow_cpu_ms` are those with Pillow's decoder, which the peers' pipeline uses.
+    """
     import torch.multiprocessing as mp
 
     from shards.format.dataset import open_dataset
@@ -82,30 +85,42 @@ def limit(job: Job) -> dict[str, float]:
     batches = EvalStream(open_dataset(job.root), "train", batch_size=job.samples)
     images: list[bytes] = [sample.image for sample in next(iter(batches))]
     context = mp.get_context("fork")
+    return {**_limit_of(job, images, context, ""), **_limit_of(job, images, context, "pillow_")}
+
+
+def _limit_of(job: Job, images: list[bytes], context: Any, decoder: str) -> dict[str, float]:
     barrier, times = context.Barrier(job.workers), context.SimpleQueue()
     shares = [images[number :: job.workers] for number in range(job.workers)]
-    processes = [context.Process(target=_decode_all, args=(job, share, barrier, times)) for share in shares]
+    processes = [context.Process(target=_decode_all, args=(job, share, barrier, times, decoder)) for share in shares]
     for process in processes:
         process.start()
     begins, ends, spent = zip(*(times.get() for _ in processes))
     for process in processes:
         process.join()
-    return {"rate": len(images) / (max(ends) - min(begins)), "cpu_ms": 1000 * sum(spent) / len(images)}
+    rate, cpu_ms = len(images) / (max(ends) - min(begins)), 1000 * sum(spent) / len(images)
+    return {f"{decoder}rate": rate, f"{decoder}cpu_ms": cpu_ms}
 
 
-def _decode_all(job: Job, images: list[bytes], barrier: Any, times: Any) -> None:
+def _decode_all(job: Job, images: list[bytes], barrier: Any, times: Any, decoder: str) -> None:
+    import numpy as np
     import torch
+    from PIL import Image
     from torchvision.transforms.v2 import functional as transforms
 
     from trainer.data.augment import scaled_size
     from trainer.data.collate import decode_image
 
+    def by_pillow(data: bytes) -> Any:
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+    decode = by_pillow if decoder else decode_image
     torch.set_num_threads(1)
-    decode_image(images[0])
+    decode(images[0])
     barrier.wait()
     begin, spent = time.perf_counter(), time.process_time()
     for data in images:
-        image = decode_image(data)
+        image = decode(data)
         height, width = image.shape[-2:]
         size = scaled_size(height, width, job.min_size, job.max_size)
         transforms.resize(image, list(size), antialias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from dataclasses import replace
@@ -187,6 +188,46 @@ def test_decode_image_converts_every_mode_to_rgb(mode, kind):
     assert (decoded.shape, decoded.dtype) == ((3, 40, 50), torch.uint8)
     expected = np.asarray(image.convert("RGB")).astype(int)
     assert np.abs(decoded.permute(1, 2, 0).numpy() - expected).mean() < 5
+
+
+def by_pillow(data: bytes) -> np.ndarray | None:
+    """The pixels of a JPEG, uint8 [H, W, 3]; None if Pillow does not decode it."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def damaged(data: bytes, kind: str, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data))
+    if kind == "bit":
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+    return {"whole": data, "cut": data[:at], "longer": data + data[:at], "gap": data[:at] + data[at + 9 :]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["whole", "bit", "cut", "longer", "gap"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_has_the_pixels_of_pillow_whatever_its_coding_and_damage(mode, kind):
+    image, rng = Image.fromarray(pixels(45, 67)).convert(mode), random.Random(0)
+    coding: tuple[dict[str, Any], ...] = (
+        {},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+    )
+    for options in coding:
+        file = io.BytesIO()
+        image.save(file, "JPEG", **options)
+        for _ in range(1 if kind == "whole" else 20):
+            one = damaged(file.getvalue(), kind, rng)
+            wanted = by_pillow(one)
+            if wanted is None:
+                with pytest.raises(SampleError, match="cannot be decoded"):
+                    decode_image(one)
+            else:
+                assert np.array_equal(decode_image(one).permute(1, 2, 0).numpy(), wanted)
 
 
 def test_decode_image_keeps_the_upper_eight_bits_of_16_bit_colours():
