@@ -56,6 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, COMMANDS, f"the commands are {', '.join(COMMANDS)}")
         print(f"maskstream: error: unknown command {name!r}: {hint} (see --help)", file=sys.stderr)
         return 2
+    try:
+        return _run(name, rest)
+    except ModuleNotFoundError as error:
+        if not COMMANDS[name][0].startswith("trainer."):
+            raise
+        print(f"maskstream {name}: error: {error.name} is not installed: pip install '.[train]'", file=sys.stderr)
+        return 2
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     module, program = import_module(COMMANDS[name][0]), f"maskstream {name}"
     if name in ("build", "inspect"):
         return int(module.main(rest))

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from demo.scenes import SceneTruth
 from tests.support import REPOSITORY
@@ -18,34 +21,94 @@ from tests.support import REPOSITORY
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Run a command of a fresh environment in an empty folder; the dependencies are those of this environment."""
-    folder = tmp_path_factory.mktemp("install")
-    source = folder / "source"
+DEPENDENCIES = "dependencies.pth"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def install(folder: Path) -> Run:
+    """Install the package; its dependencies are those of this environment.
+
+    Returns a function that runs its commands in an empty folder.
+    """
+    source, empty = folder / "source", folder / "empty"
+    empty.mkdir()
     for name in ("maskstream", "shards", "builder", "trainer", "configs"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     venv.create(folder / "venv")
-    packages = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
-    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages_of(folder) / DEPENDENCIES).write_text(sysconfig.get_path("purelib") + "\n")
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv" / "bin" / "python")]
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "install", *options, str(source)], check=True)
     shutil.rmtree(source)
-    empty = folder / "empty"
-    empty.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
 
-    def output(command: str, *arguments: str) -> str:
+    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         program, *words = command.split()
         command_line = [str(folder / "venv" / "bin" / program), *words, *arguments]
-        done = subprocess.run(command_line, cwd=empty, env=environment, capture_output=True, text=True, timeout=250)
+        return subprocess.run(command_line, cwd=empty, env=environment, capture_output=True, text=True, timeout=250)
+
+    return run
+
+
+def packages_of(folder: Path) -> Path:
+    """The folder of the installed packages of an environment."""
+    return Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a command of a fresh environment in an empty folder, and return what it prints."""
+    folder = tmp_path_factory.mktemp("install")
+    run = install(folder)
+
+    def output(command: str, *arguments: str) -> str:
+        done = run(command, *arguments)
         assert done.returncode == 0, done.stderr
         return str(done.stdout)
 
     return output
+
+
+def reduce_dependencies(packages: Path) -> None:
+    """Reduce the dependencies in an environment to what the package and those require, without extras."""
+    (packages / DEPENDENCIES).unlink()
+    waiting = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    done = set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        if requirement.name in done or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            continue
+        done.add(requirement.name)
+        distribution = metadata.distribution(requirement.name)
+        waiting += distribution.requires or []
+        for name in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
+            if not (packages / name).exists():
+                (packages / name).symlink_to(Path(str(distribution.locate_file(name))))
+
+
+def test_building_and_inspecting_need_no_torch(scenes: SceneTruth, tmp_path: Path) -> None:
+    run = install(tmp_path)
+    reduce_dependencies(packages_of(tmp_path))
+    sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
+    for command in (
+        ["build-shards", "--per-class", "4", *sources, "--out", "shards"],
+        ["inspect-shards", "shards", "--verify"],
+        ["inspect-shards", "shards", "--html", "page.html"],
+        ["maskstream", "classes", *sources],
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    for command, needs in (
+        (["python", "-c", "import torch"], "No module named 'torch'"),
+        (["python", "-c", "from maskstream import ShardStream"], "ShardStream needs torch: pip install '.[train]'"),
+        (["maskstream", "train", "--data.shards", "shards"], "train: error: torch is not installed: pip install '.["),
+    ):
+        done = run(*command)
+        assert done.returncode != 0
+        assert needs in done.stderr
 
 
 def test_scripts_are_installed_and_use_the_installed_code(output: Callable[..., str]) -> None:
