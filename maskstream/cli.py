@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": ("trainer.commands.evaluate", "score a checkpoint on a split of a shard dataset"),
     "predict": ("trainer.commands.predict", "find objects in images, folders, or a split of a shard dataset"),
     "compare": ("trainer.commands.compare", "train with several settings and compare their AP"),
+    "recipes": ("trainer.commands.recipes", "list the settings that come with the package, or print one"),
 }
 LAUNCHED = ("train", "evaluate", "predict")  # on every GPU
 

@@ -5,7 +5,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from shards.common.argument_checks import is_text
@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     a shell needs the package `argcomplete`: eval "$(register-python-argcomplete build-shards)".
     """
 
-    def __init__(self, prog: str, description: str, **arguments: Any) -> None:
+    def __init__(self, prog: str, description: str, *, brief: Sequence[str] = (), **arguments: Any) -> None:
+        """`brief` names the options that `--help` describes, if there are too many; `--help-all` describes all."""
         super().__init__(
             prog,
             description=description,
@@ -34,6 +35,22 @@ class Parser(argparse.ArgumentParser):
             **arguments,
         )
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        self._brief = brief
+        if brief:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="describe all options, and exit")
+
+    def format_help(self) -> str:
+        """Return the text of `--help`."""
+        if not self._brief:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, (), ())
+        formatter.add_text(self.description)
+        formatter.start_section("options that most runs need")
+        formatter.add_arguments([self._option_string_actions[name] for name in self._brief])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments; raises UserError for a wrong one."""
@@ -61,6 +78,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` with the message."""
         raise UserError(f"{message} (see --help)")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(argparse.ArgumentParser.format_help(parser), end="")
+        parser.exit()
 
 
 def run(

@@ -11,7 +11,9 @@ import pytest
 
 import maskstream
 from maskstream import cli
+from shards.commands.options import entries
 from tests.support import REPOSITORY
+from trainer.config.settings import Config
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,11 +102,12 @@ def test_a_launched_command_has_the_exit_status_and_the_message_of_its_ranks(tmp
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_help_of_a_command_names_it_as_it_was_started(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"build": "build-shards", "classes": "build-shards", "inspect": "inspect-shards"}
+    own |= {"train": "usage: maskstream train --config RECIPE"}
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0
     assert own.get(name, f"usage: maskstream {name} [options]") in capsys.readouterr().out
-    if name not in own:
+    if name not in own and name != "recipes":  # which is no script
         with pytest.raises(SystemExit):
             import_module(f"trainer.commands.{name}").main(["--help"])
         assert capsys.readouterr().out.startswith(f"usage: {name}.py [options]")
@@ -116,3 +119,29 @@ def test_a_public_name_is_the_object_of_its_module() -> None:
     assert set(maskstream.__all__) <= set(dir(maskstream))
     with pytest.raises(AttributeError, match="no attribute 'ShardStreem'"):
         maskstream.ShardStreem  # noqa: B018
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    for name in [path.stem for path in (REPOSITORY / "configs").glob("*.yaml")]:
+        assert f"  {name} " in listed
+        assert cli.main(["recipes", name]) == 0
+        assert capsys.readouterr().out == (REPOSITORY / "configs" / f"{name}.yaml").read_text()
+    assert max(map(len, listed.splitlines())) <= 120
+    assert cli.main(["recipes", "trafic"]) == 2
+    assert "there is no recipe 'trafic': did you mean traffic" in capsys.readouterr().err
+
+
+def test_the_short_help_of_training_has_the_recipes_and_the_long_one_every_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", option])
+        assert ended.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert len(texts[0].splitlines()) < 70
+    assert "  traffic-heads-first  The traffic classes from COCO's weights" in texts[0]
+    assert [f"--{name} " in texts[1] for name in entries(Config)] == [True] * len(entries(Config))

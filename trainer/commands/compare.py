@@ -35,6 +35,10 @@ from trainer.config.settings import Config, ConfigError, validate
 from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+BRIEF = (
+    *("--launch", "--config", "--data.shards", "--run.dir", "--train.epochs", "--train.steps_per_epoch"),
+    "--help-all",
+)
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "compare.py") -> int:
@@ -47,7 +51,12 @@ def parse(
 ) -> tuple[dict[str, Config], Location, list[str]]:
     """Return each run's settings by name, the folder of all runs, and the arguments of `accelerate launch`."""
     description = "Train with several settings and compare their AP."
-    parser = command.Parser(program, description, usage=f"{program} [options] NAME")
+    epilog = (
+        "packaged comparisons (`maskstream recipes NAME` prints one):\n"
+        + yaml_config.described(yaml_config.comparisons())
+        + f"\n\nexample:\n  {program} compare-layers --data.shards s3://bucket/traffic --run.dir runs/layers"
+    )
+    parser = command.Parser(program, description, usage=f"{program} [options] NAME_OR_FILE", brief=BRIEF, epilog=epilog)
     add_options(parser, CompareOptions)
     yaml_config.add_arguments(parser, hidden=["run.resume"])
     given = parser.parse_args(arguments)

@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from shards.commands.options import entries, sections
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.commands import command_line as command
 from trainer.config.schedule import checkpoint_is_due, evaluation_is_due, fold, learning_rate, stage_of, total_steps
 from trainer.config.settings import Config, ConfigError
-from trainer.config.yaml_config import add_arguments, from_arguments
+from trainer.config.yaml_config import add_arguments, described, from_arguments, recipes
 from trainer.run.distributed import TrainingError, from_main
 from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
 from trainer.run.run_writer import RunWriter
@@ -44,6 +45,32 @@ if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong ar
 
 log = logging.getLogger("trainer.commands.train")
 
+USAGE = """\
+{0} --config RECIPE --data.shards URL --run.dir FOLDER [options]
+       {0} --config my.yaml [--section.key VALUE ...]
+       {0} --help-all"""
+BRIEF = (
+    *("--config", "--resume", "--data.shards", "--run.dir", "--data.classes", "--data.batch_size", "--data.workers"),
+    *("--model.backbone", "--model.weights", "--optim.lr", "--train.epochs", "--train.steps_per_epoch"),
+    *("--train.layers", "--train.precision", "--train.compile", "--run.trackers", "--help-all"),
+)
+
+
+def epilog(program: str) -> str:
+    """Return what `--help` says after the options."""
+    return f"""\
+recipes (`maskstream recipes NAME` prints one, to start your own from):
+{described(recipes())}
+
+examples:
+  {program} --config traffic --data.shards s3://bucket/traffic --run.dir runs/traffic
+  {program} --config traffic --data.shards shards-small --run.dir runs/small \\
+      --data.batch_size 2 --train.steps_per_epoch 100 --train.epochs 10
+  {program} --resume runs/traffic --data.shards s3://bucket/traffic --run.dir runs/longer --train.epochs 60
+
+Values are YAML, such as [Person, Car]. --help-all describes all {len(entries(Config))} options, by section:
+{", ".join(sections(Config))}."""
+
 
 def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run the command and return its exit status."""
@@ -56,7 +83,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "train.py") -> i
 
 def parse(arguments: Sequence[str] | None, program: str = "train.py") -> Config:
     """Return the settings of the command line."""
-    parser = command.Parser(program, "Train Mask R-CNN on a shard dataset.")
+    description = "Train Mask R-CNN on a shard dataset. The same command again resumes the run."
+    parser = command.Parser(program, description, usage=USAGE.format(program), brief=BRIEF, epilog=epilog(program))
     add_arguments(parser)
     config = from_arguments(parser.parse_args(arguments))
     if not config.data.shards:

@@ -31,6 +31,18 @@ def recipes() -> list[str]:
     return [name for name in _packaged() if not name.startswith("compare-")]
 
 
+def comparisons() -> list[str]:
+    """Return the names of the comparisons for `compare` that are installed with the package."""
+    return [name for name in _packaged() if name not in recipes()]
+
+
+def described(names: Sequence[str]) -> str:
+    """Return a table of packaged files with the first line of each, which is a sentence about it."""
+    width = max(map(len, names))
+    lines = {name: (resources.files("configs") / f"{name}.yaml").read_text("utf-8").splitlines()[0] for name in names}
+    return "\n".join(f"  {name:<{width}}  {line.removeprefix('# ')}" for name, line in lines.items())
+
+
 def config_path(name: str) -> str:
     """Return the path of a packaged file by its name; anything else is a path or URL and is returned unchanged."""
     return str(resources.files("configs") / f"{name}.yaml") if name in _packaged() else name
@@ -45,7 +57,7 @@ def read_config(name: str, kind: str = "config") -> bytes:
         if error.missing:
             known, what = recipes(), "recipes"
             if kind == "comparison":
-                known, what = [one for one in _packaged() if one not in known], "comparisons"
+                known, what = comparisons(), "comparisons"
             near = did_you_mean(name.rpartition("/")[2].removesuffix(".yaml"), known)
             problem = f"not found: {near + ' The' if near else 'the'} packaged {what} are {', '.join(known)}"
         raise ConfigError(f"{kind} {name}: {problem}") from error
@@ -58,8 +70,7 @@ def _packaged() -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
     """Add `--config`, `--resume` and every `--section.key` to a parser; its help omits the `hidden` ones."""
-    settings = f"settings: a recipe ({', '.join(recipes())}), or the path or URL of a YAML file"
-    parser.add_argument("--config", metavar="NAME", help=settings)
+    parser.add_argument("--config", metavar="NAME", help="settings: a recipe, or the path or URL of a YAML file")
     parser.add_argument(
         "--resume",
         dest="run.resume",

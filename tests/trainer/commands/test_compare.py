@@ -58,7 +58,7 @@ def test_a_wrong_comparison_is_one_line(tmp_path: Path, value: Any, message: str
 
 def test_help_does_not_offer_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        script.main(["--help"])
+        script.main(["--help-all"])
     assert "resume" not in capsys.readouterr().out
 
 
