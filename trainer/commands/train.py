@@ -32,6 +32,7 @@ from trainer.config.settings import Config, ConfigError
 from trainer.config.yaml_config import add_arguments, described, from_arguments, recipes
 from trainer.run.distributed import TrainingError, from_main
 from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
+from trainer.run.run_summary import run_summary
 from trainer.run.run_writer import RunWriter
 from trainer.run.step_report import PendingStep, exchange, loading, weighted_sum
 
@@ -118,7 +119,7 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     total, record = total_steps(config.train), None
     if t.accelerator.is_main_process:
         record = RunLog(t.run, config, t.accelerator, t.step, total)
-    evaluated = from_main(record.last_evaluation if record else 0)
+    evaluated, since_best = from_main((record.last_evaluation, record.since_best) if record else None)
     if t.step >= total:
         log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
 
@@ -132,8 +133,13 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
             due = config.data.val_split and evaluation_is_due(config.train, t.step)
             if due and evaluated < t.step and not signal:
                 evaluate_now(t, record)
-                evaluated = t.step
+                evaluated, since_best = t.step, from_main(record.since_best if record else 0)
             if t.step >= total or signal:
+                break
+            if 0 < config.train.patience <= since_best:
+                log.info(
+                    "%s without a better one: the run ends here (train.patience)", counted(since_best, "evaluation")
+                )
                 break
             if t.stage != stage_of(config.train, t.step):
                 begin_stage(t)
@@ -249,6 +255,8 @@ def end_run(t: Training, record: RunLog | None, signal: int) -> None:
     t.accelerator.end_training()
     if record:
         record.close()
+        if not signal:
+            log.info("%s", run_summary(t.run, t.config.data, record.steps.rows, record.evaluations.rows))
     if signal:
         raise command.Stopped(
             signal,

@@ -172,6 +172,14 @@ class TrainConfig:
     checkpoint_steps: int = option(100, "steps between checkpoints; the end of an epoch is saved as well", low=1)
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep", low=1)
     eval_epochs: int = option(1, "epochs between evaluations; the last epoch is evaluated as well", low=1)
+    patience: int = option(
+        0,
+        "end the run after this many evaluations without a better mask AP (without masks: box AP); 0 to disable",
+        low=0,
+    )
+    checkpoint_activations: bool = option(
+        False, "compute the backbone's activations a second time in the backward pass instead of storing them"
+    )
     eval_batch_size: int = option(4, "images per batch on each GPU in evaluation", low=1)
     seed: int = option(0, "seed of the sample order, augmentation, initial weights and RoI sampling")
 
@@ -237,6 +245,11 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"train.compile is {config.train.compile}, and with data.resize shortest nearly every batch has a shape of "
             "its own to compile: set data.resize to square or oriented, or train.compile to no"
+        )
+    if config.train.checkpoint_activations and model.norm == "batch":
+        raise ConfigError(
+            "train.checkpoint_activations computes activations twice, and batch norms (model.norm batch) would count "
+            "both: use model.norm frozen or group"
         )
     if data.copy_paste and data.batch_size < 2:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")

@@ -13,7 +13,8 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import get_model, mobilenetv2, mobilenetv3, resnet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import misc
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -71,6 +72,18 @@ def cache_frozen_norms(network: nn.Module, dtype: torch.dtype) -> None:
     for module in network.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.cache(dtype)
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Let each block of a network's backbone keep its input only, and compute the rest again in the backward pass.
+
+    Gradients are the same, as long as no batch norm of a block is in training mode.
+    """
+    for block in network.modules():
+        if isinstance(
+            block, (resnet.BasicBlock, resnet.Bottleneck, mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual)
+        ):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

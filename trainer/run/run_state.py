@@ -175,10 +175,13 @@ def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
     """Return the network with the random weights of `train.seed`."""
     import torch
 
+    from trainer.model.backbones import checkpoint_activations
     from trainer.model.build import build_model, num_classes
 
     torch.manual_seed(config.train.seed)
     network = build_model(config.model, config.data, num_classes(dataset.categories))
+    if config.train.checkpoint_activations:
+        checkpoint_activations(network)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)
     return network

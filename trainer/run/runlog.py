@@ -39,7 +39,7 @@ from shards.common.redact import redact_values
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.settings import Config
-from trainer.run.best import best_evaluation
+from trainer.run.best import best_evaluation, since_best
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
 from trainer.run.plots import draw_curves
 
@@ -108,6 +108,11 @@ class RunLog:
         means = self.progress.add(row)
         if means is not None:
             self.accelerator.log(flattened({"train": means}), step=row["step"])
+
+    @property
+    def since_best(self) -> int:
+        """The number of evaluations after the best one."""
+        return since_best(self.evaluations.rows)
 
     def is_best(self, row: dict[str, Any]) -> bool:
         """Return whether an evaluation that is not logged yet is better than all that are."""

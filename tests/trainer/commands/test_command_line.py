@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from torch.distributed import DistBackendError, DistNetworkError
 
 from shards.common.errors import UserError
@@ -36,6 +37,16 @@ def test_a_lost_rank_is_one_line(
     assert capsys.readouterr().err == (
         "train: rank 3 ends: it lost the connection to another rank, whose own message says why\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("train", "lower --data.batch_size and"), ("evaluate", "lower --batch-size")]
+)
+def test_a_full_gpu_is_one_line_with_what_helps(name: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is"
+    assert command.run(name, Mock(side_effect=torch.OutOfMemoryError(text))) == 2
+    start = f"{name}: error: out of memory: GPU 0 has a total capacity of 14.56 GiB: {remedy}"
+    assert capsys.readouterr().err.startswith(start)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), DistBackendError("NCCL error: invalid usage")])

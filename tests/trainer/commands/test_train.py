@@ -110,6 +110,21 @@ def test_a_run_on_an_object_store_continues_with_more_epochs_and_new_settings(
     assert (metrics.read(), evaluations.read()) == before
 
 
+def test_a_run_without_a_better_evaluation_ends_and_says_what_it_has(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"train__steps_per_epoch": 1, "train__epochs": 5, "train__patience": 1, "optim__lr": 0}
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        assert train.main(tiny.arguments(dataset, run, **settings)) == 0
+        for _ in range(2):  # the same command ends at once
+            assert len(tiny.rows(run / "evaluations.jsonl")) == len(tiny.rows(run / "metrics.jsonl")) == 2
+            assert "1 evaluation without a better one: the run ends here (train.patience)" in caplog.text
+            assert f"next      maskstream predict --checkpoint {run}/best --out" in caplog.text
+            caplog.clear()
+            assert train.main(tiny.arguments(dataset, run, **settings)) == 0
+
+
 def test_predict_processes_images_without_the_classes_of_the_network(dataset: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     settings = {"data__classes": "[Square]", "data__val_split": "", "train__steps_per_epoch": 1}

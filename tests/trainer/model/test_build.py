@@ -1,5 +1,6 @@
 """`build_model` and `rebuild`, against the networks that torchvision builds itself."""
 
+import copy
 import re
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
@@ -18,7 +19,7 @@ from tests.support import CATEGORIES, REPOSITORY
 from tests.trainer.batches import FEW, narrow, with_statistics
 from trainer.config.settings import Config, DataConfig, ModelConfig
 from trainer.config.yaml_config import load_config
-from trainer.model.backbones import cache_frozen_norms
+from trainer.model.backbones import cache_frozen_norms, checkpoint_activations
 from trainer.model.build import build_model, num_classes, rebuild
 from trainer.model.checkpoint import CheckpointError, State, open_checkpoint, save
 
@@ -164,6 +165,29 @@ def test_frozen_norms_that_are_cached_return_what_torchvisions_return() -> None:
         cache_frozen_norms(network, torch.bfloat16)
         assert norm(maps.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(norm(maps.bfloat16()).float(), normalised, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+def test_checkpointed_activations_give_the_same_gradients_and_save_fewer(backbone: Any) -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(backbone=backbone, weights="none", fpn_channels=8)
+    network = build_model(model, DataConfig(min_size=64, max_size=64), 3).train()
+    images = torch.rand((2, 3, 64, 64))
+
+    trained = [parameter for parameter in network.backbone.parameters() if parameter.requires_grad]
+
+    def gradients_and_saved() -> tuple[tuple[Tensor, ...], int]:
+        saved = list[Tensor]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+            loss = torch.cat([level.flatten() for level in network.backbone(images).values()]).square().sum()
+        return torch.autograd.grad(loss, trained), sum(tensor.numel() for tensor in saved)
+
+    plain, most = gradients_and_saved()
+    checkpoint_activations(network)
+    again, least = gradients_and_saved()
+    assert all(map(torch.equal, plain, again))
+    assert least < 0.6 * most
+    copy.deepcopy(network)  # as for an average of the weights
 
 
 def test_cached_norms_are_forgotten_with_other_weights_or_another_type() -> None:

@@ -9,7 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from shards.storage.location import Location
-from trainer.config.settings import Config
+from trainer.config.settings import Config, DataConfig
+from trainer.run.best import since_best
+from trainer.run.run_summary import run_summary
 from trainer.run.runlog import Progress, RowFile, RunLog, cpu_name
 
 
@@ -101,3 +103,32 @@ def test_the_first_evaluation_of_the_highest_ap_is_the_best(
         best.append(log.is_best(scores))
         log.add_evaluation(scores)
     assert best == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "count"), [([], 0), ([0.25], 0), ([0.25, 0.25, 0.125], 2), ([0.25, 0.5], 0), ([None, 0.5, None], 1)]
+)
+def test_evaluations_since_the_best_one(masks: list[float | None], count: int) -> None:
+    assert since_best([{"bbox": {"ap": None}, "segm": {"ap": mask}} for mask in masks]) == count
+
+
+def test_the_summary_of_a_run_names_its_best_evaluation_its_files_and_the_next_commands() -> None:
+    steps: list[dict[str, Any]] = [{"seconds": 2.0, "images": 8}, {"seconds": 2.0, "images": 8, "skipped": "loss"}]
+    evaluations = [
+        {"step": step, "split": "val", "bbox": {"ap": box}, "segm": {"ap": mask}}
+        for step, box, mask in ((1, 0.1, None), (2, 0.5, 0.125))
+    ]
+    data = DataConfig(shards="s3://key:secret@bucket/my shards")
+    text = run_summary(Location("runs/my run"), data, steps, evaluations)
+    assert text.splitlines() == [
+        "finished  2 steps, 16 images in 0:00:04 of training (4.0 images/s)",
+        "          1 step skipped, with a loss or gradient that was not finite",
+        "best      mask AP 12.5 % and box AP 50.0 % on val, after step 2",
+        "weights   'runs/my run/best'",
+        "curves    'runs/my run/curves.png', 'runs/my run/metrics.csv'",
+        "pictures  'runs/my run/pictures'",
+        "next      maskstream predict --checkpoint 'runs/my run/best' --out predictions IMAGE ...",
+        "          maskstream evaluate --checkpoint 'runs/my run/best' --data.shards 's3://***@bucket/my shards' "
+        "--data.split val",
+    ]
+    assert "best " not in run_summary(Location("runs/one"), data, steps, [])

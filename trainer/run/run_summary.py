@@ -1,0 +1,49 @@
+"""What a finished run says: its length, its best evaluation, where its files are, and the next commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from shards.common.redact import redact
+from shards.common.text import counted
+from shards.storage.location import Location
+from trainer.config.settings import DataConfig
+from trainer.run.best import best_evaluation
+
+
+def run_summary(
+    run: Location, data: DataConfig, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the summary of a run from the rows of metrics.jsonl and evaluations.jsonl."""
+    seconds, images = (sum(row[name] for row in steps) for name in ("seconds", "images"))
+    length = f"{counted(len(steps), 'step')}, {counted(images, 'image')} in {timedelta(seconds=round(seconds))}"
+    lines = [("finished", f"{length} of training ({images / seconds:.1f} images/s)" if seconds else length)]
+    if skipped := sum("skipped" in row for row in steps):
+        lines.append(("", f"{counted(skipped, 'step')} skipped, with a loss or gradient that was not finite"))
+    weights, curves, table, pictures = (
+        _shown(run / name) for name in ("best", "curves.png", "metrics.csv", "pictures")
+    )
+    if evaluations:
+        best = best_evaluation(evaluations)
+        kinds = {"mask": best["segm"]["ap"], "box": best["bbox"]["ap"]}
+        scores = " and ".join(f"{kind} AP {100 * ap:.1f} %" for kind, ap in kinds.items() if ap is not None)
+        lines.append(("best", f"{scores or 'no AP'} on {best['split']}, after step {best['step']}"))
+    else:
+        weights = _shown(run)
+    lines += [
+        ("weights", weights),
+        ("curves", f"{curves}, {table}"),
+        *([("pictures", pictures)] if evaluations else []),
+        ("next", f"maskstream predict --checkpoint {weights} --out predictions IMAGE ..."),
+    ]
+    shards, split = _shown(data.shards), data.val_split or "val"
+    lines.append(("", f"maskstream evaluate --checkpoint {weights} --data.shards {shards} --data.split {split}"))
+    return "\n".join(f"{title:<9} {text}" for title, text in lines)
+
+
+def _shown(place: Location | str) -> str:
+    """Return a location as a word for the shell, without credentials."""
+    return shlex.quote(redact(str(place)))
