@@ -29,7 +29,7 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
     message = "error: unknown argument --data.shard: did you mean --data.shards? (see --help)"
     assert errors == [f"{name}: {message}" for name in ("compare", "evaluate", "predict", "train")]
     assert modules == "[]"
-    assert done.stdout.count("show this help message") == 4
+    assert done.stdout.count("usage: ") == 4
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,12 @@ def test_checkpointed_activations_give_the_same_gradients_and_save_fewer(backbon
 
     def gradients_and_saved() -> tuple[tuple[Tensor, ...], int]:
         saved = list[Tensor]()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+
+        def save(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss = torch.cat([level.flatten() for level in network.backbone(images).values()]).square().sum()
         return torch.autograd.grad(loss, trained), sum(tensor.numel() for tensor in saved)
 
