@@ -34,7 +34,7 @@ PHRASES = {
     r"\b[Ii]n real life\b": "usage",
     r"\bwhom\b": "reword",
     r"\bas far as can be told\b": "best effort",
-    r"\bPATIENCE\w*|\bpatience\b": "TIMEOUT, time limit",
+    r"\bPATIENCE\w*": "TIMEOUT",  # `train.patience`, of evaluations, is the usual word
     r"\bspeaks? up\b": "reports",
     r"\bused up\b": "consumed",
     r"\brow of (?:global )?batches\b": "sequence of batches",
