@@ -33,6 +33,7 @@ SIDE = 640  # pixels, the longer side of a picture
 PICTURE_BYTES = 56_000
 OUTLINE_BYTES = 24_000
 TOLERANCES = (1.0, 2.0, 4.0, 8.0, 16.0)  # pixels of the small picture; the first that keeps the limit
+INSTANCE_COLOURS = 12  # after which the colours of instances are repeated
 QUALITIES = (80, 70, 60, 50, 40)
 
 
@@ -45,15 +46,17 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
         "plan": dataset.info.plan,
         "seed": seed,
         "flags": list(FLAG_NAMES.values()),
-        "classes": [
-            {**asdict(category), "colour": "#{:02x}{:02x}{:02x}".format(*class_colour(category.id))}
-            for category in dataset.categories
-        ],
+        "classes": [{**asdict(category), "colour": _colour(category.id)} for category in dataset.categories],
+        "colours": [_colour(number) for number in range(1, INSTANCE_COLOURS + 1)],
         "splits": [split.to_json() for split in splits],
         "all": totals(splits)[["id", "name", *COUNTS]].to_dict("records"),
         "samples": [cards[row] for row in rows],
     }
     return _fill(redact_url(str(dataset.root)), data)
+
+
+def _colour(number: int) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*class_colour(number))
 
 
 def _fill(title: str, data: dict[str, Any]) -> bytes:

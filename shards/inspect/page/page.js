@@ -26,9 +26,10 @@
     element.append(...children);
     return element;
   }
-  function swatch(id) {
+  const ofInstance = (place) => data.colours[place % data.colours.length];
+  function swatch(colour) {
     const element = make("i", { class: "swatch", "aria-hidden": "true" });
-    element.style.background = colourOf(id);
+    element.style.background = colour;
     return element;
   }
   function link(text, address) {
@@ -37,7 +38,7 @@
     if (!url || !["http:", "https:"].includes(url.protocol)) return make("span", { class: "data", text: text || address });
     return make("a", { class: "data", href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", text: text || address });
   }
-  const named = (id, text) => make("span", { class: "named" }, swatch(id), make("span", { class: "data", text }));
+  const named = (id, text) => make("span", { class: "named" }, swatch(colourOf(id)), make("span", { class: "data", text }));
   // Each name has its own element, so that a direction mark in it does not affect the text around it.
   const listed = (texts) => texts.flatMap((text, place) => [...(place ? [", "] : []), make("bdi", { text })]);
   const term = (name, ...values) => [make("dt", { text: name }), make("dd", {}, ...values)];
@@ -120,20 +121,24 @@
   // Pictures --------------------------------------------------------------------------------------------------------
   const groupFlag = data.flags.indexOf("group-of");
 
-  function overlay(sample) {
+  function overlay(sample, { byInstance = false, names = false } = {}) {
     const [width, height] = sample.size;
+    const letter = Math.max(width, height) / 45;
     const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     // Large objects first, so that small ones in front of them stay visible.
     const order = sample.objects.map((_, place) => place).sort((a, b) => area(sample.objects[b]) - area(sample.objects[a]));
     for (const place of order) {
       const object = sample.objects[place];
-      const colour = colourOf(object.class);
+      const colour = byInstance ? ofInstance(place) : colourOf(object.class);
       const [x, y, w, h] = object.box;
       const isGroup = object.flags.includes(groupFlag);
       const shape = draw("g", { class: "shape", "data-place": place });
       if (object.outline) shape.append(draw("path", { class: "area", d: object.outline, fill: colour, stroke: colour, "fill-rule": "evenodd" }));
       if (isGroup) shape.append(draw("rect", { class: "hatch", x, y, width: w, height: h, fill: `url(#hatch-${object.class})` }));
       shape.append(draw("rect", { class: object.outline || isGroup ? "box" : "box dashed", x, y, width: w, height: h, stroke: colour }));
+      if (names) shape.append(draw("text", { class: "name", x: x + letter / 4, y: Math.max(y - letter / 3, letter), "font-size": letter }, nameOf(object.class)));
+      shape.addEventListener("mouseenter", () => highlight(place, true));
+      shape.addEventListener("mouseleave", () => highlight(place, false));
       svg.append(shape);
     }
     return svg;
@@ -150,9 +155,9 @@
 
   const ratioOf = (sample) => sample.size[0] / sample.size[1];
 
-  function fillFrame(frame, sample, ratio, photo) {
+  function fillFrame(frame, sample, ratio, photo, options) {
     frame.style.setProperty("--ratio", ratio);
-    frame.replaceChildren(overlay(sample));
+    frame.replaceChildren(overlay(sample, options));
     if (photo) frame.prepend(make("img", { src: sample.picture, alt: describe(sample) }));
   }
 
@@ -239,30 +244,47 @@
     $("position").textContent = `${at + 1} of ${visible.length}`;
     $("previous").disabled = at <= 0;
     $("next").disabled = at >= visible.length - 1;
-    fillFrame($("photo"), sample, ratioOf(sample), true);
-    fillFrame($("mask"), sample, ratioOf(sample), false);
-    body("objects").replaceChildren(...sample.objects.map(objectRow));
+    fillFrame($("photo"), sample, ratioOf(sample), true, { names: true });
+    showMasks();
     $("about").replaceChildren(...about(sample));
     if (!$("detail").open) $("detail").showModal();
     $("detail").scrollTop = 0;
   }
 
+  // Objects of one class that touch would be one area: the mask pane has a colour per object, unless it is changed.
+  let byInstance = true;
+
+  function showMasks() {
+    const sample = data.samples[current];
+    fillFrame($("mask"), sample, ratioOf(sample), false, { byInstance });
+    body("objects").replaceChildren(...sample.objects.map(objectRow));
+    $("colours").textContent = byInstance ? "by instance" : "by class";
+    $("colours").setAttribute("aria-label", `Colours of the masks: ${$("colours").textContent}`);
+  }
+
+  function highlight(place, active) {
+    if (!$("detail").open) return;
+    for (const shape of $("detail").querySelectorAll(".shape")) {
+      const own = Number(shape.dataset.place) === place;
+      shape.classList.toggle("highlighted", active && own);
+      shape.classList.toggle("dim", active && !own);
+    }
+    const row = body("objects").children[place];
+    if (row) row.classList.toggle("highlighted", active);
+  }
+
   function objectRow(object, place) {
     const known = classes.get(object.class);
     const label = object.label && known && ![known.mid, known.name].includes(object.label) ? ` (${object.label})` : "";
-    const name = make("th", { scope: "row" }, named(object.class, nameOf(object.class) + label));
+    const colour = byInstance ? ofInstance(place) : colourOf(object.class);
+    const text = make("span", { class: "data", text: nameOf(object.class) + label });
+    const name = make("th", { scope: "row" }, make("span", { class: "named" }, swatch(colour), text));
     const flags = object.flags.map((flag) => data.flags[flag]);
     if (object.iou !== null) flags.push(`predicted IoU ${object.iou}`);
     const share = object.share === null ? "no mask" : `${(100 * object.share).toFixed(object.share < 0.1 ? 1 : 0)} %`;
     const row = make("tr", { tabindex: "0" }, name, make("td", { text: flags.join(", ") }), make("td", { text: share }));
     for (const [event, active] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]]) {
-      row.addEventListener(event, () => {
-        for (const shape of $("detail").querySelectorAll(".shape")) {
-          const own = Number(shape.dataset.place) === place;
-          shape.classList.toggle("highlighted", active && own);
-          shape.classList.toggle("dim", active && !own);
-        }
-      });
+      row.addEventListener(event, () => highlight(place, active));
     }
     return row;
   }
@@ -291,6 +313,7 @@
     const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     const kind = { m: "masks", b: "boxes" }[event.key.toLowerCase()];
     if (kind) toggle(kind);
+    else if ($("detail").open && event.key.toLowerCase() === "c") $("colours").click();
     else if ($("detail").open && (event.key === "ArrowRight" || event.key === "ArrowLeft")) step(by);
     else if (by && event.target.closest(".card")) {
       const at = visible.findIndex((place) => cards[place].button === document.activeElement) + by;
@@ -310,6 +333,7 @@
   $("gallery-note").textContent = `${several(cards.length, "sample")}, chosen by a hash (seed ${data.seed}) so that rare classes occur as often as frequent ones. Open one to see its masks, flags and author.`;
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
+  $("colours").addEventListener("click", () => { byInstance = !byInstance; showMasks(); });
   $("close").addEventListener("click", () => $("detail").close());
   $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
   $("detail").addEventListener("close", () => { if (visible.includes(current)) cards[current].button.focus(); });

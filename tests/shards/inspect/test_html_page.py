@@ -202,6 +202,28 @@ def test_masks_and_boxes_are_toggled(page: Any) -> None:
     assert visible(page, "#photo .area") > 0 < visible(page, "#photo .box")
 
 
+def test_masks_are_coloured_by_instance_or_by_class_and_rows_and_shapes_highlight_each_other(page: Any) -> None:
+    place = next(n for n, one in enumerate(data_of(page.page_source)["samples"]) if len(one["objects"]) > 1)
+    all_of(page, CARD)[place].click()
+
+    def fills() -> set[str]:
+        return {shape.get_attribute("stroke") for shape in all_of(page, "#mask .box")}
+
+    objects = len(all_of(page, "#mask .box"))
+    assert len(fills()) == objects == len(all_of(page, "#photo .name")) > 1
+    press(page, "c")
+    assert fills() == {shape.get_attribute("stroke") for shape in all_of(page, "#photo .box")}
+    page.find_element("id", "colours").click()
+    assert len(fills()) == objects
+    row = all_of(page, "#objects tbody tr")[0]
+    script = "arguments[0].dispatchEvent(new MouseEvent(arguments[1]))"
+    for event, count in (("mouseenter", 1), ("mouseleave", 0)):
+        page.execute_script(script, page.find_element("css selector", "#mask .shape[data-place='0']"), event)
+        assert len(all_of(page, "#objects tr.highlighted")) == len(all_of(page, "#mask .highlighted")) == count
+        page.execute_script(script, row, event)
+        assert len(all_of(page, "#photo .highlighted")) == count
+
+
 def nameless_controls(driver: Any) -> list[Any]:
     nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = ("button", "combobox", "image", "dialog", "link", "region", "search")
