@@ -18,10 +18,14 @@ from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance
 
-# Distinct hues, bright enough for photographs.
+# Any two differ by at least 20 in CIEDE2000, also for readers who do not see red (protanopia) or green (deuteranopia).
+# They were found by a random search; bright ones come first.
 PALETTE: list[Colour] = [
     ImageColor.getrgb(f"#{name}")[:3]
-    for name in ("ff5c48", "3498ff", "ffc828", "3ccd6e", "cd6eff", "ff8c1e", "28d7d7", "ff73be", "aad732", "8c8cff")
+    for name in (
+        *("078cff", "fffe00", "844c00", "befeff", "d19100", "0000fd"),
+        *("6da9b1", "a47b6c", "d3d5ac", "7d5970", "58065e", "4c2524"),
+    )
 ]
 GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
 LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names
@@ -42,6 +46,11 @@ def class_colour(category_id: int) -> Colour:
         return PALETTE[number]
     red, green, blue = colorsys.hsv_to_rgb((number * GOLDEN_ANGLE) % 1.0, 0.72, 0.98)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def hex_colour(category_id: int) -> str:
+    """Return the colour of a class as `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*class_colour(category_id))
 
 
 def legible_scale(width: int, height: int) -> int:

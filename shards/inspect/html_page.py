@@ -21,7 +21,7 @@ from PIL import Image
 
 from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
-from shards.drawing.overlay import class_colour, fitted_size
+from shards.drawing.overlay import fitted_size, hex_colour
 from shards.format import rle
 from shards.format.dataset import Dataset
 from shards.format.sample import ATTRIBUTION, FLAGS, Sample
@@ -46,17 +46,13 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
         "plan": dataset.info.plan,
         "seed": seed,
         "flags": list(FLAG_NAMES.values()),
-        "classes": [{**asdict(category), "colour": _colour(category.id)} for category in dataset.categories],
-        "colours": [_colour(number) for number in range(1, INSTANCE_COLOURS + 1)],
+        "classes": [{**asdict(category), "colour": hex_colour(category.id)} for category in dataset.categories],
+        "colours": [hex_colour(number) for number in range(1, INSTANCE_COLOURS + 1)],
         "splits": [split.to_json() for split in splits],
         "all": totals(splits)[["id", "name", *COUNTS]].to_dict("records"),
         "samples": [cards[row] for row in rows],
     }
     return _fill(redact_url(str(dataset.root)), data)
-
-
-def _colour(number: int) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*class_colour(number))
 
 
 def _fill(title: str, data: dict[str, Any]) -> bytes:

@@ -43,7 +43,7 @@ def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a tiny training."""
-    monkeypatch.setattr("trainer.run.runlog.draw_curves", lambda steps, evaluations: b"\x89PNG")
+    monkeypatch.setattr("trainer.run.runlog.draw_curves", lambda steps, evaluations, title: b"\x89PNG")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.drawing.overlay import hex_colour
 from trainer.metrics.coco import RECALLS
 from trainer.metrics.confusion import Confusion
 from trainer.metrics.openimages import ClassResult
@@ -27,7 +28,7 @@ def draw_precision_recall(evaluation: Evaluation) -> bytes:
     title = f"Open Images, masks at IoU 0.5: AP {in_percent(open_images.ap)}"
     curves = np.array([precision_curve(one) for one in open_images.classes])
     _draw_curves(right, title, evaluation, curves, [one.ap for one in open_images.classes])
-    left.set_ylabel("precision (black: mean of the classes)")
+    left.set_ylabel("precision, %")
     return png(figure)
 
 
@@ -45,11 +46,13 @@ def draw_confusion(confusion: Confusion) -> bytes:
     counts = confusion.counts[np.ix_(places, places)]
     names = [confusion.names[k] for k in chosen]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares[-1] = np.nan  # detections of nothing are no share of an annotated class: this row has counts only
     side = 3.5 + 0.45 * len(places)
     figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
     panel = figure.subplots()
+    panel.set_facecolor("0.93")
     image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=panel, shrink=0.7, label="share of the row")
+    figure.colorbar(image, ax=panel, shrink=0.7, label="share of the objects of the class")
     ticks = np.arange(len(places))
     panel.set_xticks(ticks, [*names, MISSED], rotation=45, ha="right", rotation_mode="anchor")
     panel.set_yticks(ticks, [*names, NOTHING])
@@ -57,7 +60,7 @@ def draw_confusion(confusion: Confusion) -> bytes:
     left_out = len(confusion.names) - len(chosen)
     title = f"detections with a score of {confusion.score:g} or more, matched at IoU 0.5"
     panel.set_title(title + (f"\n({left_out} rarer classes are in the CSV only)" if left_out else ""))
-    panel.set(xlabel="found", ylabel="annotated")
+    panel.set(xlabel="predicted", ylabel="ground truth")
     if len(chosen) <= MATRIX_NUMBERS:
         for row, column in np.ndindex(counts.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
@@ -68,18 +71,19 @@ def draw_confusion(confusion: Confusion) -> bytes:
 def _draw_curves(
     panel: Any, title: str, evaluation: Evaluation, curves: NDArray[np.float64], aps: Sequence[float | None]
 ) -> None:
-    """Draw the curves [C, 101] of the classes that have an AP, and their mean."""
-    classes = evaluation.coco.segm.classes
+    """Draw the curves [C, 101] of the classes that have an AP, and their mean, in per cent."""
+    classes, percent, recall = evaluation.coco.segm.classes, 100 * curves, 100 * RECALLS
     shown = [k for k, value in enumerate(aps) if value is not None]
     named = sorted(shown, key=lambda k: -classes[k].objects)[:NAMED_CURVES]
     for k in set(shown) - set(named):
-        panel.plot(RECALLS, curves[k], color="0.8", linewidth=0.7)
-    lines = [panel.plot(RECALLS, curves[k], linewidth=1.5)[0] for k in named]
+        panel.plot(recall, percent[k], color="0.8", linewidth=0.7)
+    lines = [panel.plot(recall, percent[k], color=hex_colour(classes[k].category_id), linewidth=1.5)[0] for k in named]
     if shown:
-        panel.plot(RECALLS, curves[shown].mean(axis=0), color="black", linewidth=2.5)
-        labels = [f"{classes[k].name} {in_percent(aps[k])}" for k in named]
+        lines += panel.plot(recall, percent[shown].mean(axis=0), color="black", linewidth=2.5)
+        labels = [*(f"{classes[k].name} {in_percent(aps[k])}" for k in named), f"mean of {len(shown)}"]
         _disable_math(panel.legend(lines, labels, fontsize="small", loc="best").get_texts())
-    panel.set(title=title, xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
+    panel.set(title=title, xlabel="recall, %", xlim=(0, 100), ylim=(0, 102))
+    panel.set_facecolor("0.97")  # on white, the light colours of the pages could not be seen
     panel.grid(alpha=0.3)
 
 

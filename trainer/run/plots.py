@@ -20,39 +20,49 @@ Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or evaluations.jsonl
 Floats = NDArray[np.float64]
 
 POINTS = 400  # most points per curve; each is the mean of several steps
+SMOOTH_POINTS = 40  # of a smooth curve
 
 
-def draw_curves(steps: Rows, evaluations: Rows) -> bytes:
-    """Return a PNG of four panels from the rows of metrics.jsonl, at least one, and of evaluations.jsonl."""
-    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
-    losses, scores, speed, rate = figure.subplots(2, 2).ravel()
+def draw_curves(steps: Rows, evaluations: Rows, title: str = "") -> bytes:
+    """Return a PNG of five panels from the rows of metrics.jsonl, at least one, and of evaluations.jsonl."""
+    figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    grid = figure.add_gridspec(6, 2)
+    losses, scores = figure.add_subplot(grid[:3, 0]), figure.add_subplot(grid[:3, 1])
+    rate = figure.add_subplot(grid[3:, 0])
+    speed, waits = figure.add_subplot(grid[3:5, 1]), figure.add_subplot(grid[5:, 1])
     x = _column(steps, "step")
-    losses.plot(*downsampled(x, _column(steps, "loss")), color="black", label="sum")
-    for name in steps[0]["losses"]:
+    _draw_smoothed(losses, x, _column(steps, "loss"), "black", "weighted sum")
+    for number, name in enumerate(steps[0]["losses"]):
         values = _column([row["losses"] for row in steps], name)
-        losses.plot(*downsampled(x, values), linewidth=1, label=name.removeprefix("loss_"))
-    losses.set(title="losses", ylim=(0, None))
+        _draw_smoothed(losses, x, values, f"C{number}", name.removeprefix("loss_"))
+    losses.set(title="losses", ylabel="loss", ylim=(0, None))
     losses.legend(fontsize="small")
     at, top = [row["step"] for row in evaluations], 0.0
     for name, style, score in _scores(evaluations):
-        scores.plot(at, score, style, label=name)
-        top = max(top, np.nanmax(score))
-    # Not up to 1: the curve of the first evaluations would be flat.
-    scores.set(title="average precision", ylim=(0, max(1.1 * top, 0.02)), xlim=(0, 1.02 * x[-1]))
+        scores.plot(at, 100 * score, style, label=f"{name} {100 * score[-1]:.1f}")
+        top = max(top, 100 * np.nanmax(score))
+    # Not up to 100: the curve of the first evaluations would be flat.
+    scores.set(title="evaluations (last value)", ylabel="AP, %", ylim=(0, max(1.1 * top, 2)), xlim=(0, 1.02 * x[-1]))
     if scores.lines:
         scores.legend(fontsize="small")
-    speed.plot(*downsampled(x, _column(steps, "images_per_s")))
-    speed.set(title="images/s, and the share of a step spent waiting for data", ylim=(0, None))
-    waits = speed.twinx()
-    waits.plot(*downsampled(x, 100 * _column(steps, "data_wait")), color="tab:red", linewidth=1)
-    waits.set(ylim=(0, 100))
-    waits.set_ylabel("data wait, %", color="tab:red")
+    _draw_smoothed(speed, x, _column(steps, "images_per_s"), "C0")
+    speed.set(title="speed", ylabel="images/s", ylim=(0, None))
+    _draw_smoothed(waits, x, 100 * _column(steps, "data_wait"), "C3")
+    waits.set(ylabel="wait for\ndata, % of time", ylim=(0, 100))
     rate.plot(*downsampled(x, _column(steps, "lr")))
-    rate.set(title="learning rate", ylim=(0, None), xlabel="step")
-    speed.set_xlabel("step")
-    for panel in (losses, scores, speed, rate):
+    rate.set(title="learning rate", ylabel="learning rate", ylim=(0, None))
+    for panel in (losses, scores, rate, waits):
+        panel.set_xlabel("step")
+    for panel in (losses, scores, speed, waits, rate):
         panel.grid(alpha=0.3)
     return png(figure)
+
+
+def _draw_smoothed(panel: Any, x: Floats, y: Floats, colour: str, label: str = "") -> None:
+    """Draw a curve as it is, faint, and its mean over neighbouring steps."""
+    panel.plot(*downsampled(x, y), color=colour, linewidth=0.8, alpha=0.25)
+    panel.plot(*downsampled(x, y, SMOOTH_POINTS), color=colour, linewidth=1.5, label=label)
 
 
 def draw_ap_curves(runs: Mapping[str, Rows]) -> bytes:

@@ -35,7 +35,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from shards.common.redact import redact_values
+from shards.common.redact import redact, redact_values
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.settings import Config
@@ -88,6 +88,7 @@ class RunLog:
         self.evaluations = RowFile(run / "evaluations.jsonl", step)
         self._drawn = len(self.steps.rows), len(self.evaluations.rows)
         self.progress = Progress(config.run.log_steps, total)
+        self._title = redact(f"{run}, trained on {config.data.shards}")
         accelerator.init_trackers("maskstream", config=flattened(public))
 
     @property
@@ -134,7 +135,7 @@ class RunLog:
         if draw and self.steps.rows and seen != self._drawn:
             self._drawn = seen
             (self.run / "metrics.csv").write(table(self.steps.rows))
-            (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows))
+            (self.run / "curves.png").write(draw_curves(self.steps.rows, self.evaluations.rows, self._title))
         if not self.run.is_local:
             _upload(tracker_folder(self.run), self.run / TRACKER_FOLDER)
 

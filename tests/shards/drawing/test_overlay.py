@@ -1,4 +1,6 @@
 import inspect
+import itertools
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +80,9 @@ def test_draw_instances_writes_names_and_scores_on_plates() -> None:
     plain, scored = drawn(boxed(mask=True)), drawn(boxed(mask=True), scores=[0.87])
     for picture in (plain, scored):
         assert (picture[above] == class_colour(1)).all(axis=2).any()
-        assert (picture[above].max(axis=2) < 60).any()  # dark text
+        assert (picture[above].min(axis=2) > 240).any()  # light text on a dark colour
+    yellow = drawn(boxed(mask=True), colours=[class_colour(2)])
+    assert (yellow[above].max(axis=2) < 60).any()  # dark text on a light one
     for wider in (scored, drawn(boxed(group=True))):
         assert changed(wider)[above].sum() > changed(plain)[above].sum()
 
@@ -95,7 +99,7 @@ def test_colours_are_distinct_and_bright_and_scales_legible() -> None:
     colours = [class_colour(number) for number in range(1, 61)]
     assert len(set(colours)) == 60
     assert colours[: len(PALETTE)] == list(PALETTE)
-    assert all(max(colour) > 150 for colour in colours)
+    assert all(max(colour) > 150 for colour in colours[len(PALETTE) :])
     picture = drawn(boxed(mask=True), scale=2)
     assert (picture.shape, changed(picture)[300, 400]) == ((600, 800, 3), True)
     sizes = ((1024, 768), (640, 480), (639, 10), (192, 192), (64, 64))
@@ -195,3 +199,59 @@ def test_only_a_notebook_displays_the_picture(kernel: object, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     picture = display_instances(**MATTERPORT)
     assert shown == ([picture] if kernel is not None else [])
+
+
+# sRGB to XYZ (IEC 61966-2-1), and what readers without one kind of cones see, in linear RGB: Machado, Oliveira and
+# Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009, severity 1.
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+}
+
+
+def lab(colour: tuple[int, int, int], vision: np.ndarray) -> np.ndarray:
+    value = np.array(colour) / 255
+    linear = vision @ np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(XYZ @ linear.clip(0, 1) / (0.95047, 1, 1.08883))  # no colour is dark enough for the linear part
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def ciede2000(one: Any, two: Any) -> float:
+    """Sharma, Wu and Dalal, "The CIEDE2000 Color-Difference Formula", 2005."""
+    (l1, a1, b1), (l2, a2, b2) = one, two
+    bend = 0.5 * (1 - math.sqrt(1 / (1 + (50 / (math.hypot(a1, b1) + math.hypot(a2, b2))) ** 7)))
+    a1, a2 = (1 + bend) * a1, (1 + bend) * a2
+    c1, c2 = math.hypot(a1, b1), math.hypot(a2, b2)
+    h1, h2 = math.degrees(math.atan2(b1, a1)) % 360, math.degrees(math.atan2(b2, a2)) % 360
+    turn = (h2 - h1 + 180) % 360 - 180
+    hue, chroma, light = (h1 + turn / 2) % 360, (c1 + c2) / 2, (l1 + l2) / 2 - 50
+    cosines = zip((-0.17, 0.24, 0.32, -0.2), (1, 2, 3, 4), (-30, 0, 6, -63))
+    t = 1 + sum(weight * math.cos(math.radians(factor * hue + shift)) for weight, factor, shift in cosines)
+    dl = (l2 - l1) / (1 + 0.015 * light**2 / math.sqrt(20 + light**2))
+    dc = (c2 - c1) / (1 + 0.045 * chroma)
+    dh = 2 * math.sqrt(c1 * c2) * math.sin(math.radians(turn / 2)) / (1 + 0.015 * chroma * t)
+    rotation = (
+        2 * math.sqrt(1 / (1 + (25 / chroma) ** 7)) * math.sin(math.radians(60 * math.exp(-(((hue - 275) / 25) ** 2))))
+    )
+    return math.sqrt(dl**2 + dc**2 + dh**2 - rotation * dc * dh)
+
+
+def test_the_colours_of_twelve_classes_differ_for_colour_blind_readers_too() -> None:
+    for one, two, published in (
+        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+        ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+        ((22.7233, 20.0904, -46.6940), (23.0331, 14.9730, -42.5619), 2.0373),
+        ((50, 2.5, 0), (58, 24, 15), 19.4535),
+    ):
+        assert ciede2000(one, two) == pytest.approx(published, abs=1e-4)
+    for vision in VISION.values():
+        seen = [lab(class_colour(number), vision) for number in range(1, 13)]
+        assert min(ciede2000(*pair) for pair in itertools.combinations(seen, 2)) >= 20
