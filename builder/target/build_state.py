@@ -150,7 +150,9 @@ def _sizes(folder: Location) -> dict[str, int]:
             found: dict[str, dict] = folder.fs.find(folder.path, maxdepth=1, detail=True)
             return found
 
-    return {path.rsplit("/", 1)[-1]: int(entry["size"]) for path, entry in retrying(find).items()}
+    depth = folder.path.rstrip("/").count("/") + 1  # adlfs returns files of deeper folders as well
+    entries = [(path, entry) for path, entry in retrying(find).items() if path.count("/") == depth]
+    return {path.rpartition("/")[2]: int(entry["size"]) for path, entry in entries}
 
 
 def _split_sizes(root: Location) -> dict[str, int]:
