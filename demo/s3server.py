@@ -31,7 +31,7 @@ _ATTEMPTS = 4  # another process can take a port before weed binds to it
 
 # Executed by a second interpreter, which then becomes weed: requests SIGKILL when the parent dies. Unlike a preexec_fn
 # this is safe in a parent with threads (s3fs has one). 1 is PR_SET_PDEATHSIG of prctl(2), which execve keeps.
-_DIE_WITH_PARENT = """
+DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 if os.getppid() != int(sys.argv[1]):
@@ -200,7 +200,7 @@ class S3Server:
         (folder / "data").mkdir()
         command = [weed, *_flags(self._ports)]
         if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+            command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
         # An empty environment, because weed reads AWS_ACCESS_KEY_ID, WEED_* and the *.toml files of HOME. One volume at
         # a time for each bucket instead of seven makes the first write quick, and allows many buckets.
         environment = {"HOME": str(folder), "PATH": os.defpath, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}

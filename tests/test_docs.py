@@ -36,7 +36,7 @@ PARSE: dict[str, Any] = {
     "inspect": make_inspect_parser().parse_args,
 }
 COMMAND_NAMES = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")
-OTHERS = ("aws", "cd", "export", "git", "make", "pip", "tensorboard")
+OTHERS = ("aws", "cd", "export", "gcloud", "git", "make", "pip", "tensorboard")
 
 
 def text_of(page: Path) -> str:

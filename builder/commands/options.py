@@ -130,7 +130,7 @@ class BuildOptions:
         "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
     )
     out: str = _place("./shards-data", "root of the dataset")
-    anonymous: bool = _place(False, "do not sign S3 requests for sources (those to the public bucket are never signed)")
+    anonymous: bool = _place(False, "do not sign requests for sources (those to the public bucket are never signed)")
     cache: str = _caching(
         default_cache_folder,
         "folder that keeps annotation tables (as Parquet) and zip directories for later builds from the same source: "

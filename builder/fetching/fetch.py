@@ -16,14 +16,18 @@ IN_FLIGHT = 32  # concurrent requests
 OBJECT_BYTES = 256 << 20  # the largest image or record: an image of Open Images has about half a megabyte
 FILE_BYTES = 8 << 30  # the largest file that is read whole: the instances of COCO's train split have 450 MB
 
-# S3 error codes of wrong or expired credentials: every request would be refused, whatever the object.
+# Error codes of wrong or expired credentials: every request would be refused, whatever the object.
 # https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+# https://learn.microsoft.com/en-us/rest/api/storageservices/common-rest-api-error-codes
 _CREDENTIAL_ERRORS = (
     "ExpiredToken",
     "InvalidToken",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "RequestTimeTooSkewed",
+    "AuthenticationFailed",
+    "AuthorizationFailure",
+    "AuthenticationRequired",
 )
 _CONFIGURATION_ERRORS = ("NoCredentialsError", "InvalidRegionError")  # of botocore
 

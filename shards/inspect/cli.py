@@ -39,7 +39,7 @@ class InspectOptions:
     root: str = option(
         "", "the dataset: s3://bucket/prefix, a local path, any fsspec URL", positional=True, metavar="URL"
     )
-    anonymous: bool = option(False, "do not sign S3 requests (public buckets)")
+    anonymous: bool = option(False, "do not sign requests (public buckets)")
     json: bool = option(False, "print the counts, or the faults of --verify, as JSON")
     verify: bool = option(
         False,

@@ -4,7 +4,7 @@ Each process has one file system instance per protocol. It is created on first u
 process, and never crosses a fork: an s3fs instance owns an event loop and sockets, and a copy of them in a child hangs
 or mixes answers. A `Location` therefore holds only strings and can be pickled.
 
-botocore reads S3 endpoints, regions and credentials from the usual AWS variables and files (`AWS_PROFILE`, ...).
+Endpoints, regions, accounts and credentials come from the usual variables and files of each cloud (`AWS_PROFILE`, ...).
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ from urllib.parse import quote
 import fsspec
 
 from shards.common.errors import StorageError
+from shards.storage.clouds import azure, gs, s3
+from shards.storage.clouds.settings import Limits
 from shards.storage.explain import storage_errors
 from shards.storage.local_files import atomic_write
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 8  # per packet; five attempts of `shards.storage.reads` end within a minute
 S3_ATTEMPTS = 3  # of a request, by botocore
+CLOUD_ATTEMPTS = 2  # by gcsfs and azure-core, which wait for longer before the next
 DELETES_AT_ONCE = 16
 SLOWEST_UPLOAD = 2**18  # bytes per second; a slower upload is aborted
 
 # A remote URL without a bucket or host, which fsspec would take for a relative path.
-_NOWHERE = re.compile(r"(s3a?|gc?s|https?):(?!//[^/])")
+_NOWHERE = re.compile(r"(s3a?|gc?s|az|abfss?|https?):(?!//[^/])")
+
+_AZURE = ("az", "abfs", "abfss")
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", **dict.fromkeys(_AZURE, "adlfs")}
 
 # By process. A forked child keeps its parent's alive, unused: their finalisers would remove the parent's sockets from
 # the epoll set that both share.
-_instances: dict[tuple[int, str, bool], Any] = {}
+_instances: dict[tuple[int, str, str, bool], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Location:
 
     Attributes:
         url: `s3://bucket/key`, `https://...`, a local path, or any other URL that fsspec knows.
-        anonymous: do not sign S3 requests. Never guessed: set by the user or by the default of a public source.
+        anonymous: do not sign requests to S3, Google Cloud Storage and Azure. Never guessed: set by the user or by the
+            default of a public source. (gcsfs reads without credentials if it finds none.)
 
     Raises:
         StorageError: the URL is empty, or names no bucket or host; from the methods: the store could not be reached, or
@@ -58,7 +65,7 @@ class Location:
             raise StorageError("a location is empty: give a local path or a URL such as s3://bucket/prefix")
         if nowhere := _NOWHERE.match(self.url):
             scheme = nowhere[1]
-            what = "host" if scheme.startswith("http") else "bucket"
+            what = "host" if scheme.startswith("http") else "container" if scheme.startswith("a") else "bucket"
             raise StorageError(f"{self.url}: it names no {what}: give {scheme}://{what}/path", permanent=True)
         object.__setattr__(self, "url", self.url.rstrip("/") or "/")
 
@@ -79,7 +86,7 @@ class Location:
     @property
     def fs(self) -> Any:
         """This process's fsspec file system for the location."""
-        key = (os.getpid(), self.protocol, self.anonymous)
+        key = (os.getpid(), self.protocol, azure.account_host(self.url), self.anonymous)
         if key not in _instances:  # two threads may both make one, of which one is kept
             _instances.setdefault(key, _new_filesystem(self))
         return _instances[key]
@@ -168,26 +175,26 @@ def check_writable(folder: Location, option: str, probe: str = ".probe") -> None
 
 
 def _new_filesystem(location: Location) -> Any:
+    protocol, anonymous = location.protocol, location.anonymous
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if location.protocol in ("s3", "s3a"):
-        options["anon"] = location.anonymous
-        options["max_concurrency"] = 1  # otherwise s3fs asks for the length of each object before reading it
-        options["config_kwargs"] = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "retries": {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
-            "max_pool_connections": 64,
-        }
-    elif location.protocol in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-        # A proxy or server that compresses on the fly would make byte ranges meaningless.
-        options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+    attempts = S3_ATTEMPTS if protocol in ("s3", "s3a") else CLOUD_ATTEMPTS
+    limits = Limits(CONNECT_TIMEOUT_S, READ_TIMEOUT_S, attempts)
     try:
-        filesystem = fsspec.filesystem(location.protocol, **options)
-        if location.protocol in ("s3", "s3a"):
-            filesystem.retries = 1  # botocore retries: a second layer would multiply its attempts
-        return filesystem
+        with storage_errors(location.url):
+            if protocol in ("s3", "s3a"):
+                return s3.new_filesystem(anonymous, limits, **options)
+            if protocol in ("gs", "gcs"):
+                return gs.new_filesystem(anonymous, limits, **options)
+            if protocol in _AZURE:
+                return azure.new_filesystem(location.url, anonymous, limits, **options)
+            if protocol in ("http", "https"):
+                import aiohttp
+
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+                # A proxy or server that compresses on the fly would make byte ranges meaningless.
+                options["client_kwargs"] = {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}
+            return fsspec.filesystem(protocol, **options)
     except (ValueError, ImportError) as error:
-        raise StorageError(f"{location.url}: no file system for {location.protocol}:// ({error})") from error
+        package = _PACKAGES.get(protocol) if isinstance(error, ImportError) else None
+        remedy = f": pip install {package}" if package else ""
+        raise StorageError(f"{location.url}: no file system for {protocol}:// ({error}){remedy}") from error

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from shards.common.back_off import delay
 from shards.common.text import counted, one_line
 from shards.storage import location as storage
-from shards.storage.explain import is_unreachable, library_of
+from shards.storage.explain import is_unreachable, library_of, plain_error
 from shards.storage.location import Location
 from shards.storage.object_store import Opened, move_to_region, open_object
 from shards.storage.store_errors import (
@@ -241,6 +241,9 @@ class _FilesystemRead:
             reason = str(error) or (f"no answer came in {limit['timeout']:.0f} s" if limit else "it took too long")
             raise TransientError(reason) from error
         except Exception as error:
+            plain = plain_error(error)
+            if plain is not error:
+                raise plain from error
             if isinstance(error, OSError) or library_of(error) not in HTTP_CLIENTS:
                 raise
             kind = UnreachableError if is_unreachable(error) else TransientError

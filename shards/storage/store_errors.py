@@ -37,6 +37,10 @@ class BeyondEndError(OSError):
     """The object ends before the range begins."""
 
 
+class NoCredentialsError(PermissionError):
+    """No credentials were found."""
+
+
 class NoRangesError(OSError):
     """The server ignores byte ranges."""
 
@@ -45,8 +49,13 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3}) ?([^:]*)(?:: (.*))?", re.DOT
 # In the debug output of an error that is not a status: the innermost reason.
 _REASON = re.compile(r'(?:message|error): "([^"]+)"')
 _OTHER_RANGE = re.compile(r"Requested (\d+)\.\.(\d+), got (\d+)\.\.(\d+)")
+_NO_TOKEN = re.compile(r"credential provider: (?:PermissionError|NoCredentialsError): (.*)", re.DOTALL)
 _NO_RANGES = ("Received non-partial response", "Range request not supported", "Content-Range header not present")
-_RETRIED = (408, 429)  # and 5xx
+_NO_BUCKET = {
+    "NoSuchBucket": "The specified bucket does not exist",
+    "ContainerNotFound": "The specified container does not exist",
+}
+RETRIED = (408, 429)  # and 5xx
 
 
 def as_os_error(error: Exception, url: str) -> OSError:
@@ -61,6 +70,8 @@ def as_os_error(error: Exception, url: str) -> OSError:
         return _of_status(int(found[1]), found[2], found[3] or "", url)
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(url)
+    if found := _NO_TOKEN.search(text):
+        return PermissionError(one_line(found[1]))
     if "redirect without LOCATION" in text:
         return WrongRegionError("HTTP 301 without an address, which usually means another region")
     if any(sign in text for sign in _NO_RANGES):
@@ -76,18 +87,19 @@ def as_os_error(error: Exception, url: str) -> OSError:
 
 
 def _of_status(status: int, name: str, body: str, url: str) -> OSError:
-    names = ("Code", "Message", "Region")
+    names = ("Code", "Message", "Details", "Region")
     fields = {field: found[1] for field in names if (found := re.search(rf"<{field}>([^<]*)</", body))}
     code = fields.get("Code", name.strip())
-    reason = one_line(f"HTTP {status} {code}: {fields.get('Message', '')}".rstrip(": "))
+    message = fields.get("Message", "").partition("RequestId:")[0]  # of Azure, with a time
+    reason = one_line(f"HTTP {status} {code}: {message} {fields.get('Details', '')}").rstrip(": ")
     if status in (404, 410):
-        return FileNotFoundError("The specified bucket does not exist" if code == "NoSuchBucket" else url)
+        return FileNotFoundError(_NO_BUCKET.get(code, url))
     if status == 412:
         return ReplacedError("the object is no longer the one that was described")
     if status == 416:
         return BeyondEndError("the object ends before the range begins")
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect") or (status == 400 and not body):
         return WrongRegionError(reason, fields.get("Region", ""))
-    if 400 <= status < 500 and status not in _RETRIED:
+    if 400 <= status < 500 and status not in RETRIED:
         return PermissionError(reason)  # ExpiredToken is a 400: renewable credentials have been renewed before
     return TransientError(reason)
