@@ -96,6 +96,12 @@ class Location:
         """The path by which `fs` knows the location."""
         return str(self.fs._strip_protocol(self.url))
 
+    def sibling(self, path: str) -> Location:
+        """Return the location of another path of the same store, as `fs` knows and lists it."""
+        if self.protocol in _AZURE:  # the file system has several schemes, and does not know the account of the URL
+            return replace(self, url=azure.url_of(path, self.url))
+        return replace(self, url=str(self.fs.unstrip_protocol(path)))
+
     @property
     def is_local(self) -> bool:
         """Whether the location is on a disk of this machine."""

@@ -92,7 +92,7 @@ def _expand(name: str) -> list[str]:
             return [name]
     if not paths:
         raise UserError(f"{name}: {missing} (an image ends with {', '.join(SUFFIXES)})")
-    return sorted(path if place.is_local else str(place.fs.unstrip_protocol(path)) for path in paths)
+    return sorted(path if place.is_local else place.sibling(path).url for path in paths)
 
 
 def _images(paths: Sequence[str]) -> list[str]:

@@ -19,6 +19,13 @@ def account_host(url: str) -> str:
     return url.partition("://")[2].partition("/")[0].partition("@")[2]
 
 
+def url_of(path: str, url: str) -> str:
+    """Return the URL of `container/name` in the account, and with the scheme, of another URL."""
+    container, _, name = path.partition("/")
+    host = account_host(url)
+    return f"{url.partition('://')[0]}://{container}{f'@{host}' if host else ''}/{name}"
+
+
 def new_filesystem(url: str, anonymous: bool, limits: Limits, **options: Any) -> Any:
     """Return a new file system with a token, if it needs one.
 

@@ -172,6 +172,12 @@ def test_azure_accounts_are_those_of_adlfs(
     assert found.config == {**account, **expected}
 
 
+def test_other_paths_of_a_store_keep_scheme_and_account() -> None:
+    for url in ("az://c", "abfs://c", "abfss://c@amazing.dfs.core.windows.net"):
+        assert Location(f"{url}/a").sibling("c/b/x.jpg").url == f"{url}/b/x.jpg"
+    assert Location("s3://c/a").sibling("c/b/x.jpg").url == "s3://c/b/x.jpg"
+
+
 def test_azure_without_credentials_or_account_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     identity = pytest.importorskip("azure.identity.aio")
     error = Exception("DefaultAzureCredential failed to retrieve a token\nAttempted credentials: ...")
