@@ -4,7 +4,7 @@ A contour follows the edges of pixels, so it is exact. Simplified (Douglas and P
 the number of points required to represent a digitized line", 1973) it stays within a tolerance.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,21 @@ def simplify(ring: Points, tolerance: float) -> Points:
             keep.add(middle)
             parts += [(first, middle), (middle, last)]
     return ring[sorted(keep)] if len(keep) > 2 else simplify(ring, tolerance / 2)  # two points enclose no area
+
+
+def joined(rings: Sequence[Points]) -> Points:
+    """Join closed contours, at least one, into a single one that the even-odd rule fills alike.
+
+    Each is joined to the longest and those joined before by a bridge between the two nearest points, a line there and
+    back, which encloses no area.
+    """
+    whole, *others = sorted(rings, key=len, reverse=True)
+    for ring in others:
+        distances = ((whole[:, None] - ring[None]) ** 2).sum(axis=2)  # [points of whole, points of ring]
+        at, start = divmod(int(distances.argmin()), len(ring))
+        around = np.roll(ring, -start, axis=0)
+        whole = np.concatenate((whole[: at + 1], around, around[:1], whole[at:]))
+    return whole
 
 
 def svg_path(rings: Iterable[Points]) -> str:

@@ -1,6 +1,7 @@
 """The check that every JPEG passes before it is stored or after it was read."""
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,6 +46,31 @@ def exif_orientation(data: bytes) -> int:
     except ImageError:  # damaged metadata
         return 1
     return found if found in range(1, 9) else 1
+
+
+def without_orientation(data: bytes) -> bytes:
+    """Return a JPEG whose EXIF orientation, if it has one, is 1: all programs then show the pixels as stored.
+
+    Only the value of the tag changes. A file with damaged metadata is returned as it is.
+
+    Format: https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf (4.5.4 to 4.6.4).
+    """
+    found = bytearray(data)
+    try:
+        segment = 2
+        while found[segment] == 0xFF and found[segment + 1] != 0xDA:  # up to the start of the scan
+            if found[segment + 1] == 0xE1 and found[segment + 4 : segment + 10] == b"Exif\0\0":
+                tiff = segment + 10
+                order = "<" if found[tiff : tiff + 2] == b"II" else ">"
+                directory = tiff + struct.unpack_from(f"{order}I", found, tiff + 4)[0]
+                [entries] = struct.unpack_from(f"{order}H", found, directory)
+                for entry in range(directory + 2, directory + 2 + 12 * entries, 12):
+                    if struct.unpack_from(f"{order}H", found, entry) == (_ORIENTATION,):
+                        struct.pack_into(f"{order}H", found, entry + 8, 1)
+            segment += 2 + struct.unpack_from(">H", found, segment + 2)[0]
+    except (IndexError, struct.error):
+        return data
+    return bytes(found)
 
 
 def jpeg_size(data: bytes, max_pixels: int | None = None, *, decode: bool = True) -> tuple[int, int]:

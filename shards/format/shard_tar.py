@@ -56,7 +56,7 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
         for sample in samples:
             start = tar.offset
             for extension, data in sample.to_members().items():
-                tar.addfile(_member_header(f"{sample.image_id}.{extension}", len(data)), io.BytesIO(data))
+                tar.addfile(member_header(f"{sample.image_id}.{extension}", len(data)), io.BytesIO(data))
             spans.append((sample, start, tar.offset))
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for reading back
     whole = buffer.getvalue()
@@ -116,7 +116,7 @@ def parse_header(block: bytes | memoryview) -> Header | None:
     key, _, extension = found.name.partition(".")
     if not KEY.fullmatch(key):
         key = extension = ""
-    expected = _member_header(found.name, found.size)
+    expected = member_header(found.name, found.size)
     try:
         canonical = expected.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict") == block
     except ValueError:  # a name that ustar cannot store, from another kind of tar
@@ -153,7 +153,7 @@ def parse_members(data: bytes | memoryview, image_id: str, *, where: str) -> dic
     return members
 
 
-def _member_header(name: str, size: int) -> tarfile.TarInfo:
+def member_header(name: str, size: int) -> tarfile.TarInfo:
     """Return the header of a member: mode 0444; mtime, owner and group 0 without names."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444

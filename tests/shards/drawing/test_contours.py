@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from shards.drawing.contours import contours, simplify, svg_path
+from shards.drawing.contours import contours, joined, simplify, svg_path
 
 Mask = NDArray[np.bool_]
 
@@ -36,6 +36,13 @@ def test_contours_fill_exactly_the_mask_and_turn_at_every_point(mask: Mask) -> N
         steps = np.sign(np.roll(ring, -1, axis=0) - ring)
         assert (np.abs(steps).sum(axis=1) == 1).all()  # along the edges of pixels
         assert (steps * np.roll(steps, 1, axis=0) == 0).all()
+
+
+@given(masks().filter(np.any))
+def test_joined_contours_fill_the_same(mask: Mask) -> None:
+    whole = joined(contours(mask))
+    assert np.array_equal(filled([whole], *mask.shape), mask)
+    assert {tuple(point) for point in whole} == {tuple(point) for ring in contours(mask) for point in ring}
 
 
 def disc(radius: int) -> Mask:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.format.jpeg import ImageError, jpeg_size
+from shards.format.jpeg import ImageError, exif_orientation, jpeg_size, without_orientation
 from tests.support import jpeg
 
 PICTURE = jpeg(48, 32, 0)
@@ -32,6 +32,19 @@ def test_a_damaged_or_too_large_file_is_refused_with_a_reason(
     with pytest.raises(ImageError, match=reason) as caught:
         jpeg_size(data, limit)
     assert caught.value.too_large is too_large
+
+
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_without_orientation_changes_that_tag_alone(endian: str) -> None:
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x010F], exif[0x0112], exif[0x0131] = "a camera", 6, "a program"
+    turned = saved(Image.open(io.BytesIO(PICTURE)), exif=exif.tobytes())
+    upright = without_orientation(turned)
+    assert (exif_orientation(turned), exif_orientation(upright)) == (6, 1)
+    assert sum(a != b for a, b in zip(turned, upright, strict=True)) == 1
+    for data in (PICTURE, turned[:40], b"", b"\xff" * 50):  # without the tag, or damaged
+        assert without_orientation(data) == data
 
 
 def _passes(data: bytes) -> bool:
