@@ -22,6 +22,7 @@ COMMANDS = {
     "build": ("builder.commands.cli", "select images and masks of Open Images or COCO and pack them into shards"),
     "classes": ("builder.commands.cli", "list the classes of Open Images or COCO files, with images, masks and boxes"),
     "inspect": ("shards.inspect.cli", "show what a shard dataset contains, verify it, or extract a sample"),
+    "export": ("shards.export.cli", "write a shard dataset for other trainers: COCO, Ultralytics, RF-DETR, folders"),
     "train": ("trainer.commands.train", "train Mask R-CNN on a shard dataset"),
     "evaluate": ("trainer.commands.evaluate", "score a checkpoint on a split of a shard dataset"),
     "predict": ("trainer.commands.predict", "find objects in images, folders, or a split of a shard dataset"),

@@ -20,6 +20,7 @@ import shards.inspect.cli
 from builder.commands.options import make_parser as make_build_parser
 from demo.s3server import S3Server
 from demo.scenes import SceneTruth
+from shards.export.cli import make_parser as make_export_parser
 from shards.format.dataset import open_dataset
 from shards.inspect.cli import make_parser as make_inspect_parser
 from shards.stream.streams import ShardStream
@@ -33,6 +34,7 @@ GUIDES = ("getting-started", "open-images-on-aws", "several-gpus", "private-buck
 PARSE: dict[str, Any] = {
     **{name: import_module(f"trainer.commands.{name}").parse for name in ("train", "evaluate", "predict", "compare")},
     "build": make_build_parser().parse_args,
+    "export": make_export_parser().parse_args,
     "inspect": make_inspect_parser().parse_args,
 }
 COMMAND_NAMES = ("maskstream", "build-shards", "inspect-shards", "accelerate", "python")

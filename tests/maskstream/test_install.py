@@ -97,6 +97,7 @@ def test_building_and_inspecting_need_no_torch(scenes: SceneTruth, tmp_path: Pat
         ["build-shards", "--per-class", "4", *sources, "--out", "shards"],
         ["inspect-shards", "shards", "--verify"],
         ["inspect-shards", "shards", "--html", "page.html"],
+        ["maskstream", "export", "shards", "--to", "yolo", "--out", "yolo"],
         ["maskstream", "classes", *sources],
     ):
         done = run(*command)
