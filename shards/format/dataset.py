@@ -33,6 +33,8 @@ from shards.storage.reads import Read, read_many
 if TYPE_CHECKING:
     import pandas as pd
 
+    from shards.export.torchvision import TorchvisionDataset, Transforms
+
 FORMAT = "maskstream"
 VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -201,6 +203,37 @@ class Dataset:
             columns[name] = np.zeros(len(index), np.int64)
             columns[name][samples[own]] = objects[own]
         return pd.DataFrame(columns)
+
+    def to_torchvision(
+        self,
+        split: str,
+        transforms: Transforms | None = None,
+        *,
+        keep_unmasked: bool = False,
+        keep_groups: bool = False,
+    ) -> TorchvisionDataset:
+        """Return the selected samples of a split as a map-style torch dataset, for torchvision's detection scripts.
+
+        An item is a PIL image and a target: `boxes` (tv_tensors.BoundingBoxes XYXY, float32 [N, 4]), `labels` (the
+        classes' ids, int64 [N]), `masks` (tv_tensors.Mask, uint8 [N, H, W]), `image_id` (the id that `maskstream
+        export --to coco` gives the image), `area` (float32 [N]) and `iscrowd` (int64 [N]). Each item is one range
+        request, so that it can be read in any order, by loader processes of any start method.
+
+        Args:
+            split: "train", "val" or "test".
+            transforms: a function of image and target that returns both, such as one of torchvision.transforms.v2.
+            keep_unmasked: keep objects without a mask, with an empty one, which Mask R-CNN would learn as such.
+            keep_groups: keep group-of regions, as objects with `iscrowd` 1, for an evaluation that ignores them.
+
+        Errors are those of `index`, and a SampleError for a sample that cannot be read.
+        """
+        try:
+            from shards.export.torchvision import TorchvisionDataset
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"to_torchvision needs {error.name}: pip install '.[train]'", name=error.name
+            ) from error
+        return TorchvisionDataset(self, split, transforms, keep_unmasked, keep_groups)
 
     def accounts(self) -> pd.DataFrame:
         """Return `accounts.parquet` as a DataFrame: what became of every image and mask that was requested.

@@ -102,9 +102,11 @@ def test_building_and_inspecting_need_no_torch(scenes: SceneTruth, tmp_path: Pat
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
+    to_torchvision = "from maskstream import open_dataset; open_dataset('shards').to_torchvision('train')"
     for command, needs in (
         (["python", "-c", "import torch"], "No module named 'torch'"),
         (["python", "-c", "from maskstream import ShardStream"], "ShardStream needs torch: pip install '.[train]'"),
+        (["python", "-c", to_torchvision], "to_torchvision needs torch: pip install '.[train]'"),
         (["maskstream", "train", "--data.shards", "shards"], "train: error: torch is not installed: pip install '.["),
     ):
         done = run(*command)
