@@ -2,7 +2,7 @@
 
 Draws street scenes in the Open Images layout, uploads them to an S3 server on loopback, and runs the project's commands
 on them exactly as a user would: build-shards, inspect-shards, accelerate launch trainer/train.py with two CPU
-processes, trainer/predict.py.
+processes, trainer/evaluate.py, trainer/predict.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from demo.scenes import SceneConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+REAL = """\
+build-shards --per-class 20 --dry-run
+build-shards --per-class 20 --out shards-small
+inspect-shards shards-small --html look.html
+maskstream train --config traffic-heads-first --data.shards shards-small --data.batch_size 2 --run.dir runs/first
+maskstream evaluate --checkpoint runs/first --data.shards shards-small --data.split val
+maskstream predict --checkpoint runs/first --out predictions street.jpg"""
 
 
 def main() -> int:
@@ -43,16 +50,19 @@ def main() -> int:
     shards, run_dir, predictions = "s3://demo-shards/traffic", out / "run", out / "predictions"
     with S3Server() as server:
         environment = {**os.environ, **server.environment(), "OMP_NUM_THREADS": "1"}
-        _announce(f"An S3 server answers at {server.endpoint_url}")
+        _stage(1, f"Draw {arguments.train + 64} street scenes, and serve them as Open Images is served", "10 s")
         _upload_scenes(server, out / "scenes", arguments.train, arguments.seed)
         server.make_bucket("demo-shards")
+        _stage(2, "Select images and masks of the classes, and pack them into shards in a bucket", "10 s")
         _run(
-            "build-shards --per-class 1000 --eval-per-class 100 --images-per-shard 64 "
+            "build-shards --per-class 1000 --eval-per-class 100 --images-per-shard 64 --no-cache "
             f"--images s3://open-images-dataset --annotations s3://openimages --out {shards}",
             environment,
         )
+        _stage(3, "Look at the dataset: counts, and a page with masks and boxes", "5 s")
         page = out / "dataset.html"
         _run(f"inspect-shards {shards} --html {shlex.quote(str(page))}", environment)
+        _stage(4, "Train Mask R-CNN from random weights, streaming, with two processes", "3 to 6 minutes")
         _run(
             "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
             f"trainer/train.py --config configs/demo.yaml --data.shards {shards} --run.dir {shlex.quote(str(run_dir))} "
@@ -60,14 +70,22 @@ def main() -> int:
             # accelerate starts several processes only with --multi_gpu; this makes them CPU processes.
             environment | {"ACCELERATE_USE_CPU": "true"},
         )
-        # The test split was used neither for training nor for tuning.
+        checkpoint = f"--checkpoint {shlex.quote(str(run_dir / 'best'))}"
+        _stage(5, "Evaluate the best weights on the test split, which no step of training has used", "10 s")
+        evaluation = out / "evaluation"
+        _run(
+            f"python trainer/evaluate.py {checkpoint} --data.shards {shards} --data.split test "
+            f"--out {shlex.quote(str(evaluation))}",
+            environment | {"ACCELERATE_USE_CPU": "true"},
+        )
+        _stage(6, "Find objects in pictures of the test split", "10 s")
         pictures = sorted((out / "scenes" / "open-images-dataset" / "test").glob("*.jpg"))[:12]
         _run(
-            f"python trainer/predict.py --checkpoint {shlex.quote(str(run_dir))} --out {shlex.quote(str(predictions))}",
+            f"python trainer/predict.py {checkpoint} --out {shlex.quote(str(predictions))}",
             environment,
             more=[f"s3://open-images-dataset/test/{picture.name}" for picture in pictures],
         )
-    _summary(run_dir, predictions, page, time.monotonic() - start)
+    _summary(out, time.monotonic() - start)
     return 0
 
 
@@ -76,12 +94,12 @@ def _upload_scenes(server: S3Server, folder: Path, train: int, seed: int) -> Non
     for bucket in ("open-images-dataset", "openimages"):
         server.make_bucket(bucket)
         server.upload(folder / bucket, bucket)
-    _announce(f"Drew {train} + 48 + 16 street scenes and uploaded them in the layout of Open Images")
+    print(f"{train} scenes for training, 48 for validation and 16 for the test are at {server.endpoint_url}")
 
 
 def _run(command: str, environment: dict[str, str], more: Sequence[str] = ()) -> None:
     """Run a command of this environment with `more` arguments; a failure ends the demo."""
-    _announce(f"$ {command}" + (f" {more[0]} ..." if more else ""))
+    print(f"$ {command}" + (f" {more[0]} ..." if more else ""), flush=True)
     name, *words = shlex.split(command)
     program = sys.executable if name == "python" else str(SCRIPTS / name)
     status = subprocess.run([program, *words, *more], cwd=REPOSITORY, env=environment, check=False).returncode
@@ -89,13 +107,24 @@ def _run(command: str, environment: dict[str, str], more: Sequence[str] = ()) ->
         sys.exit(f"demo: error: {name} ended with status {status}: its message is above")
 
 
-def _summary(run_dir: Path, predictions: Path, page: Path, seconds: float) -> None:
-    last = json.loads((run_dir / "evaluations.jsonl").read_text().splitlines()[-1])
-    _announce(f"The demo took {seconds:.0f} s")
-    print(f"mask AP at IoU 0.5 on held-out scenes: {last['segm']['ap50']:.3f} (boxes: {last['bbox']['ap50']:.3f})")
-    print(f"the dataset, as a page:    {page}")
-    print(f"pictures worth looking at: {predictions}")
-    print(f"the run and its curves:    {run_dir / 'curves.png'}")
+def _summary(out: Path, seconds: float) -> None:
+    scores = json.loads((out / "evaluation" / "evaluation.json").read_text())
+    _announce(f"The demo took {seconds / 60:.0f} minutes. On the test split, at IoU 0.5:")
+    print(f"mask AP {100 * scores['segm']['ap50']:.1f} %, box AP {100 * scores['bbox']['ap50']:.1f} %")
+    _announce("Worth looking at")
+    for what, name in (
+        ("the dataset", "dataset.html"),
+        ("pictures with the objects found", "predictions"),
+        ("worst and best images of the evaluation", "evaluation/images.html"),
+        ("losses, AP and speed of the run", "run/curves.png"),
+    ):
+        print(f"{what:<40} {out / name}")
+    _announce("The same with photographs of Open Images (docs/getting-started.md)")
+    print(REAL)
+
+
+def _stage(number: int, purpose: str, duration: str) -> None:
+    _announce(f"{number} of 6  {purpose} (about {duration} on two cores)")
 
 
 def _announce(text: str) -> None:

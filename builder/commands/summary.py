@@ -98,7 +98,11 @@ def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], s
     columns = ["split", "class", "requested", "available", "images", "masks", "boxes"]
     lines = text_table(pd.DataFrame(rows, columns=columns))
     lines.append(f"requested: images; available: images of the class at the source; images, masks, boxes: {state}")
-    lines += [f"{report.split} {report.name}: {report.reason}" for report in chosen if report.reason]
+    short: dict[str, list[str]] = {}
+    for report in chosen:
+        if report.reason:
+            short.setdefault(report.split, []).append(f"{report.name} has {report.reason}")
+    lines += [f"{split}: {'; '.join(reasons)}" for split, reasons in short.items()]
     packed = {one.split for one in counts}
     for split in dict.fromkeys(report.split for report in chosen if report.split not in packed):
         empty = not any(report.available for report in chosen if report.split == split)

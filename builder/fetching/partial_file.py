@@ -9,10 +9,11 @@ another one that downloads the same object meanwhile keeps nothing.
 import fcntl
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import BinaryIO, Self
+
+from isal import isal_zlib as zlib
 
 LARGEST = 64 << 20  # bytes of a piece
 

@@ -6,7 +6,6 @@ library reads end records and central directories, ZIP64 included; the members a
 
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from isal import isal_zlib as zlib
 
 from builder.fetching.fetch import Inventory, RangeFile, Refusal, Request, fetch
 from builder.fetching.table_cache import NO_CACHE, Cache, Content
@@ -291,7 +291,7 @@ def extract(data: bytes | memoryview, member: Member) -> bytes:
     elif member.method == zipfile.ZIP_DEFLATED:
         try:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(body, member.size + 1)
-        except zlib.error as error:
+        except zlib.error as error:  # type: ignore[misc]  # a class, which its stub does not say
             raise MemberError(f"cannot be inflated: {error}") from error
     else:
         raise MemberError(f"compression method {member.method} is not supported")

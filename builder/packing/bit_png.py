@@ -9,11 +9,11 @@ Format: https://www.w3.org/TR/png-3 (5 datastream structure, 9 filtering, 11.2.1
 """
 
 import struct
-import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from isal import isal_zlib as zlib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -77,7 +77,7 @@ def read_bits(data: bytes, max_pixels: int) -> BitImage | None:
     decompressor = zlib.decompressobj()
     try:
         raw = decompressor.decompress(compressed, expected + 1)
-    except zlib.error:
+    except zlib.error:  # type: ignore[misc]  # a class, which its stub does not say
         return None
     if len(raw) != expected or not decompressor.eof:
         return None

@@ -8,10 +8,11 @@ importing it imports torch, which costs each process of a build one second and 5
 import hashlib
 import io
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from isal import isal_zlib as zlib
 
 from shards.common.errors import SampleError
 from shards.format.dataset import Shard

@@ -4,10 +4,11 @@ Samples are found by their tar headers. The index only says where to continue af
 """
 
 import hashlib
-import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
+
+from isal import isal_zlib as zlib
 
 from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location

@@ -20,7 +20,7 @@ from shards.format.index import Index
 
 HORIZON = 2048  # samples: a window of each lane, at the defaults
 FIRST_LOOK_AHEAD = 2**20  # bytes
-MAX_RANGE = 4 * 2**20  # bytes of one request; several of them saturate a connection
+MAX_RANGE = 8 * 2**20  # bytes of one request; `benchmarks/granularity.py`: longer ones gain nothing
 MAX_GAP = 64 * 2**10  # bytes between two needed samples up to which they share a request
 
 _END = -1  # in place of a row
