@@ -78,6 +78,13 @@ def draw_ap_curves(runs: Mapping[str, Rows]) -> bytes:
     return png(figure)
 
 
+def outline(width: float, colour: str) -> list[Any]:
+    """Return matplotlib's path effects for a line with an outline."""
+    from matplotlib.patheffects import withStroke  # not at the top: matplotlib is imported there with care
+
+    return [withStroke(linewidth=width, foreground=colour)]
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file; the same bytes for the same figure."""
     buffer = io.BytesIO()
