@@ -19,12 +19,12 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance
 
 # Any two differ by at least 20 in CIEDE2000, also for readers who do not see red (protanopia) or green (deuteranopia).
-# They were found by a random search; bright ones come first.
+# They were found by a random search; saturated ones come first.
 PALETTE: list[Colour] = [
     ImageColor.getrgb(f"#{name}")[:3]
     for name in (
-        *("078cff", "fffe00", "844c00", "befeff", "d19100", "0000fd"),
-        *("6da9b1", "a47b6c", "d3d5ac", "7d5970", "58065e", "4c2524"),
+        *("078cff", "fffe00", "844c00", "d19100", "0000fd", "6da9b1"),
+        *("a47b6c", "befeff", "7d5970", "d3d5ac", "58065e", "4c2524"),
     )
 ]
 GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
