@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from shards.common.redact import redact_url
-from shards.export.export import Export, Tally, area, samples, write
+from shards.export.export import Export, Tally, samples, write
 from shards.format.dataset import Category, Dataset
 from shards.format.sample import Sample, canonical_json
 from shards.storage.local_files import atomic_write
@@ -79,7 +79,7 @@ def annotation_entries(sample: Sample, number: int, tally: Tally) -> list[dict[s
     found = []
     for instance in sample.instances:
         tally.objects += 1
-        entry = {"id": tally.objects, "image_id": number, "area": area(instance)}
+        entry = {"id": tally.objects, "image_id": number, "area": instance.coco_area()}
         found.append({**instance.to_json(), **entry, **({} if instance.segmentation else {"segmentation": []})})
     tally.empty += not found
     return found

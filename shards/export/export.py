@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from shards.common.errors import SampleError, UserError
 from shards.common.text import shown
-from shards.format import rle
 from shards.format.dataset import Dataset
 from shards.format.index import Index
 from shards.format.jpeg import exif_orientation, without_orientation
-from shards.format.sample import KEY, Instance, Sample
+from shards.format.sample import KEY, Sample
 from shards.storage.local_files import atomic_write
 from shards.stream.reader import SampleReader
 from shards.stream.sample_decoders import parse_sample, read_sample
@@ -123,15 +122,6 @@ def image_numbers(index: Index) -> NDArray[np.int64]:
     if pc.all(pc.match_substring_regex(index.image_ids, r"^\d{12}$")).as_py():
         return np.asarray(pc.cast(index.image_ids, pa.int64()))
     return np.arange(1, len(index) + 1)
-
-
-def area(instance: Instance) -> float:
-    """Return an object's area in pixels: the source's, else its mask's, else its box's."""
-    if instance.area is not None:
-        return instance.area
-    if instance.segmentation is not None:
-        return float(rle.area(instance.segmentation))
-    return instance.bbox[2] * instance.bbox[3]
 
 
 def write(place: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import tv_tensors
 
-from shards.export.export import area, image_numbers, read
+from shards.export.export import image_numbers, read
 from shards.format import rle
 from shards.format.sample import Instance, Sample
 from shards.stream.reader import SampleReader
@@ -71,6 +71,6 @@ def make_target(sample: Sample, instances: list[Instance], image_id: int) -> Tar
         "labels": torch.tensor([instance.category_id for instance in kept], dtype=torch.int64),
         "masks": tv_tensors.Mask(torch.from_numpy(masks)),
         "image_id": image_id,
-        "area": torch.tensor([area(instance) for instance in kept], dtype=torch.float32),
+        "area": torch.tensor([instance.coco_area() for instance in kept], dtype=torch.float32),
         "iscrowd": torch.tensor([instance.is_group_of for instance in kept], dtype=torch.int64),
     }

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from shards.common.errors import SampleError
 from shards.common.text import counted
 from shards.format.rle import Rle, all_valid, decode
+from shards.format.rle import area as mask_area
 from shards.format.rle import fault as mask_fault
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ class Instance:
     is_inside: bool = False
     predicted_iou: float | None = None
     area: float | None = None
+
+    def coco_area(self) -> float:
+        """Return COCO's `area` of the object in pixels: the source's, else that of its mask, else that of its box."""
+        if self.area is not None:
+            return self.area
+        mask = 0 if self.segmentation is None else mask_area(self.segmentation)
+        return float(mask) or self.bbox[2] * self.bbox[3]
 
     def to_json(self) -> dict[str, Any]:
         """Return COCO's annotation with the additional fields of Open Images."""

@@ -174,13 +174,11 @@ class CocoMetric(PerImageMetric[_Record, CocoResult]):
 def ground_truth(task: Task, instance: Instance, height: int, width: int) -> dict[str, Any] | None:
     """Return the COCO annotation (without ids) of an object in an image of this size; None if the task ignores it."""
     x, y, w, h = instance.bbox
-    mask, area = instance.segmentation, instance.area
-    if area is None:
-        area = (0.0 if mask is None else float(rle.area(mask))) or w * h
+    mask = instance.segmentation
     annotation: dict[str, Any] = {
         "category_id": instance.category_id,
         "bbox": [x, y, w, h],
-        "area": area,
+        "area": instance.coco_area(),
         "iscrowd": int(instance.is_group_of),
     }
     if task == "bbox":
