@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not COMMANDS[name][0].startswith("trainer."):
             raise
-        print(f"maskstream {name}: error: {error.name} is not installed: pip install '.[train]'", file=sys.stderr)
+        package = str(error.name).partition(".")[0]
+        print(f"maskstream {name}: error: {package} is not installed: pip install '.[train]'", file=sys.stderr)
         return 2
 
 

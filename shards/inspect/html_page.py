@@ -21,7 +21,7 @@ from PIL import Image
 
 from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
-from shards.drawing.overlay import fitted_size, hex_colour
+from shards.drawing.overlay import PALETTE, fitted_size, hex_colour
 from shards.format import rle
 from shards.format.dataset import Dataset
 from shards.format.sample import ATTRIBUTION, FLAGS, Sample
@@ -33,7 +33,7 @@ SIDE = 640  # pixels, the longer side of a picture
 PICTURE_BYTES = 56_000
 OUTLINE_BYTES = 24_000
 TOLERANCES = (1.0, 2.0, 4.0, 8.0, 16.0)  # pixels of the small picture; the first that keeps the limit
-INSTANCE_COLOURS = 12  # after which the colours of instances are repeated
+INSTANCE_COLOURS = len(PALETTE) - 2  # the last two can hardly be seen on the black of the mask pane
 QUALITIES = (80, 70, 60, 50, 40)
 
 

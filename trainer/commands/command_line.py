@@ -20,11 +20,11 @@ from shards.common.redact import RedactingFormatter, redact
 from shards.common.text import one_line, printable
 from trainer.commands.launcher import is_ending, leave_status, register_rank
 
-# What helps if a GPU's memory is full: in training, in other commands.
-LESS_MEMORY = (
+# What helps if a GPU's memory is full.
+LESS_MEMORY = "lower --batch-size"
+LESS_MEMORY_IN_TRAINING = (
     "lower --data.batch_size and raise --train.accumulate by the same factor, set --train.precision bf16 or "
-    "--train.checkpoint_activations true, or lower --data.max_size",
-    "lower --batch-size",
+    "--train.checkpoint_activations true, or lower --data.max_size"
 )
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
 
@@ -95,7 +95,7 @@ def _run(name: str, action: Callable[[], Any]) -> int:
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
             size = re.search(r"GPU \d+ has a total capacity of [\d.]+ \w+", str(error))
             what = f"out of memory{f': {size[0]}' if size else ''}"
-            _report(f"{name}: error: {what}: {LESS_MEMORY[name != 'train']}")
+            _report(f"{name}: error: {what}: {LESS_MEMORY_IN_TRAINING if name == 'train' else LESS_MEMORY}")
             return 2
         if not _lost_a_rank(error):
             raise

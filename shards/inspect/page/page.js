@@ -38,7 +38,7 @@
     if (!url || !["http:", "https:"].includes(url.protocol)) return make("span", { class: "data", text: text || address });
     return make("a", { class: "data", href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", text: text || address });
   }
-  const named = (id, text) => make("span", { class: "named" }, swatch(colourOf(id)), make("span", { class: "data", text }));
+  const named = (colour, text) => make("span", { class: "named" }, swatch(colour), make("span", { class: "data", text }));
   // Each name has its own element, so that a direction mark in it does not affect the text around it.
   const listed = (texts) => texts.flatMap((text, place) => [...(place ? [", "] : []), make("bdi", { text })]);
   const term = (name, ...values) => [make("dt", { text: name }), make("dd", {}, ...values)];
@@ -92,7 +92,7 @@
       }
       const shares = ["present", "absent"].map((kind) => percent(verified(row.id, kind), images));
       const cells = [number(row.images), number(row.boxes), number(row.masks), percent(boxOnly(row), row.boxes - row.groups), number(row.groups), ...shares];
-      const name = make("th", { scope: "row" }, named(row.id, row.name));
+      const name = make("th", { scope: "row" }, named(colourOf(row.id), row.name));
       return make("tr", {}, name, make("td", {}, bars), ...cells.map((text) => make("td", { text })));
     }));
     $("more").hidden = rows.length <= FIRST_CLASSES;
@@ -277,8 +277,7 @@
     const known = classes.get(object.class);
     const label = object.label && known && ![known.mid, known.name].includes(object.label) ? ` (${object.label})` : "";
     const colour = byInstance ? ofInstance(place) : colourOf(object.class);
-    const text = make("span", { class: "data", text: nameOf(object.class) + label });
-    const name = make("th", { scope: "row" }, make("span", { class: "named" }, swatch(colour), text));
+    const name = make("th", { scope: "row" }, named(colour, nameOf(object.class) + label));
     const flags = object.flags.map((flag) => data.flags[flag]);
     if (object.iou !== null) flags.push(`predicted IoU ${object.iou}`);
     const share = object.share === null ? "no mask" : `${(100 * object.share).toFixed(object.share < 0.1 ? 1 : 0)} %`;
