@@ -200,7 +200,7 @@ def decode_image(data: bytes, formats: tuple[str, ...] = ("JPEG",)) -> Tensor:
 
 
 def _ordinary_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """Decode a JPEG to uint8 [H, W, 3] RGB as Pillow does, in two thirds of its time.
+    """Decode a JPEG to uint8 [H, W, 3] RGB as Pillow does, in less time.
 
     Both use libjpeg-turbo with the same settings; the difference is what Pillow copies. None for anything but an
     undamaged JPEG in grey or YCbCr within Pillow's limit of pixels: Pillow decodes it or says what is wrong.
