@@ -126,8 +126,8 @@ def prepare_build(
     started, before = time.monotonic(), PROCESS.total
     if root.is_local:
         root = Location(os.path.abspath(root.path))  # workers may have another current folder
-    _check_places(source, root, writes)
     warm_up(engine)
+    _check_places(source, root, writes)
     refuse_if_held(root)
     planned = make_plan()
     return PreparedBuild(source, root, engine, planned, started, time.monotonic(), PROCESS.total - before)

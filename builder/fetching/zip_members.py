@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from threading import BoundedSemaphore
 from typing import Any, Self
 
 import pyarrow as pa
@@ -26,7 +27,8 @@ from shards.common.errors import StorageError, UserError
 from shards.common.text import counted
 from shards.storage.location import Location
 
-ZIPS_AT_ONCE = 4  # the directory of a train zip of Open Images takes about 100 MB in memory while it is read
+ZIPS_AT_ONCE = 16  # zips whose ends are requested; Open Images has 16 per split
+ZIPS_IN_MEMORY = 4  # the directory of a train zip of Open Images takes about 100 MB in memory while it is read
 TAIL_BYTES = 66 << 10  # end record, its longest comment (64 KiB), and the ZIP64 records
 GAP_BYTES = 16 << 10  # reading this many unwanted bytes costs less than another request
 SPAN_BYTES = 8 << 20  # the largest merged read
@@ -86,12 +88,18 @@ def locate_members(
     """
     inventory = inventory or Inventory()
     inventory.load(list(wanted))
+    in_memory = BoundedSemaphore(ZIPS_IN_MEMORY)
 
     def look_up(location: Location) -> _LookUp:
         content = Content(location, inventory.of(location), "zip directory", DIRECTORY)
         select = partial(_LookUp.of, wanted[location])
-        found = cache.read(content, select)
-        return select(cache.keep(content, _read_directory(content))) if found is None else found
+        with in_memory:
+            found = cache.read(content, select)
+        if found is None:
+            file = RangeFile(location, content.description, -TAIL_BYTES, TAIL_BYTES)
+            with in_memory:
+                found = select(cache.keep(content, _read_directory(file)))
+        return found
 
     with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
         found = dict(zip(wanted, pool.map(look_up, wanted), strict=True))
@@ -149,9 +157,8 @@ def _nothing_found(location: Location, wanted: Sequence[str], found: _LookUp) ->
     )
 
 
-def _read_directory(content: Content) -> Iterator[pa.Table]:
+def _read_directory(file: RangeFile) -> Iterator[pa.Table]:
     """Yield all members as one table, in the order of the directory; of repeated names the last, as `zipfile` does."""
-    file = RangeFile(content.location, content.description, -TAIL_BYTES, TAIL_BYTES)
     try:
         with zipfile.ZipFile(file) as archive:
             starts = sorted(info.header_offset for info in archive.infolist())
@@ -172,7 +179,7 @@ def _read_directory(content: Content) -> Iterator[pa.Table]:
         table = pa.table(columns, schema=DIRECTORY)
     # Damage can also be in a name (not UTF-8), the version that a member needs, or a number (more than 63 bits).
     except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, OverflowError) as error:
-        raise UserError(f"{content.location}: not a readable zip ({error}): check --annotations") from error
+        raise UserError(f"{file.location}: not a readable zip ({error}): check --annotations") from error
     file.check_unchanged()
     yield table
 
