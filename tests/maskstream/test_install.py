@@ -122,25 +122,50 @@ def test_scripts_are_installed_and_use_the_installed_code(output: Callable[..., 
     assert places.count("site-packages") == 2
 
 
-def test_every_command_in_an_empty_folder(output: Callable[..., str], scenes: SceneTruth, tmp_path: Path) -> None:
-    shards, folder = str(tmp_path / "shards"), str(tmp_path / "run")
+RUN_ALL = """
+import contextlib, io, json, sys
+from maskstream.cli import main
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code
+    sys.__stdout__.write(json.dumps([code or 0, out.getvalue(), err.getvalue()]) + chr(10))
+"""
+
+
+def test_the_whole_way_in_an_empty_folder(output: Callable[..., str], scenes: SceneTruth) -> None:
     sources = ["--images", str(scenes.images), "--annotations", str(scenes.annotations), "--no-cache"]
     small = "--config demo --model.backbone mobilenet_v2 --data.batch_size 2 --data.workers 0 --data.min_size 64"
-    small += " --train.epochs 1 --train.steps_per_epoch 1 --run.trackers []"
-    few = "--per-class 4 --eval-per-class 2 --workers 1"
-    picture = next(Path(scenes.images).rglob("*.jpg"))
-    commands = [
-        ["build", *few.split(), *sources, "--out", shards],
-        ["inspect", "--json", shards],
-        ["inspect", shards, "--html", str(tmp_path / "page.html")],
-        ["train", *small.split(), "--data.val_split", "", "--data.shards", shards, "--run.dir", folder],
-        ["evaluate", "--data.split", "val", "--checkpoint", folder, "--data.shards", shards],
-        ["predict", "--checkpoint", folder, "--out", str(tmp_path / "found"), str(picture)],
+    small += " --train.epochs 1 --train.steps_per_epoch 2 --run.trackers []"
+    few = ["--per-class", "4", "--eval-per-class", "2", "--workers", "1", "--out", "shards"]
+    picture = str(next(Path(scenes.images).rglob("*.jpg")))
+    train = ["train", *small.split(), "--data.val_split", "", "--data.shards"]
+    way = [  # each command as it should be, and with a wrong input
+        (["classes", *sources], ["classes", *sources, "--classes", "Persn"]),
+        (["build", *few, *sources, "--dry-run"], ["build", *few, *sources, "--dry-run", "--classes", "Persn"]),
+        (["build", *few, *sources], ["build", *few, *sources[:2], "--annotations", "nowhere"]),
+        (["inspect", "--json", "shards"], ["inspect", "shard"]),
+        (["inspect", "shards", "--html", "page.html"], ["inspect", "shards", "--htm", "page.html"]),
+        ([*train, "shards", "--run.dir", "run"], [*train, "shards", "--run.dir", "run2", "--optim.lr", "fast"]),
+        (["evaluate", "--data.split", "val", "--checkpoint", "run"], ["evaluate", "--checkpoint", "page.html"]),
+        (["predict", "--checkpoint", "run", "--out", "found", picture], ["predict", "--checkpoint", "run", "no.jpg"]),
+        (["export", "shards", "--to", "coco", "--out", "coco"], ["export", "shards", "--to", "voc", "--out", "voc"]),
     ]
     # In one process, because each takes seconds to import torch.
-    run = "import json, sys; from maskstream.cli import main; assert not any(map(main, json.loads(sys.argv[1])))"
-    printed = output("python -c", run, json.dumps(commands))
-    counts, _ = json.JSONDecoder().raw_decode(printed, printed.index("{\n"))
+    lines = output("python -c", RUN_ALL, json.dumps([arguments for pair in way for arguments in pair])).splitlines()
+    done = [json.loads(line) for line in lines]
+    assert len(done) == 2 * len(way)
+    for (right, wrong), (code, printed, err), failed in zip(way, done[::2], done[1::2], strict=True):
+        assert code == 0, (right, err)
+        assert printed or right[0] in ("train", "predict")
+        code, _, err = failed
+        assert code in (1, 2), wrong
+        assert len(err.splitlines()) == 1 or err.startswith("usage:"), (wrong, err)
+        assert "rror: " in err.splitlines()[-1], (wrong, err)
+    counts = json.loads(done[2 * [right[0] for right, _ in way].index("inspect")][1])
     assert [split["split"] for split in counts["splits"]] == ["train", "val", "test"]
-    assert (tmp_path / "page.html").exists()
-    assert list((tmp_path / "found").iterdir())
+    files = output("python -c", "import glob; print(*glob.glob('**', recursive=True))").split()
+    assert {"shards/dataset.json", "page.html", "run/curves.png", "found/predictions.json", "coco/test"} <= set(files)
