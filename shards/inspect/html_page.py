@@ -5,20 +5,18 @@ JSON in a block that no browser executes; the script shows it by `textContent` o
 """
 
 import base64
-import hashlib
 import html
 import io
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.common.html_page import fill_page
 from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
 from shards.drawing.overlay import PALETTE, fitted_size, hex_colour
@@ -41,7 +39,7 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
     """Return the page in UTF-8, with a gallery of `samples` images that a hash with the seed chooses."""
     rows = choose(dataset, samples, seed)
     cards = {row: _card(row.split, sample) for row, sample in read_samples(dataset, rows)}
-    data = {
+    data: dict[str, Any] = {
         "root": redact_url(str(dataset.root)),
         "plan": dataset.info.plan,
         "seed": seed,
@@ -52,25 +50,9 @@ def make_page(dataset: Dataset, splits: Sequence[SplitCounts], *, samples: int, 
         "all": totals(splits)[["id", "name", *COUNTS]].to_dict("records"),
         "samples": [cards[row] for row in rows],
     }
-    return _fill(redact_url(str(dataset.root)), data)
-
-
-def _fill(title: str, data: dict[str, Any]) -> bytes:
-    folder = files("shards.inspect") / "page"
-    template, style, script = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     # Without a `<`, no text can end the block or begin a comment in it.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
-    parts = {"title": html.escape(title), "policy": policy, "style": style, "script": script, "data": text}
-    # In one pass, so that placeholders in the data stay as they are.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template).encode()
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return fill_page("shards.inspect", {"title": html.escape(data["root"]), "data": text})
 
 
 def _card(split: str, sample: Sample) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> None:
     )
     gather = gather_to_main(accelerator)
     title = redact(f"{options.checkpoint}, step {state.step}, on {options.split} of {dataset.root}")
-    matrix, page = confusion.evaluate(gather), pictures.render(title, gather)
+    matrix, page = confusion.evaluate(gather), pictures.render(title, result, gather)
     if result is not None and matrix is not None and page is not None:
         context = {
             "checkpoint": options.checkpoint,
@@ -127,7 +127,7 @@ def write_results(
     categories: Sequence[Category],
     result: Evaluation,
     matrix: Confusion,
-    page: str,
+    page: bytes,
 ) -> list[str]:
     """Write the files of an evaluation, of which `context` says what was evaluated; return their names."""
     from trainer.report.score_plots import draw_confusion, draw_precision_recall
@@ -138,7 +138,7 @@ def write_results(
         "curves.png": draw_precision_recall(result),
         "confusion.csv": confusion_csv(matrix).encode("utf-8"),
         "confusion.png": draw_confusion(matrix),
-        "images.html": page.encode("utf-8"),
+        "images.html": page,
     }
     for name, data in files.items():
         (out / name).write(data)

@@ -48,6 +48,7 @@ class Matches:
         labels: int32 [K] category id that it counts for.
         scores: float32 [K].
         outcomes: uint8 [K] position in OUTCOMES.
+        annotations: int64 [K] index of the annotation that a right detection found; -1 for the others.
         objects: int32 [G] category id of each object that has a mask, once per class that it counts for.
         is_verified: whether the image has verified labels.
     """
@@ -56,6 +57,7 @@ class Matches:
     labels: NDArray[np.int32]
     scores: NDArray[np.float32]
     outcomes: NDArray[np.uint8]
+    annotations: NDArray[np.int64]
     objects: NDArray[np.int32]
     is_verified: bool = True
 
@@ -123,7 +125,8 @@ class OpenImagesMetric(PerImageMetric[Matches, OpenImagesResult]):
         self.parents = dict(parents or {})
 
     def _record(self, image: EvaluatedImage) -> Matches:
-        return replace(match(image, self.parents), detections=np.empty(0, np.int64))
+        none = np.empty(0, np.int64)
+        return replace(match(image, self.parents), detections=none, annotations=none)
 
     def _result(self, records: Sequence[Matches]) -> OpenImagesResult:
         # An empty array first, because there may be no records.
@@ -156,13 +159,16 @@ def match(image: EvaluatedImage, parents: Parents) -> Matches:
 
     outcomes = np.full(len(rows), WRONG, dtype=np.uint8)
     outcomes[~np.isin(labels, [*verified_classes(image.sample, parents), *truth])] = UNVERIFIED
-    outcomes[_match_rows(values[:, masked & ~groups], outcomes == WRONG)] = RIGHT
+    right, found_objects = _match_rows(values[:, masked & ~groups], outcomes == WRONG)
+    outcomes[right] = RIGHT
+    annotations = np.full(len(rows), -1, dtype=np.int64)
+    annotations[right] = columns[masked & ~groups][found_objects]
     outcomes[_in_region(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
-    outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)] = UNMASKED
+    outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)[0]] = UNMASKED
     outcomes[_in_region(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
     objects = truth[masked & ~groups].astype(np.int32)
     is_verified = bool(image.sample.verified_present or image.sample.verified_absent)
-    return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, objects, is_verified)
+    return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, annotations, objects, is_verified)
 
 
 def verified_classes(sample: Sample, parents: Parents) -> set[int]:
@@ -192,14 +198,19 @@ def _with_ancestors(labels: NDArray[np.int64], parents: Parents) -> tuple[NDArra
     return table[:, 0], table[:, 1]
 
 
-def _match_rows(values: NDArray[np.float64], candidates: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the first candidate row of each column whose largest value is in that column and at least IOU."""
+def _match_rows(
+    values: NDArray[np.float64], candidates: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first candidate row of each column whose largest value is in that column and at least IOU.
+
+    After the rows come their columns.
+    """
     if not values.shape[1]:
-        return np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     best = values.argmax(axis=1)
     reach = np.flatnonzero(candidates & (values[np.arange(len(values)), best] >= IOU))
-    _, first = np.unique(best[reach], return_index=True)
-    return reach[first]
+    matched, first = np.unique(best[reach], return_index=True)
+    return reach[first], matched
 
 
 def _in_region(values: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -7,39 +7,46 @@ detections that these ignore (on objects without a mask, in groups, of unverifie
 import base64
 import html
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from shards.common.html_page import fill_page
+from shards.common.text import counted
+from shards.drawing.label_placement import Colour
 from shards.format.dataset import Category
 from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
-from trainer.report.pictures import draw_comparison, encode_jpeg
+from trainer.report.pictures import Mark, draw_comparison, encode_jpeg
+from trainer.report.scorecard import Evaluation, class_scores, in_percent
 
 LONGER_SIDE = 800  # pixels of a picture
 NO_IMAGES = {"worst": "an error", "best": "a right detection"}
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 1500px; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .75rem; }
-p { margin: .5rem 0; max-width: 90ch; } .title { font-weight: 600; }
-.grid { display: grid; gap: 1.5rem 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-figure { margin: 0; } figure:has(:checked) { grid-column: 1 / -1; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; position: relative; cursor: zoom-in; }
-.pair:has(:checked) { cursor: zoom-out; } .pair:has(:focus-visible) { outline: 3px solid #2f7de1; outline-offset: 3px; }
-.pair input { position: absolute; opacity: 0; }
-img { display: block; width: 100%; height: auto; border-radius: 4px; }
-.pair span, figcaption { display: block; font-size: .875rem; }
-.what { opacity: .75; } .what, figcaption, .title { unicode-bidi: isolate; } figcaption { margin-top: .15rem; }
-@media (max-width: 700px) {
-  .pair { grid-template-columns: 1fr; cursor: auto; } .pair input, .enlarge { display: none; }
+OPEN_TABLE = 12  # most classes for which the table is unfolded
+
+# The colours of what the pictures show, and the legend's words: Okabe and Ito's, which differ for all readers.
+FOUND, MISSED, SUPERFLUOUS, UNCOUNTED = (0, 140, 230), (240, 228, 66), (213, 94, 0), (170, 170, 170)
+LEGEND = {
+    FOUND: "found: an object with its detection",
+    MISSED: "missed: an object without a detection",
+    SUPERFLUOUS: "wrong: a detection without an object",
+    UNCOUNTED: "(in brackets): does not count",
 }
-"""
+COLUMNS = {
+    "name": "class",
+    "objects": "objects",
+    "masks": "masks",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50",
+    "open_images_ap": "Open Images AP50",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,12 @@ class _Candidate:
     matches: Matches
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Figure:
+    html: str
+    classes: tuple[int, ...]  # annotated or found in the image
+
+
 class BestWorstPage:
     """Collects the images of one rank that may be among the `count` worst or best of all.
 
@@ -105,50 +118,82 @@ class BestWorstPage:
                     kept = sorted([*self._candidates[kind], candidate], key=attrgetter(f"score.{kind}"))
                     self._candidates[kind] = kept[: self.count]
 
-    def render(self, title: str, gather: Gather = single_process) -> str | None:
+    def render(self, title: str, evaluation: Evaluation | None = None, gather: Gather = single_process) -> bytes | None:
         """Return the page with the worst and best images of all ranks; None where `gather` returns None."""
         own = [(kind, c.score, self._figure(c)) for kind, kept in self._candidates.items() for c in kept]
         gathered = gather(own)
         if gathered is None:
             return None
-        sections = []
-        for kind, nothing in NO_IMAGES.items():
+        sections, present = [], Counter[int]()
+        for kind, nothing in NO_IMAGES.items() if self.count else ():
             entries = sorted((getattr(score, kind), figure) for of_kind, score, figure in gathered if of_kind == kind)
             figures = [figure for _, figure in entries[: self.count]]
-            if figures:
-                heading = f"The {len(figures)} {kind}" if len(figures) > 1 else f"The {kind}"
-                sections.append(f'<h2>{heading}</h2>\n<div class="grid">\n{"".join(figures)}</div>\n')
-            elif self.count:
-                sections.append(f"<h2>The {kind}</h2>\n<p>No image has {nothing}.</p>\n")
-        return _page(title, self.score, sections)
+            present.update(number for figure in figures for number in figure.classes)
+            sections.append(_section(kind, nothing, [figure.html for figure in figures]))
+        parts = {
+            "title": html.escape(title),
+            "score": f"{self.score:g}",
+            "table": "" if evaluation is None else _table(evaluation),
+            "legend": "".join(f"<li>{_swatch(colour)}{text}</li>" for colour, text in LEGEND.items()),
+            "classes": _options(self.categories, present),
+            "sections": "".join(sections),
+        }
+        return fill_page("trainer.report", parts)
 
-    def _figure(self, candidate: _Candidate) -> str:
-        """Return the HTML of an image: what is annotated next to what was found."""
-        score, found = candidate.score, candidate.image.detections
-        captions = outcome_captions(found, candidate.matches, self.categories)
-        pictures = draw_comparison(candidate.pixels, candidate.image, self.categories, self.score, captions)
-        annotated = count_classes((i.category_id for i in candidate.image.sample.instances), self.categories)
-        detected = count_classes(found.labels[found.scores >= self.score].tolist(), self.categories)
-        texts = f"annotated: {annotated}", f"found: {detected}"
-        name = html.escape(score.image_id)
-        return (
-            f'<figure><label class="pair"><input type="checkbox" aria-label="enlarge {name}">'
+    def _figure(self, candidate: _Candidate) -> _Figure:
+        """Return an image of the page: what is annotated next to what was found."""
+        score, found, sample = candidate.score, candidate.image.detections, candidate.image.sample
+        names = {category.id: category.name for category in self.categories}
+        marks = (
+            annotation_marks(candidate.image, candidate.matches, names, self.score),
+            detection_marks(found, candidate.matches, names),
+        )
+        pictures = draw_comparison(candidate.pixels, candidate.image, self.categories, self.score, marks)
+        annotated = [instance.category_id for instance in sample.instances]
+        detected = found.labels[found.scores >= self.score].tolist()
+        texts = (
+            f"annotated: {count_classes(annotated, self.categories)}",
+            f"found: {count_classes(detected, self.categories)}",
+        )
+        name, classes = html.escape(score.image_id), tuple(sorted({*annotated, *detected}))
+        return _Figure(
+            f'<figure data-classes="{" ".join(map(str, classes))}">'
+            f'<label class="pair"><input type="checkbox" aria-label="enlarge {name}">'
             f"{''.join(_half(name, picture, text) for picture, text in zip(pictures, texts, strict=True))}</label>\n"
             f"<figcaption><b>{name}</b>: F1 {score.f1:.2f}, {score.right} right, {score.wrong} wrong, "
-            f"{score.missed} missed</figcaption></figure>\n"
+            f"{score.missed} missed</figcaption></figure>\n",
+            classes,
         )
 
 
-def outcome_captions(found: Detections, matches: Matches, categories: Sequence[Category]) -> list[str]:
-    """Return a caption per detection: name, score, and `wrong` if it is; in brackets if it does not count."""
-    names = {category.id: category.name for category in categories}
+def annotation_marks(image: EvaluatedImage, matches: Matches, names: Mapping[int, str], score: float) -> list[Mark]:
+    """Return how each annotation is drawn: found by a detection with at least `score`, missed, or not counted."""
+    overlaps = image.overlaps
+    # With a hierarchy, a detection counts for several classes: here, that of the annotation.
+    own = matches.labels == overlaps.labels[matches.annotations] if len(overlaps.labels) else np.empty(0, bool)
+    found = set(matches.annotations[own & (matches.outcomes == RIGHT) & (matches.scores >= score)].tolist())
+    marks = []
+    for i, instance in enumerate(image.sample.instances):
+        name = names.get(instance.category_id, f"class {instance.category_id}")
+        if instance.is_group_of or not overlaps.masked[i]:
+            marks.append(Mark(UNCOUNTED, f"({name} group)" if instance.is_group_of else f"({name})"))
+        else:
+            marks.append(Mark(FOUND, name) if i in found else Mark(MISSED, f"{name} missed"))
+    return marks
+
+
+def detection_marks(found: Detections, matches: Matches, names: Mapping[int, str]) -> list[Mark]:
+    """Return how each detection is drawn, with its name and score: right, wrong, or not counted."""
     rows = zip(matches.detections.tolist(), matches.labels.tolist(), matches.outcomes.tolist(), strict=True)
     outcomes = {i: outcome for i, label, outcome in rows if label == found.labels[i]}
-    captions = []
+    marks = []
     for i, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True)):
         text, outcome = f"{names.get(label, f'class {label}')} {score:.2f}", outcomes.get(i)
-        captions.append(text if outcome == RIGHT else f"{text} wrong" if outcome == WRONG else f"({text})")
-    return captions
+        if outcome == RIGHT:
+            marks.append(Mark(FOUND, text))
+        else:
+            marks.append(Mark(SUPERFLUOUS, f"{text} wrong") if outcome == WRONG else Mark(UNCOUNTED, f"({text})"))
+    return marks
 
 
 def count_classes(labels: Iterable[int], categories: Sequence[Category]) -> str:
@@ -158,28 +203,53 @@ def count_classes(labels: Iterable[int], categories: Sequence[Category]) -> str:
     return ", ".join(f"{count} × {name}" if count > 1 else name for count, name in present) or "nothing"
 
 
-def _page(title: str, score: float, sections: Sequence[str]) -> str:
-    title = html.escape(title)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Worst and best images: {title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Worst and best images</h1>
-<p class="title">{title}</p>
-<p>Images are ranked by the F1 of their detections at mask IoU 0.5. Annotated: boxes without a mask are dashed, groups
-hatched; neither counts. Found: detections with a score of {score:g} or more; those in brackets do not count, because
-they are on such a box or group, or their class is not verified in the image.</p>
-<p class="enlarge">Click a pair of pictures to enlarge it, or use Tab and Space.</p>
-{"".join(sections)}
-</body>
-</html>
-"""
+def _section(kind: str, nothing: str, figures: Sequence[str]) -> str:
+    """Return the images of one kind with the buttons that turn their pages, which the script shows."""
+    title = f"The {len(figures)} {kind}" if len(figures) > 1 else f"The {kind}"
+    if not figures:
+        return f"<h3>{title}</h3>\n<p>No image has {nothing}.</p>\n"
+    return (
+        f'<section aria-label="{title}"><div class="heading"><h3>{title}</h3><div class="pager" hidden>'
+        '<button type="button" value="-1" aria-label="previous page">←</button><output></output>'
+        '<button type="button" value="1" aria-label="next page">→</button></div></div>\n'
+        f'<p class="nothing" hidden>None of them has this class.</p>\n<div class="images">\n{"".join(figures)}</div>'
+        "</section>\n"
+    )
+
+
+def _options(categories: Sequence[Category], images: Mapping[int, int]) -> str:
+    """Return the choices of the class filter: the classes on the page, by name."""
+    present = sorted((category.name, category.id) for category in categories if images[category.id])
+    options = "".join(f'<option value="{number}">{html.escape(name)}</option>' for name, number in present)
+    return f'<option value="">all</option>{options}'
+
+
+def _table(evaluation: Evaluation) -> str:
+    """Return the table of the classes, AP in per cent, folded if it is long; its last row is the mean."""
+    table = class_scores(evaluation)
+    box, mask = evaluation.coco.bbox, evaluation.coco.segm
+    rows = table[list(COLUMNS)].values.tolist()
+    counts = [evaluation.coco.boxes, evaluation.coco.masks]
+    rows.append(["mean", *counts, box.ap, mask.ap, mask.ap50, evaluation.open_images.ap])
+    head = "".join(f'<th scope="col">{title}</th>' for title in COLUMNS.values())
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(str(name))}</th><td>{objects}</td><td>{masks}</td>'
+        f"{''.join(f'<td>{in_percent(value)}</td>' for value in values)}</tr>\n"
+        for name, objects, masks, *values in rows
+    )
+    attribute = " open" if len(table) <= OPEN_TABLE else ""
+    return (
+        f"<details{attribute}><summary>AP of {counted(len(table), 'class', 'classes')}"
+        f"</summary>\n<table><caption>In per cent; the last column is the Open Images metric.</caption>\n"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></details>\n"
+    )
+
+
+def _swatch(colour: Colour) -> str:
+    red, green, blue = colour
+    return (
+        f'<svg viewBox="0 0 1 1" aria-hidden="true"><rect width="1" height="1" fill="rgb({red},{green},{blue})"/></svg>'
+    )
 
 
 def _half(name: str, picture: Image.Image, text: str) -> str:

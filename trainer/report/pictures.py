@@ -5,11 +5,14 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from shards.drawing.label_placement import Colour
 from shards.drawing.overlay import draw_instances, legible_scale, titled_picture
 from shards.format.dataset import Category
 from shards.storage.location import Location
@@ -20,31 +23,46 @@ SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 GAP = 8  # pixels between the two halves
 
 
+@dataclass(frozen=True)
+class Mark:
+    """How an annotation or a detection is drawn: its colour, and what is written at it."""
+
+    colour: Colour
+    caption: str
+
+
 def draw_comparison(
     pixels: Tensor,
     image: EvaluatedImage,
     categories: Sequence[Category],
     score: float,
-    captions: Sequence[str] | None = None,
+    marks: tuple[Sequence[Mark], Sequence[Mark]] | None = None,
 ) -> tuple[Image.Image, Image.Image]:
     """Draw the annotations, and the detections with at least a score, on two copies of an image.
 
-    `pixels` is uint8 [3, H, W] RGB; a small image is enlarged. `captions`, one per detection, replace name and score.
+    `pixels` is uint8 [3, H, W] RGB; a small image is enlarged. `marks`, one per annotation and one per detection,
+    replace the colours of classes, their names and the scores.
     """
     array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
     scale = legible_scale(image.sample.width, image.sample.height)
     shown = np.flatnonzero(image.detections.scores >= score).tolist()
     instances, scores = image.detections.instances(), image.detections.scores.tolist()
-    annotated = draw_instances(array, image.sample.instances, categories, scale=scale)
-    found = draw_instances(
-        array,
-        [instances[i] for i in shown],
-        categories,
-        scores=[scores[i] for i in shown],
-        captions=None if captions is None else [captions[i] for i in shown],
-        scale=scale,
+    annotated, found = ({}, {}) if marks is None else (_styles(marks[0]), _styles([marks[1][i] for i in shown]))
+    return (
+        draw_instances(array, image.sample.instances, categories, scale=scale, **annotated),
+        draw_instances(
+            array,
+            [instances[i] for i in shown],
+            categories,
+            scores=[scores[i] for i in shown],
+            scale=scale,
+            **found,
+        ),
     )
-    return annotated, found
+
+
+def _styles(marks: Sequence[Mark]) -> dict[str, Any]:
+    return {"colours": [mark.colour for mark in marks], "captions": [mark.caption for mark in marks]}
 
 
 def encode_jpeg(picture: Image.Image, quality: int) -> bytes:

@@ -51,7 +51,7 @@ def test_evaluate_prints_a_table_and_writes_all_files_also_with_other_thresholds
     for name in ("curves.png", "confusion.png"):
         with Image.open(out / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10
-    assert (out / "images.html").read_text().count("<figure>") >= 2
+    assert (out / "images.html").read_text().count("<figure ") >= 2
 
     tree = {"LabelName": "/m/all", "Subcategory": [{"LabelName": "/m/sq", "Subcategory": [{"LabelName": "/m/di"}]}]}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
