@@ -113,12 +113,12 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     t = set_up(config, writer)
 
     from shards.stream.loader import loader
+    from trainer.report.batch_pictures import BatchPictures
     from trainer.run.device_batches import DeviceBatches
     from trainer.run.runlog import RunLog
 
-    total, record = total_steps(config.train), None
-    if t.accelerator.is_main_process:
-        record = RunLog(t.run, config, t.accelerator, t.step, total)
+    total = total_steps(config.train)
+    record = RunLog(t.run, config, t.accelerator, t.step, total) if t.accelerator.is_main_process else None
     evaluated, since_best = from_main((record.last_evaluation, record.since_best) if record else None)
     if t.step >= total:
         log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
@@ -126,6 +126,7 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     device = t.accelerator.device
     data = loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda")
     batches, pending = DeviceBatches(data, device, config.train.accumulate), deque[PendingStep]()
+    first = BatchPictures(t.run, t.dataset.categories, config.loss) if record and t.step == 0 else None
     with command.Signals() as signals:
         signal = 0  # that any rank received
         while True:
@@ -137,16 +138,18 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
             if t.step >= total or signal:
                 break
             if 0 < config.train.patience <= since_best:
-                log.info(
-                    "%s without a better one: the run ends here (train.patience)", counted(since_best, "evaluation")
-                )
+                evaluations = counted(since_best, "evaluation")
+                log.info("%s without a better one: the run ends here (train.patience)", evaluations)
                 break
             if t.stage != stage_of(config.train, t.step):
                 begin_stage(t)
 
             if not pending:
                 began = time.perf_counter()
-            pending.append(train_step(t, *batches.take(), signals))
+            taken, loaded = batches.take()
+            if first:
+                first.add(taken)
+            pending.append(train_step(t, taken, loaded, signals))
             batches.prefetch()
             # A GPU computes this step while the host reads the result of the one before, unless this one is saved.
             is_saved = checkpoint_is_due(config.train, t.step)

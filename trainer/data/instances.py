@@ -119,8 +119,9 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to a device, without waiting where the batch is in page-locked memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to a device, for a GPU without waiting where the batch is in page-locked memory."""
+        to_gpu = torch.device(device).type != "cpu"  # a copy to the host has its values when this returns
+        return self._map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory (torch's DataLoader calls this)."""

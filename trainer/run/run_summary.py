@@ -23,8 +23,8 @@ def run_summary(
     lines = [("finished", f"{length} of training ({images / seconds:.1f} images/s)" if seconds else length)]
     if skipped := sum("skipped" in row for row in steps):
         lines.append(("", f"{counted(skipped, 'step')} skipped, with a loss or gradient that was not finite"))
-    weights, curves, table, pictures = (
-        _shown(run / name) for name in ("best", "curves.png", "metrics.csv", "pictures")
+    weights, curves, table, batches, pictures = (
+        _shown(run / name) for name in ("best", "curves.png", "metrics.csv", "batches.jpg", "pictures")
     )
     if evaluations:
         best = best_evaluation(evaluations)
@@ -36,7 +36,7 @@ def run_summary(
     lines += [
         ("weights", weights),
         ("curves", f"{curves}, {table}"),
-        *([("pictures", pictures)] if evaluations else []),
+        ("pictures", f"{batches}, {pictures}" if evaluations else batches),
         ("next", f"maskstream predict --checkpoint {weights} --out predictions IMAGE ..."),
     ]
     shards, split = _shown(data.shards), data.val_split or "val"

@@ -5,6 +5,7 @@
           metrics.jsonl       one row per step; metrics.csv is the same as a table
           evaluations.jsonl   one row per evaluation
           curves.png          losses, AP, images/s, wait for data, learning rate
+          batches.jpg         the first training batches: see `report/batch_pictures.py`
           pictures/           see `report/pictures.py`
           tensorboard/        files of accelerate's trackers; `run.trackers` chooses them
           checkpoints/, best/ see `model/checkpoint.py`

@@ -54,6 +54,7 @@ def test_a_run_on_part_of_a_dataset_and_settings_with_which_it_does_not_resume(
 
     # Other settings are refused.
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / "batches.jpg" in files
     for change, message in (
         ({"data__fraction": 0.9}, "data.fraction"),
         ({"data__repeat_threshold": 0.5}, "data.repeat_threshold 0.9, now it is 0.5"),

@@ -126,7 +126,7 @@ def test_the_summary_of_a_run_names_its_best_evaluation_its_files_and_the_next_c
         "best      mask AP 12.5 % and box AP 50.0 % on val, after step 2",
         "weights   'runs/my run/best'",
         "curves    'runs/my run/curves.png', 'runs/my run/metrics.csv'",
-        "pictures  'runs/my run/pictures'",
+        "pictures  'runs/my run/batches.jpg', 'runs/my run/pictures'",
         "next      maskstream predict --checkpoint 'runs/my run/best' --out predictions IMAGE ...",
         "          maskstream evaluate --checkpoint 'runs/my run/best' --data.shards 's3://***@bucket/my shards' "
         "--data.split val",
