@@ -271,6 +271,7 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
     """Evaluate the current weights on all ranks; the main rank draws pictures and keeps the best weights."""
     from trainer.commands.evaluate import evaluate
     from trainer.report.pictures import Pictures
+    from trainer.report.score_plots import draw_precision_recall
     from trainer.report.scorecard import summary
 
     split, data = t.config.data.val_split, t.config.data
@@ -282,7 +283,11 @@ def evaluate_now(t: Training, record: RunLog | None) -> None:
         row = {"step": t.step, "split": split, **result.to_json()}
         if record.is_best(row):
             save_state(t, best=True)
-        record.add_evaluation(row)  # last: a run that is killed before this evaluates these weights again
+        shown = {f"pictures/{image_id}": data for image_id, data in pictures.drawn.items()}
+        if t.accelerator.trackers:
+            shown[f"{split}/precision_recall"] = draw_precision_recall(result)
+        # Last: a run that is killed before this evaluates these weights again.
+        record.add_evaluation(row, shown)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
           batches.jpg         the first training batches: see `report/batch_pictures.py`
           pictures/           see `report/pictures.py`
           tensorboard/        files of accelerate's trackers; `run.trackers` chooses them
+          wandb.txt           the id with which a run of Weights & Biases resumes; see `run/trackers.py`
           checkpoints/, best/ see `model/checkpoint.py`
 
 The table and the curves are written again at the end of every epoch.
@@ -43,6 +44,7 @@ from trainer.config.settings import Config
 from trainer.run.best import best_evaluation, since_best
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
 from trainer.run.plots import draw_curves
+from trainer.run.trackers import log_pictures, start_trackers
 
 log = logging.getLogger("trainer")
 
@@ -90,7 +92,7 @@ class RunLog:
         self._drawn = len(self.steps.rows), len(self.evaluations.rows)
         self.progress = Progress(config.run.log_steps, total)
         self._title = redact(f"{run}, trained on {config.data.shards}")
-        accelerator.init_trackers("maskstream", config=flattened(public))
+        start_trackers(accelerator, run, flattened(public), config.run.trackers)
 
     @property
     def last_evaluation(self) -> int:
@@ -120,11 +122,12 @@ class RunLog:
         """Return whether an evaluation that is not logged yet is better than all that are."""
         return best_evaluation([*self.evaluations.rows, row]) is row
 
-    def add_evaluation(self, row: dict[str, Any]) -> None:
-        """Log an evaluation."""
+    def add_evaluation(self, row: dict[str, Any], pictures: Mapping[str, bytes] | None = None) -> None:
+        """Log an evaluation, and its encoded pictures to the trackers."""
         self.evaluations.append(row)
         scores = {kind: {k: v for k, v in row[kind].items() if isinstance(v, float)} for kind in ("bbox", "segm")}
         self.accelerator.log(flattened({row["split"]: scores}), step=row["step"])
+        log_pictures(self.accelerator, pictures or {}, row["step"])
         self.flush(draw=True)
 
     def flush(self, *, draw: bool) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import platform
@@ -5,14 +6,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
+from PIL import Image
 
 from shards.storage.location import Location
 from trainer.config.settings import Config, DataConfig
 from trainer.run.best import since_best
+from trainer.run.distributed import start_accelerator
 from trainer.run.run_summary import run_summary
 from trainer.run.runlog import Progress, RowFile, RunLog, cpu_name
+from trainer.run.trackers import wandb_options
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -132,3 +137,50 @@ def test_the_summary_of_a_run_names_its_best_evaluation_its_files_and_the_next_c
         "--data.split val",
     ]
     assert "best " not in run_summary(Location("runs/one"), data, steps, [])
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_run_of_wandb_is_named_after_its_folder_which_keeps_its_id(tmp_path: Path, scheme: str) -> None:
+    options = [wandb_options(Location(f"{scheme}{tmp_path}/{name}")) for name in ("first", "first", "other/")]
+    assert options[0] == options[1]
+    assert [one["name"] for one in options] == ["first", "first", "other"]
+    assert options[0]["id"] != options[2]["id"]
+    assert options[0]["resume"] == "allow"
+
+
+def test_pictures_of_an_evaluation_are_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, buffer = Config(), io.BytesIO()
+    Image.new("RGB", (1600, 400), "red").save(buffer, "JPEG")
+    accelerator = start_accelerator(trackers=config.run.trackers, run=Location(str(tmp_path)))
+    log = RunLog(Location(str(tmp_path)), config, accelerator, 0, 10)
+    scores = {"step": 7, "split": "val", "bbox": {"ap": 0.5}, "segm": {"ap": 0.25}}
+    log.add_evaluation(scores, {"pictures/one": buffer.getvalue()})
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "tensorboard/maskstream")).Reload()
+    [image] = events.Images("pictures/one")
+    assert (image.step, image.width, image.height) == (7, 1000, 250)
+    assert np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))[100, 100].tolist() == pytest.approx(
+        [255, 0, 0], abs=3
+    )
+
+
+def test_wandb_receives_pictures_and_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    config, run, buffer = Config(), Location(str(tmp_path / "first")), io.BytesIO()
+    config.run.trackers = ["wandb"]
+    Image.new("RGB", (40, 30), "red").save(buffer, "JPEG")
+    for step in (1, 2):
+        accelerator = start_accelerator(trackers=config.run.trackers, run=run)
+        log = RunLog(run, config, accelerator, step - 1, 10)
+        found = accelerator.get_tracker("wandb", unwrap=True)
+        assert (found.name, found.id) == ("first", (run / "wandb.txt").read().decode())
+        scores = {"step": step, "split": "val", "bbox": {"ap": 0.5}, "segm": {"ap": 0.25}}
+        log.add_evaluation(scores, {"pictures/one": buffer.getvalue()})
+        accelerator.end_training()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2  # of one id
+    assert len({path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")}) == 1
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/pictures/one_*"))
