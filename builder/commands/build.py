@@ -21,6 +21,7 @@ from builder.planning.plan_build import PlannedBuild
 from builder.sources.base import Source
 from builder.target.build_lock import BuildLock, refuse_if_held
 from builder.target.build_state import check_shards, claim, finished_results, read_tables, remove_strays
+from builder.target.card_picture import draw_card_picture
 from builder.tasks.plan import ShardTask
 from shards.common.errors import StorageError, UserError
 from shards.common.redact import redact
@@ -172,8 +173,9 @@ def build(prepared: PreparedBuild, *, overwrite: bool = False, command: str = ""
         remove_strays(root, {shard.path for shard in shards})
         check_shards(root, shards, "Run the same command again: it packs what is missing")
         origin = {**source.origin(), "choice": json.loads(canonical_json(planned.scope.recorded()))}
+        card = draw_card_picture(rows, plan.categories, lambda path: root / path)
         info = write_tables(
-            root, rows, shards, plan.categories, accounts, plan=plan.fingerprint, source=origin, command=command
+            root, rows, shards, plan.categories, accounts, card, plan=plan.fingerprint, source=origin, command=command
         )
         delete(root / RECORDS, recursive=True)
     return summarise(

@@ -21,6 +21,7 @@ from builder.packing.pack import RECORDS, Job, TaskResult, pack_image, pack_imag
 from builder.planning.plan_build import PlannedBuild
 from builder.target.build_lock import BuildLock
 from builder.target.build_state import check_shards, finish_retry, read_tables, retry_stage
+from builder.target.card_picture import draw_card_picture
 from builder.tasks.plan import InlineMask, Member, PlannedImage, ShardTask
 from shards.common.errors import DatasetError, UserError
 from shards.format.accounts import PACKED, RECOVERED, UNKNOWN, Account, failed_images
@@ -77,8 +78,11 @@ def retry_failed(prepared: PreparedBuild, *, command: str = "") -> Summary:
             accounts = [account for account in accounts if (account.split, account.key) not in keys]
             accounts += [account for result in fresh for account in result.accounts]
             lock.check()
+            staged = {one.shard.path for one in fresh if one.shard is not None and one.shard not in info.shards}
+            classes, origin = dataset.categories, info.source
+            picture = draw_card_picture(rows, classes, lambda path: (stage if path in staged else root) / path)
             info = write_tables(
-                stage, rows, shards, dataset.categories, accounts, plan=info.plan, source=info.source, command=command
+                stage, rows, shards, classes, accounts, picture, plan=info.plan, source=origin, command=command
             )
             finish_retry(root)
         else:

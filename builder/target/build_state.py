@@ -21,7 +21,7 @@ from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.accounts import Account, read_accounts
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, Dataset, DatasetInfo, Shard
-from shards.format.dataset_card import README_FILE
+from shards.format.dataset_card import PICTURE_FILE, README_FILE
 from shards.format.index_schema import IndexRow
 from shards.format.sample import canonical_json
 from shards.storage.explain import storage_errors
@@ -31,7 +31,7 @@ from shards.storage.retry import delete, retrying, write
 PLAN_FILE = "plan.json"
 RETRY = "retry"
 
-_FILES = (DATASET_FILE, INDEX_FILE, ACCOUNTS_FILE, README_FILE)
+_FILES = (DATASET_FILE, INDEX_FILE, ACCOUNTS_FILE, README_FILE, PICTURE_FILE)
 _SHARD_PATH = rf"(?:{'|'.join(SPLITS)})/\d{{6}}\.tar"
 
 

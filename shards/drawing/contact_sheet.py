@@ -1,24 +1,32 @@
 """Many pictures as one: rows of equal height that fill a width."""
 
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 from PIL import Image
 
 GAP = 8  # pixels between pictures
+HIGHEST = 1.5
 
 Size = tuple[int, int]  # width, height in pixels
 
 
 def fit_rows(sizes: Sequence[Size], width: int, height: int) -> list[list[Size]]:
-    """Scale pictures so that rows fill `width`, except the last one, and are at most `height` pixels high."""
-    rows, row = list[list[Size]](), list[Size]()
-    for size in sizes:
-        row.append(size)
-        filling = (width - GAP * (len(row) - 1)) / sum(w / h for w, h in row)
-        if filling <= height:
-            rows.append(_scaled(row, filling))
-            row = []
-    return [*rows, _scaled(row, height)] if row else rows
+    """Scale pictures so that every row fills `width` and is about `height` pixels high.
+
+    Rows of few or narrow pictures are shorter than `width`: none is higher than `HIGHEST` times `height`.
+    """
+    ratios = [w / h for w, h in sizes]
+    total = sum(ratios)
+    count = max(round(total * height / width), 1)
+    # A picture is in the row in which its middle would be if all pictures were on one line.
+    middles = [end - ratio / 2 for end, ratio in zip(accumulate(ratios), ratios, strict=True)]
+    fitted = []
+    for _, row in groupby(zip(middles, ratios, strict=True), key=lambda each: int(each[0] / total * count)):
+        own = [ratio for _, ratio in row]
+        filling = min((width - GAP * (len(own) - 1)) / sum(own), HIGHEST * height)
+        fitted.append([(max(int(filling * ratio), 1), max(round(filling), 1)) for ratio in own])
+    return fitted
 
 
 def join_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -34,7 +42,3 @@ def join_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
             x += picture.width + GAP
         y += height + GAP
     return sheet
-
-
-def _scaled(row: Sequence[Size], height: float) -> list[Size]:
-    return [(max(int(height * w / h), 1), max(round(height), 1)) for w, h in row]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from shards.common.text import counted, printable
 from shards.format.dataset import SPLITS, Category, Shard
 from shards.format.index_schema import IndexRow
-from shards.format.sample import ATTRIBUTION, FLAGS
+from shards.format.sample import ATTRIBUTION, FLAGS, Sample
 
 README_FILE = "README.md"
+PICTURE_FILE = "README.jpg"
 # Names of splits, and those of Hugging Face's tools.
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 HUB_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
@@ -111,7 +112,7 @@ _TEXT = """\
 # {heading}: {classes}
 
 {samples} in {shards} ({megabytes:.1f} MB), {origin}.
-
+{picture}
 | split | class | images | masks | boxes | of these group-of |
 | --- | --- | ---: | ---: | ---: | ---: |
 {counts}
@@ -119,6 +120,20 @@ _TEXT = """\
 Every annotation of these classes in these images that the command does not exclude is included, with or without a mask.
 Not packed: {failures};
 `accounts.parquet` has a row for every image and every mask that was requested.
+
+## Use
+
+```python
+from maskstream import EvalStream, loader, open_dataset
+
+dataset = open_dataset("path/of/this/folder")  # or its URL: s3://..., gs://..., https://...
+if __name__ == "__main__":  # loader processes may import this script
+    for samples in loader(EvalStream(dataset, "{split}", batch_size=8), workers=2):  # a list of Sample
+        print([sample.image_id for sample in samples])
+```
+
+`ShardStream` is the endless, shuffled stream for training; `maskstream train --data.shards path/of/this/folder` trains
+a Mask R-CNN, `maskstream inspect` shows the samples.
 
 ## A sample
 
@@ -146,6 +161,14 @@ dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"]
 {command}
 {fence}
 """
+
+
+@dataclass(frozen=True)
+class CardPicture:
+    """A JPEG of a few samples, by rows."""
+
+    jpeg: bytes
+    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -180,6 +203,26 @@ def _escaped(name: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(name), quote=False))
 
 
+def _shown_picture(picture: CardPicture) -> str:
+    """Return the Markdown of the picture, with the attribution of each sample."""
+    credits = "; ".join(map(_credit, picture.samples))
+    title = f"{counted(len(picture.samples), 'sample')} with masks and boxes"
+    return f"\n![{title}]({PICTURE_FILE})\n\nBy rows: {credits}.\n"
+
+
+def _credit(sample: Sample) -> str:
+    parts = [_linked(sample.title or sample.image_id, sample.original_url)]
+    parts += [f"by {_linked(sample.author, sample.author_url)}"] if sample.author else []
+    parts += [_linked("licence", sample.license)] if sample.license else []
+    return ", ".join(parts)
+
+
+def _linked(text: str, url: str) -> str:
+    """Return text as a Markdown link, or as it is if the URL is not one for a web page."""
+    is_safe = re.fullmatch(r"https?://[\w.~:/?#@!$&'*+,;=%-]+", url, re.ASCII)
+    return f"[{_escaped(text)}]({url})" if is_safe else _escaped(text)
+
+
 def render_card(
     categories: Sequence[Category],
     counts: Sequence[ClassCounts],
@@ -187,11 +230,12 @@ def render_card(
     command: str,
     failures: Mapping[str, int],
     source: str = "Open Images",
+    picture: CardPicture | None = None,
 ) -> str:
     """Return the text of `README.md`: front matter, counts, format, licence, and the command that made it.
 
     Classes without a packed object are not listed. `failures` has the number of images and masks for each reason why
-    they were not packed; `source` is a key of `_ABOUT`.
+    they were not packed; `source` is a key of `_ABOUT`; `picture` is next to the card.
     """
     about = _ABOUT[source]
     packed = {c.name for c in counts if c.boxes}
@@ -225,6 +269,8 @@ def render_card(
         failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",
         ids=", ".join(f"{category.id} {_escaped(category.name)}" for category in categories),
         first_split=HUB_SPLITS[splits[0]],
+        split=splits[0],
+        picture="" if picture is None else _shown_picture(picture),
         command=command,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0)),
     )

@@ -18,7 +18,7 @@ from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
 from shards.format.accounts import PACKED, Account, reasons, write_accounts
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, Shard, root_location
-from shards.format.dataset_card import README_FILE, count_classes, render_card
+from shards.format.dataset_card import PICTURE_FILE, README_FILE, CardPicture, count_classes, render_card
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
 from shards.format.jpeg import ImageError, jpeg_size
@@ -305,18 +305,21 @@ def write_tables(
     shards: Sequence[Shard],
     categories: Sequence[Category],
     accounts: Sequence[Account],
+    picture: CardPicture | None = None,
     *,
     plan: str = "",
     source: dict[str, Any],
     command: str,
 ) -> DatasetInfo:
-    """Write accounts, card, index and `dataset.json`, in this order, without credentials of URLs.
+    """Write accounts, card with its picture, index and `dataset.json`, in this order, without credentials of URLs.
 
     `source`, where the data came from, is JSON; its `name` selects the text of the card, which shows `command`.
     """
     write(root / ACCOUNTS_FILE, write_accounts(accounts))
     counts = count_classes(rows, categories)
-    card = render_card(categories, counts, shards, redact(command), reasons(accounts), source["name"])
+    card = render_card(categories, counts, shards, redact(command), reasons(accounts), source["name"], picture)
+    if picture is not None:
+        write(root / PICTURE_FILE, picture.jpeg)
     write(root / README_FILE, card.encode())
     safe = redact_values(json.loads(canonical_json(source)))
     return retrying(lambda: finish_dataset(root, rows, shards, categories, plan=plan, source=safe))

@@ -13,13 +13,13 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from shards.common.html_page import fill_page
 from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
 from shards.drawing.overlay import PALETTE, fitted_size, hex_colour
+from shards.drawing.thumbnail import small_mask
 from shards.format import rle
 from shards.format.dataset import Dataset
 from shards.format.sample import ATTRIBUTION, FLAGS, Sample
@@ -115,10 +115,3 @@ def _large(rings: Sequence[Points], tolerance: float) -> list[Points]:
     """Omit parts and holes that are smaller than the tolerance, but never the largest part."""
     extents = [int(np.ptp(ring, axis=0).max()) for ring in rings]
     return [ring for ring, extent in zip(rings, extents) if extent > tolerance or extent == max(extents)]
-
-
-def small_mask(mask: rle.Rle, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Resize a mask to `size`, (width, height), as bool [H, W]; a mask that is not empty keeps at least one pixel."""
-    full = Image.fromarray(rle.decode(mask) * np.uint8(255))
-    pixels = np.asarray(full.resize(size, Image.Resampling.BOX))
-    return pixels >= (128 if (pixels >= 128).any() else max(int(pixels.max()), 1))

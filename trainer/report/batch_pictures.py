@@ -21,7 +21,7 @@ from trainer.step.ground_truth import ground_truth_of
 
 FILE = "batches.jpg"
 IMAGES = 16  # of the first steps
-WIDTH, HEIGHT = 1600, 400  # pixels of the picture, and of an image at most
+WIDTH, HEIGHT = 1600, 400  # pixels of the picture, and about of a row
 
 
 class BatchPictures:

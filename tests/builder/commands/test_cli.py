@@ -95,7 +95,7 @@ def test_a_build_from_s3_to_s3(s3: S3Server, s3_scenes: SceneTruth, bucket: str,
     assert f"next: inspect-shards {root}" in printed
     assert "not packed: nothing" in printed
     names = {path.removeprefix(f"{bucket}/some/prefix/") for path in s3.filesystem().find(bucket)}
-    assert {"dataset.json", "index.parquet", "accounts.parquet", "README.md", "train/000000.tar"} <= names
+    assert {"dataset.json", "index.parquet", "accounts.parquet", "README.md", "README.jpg", "train/000000.tar"} <= names
     assert not any(name.startswith(".build") for name in names)
     assert main(command) == 0
     assert "already built" in capsys.readouterr().out

@@ -2,8 +2,9 @@ import pytest
 import yaml
 
 from shards.format.dataset import Category, Shard
-from shards.format.dataset_card import ClassCounts, count_classes, render_card
+from shards.format.dataset_card import CardPicture, ClassCounts, count_classes, render_card
 from shards.format.index_schema import IndexRow
+from shards.format.sample import Sample
 
 CATEGORIES = (Category(1, "Dog", "/m/0bt9lr"), Category(2, "Cat", "/m/01yrx"), Category(3, "Ant", "/m/0_k2"))
 SHARD = Shard("val/000000.tar", "val", 1, 10240, "00")
@@ -62,3 +63,15 @@ def test_render_card_has_source_licence_and_packed_classes(
     assert "| val | Ant | 2 | 0 | 2 | 2 |" in text
     assert "Cat" not in card
     assert "build-shards --x" in text
+
+
+def test_the_picture_has_the_attribution_of_its_samples_and_only_links_to_web_pages() -> None:
+    one = Sample(
+        "a", b"", 4, 3, title="[x](y)", original_url="https://host/a?b=1", author="Zoë <b>", author_url="javascript:1"
+    )
+    two = Sample("b", b"", 4, 3, license="https://host/(a) b")
+    counts = count_classes([ROW], CATEGORIES)
+    card = render_card(CATEGORIES, counts, [SHARD], "x", {}, picture=CardPicture(b"", (one, two)))
+    assert "![2 samples with masks and boxes](README.jpg)" in card
+    assert r"By rows: [\[x\](y)](https://host/a?b=1), by Zoë &lt;b&gt;; b, licence." in card
+    assert "README.jpg" not in render_card(CATEGORIES, counts, [SHARD], "x", {})

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.drawing.thumbnail import small_mask
 from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance, Sample
 from shards.inspect.cli import main
-from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_mask, small_picture
+from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_picture
 from tests.browser import console, press, requests, resize
 from tests.support import CATEGORIES, jpeg, sample, write_dataset
 
