@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from builder.commands.image_check import check_images
-from builder.commands.progress import Progress
+from builder.commands.progress import PackingProgress
 from builder.fetching.fetch import Request, fetch
 from builder.fetching.traffic import PROCESS, Traffic
 from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
@@ -297,7 +297,7 @@ def _run(
     results: dict[str, TaskResult] = {}
     resumed: set[str] = set()
     fresh: Sequence[ShardTask] = planned.plan.tasks
-    with Progress() as progress:
+    with PackingProgress() as progress:
         while fresh:
             finished = finished_results(job.root, job.fingerprint, fresh)
             if finished:
@@ -310,7 +310,7 @@ def _run(
                 lock.check()
                 results[task.name] = result
                 failed = len(failed_images(result.accounts, task.split))
-                progress.advance(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
+                progress.add(len(task.images), result.images.nbytes + result.masks.nbytes, failed)
             tasks += fresh
             accounts = [account for result in results.values() for account in result.accounts]
             failures = {split: failed_images(accounts, split) for split in SPLITS}

@@ -59,18 +59,10 @@ def _cache_folder(options: BuildOptions) -> Iterator[str]:
         yield os.path.abspath(os.path.expanduser(options.cache))
 
 
-class _BarHandler(logging.StreamHandler):
-    """Handler that writes above the progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
 def _start_logging() -> None:
-    handler = _BarHandler(sys.stderr)
+    from shards.commands.progress import LogHandler  # not at the top: --help answers without tqdm
+
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("build-shards: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("builder").setLevel(logging.INFO)

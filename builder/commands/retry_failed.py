@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from builder.commands.build import PreparedBuild, Summary, summarise
-from builder.commands.progress import Progress
+from builder.commands.progress import PackingProgress
 from builder.fetching.fetch import Request, fetch_one
 from builder.fetching.traffic import Meter
 from builder.packing.executors import Engine, execute
@@ -130,13 +130,13 @@ def _by_id(task: ShardTask, image_ids: set[str]) -> list[PlannedImage]:
 
 def _run(repairs: Sequence[Repair], job: Job, engine: Engine, lock: BuildLock) -> dict[str, TaskResult]:
     results: dict[str, TaskResult] = {}
-    with Progress() as progress:
+    with PackingProgress() as progress:
         progress.expect(len(repairs))
         for repair, result in execute(partial(repair_task, job=job), repairs, engine):
             lock.check()
             results[repair.task.name] = result
             failed = len(failed_images(result.accounts, repair.task.split))
-            progress.advance(1, result.images.nbytes + result.masks.nbytes, failed)
+            progress.add(1, result.images.nbytes + result.masks.nbytes, failed)
     return results
 
 

@@ -10,12 +10,11 @@ import pandas as pd
 
 from builder.commands.build import Summary
 from builder.commands.dry_run import Estimate
-from builder.commands.progress import duration
 from builder.fetching.traffic import Traffic
 from builder.planning.class_report import ClassReport
 from shards.common.redact import redact_url
 from shards.common.tables import text_table
-from shards.common.text import counted
+from shards.common.text import counted, duration
 from shards.format.accounts import FILTERED
 from shards.format.dataset_card import ClassCounts
 

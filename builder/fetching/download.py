@@ -1,7 +1,6 @@
 """Download of a large table: several ranges at once, in order, with a progress bar, and resumed after a kill."""
 
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -12,10 +11,9 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from builder.fetching.fetch import RangeFile
 from builder.fetching.partial_file import PartialFile
+from shards.commands.progress import Progress
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
 from shards.storage.reads import Description
@@ -23,7 +21,6 @@ from shards.storage.reads import Description
 HEAD_BYTES = 1 << 20  # read first, by itself; most tables are no longer
 RANGE_BYTES = 4 << 20
 RANGES_AHEAD = 8  # in flight, or waiting for their turn: 32 MiB of memory
-BAR_AFTER_S = 1.0  # most downloads take less
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +70,12 @@ class Download(RangeFile):
         position, started = len(self.kept), time.monotonic()
         if position == self.length:
             return
-        with _bar(self.location, self.length) as bar:
-            bar.update(position)
+        name = self.location.url.partition("?")[0].rsplit("/", 1)[-1]
+        with Progress(name, self.length / 1e6, "MB", logger.info) as progress:
+            progress.advance(position / 1e6)
             for data in self._partial.pieces(position) if self._partial else ():
                 position += len(data)
-                bar.update(len(data))
+                progress.advance(len(data) / 1e6)
                 yield data
             if position > len(self.kept):
                 done, total = position / 1e6, self.length / 1e6
@@ -86,7 +84,7 @@ class Download(RangeFile):
                 if self._partial is not None:
                     self._partial.add(position, data)
                 position += len(data)
-                bar.update(len(data))
+                progress.advance(len(data) / 1e6)
                 yield data
         if self.length > RANGE_BYTES:
             megabytes, seconds = self.length / 1e6, time.monotonic() - started
@@ -137,18 +135,3 @@ class Download(RangeFile):
             if self._partial is not None:
                 self._partial.close(keep=keep)
         super().close()
-
-
-def _bar(location: Location, nbytes: int) -> "tqdm[Any]":
-    """Return a progress bar in bytes, which is shown on a terminal and vanishes at the end."""
-    return tqdm(
-        total=nbytes,
-        unit="B",
-        unit_scale=True,
-        desc=location.url.partition("?")[0].rsplit("/", 1)[-1],
-        disable=not sys.stderr.isatty(),
-        delay=BAR_AFTER_S,
-        leave=False,
-        dynamic_ncols=True,
-        bar_format="{desc}: {n_fmt}B/{total_fmt}B |{bar}| {rate_fmt}, {remaining} left",
-    )

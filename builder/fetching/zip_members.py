@@ -4,6 +4,7 @@ Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (4.3.7 local
 library reads end records and central directories, ZIP64 included; the members are extracted here.
 """
 
+import logging
 import struct
 import zipfile
 from collections import Counter
@@ -22,6 +23,7 @@ from builder.fetching.fetch import Inventory, RangeFile, Refusal, Request, fetch
 from builder.fetching.table_cache import NO_CACHE, Cache, Content
 from builder.fetching.traffic import PROCESS, Meter
 from builder.tasks.plan import Member
+from shards.commands.progress import Progress
 from shards.common.back_off import DAMAGED_READS
 from shards.common.errors import StorageError, UserError
 from shards.common.text import counted
@@ -36,6 +38,8 @@ SPARE_BYTES = 1 << 20  # unwanted bytes that may be read in all, by default
 DENSE = 2 / 3  # a stretch of which more than this share is wanted is read whole
 MIN_WANTED = 8  # files; that fewer are missing proves nothing about their zip
 MEMBER_BYTES = 64 << 20  # the largest size, compressed or not, of a member that may be a mask
+
+logger = logging.getLogger(__name__)
 
 # The fields of a `Member`, without its zip.
 DIRECTORY = pa.schema(
@@ -101,8 +105,14 @@ def locate_members(
                 found = select(cache.keep(content, _read_directory(file)))
         return found
 
-    with ThreadPoolExecutor(ZIPS_AT_ONCE) as pool:
-        found = dict(zip(wanted, pool.map(look_up, wanted), strict=True))
+    found = dict[Location, _LookUp]()
+    with (
+        ThreadPoolExecutor(ZIPS_AT_ONCE) as pool,
+        Progress("reading zip directories", len(wanted), "zips", logger.info) as progress,
+    ):
+        for location, one in zip(wanted, pool.map(look_up, wanted), strict=True):
+            found[location] = one
+            progress.advance(1)
     empty = [location for location, one in found.items() if not one.rows]
     if len(empty) < len(found):  # a few files may be missing from a zip that is the right one
         empty = [location for location in empty if len(wanted[location]) >= MIN_WANTED]

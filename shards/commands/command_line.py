@@ -109,8 +109,11 @@ def run(
 
 
 def say(text: str) -> None:
-    """Print text to stdout at once, without the credentials of URLs."""
-    print(redact(text), flush=True)
+    """Print text to stdout at once, above the bars of `progress`, without the credentials of URLs."""
+    from tqdm import tqdm  # not at the top: --help answers without it
+
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(redact(text), flush=True)
 
 
 def print_to_reader(command: Callable[[], int]) -> int:

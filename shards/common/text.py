@@ -31,6 +31,15 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as text: `48 s`, `7 min 5 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def shown(value: Any) -> str:
     """Return a value's repr for a message: on one line, at most 80 characters."""
     text = one_line(repr(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from shards.commands.progress import Progress
 from shards.common.errors import SampleError, UserError
 from shards.common.text import shown
 from shards.format.dataset import Dataset
@@ -95,16 +96,22 @@ def samples(export: Export, tally: Tally) -> Iterator[tuple[int, Sample]]:
     index = export.dataset.index(tally.split)
     numbers = image_numbers(index)
     found = read(SampleReader(export.dataset.root, index), range(len(index)))
-    for row, sample in tqdm(found, tally.split, len(index), leave=False, unit="image", disable=None):
-        if export.masks_only:
-            instances = tuple(instance for instance in sample.instances if instance.segmentation is not None)
-            tally.remarks[UNMASKED] += len(sample.instances) - len(instances)
-            sample = replace(sample, instances=instances)
-        if exif_orientation(sample.image) != 1:
-            tally.remarks[TURNED] += 1
-            sample = replace(sample, image=without_orientation(sample.image))
-        tally.images += 1
-        yield int(numbers[row]), sample
+    with Progress(f"exporting {tally.split}", len(index), "images", _report) as progress:
+        for row, sample in found:
+            if export.masks_only:
+                instances = tuple(instance for instance in sample.instances if instance.segmentation is not None)
+                tally.remarks[UNMASKED] += len(sample.instances) - len(instances)
+                sample = replace(sample, instances=instances)
+            if exif_orientation(sample.image) != 1:
+                tally.remarks[TURNED] += 1
+                sample = replace(sample, image=without_orientation(sample.image))
+            tally.images += 1
+            progress.advance(1)
+            yield int(numbers[row]), sample
+
+
+def _report(line: str) -> None:
+    print(f"export: {line}", file=sys.stderr, flush=True)
 
 
 def read(reader: SampleReader, rows: range) -> Iterator[tuple[int, Sample]]:

@@ -108,21 +108,22 @@ def _run(options: InspectOptions) -> int:
     return 0
 
 
-def _verify(root: Location, *, as_json: bool) -> int:
-    from tqdm import tqdm
+def _report(line: str) -> None:
+    print(f"inspect-shards: {line}", file=sys.stderr, flush=True)
 
+
+def _verify(root: Location, *, as_json: bool) -> int:
+    from shards.commands.progress import Progress
     from shards.inspect.shard_check import Checked
     from shards.inspect.verify import Verification
 
     started = time.monotonic()
     verification, checked = Verification(root), Checked()
-    with tqdm(total=verification.total, unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
-        for part in verification.run(bar.update):
+    with Progress("verifying", verification.total / 1e6, "MB", _report) as progress:
+        for part in verification.run(lambda nbytes: progress.advance(nbytes / 1e6)):
             checked.add(part)
-            if not as_json:
-                for fault in part.faults:
-                    tqdm.write(redact(str(fault)), file=sys.stdout)
-                sys.stdout.flush()
+            for fault in () if as_json else part.faults:
+                say(str(fault))
     if verification.note:
         print(redact(f"inspect-shards: note: {verification.note}"), file=sys.stderr)
     if as_json:

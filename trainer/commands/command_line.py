@@ -113,7 +113,9 @@ def start_logging() -> None:
 
     Credentials of URLs are removed.
     """
-    handler = logging.StreamHandler()
+    from shards.commands.progress import LogHandler  # not at the top: --help answers without tqdm
+
+    handler = LogHandler()
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

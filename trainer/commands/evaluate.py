@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torchvision.models.detection import MaskRCNN
 
     from shards.format.dataset import Category, Dataset
+    from shards.stream.streams import EvalStream
+    from trainer.data.collate import EvalBatch
     from trainer.metrics.confusion import Confusion
     from trainer.metrics.metric import Gather
     from trainer.metrics.openimages import Parents
@@ -202,17 +204,47 @@ def evaluate(
         parents: for the Open Images AP, of classes that are kinds of others.
         watch: called with each batch of this rank: the pixels, and the images with their detections.
     """
+    from shards.commands.progress import Progress
     from shards.stream.loader import loader
-    from shards.stream.streams import EvalStream
-    from trainer.data.collate import EvalCollate, sample_cache
     from trainer.metrics.coco import CocoMetric
     from trainer.metrics.openimages import OpenImagesMetric
     from trainer.metrics.overlaps import EvaluatedImage
-    from trainer.model.build import num_classes
     from trainer.model.inference import detect_batches
     from trainer.report.scorecard import Evaluation
 
-    stream = EvalStream(
+    coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
+    was_training = network.training
+    stream = open_stream(dataset, split, accelerator, data, train)
+    batches = loader(stream, workers=data.workers, pin_memory=accelerator.device.type == "cuda")
+    own, is_main = len(dataset.index(split)) / accelerator.num_processes, accelerator.is_main_process
+    with Progress(f"evaluating {split}", own, "images", log.info, is_shown=is_main) as progress:
+        for batch, found in detect_batches(network.eval(), batches, accelerator.device):
+            images = [EvaluatedImage(*pair) for pair in zip(batch.samples, found, strict=True)]
+            coco.process(images)
+            open_images.process(images)
+            if watch is not None:
+                watch(batch.images, images)
+            progress.advance(len(images))
+    network.train(was_training)
+
+    gather = gather_to_main(accelerator)
+    by_coco, by_open_images = coco.evaluate(gather), open_images.evaluate(gather)
+    if by_coco is None or by_open_images is None:
+        return None
+    if by_coco.images != len(dataset.index(split)):
+        raise RuntimeError(f"{by_coco.images} images were evaluated, split {split!r} has {len(dataset.index(split))}")
+    return Evaluation(by_coco, by_open_images)
+
+
+def open_stream(
+    dataset: Dataset, split: str, accelerator: Accelerator, data: DataConfig, train: TrainConfig
+) -> EvalStream[EvalBatch]:
+    """Return the stream of this rank's share of a split."""
+    from shards.stream.streams import EvalStream
+    from trainer.data.collate import EvalCollate, sample_cache
+    from trainer.model.build import num_classes
+
+    return EvalStream(
         dataset,
         split,
         batch_size=train.eval_batch_size,
@@ -223,24 +255,6 @@ def evaluate(
         stall_s=data.stall_s,
         collate=EvalCollate(num_classes(dataset.categories)),
     )
-    coco, open_images = CocoMetric(dataset.categories), OpenImagesMetric(dataset.categories, parents)
-    was_training = network.training
-    batches = loader(stream, workers=data.workers, pin_memory=accelerator.device.type == "cuda")
-    for batch, found in detect_batches(network.eval(), batches, accelerator.device):
-        images = [EvaluatedImage(*pair) for pair in zip(batch.samples, found, strict=True)]
-        coco.process(images)
-        open_images.process(images)
-        if watch is not None:
-            watch(batch.images, images)
-    network.train(was_training)
-
-    gather = gather_to_main(accelerator)
-    by_coco, by_open_images = coco.evaluate(gather), open_images.evaluate(gather)
-    if by_coco is None or by_open_images is None:
-        return None
-    if by_coco.images != len(dataset.index(split)):
-        raise RuntimeError(f"{by_coco.images} images were evaluated, split {split!r} has {len(dataset.index(split))}")
-    return Evaluation(by_coco, by_open_images)
 
 
 def gather_to_main(accelerator: Accelerator) -> Gather:

@@ -10,6 +10,7 @@ everything that determines the content of the parts, so that parts of another ru
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torchvision.models.detection import MaskRCNN
 
 from shards.commands.command_line import say
+from shards.commands.progress import Progress
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
@@ -35,6 +37,8 @@ from trainer.prediction.output_files import COCO_FILE, Labels, PredictionFiles, 
 from trainer.run.distributed import from_main
 
 PICTURES = "pictures"
+
+log = logging.getLogger("trainer.prediction.sharded_inference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +154,17 @@ def _predict_parts(
     )
     left, records = list(numbers), list[dict[str, Any]]()
     batches = loader(stream, workers=options.workers, pin_memory=accelerator.device.type == "cuda")
-    for batch, found in detect_batches(network, batches, accelerator.device):
-        for sample, pixels, of_image in zip(batch.samples, batch.images, found, strict=True):
-            name = f"{sample.image_id}.jpg"
-            record = image_record(sample.image_id, name, sample.width, sample.height, of_image)
-            if options.pictures:
-                record["image"]["picture"] = f"{PICTURES}/{name}"
-                write_picture(out / PICTURES / name, pixels, of_image, state.categories)
-            records.append(record)
-        if len(records) == len(parts.rows(left[0])):
-            yield left.pop(0), records
-            records = []
+    total, main = sum(len(parts.rows(number)) for number in numbers), accelerator.is_main_process
+    with Progress(f"predicting {options.split}", total, "images", log.info, is_shown=main) as progress:
+        for batch, found in detect_batches(network, batches, accelerator.device):
+            for sample, pixels, of_image in zip(batch.samples, batch.images, found, strict=True):
+                name = f"{sample.image_id}.jpg"
+                record = image_record(sample.image_id, name, sample.width, sample.height, of_image)
+                if options.pictures:
+                    record["image"]["picture"] = f"{PICTURES}/{name}"
+                    write_picture(out / PICTURES / name, pixels, of_image, state.categories)
+                records.append(record)
+            progress.advance(len(found))
+            if len(records) == len(parts.rows(left[0])):
+                yield left.pop(0), records
+                records = []

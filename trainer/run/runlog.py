@@ -38,7 +38,7 @@ import yaml
 from accelerate import Accelerator
 
 from shards.common.redact import redact, redact_values
-from shards.common.text import counted
+from shards.common.text import counted, duration
 from shards.storage.location import Location
 from trainer.config.settings import Config
 from trainer.run.best import best_evaluation, since_best
@@ -92,6 +92,9 @@ class RunLog:
         self._drawn = len(self.steps.rows), len(self.evaluations.rows)
         self.progress = Progress(config.run.log_steps, total)
         self._title = redact(f"{run}, trained on {config.data.shards}")
+        if step < total:
+            compiled = ", which compiles it: that can take minutes" if config.train.compile != "no" else ""
+            log.info("starting with step %d of %d: reading the first batch, then the step%s", step + 1, total, compiled)
         start_trackers(accelerator, run, flattened(public), config.run.trackers)
 
     @property
@@ -151,21 +154,25 @@ class RunLog:
 
 
 class Progress:
-    """The progress log: a line every `every` steps, with means since the previous line."""
+    """The progress log: a line for the first step and for every `every` steps, with means since the previous line."""
 
     def __init__(self, every: int, total: int) -> None:
-        self.every, self.total = every, total
+        self.every, self.total, self._is_first = every, total, True
         self._rows: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Add a step's row of metrics.jsonl; if a line is due, log it and return its means."""
         self._rows.append(row)
-        if row["step"] % self.every and row["step"] != self.total:
+        if row["step"] % self.every and row["step"] != self.total and not self._is_first:
             return None
         means = _means(self._rows)
         seconds_per_step = sum(row["seconds"] for row in self._rows) / len(self._rows)
+        # The first step waits for the loaders and may compile: it says nothing about the others.
+        left = timedelta(seconds=round((self.total - row["step"]) * seconds_per_step))
+        timing = f"in {duration(seconds_per_step)}" if self._is_first else f"left {left}"
+        self._is_first = False
         log.info(
-            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  left %s",
+            "step %d/%d  loss %.4f (%s)  lr %.2e  %.1f images/s  data wait %.0f %%%s  memory %.1f GB  %s",
             row["step"],
             self.total,
             means["loss"],
@@ -175,7 +182,7 @@ class Progress:
             100 * means["data_wait"],
             _reading(means),
             means["memory_mb"] / 1000,
-            timedelta(seconds=round((self.total - row["step"]) * seconds_per_step)),
+            timing,
         )
         self._rows.clear()
         return means

@@ -1,4 +1,3 @@
-import itertools
 import json
 import re
 import shutil
@@ -9,7 +8,6 @@ import pytest
 from builder.commands.build import Shortfall, Summary
 from builder.commands.cli import main
 from builder.commands.dry_run import SAMPLED
-from builder.commands.progress import Progress, duration
 from builder.commands.summary import render_estimate, render_summary
 from builder.planning.plan_build import MIN_TRIED
 from demo.scenes import SceneTruth
@@ -95,20 +93,3 @@ def test_a_retry_is_recommended_only_where_it_can_help(
     )
     assert ("(try --retry-failed)" in text) == helps
     assert "short: train Person: 1 of 2 (" in text
-
-
-def test_progress_logs_lines_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("builder.commands.progress.LINE_EVERY_S", 0.0)
-    monkeypatch.setattr("builder.commands.progress.time.monotonic", itertools.count().__next__)
-    with caplog.at_level("INFO", "builder.commands.progress"), Progress() as progress:
-        progress.expect(10)
-        progress.advance(4, 2_000_000, 1)
-        progress.expect(1)
-        progress.advance(7, 1, 0)
-    assert caplog.messages == [
-        "packed 3 of 10 images, 4.0 images/s, 2.0 MB/s, 1 failed, 2 s left",
-        "packed 10 of 11 images, 5.5 images/s, 1.0 MB/s, 1 failed, 0 s left",
-    ]
-    assert [duration(s) for s in (0.4, 48, 425, 12_000)] == ["0 s", "48 s", "7 min 5 s", "3 h 20 min"]

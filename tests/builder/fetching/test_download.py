@@ -1,6 +1,5 @@
 """Tables are downloaded by several ranges at once, and an interrupted download is resumed, byte for byte."""
 
-import io
 import itertools
 import logging
 import os
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from builder.commands.cli import _BarHandler
 from builder.fetching import download
 from builder.fetching.download import Download
 from builder.fetching.fetch import Inventory
@@ -26,6 +24,7 @@ from builder.fetching.table_cache import Cache, Content
 from builder.sources.csv_tables import read_table
 from demo.s3proxy import S3Proxy, Seen
 from demo.s3server import S3Server
+from shards.commands import progress
 from shards.common.errors import StorageError, UserError
 from shards.storage.location import Location
 from shards.storage.reads import Description
@@ -269,28 +268,15 @@ def test_a_full_disk_ends_keeping_and_not_the_download(
     assert not kept(tmp_path)
 
 
-def test_the_bar_is_on_terminals_only_and_lines_go_above_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(download, "BAR_AFTER_S", 0.0)
-    quiet = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", quiet)
+def test_a_download_reports_its_progress_without_the_query(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     read(ONE)
-    assert quiet.getvalue() == ""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Download(OBJECT, ONE) as file:
-        file.read(5000)
-        handler = _BarHandler(terminal)
-        handler.emit(logging.makeLogRecord({"msg": "a line"}))
-        file.read()
-    shown = terminal.getvalue()
-    assert "t.csv: " in shown
-    assert "/10.2kB |" in shown
-    assert " left" in shown
-    assert "\ra line\n" in shown.replace(" \r", "\r")
+    lines = [message for message in caplog.messages if message.startswith("t.csv: ")]
+    assert len(lines) == 1 + 10  # the head and ten ranges
+    assert all(" MB/s, " in line for line in lines)
+    assert "secret" not in "".join(lines)
 
 
 @pytest.fixture

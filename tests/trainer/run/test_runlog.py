@@ -61,6 +61,9 @@ def test_an_unreadable_cpuinfo_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_progress_logs_a_line_of_means_every_few_steps(caplog: pytest.LogCaptureFixture) -> None:
     progress = Progress(every=2, total=5)
     with caplog.at_level(logging.INFO, logger="trainer"):
+        progress.add(row(1, seconds=70.0))  # waits for the loaders, and compiles
+        assert caplog.messages.pop().endswith("  in 1 min 10 s")
+        caplog.clear()
         progress.add(row(1))
         assert not caplog.messages
         progress.add(row(2, loss=0.8, losses={"loss_mask": 0.3, "loss_classifier": 0.5}, seconds=6.0, data_wait=0.75))
