@@ -134,22 +134,21 @@
       const isGroup = object.flags.includes(groupFlag);
       const shape = draw("g", { class: "shape", "data-place": place });
       if (object.outline) shape.append(draw("path", { class: "area", d: object.outline, fill: colour, stroke: colour, "fill-rule": "evenodd" }));
-      if (isGroup) shape.append(draw("rect", { class: "hatch", x, y, width: w, height: h, fill: `url(#hatch-${object.class})` }));
+      if (isGroup) shape.append(draw("rect", { class: "hatch", x, y, width: w, height: h, fill: `url(#${hatchOf(colour)})` }));
       shape.append(draw("rect", { class: object.outline || isGroup ? "box" : "box dashed", x, y, width: w, height: h, stroke: colour }));
       if (names) shape.append(draw("text", { class: "name", x: x + letter / 4, y: Math.max(y - letter / 3, letter), "font-size": letter }, nameOf(object.class)));
-      shape.addEventListener("mouseenter", () => highlight(place, true));
-      shape.addEventListener("mouseleave", () => highlight(place, false));
       svg.append(shape);
     }
     return svg;
   }
   const area = (object) => object.box[2] * object.box[3];
 
+  const hatchOf = (colour) => `hatch-${colour.slice(1)}`;
+
   function makePatterns() {
-    for (const one of data.classes) {
-      const stripe = draw("rect", { width: 2.5, height: 9, fill: one.colour, "fill-opacity": 0.4 });
-      const at = { id: `hatch-${one.id}`, width: 9, height: 9, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" };
-      $("patterns").querySelector("defs").append(draw("pattern", at, stripe));
+    for (const colour of new Set([...data.classes.map((one) => one.colour), ...data.colours])) {
+      const at = { id: hatchOf(colour), width: 9, height: 9, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" };
+      $("patterns").querySelector("defs").append(draw("pattern", at, draw("rect", { width: 2.5, height: 9, fill: colour })));
     }
   }
 
@@ -263,7 +262,6 @@
   }
 
   function highlight(place, active) {
-    if (!$("detail").open) return;
     for (const shape of $("detail").querySelectorAll(".shape")) {
       const own = Number(shape.dataset.place) === place;
       shape.classList.toggle("highlighted", active && own);
@@ -332,6 +330,14 @@
   $("gallery-note").textContent = `${several(cards.length, "sample")}, chosen by a hash (seed ${data.seed}) so that rare classes occur as often as frequent ones. Open one to see its masks, flags and author.`;
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
+  for (const id of ["photo", "mask"]) {
+    for (const [event, active] of [["mouseover", true], ["mouseout", false]]) {
+      $(id).addEventListener(event, ({ target }) => {
+        const shape = target.closest(".shape");
+        if (shape) highlight(Number(shape.dataset.place), active);
+      });
+    }
+  }
   $("colours").addEventListener("click", () => { byInstance = !byInstance; showMasks(); });
   $("close").addEventListener("click", () => $("detail").close());
   $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });

@@ -217,12 +217,27 @@ def test_masks_are_coloured_by_instance_or_by_class_and_rows_and_shapes_highligh
     page.find_element("id", "colours").click()
     assert len(fills()) == objects
     row = all_of(page, "#objects tbody tr")[0]
-    script = "arguments[0].dispatchEvent(new MouseEvent(arguments[1]))"
-    for event, count in (("mouseenter", 1), ("mouseleave", 0)):
-        page.execute_script(script, page.find_element("css selector", "#mask .shape[data-place='0']"), event)
+    script = "arguments[0].dispatchEvent(new MouseEvent(arguments[1], { bubbles: true }))"
+    for over_shape, over_row, count in (("mouseover", "mouseenter", 1), ("mouseout", "mouseleave", 0)):
+        page.execute_script(script, page.find_element("css selector", "#mask .shape[data-place='0'] .box"), over_shape)
         assert len(all_of(page, "#objects tr.highlighted")) == len(all_of(page, "#mask .highlighted")) == count
-        page.execute_script(script, row, event)
+        page.execute_script(script, row, over_row)
         assert len(all_of(page, "#photo .highlighted")) == count
+
+
+def test_hatches_of_groups_have_the_colour_of_their_box_and_are_bright_on_black(page: Any) -> None:
+    data = data_of(page.page_source)
+    group = data["flags"].index("group-of")
+    place = next(n for n, one in enumerate(data["samples"]) if any(group in o["flags"] for o in one["objects"]))
+    all_of(page, CARD)[place].click()
+    opacities = []
+    for pane in ("#photo", "#mask"):
+        hatch = page.find_element("css selector", f"{pane} .hatch")
+        stripe = page.find_element("css selector", f"{hatch.get_attribute('fill')[4:-1]} rect")
+        box = page.find_element("css selector", f"{pane} .shape:has(.hatch) .box")
+        assert stripe.get_attribute("fill") == box.get_attribute("stroke")
+        opacities.append(float(hatch.value_of_css_property("fill-opacity")))
+    assert opacities == [0.4, 0.85]
 
 
 def nameless_controls(driver: Any) -> list[Any]:
