@@ -117,8 +117,9 @@ def _summary(out: Path, seconds: float) -> None:
         ("pictures with the objects found", "predictions"),
         ("worst and best images of the evaluation", "evaluation/images.html"),
         ("losses, AP and speed of the run", "run/curves.png"),
+        ("the first training images as the network sees them", "run/batches.jpg"),
     ):
-        print(f"{what:<40} {out / name}")
+        print(f"{what:<51} {out / name}")
     _announce("The same with photographs of Open Images (docs/getting-started.md)")
     print(REAL)
 

@@ -9,11 +9,11 @@ Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels, inc
 
 
 class Labels:
-    """Draws names on a picture of `size`, (width, height); the first get the best places."""
+    """Draws names on a picture of `size`, (width, height), with `text_scale`; the first get the best places."""
 
-    def __init__(self, canvas: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
+    def __init__(self, canvas: ImageDraw.ImageDraw, size: tuple[int, int], text_scale: float = 1.0) -> None:
         self.canvas, self.size = canvas, size
-        self.font = ImageFont.load_default(size=min(max(round(max(size) / 55), 12), 28))
+        self.font = ImageFont.load_default(size=text_scale * min(max(round(max(size) / 55), 12), 28))
         self.taken: list[Rectangle] = []
         self.named: set[Colour] = set()
 

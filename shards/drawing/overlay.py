@@ -75,6 +75,7 @@ def draw_instances(
     show_masks: bool = True,
     show_boxes: bool = True,
     scale: int = 1,
+    text_scale: float = 1.0,
 ) -> Image.Image:
     """Draw annotations or detections on a copy of an image, in RGB and `scale` times its size.
 
@@ -89,6 +90,7 @@ def draw_instances(
         colours: one per instance; by default those of the classes.
         show_masks, show_boxes: whether masks, or boxes and group-of regions, are drawn; names always are.
         scale: integer factor by which the image is enlarged (see `legible_scale`).
+        text_scale: factor of the size of names, for pictures that are shown small.
 
     Raises:
         ValueError: the length, shape or dtype of an argument does not match the others.
@@ -109,7 +111,7 @@ def draw_instances(
     for i in order if show_boxes else ():
         _draw_box(canvas, instances[i], colours[i], scale, line)
     names = {category.id: category.name for category in categories}
-    labels = Labels(canvas, picture.size)
+    labels = Labels(canvas, picture.size, text_scale)
     # The best detections, else the largest objects, get the best places for their names.
     for i in order if scores is None else sorted(order, key=lambda i: -scores[i]):
         number = instances[i].category_id

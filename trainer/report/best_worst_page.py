@@ -7,7 +7,7 @@ detections that these ignore (on objects without a mask, in groups, of unverifie
 import base64
 import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -124,11 +124,11 @@ class BestWorstPage:
         gathered = gather(own)
         if gathered is None:
             return None
-        sections, present = [], Counter[int]()
-        for kind, nothing in NO_IMAGES.items() if self.count else ():
+        sections, present = [], set[int]()
+        for kind, nothing in NO_IMAGES.items():
             entries = sorted((getattr(score, kind), figure) for of_kind, score, figure in gathered if of_kind == kind)
             figures = [figure for _, figure in entries[: self.count]]
-            present.update(number for figure in figures for number in figure.classes)
+            present.update(*(figure.classes for figure in figures))
             sections.append(_section(kind, nothing, [figure.html for figure in figures]))
         parts = {
             "title": html.escape(title),
@@ -136,7 +136,7 @@ class BestWorstPage:
             "table": "" if evaluation is None else _table(evaluation),
             "legend": "".join(f"<li>{_swatch(colour)}{text}</li>" for colour, text in LEGEND.items()),
             "classes": _options(self.categories, present),
-            "sections": "".join(sections),
+            "sections": "".join(sections) if self.count else "<p>None: --pictures is 0.</p>",
         }
         return fill_page("trainer.report", parts)
 
@@ -217,10 +217,10 @@ def _section(kind: str, nothing: str, figures: Sequence[str]) -> str:
     )
 
 
-def _options(categories: Sequence[Category], images: Mapping[int, int]) -> str:
+def _options(categories: Sequence[Category], present: Collection[int]) -> str:
     """Return the choices of the class filter: the classes on the page, by name."""
-    present = sorted((category.name, category.id) for category in categories if images[category.id])
-    options = "".join(f'<option value="{number}">{html.escape(name)}</option>' for name, number in present)
+    shown = sorted((category.name, category.id) for category in categories if category.id in present)
+    options = "".join(f'<option value="{number}">{html.escape(name)}</option>' for name, number in shown)
     return f'<option value="">all</option>{options}'
 
 

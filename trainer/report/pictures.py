@@ -20,6 +20,7 @@ from trainer.metrics.overlaps import EvaluatedImage
 
 FOLDER = "pictures"
 SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
+TEXT_SCALE = 1.5  # of marks: the page that has them shows pictures small
 GAP = 8  # pixels between the two halves
 
 
@@ -62,7 +63,8 @@ def draw_comparison(
 
 
 def _styles(marks: Sequence[Mark]) -> dict[str, Any]:
-    return {"colours": [mark.colour for mark in marks], "captions": [mark.caption for mark in marks]}
+    colours, captions = [mark.colour for mark in marks], [mark.caption for mark in marks]
+    return {"colours": colours, "captions": captions, "text_scale": TEXT_SCALE}
 
 
 def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
