@@ -27,6 +27,8 @@ PALETTE: list[Colour] = [
         *("a47b6c", "befeff", "7d5970", "d3d5ac", "58065e", "4c2524"),
     )
 ]
+# What became of objects and detections, by colours of Okabe and Ito's palette, which differ for all readers.
+FOUND, MISSED, SUPERFLUOUS, UNCOUNTED = (0, 140, 230), (240, 228, 66), (213, 94, 0), (170, 170, 170)
 GOLDEN_ANGLE = 0.381966  # of a turn; puts the hue of each further class into the widest gap
 LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names
 FILL_OPACITY = 0.40  # of masks

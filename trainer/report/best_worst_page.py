@@ -18,6 +18,7 @@ from torch import Tensor
 from shards.common.html_page import fill_page
 from shards.common.text import counted
 from shards.drawing.label_placement import Colour
+from shards.drawing.overlay import FOUND, MISSED, SUPERFLUOUS, UNCOUNTED
 from shards.format.dataset import Category
 from trainer.metrics.metric import Gather, single_process
 from trainer.metrics.openimages import RIGHT, WRONG, Matches, Parents, match
@@ -30,8 +31,6 @@ LONGER_SIDE = 800  # pixels of a picture
 NO_IMAGES = {"worst": "an error", "best": "a right detection"}
 OPEN_TABLE = 12  # most classes for which the table is unfolded
 
-# The colours of what the pictures show, and the legend's words: Okabe and Ito's, which differ for all readers.
-FOUND, MISSED, SUPERFLUOUS, UNCOUNTED = (0, 140, 230), (240, 228, 66), (213, 94, 0), (170, 170, 170)
 LEGEND = {
     FOUND: "found: an object with its detection",
     MISSED: "missed: an object without a detection",

@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.drawing.overlay import (
+    FOUND,
+    MISSED,
     PALETTE,
+    SUPERFLUOUS,
+    UNCOUNTED,
     class_colour,
     display_instances,
     display_top_masks,
@@ -244,7 +248,7 @@ def ciede2000(one: Any, two: Any) -> float:
     return math.sqrt(dl**2 + dc**2 + dh**2 - rotation * dc * dh)
 
 
-def test_the_colours_of_twelve_classes_differ_for_colour_blind_readers_too() -> None:
+def test_the_colours_of_twelve_classes_and_of_outcomes_differ_for_colour_blind_readers_too() -> None:
     for one, two, published in (
         ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
         ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
@@ -252,6 +256,7 @@ def test_the_colours_of_twelve_classes_differ_for_colour_blind_readers_too() -> 
         ((50, 2.5, 0), (58, 24, 15), 19.4535),
     ):
         assert ciede2000(one, two) == pytest.approx(published, abs=1e-4)
-    for vision in VISION.values():
-        seen = [lab(class_colour(number), vision) for number in range(1, 13)]
+    classes, outcomes = [class_colour(number) for number in range(1, 13)], [FOUND, MISSED, SUPERFLUOUS, UNCOUNTED]
+    for vision, colours in itertools.product(VISION.values(), (classes, outcomes)):
+        seen = [lab(colour, vision) for colour in colours]
         assert min(ciede2000(*pair) for pair in itertools.combinations(seen, 2)) >= 20

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shards.drawing.overlay import FOUND, MISSED, SUPERFLUOUS, UNCOUNTED
 from shards.format.dataset import Category
 from shards.format.sample import Sample
 from tests.browser import console, press, requests, resize
@@ -18,16 +19,7 @@ from trainer.metrics.coco import CocoMetric
 from trainer.metrics.openimages import OpenImagesMetric, match
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.model.inference import Detections
-from trainer.report.best_worst_page import (
-    FOUND,
-    MISSED,
-    SUPERFLUOUS,
-    UNCOUNTED,
-    BestWorstPage,
-    ImageScore,
-    annotation_marks,
-    detection_marks,
-)
+from trainer.report.best_worst_page import BestWorstPage, ImageScore, annotation_marks, detection_marks
 from trainer.report.pictures import Mark
 from trainer.report.scorecard import Evaluation
 
