@@ -110,9 +110,9 @@ def run(
 
 def say(text: str) -> None:
     """Print text to stdout at once, above the bars of `progress`, without the credentials of URLs."""
-    from tqdm import tqdm  # not at the top: --help answers without it
+    from shards.commands.progress import above_bars  # not at the top: --help answers without tqdm
 
-    with tqdm.external_write_mode(file=sys.stdout):
+    with above_bars(sys.stdout):
         print(redact(text), flush=True)
 
 

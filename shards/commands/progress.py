@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -14,6 +16,17 @@ from shards.common.text import duration
 
 LINE_EVERY_S = 15.0
 BAR_AFTER_S = 1.0  # most work takes less
+
+_bars = dict[int, int]()  # how many are drawn, by the process
+
+
+def above_bars(stream: TextIO) -> AbstractContextManager[object]:
+    """Return a context in which text is written above the bars of this process.
+
+    Without a bar it does nothing. So a loader process, which may be killed at any time, never holds tqdm's lock, which
+    it shares with its parent.
+    """
+    return tqdm.external_write_mode(file=stream) if _bars.get(os.getpid()) else nullcontext()
 
 
 class Progress:
@@ -64,6 +77,7 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format="{desc}: {n:.0f}/{total:.0f}{unit} |{bar}| {rate_fmt}{postfix}, {remaining} left",
             )
+            _bars[os.getpid()] = _bars.get(os.getpid(), 0) + 1
             self._bar.start_t = self._bar.last_print_t = self._bar.last_print_t - seconds  # the speed is since then
             count = self._done
         self._bar.total = self._total
@@ -82,6 +96,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+            _bars[os.getpid()] -= 1
 
 
 class LogHandler(logging.StreamHandler):
@@ -89,5 +104,5 @@ class LogHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        with tqdm.external_write_mode(file=self.stream):
+        with above_bars(self.stream):
             super().emit(record)
