@@ -25,7 +25,7 @@ from shards.drawing.overlay import draw_instances
 from shards.format import rle
 from shards.format.dataset import Category, open_dataset
 from shards.format.dataset_writer import DatasetWriter
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance, Sample, extension_of
 from shards.inspect.verify import Verification
 from shards.order.epoch_order import EvaluationOrder
 from shards.storage.location import Location
@@ -51,11 +51,11 @@ class Unnoticed(Exception):
     """A changed input was taken for the original, although a checksum covers it."""
 
 
-def jpeg(seed: int) -> bytes:
-    """Return a small picture as JPEG."""
+def picture(seed: int) -> bytes:
+    """Return a small picture, as JPEG or, for every other seed, as PNG."""
     small = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8))
     buffer = io.BytesIO()
-    small.resize((WIDTH, HEIGHT)).save(buffer, "JPEG", quality=80)
+    small.resize((WIDTH, HEIGHT)).save(buffer, "PNG" if seed % 2 else "JPEG", quality=80)
     return buffer.getvalue()
 
 
@@ -68,7 +68,7 @@ def make_sample(seed: int) -> Sample:
         Instance(2, (10.0, 2.0, 20.0, 25.0), None, "", "/m/0k4j", is_occluded=True),
         Instance(2, (0.0, 0.0, 40.0, 30.0), None, is_group_of=True),
     )
-    return Sample(f"{seed:016x}", jpeg(seed), WIDTH, HEIGHT, instances, verified_present=(1, 2), author="Zoë")
+    return Sample(f"{seed:016x}", picture(seed), WIDTH, HEIGHT, instances, verified_present=(1, 2), author="Zoë")
 
 
 def write_dataset(root: Path) -> None:
@@ -145,7 +145,8 @@ class Samples:
             return
         members = self.original[row].to_members()
         if is_one_of(rng, 0.15):
-            members["jpg"] = change_bytes(members["jpg"], rng)
+            extension = extension_of(self.original[row].image)
+            members[extension] = change_bytes(members[extension], rng)
         elif is_one_of(rng, 0.2):
             members["json"] = change_bytes(members["json"], rng)
         else:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bucket import Bucket, make_bucket
 from benchmarks.building import machine
-from builder.packing.images import check_jpeg, encode_mask
+from builder.packing.images import check_image, encode_mask
 from shards.format.rle import Rle
 from shards.format.sample import Instance, Sample
 from shards.format.shard_tar import pack_shard
@@ -42,7 +42,7 @@ def main() -> int:
         pictures = read(bucket)
     samples = [sample_of(picture) for picture in pictures]
     rows = {
-        "JPEG: every coefficient decoded": lambda: [check_jpeg(jpeg) for _, jpeg, _ in pictures],
+        "JPEG: every coefficient decoded": lambda: [check_image(jpeg) for _, jpeg, _ in pictures],
         "masks: decoded, resized, encoded": lambda: [sample_of(picture) for picture in pictures],
         "masks: the same, all left to Pillow": lambda: with_pillow(pictures),
         "MD5 of the JPEG": lambda: [hashlib.md5(jpeg, usedforsecurity=False).digest() for _, jpeg, _ in pictures],

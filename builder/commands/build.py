@@ -102,7 +102,8 @@ class PreparedBuild:
     def job(self) -> Job:
         """What all tasks of the build share."""
         source, plan = self.source, self.planned.plan
-        return Job(self.root, plan.fingerprint, source.images.anonymous, source.annotations.anonymous)
+        anonymous = source.images.anonymous, source.annotations.anonymous
+        return Job(self.root, plan.fingerprint, *anonymous, self.planned.scope.to_jpeg)
 
 
 def prepare_build(

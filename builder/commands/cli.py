@@ -109,6 +109,7 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
         seed=options.seed,
         images_per_shard=options.images_per_shard,
         keep_empty=options.keep_empty,
+        to_jpeg=options.to_jpeg or 0,
     )
     workers = 1 if options.dry_run else options.workers or os.cpu_count() or 1
     engine = Engine(workers, options.cluster)

@@ -121,6 +121,14 @@ class BuildOptions:
     )
     seed: int = _select(0, "seed of the selection and of the order of the images", low=0)
     images_per_shard: int = _select(256, "images per shard", low=1)
+    to_jpeg: int | None = _select(
+        None,
+        "convert images that are not JPEGs (PNG, WebP, BMP, TIFF, GIF) to JPEGs of this quality; 95 is high",
+        default_help="PNGs are stored as they are, the others are not packed",
+        metavar="QUALITY",
+        low=1,
+        high=100,
+    )
     images: list[str] = _place(
         [PUBLIC_IMAGES],
         "root of <split>/<ImageID>.jpg; with coco, of its file names, or several as train=URL val=URL test=URL",

@@ -1,4 +1,4 @@
-"""Check JPEGs, resize and encode mask PNGs, convert boxes to pixels. Pure functions.
+"""Check images, resize and encode mask PNGs, convert boxes to pixels. Pure functions.
 
 Images are taken as stored: EXIF orientation is ignored, because Open Images' boxes and masks ignore it. Annotations
 that follow it are turned by `builder.packing.picture_frame`.
@@ -14,13 +14,14 @@ from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
 from builder.packing.bit_png import BitImage, read_bits
 from builder.tasks.plan import Box, Failure, Size
-from shards.format import jpeg, rle
+from shards.format import image as image_files
+from shards.format import rle
+from shards.format.sample import PNG_SIGNATURE
 
 MAX_PIXELS = 64 << 20  # of an image or mask: 64 Mpx, sixty times the images of Open Images, below Pillow's own limit
 
-# First bytes -> name of the format.
+# First bytes -> name of the format, for those that shards do not hold.
 _OTHER_FORMATS = {
-    b"\x89PNG\r\n": "PNG",
     b"GIF8": "GIF",
     b"RIFF": "WebP",
     b"BM": "BMP",
@@ -29,15 +30,21 @@ _OTHER_FORMATS = {
 }
 
 
-def check_jpeg(data: bytes | Refusal) -> Size | Failure:
-    """Return the (width, height) of an image in pixels, EXIF orientation ignored, or why it cannot be used."""
+def check_image(data: bytes | Refusal, to_jpeg: int = 0) -> tuple[bytes, Size] | Failure:
+    """Return the bytes to store, and the (width, height) in pixels as stored; or why an image cannot be used.
+
+    A JPEG or PNG is stored as it is. `to_jpeg`, unless 0, is the quality at which all but JPEGs are converted.
+    """
     if isinstance(data, Refusal):
         return Failure(f"image-{data.reason}", "")
+    kind = next((name for start, name in _OTHER_FORMATS.items() if data.startswith(start)), "")
     try:
-        return jpeg.jpeg_size(data, MAX_PIXELS)
-    except jpeg.ImageError as error:
-        if kind := next((name for start, name in _OTHER_FORMATS.items() if data.startswith(start)), ""):
-            return Failure("image-undecodable", f"a {kind}, not a JPEG: shards hold JPEGs, convert it first")
+        if to_jpeg and (kind or data.startswith(PNG_SIGNATURE)):
+            data = image_files.to_jpeg(data, to_jpeg, MAX_PIXELS)
+        elif kind:
+            return Failure("image-undecodable", f"a {kind}: shards hold JPEG and PNG; --to-jpeg 95 converts it")
+        return data, image_files.image_size(data, MAX_PIXELS)
+    except image_files.ImageError as error:
         return Failure("image-too-large" if error.too_large else "image-undecodable", str(error))
 
 
@@ -79,13 +86,13 @@ def pixel_box(box: Box, width: int, height: int) -> Box:
 def _read_with_pillow(data: bytes) -> BitImage | Failure:
     """Decode a PNG of any kind; non-zero pixels are the object."""
     try:
-        with jpeg.pillow_errors("a PNG"), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with image_files.pillow_errors("a PNG"), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 return Failure("mask-undecodable", f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
             image.load()
             return BitImage(width, height, np.packbits(_non_zero(image), axis=1))
-    except jpeg.ImageError as error:
+    except image_files.ImageError as error:
         return Failure("mask-undecodable", str(error))
 
 

@@ -9,7 +9,7 @@ from typing import Self, TypeAlias
 from builder.fetching.fetch import Refusal, Request, fetch
 from builder.fetching.traffic import Meter, Traffic
 from builder.fetching.zip_members import MemberError, read_members
-from builder.packing.images import check_jpeg, encode_mask, pixel_box
+from builder.packing.images import check_image, encode_mask, pixel_box
 from builder.packing.inline_masks import EncodedMask, encode_inline
 from builder.packing.picture_frame import Frame, frame_of
 from builder.sources.base import FLAGS
@@ -21,7 +21,6 @@ from builder.tasks.plan import (
     PlannedImage,
     PlannedObject,
     ShardTask,
-    StatedFile,
     task_fingerprint,
 )
 from shards.format import rle
@@ -47,12 +46,13 @@ Outcome: TypeAlias = tuple[Sample | None, list[Account]]
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a build share: root, fingerprint of the plan, and whether reads are unsigned."""
+    """What all tasks of a build share: root, fingerprint of the plan, whether reads are unsigned, conversion."""
 
     root: Location
     fingerprint: str
     anonymous_images: bool = False
     anonymous_masks: bool = False
+    to_jpeg: int = 0  # quality at which images of other formats are converted; 0 for none
 
 
 @dataclass(frozen=True)
@@ -138,24 +138,31 @@ def _pack_part(
     job: Job,
     meter: Meter,
 ) -> list[Outcome]:
-    outcomes = [pack_image(image, data, masks, split) for image, data in zip(images, contents, strict=True)]
+    def pack(image: PlannedImage, data: bytes | Refusal) -> Outcome:
+        return pack_image(image, data, masks, split, job.to_jpeg)
+
+    outcomes = [pack(image, data) for image, data in zip(images, contents, strict=True)]
     doubtful = [index for index, (_, accounts) in enumerate(outcomes) if accounts[0].status == "image-undecodable"]
     again = _read_images([images[index] for index in doubtful], job, meter)
     for index, data in zip(doubtful, again, strict=True):
         if data != contents[index]:
-            outcomes[index] = pack_image(images[index], data, masks, split)
+            outcomes[index] = pack(images[index], data)
     return outcomes
 
 
-def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: str) -> Outcome:
-    """Make a sample of an image, without any I/O; an object whose mask fails stays in it as a box without a mask."""
+def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: str, to_jpeg: int = 0) -> Outcome:
+    """Make a sample of an image, without any I/O; an object whose mask fails stays in it as a box without a mask.
+
+    `to_jpeg` is that of `check_image`.
+    """
 
     def account(status: str, detail: str, annotation: Annotation | None = None) -> Account:
         if annotation is None:
             return Account("image", split, image.image_id, "", image.file_name, status, detail)
         return Account("mask", split, image.image_id, annotation.box_id, annotation.mask_path, status, detail)
 
-    frame = _check_image(data, image.stated)
+    stored = check_image(data, to_jpeg)
+    frame = stored if isinstance(stored, Failure) else frame_of(*stored, image.stated)
     if isinstance(frame, Failure):
         with_mask = [planned.annotation for planned in image.objects if planned.annotation.mask_path]
         lost = [account("image-failed", frame.status, annotation) for annotation in with_mask]
@@ -173,10 +180,10 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
             accounts.append(account(PACKED, "; ".join(filter(None, (found.remark, remark))), planned.annotation))
         if instance is not None:
             instances.append(instance)
-    assert isinstance(data, bytes)
+    assert not isinstance(stored, Failure)
     sample = Sample(
         image_id=image.image_id,
-        image=data,
+        image=stored[0],
         width=frame.width,
         height=frame.height,
         instances=tuple(instances),
@@ -185,14 +192,6 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
         **asdict(image.metadata),
     )
     return sample, accounts
-
-
-def _check_image(data: bytes | Refusal, stated: StatedFile | None) -> Frame | Failure:
-    size = check_jpeg(data)
-    if isinstance(size, Failure):
-        return size
-    assert isinstance(data, bytes)
-    return frame_of(data, size, stated)
 
 
 def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> EncodedMask | Failure:

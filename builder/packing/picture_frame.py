@@ -1,6 +1,6 @@
 """The picture that annotations were made for, compared with the pixels that are stored.
 
-Annotation tools show a JPEG turned as its EXIF orientation says, so that annotations can be of a picture whose sides
+Annotation tools show a picture turned as its EXIF orientation says, so that annotations can be of a picture whose sides
 are swapped. Shards hold annotations of the pixels as stored.
 
 Format: https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf (4.6.4, tag 0x0112).
@@ -14,7 +14,7 @@ from builder.packing.images import same_shape
 from builder.tasks.plan import Box, Failure, Size, StatedFile
 from shards.format import rle
 from shards.format.accounts import EXIF_IGNORED, TURNED
-from shards.format.jpeg import exif_orientation
+from shards.format.image import exif_orientation
 
 AS_STORED = 1
 # Orientations that swap the sides. To be upright, the stored pixels are: transposed; turned clockwise; transposed along
@@ -63,9 +63,9 @@ class Frame:
 
 
 def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Failure:
-    """Compare the size of a JPEG, (width, height) as stored, with the size that its annotations state.
+    """Compare the size of an image, (width, height) as stored, with the size that its annotations state.
 
-    They may be two sizes of one picture. If the sides are swapped, the JPEG's EXIF orientation has to explain it.
+    They may be two sizes of one picture. If the sides are swapped, its EXIF orientation has to explain it.
     """
     if stated is None:
         return Frame(*size)
@@ -80,7 +80,7 @@ def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Fail
         found = "x".join(map(str, size))
         return Failure(
             "image-shape",
-            f"the annotations are for {wanted[0]}x{wanted[1]} pixels, the JPEG has {found}, its EXIF orientation is "
+            f"the annotations are for {wanted[0]}x{wanted[1]} pixels, the image has {found}, its EXIF orientation is "
             f"{orientation}",
         )
     is_square = same_shape(size, swapped)

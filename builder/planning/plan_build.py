@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from builder.planning.class_report import ClassReport, classes_held, explain_shortage, report_classes, warn_of_few_masks
@@ -16,6 +17,8 @@ from shards.common.text import counted
 from shards.format.accounts import UNKNOWN, Account
 from shards.format.dataset import SPLITS
 from shards.format.shard_tar import seeded_order
+
+CONVERTED_ONLY = (".webp", ".gif", ".bmp", ".tif", ".tiff")  # names of images that shards do not hold
 
 MIN_TRIED = 8  # images; that fewer are unavailable proves nothing about the others of their split
 
@@ -44,6 +47,7 @@ class BuildScope:
         partition: fractions of the source's train split for train, val and test; None for the source's own splits.
         seed: seed of the selection, of the order in the shards and of the partition.
         keep_empty: without a quota, select images without an object of the classes, too.
+        to_jpeg: quality of JPEG, 1 to 100, to which images of other formats are converted; 0 for none.
     """
 
     class_names: Sequence[str]
@@ -55,6 +59,7 @@ class BuildScope:
     seed: int = 0
     images_per_shard: int = 256
     keep_empty: bool = False
+    to_jpeg: int = 0
 
     @property
     def parts(self) -> Partition | None:
@@ -76,6 +81,7 @@ class BuildScope:
             "seed": self.seed,
             "images_per_shard": self.images_per_shard,
             **({"keep_empty": True} if self.keep_empty else {}),
+            **({"to_jpeg": self.to_jpeg} if self.to_jpeg else {}),
         }
 
 
@@ -149,7 +155,9 @@ def plan_build(source: Source, scope: BuildScope) -> PlannedBuild:
     tasks = [task for split, found in planned.items() for task in cut_tasks(split, found, scope.images_per_shard)]
     if not tasks:
         raise _nothing_to_pack(classes, scope, len(unknown))
-    rules = [scope.seed, {split: state.quota for split, state in states.items()}, asdict(scope.filters)]
+    rules: list[Any] = [scope.seed, {split: state.quota for split, state in states.items()}, asdict(scope.filters)]
+    rules += [{"to_jpeg": scope.to_jpeg}] if scope.to_jpeg else []
+    _warn_of_other_formats(tasks, scope)
     plan = make_plan(classes.categories, tasks, rules)
     reports = _report(planned, states, classes, scope)
     warn_of_few_masks(reports)
@@ -272,6 +280,19 @@ def _report(
             found = report_classes(split, classes.wanted, of_split, states[split].candidates, states[split].quota)
             reports += [explain_shortage(one, where, require_mask=scope.filters.require_mask) for one in found]
     return tuple(reports)
+
+
+def _warn_of_other_formats(tasks: Sequence[ShardTask], scope: BuildScope) -> None:
+    """Log the formats, by the names of the files, that are only packed as JPEGs: one line for each."""
+    if scope.to_jpeg:
+        return
+    names: dict[str, list[str]] = {}
+    for name in (image.file_name for task in tasks for image in task.images):
+        names.setdefault(PurePosixPath(name).suffix.lower(), []).append(name)
+    for suffix, found in names.items():
+        if suffix in CONVERTED_ONLY:
+            what = f"{counted(len(found), 'image')} named {suffix}, such as {found[0][:80]}"
+            logger.warning("%s: shards hold JPEG and PNG; --to-jpeg 95 converts the others", what)
 
 
 def _nothing_to_pack(classes: Classes, scope: BuildScope, unknown: int) -> UserError:

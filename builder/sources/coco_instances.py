@@ -20,7 +20,6 @@ from shards.common.text import counted
 from shards.format.sample import KEY
 
 LONGEST_SIDE = 1 << 16  # pixels
-OTHER_IMAGES = (".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 logger = logging.getLogger(__name__)
 
@@ -177,15 +176,9 @@ def _image(
 
 
 def _note_names(names: Sequence[str], where: str) -> None:
-    """Log how many names of files are read as something else, or are of files that cannot be packed."""
+    """Log how many names of files are read as something else."""
     if backslashes := sum("\\" in name for name in names):
         logger.info("%s: %s with backslashes, read as folders", where, counted(backslashes, "file name"))
-    others = [name for name in names if name.lower().endswith(OTHER_IMAGES)]
-    if others:
-        found = (
-            f"{counted(len(others), 'image')} of {len(names)} {'is' if len(others) == 1 else 'are'} not called a JPEG"
-        )
-        logger.warning("%s: %s, such as %s: shards hold JPEGs: convert them first", where, found, others[0][:80])
 
 
 def _named(ids: Any, names: Mapping[int, str]) -> tuple[str, ...]:

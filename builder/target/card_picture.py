@@ -9,8 +9,8 @@ from shards.drawing.contact_sheet import fit_rows, join_rows
 from shards.drawing.thumbnail import draw_thumbnail
 from shards.format.dataset import SPLITS, Category
 from shards.format.dataset_card import CardPicture
+from shards.format.image import ImageError
 from shards.format.index_schema import IndexRow
-from shards.format.jpeg import ImageError
 from shards.format.sample import Sample
 from shards.format.shard_tar import parse_members
 from shards.storage.location import Location

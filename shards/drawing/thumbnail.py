@@ -11,15 +11,13 @@ from PIL import Image
 from shards.drawing.overlay import draw_instances
 from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.jpeg import pillow_errors
+from shards.format.image import STORED, pillow_errors, rgb
 from shards.format.sample import Sample
 
 
 def draw_thumbnail(sample: Sample, size: tuple[int, int], categories: Sequence[Category]) -> Image.Image:
-    """Draw a sample at `size`, (width, height); ImageError if its JPEG is damaged."""
-    with pillow_errors(), Image.open(io.BytesIO(sample.image), formats=("JPEG",)) as opened:
-        opened.draft("RGB", size)  # decodes large pictures at a fraction of their size, which is at least this
-        picture = opened.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    """Draw a sample at `size`, (width, height); ImageError if its image is damaged."""
+    picture = decode_at_least(sample.image, size).resize(size, Image.Resampling.LANCZOS)
     factors = (size[0] / sample.width, size[1] / sample.height) * 2
     instances = []
     for instance in sample.instances:
@@ -27,6 +25,13 @@ def draw_thumbnail(sample: Sample, size: tuple[int, int], categories: Sequence[C
         mask = instance.segmentation and rle.encode(small_mask(instance.segmentation, size))
         instances.append(replace(instance, bbox=(x, y, w, h), segmentation=mask))
     return draw_instances(picture, instances, categories)
+
+
+def decode_at_least(image: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decode an image to RGB, a large JPEG at a fraction of its size, at least `size`; ImageError if it is damaged."""
+    with pillow_errors(), Image.open(io.BytesIO(image), formats=STORED) as opened:
+        opened.draft("RGB", size)
+        return Image.fromarray(rgb(opened))
 
 
 def small_mask(mask: rle.Rle, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ def write_split(export: Export, tally: Tally) -> None:
     with tempfile.TemporaryFile(dir=place.parent) as images, atomic_write(str(place)) as file:
         file.write(b'{"annotations":[')
         for number, sample in samples(export, tally):
-            write(export.out / split / f"{sample.image_id}.jpg", sample.image)
+            write(export.out / split / sample.file_name, sample.image)
             entry = image_entry(sample, number)
             if sample.license:
                 entry["license"] = licenses.setdefault(sample.license, len(licenses) + 1)
@@ -66,7 +66,7 @@ def image_entry(sample: Sample, number: int) -> dict[str, Any]:
     return {
         **{name: getattr(sample, name) for name in ("width", "height", "rotation", "author", "author_url", "title")},
         "id": number,
-        "file_name": f"{sample.image_id}.jpg",
+        "file_name": sample.file_name,
         "flickr_url": sample.original_url,
         "verified_present": list(sample.verified_present),
         "neg_category_ids": list(sample.verified_absent),

@@ -19,8 +19,8 @@ from shards.commands.progress import Progress
 from shards.common.errors import SampleError, UserError
 from shards.common.text import shown
 from shards.format.dataset import Dataset
+from shards.format.image import exif_orientation, without_orientation
 from shards.format.index import Index
-from shards.format.jpeg import exif_orientation, without_orientation
 from shards.format.sample import KEY, Sample
 from shards.storage.local_files import atomic_write
 from shards.stream.reader import SampleReader

@@ -1,7 +1,7 @@
 """Plain folders, as those of the Data Science Bowl and PennFudan: an image, and a PNG for each of its masks.
 
-`<split>/images/<ImageID>.jpg`, `<split>/masks/<ImageID>/<number>_<class>.png` (0 and 255, at the image's size), and
-`<split>/objects.csv` with a line per object.
+`<split>/images/<ImageID>.jpg` or `.png`, `<split>/masks/<ImageID>/<number>_<class>.png` (0 and 255, at the image's
+size), and `<split>/objects.csv` with a line per object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write_split(export: Export, tally: Tally) -> None:
         table = csv.writer(text, lineterminator="\n")
         table.writerow(COLUMNS)
         for _, sample in samples(export, tally):
-            write(root / "images" / f"{sample.image_id}.jpg", sample.image)
+            write(root / "images" / sample.file_name, sample.image)
             for number, instance in enumerate(sample.instances):
                 name, mask = names[instance.category_id], ""
                 if instance.segmentation is not None:

@@ -13,7 +13,7 @@ from itertools import chain
 
 from shards.export.coco import annotation_entries, categories
 from shards.export.export import Export, Tally, samples, write
-from shards.format.sample import Sample, canonical_json
+from shards.format.sample import Sample, canonical_json, extension_of
 from shards.format.shard_tar import member_header
 from shards.storage.local_files import atomic_write
 
@@ -63,8 +63,8 @@ def _add(tar: tarfile.TarFile, images: Iterable[tuple[int, Sample]], most_bytes:
         classes |= {entry["category_id"] for entry in entries}
         tally.remarks[GROUPS] += sum(entry["iscrowd"] for entry in entries)
         tally.remarks[EMPTY_MASKS] += sum(not (entry["iscrowd"] or entry["segmentation"]) for entry in entries)
-        value = {"image_id": number, "file_name": f"{sample.image_id}.jpg", "annotations": entries}
-        for extension, data in (("jpg", sample.image), ("json", canonical_json(value))):
+        value = {"image_id": number, "file_name": sample.file_name, "annotations": entries}
+        for extension, data in ((extension_of(sample.image), sample.image), ("json", canonical_json(value))):
             tar.addfile(member_header(f"{sample.image_id}.{extension}", len(data)), io.BytesIO(data))
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for reading back
         if tar.offset >= most_bytes:

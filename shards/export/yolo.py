@@ -37,7 +37,7 @@ def write_split(export: Export, tally: Tally) -> None:
         lines = [f"{classes[instance.category_id]} {line}" for instance, line in polygons(sample, tally)]
         tally.objects += len(lines)
         tally.empty += not lines
-        write(export.out / "images" / tally.split / f"{sample.image_id}.jpg", sample.image)
+        write(export.out / "images" / tally.split / sample.file_name, sample.image)
         write(export.out / "labels" / tally.split / f"{sample.image_id}.txt", "".join(f"{s}\n" for s in lines).encode())
     names = dict(enumerate(category.name for category in export.dataset.categories))
     data = {split: f"images/{split}" for split in _splits(export)} | {"names": names}

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = "maskstream"
 VERSION = 1
+VERSIONS = (1, 2)  # that this release reads; `Sample.version` says what needs the later one
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
@@ -49,13 +50,18 @@ ACCOUNTS_SCHEMA = pa.schema([(name, pa.string()) for name in _ACCOUNT_FIELDS])
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A finished tar: its path under the root, split, samples, length in bytes and sha256 (hex)."""
+    """A finished tar: its path under the root, split, samples, length in bytes, sha256 (hex) and format version."""
 
     path: str
     split: str
     samples: int
     nbytes: int
     sha256: str
+    version: int = VERSION  # the highest that one of its samples needs
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its object in `dataset.json`, which states the version only where it is not the first."""
+        return {name: value for name, value in asdict(self).items() if name != "version" or value != VERSION}
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,19 @@ class DatasetInfo:
             splits[split] = {"shards": len(shards), **sizes}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "classes": [asdict(category) for category in self.categories],
             "splits": splits,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.to_json() for shard in self.shards],
             "index": {"path": INDEX_FILE, "sha256": self.index_sha256},
             "plan": self.plan,
             "source": self.source,
         }
+
+    @property
+    def version(self) -> int:
+        """The version of the format: the highest that a shard needs."""
+        return max((shard.version for shard in self.shards), default=VERSION)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -105,22 +116,28 @@ class DatasetInfo:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
         version = value.get("version")
-        if version != VERSION:
-            found = f"{where}: format version {shown(version)}"
-            raise DatasetError(f"{found}, this release reads version {VERSION}: upgrade maskstream")
+        if type(version) is not int or version not in VERSIONS:
+            found, known = f"{where}: format version {shown(version)}", " and ".join(map(str, VERSIONS))
+            raise DatasetError(f"{found}, this release reads versions {known}: upgrade maskstream")
         try:
             info = cls(
                 categories=tuple(flat(Category, category) for category in value["classes"]),
-                shards=tuple(flat(Shard, shard) for shard in value["shards"]),
+                shards=tuple(flat(Shard, _versioned(shard)) for shard in value["shards"]),
                 index_sha256=str(value["index"]["sha256"]),
                 plan=value["plan"],
                 source=dict(value["source"]),
             )
             _check_values(info)
+            if info.version != version:
+                raise ValueError(f"version is {version}, its shards have {info.version}")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise DatasetError(f"{where}: damaged ({reason}): build the dataset again") from error
         return info
+
+
+def _versioned(shard: Any) -> Any:
+    return {"version": VERSION, **shard} if isinstance(shard, dict) else shard
 
 
 def _check_values(info: DatasetInfo) -> None:

@@ -31,9 +31,8 @@ def _fields(kind: str, *names: str, of: str = "dtype") -> list[dict[str, Any]]:
 # The features to which `datasets` decodes a sample. Without them, it infers the columns from the first five samples and
 # fails on the first field that is null or empty in all of them.
 # Format: `Features._to_yaml_list` of https://github.com/huggingface/datasets
+IMAGES = {1: ("jpg",), 2: ("jpg", "png")}  # by the version of the format
 FEATURES = [
-    *_fields("string", "__key__", "__url__"),
-    *_fields("image", "jpg"),
     {
         "name": "json",
         "struct": [
@@ -108,6 +107,11 @@ before you distribute the data.""",
     ),
 }
 
+_IMAGE = {
+    IMAGES[1]: "`<ImageID>.jpg` is the source's JPEG",
+    IMAGES[2]: "`<ImageID>.jpg` or `<ImageID>.png` is the source's image",
+}
+_CAST = 'dataset = dataset.cast_column("{0}", Image(decode=False))  # row["{0}"]["bytes"] is the {1}'
 _TEXT = """\
 # {heading}: {classes}
 
@@ -137,7 +141,7 @@ a Mask R-CNN, `maskstream inspect` shows the samples.
 
 ## A sample
 
-`<ImageID>.jpg` is the source's JPEG, untouched; `<ImageID>.json` has its size, rotation, licence and author, the
+{image}, untouched; `<ImageID>.json` has its size, rotation, licence and author, the
 classes that people verified as present or absent, and COCO-style `annotations`: `category_id` ({ids}),
 `bbox` (x, y, w, h in pixels), `segmentation` (COCO compressed RLE at the image's size, or null), the original `label`,
 and the source's flags. Pixels, boxes and masks agree as stored: ignore EXIF orientation.
@@ -146,7 +150,7 @@ and the source's flags. Pixels, boxes and masks agree as stored: ignore EXIF ori
 from datasets import Image, load_dataset
 
 dataset = load_dataset("path/of/this/folder", split="{first_split}", streaming=True)
-dataset = dataset.cast_column("jpg", Image(decode=False))  # row["jpg"]["bytes"] is the JPEG
+{casts}
 ```
 
 (With its default decoding, `datasets` rotates a picture by its EXIF orientation, and boxes and masks no longer match.)
@@ -243,6 +247,8 @@ def render_card(
     classes = ", ".join(category.name for category in categories)
     splits = [split for split in SPLITS if any(shard.split == split for shard in shards)]
     samples = sum(shard.samples for shard in shards)
+    images = IMAGES[max(shard.version for shard in shards)]
+    names = [*_fields("string", "__key__", "__url__"), *_fields("image", *images)]
     files = [{"split": HUB_SPLITS[split], "path": f"{split}/*.tar"} for split in splits]
     front = {
         "pretty_name": f"{about.title}: {classes}",
@@ -251,7 +257,7 @@ def render_card(
         "tags": ["webdataset", about.tag, "instance-segmentation"],
         "size_categories": [HUB_SIZES[bisect_right([10**3, 10**4, 10**5, 10**6], samples)]],
         "configs": [{"config_name": "default", "data_files": files}],
-        "dataset_info": {"config_name": "default", "features": FEATURES},
+        "dataset_info": {"config_name": "default", "features": [*names, *FEATURES]},
     }
     rows = []
     for c in counts:
@@ -261,6 +267,8 @@ def render_card(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
+        image=_IMAGE[images],
+        casts="\n".join(_CAST.format(name, name.replace("jpg", "jpeg").upper()) for name in images),
         classes=", ".join(_escaped(category.name) for category in categories),
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),

@@ -12,17 +12,17 @@ from typing import Any, BinaryIO, NamedTuple, TypedDict
 import numpy as np
 
 from shards.common.argument_checks import flat, whole
-from shards.common.errors import DatasetError, SampleError
+from shards.common.errors import DatasetError, SampleError, StorageError
 from shards.common.redact import redact, redact_values
 from shards.common.text import counted, did_you_mean, shown
 from shards.format import rle
 from shards.format.accounts import PACKED, Account, reasons, write_accounts
 from shards.format.dataset import ACCOUNTS_FILE, DATASET_FILE, INDEX_FILE, SPLITS, DatasetInfo, Shard, root_location
 from shards.format.dataset_card import PICTURE_FILE, README_FILE, CardPicture, count_classes, render_card
+from shards.format.image import ImageError, image_size
 from shards.format.index import LARGEST_ID
 from shards.format.index_schema import IndexRow, index_bytes
-from shards.format.jpeg import ImageError, jpeg_size
-from shards.format.sample import ATTRIBUTION, FLAGS, Category, Instance, Sample, canonical_json
+from shards.format.sample import ATTRIBUTION, FLAGS, Category, Instance, Sample, canonical_json, extension_of
 from shards.format.selection import find_class
 from shards.format.shard_tar import pack_shard, seeded_order, shard_path
 from shards.format.validation import content_faults
@@ -47,7 +47,7 @@ class Annotation(TypedDict, total=False):
 
 
 class _Spooled(NamedTuple):
-    """Where a sample is in the temporary file, and the lengths in bytes of its JPEG and its JSON there."""
+    """Where a sample is in the temporary file, and the lengths in bytes of its image and its JSON there."""
 
     start: int
     image: int
@@ -119,7 +119,7 @@ class DatasetWriter:
     def add_image(
         self,
         image_id: str,
-        image: bytes,
+        image: bytes | str | os.PathLike[str],
         instances: Sequence[Annotation | Instance] = (),
         *,
         split: str = "train",
@@ -135,7 +135,8 @@ class DatasetWriter:
 
         Args:
             image_id: its key: 1 to 64 letters, digits, `_` and `-`, unique in the dataset.
-            image: the bytes of a JPEG, which are stored untouched. EXIF orientation is ignored.
+            image: the bytes of a JPEG or PNG, or the path or URL of one. They are stored untouched, and EXIF
+                orientation is ignored.
             instances: its objects; see `Annotation`.
             split: train, val or test.
             verified_present, verified_absent: names or ids of classes that are confirmed or ruled out in the image.
@@ -145,12 +146,19 @@ class DatasetWriter:
         for name in metadata.keys() - {"rotation", *ATTRIBUTION}:
             hint = did_you_mean(name, ATTRIBUTION, f"known are rotation, {', '.join(ATTRIBUTION)}")
             raise DatasetError(f"{where}: unknown metadata {name!r}: {hint}")
+        if isinstance(image, str | os.PathLike):
+            try:
+                image = Location(os.fspath(image)).read()
+            except StorageError as error:
+                raise DatasetError(f"{where}: the image cannot be read: {error}") from error
         if not isinstance(image, bytes):
-            raise DatasetError(f"{where}: image is {shown(image)}: give the bytes of a JPEG")
+            raise DatasetError(f"{where}: image is {shown(image)}: give the bytes or the path of a JPEG or PNG")
         try:
-            width, height = jpeg_size(image, decode=False)
+            width, height = image_size(image, decode=False)
         except ImageError as error:
-            raise DatasetError(f"{where}: the image cannot be read ({error}): convert it to JPEG first") from error
+            raise DatasetError(
+                f"{where}: the image cannot be read ({error}): convert it to JPEG or PNG first"
+            ) from error
         objects = tuple(self._instance(value, width, height, where) for value in instances)
         known = {category.id for category in self.categories}
         annotated = known & {instance.category_id for instance in objects}
@@ -163,7 +171,7 @@ class DatasetWriter:
         """Add a finished sample, such as one of another dataset with the same classes.
 
         Raises:
-            DatasetError: the key is invalid or was added before, the image is not a JPEG of the stated size, or an
+            DatasetError: the key is invalid or was added before, the image is not one of the stated size, or an
                 annotation is wrong: an unknown class, a box outside the image, a mask of another size, and so on.
             StorageError: the temporary file cannot be written.
         """
@@ -186,12 +194,12 @@ class DatasetWriter:
             raise DatasetError(f"{where}: cannot be stored: {error}") from error
         for fault in content_faults(sample, None, {category.id for category in self.categories}):
             raise DatasetError(
-                f"{where}: {fault}: correct it (a JPEG; known classes; boxes x, y, width, height inside the image; "
-                "masks of the image's size)"
+                f"{where}: {fault}: correct it (a JPEG or PNG; known classes; boxes x, y, width, height inside the "
+                "image; masks of the image's size)"
             )
-        spooled = _Spooled(self._spool.tell(), len(members["jpg"]), len(members["json"]))
+        spooled = _Spooled(self._spool.tell(), len(sample.image), len(members["json"]))
         with storage_errors(tempfile.gettempdir()):
-            self._spool.write(members["jpg"] + members["json"])
+            self._spool.write(sample.image + members["json"])
         self._added[split][sample.image_id] = spooled
 
     def _ids(self, classes: Sequence[str | int], where: str) -> set[int]:
@@ -243,8 +251,8 @@ class DatasetWriter:
     def _read(self, image_id: str, spooled: _Spooled) -> Sample:
         assert self._spool is not None
         self._spool.seek(spooled.start)
-        members = {"jpg": self._spool.read(spooled.image), "json": self._spool.read(spooled.json)}
-        return Sample.from_members(image_id, members)
+        image, annotations = self._spool.read(spooled.image), self._spool.read(spooled.json)
+        return Sample.from_members(image_id, {extension_of(image): image, "json": annotations})
 
 
 def _encode_mask(mask: Any, size: tuple[int, int], where: str, name: str) -> rle.Rle:
@@ -292,7 +300,7 @@ def _category(given: Category) -> Category:
 
 
 def _accounts(sample: Sample, split: str) -> list[Account]:
-    return [Account("image", split, sample.image_id, "", f"{sample.image_id}.jpg", PACKED)] + [
+    return [Account("image", split, sample.image_id, "", sample.file_name, PACKED)] + [
         Account("mask", split, sample.image_id, instance.box_id, f"annotations[{number}]", PACKED)
         for number, instance in enumerate(sample.instances)
         if instance.segmentation is not None

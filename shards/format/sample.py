@@ -1,4 +1,4 @@
-"""A sample, and its two members in a shard: `<ImageID>.jpg` and `<ImageID>.json`."""
+"""A sample, and its two members in a shard: `<ImageID>.jpg` or `<ImageID>.png`, and `<ImageID>.json`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FLAGS = ("is_group_of", "is_occluded", "is_truncated", "is_depiction", "is_inside")
 OMIT_NONE = {"omit_none": True}  # metadata of a field that `canonical_json` leaves out while it is None
 LARGEST_SIDE = 65_535  # pixels; JPEG has no larger images
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+EXTENSIONS = ("jpg", "png")  # of images
 SLACK = 0.01  # pixels by which a box may extend beyond the image: coordinates are rounded to 1/1000
 ATTRIBUTION = ("license", "author", "author_url", "original_url", "title")
 
@@ -111,8 +113,8 @@ class Sample:
 
     Attributes:
         image_id: the key: letters, digits, `_` and `-`.
-        image: the source's JPEG, byte for byte.
-        width, height: size of the decoded JPEG in pixels, EXIF orientation ignored.
+        image: the source's JPEG or PNG, byte for byte.
+        width, height: size of the decoded image in pixels, EXIF orientation ignored.
         instances: every annotation of the dataset's classes.
         verified_present, verified_absent: category ids that annotators confirmed or ruled out in this image. A class in
             neither is unknown, not absent.
@@ -140,20 +142,30 @@ class Sample:
         objects = f"{counted(len(self.instances), 'object')}, {counted(masks, 'mask')}"
         return f"Sample({self.image_id!r}, {self.width}x{self.height}, {objects})"
 
-    def picture(self) -> Image.Image:
-        """Decode the JPEG to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
+    @property
+    def file_name(self) -> str:
+        """The name of its image in the shard: the key with `.jpg` or `.png`."""
+        return f"{self.image_id}.{extension_of(self.image)}"
 
-        A SampleError is raised if the JPEG is damaged, or larger than Pillow's limit.
+    @property
+    def version(self) -> int:
+        """The version of the format that can hold the sample; version 1 has JPEGs only."""
+        return 2 if self.image.startswith(PNG_SIGNATURE) else 1
+
+    def picture(self) -> Image.Image:
+        """Decode the image to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
+
+        A SampleError is raised if the image is damaged, or larger than Pillow's limit.
         """
         from PIL import Image
 
-        from shards.format.jpeg import ImageError, pillow_errors
+        from shards.format.image import STORED, ImageError, pillow_errors, rgb
 
         try:
-            with pillow_errors(), Image.open(io.BytesIO(self.image), formats=("JPEG",)) as image:
-                return image.convert("RGB")
+            with pillow_errors(), Image.open(io.BytesIO(self.image), formats=STORED) as image:
+                return Image.fromarray(rgb(image))
         except ImageError as error:
-            name = f"sample {self.image_id}: {self.image_id}.jpg"
+            name = f"sample {self.image_id}: {self.file_name}"
             raise SampleError(f"{name} cannot be decoded: {error}: build the dataset again") from error
 
     def masks(self) -> NDArray[np.bool_]:
@@ -181,25 +193,29 @@ class Sample:
             "verified_absent": list(self.verified_absent),
             "annotations": [instance.to_json() for instance in self.instances],
         }
-        return {"jpg": self.image, "json": canonical_json(value)}
+        return {extension_of(self.image): self.image, "json": canonical_json(value)}
 
     @classmethod
     def from_members(
         cls, image_id: str, members: Mapping[str, bytes | memoryview], *, where: str = "", check: bool = True
     ) -> Sample:
-        """Parse the members `jpg` and `json`; a SampleError, after `where` (the shard's URL), if they are not right.
+        """Parse `jpg` or `png`, and `json`; a SampleError, after `where` (the shard's URL), if they are not right.
 
         With `check`, so is one whose size, boxes or masks must not reach native code (`unsafe`).
         """
         name = f"{where}: sample {image_id}" if where else f"sample {image_id}"
-        for extension in ("jpg", "json"):
-            if extension not in members:
-                raise SampleError(f"{name}: there is no {image_id}.{extension}: is the shard truncated?")
+        extension = next((found for found in EXTENSIONS if found in members), "jpg")
+        for wanted in (extension, "json"):
+            if wanted not in members:
+                raise SampleError(f"{name}: there is no {image_id}.{wanted}: is the shard truncated?")
+        image = bytes(members[extension])
+        if extension_of(image) != extension:
+            raise SampleError(f"{name}: {image_id}.{extension} is another kind of file: build the dataset again")
         try:
             value = json.loads(bytes(members["json"]))
             sample = cls(
                 image_id=image_id,
-                image=bytes(members["jpg"]),
+                image=image,
                 width=int(value["width"]),
                 height=int(value["height"]),
                 instances=tuple(Instance.from_json(annotation) for annotation in value["annotations"]),
@@ -217,6 +233,11 @@ class Sample:
         return sample
 
 
+def extension_of(image: bytes) -> str:
+    """Return the extension under which a shard stores an image: `png` for a PNG, otherwise `jpg`."""
+    return "png" if image.startswith(PNG_SIGNATURE) else "jpg"
+
+
 def unsafe(sample: Sample) -> str:
     """Return why the code that draws, trains and evaluates must not get a sample, "" if it may.
 
@@ -225,7 +246,7 @@ def unsafe(sample: Sample) -> str:
     """
     width, height = sample.width, sample.height
     if not (1 <= width <= LARGEST_SIDE and 1 <= height <= LARGEST_SIDE):
-        return f"{sample.image_id}.json says {width}x{height}, not the size of a JPEG"
+        return f"{sample.image_id}.json says {width}x{height}, not the size of an image"
     masks = [instance.segmentation for instance in sample.instances if instance.segmentation is not None]
     valid = all_valid(masks, width, height)
     for number, instance in enumerate(sample.instances):

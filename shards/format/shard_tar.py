@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from isal import isal_zlib as zlib
 
 from shards.common.errors import SampleError
-from shards.format.dataset import Shard
+from shards.format.dataset import VERSION, Shard
 from shards.format.index_schema import IndexRow
 from shards.format.sample import KEY, Sample
 
@@ -53,9 +53,10 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
     """
     buffer = io.BytesIO()
     spans: list[tuple[Sample, int, int]] = []
+    version = VERSION
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            start = tar.offset
+            start, version = tar.offset, max(version, sample.version)
             for extension, data in sample.to_members().items():
                 tar.addfile(member_header(f"{sample.image_id}.{extension}", len(data)), io.BytesIO(data))
             spans.append((sample, start, tar.offset))
@@ -63,7 +64,7 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
     whole = buffer.getvalue()
     view = memoryview(whole)
     rows = tuple(index_row(sample, split, path, start, view[start:end]) for sample, start, end in spans)
-    shard = Shard(path, split, len(rows), len(whole), hashlib.sha256(whole).hexdigest())
+    shard = Shard(path, split, len(rows), len(whole), hashlib.sha256(whole).hexdigest(), version)
     return PackedShard(whole, shard, rows)
 
 

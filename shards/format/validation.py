@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 from shards.common.errors import SampleError
 from shards.common.text import one_line
 from shards.format import rle
-from shards.format.jpeg import ImageError, jpeg_size
+from shards.format.image import ImageError, image_size
 from shards.format.sample import Instance, Sample, box_fault, shown_box
 
 Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
@@ -86,12 +86,12 @@ def mask_fits(mask: rle.Rle, bbox: Rectangle) -> bool:
 
 
 def _picture_faults(sample: Sample) -> Iterator[str]:
-    name = f"{sample.image_id}.jpg"
+    name = sample.file_name
     try:
-        width, height = jpeg_size(sample.image, decode=False)
+        width, height = image_size(sample.image, decode=False)
         if (width, height) != (sample.width, sample.height):
             yield f"{name} is {width}x{height}, {sample.image_id}.json says {sample.width}x{sample.height}"
-        jpeg_size(sample.image)
+        image_size(sample.image)
     except ImageError as error:
         yield f"{name} cannot be decoded: {one_line(error)}"
 

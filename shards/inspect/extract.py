@@ -1,4 +1,4 @@
-"""Extraction of one sample into files: the JPEG, the JSON, and each mask as a PNG."""
+"""Extraction of one sample into files: the image, the JSON, and each mask as a PNG."""
 
 import io
 import re

@@ -19,7 +19,7 @@ from shards.common.html_page import fill_page
 from shards.common.redact import redact_url
 from shards.drawing.contours import Points, contours, simplify, svg_path
 from shards.drawing.overlay import PALETTE, fitted_size, hex_colour
-from shards.drawing.thumbnail import small_mask
+from shards.drawing.thumbnail import decode_at_least, small_mask
 from shards.format import rle
 from shards.format.dataset import Dataset
 from shards.format.sample import ATTRIBUTION, FLAGS, Sample
@@ -85,9 +85,7 @@ def _card(split: str, sample: Sample) -> dict[str, Any]:
 
 def small_picture(sample: Sample) -> tuple[tuple[int, int], bytes]:
     """Return the picture as a JPEG of at most `PICTURE_BYTES` without metadata, after its size (width, height)."""
-    with Image.open(io.BytesIO(sample.image), formats=("JPEG",)) as opened:
-        opened.draft("RGB", (SIDE, SIDE))  # decodes large pictures at a fraction of their size, which is at least this
-        picture = opened.convert("RGB")
+    picture = decode_at_least(sample.image, (SIDE, SIDE))
     side = min(SIDE, max(sample.width, sample.height))
     while True:
         size = fitted_size(sample.width, sample.height, side)

@@ -88,7 +88,7 @@ def read_samples(dataset: Dataset, rows: Sequence[Row]) -> Iterator[tuple[Row, S
 def read_annotations(root: Location, index: Index, rows: NDArray[np.int64]) -> list[Sample]:
     """Read samples of a split without their pictures: `image` is empty, and the crc32 is not checked.
 
-    Each takes two small requests: the header of the JPEG, whose size says where the JSON begins, and the JSON. A
+    Each takes two small requests: the header of the image, whose size says where the JSON begins, and the JSON. A
     SampleError is raised for one that cannot be read or is not in the shard format.
     """
     keys = [index.image_id(row) for row in rows]

@@ -101,14 +101,17 @@ class ShardCheck:
         """Count a sample and add the faults of its members; None if it cannot be parsed."""
         checked.samples += 1
         try:
-            sample = Sample.from_members(found.key, {"jpg": found.jpg, "json": found.json}, check=False)
+            sample = Sample.from_members(found.key, found.members, check=False)
         except SampleError as error:
             checked.faults.append(self._fault(str(error).partition(": ")[2], found.key, found.offset))
             return None
         checked.boxes += len(sample.instances)
         checked.masks += sum(instance.segmentation is not None for instance in sample.instances)
-        faults = content_faults(sample, found.json, self.categories)
+        faults = content_faults(sample, found.members["json"], self.categories)
         checked.faults += [self._fault(what, found.key, found.offset) for what in faults]
+        if sample.version > self.shard.version:
+            what = f"{sample.file_name} needs format version {sample.version}, {DATASET_FILE} says {self.shard.version}"
+            checked.faults.append(self._fault(what, found.key, found.offset))
         return sample
 
     def _index_faults(self, found: Found, sample: Sample | None, row: IndexRow | None) -> Iterator[str]:

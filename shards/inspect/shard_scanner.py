@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from isal import isal_zlib as zlib
 
+from shards.format.sample import EXTENSIONS
 from shards.format.shard_tar import BLOCK, parse_header
 from shards.storage.location import Location
 from shards.storage.reads import Read, start_read
@@ -19,14 +20,13 @@ TAR_RECORD = 10240  # bytes; a tar is filled with zeros up to a multiple of it
 
 
 class Found(NamedTuple):
-    """A sample in the shard: its key, offset and length in bytes, crc32, and two members."""
+    """A sample in the shard: its key, offset and length in bytes, crc32, and its members by extension."""
 
     key: str
     offset: int
     nbytes: int
     crc32: int
-    jpg: bytes
-    json: bytes
+    members: dict[str, bytes]
 
 
 class Broken(NamedTuple):
@@ -129,9 +129,9 @@ def _read_sample(source: ShardBytes) -> Found | Broken | None:
     block = source.take(BLOCK)
     if block.count(0) == BLOCK:
         return _read_end(source, offset)
-    parts, members, key = [block], [], ""
-    for extension in ("jpg", "json"):
-        if extension == "json":
+    parts, members, key = [block], dict[str, bytes](), ""
+    for wanted in (EXTENSIONS, ("json",)):
+        if members:
             parts.append(block := source.take(BLOCK))
         here = source.position - len(block)
         try:
@@ -140,9 +140,11 @@ def _read_sample(source: ShardBytes) -> Found | Broken | None:
             if len(block) < BLOCK:
                 return Broken(key, offset, f"the shard ends at byte {source.position}, where a header should be")
             return Broken(key, offset, f"there is no tar header at byte {here} ({error})")
-        if header is None or not header.key or header.extension != extension or key not in ("", header.key):
+        if header is None or not header.key or header.extension not in wanted or key not in ("", header.key):
             name = "the end of the tar" if header is None else f"a member {header.name!r}"
-            return Broken(key, offset, f"{name} is at byte {here}, where {key or '<key>'}.{extension} should be")
+            return Broken(
+                key, offset, f"{name} is at byte {here}, where {key or '<key>'}.{' or .'.join(wanted)} should be"
+            )
         key = header.key
         if not header.canonical:
             return Broken(key, offset, f"the header of {header.name} at byte {here} has another mode, time or owner")
@@ -152,9 +154,9 @@ def _read_sample(source: ShardBytes) -> Found | Broken | None:
             last = min(source.size, source.received) if data else source.size
             return Broken(key, offset, f"{header.name} should end at byte {end}, the shard ends at {last}")
         parts.append(data)
-        members.append(data[: header.size])
+        members[header.extension] = data[: header.size]
     whole = b"".join(parts)
-    return Found(key, offset, len(whole), zlib.crc32(whole), *members)
+    return Found(key, offset, len(whole), zlib.crc32(whole), members)
 
 
 def _read_end(source: ShardBytes, offset: int) -> Broken | None:

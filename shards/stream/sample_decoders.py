@@ -1,7 +1,7 @@
 """Samples in webdataset's form, and functions that make other forms of them: the `parse` of a stream.
 
 webdataset represents a sample as a dict: `__key__`, `__url__` of the shard, and the bytes of each member by its
-extension, here `jpg` and `json`.
+extension, here `jpg` or `png`, and `json`.
 """
 
 from collections.abc import Callable

@@ -172,7 +172,7 @@ class ShardStream(Stream[T]):
         cache: keeps samples on a local disk for the next epoch; see `shards.stream.sample_cache`.
         stall_s: seconds, by default 30, after which a loader process that waits for storage logs what it waits for.
         stages: webdataset stages, functions from an iterator of samples to an iterator of samples. They receive
-            webdataset's dicts (`__key__`, `__url__`, `jpg`, `json`) and yield one sample for each.
+            webdataset's dicts (`__key__`, `__url__`, `jpg` or `png`, `json`) and yield one sample for each.
         parse: makes a sample of webdataset's dict, in the loader process; default: a `Sample`. For the dict itself:
             `shards.stream.sample_decoders.webdataset_sample`.
         collate: makes a batch of a list of samples and the number of their visit, in the loader process; default: the

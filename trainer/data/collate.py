@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from shards.common.errors import SampleError
-from shards.format.jpeg import ImageError, pillow_errors
+from shards.format.image import STORED, ImageError, pillow_errors, rgb
 from shards.format.sample import Sample
 from shards.stream.sample_cache import SampleCache
 from trainer.config.settings import DataConfig
@@ -164,13 +164,13 @@ def verified_classes(sample: Sample, classes: int) -> Tensor:
 def decode_sample(sample: Sample) -> Tensor:
     """Decode the image of a sample to uint8 [3, H, W] RGB. Errors are those of `TrainCollate`."""
     try:
-        image = decode_image(sample.image)
+        image = decode_image(sample.image, STORED)
     except SampleError as error:
         raise SampleError(f"sample {sample.image_id}: {error}") from error
     height, width = image.shape[-2:]
     if (height, width) != (sample.height, sample.width):
         raise SampleError(
-            f"sample {sample.image_id}: the JPEG is {width}x{height}, but its annotations are for "
+            f"sample {sample.image_id}: the image is {width}x{height}, but its annotations are for "
             f"{sample.width}x{sample.height}: build the dataset again"
         )
     return image
@@ -179,8 +179,8 @@ def decode_sample(sample: Sample) -> Tensor:
 def decode_image(data: bytes, formats: tuple[str, ...] = ("JPEG",)) -> Tensor:
     """Decode an image of one of some formats, by Pillow's names; of no other, because some start other programs.
 
-    EXIF orientation is ignored, because annotations refer to the pixels as stored. 16-bit channels keep their upper
-    eight bits. The pixels of every JPEG are those of Pillow.
+    EXIF orientation is ignored, because annotations refer to the pixels as stored; see `shards.format.image.rgb` for
+    other modes. The pixels of every JPEG are those of Pillow.
 
     Returns:
         uint8 [3, H, W] RGB, a view of H x W x 3 memory.
@@ -193,7 +193,7 @@ def decode_image(data: bytes, formats: tuple[str, ...] = ("JPEG",)) -> Tensor:
         try:
             wanted = f"one of {', '.join(formats)}" if len(formats) > 1 else f"a {formats[0]}"
             with pillow_errors(wanted), Image.open(io.BytesIO(data), formats=formats) as image:
-                pixels = _rgb(image, len(data))
+                pixels = rgb(image)
         except ImageError as error:
             raise SampleError(f"an image of {len(data)} bytes cannot be decoded: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -217,21 +217,6 @@ def _ordinary_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     except ValueError:
         return None
     return pixels
-
-
-def _rgb(image: Image.Image, nbytes: int) -> NDArray[np.uint8]:
-    """Convert an image of any mode to uint8 [H, W, 3]."""
-    # Pillow reads 16-bit grey PNG and PGM as `I;16` or `I`, depending on its version, and `convert` clips them to 255.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = (np.asarray(image) >> 8).astype(np.uint8)  # as Pillow itself converts 16-bit colours
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        kind = "integers" if image.mode == "I" else "floats"
-        raise SampleError(
-            f"an image of {nbytes} bytes has 32-bit {kind}, whose range from black to white is unknown: "
-            "save it with 8 bits per channel, for example as PNG"
-        )
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def sample_cache(data: DataConfig) -> SampleCache | None:

@@ -8,7 +8,7 @@ import pytest
 from demo.scenes import SceneTruth
 from shards.common.errors import UserError
 from shards.format.dataset import open_dataset
-from shards.format.jpeg import jpeg_size
+from shards.format.image import image_size
 from shards.storage.location import Location
 from tests.builder.builds import accounts_of, build, mirror, quotas, retry_failed, tree
 from tests.builder.commands.conftest import CLASSES, EVERYTHING
@@ -128,7 +128,7 @@ def test_hugging_face_datasets_reads_the_root(unbroken: Path, tmp_path: Path) ->
         name: len(dataset.index(split)) for split, name in names.items()
     }
     for row in loaded["train"]:
-        assert jpeg_size(row["jpg"]["bytes"]) == (row["json"]["width"], row["json"]["height"])
+        assert image_size(row["jpg"]["bytes"]) == (row["json"]["width"], row["json"]["height"])
         assert row["__key__"] == row["json"]["image_id"]
     annotations = [annotation for row in loaded["train"] for annotation in row["json"]["annotations"]]
     assert {annotation["segmentation"] is None for annotation in annotations} == {True, False}

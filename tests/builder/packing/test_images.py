@@ -10,18 +10,23 @@ from PIL import Image
 
 from builder.fetching.fetch import Refusal
 from builder.fetching.zip_members import MemberError
-from builder.packing.images import check_jpeg, encode_mask, pixel_box, same_shape
+from builder.packing.images import check_image, encode_mask, pixel_box, same_shape
 from builder.tasks.plan import Failure
 from shards.format import rle
+from shards.format.image import exif_orientation
 from tests.support import jpeg
 
 fraction = st.floats(-0.5, 1.5)
 
 
-def png(pixels: np.ndarray, mode: str = "1") -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def png(pixels: np.ndarray, mode: str = "1") -> bytes:
+    return saved(Image.fromarray(pixels).convert(mode), "PNG")
 
 
 def blob(width: int, height: int) -> np.ndarray:
@@ -55,11 +60,30 @@ def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
 
 
 def test_another_format_is_named() -> None:
-    for name in ("PNG", "GIF", "WebP", "BMP", "TIFF"):
-        buffer = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(buffer, name)
-        found = check_jpeg(buffer.getvalue())
-        assert found == Failure("image-undecodable", f"a {name}, not a JPEG: shards hold JPEGs, convert it first")
+    for name in ("GIF", "WebP", "BMP", "TIFF"):
+        data = saved(Image.new("RGB", (8, 8)), name)
+        reason = f"a {name}: shards hold JPEG and PNG; --to-jpeg 95 converts it"
+        assert check_image(data) == Failure("image-undecodable", reason)
+        assert isinstance(check_image(data[:20], 95), Failure)
+        stored = check_image(data, 95)
+        assert not isinstance(stored, Failure)
+        assert stored[1] == (8, 8)
+        assert stored[0].startswith(b"\xff\xd8")
+
+
+def test_a_conversion_keeps_the_stored_pixels_and_their_orientation() -> None:
+    ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey, deep = Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) * 256)
+    for kind, picture in (("PNG", grey), ("PNG", deep), ("WebP", grey.convert("RGB"))):
+        data = saved(picture, kind, exif=exif)
+        stored = check_image(data, 95)
+        assert not isinstance(stored, Failure)
+        assert (stored[1], exif_orientation(stored[0])) == ((64, 48), 6)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(stored[0])).convert("L")).astype(int) - ramp).max() < 8
+    data = jpeg(32, 20, 0)
+    assert check_image(data, 95) == (data, (32, 20))
 
 
 def test_same_shape() -> None:
@@ -116,20 +140,19 @@ def test_unusable_masks_have_a_status_and_a_reproducible_detail() -> None:
 @given(st.binary(max_size=100), st.booleans())
 def test_arbitrary_bytes_are_failures(data: bytes, with_signature: bool) -> None:
     assert isinstance(encode_mask(b"\x89PNG\r\n\x1a\n" + data if with_signature else data, 16, 16), Failure)
-    assert isinstance(check_jpeg(b"\xff\xd8\xff" + data if with_signature else data), Failure)
+    assert isinstance(check_image(b"\xff\xd8\xff" + data if with_signature else data), Failure)
 
 
-def test_check_jpeg_returns_the_size_or_a_failure() -> None:
+def test_check_image_returns_the_size_or_a_failure() -> None:
     data = jpeg(320, 200, 1)
-    assert check_jpeg(data) == (320, 200)
-    found = check_jpeg(png(blob(8, 8)))
-    assert isinstance(found, Failure)
-    assert found.status == "image-undecodable"
-    assert " at 0x" not in found.detail
+    assert check_image(data) == (data, (320, 200))
+    picture = png(blob(8, 8))
+    assert check_image(picture) == (picture, (8, 8))
+    assert check_image(b"<html>") == Failure("image-undecodable", "not a JPEG or PNG")
     for reason in ("missing", "refused"):
-        assert check_jpeg(Refusal(reason)) == Failure(f"image-{reason}", "")
+        assert check_image(Refusal(reason)) == Failure(f"image-{reason}", "")
     frame = data.index(b"\xff\xc0")  # a header of 3.6 billion pixels
     bomb = data[: frame + 5] + (60000).to_bytes(2, "big") * 2 + data[frame + 9 :]
-    found = check_jpeg(bomb)
+    found = check_image(bomb)
     assert isinstance(found, Failure)
     assert found.status == "image-too-large"

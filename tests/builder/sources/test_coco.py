@@ -147,12 +147,32 @@ def test_images_without_objects_are_named_and_packed_on_request(
     assert "--keep-empty is for all images" in capsys.readouterr().err
 
 
-def test_a_source_of_png_images_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    value = write_coco(tmp_path, images=2)
-    for image in value["images"]:
-        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "images" / image["file_name"], "PNG")
-    assert run(tmp_path, tmp_path / "out") == 2
-    assert "image-undecodable 2: a PNG, not a JPEG: shards hold JPEGs, convert it first)" in capsys.readouterr().err
+def test_images_of_other_formats_are_stored_or_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    value = write_coco(tmp_path, images=3)
+    for image, suffix in zip(value["images"], (".png", ".webp", ".bmp"), strict=True):
+        old = tmp_path / "images" / image["file_name"]
+        image["file_name"] = str(Path(image["file_name"]).with_suffix(suffix))
+        Image.open(old).save(tmp_path / "images" / image["file_name"])
+        old.unlink()
+    (tmp_path / "instances.json").write_text(json.dumps(value))
+    assert run(tmp_path, tmp_path / "out") == 3
+    for image in value["images"][1:]:
+        what = f"1 image named {Path(image['file_name']).suffix}, such as {image['file_name']}"
+        assert f"{what}: shards hold JPEG and PNG; --to-jpeg 95 converts the others" in caplog.messages
+    [stored] = samples_of(tmp_path / "out")["train"].values()
+    assert stored.image == (tmp_path / "images" / value["images"][0]["file_name"]).read_bytes()
+    details = [row["detail"] for row in accounts_of(tmp_path / "out") if row["status"] == "image-undecodable"]
+    assert "a WebP: shards hold JPEG and PNG; --to-jpeg 95 converts it" in details
+    assert run(tmp_path, tmp_path / "jpeg", "--to-jpeg", "95") == 0
+    for dataset, version in (("out", 2), ("jpeg", 1)):
+        assert json.loads((tmp_path / dataset / "dataset.json").read_text())["version"] == version
+        assert inspect(["--verify", str(tmp_path / dataset)]) == 0
+    converted = samples_of(tmp_path / "jpeg")["train"]
+    assert {one.file_name[-4:] for one in converted.values()} == {".jpg"}
+    assert converted[stored.image_id].instances == stored.instances
+    assert "--to-jpeg 95" in (tmp_path / "jpeg" / "README.md").read_text()
+    assert run(tmp_path, tmp_path / "out") == 3
+    assert run(tmp_path, tmp_path / "out", "--to-jpeg", "95") == 2  # another dataset
 
 
 def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Path) -> None:

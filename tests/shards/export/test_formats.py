@@ -22,7 +22,7 @@ from shards.export.export import Export, Tally
 from shards.export.yolo import outline
 from shards.format import rle
 from shards.format.dataset import Dataset, open_dataset
-from shards.format.jpeg import exif_orientation
+from shards.format.image import exif_orientation
 from shards.format.sample import Instance, Sample
 from tests.builder.builds import samples_of
 

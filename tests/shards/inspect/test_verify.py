@@ -233,7 +233,7 @@ def test_contents_that_the_format_does_not_allow(tmp_path: Path, edit: Edit, fau
 @pytest.mark.parametrize(
     ("order", "header", "fault"),
     [
-        ([1, 0], {}, f"a member '{KEY}.json' is at byte 0, where <key>.jpg should be"),
+        ([1, 0], {}, f"a member '{KEY}.json' is at byte 0, where <key>.jpg or .png should be"),
         ([0], {}, f"the end of the tar is at byte 1536, where {KEY}.json should be"),
         ([0, 1], {"uname": "root"}, "has another mode, time or owner"),
     ],

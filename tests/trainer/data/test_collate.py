@@ -263,7 +263,7 @@ def test_decode_image_ignores_exif_orientation():
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_decode_image_refuses_32_bit_numbers(kind):
     data = encoded(pixels(4, 5)[:, :, 0].astype(kind), "TIFF")
-    with pytest.raises(SampleError, match=r"^an image of \d+ bytes has 32-bit .*: save it with 8 bits[^\n]*$"):
+    with pytest.raises(SampleError, match=r"^an image of \d+ bytes .*: it has 32-bit .*: save it with 8 bits[^\n]*$"):
         decode_image(data, IMAGE_FORMATS)
 
 
