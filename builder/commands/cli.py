@@ -125,19 +125,20 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
 def make_source(options: BuildOptions, cache: str) -> Source:
     """Return the source of images and annotations that the options name."""
     locate = partial(source_location, anonymous=options.anonymous)
-    if options.source == "coco":
-        from builder.sources.coco import Coco, parse_places
+    if options.source != "open-images":
+        from builder.sources.coco import Coco, Lvis, parse_places
 
+        kind = {"coco": Coco, "lvis": Lvis}[options.source]
         places, named = parse_places(options.annotations)
         files = tuple((split, locate(url)) for split, url in places)
         roots, per_split = parse_places(options.images, "--images")
         located = {split: locate(url) for split, url in roots}
         if not per_split:
-            return Coco(located["train"], files, named)
+            return kind(located["train"], files, named)
         if missing := [split for split, _ in files if split not in located]:
             found = " and ".join(located)
             raise UserError(f"--images has no root for {missing[0]}, only for {found}: add {missing[0]}=URL")
-        return Coco(located[files[0][0]], files, named, tuple((split, located[split]) for split, _ in files))
+        return kind(located[files[0][0]], files, named, tuple((split, located[split]) for split, _ in files))
     from builder.fetching.table_cache import Cache
     from builder.sources.openimages.source import OpenImages
 

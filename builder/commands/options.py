@@ -77,15 +77,18 @@ def default_cache_folder() -> str:
 class BuildOptions:
     """Options of `build-shards`. Those that determine the dataset come first, in the order of the recorded command."""
 
-    source: Literal["open-images", "coco"] = _select("open-images", "format of --images and --annotations")
+    source: Literal["open-images", "coco", "lvis"] = _select("open-images", "format of --images and --annotations")
     classes: list[str] = _select(
         [],
         "names (case-insensitive; quote names with spaces) or MIDs such as /m/01g317; class ids follow this order",
         metavar="CLASS",
-        default_help=f"{shlex.join(DEFAULT_CLASSES)}; with coco, all categories",
+        default_help=f"{shlex.join(DEFAULT_CLASSES)}; with other sources, all classes",
     )
     per_class: int | None = _select(
-        None, "train images per class, those with a mask of it first", low=1, default_help="with coco, all images"
+        None,
+        "train images per class, those with a mask of it first",
+        low=1,
+        default_help="with other sources than open-images, all images",
     )
     images_list: str = _select(
         "", "pack the images of this file instead of --per-class: one ImageID or train/ImageID per line", metavar="URL"
@@ -96,7 +99,8 @@ class BuildOptions:
     exact_classes: bool = _select(False, "ignore the children of a class (by default, a Man counts as a Person)")
     all_annotations: bool = _select(False, "keep all other classes as well; their ids follow in alphabetical order")
     keep_empty: bool = _select(
-        False, "with coco and without --per-class: also pack the images without an object of the classes, as background"
+        False,
+        "not with open-images, nor --per-class: also pack the images without an object of the classes, as background",
     )
     require_mask: bool = _select(False, "count only images with a mask of the class, not images with boxes only")
     min_predicted_iou: float = _select(
@@ -131,11 +135,11 @@ class BuildOptions:
     )
     images: list[str] = _place(
         [PUBLIC_IMAGES],
-        "root of <split>/<ImageID>.jpg; with coco, of its file names, or several as train=URL val=URL test=URL",
+        "root of <split>/<ImageID>.jpg; else of the files, or several as train=URL val=URL test=URL",
     )
     annotations: list[str] = _place(
         [PUBLIC_ANNOTATIONS],
-        "root of the tables and mask zips; with coco, its instances JSON, or several as train=URL val=URL test=URL",
+        "root of the tables and mask zips; of coco and lvis, the JSON file, or several as train=URL val=URL test=URL",
     )
     out: str = _place("./shards-data", "root of the dataset")
     anonymous: bool = _place(False, "do not sign requests for sources (those to the public bucket are never signed)")
@@ -167,7 +171,7 @@ class BuildOptions:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names or MIDs of the classes; empty for all classes of the source."""
-        return tuple(self.classes or ([] if self.source == "coco" else DEFAULT_CLASSES))
+        return tuple(self.classes or ([] if self.source != "open-images" else DEFAULT_CLASSES))
 
     @property
     def fractions(self) -> tuple[float, float, float] | None:
@@ -229,21 +233,23 @@ def _check_combinations(options: BuildOptions) -> None:
         fault = "--partition needs --splits partition"
     elif options.partition is not None and sum(options.partition) <= 0:
         fault = "--partition: at least one part must be greater than 0"
-    elif options.source == "coco" and (
+    elif options.source != "open-images" and (
         options.annotations == [PUBLIC_ANNOTATIONS] or (options.images == [PUBLIC_IMAGES] and not options.list_classes)
     ):
-        fault = "--source coco needs --images (the root of its files) and --annotations (its instances JSON)"
-    elif several and options.source != "coco":
+        fault = (
+            f"--source {options.source} needs --images (the root of its files) and --annotations (its instances JSON)"
+        )
+    elif several and options.source == "open-images":
         fault = "--annotations takes one root; several files are for --source coco"
-    elif several_roots and options.source != "coco":
+    elif several_roots and options.source == "open-images":
         fault = "--images takes one root; several are for --source coco"
     elif several and options.splits == "partition":
         fault = "--splits partition cuts a single instances file: give one file in --annotations"
     elif options.images_list and (options.per_class or options.eval_per_class is not None):
         fault = "--images-list determines the images: omit --per-class and --eval-per-class"
-    elif options.keep_empty and (options.source != "coco" or options.per_class or options.images_list):
+    elif options.keep_empty and (options.source == "open-images" or options.per_class or options.images_list):
         fault = "--keep-empty is for all images of COCO files: give --source coco, and no --per-class or --images-list"
-    elif not (options.per_class or options.images_list or options.list_classes or options.source == "coco"):
+    elif not (options.per_class or options.images_list or options.list_classes or options.source != "open-images"):
         fault = "--per-class N is required: how many train images per class (or --images-list)"
     else:
         return

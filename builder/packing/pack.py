@@ -189,6 +189,7 @@ def pack_image(image: PlannedImage, data: bytes | Refusal, masks: Masks, split: 
         instances=tuple(instances),
         verified_present=image.verified_present,
         verified_absent=image.verified_absent,
+        not_exhaustive=image.not_exhaustive or (),
         **asdict(image.metadata),
     )
     return sample, accounts

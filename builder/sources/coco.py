@@ -62,12 +62,17 @@ class Coco:
         """The splits that have files."""
         return {split: split for split, _ in self.files}
 
+    @property
+    def name(self) -> str:
+        """The name of the source in `dataset.json`."""
+        return "COCO"
+
     def origin(self) -> dict[str, str]:
         """Return what `dataset.json` records about the source."""
         urls = {split: redact_url(location.url) for split, location in self.files}
         files = " ".join(f"{split}={url}" if self.named else url for split, url in urls.items())
         roots = " ".join(f"{split}={redact_url(root.url)}" for split, root in self.roots)
-        return {"name": "COCO", "images": roots or self.images.url, "annotations": files}
+        return {"name": self.name, "images": roots or self.images.url, "annotations": files}
 
     def taxonomy(self) -> Taxonomy:
         """Return the categories of all files by name; supercategories are their parents."""
@@ -90,9 +95,30 @@ class Coco:
     @cached_property
     def _instances(self) -> Mapping[str, Instances]:
         return {
-            split: parse_instances(fetch_one(Request(location)), str(location), f"{split}-" if self.named else "")
+            split: self._parse(fetch_one(Request(location)), str(location), f"{split}-" if self.named else "")
             for split, location in self.files
         }
+
+    def _parse(self, data: bytes, where: str, prefix: str) -> Instances:
+        return parse_instances(data, where, prefix)
+
+
+@dataclass(frozen=True)
+class Lvis(Coco):
+    """LVIS (https://www.lvisdataset.org/dataset): COCO's images, in which only some categories were looked for."""
+
+    @property
+    def name(self) -> str:
+        """The name of the source in `dataset.json`."""
+        return "LVIS"
+
+    @property
+    def image_layout(self) -> str:
+        """Where the images are under their root, for messages."""
+        return "<root>/train2017/<file> and <root>/val2017/<file>, as in the coco_url of each image"
+
+    def _parse(self, data: bytes, where: str, prefix: str) -> Instances:
+        return parse_instances(data, where, prefix, lvis=True)
 
 
 @dataclass(frozen=True)
@@ -126,13 +152,17 @@ class CocoSplit:
         }
 
     def backgrounds(self) -> tuple[str, ...]:
-        """Return the images without an annotation of the requested classes, whatever the filters, sorted."""
+        """Return the images without an annotation of the requested classes, whatever the filters, sorted.
+
+        If only some categories were looked for in an image, one of the requested classes must be among those.
+        """
         wanted = frozenset(self.classes.wanted_labels)
         names = self.instances.names
         held = {
             image.key
             for image in self.instances.images.values()
             if any(names[annotation["category_id"]] in wanted for _, annotation in image.annotations)
+            or (image.absent is not None and not wanted.intersection(image.absent))
         }
         return tuple(sorted(self.instances.images.keys() - held))
 
@@ -150,12 +180,12 @@ class CocoSplit:
 
     def _describe(self, image: CocoImage) -> PlannedImage:
         labels = {self.instances.names[annotation["category_id"]] for _, annotation in image.annotations}
-        present = frozenset(name for label in labels for name in self._with_parents(label))
+        known = frozenset(name for label in labels for name in self._with_parents(label))
         everything = frozenset(self.instances.names.values()) | frozenset(self.instances.parents.values())
-        absent = everything - present if image.absent is None else frozenset(image.absent) - present
+        absent = everything - known if image.absent is None else frozenset(image.absent) - known - {*image.uncertain}
         objects = self._objects(image)
         verified_present, verified_absent = self.classes.verified(
-            frozenset(labels.difference(image.uncertain)),
+            frozenset(labels if image.present is None else image.present),
             absent,
             frozenset(planned.annotation.category_id for planned in objects),
         )
@@ -167,6 +197,7 @@ class CocoSplit:
             verified_absent=verified_absent,
             metadata=image.metadata,
             stated=StatedFile(image.file_name, image.width, image.height),
+            not_exhaustive=self.classes.holding(frozenset(image.uncertain)) or None,
         )
 
     def _with_parents(self, name: str) -> set[str]:

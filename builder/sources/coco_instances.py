@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class CocoImage:
     """An image of a file, and its annotations with their positions in the file and `segmentation` as JSON text.
 
-    `absent` and `uncertain` are names of categories that are verified absent (None if the file has no such list) and of
-    categories that are not annotated exhaustively.
+    `absent`, `present` and `uncertain` are names of categories that are verified absent or present (None if the file
+    has no such list) and of those that are not annotated exhaustively.
     """
 
     key: str
@@ -39,6 +39,7 @@ class CocoImage:
     height: int
     metadata: Metadata
     absent: tuple[str, ...] | None
+    present: tuple[str, ...] | None
     uncertain: tuple[str, ...]
     annotations: list[tuple[int, dict[str, Any]]]
 
@@ -52,8 +53,11 @@ class Instances:
     images: Mapping[str, CocoImage]
 
 
-def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
-    """Parse an instances file, at `where`, into images whose keys begin with `prefix`; UserError if it is damaged."""
+def parse_instances(data: bytes, where: str, prefix: str = "", *, lvis: bool = False) -> Instances:
+    """Parse an instances file, at `where`, into images whose keys begin with `prefix`; UserError if it is damaged.
+
+    With `lvis`, each image must have the lists of LVIS, and need not have a file name: then it is that of `coco_url`.
+    """
     try:
         value = json.loads(data.decode("utf-8-sig"), object_hook=_compact)
     except (ValueError, RecursionError) as error:
@@ -62,6 +66,10 @@ def parse_instances(data: bytes, where: str, prefix: str = "") -> Instances:
         rows = value.get(name) if isinstance(value, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{where}: has no list {name!r} of objects: --annotations takes COCO instances files")
+    if any("segments_info" in row for row in value["annotations"]):
+        raise UserError(f"{where}: is a panoptic file (it has segments_info): give the instances file of the dataset")
+    if lvis:
+        _prepare_lvis(value["images"], where)
     names, parents = _categories(value["categories"], value["annotations"], where)
     licenses = value.get("licenses")
     images = _images(value["images"], licenses if isinstance(licenses, list) else [], names, where, prefix)
@@ -153,7 +161,10 @@ def _images(
 def _image(
     row: Mapping[str, Any], terms: Mapping[int, str], names: Mapping[int, str], place: str, prefix: str
 ) -> CocoImage:
-    found, file_name = _get(row, "id", (int, str), place), _get(row, "file_name", (str,), place)
+    found = _get(row, "id", (int, str), place)
+    if "file_name" not in row and "neg_category_ids" in row:
+        raise UserError(f"{place}: has no file_name, as in LVIS: give --source lvis")
+    file_name = _get(row, "file_name", (str,), place)
     width, height = (_get(row, side, (int,), place) for side in ("width", "height"))
     if not (0 < width <= LONGEST_SIDE and 0 < height <= LONGEST_SIDE):
         raise UserError(f"{place}: is {width}x{height} pixels large: each side must be 1 to {LONGEST_SIDE}")
@@ -171,8 +182,21 @@ def _image(
         title=file_name,
     )
     absent = _named(row["neg_category_ids"], names) if "neg_category_ids" in row else None
+    present = _named(row["verified_present"], names) if "verified_present" in row else None  # as exports write it
     uncertain = _named(row.get("not_exhaustive_category_ids"), names)
-    return CocoImage(sample_key(found, prefix), found, file_name, width, height, metadata, absent, uncertain, [])
+    return CocoImage(
+        sample_key(found, prefix), found, file_name, width, height, metadata, absent, present, uncertain, []
+    )
+
+
+def _prepare_lvis(rows: Sequence[dict[str, Any]], where: str) -> None:
+    """Give each image of an LVIS file a file name, `train2017/000000000139.jpg`; UserError for a file of COCO."""
+    for number, row in enumerate(rows):
+        for name in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if not isinstance(row.get(name), list):
+                raise UserError(f"{where}: images[{number}] has no list {name!r}: give LVIS files, or --source coco")
+        if "file_name" not in row and isinstance(row.get("coco_url"), str):
+            row["file_name"] = "/".join(row["coco_url"].split("/")[-2:])
 
 
 def _note_names(names: Sequence[str], where: str) -> None:

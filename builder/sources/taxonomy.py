@@ -42,6 +42,10 @@ class Classes:
         """Every label whose verification says something about a chosen class, sorted."""
         return tuple(sorted(frozenset().union(*self.descendants.values(), *self.ancestors.values())))
 
+    def holding(self, labels: frozenset[str]) -> tuple[int, ...]:
+        """Return the category ids of the classes that have one of the labels, of their own or of a child, ascending."""
+        return tuple(c.id for c in self.categories if self.descendants[c.id] & labels)
+
     def verified(
         self, present: frozenset[str], absent: frozenset[str], annotated: frozenset[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -50,7 +54,7 @@ class Classes:
         `present` and `absent` are labels that annotators confirmed and ruled out; classes with an object in the image,
         `annotated`, are never absent.
         """
-        here = tuple(c.id for c in self.categories if self.descendants[c.id] & present)
+        here = self.holding(present)
         gone = (c.id for c in self.categories if self.ancestors[c.id] & absent)
         return here, tuple(category for category in gone if category not in here and category not in annotated)
 

@@ -123,7 +123,8 @@ class StatedFile:
 class PlannedImage:
     """An image to pack: the JPEG's URL, its objects, verified category ids and metadata.
 
-    `stated` is None if the annotations do not describe the file, which then is `<ImageID>.jpg`.
+    `stated` is None if the annotations do not describe the file, which then is `<ImageID>.jpg`; `not_exhaustive`, the
+    classes of which not every object is annotated, is None if the source does not state it.
     """
 
     image_id: str
@@ -133,6 +134,7 @@ class PlannedImage:
     verified_absent: tuple[int, ...]
     metadata: Metadata
     stated: StatedFile | None = field(default=None, metadata=OMIT_NONE)
+    not_exhaustive: tuple[int, ...] | None = field(default=None, metadata=OMIT_NONE)
 
     @property
     def file_name(self) -> str:

@@ -28,36 +28,39 @@ def _fields(kind: str, *names: str, of: str = "dtype") -> list[dict[str, Any]]:
     return [{"name": name, of: kind} for name in names]
 
 
+# By the version of the format: extensions of images, and further lists of class ids.
+IMAGES: dict[int, tuple[str, ...]] = {1: ("jpg",), 2: ("jpg", "png")}
+NOT_EXHAUSTIVE: dict[int, tuple[str, ...]] = {1: (), 2: ("not_exhaustive",)}
+
+
 # The features to which `datasets` decodes a sample. Without them, it infers the columns from the first five samples and
 # fails on the first field that is null or empty in all of them.
 # Format: `Features._to_yaml_list` of https://github.com/huggingface/datasets
-IMAGES = {1: ("jpg",), 2: ("jpg", "png")}  # by the version of the format
-FEATURES = [
-    {
-        "name": "json",
-        "struct": [
-            *_fields("string", "image_id"),
-            *_fields("int32", "width", "height", "rotation"),
-            *_fields("string", *ATTRIBUTION),
-            *_fields("int32", "verified_present", "verified_absent", of="list"),
-            {
-                "name": "annotations",
-                "list": [
-                    *_fields("int32", "category_id"),
-                    *_fields("float64", "bbox", of="list"),
-                    *_fields("int32", "iscrowd"),
-                    {
-                        "name": "segmentation",
-                        "struct": [{"name": "size", "list": "int32"}, *_fields("string", "counts")],
-                    },
-                    *_fields("string", "box_id", "label"),
-                    *_fields("float64", "predicted_iou", "area"),
-                    *_fields("bool", *FLAGS),
-                ],
-            },
-        ],
-    },
-]
+def features(version: int) -> list[dict[str, Any]]:
+    """Return the features of a version of the format."""
+    sample = [
+        *_fields("string", "image_id"),
+        *_fields("int32", "width", "height", "rotation"),
+        *_fields("string", *ATTRIBUTION),
+        *_fields("int32", "verified_present", "verified_absent", *NOT_EXHAUSTIVE[version], of="list"),
+        {
+            "name": "annotations",
+            "list": [
+                *_fields("int32", "category_id"),
+                *_fields("float64", "bbox", of="list"),
+                *_fields("int32", "iscrowd"),
+                {
+                    "name": "segmentation",
+                    "struct": [{"name": "size", "list": "int32"}, *_fields("string", "counts")],
+                },
+                *_fields("string", "box_id", "label"),
+                *_fields("float64", "predicted_iou", "area"),
+                *_fields("bool", *FLAGS),
+            ],
+        },
+    ]
+    images = _fields("image", *IMAGES[version])
+    return [*_fields("string", "__key__", "__url__"), *images, {"name": "json", "struct": sample}]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ sense of that licence.""",
 Images and annotations are under the licences of their source; each sample has the `license` and `original_url` of
 its annotations, and in `title` the name of its file. Check them before you distribute the data.""",
     ),
+    "LVIS": _About(
+        "LVIS",
+        "Images and instance masks from LVIS",
+        "cut out of\n[LVIS](https://www.lvisdataset.org) by `build-shards`",
+        (),
+        "lvis",
+        """\
+The images are COCO's; each sample has the `license` and `original_url` of its annotations. LVIS publishes its
+annotations under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), with the terms of use of COCO.""",
+    ),
     "DatasetWriter": _About(
         "images and instance masks",
         "Images and instance masks",
@@ -108,8 +121,8 @@ before you distribute the data.""",
 }
 
 _IMAGE = {
-    IMAGES[1]: "`<ImageID>.jpg` is the source's JPEG",
-    IMAGES[2]: "`<ImageID>.jpg` or `<ImageID>.png` is the source's image",
+    1: "`<ImageID>.jpg` is the source's JPEG",
+    2: "`<ImageID>.jpg` or `<ImageID>.png` is the source's image",
 }
 _CAST = 'dataset = dataset.cast_column("{0}", Image(decode=False))  # row["{0}"]["bytes"] is the {1}'
 _TEXT = """\
@@ -247,8 +260,7 @@ def render_card(
     classes = ", ".join(category.name for category in categories)
     splits = [split for split in SPLITS if any(shard.split == split for shard in shards)]
     samples = sum(shard.samples for shard in shards)
-    images = IMAGES[max(shard.version for shard in shards)]
-    names = [*_fields("string", "__key__", "__url__"), *_fields("image", *images)]
+    version = max(shard.version for shard in shards)
     files = [{"split": HUB_SPLITS[split], "path": f"{split}/*.tar"} for split in splits]
     front = {
         "pretty_name": f"{about.title}: {classes}",
@@ -257,7 +269,7 @@ def render_card(
         "tags": ["webdataset", about.tag, "instance-segmentation"],
         "size_categories": [HUB_SIZES[bisect_right([10**3, 10**4, 10**5, 10**6], samples)]],
         "configs": [{"config_name": "default", "data_files": files}],
-        "dataset_info": {"config_name": "default", "features": [*names, *FEATURES]},
+        "dataset_info": {"config_name": "default", "features": features(version)},
     }
     rows = []
     for c in counts:
@@ -267,8 +279,8 @@ def render_card(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
-        image=_IMAGE[images],
-        casts="\n".join(_CAST.format(name, name.replace("jpg", "jpeg").upper()) for name in images),
+        image=_IMAGE[version],
+        casts="\n".join(_CAST.format(name, name.replace("jpg", "jpeg").upper()) for name in IMAGES[version]),
         classes=", ".join(_escaped(category.name) for category in categories),
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),

@@ -125,6 +125,7 @@ class DatasetWriter:
         split: str = "train",
         verified_present: Sequence[str | int] | None = None,
         verified_absent: Sequence[str | int] | None = None,
+        not_exhaustive: Sequence[str | int] = (),
         **metadata: Any,
     ) -> None:
         """Add an image with its objects; errors are those of `add`.
@@ -140,6 +141,7 @@ class DatasetWriter:
             instances: its objects; see `Annotation`.
             split: train, val or test.
             verified_present, verified_absent: names or ids of classes that are confirmed or ruled out in the image.
+            not_exhaustive: names or ids of classes of which not every object in the image is annotated.
             **metadata: `rotation`, `license`, `author`, `author_url`, `original_url` and `title`; see `Sample`.
         """
         where = f"{self.root}: sample {image_id}"
@@ -164,8 +166,9 @@ class DatasetWriter:
         annotated = known & {instance.category_id for instance in objects}
         present = annotated if verified_present is None else self._ids(verified_present, where)
         absent = known - present - annotated if verified_absent is None else self._ids(verified_absent, where)
-        verified = tuple(sorted(present)), tuple(sorted(absent))
-        self.add(Sample(image_id, image, width, height, objects, *verified, **metadata), split)
+        partial = self._ids(not_exhaustive, where)
+        labels = tuple(sorted(present)), tuple(sorted(absent)), tuple(sorted(partial))
+        self.add(Sample(image_id, image, width, height, objects, *labels, **metadata), split)
 
     def add(self, sample: Sample, split: str = "train") -> None:
         """Add a finished sample, such as one of another dataset with the same classes.

@@ -118,6 +118,7 @@ class Sample:
         instances: every annotation of the dataset's classes.
         verified_present, verified_absent: category ids that annotators confirmed or ruled out in this image. A class in
             neither is unknown, not absent.
+        not_exhaustive: category ids of which some objects in this image may have no annotation, as in LVIS.
         rotation: degrees (0, 90, 180, 270) by which to rotate the picture counter-clockwise to make it upright.
             Pixels, boxes and masks agree as stored; nothing is rotated.
         license, author, author_url, original_url, title: attribution; "" where unknown.
@@ -130,6 +131,7 @@ class Sample:
     instances: tuple[Instance, ...] = ()
     verified_present: tuple[int, ...] = ()
     verified_absent: tuple[int, ...] = ()
+    not_exhaustive: tuple[int, ...] = ()
     rotation: int = 0
     license: str = ""
     author: str = ""
@@ -149,8 +151,8 @@ class Sample:
 
     @property
     def version(self) -> int:
-        """The version of the format that can hold the sample; version 1 has JPEGs only."""
-        return 2 if self.image.startswith(PNG_SIGNATURE) else 1
+        """The version of the format that can hold the sample; version 1 has neither PNGs nor `not_exhaustive`."""
+        return 2 if self.image.startswith(PNG_SIGNATURE) or self.not_exhaustive else 1
 
     def picture(self) -> Image.Image:
         """Decode the image to an RGB picture of PIL, as stored: EXIF orientation and `rotation` are not applied.
@@ -191,6 +193,7 @@ class Sample:
             **{name: getattr(self, name) for name in ("image_id", "width", "height", "rotation", *ATTRIBUTION)},
             "verified_present": list(self.verified_present),
             "verified_absent": list(self.verified_absent),
+            **({"not_exhaustive": list(self.not_exhaustive)} if self.not_exhaustive else {}),
             "annotations": [instance.to_json() for instance in self.instances],
         }
         return {extension_of(self.image): self.image, "json": canonical_json(value)}
@@ -221,6 +224,7 @@ class Sample:
                 instances=tuple(Instance.from_json(annotation) for annotation in value["annotations"]),
                 verified_present=tuple(int(v) for v in value["verified_present"]),
                 verified_absent=tuple(int(v) for v in value["verified_absent"]),
+                not_exhaustive=tuple(int(v) for v in value.get("not_exhaustive", ())),
                 rotation=int(value["rotation"]),
                 **{field: str(value[field]) for field in ATTRIBUTION},
             )

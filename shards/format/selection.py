@@ -119,4 +119,5 @@ def with_categories(sample: Sample, category_ids: Mapping[int, int] | None) -> S
         ),
         verified_present=renamed(sample.verified_present),
         verified_absent=renamed(sample.verified_absent),
+        not_exhaustive=renamed(sample.not_exhaustive),
     )

@@ -44,7 +44,7 @@ def content_faults(sample: Sample, stored: bytes | None, categories: Set[int]) -
 
 
 def _label_faults(sample: Sample, categories: Set[int]) -> Iterator[str]:
-    for name in ("verified_present", "verified_absent"):
+    for name in ("verified_present", "verified_absent", "not_exhaustive"):
         ids = getattr(sample, name)
         if unknown := sorted(set(ids) - categories):
             yield f"{name} has {unknown[0]}, which is not the id of a class"
@@ -52,6 +52,8 @@ def _label_faults(sample: Sample, categories: Set[int]) -> Iterator[str]:
             yield f"{name} has {next(number for number in ids if ids.count(number) > 1)} more than once"
     if both := sorted(set(sample.verified_present) & set(sample.verified_absent)):
         yield f"class {both[0]} is verified as present and as absent"
+    if both := sorted(set(sample.not_exhaustive) & set(sample.verified_absent)):
+        yield f"class {both[0]} is not annotated exhaustively, and verified as absent"
 
 
 def instance_faults(instance: Instance, width: int, height: int, categories: Set[int]) -> Iterator[str]:

@@ -140,7 +140,7 @@ def sample_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
 def check_classes(sample: Sample, classes: int) -> None:
     """Raise a SampleError for a category id of a sample that is not one of the network's, 1 to `classes` - 1."""
     ids = {instance.category_id for instance in sample.instances}
-    for number in sorted(ids.union(sample.verified_present, sample.verified_absent)):
+    for number in sorted(ids.union(sample.verified_present, sample.verified_absent, sample.not_exhaustive)):
         if not 0 < number < classes:
             name = f"sample {sample.image_id}: category id {number}"
             raise SampleError(f"{name} is not one of 1 to {classes - 1}: build the dataset again")
@@ -149,15 +149,17 @@ def check_classes(sample: Sample, classes: int) -> None:
 def verified_classes(sample: Sample, classes: int) -> Tensor:
     """Return the classes whose annotations in a sample are complete, bool [classes]; the background, 0, is one.
 
-    These are the verified present, the verified absent, and the classes with a box. A sample without either list comes
-    from a source without verified labels, whose annotations are taken as complete.
+    These are the verified present, the verified absent, and the classes with a box, without those that are not
+    annotated exhaustively. A sample without either list comes from a source without verified labels, whose annotations
+    are taken as complete.
     """
     known = {*sample.verified_present, *sample.verified_absent}
-    if not known:
-        return torch.ones(classes, dtype=torch.bool)
-    known |= {0, *(instance.category_id for instance in sample.instances)}
+    if known:
+        known |= {0, *(instance.category_id for instance in sample.instances)}
+    else:
+        known = set(range(classes))
     verified = torch.zeros(classes, dtype=torch.bool)
-    verified[list(known)] = True
+    verified[list(known.difference(sample.not_exhaustive))] = True
     return verified
 
 

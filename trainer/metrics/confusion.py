@@ -37,8 +37,9 @@ class ConfusionMetric:
 
     Detections are matched in the order of their scores, first with objects of their own class, the remaining ones with
     those of other classes. An unmatched detection is a false positive, unless it is in a group-of region of its class,
-    or its class is not verified in the image: these are not counted. Detections below `score` are ignored. Classes are
-    those of the annotations, without a hierarchy: a man that is detected as a person is a confusion.
+    or its class is not verified, or not annotated exhaustively, in the image: these are not counted. Detections below
+    `score` are ignored. Classes are those of the annotations, without a hierarchy: a man that is detected as a person
+    is a confusion.
     """
 
     def __init__(self, categories: Sequence[Category], score: float) -> None:
@@ -76,6 +77,7 @@ def matched_classes(image: EvaluatedImage, score: float) -> list[tuple[int, int]
     matched[left[others >= 0]] = free[others[others >= 0]]
 
     verified = verified_classes(image.sample, {}) | set(overlaps.labels.tolist())
+    verified -= set(image.sample.not_exhaustive)
     regions = overlaps.groups[None, :] & (labels[:, None] == overlaps.labels[None, :])
     in_group = (regions & (overlaps.values[counted] >= IOU)).any(axis=1)
     result = []

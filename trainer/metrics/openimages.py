@@ -12,7 +12,8 @@ official evaluator (`per_image_evaluation.py` of the TensorFlow Object Detection
      ignored: neither right nor wrong. A second one is wrong.
   4. Groups. A detection with at least half of its area inside a group-of region of its class is ignored. Regions with a
      mask come before step 3, those with only a box after it.
-  5. The remaining detections are wrong. Recall is over the objects that have a mask.
+  5. The remaining detections are wrong; those of a class that is not annotated exhaustively in the image, which Open
+     Images does not have, are ignored, as in LVIS. Recall is over the objects that have a mask.
 
 AP is the area under the precision envelope, as in PASCAL VOC since 2010; the mean is over the classes that have an
 object with a mask. A detection without a pixel is ignored. Detections of equal score count in the order of the ids of
@@ -166,6 +167,8 @@ def match(image: EvaluatedImage, parents: Parents) -> Matches:
     outcomes[_in_region(values[:, masked & groups]) & (outcomes == WRONG)] = GROUP
     outcomes[_match_rows(values[:, ~masked & ~groups], outcomes == WRONG)[0]] = UNMASKED
     outcomes[_in_region(values[:, ~masked & groups]) & (outcomes == WRONG)] = GROUP
+    partly = {own for label in image.sample.not_exhaustive for own in (label, *parents.get(label, ()))}
+    outcomes[np.isin(labels, list(partly)) & (outcomes == WRONG)] = UNVERIFIED
     objects = truth[masked & ~groups].astype(np.int32)
     is_verified = bool(image.sample.verified_present or image.sample.verified_absent)
     return Matches(rows, labels.astype(np.int32), found.scores[rows], outcomes, annotations, objects, is_verified)

@@ -222,7 +222,7 @@ def test_filters_and_verified_classes() -> None:
     assert not len(opened(value, Filters(drop=("group-of",)), "cat").candidates()[1])
     lvis = {**value, "images": [{**IMAGE, "neg_category_ids": [3], "not_exhaustive_category_ids": [2]}]}
     image = opened(lvis, Filters(), "dog", "cat", "emu").describe([key])[key]
-    assert (image.verified_present, image.verified_absent) == ((1,), (3,))
+    assert (image.verified_present, image.verified_absent, image.not_exhaustive) == ((1, 2), (3,), (2,))
 
 
 def test_parse_places_takes_one_file_or_one_per_split() -> None:
