@@ -1,1 +1,1 @@
-"""Build shards from Open Images or COCO. A plan chooses images and masks; packing fetches and accounts for them."""
+"""Build shards from Open Images, COCO and others. A plan chooses images and masks; packing fetches and records them."""

@@ -1,4 +1,4 @@
-"""`build-shards`: pack images and masks of Open Images or COCO into tar shards. Light imports only, for `--help`."""
+"""`build-shards`: pack images and masks of Open Images or others into tar shards. Light imports only, for `--help`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -125,25 +125,36 @@ def build_dataset(options: BuildOptions, cache: str) -> Summary | Estimate:
 def make_source(options: BuildOptions, cache: str) -> Source:
     """Return the source of images and annotations that the options name."""
     locate = partial(source_location, anonymous=options.anonymous)
-    if options.source != "open-images":
-        from builder.sources.coco import Coco, Lvis, parse_places
+    if options.source == "yolo":
+        from builder.sources.yolo import Yolo
 
-        kind = {"coco": Coco, "lvis": Lvis}[options.source]
-        places, named = parse_places(options.annotations)
-        files = tuple((split, locate(url)) for split, url in places)
-        roots, per_split = parse_places(options.images, "--images")
-        located = {split: locate(url) for split, url in roots}
-        if not per_split:
-            return kind(located["train"], files, named)
-        if missing := [split for split, _ in files if split not in located]:
-            found = " and ".join(located)
-            raise UserError(f"--images has no root for {missing[0]}, only for {found}: add {missing[0]}=URL")
-        return kind(located[files[0][0]], files, named, tuple((split, located[split]) for split, _ in files))
+        return Yolo.open(locate(options.annotations[0]), locate(options.images[0]) if options.has_images else None)
+    if options.source != "open-images":
+        return _listed(options, locate)
     from builder.fetching.table_cache import Cache
     from builder.sources.openimages.source import OpenImages
 
     tables = Cache(cache, lasting=not options.no_cache)
     return OpenImages(locate(options.images[0]), locate(options.annotations[0]), tables)
+
+
+def _listed(options: BuildOptions, locate: Callable[[str], Location]) -> Source:
+    """Return a source with a root of images and a file or folder of annotations, or one of each per split."""
+    from builder.sources.coco import Coco, Lvis
+    from builder.sources.listing import parse_places
+    from builder.sources.mask_images import MaskImages
+
+    kinds: dict[str, Callable[..., Source]]
+    kinds = {"coco": Coco, "lvis": Lvis, "masks": partial(MaskImages, class_name=" ".join(options.class_name.split()))}
+    places, named = parse_places(options.annotations)
+    files = tuple((split, locate(url)) for split, url in places)
+    given, per_split = parse_places(options.images, "--images")
+    located = {split: locate(url) for split, url in given}
+    if missing := [split for split, _ in files if per_split and split not in located]:
+        found = " and ".join(located)
+        raise UserError(f"--images has no root for {missing[0]}, only for {found}: add {missing[0]}=URL")
+    roots = tuple((split, located[split]) for split, _ in files) if per_split else ()
+    return kinds[options.source](located[files[0][0] if per_split else "train"], files, named, roots)
 
 
 if __name__ == "__main__":

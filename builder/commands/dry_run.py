@@ -16,7 +16,7 @@ from builder.planning.class_report import ClassReport
 from builder.sources.base import Source
 from builder.sources.openimages.layout import PUBLIC_IMAGES, source_location
 from builder.sources.openimages.source import OpenImages
-from builder.tasks.plan import InlineMask, Member, Plan, PlannedImage
+from builder.tasks.plan import FoundMask, FractionalPolygon, InlineMask, Member, Plan, PlannedImage
 from shards.format.dataset import SPLITS
 from shards.format.dataset_card import ClassCounts
 from shards.storage.location import Location
@@ -110,7 +110,7 @@ def planned_counts(plan: Plan) -> list[ClassCounts]:
             for planned in image.objects:
                 kind = task.split, planned.annotation.category_id
                 totals[*kind, "boxes"] += 1
-                totals[*kind, "masks"] += isinstance(planned.mask, Member | InlineMask)
+                totals[*kind, "masks"] += isinstance(planned.mask, FoundMask)
                 totals[*kind, "groups"] += planned.annotation.is_group_of
     kinds = ("images", "masks", "boxes", "groups")
     return [
@@ -150,6 +150,8 @@ def _mask_traffic(plan: Plan) -> tuple[Traffic, int]:
 def _rle_bytes(mask: object) -> float:
     if isinstance(mask, Member):
         return RLE_OF_PNG * mask.size
+    if isinstance(mask, FractionalPolygon):
+        return len(mask.corners) / 4
     return len(mask.segmentation) / 4 if isinstance(mask, InlineMask) else 0.0
 
 

@@ -42,6 +42,8 @@ examples:
   build-shards --classes Dog --per-class 200 --require-mask --min-predicted-iou 0.8 --drop depiction,inside
   build-shards --images-list ids.txt --all-annotations
   build-shards --source coco --images s3://bucket/train2017 --annotations instances_train2017.json --classes person car
+  build-shards --source yolo --annotations street/data.yaml
+  build-shards --source masks --images PNGImages --annotations PedMasks --class-name person
   build-shards --per-class 20 --images s3://mirror/images --annotations s3://mirror/openimages --out /data/try
   build-shards --list-classes
       print the 600 classes, with images, masks and boxes per split: 250 of them have no mask
@@ -77,7 +79,9 @@ def default_cache_folder() -> str:
 class BuildOptions:
     """Options of `build-shards`. Those that determine the dataset come first, in the order of the recorded command."""
 
-    source: Literal["open-images", "coco", "lvis"] = _select("open-images", "format of --images and --annotations")
+    source: Literal["open-images", "coco", "lvis", "masks", "yolo"] = _select(
+        "open-images", "format of --images and --annotations; masks: folders of PNGs, yolo: Ultralytics' layout"
+    )
     classes: list[str] = _select(
         [],
         "names (case-insensitive; quote names with spaces) or MIDs such as /m/01g317; class ids follow this order",
@@ -139,8 +143,10 @@ class BuildOptions:
     )
     annotations: list[str] = _place(
         [PUBLIC_ANNOTATIONS],
-        "root of the tables and mask zips; of coco and lvis, the JSON file, or several as train=URL val=URL test=URL",
+        "root of the tables and mask zips; coco and lvis: the JSON file; masks: the folder or table of masks (of these "
+        "three also several, as train=URL val=URL test=URL); yolo: data.yaml",
     )
+    class_name: str = _place("", "with masks, unless in a table: the class of all objects", metavar="NAME")
     out: str = _place("./shards-data", "root of the dataset")
     anonymous: bool = _place(False, "do not sign requests for sources (those to the public bucket are never signed)")
     cache: str = _caching(
@@ -169,6 +175,11 @@ class BuildOptions:
     overwrite: bool = _action(False, "discard another dataset or unfinished build in --out")
 
     @property
+    def has_images(self) -> bool:
+        """Whether --images was given."""
+        return self.images != [PUBLIC_IMAGES]
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names or MIDs of the classes; empty for all classes of the source."""
         return tuple(self.classes or ([] if self.source != "open-images" else DEFAULT_CLASSES))
@@ -183,7 +194,7 @@ def make_parser() -> Parser:
     """Return the parser of `build-shards`."""
     parser = Parser(
         prog="build-shards",
-        description="Select images and instance masks of Open Images or COCO, and pack them into tar shards.",
+        description="Select images and instance masks of Open Images or other datasets, and pack them into tar shards.",
         epilog=_EPILOG,
     )
     parser.add_argument(
@@ -220,8 +231,11 @@ def command_line(options: BuildOptions) -> str:
     """
     full = replace(options, classes=list(options.class_names), partition=options.fractions)
     names = list(entries(BuildOptions))
-    always = ("seed", "images-per-shard", "images", "annotations", "out")
-    words = to_words(full, names[: names.index("out")], always)
+    always: tuple[str, ...] = ("seed", "images-per-shard", "images", "annotations", "out")
+    recorded = names[: names.index("out")]
+    if options.source == "yolo" and not options.has_images:
+        recorded, always = [name for name in recorded if name != "images"], ("seed", "images-per-shard", *always[3:])
+    words = to_words(full, recorded, always)
     return shlex.join(["build-shards", *map(redact_url, words)])
 
 
@@ -233,12 +247,18 @@ def _check_combinations(options: BuildOptions) -> None:
         fault = "--partition needs --splits partition"
     elif options.partition is not None and sum(options.partition) <= 0:
         fault = "--partition: at least one part must be greater than 0"
-    elif options.source != "open-images" and (
-        options.annotations == [PUBLIC_ANNOTATIONS] or (options.images == [PUBLIC_IMAGES] and not options.list_classes)
+    elif options.source == "yolo" and (options.annotations == [PUBLIC_ANNOTATIONS] or several or several_roots):
+        fault = "--source yolo needs one data.yaml as --annotations, and at most one --images, the root of its paths"
+    elif options.source not in ("open-images", "yolo") and (
+        options.annotations == [PUBLIC_ANNOTATIONS]
+        or (not options.has_images and not (options.list_classes and options.source != "masks"))
     ):
         fault = (
-            f"--source {options.source} needs --images (the root of its files) and --annotations (its instances JSON)"
+            f"--source {options.source} needs --images (the root of its files) and --annotations "
+            f"({'its masks' if options.source == 'masks' else 'its instances JSON'})"
         )
+    elif options.class_name and options.source != "masks":
+        fault = "--class-name is for --source masks; --classes chooses classes of other sources"
     elif several and options.source == "open-images":
         fault = "--annotations takes one root; several files are for --source coco"
     elif several_roots and options.source == "open-images":

@@ -16,6 +16,7 @@ from builder.sources.base import FLAGS
 from builder.tasks.plan import (
     Annotation,
     Failure,
+    FractionalPolygon,
     InlineMask,
     Member,
     PlannedImage,
@@ -200,6 +201,8 @@ def _resolve_mask(planned: PlannedObject, masks: Masks, frame: Frame) -> Encoded
     place = planned.mask
     if isinstance(place, Failure):
         return place
+    if isinstance(place, FractionalPolygon):
+        place = place.at(*frame.annotated)
     if isinstance(place, InlineMask):
         inline = encode_inline(place, *frame.annotated)
         return inline if isinstance(inline, Failure) else replace(inline, mask=frame.stored_mask(inline.mask))

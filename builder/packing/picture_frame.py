@@ -40,12 +40,15 @@ class Frame:
     @property
     def annotated(self) -> Size:
         """The (width, height) of the image as its annotations see it."""
-        return (self.width, self.height) if self.orientation == AS_STORED else (self.height, self.width)
+        return (self.height, self.width) if self.orientation in SWAPPING else (self.width, self.height)
 
     def stored_box(self, box: Box) -> Box:
         """Return a box (x1, x2, y1, y2), in fractions of the annotated picture, in fractions of the stored one."""
         x1, x2, y1, y2 = box
         return {
+            2: (1 - x2, 1 - x1, y1, y2),
+            3: (1 - x2, 1 - x1, 1 - y2, 1 - y1),
+            4: (x1, x2, 1 - y2, 1 - y1),
             5: (y1, y2, x1, x2),
             6: (y1, y2, 1 - x2, 1 - x1),
             7: (1 - y2, 1 - y1, 1 - x2, 1 - x1),
@@ -57,8 +60,10 @@ class Frame:
         if self.orientation == AS_STORED:
             return mask
         upright = rle.decode(mask)  # [H, W] of the annotated picture
-        turns = {5: 0, 6: 1, 7: 2, 8: -1}[self.orientation]  # counter-clockwise, by 90 degrees
+        turns = {2: 0, 3: 2, 4: 2, 5: 0, 6: 1, 7: 2, 8: -1}[self.orientation]  # counter-clockwise, by 90 degrees
         turned = np.rot90(upright, turns)
+        if self.orientation in (2, 4):
+            turned = turned[:, ::-1]
         return rle.encode(turned.T if self.orientation in (5, 7) else turned)
 
 
@@ -66,9 +71,14 @@ def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Fail
     """Compare the size of an image, (width, height) as stored, with the size that its annotations state.
 
     They may be two sizes of one picture. If the sides are swapped, its EXIF orientation has to explain it.
+    Annotations that state no size are in fractions of the upright picture (of Open Images, without `stated`: of the
+    stored one).
     """
     if stated is None:
         return Frame(*size)
+    if stated.width is None or stated.height is None:
+        orientation = exif_orientation(data)
+        return Frame(*size, orientation, "" if orientation == AS_STORED else TURNED)
     wanted, swapped = (stated.width, stated.height), (size[1], size[0])
     orientation = exif_orientation(data)
     # Two nearly square sizes can be of one shape either way: then equal numbers decide.

@@ -172,6 +172,8 @@ def _split_layout(source: Source, scope: BuildScope) -> dict[str, tuple[str, ...
     fractions = dict(zip(SPLITS, scope.partition, strict=True))
     if abs(sum(scope.partition) - 1) > 1e-9:
         logger.info("--partition: the shares are divided by their sum, %g", sum(scope.partition))
+    if "train" not in source.splits:
+        raise UserError(f"--splits partition cuts the train split, and the source has only {', '.join(source.splits)}")
     parts = tuple(split for split in wanted if fractions[split] > 0)
     return {source.splits["train"]: parts} if parts else {}
 

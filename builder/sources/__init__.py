@@ -1,1 +1,1 @@
-"""Sources of images and annotations: Open Images and COCO files. A source is a class that implements `base.Source`."""
+"""Sources of images and annotations, one class each: Open Images, COCO, LVIS, PNG masks, Ultralytics."""

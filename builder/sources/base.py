@@ -1,4 +1,4 @@
-"""The interface between the builder and its sources, `builder.sources.openimages.source` and `builder.sources.coco`."""
+"""The interface between the builder and its sources: `openimages.source` and subclasses of `listing.ListedSource`."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -4,56 +4,26 @@ Format: https://cocodataset.org/#format-data. Also read where present: `neg_cate
 `not_exhaustive_category_ids` of LVIS (https://www.lvisdataset.org/dataset), and `predicted_iou` as in SA-1B.
 """
 
-import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from builder.sources.base import FAR, FILE_NAME
 from builder.sources.coco_categories import CocoCategory, arrange
-from builder.tasks.plan import Metadata
+from builder.sources.listing import ListedImage, ListedObject, Listing, sample_key
+from builder.tasks.plan import InlineMask, Metadata, Size
 from shards.common.errors import UserError
 from shards.common.text import counted
-from shards.format.sample import KEY
 
 LONGEST_SIDE = 1 << 16  # pixels
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class CocoImage:
-    """An image of a file, and its annotations with their positions in the file and `segmentation` as JSON text.
-
-    `absent`, `present` and `uncertain` are names of categories that are verified absent or present (None if the file
-    has no such list) and of those that are not annotated exhaustively.
-    """
-
-    key: str
-    id: int | str
-    file_name: str
-    width: int
-    height: int
-    metadata: Metadata
-    absent: tuple[str, ...] | None
-    present: tuple[str, ...] | None
-    uncertain: tuple[str, ...]
-    annotations: list[tuple[int, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Instances:
-    """A file: names of categories by id, their supercategories where these differ, by name, and images by key."""
-
-    names: Mapping[int, str]
-    parents: Mapping[str, str]
-    images: Mapping[str, CocoImage]
-
-
-def parse_instances(data: bytes, where: str, prefix: str = "", *, lvis: bool = False) -> Instances:
+def parse_instances(data: bytes, where: str, prefix: str = "", *, lvis: bool = False) -> Listing:
     """Parse an instances file, at `where`, into images whose keys begin with `prefix`; UserError if it is damaged.
 
     With `lvis`, each image must have the lists of LVIS, and need not have a file name: then it is that of `coco_url`.
@@ -74,7 +44,7 @@ def parse_instances(data: bytes, where: str, prefix: str = "", *, lvis: bool = F
     licenses = value.get("licenses")
     images = _images(value["images"], licenses if isinstance(licenses, list) else [], names, where, prefix)
     _assign(value["annotations"], images, names, where)
-    return Instances(names, parents, {image.key: image for image in images.values()})
+    return Listing(tuple(names.values()), {image.key: image for image in images.values()}, parents)
 
 
 def fractional_box(bbox: Any, width: int, height: int) -> tuple[float, float, float, float]:
@@ -88,18 +58,6 @@ def fractional_box(bbox: Any, width: int, height: int) -> tuple[float, float, fl
     x1, x2, y1, y2 = x / width, (x + w) / width, y / height, (y + h) / height
     inside = min(x2, 1) > max(x1, 0) and min(y2, 1) > max(y1, 0)
     return (x1, x2, y1, y2) if inside and all(abs(value) <= FAR for value in (x1, x2, y1, y2)) else nothing
-
-
-def sample_key(image_id: int | str, prefix: str = "") -> str:
-    """Return the key of a sample for the id of an image; different ids have different keys.
-
-    Numbers are padded to 12 digits. An id that cannot be a key is replaced by its usable characters and a hash.
-    """
-    text = f"{image_id:012d}" if isinstance(image_id, int) else image_id
-    if KEY.fullmatch(prefix + text):
-        return prefix + text
-    safe = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:40] or "image"
-    return f"{prefix}{safe}-{hashlib.blake2b(text.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 
 def _compact(value: dict[str, Any]) -> dict[str, Any]:
@@ -137,14 +95,14 @@ def _categories(
 
 def _images(
     rows: Sequence[Mapping[str, Any]], licenses: Sequence[Any], names: Mapping[int, str], where: str, prefix: str
-) -> dict[int | str, CocoImage]:
+) -> dict[int | str, ListedImage]:
     """Return a dict from ids to images, without annotations."""
     terms = {
         row["id"]: str(row.get("url") or row.get("name") or "")
         for row in licenses
         if isinstance(row, dict) and type(row.get("id")) is int
     }
-    images: dict[int | str, CocoImage] = {}
+    images: dict[int | str, ListedImage] = {}
     ids: dict[str, int | str] = {}
     _note_names([str(row.get("file_name")) for row in rows], where)
     for number, row in enumerate(rows):
@@ -160,7 +118,7 @@ def _images(
 
 def _image(
     row: Mapping[str, Any], terms: Mapping[int, str], names: Mapping[int, str], place: str, prefix: str
-) -> CocoImage:
+) -> ListedImage:
     found = _get(row, "id", (int, str), place)
     if "file_name" not in row and "neg_category_ids" in row:
         raise UserError(f"{place}: has no file_name, as in LVIS: give --source lvis")
@@ -184,9 +142,8 @@ def _image(
     absent = _named(row["neg_category_ids"], names) if "neg_category_ids" in row else None
     present = _named(row["verified_present"], names) if "verified_present" in row else None  # as exports write it
     uncertain = _named(row.get("not_exhaustive_category_ids"), names)
-    return CocoImage(
-        sample_key(found, prefix), found, file_name, width, height, metadata, absent, present, uncertain, []
-    )
+    key, size = sample_key(found, prefix), (width, height)
+    return ListedImage(key, found, file_name, size, metadata, [], absent, present, uncertain)
 
 
 def _prepare_lvis(rows: Sequence[dict[str, Any]], where: str) -> None:
@@ -211,7 +168,7 @@ def _named(ids: Any, names: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _assign(
-    rows: Iterable[dict[str, Any]], images: Mapping[int | str, CocoImage], names: Mapping[int, str], where: str
+    rows: Iterable[dict[str, Any]], images: Mapping[int | str, ListedImage], names: Mapping[int, str], where: str
 ) -> None:
     """Add the annotations to their images, in the file's order; warn about those that are left out."""
     unlisted = empty = 0
@@ -223,12 +180,32 @@ def _assign(
             raise UserError(f"{place}: there is no category {category}: correct the file")
         if image is None:
             unlisted += 1
-        elif not row.get("segmentation") and not any(fractional_box(row.get("bbox"), image.width, image.height)):
+        elif (described := _object(row, number, names[category], image.size or (1, 1))) is None:
             empty += 1
         else:
-            image.annotations.append((number, row))
+            image.objects.append(described)
     if unlisted:
         logger.warning("%s: %s of images that it does not list: left out", where, counted(unlisted, "annotation"))
     if empty:
         found = counted(empty, "annotation")
         logger.warning("%s: %s with neither a mask nor a box of any extent: left out", where, found)
+
+
+def _object(row: Mapping[str, Any], number: int, label: str, size: Size) -> ListedObject | None:
+    """Return an annotation of an image of this size; None for one with neither a mask nor a box of any extent."""
+    segmentation: Any = row.get("segmentation")
+    iou: Any = row.get("predicted_iou")
+    area: Any = row.get("area")
+    box = fractional_box(row.get("bbox"), *size)
+    if not segmentation and not any(box):
+        return None
+    return ListedObject(
+        label=label,
+        box=box,
+        mask=InlineMask(*size, segmentation) if segmentation else None,
+        mask_path=f"annotations[{number}]" if segmentation else "",
+        box_id=str(row.get("id", ""))[:64],
+        predicted_iou=float(iou) if type(iou) in (int, float) and 0 <= iou <= 1 else None,
+        area=float(area) if type(area) in (int, float) and 0 <= area < math.inf else None,
+        flags=("is_group_of",) if row.get("iscrowd") == 1 else (),
+    )

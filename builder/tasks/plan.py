@@ -1,6 +1,7 @@
 """The plan of a build: images per shard, bytes to fetch, and a fingerprint of everything that decides the result."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -87,6 +88,22 @@ class InlineMask:
 
 
 @dataclass(frozen=True, slots=True)
+class FractionalPolygon:
+    """A mask in annotations that do not state the size of the image: x, y, x, y, ... of a polygon, as JSON text.
+
+    The numbers are fractions of the width and height of the upright picture, as its EXIF orientation has it.
+    """
+
+    corners: str
+
+    def at(self, width: int, height: int) -> InlineMask:
+        """Return the mask for a picture of this size in pixels."""
+        numbers = json.loads(self.corners)
+        polygon = [number * (height if place % 2 else width) for place, number in enumerate(numbers)]
+        return InlineMask(width, height, json.dumps([polygon]))
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why an image or mask is not packed: status and detail of its account, the same on every run."""
 
@@ -94,7 +111,8 @@ class Failure:
     detail: str
 
 
-MaskPlace = Member | InlineMask | Failure  # a failure if a filter excludes the mask
+FoundMask = Member | InlineMask | FractionalPolygon
+MaskPlace = FoundMask | Failure  # a failure if a filter excludes the mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +130,11 @@ class PlannedObject:
 
 @dataclass(frozen=True, slots=True)
 class StatedFile:
-    """What the annotations state about an image's file: its name, and its size in pixels."""
+    """What the annotations state about an image's file: its name, and its size in pixels; None without a size."""
 
     name: str
-    width: int
-    height: int
+    width: int | None
+    height: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,10 @@ class _About:
     attribution: str  # the section on licences, in Markdown
 
 
+_YOURS = """\
+Images and annotations are under the licences of their source, which its files do not state. Complete this section
+before you distribute the data."""
+
 # By the source's `name` in `dataset.json`.
 _ABOUT = {
     "Open Images": _About(
@@ -107,6 +111,22 @@ its annotations, and in `title` the name of its file. Check them before you dist
         """\
 The images are COCO's; each sample has the `license` and `original_url` of its annotations. LVIS publishes its
 annotations under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), with the terms of use of COCO.""",
+    ),
+    "mask images": _About(
+        "a dataset with PNG masks",
+        "Images and instance masks from a dataset with PNG masks",
+        "cut out of a dataset with PNG masks by `build-shards`",
+        (),
+        "object-detection",
+        _YOURS,
+    ),
+    "YOLO": _About(
+        "a dataset in Ultralytics' layout",
+        "Images and instance masks from a dataset in Ultralytics' layout",
+        "cut out of a dataset in Ultralytics' layout by `build-shards`",
+        (),
+        "object-detection",
+        _YOURS,
     ),
     "DatasetWriter": _About(
         "images and instance masks",

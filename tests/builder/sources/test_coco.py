@@ -9,7 +9,8 @@ from pycocotools.coco import COCO
 
 from builder.commands.cli import main
 from builder.sources.base import Candidates, Filters
-from builder.sources.coco import Coco, CocoSplit, parse_places
+from builder.sources.coco import Coco
+from builder.sources.listing import ListedSplit, parse_places
 from shards.common.errors import UserError
 from shards.format import rle
 from shards.format.dataset import open_dataset
@@ -199,7 +200,7 @@ def test_failed_images_and_masks_are_in_the_accounts(scenes: Path, tmp_path: Pat
     assert len({(row["kind"], row["source"]) for row in rows}) == len(rows)
 
 
-def opened(value: dict[str, Any], filters: Filters = NO_FILTERS, *classes: str) -> CocoSplit:
+def opened(value: dict[str, Any], filters: Filters = NO_FILTERS, *classes: str) -> ListedSplit:
     path = Location("memory://coco-tests/instances.json")
     path.write(json.dumps(value).encode())
     source = Coco(Location("memory://coco-tests/images"), (("train", path),))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from builder.packing.inline_masks import encode_inline
 from builder.sources.base import Filters
-from builder.sources.coco import CocoSplit
-from builder.sources.coco_instances import parse_instances, sample_key
+from builder.sources.coco_instances import parse_instances
+from builder.sources.listing import ListedSplit, sample_key
 from builder.sources.taxonomy import Taxonomy
 from builder.tasks.plan import InlineMask, cut_tasks, make_plan
 from shards.common.errors import UserError
@@ -99,8 +99,8 @@ def test_any_value_is_planned_and_packed_or_refused(changes: list[tuple[tuple[st
         parsed = parse_instances(json.dumps(value).encode(), "x.json")
     except UserError:
         return
-    classes = Taxonomy({name: name for name in parsed.names.values()}, {}).choose([])
-    split = CocoSplit(Location("memory://x"), parsed, classes, Filters(min_predicted_iou=0.5, drop=("group-of",)))
+    classes = Taxonomy({name: name for name in parsed.names}, {}).choose([])
+    split = ListedSplit(Location("memory://x"), parsed, classes, Filters(min_predicted_iou=0.5, drop=("group-of",)))
     split.candidates()
     plan = make_plan(classes.categories, cut_tasks("train", list(split.describe(parsed.images).values()), 4))
     masks = [planned.mask for task in plan.tasks for image in task.images for planned in image.objects]
@@ -114,7 +114,7 @@ def test_unusable_annotations_are_left_out_with_a_warning(caplog: pytest.LogCapt
     boxes = ([1, 1, 0, 4], [1, 1, -3, 4], None, [1, 1], [1, 1, math.inf, 2], [10**400, 1, 1, 1], [20, 1, 4, 4])
     bad = [*({**good, "bbox": bbox} for bbox in boxes), {**good, "image_id": 77}]
     parsed = parse_instances(json.dumps(document(annotations=[good, *bad])).encode(), "x.json")
-    assert [number for number, _ in parsed.images["000000000001"].annotations] == [0]
+    assert [found.box_id for found in parsed.images["000000000001"].objects] == ["5"]
     assert "7 annotations with neither a mask nor a box" in caplog.text
     assert "1 annotation of images that it does not list" in caplog.text
 

@@ -89,6 +89,33 @@ def test_the_command_that_coco_prints_builds_the_same_masks_boxes_and_labels(
                 assert (new.bbox, new.is_group_of, new.area) == (old.bbox, old.is_group_of, area_of(old))
 
 
+@pytest.mark.parametrize("to", ["folder", "yolo"])
+def test_other_exports_are_built_again(scenes: Dataset, out: Path, to: str, tmp_path: Path) -> None:
+    found = export(scenes, out, to)
+    splits = {split: out / split for split in found}
+    places = ["--source", "yolo", "--annotations", str(out / "data.yaml")]
+    if to == "folder":
+        tables = [f"{split}={root / 'objects.csv'}" for split, root in splits.items()]
+        images = [f"{split}={root / 'images'}" for split, root in splits.items()]
+        places = ["--source", "masks", "--annotations", *tables, "--images", *images]
+    assert build([*places, "--keep-empty", "--out", str(tmp_path / "again"), "--workers", "1"]) == 0
+    rebuilt = samples_of(tmp_path / "again")
+    names = {category.id: category.name for category in scenes.categories}
+    for split, samples in found.items():
+        assert len(rebuilt[split]) == len(samples)
+        for key, sample in samples.items():
+            other = rebuilt[split][f"{split}-{key}"]
+            kept = [one for one in sample.instances if to == "folder" or not one.is_group_of]
+            for new, old in zip(other.instances, kept, strict=True):
+                assert (new.label, new.is_group_of) == (names[old.category_id], old.is_group_of)
+                assert new.bbox == pytest.approx(old.bbox, abs=2e-3)
+                if to == "folder":
+                    assert (new.segmentation, new.is_occluded) == (old.segmentation, old.is_occluded)
+                elif old.segmentation is not None and new.segmentation is not None:
+                    bits, wanted = rle.decode(new.segmentation), rle.decode(old.segmentation)
+                    assert (bits == wanted).all()
+
+
 def fill(polygon: np.ndarray, width: int, height: int) -> np.ndarray:
     """Return the pixels whose centres are inside a polygon [n, 2], by matplotlib's even-odd rule, bool [H, W]."""
     y, x = np.mgrid[:height, :width] + 0.5

@@ -1,0 +1,153 @@
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builder.commands.cli import main
+from shards.format.dataset import open_dataset
+from tests.builder.builds import samples_of
+from tests.support import jpeg
+
+WIDTH, HEIGHT = 60, 40
+Capture = pytest.CaptureFixture[str]
+
+
+def masks_of(number: int) -> list[np.ndarray]:
+    """Two objects, bool [H, W], that do not overlap."""
+    rng = np.random.default_rng(number)
+    return [np.pad(rng.random((20, 20)) < 0.7, ((10, 10), (left, WIDTH - 20 - left))) for left in (5, 30)]
+
+
+def save(path: Path, image: Image.Image | np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
+
+
+def numbered(number: int) -> np.ndarray:
+    one, other = masks_of(number)
+    return (one * 3 + other * 200).astype(np.uint8)
+
+
+def pennfudan(root: Path, number: int) -> None:
+    save(root / "PNGImages" / f"street{number}.png", Image.open(io.BytesIO(jpeg(WIDTH, HEIGHT, number))))
+    save(root / "PedMasks" / f"street{number}_mask.png", numbered(number))
+
+
+def palette(root: Path, number: int) -> None:
+    """As VOC: the palette's first colours, of which two are the same."""
+    save(root / "JPEGImages" / f"street{number}.jpg", Image.open(io.BytesIO(jpeg(WIDTH, HEIGHT, number))))
+    image = Image.fromarray(numbered(number), "P")
+    image.putpalette([0, 0, 0] * 256)
+    save(root / "Objects" / f"street{number}.png", image)
+
+
+def bowl(root: Path, number: int) -> None:
+    """As the Data Science Bowl 2018: images with an alpha channel, a file per nucleus."""
+    image = Image.open(io.BytesIO(jpeg(WIDTH, HEIGHT, number))).convert("RGBA")
+    save(root / f"street{number}" / "images" / f"street{number}.png", image)
+    for place, mask in enumerate(masks_of(number)):
+        save(root / f"street{number}" / "masks" / f"{place}.png", mask.astype(np.uint8) * 255)
+
+
+LAYOUTS: list[tuple[Callable[[Path, int], None], str, str]] = [
+    (pennfudan, "PNGImages", "PedMasks"),
+    (palette, "JPEGImages", "Objects"),
+    (bowl, ".", "."),
+]
+
+
+def run(root: Path, images: str, masks: str, *arguments: str, name: str = "person") -> int:
+    places = ["--images", str(root / images), "--annotations", str(root / masks), "--out", str(root.parent / "out")]
+    named = ["--class-name", name] if name else []
+    return main(["--source", "masks", *places, *named, "--workers", "1", *arguments])
+
+
+@pytest.mark.parametrize(("write", "images", "masks"), LAYOUTS)
+def test_masks_of_each_layout_are_packed_pixel_for_pixel(
+    tmp_path: Path, capsys: Capture, write: Callable[[Path, int], None], images: str, masks: str
+) -> None:
+    root = tmp_path / "data"
+    for number in range(3):
+        write(root, number)
+    assert run(root, images, masks, "--list-classes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["train"]["person"] == {"images": 3, "masks": 6, "boxes": 6}
+    assert run(root, images, masks, "--dry-run") == 0
+    assert run(root, images, masks) == 0
+    samples = samples_of(tmp_path / "out")["train"]
+    assert sorted(samples) == ["street0", "street1", "street2"]
+    for number in range(3):
+        for mask, wanted in zip(samples[f"street{number}"].masks(), masks_of(number), strict=True):
+            assert (mask == wanted).all()
+    [category] = open_dataset(tmp_path / "out").categories
+    assert category.name == "person"
+    assert "PNG masks" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_images_without_a_mask_are_background_and_splits_have_their_own_folders(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for number in range(2):
+            pennfudan(root / split, number)
+    (root / "val" / "PedMasks" / "street1_mask.png").unlink()
+    images = [f"{split}={root / split / 'PNGImages'}" for split in ("train", "val")]
+    masks = [f"{split}={root / split / 'PedMasks'}" for split in ("train", "val")]
+    places = ["--images", *images, "--annotations", *masks, "--out", str(tmp_path / "out"), "--keep-empty"]
+    assert main(["--source", "masks", *places, "--class-name", "person", "--workers", "1"]) == 0
+    found = samples_of(tmp_path / "out")
+    assert {split: sorted(samples) for split, samples in found.items()} == {
+        split: [f"{split}-street{number}" for number in range(2)] for split in ("train", "val")
+    }
+    empty = found["val"]["val-street1"]
+    assert (empty.instances, empty.verified_absent) == ((), (1,))
+
+
+def faults(root: Path, change: str) -> tuple[str, str, str]:
+    """Spoil a dataset of PennFudan's layout; return images, masks and class name."""
+    images, masks = root / "PNGImages", root / "PedMasks"
+    mask = masks / "street0_mask.png"
+    if change == "no png":
+        mask.write_bytes(jpeg(WIDTH, HEIGHT, 0))
+    elif change == "photograph":
+        save(mask, np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH * 3), dtype=np.uint16))
+    elif change == "sizes":
+        mask.unlink()
+        for number, size in enumerate(((40, 60), (30, 60))):
+            save(masks / "street0" / f"{number}.png", np.ones(size, np.uint8))
+    elif change == "other size":
+        for path in masks.iterdir():
+            save(path, np.ones((HEIGHT, HEIGHT), np.uint8))
+    elif change == "twice":
+        save(images / "street0.jpg", Image.new("RGB", (WIDTH, HEIGHT)))
+    elif change == "no masks":
+        return "PNGImages", "elsewhere", "person"
+    elif change == "no images":
+        return "PedMasks/empty", "PedMasks", "person"
+    return "PNGImages", "PedMasks", "" if change == "no class" else "person"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no png", "street0_mask.png: cannot be read as a mask (not a PNG): give PNGs"),
+        ("photograph", "values: is it a photograph? check --annotations"),
+        ("sizes", "street0/1.png: the mask is 60x30, another one of the same image 60x40: correct it"),
+        ("other size", "the annotations are for 40x40 pixels, the image has 60x40"),
+        ("twice", "street0.jpg and street0.png are both the image street0: keep one of them"),
+        ("no masks", "has a mask there: masks must be at <image>.png, <image>_mask.png"),
+        ("no images", "there is no such folder: check --images"),
+        ("no class", "masks have no class names: give that of the objects, --class-name NAME"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path: Path, capsys: Capture, change: str, message: str) -> None:
+    root = tmp_path / "data"
+    for number in range(2):
+        pennfudan(root, number)
+    images, masks, name = faults(root, change)
+    assert run(root, images, masks, name=name) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
