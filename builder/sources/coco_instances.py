@@ -9,7 +9,8 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from builder.sources.base import FAR, FILE_NAME
 from builder.sources.coco_categories import CocoCategory, arrange
@@ -143,7 +144,8 @@ def _image(
     present = _named(row["verified_present"], names) if "verified_present" in row else None  # as exports write it
     uncertain = _named(row.get("not_exhaustive_category_ids"), names)
     key, size = sample_key(found, prefix), (width, height)
-    return ListedImage(key, found, file_name, size, metadata, [], absent, present, uncertain)
+    objects = _Annotations(names, size)
+    return ListedImage(key, found, file_name, size, metadata, objects, absent, present, uncertain)
 
 
 def _prepare_lvis(rows: Sequence[dict[str, Any]], where: str) -> None:
@@ -180,10 +182,13 @@ def _assign(
             raise UserError(f"{place}: there is no category {category}: correct the file")
         if image is None:
             unlisted += 1
-        elif (described := _object(row, number, names[category], image.size or (1, 1))) is None:
+            continue
+        annotations = image.objects
+        assert isinstance(annotations, _Annotations)
+        if not row.get("segmentation") and not any(fractional_box(row.get("bbox"), *annotations.size)):
             empty += 1
         else:
-            image.objects.append(described)
+            annotations.rows.append((number, row))
     if unlisted:
         logger.warning("%s: %s of images that it does not list: left out", where, counted(unlisted, "annotation"))
     if empty:
@@ -191,21 +196,40 @@ def _assign(
         logger.warning("%s: %s with neither a mask nor a box of any extent: left out", where, found)
 
 
-def _object(row: Mapping[str, Any], number: int, label: str, size: Size) -> ListedObject | None:
-    """Return an annotation of an image of this size; None for one with neither a mask nor a box of any extent."""
-    segmentation: Any = row.get("segmentation")
-    iou: Any = row.get("predicted_iou")
-    area: Any = row.get("area")
-    box = fractional_box(row.get("bbox"), *size)
-    if not segmentation and not any(box):
-        return None
-    return ListedObject(
-        label=label,
-        box=box,
-        mask=InlineMask(*size, segmentation) if segmentation else None,
-        mask_path=f"annotations[{number}]" if segmentation else "",
-        box_id=str(row.get("id", ""))[:64],
-        predicted_iou=float(iou) if type(iou) in (int, float) and 0 <= iou <= 1 else None,
-        area=float(area) if type(area) in (int, float) and 0 <= area < math.inf else None,
-        flags=("is_group_of",) if row.get("iscrowd") == 1 else (),
-    )
+@dataclass(frozen=True, slots=True)
+class _Annotations(Sequence[ListedObject]):
+    """The annotations of an image of a size, which become objects when they are needed: a file has a million.
+
+    `rows` are positions in the file and what is there, with `segmentation` as JSON text; `names` those of categories.
+    """
+
+    names: Mapping[int, str]
+    size: Size
+    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> ListedObject: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ListedObject]: ...
+
+    def __getitem__(self, place: int | slice) -> ListedObject | Sequence[ListedObject]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        number, row = self.rows[place]
+        segmentation: Any = row.get("segmentation")
+        iou: Any = row.get("predicted_iou")
+        area: Any = row.get("area")
+        return ListedObject(
+            label=self.names[row["category_id"]],
+            box=fractional_box(row.get("bbox"), *self.size),
+            mask=InlineMask(*self.size, segmentation) if segmentation else None,
+            mask_path=f"annotations[{number}]" if segmentation else "",
+            box_id=str(row.get("id", ""))[:64],
+            predicted_iou=float(iou) if type(iou) in (int, float) and 0 <= iou <= 1 else None,
+            area=float(area) if type(area) in (int, float) and 0 <= area < math.inf else None,
+            flags=("is_group_of",) if row.get("iscrowd") == 1 else (),
+        )

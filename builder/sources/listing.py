@@ -85,7 +85,7 @@ class ListedImage:
     file_name: str
     size: Size | None
     metadata: Metadata
-    objects: list[ListedObject] = field(default_factory=list)
+    objects: Sequence[ListedObject] = ()
     absent: tuple[str, ...] | None = None
     present: tuple[str, ...] | None = None
     uncertain: tuple[str, ...] = ()
@@ -236,12 +236,11 @@ class ListedSplit:
     def _describe(self, image: ListedImage) -> PlannedImage:
         labels = {found.label for found in image.objects}
         known = frozenset(name for label in labels for name in self._with_parents(label))
-        everything = frozenset(self.listing.names) | frozenset(self.listing.parents.values())
-        absent = everything - known if image.absent is None else frozenset(image.absent) - known - {*image.uncertain}
+        absent = self._labels if image.absent is None else frozenset(image.absent)
         objects = self._objects(image)
         verified_present, verified_absent = self.classes.verified(
             frozenset(labels if image.present is None else image.present),
-            absent,
+            absent - known - frozenset(image.uncertain),
             frozenset(planned.annotation.category_id for planned in objects),
         )
         width, height = image.size or (None, None)
@@ -255,6 +254,10 @@ class ListedSplit:
             stated=StatedFile(image.file_name, width, height),
             not_exhaustive=self.classes.holding(frozenset(image.uncertain)) or None,
         )
+
+    @cached_property
+    def _labels(self) -> frozenset[str]:
+        return frozenset(self.listing.names) | frozenset(self.listing.parents.values())
 
     def _with_parents(self, name: str) -> set[str]:
         found: set[str] = set()

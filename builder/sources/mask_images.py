@@ -88,7 +88,7 @@ class MaskImages(ListedSource):
                 file_name=file_name,
                 size=objects[image][0] if image in objects else None,
                 metadata=Metadata(title=file_name),
-                objects=objects[image][1] if image in objects else [],
+                objects=objects[image][1] if image in objects else (),
             )
             for image, file_name in images.items()
         )

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from shards.common.errors import UserError
 from shards.common.text import did_you_mean
@@ -44,7 +45,7 @@ class Classes:
 
     def holding(self, labels: frozenset[str]) -> tuple[int, ...]:
         """Return the category ids of the classes that have one of the labels, of their own or of a child, ascending."""
-        return tuple(c.id for c in self.categories if self.descendants[c.id] & labels)
+        return _ids(self._by_descendant, labels)
 
     def verified(
         self, present: frozenset[str], absent: frozenset[str], annotated: frozenset[int]
@@ -55,8 +56,29 @@ class Classes:
         `annotated`, are never absent.
         """
         here = self.holding(present)
-        gone = (c.id for c in self.categories if self.ancestors[c.id] & absent)
+        gone = _ids(self._by_ancestor, absent)
         return here, tuple(category for category in gone if category not in here and category not in annotated)
+
+    # Inverted, because a source may have a million images, and thousands of classes.
+    @cached_property
+    def _by_descendant(self) -> Mapping[str, list[int]]:
+        return _inverted(self.descendants)
+
+    @cached_property
+    def _by_ancestor(self) -> Mapping[str, list[int]]:
+        return _inverted(self.ancestors)
+
+
+def _inverted(labels: Mapping[int, frozenset[str]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for category, own in labels.items():
+        for label in own:
+            found[label].append(category)
+    return found
+
+
+def _ids(by_label: Mapping[str, list[int]], labels: Iterable[str]) -> tuple[int, ...]:
+    return tuple(sorted({category for label in labels for category in by_label.get(label, ())}))
 
 
 @dataclass(frozen=True)
