@@ -16,8 +16,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from builder.packing.pack import pack_image
+from builder.sources.base import Filters
 from builder.sources.coco_instances import parse_instances
 from builder.sources.csv_tables import read_table
+from builder.sources.listing import ListedSource
+from builder.sources.mask_images import MaskImages
+from builder.sources.yolo import Yolo
 from shards.commands.option_values import YamlError, read_yaml
 from shards.common.class_hierarchy import parse_hierarchy
 from shards.common.errors import UserError
@@ -283,7 +288,7 @@ class Tables:
         self.table = open_dataset(str(self.root)).table
         self.csv = folder / "table.csv"
         self.kinds: list[Callable[[np.random.Generator], None]] = [
-            *[self._dataset] * 6, self._instances, self._hierarchy, self._csv_table, self._yaml,
+            *[self._dataset] * 6, self._instances, self._hierarchy, self._csv_table, self._yaml, self._own,
         ]  # fmt: skip
 
     def check(self, rng: np.random.Generator) -> None:
@@ -331,6 +336,31 @@ class Tables:
             "licenses": [{"id": 1, "url": "http://example.org"}],
         }
         parse_instances(self._changed(value, rng), "instances.json")
+
+    def _own(self, rng: np.random.Generator) -> None:
+        """Read a dataset in Ultralytics' layout, or with PNG masks in a table, one file of which is changed."""
+        root = self.root.parent / "own"
+        mask = io.BytesIO()
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(mask, "PNG")
+        files = {
+            "images/train/a.jpg": picture(0),
+            "data.yaml": b"path: .\ntrain: images/train\nnames: {0: cat, 1: dog}\n",
+            "labels/train/a.txt": b"0 0.1 0.1 0.5 0.1 0.5 0.75 0.1 0.75\n1 0.5 0.5 0.25 0.5\n",
+            "objects.csv": b"image,class,x,y,width,height,mask\na,cat,,,,,a.png\na,dog,1,2,3.5,4,\n",
+            "a.png": mask.getvalue(),
+        }
+        name = list(files)[int(rng.integers(1, len(files)))]
+        for path, data in files.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(change_bytes(data, rng) if path == name else data)
+        place, images = Location(str(root)), Location(str(root / "images/train"))
+        if name in ("objects.csv", "a.png"):
+            source: ListedSource = MaskImages(images, (("train", place / "objects.csv"),))
+        else:
+            source = Yolo.open(place / "data.yaml", None)
+        split = source.open_split("train", source.taxonomy().choose([]), Filters())
+        for image in split.describe(split.candidates()[1].masked).values():
+            pack_image(image, files["images/train/a.jpg"], {}, "train")
 
     def _hierarchy(self, rng: np.random.Generator) -> None:
         leaf = {"LabelName": "/m/c"}

@@ -67,6 +67,7 @@ def _card(split: str, sample: Sample) -> dict[str, Any]:
         "size": picture,
         "present": sample.verified_present,
         "absent": sample.verified_absent,
+        "partial": sample.not_exhaustive,
         **{name: getattr(sample, name) for name in ("width", "height", "rotation", *ATTRIBUTION)},
         "objects": [
             {

@@ -297,6 +297,7 @@
     entries.push(...term("Size", `${sample.width} × ${sample.height} pixels, ${sample.split}`));
     if (sample.rotation) entries.push(...term("Rotation", `upright after a rotation of ${sample.rotation}° counter-clockwise`));
     entries.push(...term("Verified present", names(sample.present)), ...term("Verified absent", names(sample.absent)));
+    if (sample.partial.length) entries.push(...term("Not all annotated", names(sample.partial)));
     return entries;
   }
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from builder.commands.cli import main
 from shards.format import rle
 from shards.format.dataset import open_dataset
+from shards.storage.location import Location
 from tests.builder.builds import samples_of
 from tests.support import jpeg
 
@@ -78,6 +79,23 @@ def test_a_list_of_images_and_another_root(tmp_path: Path) -> None:
     assert main(["--source", "yolo", *places, "--workers", "1"]) == 0
     samples = samples_of(tmp_path / "out")["train"]
     assert {sample.title for sample in samples.values()} == {"images/train/a.jpg", "images/val/a.jpg"}
+
+
+def test_labels_and_masks_are_read_from_a_bucket(tmp_path: Path, bucket: str) -> None:
+    root = write(tmp_path / "data")
+    for split in ("train", "val"):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[6:45, 8:40] = 7
+        (root / "masks" / split).mkdir(parents=True)
+        Image.fromarray(mask).save(root / "masks" / split / "a.png")
+    for path in (path for path in root.rglob("*.*") if path.is_file()):
+        (Location(f"s3://{bucket}") / str(path.relative_to(root))).write(path.read_bytes())
+    yolo = ["--source", "yolo", "--annotations", f"s3://{bucket}/data.yaml"]
+    places = ["--images", f"s3://{bucket}/images/train", "--annotations", f"s3://{bucket}/masks/train"]
+    for name, words in (("yolo", yolo), ("masks", ["--source", "masks", *places, "--class-name", "cat"])):
+        assert main([*words, "--out", str(tmp_path / name), "--workers", "1"]) == 0
+    [one, other] = (samples_of(tmp_path / name)["train"] for name in ("yolo", "masks"))
+    assert one["train-a"].instances[0].segmentation == other["a"].instances[0].segmentation
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
