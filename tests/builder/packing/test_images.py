@@ -59,6 +59,7 @@ def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
         assert same_shape((first(one[0]), first(one[1])), (second(other[0]), second(other[1])))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_another_format_is_named() -> None:
     for name in ("GIF", "WebP", "BMP", "TIFF"):
         data = saved(Image.new("RGB", (8, 8)), name)
