@@ -37,6 +37,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 AT_ONCE = 64  # masks that are in memory as files
 MAX_PIXELS = 64 << 20  # of a mask
 MOST_OBJECTS = 4096  # in one PNG; more values are those of a photograph
+TINY = 2  # pixels
+SMOOTH = f"of {TINY} pixels or fewer: were they saved with smooth edges, or as a JPEG first?"
 
 logger = logging.getLogger(__name__)
 
@@ -148,23 +150,41 @@ def _match(root: Location, images: Mapping[str, str], taken: Collection[str]) ->
 def _read_masks(root: Location, places: Sequence[_Place], label: str) -> Objects:
     """Return the objects of the images that have masks."""
     objects: Objects = {}
-    empty = 0
+    empty = tiny = 0
     contents = _contents([root / place.path for place in places])
     for (path, image, numbered), data in zip(places, contents, strict=True):
         where = str(root / path)
         pixels = mask_values(data, where, numbered=numbered)
-        values = np.setdiff1d(pixels, 0).tolist()
-        if numbered and len(values) > MOST_OBJECTS:
-            raise UserError(f"{where}: has {len(values)} values: is it a photograph? check --annotations")
+        masks = objects_in(pixels if numbered else pixels != 0)
+        if len(masks) > MOST_OBJECTS:
+            raise UserError(f"{where}: has {len(masks)} values: is it a photograph? check --annotations")
         found = _objects_of(objects, image, pixels, where)
-        if numbered:
-            found += [_object(label, pixels == value, f"{path}#{value}", str(value)) for value in values]
-        elif values:
-            found.append(_object(label, pixels != 0, path))
-        empty += not values
-    if empty:
-        logger.warning("%s: %s without a pixel that is not 0: no object", root, counted(empty, "mask"))
+        for value, mask in masks.items():
+            name, number = (f"{path}#{value}", str(value)) if numbered else (path, "")
+            found.append(_object(label, mask, name, number))
+            tiny += rle.area(mask) <= TINY
+        empty += not masks
+    for count, what in ((empty, "without a pixel that is not 0: no object"), (tiny, SMOOTH)):
+        if count:
+            logger.warning("%s: %s %s", root, counted(count, "mask"), what)
     return objects
+
+
+def objects_in(pixels: NDArray[Any]) -> dict[int, rle.Rle]:
+    """Return the mask of each value but 0 of an array [H, W], by ascending value."""
+    height, width = pixels.shape
+    places = np.flatnonzero(pixels)
+    values = pixels.ravel()[places]
+    order = np.argsort(values, kind="stable")
+    places, values = places[order], values[order]
+    found: dict[int, rle.Rle] = {}
+    for own in np.split(places, 1 + np.flatnonzero(values[1:] != values[:-1])):
+        if len(own):
+            y, x = np.divmod(own, width)
+            bits = np.zeros((np.ptp(y) + 1, np.ptp(x) + 1), np.uint8)
+            bits[y - y.min(), x - x.min()] = 1
+            found[int(pixels.flat[own[0]])] = rle.encode_part(bits, int(x.min()), int(y.min()), height, width)
+    return found
 
 
 def _objects_of(objects: Objects, image: str, pixels: NDArray[Any], where: str) -> list[ListedObject]:
@@ -201,9 +221,9 @@ def _read_table(location: Location, root: Location, images: Mapping[str, str]) -
         if path:
             pixels = mask_values(next(contents), str(folder / path), numbered=False)
             found = _objects_of(objects, image, pixels, str(folder / path))
-            if not pixels.any():
+            if (mask := objects_in(pixels != 0).get(1)) is None:
                 raise UserError(f"{place}: the mask {path} has no pixel that is not 0: correct it")
-            found.append(_object(row["class"], pixels != 0, path, "", _box(row, objects[image][0], place), flags))
+            found.append(_object(row["class"], mask, path, "", _box(row, objects[image][0], place), flags))
             continue
         if image not in objects:
             objects[image] = (_size_of(root / images[image]), [])
@@ -214,19 +234,12 @@ def _read_table(location: Location, root: Location, images: Mapping[str, str]) -
 
 
 def _object(
-    label: str,
-    bits: NDArray[np.bool_],
-    path: str,
-    number: str = "",
-    box: Box | None = None,
-    flags: tuple[str, ...] = (),
+    label: str, mask: rle.Rle, path: str, number: str = "", box: Box | None = None, flags: tuple[str, ...] = ()
 ) -> ListedObject:
-    """Return an object of a mask, bool [H, W] with at least one pixel."""
-    height, width = bits.shape
-    mask = rle.encode(bits)
+    """Return an object of a mask with at least one pixel."""
     x, y, w, h = rle.bounds(mask)
-    tight = (x / width, (x + w) / width, y / height, (y + h) / height)
-    place = InlineMask(width, height, json.dumps(mask.to_json()))
+    tight = (x / mask.width, (x + w) / mask.width, y / mask.height, (y + h) / mask.height)
+    place = InlineMask(mask.width, mask.height, json.dumps(mask.to_json()))
     return ListedObject(label, box or tight, place, path, number, flags=flags)
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from builder.commands.cli import main
+from builder.sources.mask_images import objects_in
+from shards.format import rle
 from shards.format.dataset import open_dataset
 from tests.builder.builds import samples_of
 from tests.support import jpeg
@@ -103,6 +105,22 @@ def test_images_without_a_mask_are_background_and_splits_have_their_own_folders(
     }
     empty = found["val"]["val-street1"]
     assert (empty.instances, empty.verified_absent) == ((), (1,))
+
+
+def test_objects_in_an_array_are_those_of_each_value() -> None:
+    pixels = np.random.default_rng(0).integers(0, 9, (30, 50)) ** 3
+    found = objects_in(pixels)
+    assert list(found) == [value**3 for value in range(1, 9)]
+    assert all(mask == rle.encode(pixels == value) for value, mask in found.items())
+    assert objects_in(np.zeros((3, 4), np.bool_)) == {}
+
+
+def test_smooth_edges_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pennfudan(tmp_path / "data", 0)
+    blurred = Image.fromarray(numbered(0)).filter(ImageFilter.GaussianBlur(1))
+    save(tmp_path / "data" / "PedMasks" / "street0_mask.png", blurred)
+    assert run(tmp_path / "data", "PNGImages", "PedMasks") == 0
+    assert "pixels or fewer: were they saved with smooth edges, or as a JPEG first?" in caplog.text
 
 
 def faults(root: Path, change: str) -> tuple[str, str, str]:
