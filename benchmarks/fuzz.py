@@ -7,7 +7,8 @@
 - `samples`: of a shard, changed with and without the right checksum, read, collated, evaluated and drawn;
 - `checkpoints`: with changed files, or a state.json of other values, loaded as training resumes; starting weights;
 - `images`: of all formats that `predict` opens;
-- `tables`: index, dataset.json and accounts of a dataset, COCO's instances, a class hierarchy, CSV tables, YAML.
+- `tables`: index, dataset.json and accounts of a dataset, COCO's instances, Ultralytics' labels, PNG masks with their
+  table, a class hierarchy, CSV tables, YAML.
 
 An input is determined by kind, seed and number. Child processes try them, each within a time limit and limited memory,
 so that a crash or a hang costs one input. What a checksum covers must be refused or be equal to the original; other
