@@ -49,6 +49,11 @@ class DataConfig:
         [0.1, 2.0], "smallest and largest scale for scale_jitter; at scale 1 the image fits max_size", low=0.01
     )
     flip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    rotate: float = option(0.0, "maximum rotation in either direction, in degrees", low=0, high=180)
+    shear: float = option(0.0, "maximum shear along x in either direction, in degrees", low=0, high=60)
+    translate: float = option(
+        0.0, "maximum shift in either direction, as a share of the width and of the height", low=0, high=1
+    )
     max_instances: int = option(
         100,
         "maximum number of objects per image to train on; of more objects, a random choice per epoch is kept and the "

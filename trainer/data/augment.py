@@ -3,8 +3,11 @@
 All randomness comes from the generator that is passed in.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -38,22 +41,44 @@ def resize(image: Tensor, instances: Instances, height: int, width: int) -> tupl
     return resized, instances.scale(width / image.shape[-1], height / image.shape[-2])
 
 
-def scale_jitter(
-    image: Tensor, instances: Instances, size: int, scales: Sequence[float], rng: np.random.Generator
-) -> tuple[Tensor, Instances]:
-    """Resize by a random factor and crop a random window: large-scale jitter.
+@dataclass(frozen=True)
+class View:
+    """What the network sees of an image: a window of it, after scaling. All in pixels.
+
+    Attributes:
+        scaled: (height, width) of the whole image.
+        top, left, height, width: the window.
+    """
+
+    scaled: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @staticmethod
+    def whole(scaled: tuple[int, int]) -> View:
+        """Return the view of all of an image that is scaled to (height, width)."""
+        return View(scaled, 0, 0, *scaled)
+
+    def of(self, image: Tensor, instances: Instances) -> tuple[Tensor, Instances]:
+        """Return the view of an image, uint8 [3, H, W], and its instances; see `Instances.crop`."""
+        image, instances = resize(image, instances, *self.scaled)
+        image = image[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        return image, instances.crop(self.left, self.top, self.width, self.height)
+
+
+def jittered(height: int, width: int, size: int, scales: Sequence[float], rng: np.random.Generator) -> View:
+    """Draw a view of an image for large-scale jitter: a random window at a random scale.
 
     Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation", CVPR 2021;
     torchvision's `ScaleJitter` and `FixedSizeCrop`. The factor is uniform in `scales`; at 1 the image just fits into
-    the square of `size`. No side of the result exceeds `size`; boxes with less than a pixel left are dropped.
+    the square of `size`. No side of the window exceeds `size`.
     """
-    height, width = image.shape[-2:]
     factor = min(size / height, size / width) * rng.uniform(scales[0], scales[1])
-    image, instances = resize(image, instances, max(1, int(height * factor)), max(1, int(width * factor)))
-    height, width = image.shape[-2:]
-    top, left = (int(rng.integers(0, max(side - size, 0) + 1)) for side in (height, width))
-    image = image[:, top : top + size, left : left + size]
-    return image, instances.crop(left, top, image.shape[-1], image.shape[-2])
+    scaled = max(1, int(height * factor)), max(1, int(width * factor))
+    top, left = (int(rng.integers(0, max(side - size, 0) + 1)) for side in scaled)
+    return View(scaled, top, left, min(scaled[0], size), min(scaled[1], size))
 
 
 def photometric(image: Tensor, probability: float, rng: np.random.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from shards.format.sample import Sample
 from shards.stream.sample_cache import SampleCache
 from trainer.config.settings import DataConfig
 from trainer.data import augment
+from trainer.data.affine import matrix_of, random_turn, warp
 from trainer.data.copy_paste import paste_some
 from trainer.data.instances import Batch, Instances, padded, read_instances
 
@@ -107,14 +108,18 @@ class TrainCollate:
         # The flip comes first because most images are smaller before resizing than after.
         if rng.random() < data.flip:
             image, instances = augment.flip(image, instances)
+        height, width = image.shape[-2:]
+        view = augment.View.whole(size)
         if data.resize == "scale_jitter":
-            image, instances = augment.scale_jitter(image, instances, data.max_size, data.scale_range, rng)
+            view = augment.jittered(height, width, data.max_size, data.scale_range, rng)
+        if data.rotate or data.shear or data.translate:
+            matrix = random_turn(data, view.height, view.width, rng) @ matrix_of(view, height, width)
+            image, instances = warp(image, instances, matrix, view.height, view.width)
         else:
-            image, instances = augment.resize(image, instances, *size)
+            image, instances = view.of(image, instances)
         if data.photometric:
             image = augment.photometric(image, data.photometric, rng)
-        height, width = image.shape[-2:]
-        return image, instances.crop(0, 0, width, height)
+        return image, instances
 
 
 class EvalCollate:

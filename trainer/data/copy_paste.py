@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, is_large
+from trainer.data.mask_bitmaps import extents
 
 OBJECT_PROBABILITY = 0.5  # that an object of the donor is pasted, as in torchvision's reference
 # An object with a smaller visible share is IGNORED: of its mask, or of its box where it has no mask (anything in the
@@ -104,21 +105,6 @@ def _uncovered_bitmaps(instances: Instances, has_mask: Tensor, cover: Tensor) ->
 
 def _shrunk_boxes(instances: Instances, bitmaps: Tensor) -> Tensor:
     """Move the sides of boxes from which the mask has receded, never outwards: float32 [M, 4]."""
-    before, after = (_extent(b, instances.frames) for b in (instances.bitmaps, bitmaps))
+    before, after = (extents(b, instances.frames) for b in (instances.bitmaps, bitmaps))
     inwards = torch.cat((torch.maximum(after, instances.boxes)[:, :2], torch.minimum(after, instances.boxes)[:, 2:]), 1)
     return torch.where(after != before, inwards, instances.boxes)
-
-
-def _extent(bitmaps: Tensor, frames: Tensor) -> Tensor:
-    """Bounding boxes, float32 [M, 4], of the cells that are covered by half or more; without area where none is."""
-    side = bitmaps.shape[-1]
-    ends = []
-    for dim in (1, 2):  # over the rows: x; over the columns: y
-        line = (bitmaps >= 128).any(dim=dim)  # [M, side]
-        first = line.int().argmax(dim=1)
-        last = side - line.flip(1).int().argmax(dim=1)
-        ends.append((first, torch.where(line.any(dim=1), last, first)))
-    (x0, x1), (y0, y1) = ends
-    corner, size = frames[:, :2], frames[:, 2:] - frames[:, :2]
-    cells = torch.stack((x0, y0, x1, y1), dim=1).to(frames)
-    return corner.repeat(1, 2) + cells / side * size.repeat(1, 2)

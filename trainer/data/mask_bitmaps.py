@@ -9,6 +9,7 @@ Coordinates are continuous: pixel i covers i to i + 1.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -19,6 +20,7 @@ from shards.format.rle import Rle, runs
 # of 56 cells (compared with full-size masks), at 7 KB per object. 112 cells gain little more.
 BITMAP = 84
 SAMPLES = 3  # sampling points per side of a target pixel
+FAINT = 32  # of 255: cells with less coverage do not count as a part of an object that is thinner than a cell
 
 
 def rasterise(mask: Rle, side: int = BITMAP) -> tuple[Tensor, tuple[float, float, float, float]] | None:
@@ -128,3 +130,28 @@ def sample_targets(bitmaps: Tensor, frames: Tensor, objects: Tensor, rois: Tenso
     values = bitmaps[:, None].to(places) / 255
     targets: Tensor = roi_align(values, indexed, (size, size), sampling_ratio=SAMPLES, aligned=True)[:, 0]
     return targets
+
+
+def extents(bitmaps: Tensor, frames: Tensor) -> Tensor:
+    """Return the boxes, float32 [M, 4], around the objects in bitmaps, uint8 [M, m, m]; no area if one is empty."""
+    side = bitmaps.shape[-1]
+    rows, columns = bitmaps.amax(dim=2), bitmaps.amax(dim=1)  # [M, m]
+    first = torch.stack((_first_covered(columns), _first_covered(rows)), dim=1)  # [M, 2] in cells
+    last = side - torch.stack((_first_covered(columns.flip(1)), _first_covered(rows.flip(1))), dim=1)
+    corner, opposite = frames.split(2, dim=1)
+    cell = (opposite - corner) / side
+    return torch.cat((corner + first * cell, corner + last.maximum(first) * cell), dim=1)
+
+
+def _first_covered(line: Tensor) -> Tensor:
+    """Return where each line of cells, uint8 [M, m], is first covered, in cells: float32 [M]; m if nowhere.
+
+    That is where the coverage, interpolated between the centres of cells, reaches half of that of the next cell: so it
+    finds the edge of a large object within a cell, and the tip of a part that is thinner than a cell.
+    """
+    cells = F.pad(line.float(), (1, 1))
+    before, here, after = cells[:, :-2], cells[:, 1:-1], cells[:, 2:]  # [M, m]
+    half = here.maximum(after) / 2
+    is_covered = (here >= half) & (here >= FAINT)
+    edge = torch.arange(line.shape[1]) + 0.5 - ((here - half) / (here - before).clamp(min=1)).clamp(max=1)
+    return torch.where(is_covered, edge, line.shape[1]).amin(dim=1)

@@ -56,14 +56,14 @@ def test_pad_into_copies_to_the_top_left_and_zeros_the_rest():
     assert slots[0, :, 50:].sum() + slots[0, :, :, 70:].sum() == 0
 
 
-def test_scale_jitter_fits_the_square_and_moves_boxes_with_pixels():
+def test_jittered_fits_the_square_and_moves_boxes_with_pixels():
     # A white rectangle on black: its box must stay where the white pixels are.
     image, mask = torch.zeros((3, 90, 120), dtype=torch.uint8), np.zeros((90, 120), dtype=np.uint8)
     image[:, 30:60, 40:80], mask[30:60, 40:80] = 255, 1
     instances = read_instances([Instance(1, (40.0, 30.0, 40.0, 30.0), rle.encode(mask))])
     sizes = set()
     for seed in range(30):
-        found, left = augment.scale_jitter(image, instances, 64, (0.1, 2.0), np.random.default_rng(seed))
+        found, left = augment.jittered(90, 120, 64, (0.1, 2.0), np.random.default_rng(seed)).of(image, instances)
         height, width = found.shape[-2:]
         sizes.add((height, width))
         assert max(height, width) <= 64

