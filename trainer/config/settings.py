@@ -60,6 +60,7 @@ class DataConfig:
         "others are ignored, not background; 0 for no limit",
         low=0,
     )
+    iou_crop: float = option(0.0, "probability of SSD's random crop, which contains an object's centre", low=0, high=1)
     photometric: float = option(0.0, "probability of each change: brightness, contrast, saturation, hue", low=0, high=1)
     copy_paste: float = option(0.0, "probability of pasting objects of the next image of the batch", low=0, high=1)
 
@@ -246,6 +247,8 @@ def validate(config: Config) -> None:
         raise ConfigError(f"model.anchor_sizes has {counted(len(model.anchor_sizes), 'value')}: the FPN has 5 levels")
     if data.resize == "oriented" and not data.group_by_aspect:
         raise ConfigError("data.resize is oriented, which needs batches of one orientation: set data.group_by_aspect")
+    if data.resize == "oriented" and data.iou_crop:
+        raise ConfigError("data.iou_crop changes orientations: set data.resize to square, shortest or scale_jitter")
     if data.resize == "shortest" and config.train.compile != "no":
         raise ConfigError(
             f"train.compile is {config.train.compile}, and with data.resize shortest nearly every batch has a shape of "

@@ -28,6 +28,7 @@ from trainer.data import augment
 from trainer.data.affine import matrix_of, random_turn, warp
 from trainer.data.copy_paste import paste_some
 from trainer.data.instances import Batch, Instances, padded, read_instances
+from trainer.data.iou_crop import Window, crop, draw_window
 
 # Of images outside of a dataset, whose images are JPEGs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -76,15 +77,16 @@ class TrainCollate:
             check_classes(sample, self.classes)
         rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]
         min_sizes = [int(rng.choice(data.min_sizes or [data.min_size])) for rng in rngs]
+        windows = [self._window(sample, rng) for sample, rng in zip(samples, rngs)]
         sizes = [
-            augment.scaled_size(sample.height, sample.width, min_size, data.max_size)
-            for sample, min_size in zip(samples, min_sizes)
+            augment.scaled_size(window.height, window.width, min_size, data.max_size)
+            for window, min_size in zip(windows, min_sizes)
         ]
         images = augment.empty_images(len(samples), *augment.padded_size(data, sizes))
         prepared = []
         # One after the other: an image is copied into its slot while it is still in the processor's cache.
-        for sample, size, rng, slot in zip(samples, sizes, rngs, images):
-            image, of_image = self._prepare(sample, size, rng)
+        for sample, window, size, rng, slot in zip(samples, windows, sizes, rngs, images):
+            image, of_image = self._prepare(sample, window, size, rng)
             prepared.append((augment.pad_into(image, slot), of_image))
         if data.copy_paste:
             donors = prepared[1:] + prepared[:1]
@@ -103,8 +105,21 @@ class TrainCollate:
             **padded(instances),
         )
 
-    def _prepare(self, sample: Sample, size: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Instances]:
+    def _window(self, sample: Sample, rng: np.random.Generator) -> Window:
+        """Return the part of the stored image that is used."""
+        if self.data.iou_crop and rng.random() < self.data.iou_crop:
+            objects = [instance.bbox for instance in sample.instances if not instance.is_group_of]
+            boxes = np.array(objects, dtype=np.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            return draw_window(sample.height, sample.width, boxes, rng)
+        return Window(0, 0, sample.width, sample.height)
+
+    def _prepare(
+        self, sample: Sample, window: Window, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[Tensor, Instances]:
         data, image, instances = self.data, decode_sample(sample), read_instances(sample.instances)
+        if data.iou_crop:
+            image, instances = crop(image, instances, window)
         # The flip comes first because most images are smaller before resizing than after.
         if rng.random() < data.flip:
             image, instances = augment.flip(image, instances)
