@@ -85,7 +85,8 @@ def batch_of(scenes: list[tuple[Tensor, list[np.ndarray], Tensor]]) -> Batch:
         images=images,
         sizes=sizes,
         image_ids=tuple(str(i) for i in range(len(scenes))),
-        verified=torch.ones((len(scenes), 4), dtype=torch.bool),
+        tiles=torch.tensor([[[0.0, 0, image.shape[-1], image.shape[-2]]] for image, _, _ in scenes]),
+        verified=torch.ones((len(scenes), 1, 4), dtype=torch.bool),
         **padded(instances),
     )
 

@@ -62,6 +62,7 @@ class DataConfig:
     )
     iou_crop: float = option(0.0, "probability of SSD's random crop, which contains an object's centre", low=0, high=1)
     photometric: float = option(0.0, "probability of each change: brightness, contrast, saturation, hue", low=0, high=1)
+    mosaic: float = option(0.0, "probability of a mosaic with the next three images of the batch", low=0, high=1)
     copy_paste: float = option(0.0, "probability of pasting objects of the next image of the batch", low=0, high=1)
 
 
@@ -261,6 +262,8 @@ def validate(config: Config) -> None:
         )
     if data.copy_paste and data.batch_size < 2:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")
+    if data.mosaic and data.batch_size < 4:
+        raise ConfigError("data.mosaic joins four images of the batch: set data.batch_size to 4 or more")
     if any(size > data.max_size for size in data.min_sizes):
         raise ConfigError(f"data.min_sizes {data.min_sizes} are not all within data.max_size {data.max_size}")
     if data.min_size > data.max_size:

@@ -2,7 +2,7 @@
 
 The random numbers of a sample are seeded with (seed, epoch, image id) and nothing else: a batch is the same whichever
 worker and rank makes it. A sample is augmented alike at any position in the batch, except by copy-paste, which takes
-objects from the next sample.
+objects from the next sample, and by mosaic, which takes the next three images.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from trainer.data.affine import matrix_of, random_turn, warp
 from trainer.data.copy_paste import paste_some
 from trainer.data.instances import Batch, Instances, padded, read_instances
 from trainer.data.iou_crop import Window, crop, draw_window
+from trainer.data.mosaic import TILES, mosaic
 
 # Of images outside of a dataset, whose images are JPEGs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+
+Prepared = tuple[Tensor, Instances]  # an image, uint8 [3, h, w], as the network sees it
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,16 @@ class TrainCollate:
         for sample, window, size, rng, slot in zip(samples, windows, sizes, rngs, images):
             image, of_image = self._prepare(sample, window, size, rng)
             prepared.append((augment.pad_into(image, slot), of_image))
+        tiles = torch.tensor([[[0.0, 0.0, image.shape[-1], image.shape[-2]]] for image, _ in prepared])  # [B, 1, 4]
+        owners = torch.arange(len(samples))[:, None]  # [B, 1], the sample of each tile
+        if data.mosaic:
+            prepared, tiles, owners = self._mosaics(prepared, tiles, owners, rngs)
         if data.copy_paste:
             donors = prepared[1:] + prepared[:1]
             prepared = [
                 paste_some(*target, *donor, data.copy_paste, rng) for target, donor, rng in zip(prepared, donors, rngs)
             ]
+        if data.mosaic or data.copy_paste:
             prepared = [(augment.pad_into(image, slot), of_image) for (image, of_image), slot in zip(prepared, images)]
         instances = [of_image for _, of_image in prepared]
         if data.max_instances:
@@ -101,9 +109,29 @@ class TrainCollate:
             images=images,
             sizes=torch.tensor([image.shape[-2:] for image, _ in prepared]),
             image_ids=tuple(sample.image_id for sample in samples),
-            verified=torch.stack([verified_classes(sample, self.classes) for sample in samples]),
+            tiles=tiles,
+            verified=torch.stack([verified_classes(sample, self.classes) for sample in samples])[owners],
             **padded(instances),
         )
+
+    def _mosaics(
+        self, prepared: Sequence[Prepared], tiles: Tensor, owners: Tensor, rngs: Sequence[np.random.Generator]
+    ) -> tuple[list[Prepared], Tensor, Tensor]:
+        """Replace some images by a mosaic of themselves and the next three of the batch.
+
+        Returns the images, and the tiles, [B, TILES, 4], with the sample of each, int64 [B, TILES].
+        """
+        found, tiles, owners = list(prepared), tiles.repeat(1, TILES, 1), owners.repeat(1, TILES)
+        for i, rng in enumerate(rngs):
+            if rng.random() < self.data.mosaic:
+                owners[i] = (i + torch.arange(TILES)) % len(prepared)
+                height, width = prepared[i][0].shape[-2:]
+                if self.data.resize == "scale_jitter":
+                    height = width = self.data.max_size
+                parts = [prepared[k] for k in owners[i].tolist()]
+                image, of_image, tiles[i] = mosaic(parts, height, width, rng)
+                found[i] = image, of_image
+        return found, tiles, owners
 
     def _window(self, sample: Sample, rng: np.random.Generator) -> Window:
         """Return the part of the stored image that is used."""

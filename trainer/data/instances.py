@@ -63,16 +63,20 @@ class Instances:
         factors = torch.tensor([x, y, x, y])
         return replace(self, boxes=self.boxes * factors, frames=self.frames * factors)
 
+    def shift(self, x: float, y: float) -> Instances:
+        """Move to the right by x and down by y pixels."""
+        move = torch.tensor([x, y, x, y])
+        return replace(self, boxes=self.boxes + move, frames=self.frames + move)
+
     def crop(self, x: float, y: float, width: float, height: float) -> Instances:
         """Move to the coordinates of a window at x, y of the image, and clip to it.
 
         Boxes are clipped, and dropped where a side is left with less than MIN_SIDE pixels. Bitmaps keep their cells
         outside the window: a RoI is inside, and never reads them.
         """
-        shift = torch.tensor([x, y, x, y])
-        limit = torch.tensor([width, height, width, height])
-        boxes = (self.boxes - shift).clamp(min=0).minimum(limit)
-        return replace(self, boxes=boxes, frames=self.frames - shift).select(is_large(boxes))
+        moved = self.shift(-x, -y)
+        boxes = moved.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        return replace(moved, boxes=boxes).select(is_large(boxes))
 
     def cap(self, limit: int, rng: np.random.Generator) -> Instances:
         """Mark all but a random choice of `limit` objects as IGNORED; group-of regions do not count.
@@ -101,7 +105,8 @@ class Batch:
         flags: uint8 [B, G] as in `Instances`; 0 in padding.
         bitmaps: uint8 [B, G, BITMAP, BITMAP] as in `Instances`.
         frames: float32 [B, G, 4] as in `Instances`; one pixel without a mask.
-        verified: bool [B, C + 1] classes whose annotations are complete in the image; the background, 0, is one.
+        tiles: float32 [B, T, 4] x0, y0, x1, y1 of the parts of each image: itself, or those of a mosaic.
+        verified: bool [B, T, C + 1] classes whose annotations are complete in the tile; the background, 0, is one.
         image_ids: the B keys.
     """
 
@@ -112,6 +117,7 @@ class Batch:
     flags: Tensor
     bitmaps: Tensor
     frames: Tensor
+    tiles: Tensor
     verified: Tensor
     image_ids: tuple[str, ...]
 

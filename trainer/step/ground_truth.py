@@ -37,6 +37,21 @@ class GroundTruth(NamedTuple):
         return self.boxes, self.is_object, self.is_region
 
 
+def verified_at(boxes: Tensor, images: Tensor, tiles: Tensor, verified: Tensor) -> Tensor:
+    """Return the classes that are verified in every tile that a RoI touches: bool [K, C].
+
+    Args:
+        boxes: float32 [K, 4] of RoIs, inside their images.
+        images: int64 [K] the image of each.
+        tiles, verified: of a `Batch`.
+    """
+    if tiles.shape[1] == 1:
+        return verified[images, 0]
+    own = tiles[images]  # [K, T, 4]
+    touches = (boxes[:, None, :2] <= own[..., 2:]) & (boxes[:, None, 2:] >= own[..., :2])  # [K, T, 2]
+    return (verified[images] | ~touches.all(dim=2, keepdim=True)).all(dim=1)
+
+
 def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
     """Return the annotations of a batch under the given treatment of incomplete ones."""
     group, has_mask = (batch.flags & GROUP_OF) > 0, (batch.flags & HAS_MASK) > 0

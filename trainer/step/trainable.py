@@ -16,7 +16,7 @@ from trainer.data.instances import Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step import losses
 from trainer.step.boxes import area, area_inside, encode, take
-from trainer.step.ground_truth import GroundTruth, ground_truth_of
+from trainer.step.ground_truth import GroundTruth, ground_truth_of, verified_at
 from trainer.step.host_copy import HostCopy
 from trainer.step.matching import IGNORED, match
 from trainer.step.proposals import Anchors, Proposals, anchors_of, flatten_levels, proposal_slots, propose
@@ -111,12 +111,12 @@ class Trainable(nn.Module):
         counts = HostCopy(torch.stack((rois.is_used.sum(), rois.has_mask.sum())))
         fixed = self.in_fixed_shapes(batch.images.device)
         if fixed:
-            found |= self.box_branch(maps, rois, batch.verified)
+            found |= self.box_branch(maps, rois, batch.tiles, batch.verified)
             with_mask = counts.read()[1]
             slots = next(slots for slots in self.mask_slots(len(batch)) if slots >= with_mask)
         else:
             used, with_mask = counts.read()
-            found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.verified)
+            found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.tiles, batch.verified)
             slots = max(with_mask, 1)
         return found | self.mask_branch(maps, *self.mask_rois(batch, rois, slots))
 
@@ -226,13 +226,13 @@ class Trainable(nn.Module):
         parts = (labels, objects, deltas, chosen.is_used, has_mask)
         return RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *(part.flatten(0, 1) for part in parts))
 
-    def box_branch(self, maps: list[Tensor], targets: RoiTargets, verified: Tensor) -> Losses:
-        """Return loss_classifier and loss_box_reg; `verified` is bool [B, C], the verified classes of each image."""
+    def box_branch(self, maps: list[Tensor], targets: RoiTargets, tiles: Tensor, verified: Tensor) -> Losses:
+        """Return loss_classifier and loss_box_reg; `tiles` and `verified` are those of a `Batch`."""
         heads = self.network.roi_heads
         logits, deltas = heads.box_predictor(heads.box_head(self.pool(heads.box_roi_pool, maps, targets.rois)))
         logits = logits.float()  # [K, C]
         if self.loss.unverified == "ignore":
-            logits = losses.merge_unverified(logits, targets.labels, verified[targets.rois.images])
+            logits = losses.merge_unverified(logits, targets.labels, verified_at(*targets.rois, tiles, verified))
         own = losses.of_label(deltas.float().unflatten(1, (-1, 4)), targets.labels)  # [K, 4]
         return {
             "loss_classifier": losses.class_loss(logits, targets.labels, targets.is_used),

@@ -13,6 +13,7 @@ from trainer.config.settings import DataConfig
 from trainer.data.augment import repeated_sizes
 from trainer.data.instances import HAS_MASK, PIXEL, Batch, padded_count
 from trainer.data.mask_bitmaps import BITMAP
+from trainer.data.mosaic import TILES
 from trainer.step.ground_truth import ground_truth_of
 from trainer.step.trainable import Trainable
 
@@ -34,7 +35,8 @@ def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.devic
     shapes = [(*size, rows) for size in repeated_sizes(data) for rows in row_counts(data.max_instances)]
     buffers = [(buffer, buffer.clone()) for buffer in step.network.buffers()]
     for height, width, rows in shapes:
-        run_all_shapes(step, empty_batch(data.batch_size, height, width, rows, classes).to(device))
+        batch = empty_batch(data.batch_size, height, width, rows, classes, tiles=TILES if data.mosaic else 1)
+        run_all_shapes(step, batch.to(device))
     step.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
@@ -50,7 +52,7 @@ def run_all_shapes(step: Trainable, batch: Batch) -> None:
     truth, keys = ground_truth_of(batch, step.loss), step.draw_keys(batch)
     maps, logits, deltas = step.backbone_stage(batch.images, batch.sizes)
     rois, found = step.proposal_stage(logits, deltas, batch.sizes, step.anchors_of(batch), truth, keys)
-    losses = [*found.values(), *step.box_branch(maps, rois, batch.verified).values()]
+    losses = [*found.values(), *step.box_branch(maps, rois, batch.tiles, batch.verified).values()]
     torch.stack(losses).sum().backward()
     leaves = [of_level.detach().requires_grad_(of_level.requires_grad) for of_level in maps]
     for slots in step.mask_slots(len(batch)):
@@ -68,7 +70,7 @@ def row_counts(limit: int) -> Sequence[int]:
     return counts
 
 
-def empty_batch(images: int, height: int, width: int, rows: int, classes: int) -> Batch:
+def empty_batch(images: int, height: int, width: int, rows: int, classes: int, tiles: int = 1) -> Batch:
     """Return a batch of black images with one object each, that fills the image."""
     labels = torch.zeros((images, rows), dtype=torch.int64)
     boxes = torch.tensor(PIXEL).repeat(images, rows, 1)
@@ -81,6 +83,7 @@ def empty_batch(images: int, height: int, width: int, rows: int, classes: int) -
         flags=(labels * HAS_MASK).to(torch.uint8),
         bitmaps=torch.zeros((images, rows, BITMAP, BITMAP), dtype=torch.uint8),
         frames=boxes,
-        verified=torch.ones((images, classes), dtype=torch.bool),
+        tiles=boxes[:, :1].repeat(1, tiles, 1),
+        verified=torch.ones((images, tiles, classes), dtype=torch.bool),
         image_ids=("",) * images,
     )

@@ -126,14 +126,26 @@ def test_flips_follow_seed_and_epoch():
 
 def test_all_augmentations_together_are_reproducible_and_keep_shapes():
     config = DataConfig(
-        batch_size=3, min_size=96, max_size=128, resize="scale_jitter", photometric=0.5, copy_paste=1.0, max_instances=3
+        batch_size=4,
+        min_size=96,
+        max_size=128,
+        resize="scale_jitter",
+        max_instances=3,
+        rotate=20,
+        shear=5,
+        translate=0.1,
+        iou_crop=0.5,
+        photometric=0.5,
+        mosaic=0.5,
+        copy_paste=1.0,
     )
     samples = [sample("a", objects=6, seed=1), sample("b", 90, 60, 0, seed=2), sample("c", 64, 64, 3, seed=3)]
+    samples.append(sample("d", 50, 60, 2, seed=4))
     batches = [TrainCollate(config, 0, 7)(samples, epoch) for epoch in (0, 0, 1, 2, 3, 4, 5)]
     assert equal(parts(batches[0], 0), parts(batches[1], 0))
     assert not equal(parts(batches[0], 0), parts(batches[2], 0))
     for batch in batches:
-        assert batch.images.shape == (3, 3, 128, 128)
+        assert batch.images.shape == (4, 3, 128, 128)
         objects = (batch.flags & (IGNORED | GROUP_OF)) == 0
         assert int((objects & (batch.labels > 0)).sum(1).max()) <= config.max_instances
         assert bool((batch.boxes[..., 2:] > batch.boxes[..., :2]).all())
@@ -159,7 +171,20 @@ def test_verified_classes_are_the_lists_and_the_classes_with_a_box():
         one,
     ]
     verified = TrainCollate(CONFIG, 0, 6)(samples, 0).verified
-    assert [torch.where(row)[0].tolist() for row in verified] == [[0, 1, 2, 5], [0, 4], [0, 1, 2, 3, 4, 5]]
+    assert [torch.where(row)[0].tolist() for [row] in verified] == [[0, 1, 2, 5], [0, 4], [0, 1, 2, 3, 4, 5]]
+
+
+def test_the_tiles_of_a_mosaic_have_the_verified_classes_of_their_images():
+    samples = [replace(sample(name, objects=0), instances=(), verified_absent=(i,)) for i, name in enumerate("abcd", 1)]
+    batch = TrainCollate(replace(CONFIG, mosaic=1.0), 0, 6)(samples, 0)
+    assert [[torch.where(tile)[0].tolist() for tile in row] for row in batch.verified] == [
+        [[0, 1 + (i + k) % 4] for k in range(4)] for i in range(4)
+    ]
+    corner = batch.tiles[:, 0, 2:]
+    assert torch.equal(batch.tiles[:, 3], torch.cat((corner, batch.sizes.flip(1)), dim=1))
+    without = TrainCollate(replace(CONFIG, mosaic=1e-9), 0, 6)(samples, 0)
+    assert without.verified.any(1).sum(1).tolist() == [2] * 4
+    assert torch.equal(without.tiles[..., 2:], without.sizes.flip(1)[:, None].expand(-1, 4, -1))
 
 
 def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():

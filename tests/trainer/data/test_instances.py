@@ -53,7 +53,8 @@ def test_batch_to_moves_every_tensor():
     batch = Batch(
         images=torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         sizes=torch.tensor([[32, 32]]),
-        verified=torch.ones(1, 3, dtype=torch.bool),
+        tiles=torch.tensor([[[0.0, 0, 32, 32]]]),
+        verified=torch.ones(1, 1, 3, dtype=torch.bool),
         image_ids=("a",),
         **padded([read_instances([])]),
     )

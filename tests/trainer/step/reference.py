@@ -5,6 +5,7 @@ Only what torchvision does not know is added: regions, unverified classes, boxes
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ def _second_stage(
         places = [t["boxes"] if len(t["boxes"]) else torch.zeros((1, 4)) for t in targets]
         regression = heads.box_coder.encode([p[o] for p, o in zip(places, objects)], rois)
         if loss.unverified == "ignore":
-            logits = _merged(logits, labels, batch.verified)
+            logits = _merged(logits, labels, _verified(batch, rois))
         loss_classifier, loss_box_reg = fastrcnn_loss(logits, deltas, labels, regression)
 
     masked = [
@@ -164,12 +165,22 @@ def _second_stage(
     return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": loss_mask}
 
 
-def _merged(logits: Tensor, labels: list[Tensor], verified: Tensor) -> Tensor:
+def _verified(batch: Batch, rois: list[Tensor]) -> list[set[int]]:
+    """The classes that are verified for each RoI: in all tiles that it touches."""
+    found = []
+    for tiles, verified, own in zip(batch.tiles.tolist(), batch.verified, rois):
+        classes = [set(torch.where(row)[0].tolist()) for row in verified]
+        for u0, v0, u1, v1 in own.tolist():
+            touched = [x0 <= u1 and u0 <= x1 and y0 <= v1 and v0 <= y1 for x0, y0, x1, y1 in tiles]
+            found.append(set.intersection(*itertools.compress(classes, touched)))
+    return found
+
+
+def _merged(logits: Tensor, labels: list[Tensor], verified: list[set[int]]) -> Tensor:
     """The logits of background RoIs with unverified classes merged into the background, one RoI after the other."""
     rows = []
-    of_rois = [known for known, own in zip(verified, labels) for _ in own]
-    for row, label, known in zip(logits, torch.cat(labels).tolist(), of_rois):
-        hidden = [c for c in range(1, len(row)) if not known[c]]
+    for row, label, known in zip(logits, torch.cat(labels).tolist(), verified):
+        hidden = [c for c in range(1, len(row)) if c not in known]
         if label == 0 and hidden:
             background = torch.logsumexp(row[[0, *hidden]], dim=0)
             row = torch.stack(

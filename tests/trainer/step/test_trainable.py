@@ -23,8 +23,14 @@ BATCH = batch_of(SCENES)
 IS_GROUP = torch.zeros_like(BATCH.labels, dtype=torch.bool)
 IS_GROUP[0, 0] = IS_GROUP[3, 1] = True  # among other objects, and over the middle of an image
 HALF = (torch.arange(BATCH.labels.shape[1]) % 2 == 0).expand_as(BATCH.labels)
-VERIFIED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]).bool()
+VERIFIED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]).bool()[:, None]
 PARTLY = replace(BATCH, verified=VERIFIED)
+# As mosaics that meet at 60, 50, whose four tiles have different classes verified.
+MOSAICS = replace(
+    BATCH,
+    tiles=torch.tensor([[0.0, 0, 60, 50], [60, 0, 160, 50], [0, 50, 60, 128], [60, 50, 160, 128]]).expand(4, 4, 4),
+    verified=torch.stack([VERIFIED[:, 0].roll(i, dims=0) for i in range(4)], dim=1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,7 @@ CASES = {
     "ignored beyond the cap": (CAPPED, LossConfig(group_of="object")),
     "unverified classes": (PARTLY, LossConfig()),
     "unverified classes as absent": (PARTLY, LossConfig(unverified="absent")),
+    "unverified classes of the tiles of mosaics": (MOSAICS, LossConfig()),
     "no objects": (batch_of([scene(5, 128, 128, 0), scene(6, 96, 128, 0)]), LossConfig()),
     "everything": (replace(without_masks(crowded(), HALF), verified=VERIFIED), LossConfig()),
 }
