@@ -73,7 +73,7 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
     has_mask, is_region = ((instances.flags & bits) != 0 for bits in (HAS_MASK, GROUP_OF | IGNORED))
     # A pixel beyond the image, because a RoI at its border reads that far.
     window = torch.tensor([-1.0, -1.0, width + 1, height + 1])
-    frames = _inside(_around(instances.frames, matrix), window)
+    frames = _inside(box_around(instances.frames, matrix), window)
     is_visible = ~has_mask | is_large(frames)
     instances, frames = instances.select(is_visible), frames[is_visible]
     has_mask, is_region = has_mask[is_visible], is_region[is_visible]
@@ -82,14 +82,14 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
     if has_mask.any():
         bitmaps[has_mask] = _resample(bitmaps[has_mask], instances.frames[has_mask], matrix, frames[has_mask])
     without = torch.where(
-        is_region[:, None], _around(instances.boxes, matrix), _around(instances.boxes, matrix, ellipse=True)
+        is_region[:, None], box_around(instances.boxes, matrix), box_around(instances.boxes, matrix, ellipse=True)
     )
     seen = extents(bitmaps * _is_inside(bitmaps, frames, height, width), frames)
     boxes = torch.where(has_mask[:, None], seen, without)
     return replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames).crop(0, 0, width, height)
 
 
-def _around(boxes: Tensor, matrix: Matrix, *, ellipse: bool = False) -> Tensor:
+def box_around(boxes: Tensor, matrix: Matrix, *, ellipse: bool = False) -> Tensor:
     """Return the boxes, float32 [M, 4], around turned boxes, or around the turned ellipses inside them."""
     linear, offset = torch.from_numpy(matrix[:2, :2]).float(), torch.from_numpy(matrix[:2, 2]).float()
     corner, opposite = boxes.split(2, dim=1)

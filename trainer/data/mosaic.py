@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.data.affine import OUTSIDE
 from trainer.data.augment import resize
 from trainer.data.copy_paste import occlude
-from trainer.data.instances import Instances
+from trainer.data.instances import HAS_MASK, Instances
 
 TILES = 4
 MEETING = (0.25, 0.75)  # where the four images meet, as a share of each side
@@ -40,7 +40,17 @@ def mosaic(
         to_x, to_y = (x - wide if x0 < x else x), (y - high if y0 < y else y)
         window = (slice(top, top + high), slice(left, left + wide))
         joined[:, to_y : to_y + high, to_x : to_x + wide] = small[:, window[0], window[1]]
-        cut = torch.ones(small.shape[-2:])
-        cut[window] = 0
-        moved.append(occlude(objects, cut).crop(left, top, wide, high).shift(to_x, to_y))
+        is_cut = torch.ones(small.shape[-2:])
+        is_cut[window] = 0
+        moved.append(_cut(objects, is_cut, left, top, wide, high).shift(to_x, to_y))
     return joined, Instances.concatenate(moved), torch.tensor(tiles, dtype=torch.float32)
+
+
+def _cut(objects: Instances, is_cut: Tensor, left: int, top: int, width: int, height: int) -> Instances:
+    """Cut the objects of an image to a window; `is_cut`, float32 [h, w], is 1 outside of it and 0 inside."""
+    start, end = torch.tensor([left, top]), torch.tensor([left + width, top + height])
+    extents = torch.where((objects.flags & HAS_MASK)[:, None] != 0, objects.frames, objects.boxes)
+    inside = ((extents[:, :2] >= start) & (extents[:, 2:] <= end)).all(dim=1)
+    touching = ((objects.boxes[:, :2] < end) & (objects.boxes[:, 2:] > start)).all(dim=1)
+    parts = [objects.select(inside), occlude(objects.select(touching & ~inside), is_cut)]
+    return Instances.concatenate(parts).crop(left, top, width, height)
