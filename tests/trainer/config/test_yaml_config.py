@@ -81,6 +81,7 @@ def test_true_and_false_still_switch_compilation(tmp_path):
         ("data.resize", "oriented", "data.resize is oriented, .*: set data.group_by_aspect"),
         ("train.compile", "fast", "'fast' is not one of no, default, reduce-overhead, max-autotune"),
         ("data.flip", "1.5", "data.flip is 1.5: it must be between 0 and 1"),
+        ("data.rotate", "181", "data.rotate is 181.0: it must be between 0 and 180"),
         ("data.min_size", "2000", "data.min_size 2000 is above data.max_size 1024"),
         ("data.scale_range", "[2.0, 0.1]", r"scale_range is \[2.0, 0.1\]: give the smallest scale before the largest"),
         ("data.scale_range", "[0.1, .inf]", r"data.scale_range is \[0.1, inf\]: give a finite number"),
@@ -105,9 +106,18 @@ def test_a_wrong_setting_is_one_line_that_names_it(name, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_compiling_is_refused_where_every_batch_has_its_own_shape():
-    with pytest.raises(UserError, match=r"train.compile is default, .* set data.resize to square or oriented"):
-        load_config(None, [("data.resize", "shortest"), ("train.compile", "default")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": "shortest", "compile": "default"}, "train.compile is default, .* set data.resize to square or"),
+        ({"mosaic": "0.5", "batch_size": "3"}, "data.mosaic joins four images .* set data.batch_size to 4 or more"),
+        ({"iou_crop": "0.5", "resize": "oriented", "group_by_aspect": "true"}, "data.iou_crop changes orientations"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options, message):
+    named = [(f"{'train' if name == 'compile' else 'data'}.{name}", text) for name, text in options.items()]
+    with pytest.raises(UserError, match=message):
+        load_config(None, named)
 
 
 @pytest.mark.parametrize(

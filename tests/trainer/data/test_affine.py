@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.models import ResNet50_Weights
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 from shards.format import rle
 from shards.format.sample import Instance
 from trainer.config.settings import DataConfig
-from trainer.data.affine import OUTSIDE, matrix_of, random_turn, warp, warp_instances
+from trainer.data.affine import OUTSIDE, matrix_of, random_turn, shift, warp, warp_instances
 from trainer.data.augment import View
 from trainer.data.instances import Instances, read_instances
 from trainer.data.mask_bitmaps import BITMAP, sample_targets
@@ -88,6 +89,14 @@ def test_warp_agrees_with_full_size_masks(rotate: float, shear: float, translate
         targets = sample_targets(found.bitmaps[rows], found.frames[rows], torch.arange(len(rows)), boxes, 28) > 0.5
         union = (targets | expected).sum((1, 2))
         assert ((targets & expected).sum((1, 2)) / union).mean() > 0.93
+
+
+def test_what_comes_in_from_outside_is_the_networks_mean_colour() -> None:
+    image = torch.zeros((3, 40, 60), dtype=torch.uint8)
+    pixels, _ = warp(image, read_instances([]), shift(30, 0), 40, 60)
+    mean = torch.tensor(ResNet50_Weights.DEFAULT.transforms().mean)
+    assert (pixels[:, :, :30] / 255 - mean[:, None, None]).abs().max() < 0.5 / 255 + 1e-4
+    assert not pixels[:, :, 30:].any()
 
 
 def turned(instances: Instances, degrees: float) -> Instances:
