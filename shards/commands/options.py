@@ -13,7 +13,7 @@ import math
 import shlex
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +38,7 @@ def option(
     commas: bool = False,  # a list is given as one argument with commas
     positional: bool = False,  # an argument without a flag
     required: bool = False,
+    named: Mapping[str, Any] = types.MappingProxyType({}),  # words for some of its values
     default_help: str = "",  # what the help shows as the default, if not `default`
 ) -> Any:
     """Return a dataclass field that is an option."""
@@ -78,6 +79,11 @@ class Entry:
     def set(self, options: Any, value: Any) -> None:
         """Replace the value."""
         setattr(self._owner(options), self.item.name, value)
+
+    def checked(self, value: Any, where: str) -> Any:
+        """Return a value, or one of the option's words, converted to its type; a ConfigError begins with `where`."""
+        named = self.item.metadata["named"]
+        return named[value] if isinstance(value, str) and value in named else checked(value, self.hint, where)
 
     def _owner(self, options: Any) -> Any:
         return getattr(options, self.section) if self.section else options
@@ -142,7 +148,7 @@ def set_from_words(options: Any, name: str, words: str | bool | Sequence[str]) -
         value = _split(words)
     elif isinstance(words, str) and entry.section:
         value = parsed(words, entry.hint)
-    entry.set(options, checked(value, entry.hint, f"--{name}"))
+    entry.set(options, entry.checked(value, f"--{name}"))
 
 
 def set_from_yaml(options: Any, data: bytes, where: str) -> None:
@@ -185,7 +191,7 @@ def _set_option(options: Any, name: str, value: Any, where: str) -> None:
             value = _split(value)
         elif typing.get_origin(entry.hint) is list and not isinstance(value, list):
             value = [value]
-    entry.set(options, checked(value, entry.hint, f"{where}: {name}"))
+    entry.set(options, entry.checked(value, f"{where}: {name}"))
 
 
 def check(options: Any) -> None:

@@ -31,7 +31,7 @@ from trainer.commands.launcher import default_options, launch, noted_signals
 from trainer.config import yaml_config
 from trainer.config.command_options import CompareOptions
 from trainer.config.schedule import total_steps
-from trainer.config.settings import Config, ConfigError, validate
+from trainer.config.settings import AUTO, Config, ConfigError, validate
 from trainer.run.best import best_evaluation
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -104,6 +104,8 @@ def check_comparable(configs: dict[str, Config], path: str) -> None:
             "a comparison does not take run.resume (--resume): the same command resumes the run that was interrupted, "
             "and starts the others"
         )
+    if any(config.data.batch_size == AUTO for config in configs.values()):
+        raise ConfigError("data.batch_size is auto, which may differ between settings: give a number")
     budgets = {
         name: config.data.batch_size * config.train.accumulate * total_steps(config.train)
         for name, config in configs.items()

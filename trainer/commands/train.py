@@ -111,6 +111,7 @@ def train(config: Config) -> MaskRCNN:
 def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     """Do what `train` does, as the writer of the run's folder."""
     t = set_up(config, writer)
+    config = t.config  # with the batch size that auto found
 
     from shards.stream.loader import loader
     from trainer.report.batch_pictures import BatchPictures

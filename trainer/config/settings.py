@@ -14,6 +14,8 @@ from trainer.config.layer_names import parse_layers
 
 DROPPED_BY_NMS = "IoU above which NMS drops the lower-scoring one of two detections of a class"
 
+AUTO = 0  # `data.batch_size`: the most images that fit
+
 
 @dataclass
 class DataConfig:
@@ -27,7 +29,12 @@ class DataConfig:
     repeat_threshold: float = option(
         0.0, "repeat images of classes in less than this share of images (LVIS's t); 0 for none", low=0, high=1
     )
-    batch_size: int = option(8, "images per batch on each GPU", low=1)
+    batch_size: int = option(
+        8,
+        "images per batch on each GPU; auto, or 0, for the most that fit its memory, found at the start of the run",
+        low=0,
+        named={"auto": AUTO},
+    )
     workers: int = option(2, "loader processes per GPU; 0 to load in the training process", low=0)
     lanes: int = option(8, "sequential reads that batches are mixed from; best a multiple of GPUs x workers", low=1)
     window: int = option(128, "samples of a lane that are shuffled together", low=1)
@@ -260,9 +267,9 @@ def validate(config: Config) -> None:
             "train.checkpoint_activations computes activations twice, and batch norms (model.norm batch) would count "
             "both: use model.norm frozen or group"
         )
-    if data.copy_paste and data.batch_size < 2:
+    if data.copy_paste and data.batch_size == 1:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")
-    if data.mosaic and data.batch_size < 4:
+    if data.mosaic and AUTO < data.batch_size < 4:
         raise ConfigError("data.mosaic joins four images of the batch: set data.batch_size to 4 or more")
     if any(size > data.max_size for size in data.min_sizes):
         raise ConfigError(f"data.min_sizes {data.min_sizes} are not all within data.max_size {data.max_size}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shards.common.text import counted
 from shards.storage.location import Location
 from trainer.config.schedule import Stage, stage_of, stages
-from trainer.config.settings import Config, ConfigError, TrainConfig
+from trainer.config.settings import AUTO, Config, ConfigError, TrainConfig, validate
 from trainer.run.distributed import TRAINING_TIMEOUT, checkpoint_to_resume, main_can_write, on_main, start_accelerator
 from trainer.run.run_writer import RunWriter
 
@@ -83,6 +83,10 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
     if writer is not None:
         on_main(writer.claim, accelerator)
     resumed = checkpoint_to_resume(run, config.run.resume, accelerator)
+    if config.data.batch_size == AUTO:
+        found = resumed.config.data.batch_size if resumed else find_batch_size(config, dataset, accelerator)
+        config = replace(config, data=replace(config.data, batch_size=found))
+        validate(config)  # again, because some options need more than one image
     stream = open_stream(config, dataset, accelerator, start=resumed.position if resumed else 0)
     if len(dataset.categories) < len(dataset.info.categories):
         names = ", ".join(category.name for category in dataset.categories)
@@ -109,7 +113,7 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
         t.ema = MovingAverage(t.network, config.train.ema, t.step - t.skipped)
         if resumed:
             t.ema.module.load_state_dict(resumed.weights)
-            cache_norms(t, t.ema.module)
+            cache_norms(config.train, accelerator, t.ema.module)
     return t
 
 
@@ -171,6 +175,16 @@ def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, star
     )
 
 
+def find_batch_size(config: Config, dataset: Dataset, accelerator: Accelerator) -> int:
+    """Return the number for `data.batch_size` auto in a new run; see `largest_batch`."""
+    from trainer.model.build import num_classes
+    from trainer.run.fit_batch import largest_batch
+
+    network = build_network(config, dataset)
+    cache_norms(config.train, accelerator, network)
+    return largest_batch(config, network, num_classes(dataset.categories), accelerator)
+
+
 def build_network(config: Config, dataset: Dataset) -> MaskRCNN:
     """Return the network with the random weights of `train.seed`."""
     import torch
@@ -230,7 +244,7 @@ def make_step(t: Training) -> Trainable:
 
     train, device = t.config.train, t.accelerator.device
     step = Trainable(t.network, t.config.loss).train().to(device)
-    cache_norms(t, t.network)
+    cache_norms(train, t.accelerator, t.network)
     if train.compile != "no":
         step.compile_parts(mode=train.compile)
         with t.accelerator.autocast():
@@ -238,14 +252,14 @@ def make_step(t: Training) -> Trainable:
     return step
 
 
-def cache_norms(t: Training, network: MaskRCNN) -> None:
+def cache_norms(train: TrainConfig, accelerator: Accelerator, network: MaskRCNN) -> None:
     """Let the frozen norms of a network compute scale and shift once, in the precision of `train.frozen_norms`."""
     import torch
 
     from trainer.model.backbones import cache_frozen_norms
 
-    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16} if t.config.train.frozen_norms == "autocast" else {}
-    cache_frozen_norms(network, reduced.get(t.accelerator.mixed_precision, torch.float32))
+    reduced = {"bf16": torch.bfloat16, "fp16": torch.float16} if train.frozen_norms == "autocast" else {}
+    cache_frozen_norms(network, reduced.get(accelerator.mixed_precision, torch.float32))
 
 
 def norm_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:

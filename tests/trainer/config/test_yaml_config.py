@@ -75,7 +75,7 @@ def test_true_and_false_still_switch_compilation(tmp_path):
         ("data.batch_size", "--5", "data.batch_size: '--5' is not a whole number"),
         pytest.param("optim.milestones", "[" * 2000, r"is not a list such as \[1, 2\]", id="nested"),
         ("data.batch_size", "true", "data.batch_size: True is not a whole number"),
-        ("data.batch_size", "0", "data.batch_size is 0: it must be at least 1"),
+        ("data.batch_size", "-1", "data.batch_size is -1: it must be at least 0"),
         ("data.group_by_aspect", "1", "1 is not true or false"),
         ("data.resize", "round", "'round' is not one of square, shortest, oriented, scale_jitter"),
         ("data.resize", "oriented", "data.resize is oriented, .*: set data.group_by_aspect"),
