@@ -111,7 +111,6 @@ def train(config: Config) -> MaskRCNN:
 def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     """Do what `train` does, as the writer of the run's folder."""
     t = set_up(config, writer)
-    config = t.config  # with the batch size that auto found
 
     from shards.stream.loader import loader
     from trainer.report.batch_pictures import BatchPictures
@@ -119,7 +118,7 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     from trainer.run.runlog import RunLog
 
     total = total_steps(config.train)
-    record = RunLog(t.run, config, t.accelerator, t.step, total) if t.accelerator.is_main_process else None
+    record = RunLog(t.run, t.config, t.accelerator, t.step, total) if t.accelerator.is_main_process else None
     evaluated, since_best = from_main((record.last_evaluation, record.since_best) if record else None)
     if t.step >= total:
         log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
