@@ -221,7 +221,11 @@ def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]
         TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
     """
     result, row = pending.read(is_scaled=t.accelerator.scaler is not None), pending.row
-    row |= {"loss": weighted_sum(result.losses, t.config.loss), "losses": result.losses, "grad_norm": result.grad_norm}
+    row |= {
+        "loss": weighted_sum(result.losses, t.config.loss, row["step"]),
+        "losses": result.losses,
+        "grad_norm": result.grad_norm,
+    }
     row |= loading(result.reports)
     if result.problem:
         most = t.config.train.skip_nonfinite
@@ -246,7 +250,7 @@ def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Te
         torch.manual_seed(fold(t.config.train.seed, t.position + t.accelerator.process_index))
         with nullcontext() if number == len(batches) else t.accelerator.no_sync(t.model):
             losses = t.model(batch)
-            t.accelerator.backward(weighted_sum(losses, t.config.loss))
+            t.accelerator.backward(weighted_sum(losses, t.config.loss, t.step + 1))
         found.append({name: loss.detach() for name, loss in losses.items()})
         t.position += world
     return found

@@ -94,6 +94,12 @@ class ModelConfig:
     fpn_channels: int = option(256, "channels per FPN level", low=1)
     box_head_features: int = option(1024, "features of the box head's two fully connected layers", low=1)
     mask_head_channels: list[int] = option([256, 256, 256, 256], "channels of the mask head's convolutions", low=1)
+    mask_head: Literal["per_class", "agnostic"] = option(
+        "per_class", "masks per RoI: one per class, or one, which also serves classes without masks"
+    )
+    mask_rois: Literal["proposals", "gt"] = option(
+        "proposals", "RoIs that the mask head is trained on: positive proposals, or the annotated boxes"
+    )
     anchor_sizes: list[int] = option([32, 64, 128, 256, 512], "anchor size per FPN level, in pixels", low=1)
     anchor_ratios: list[float] = option([0.5, 1.0, 2.0], "anchor heights divided by widths", low=0.01)
     rpn_pre_nms: list[int] = option([2000, 1000], "proposals kept before NMS, in training and in inference", low=1)
@@ -114,7 +120,14 @@ class LossConfig:
     classifier: float = option(1.0, "weight of the classification loss", low=0)
     box_reg: float = option(1.0, "weight of the box loss", low=0)
     mask: float = option(1.0, "weight of the mask loss", low=0)
-    unmasked: Literal["box", "background"] = option("box", "objects without a mask: train class and box, or background")
+    mask_box: float = option(1.0, "weight of the loss of masks against their boxes, with unmasked masks", low=0)
+    mask_affinity: float = option(
+        0.5, "weight of the loss between neighbours of like colour, with unmasked masks", low=0
+    )
+    affinity_warmup: int = option(100, "steps over which the weight of mask_affinity rises from 0", low=0)
+    unmasked: Literal["box", "masks", "background"] = option(
+        "box", "objects without a mask: train class and box; also masks, from boxes and colours; or background"
+    )
     group_of: Literal["ignore", "object", "background"] = option(
         "ignore",
         "group-of boxes: ignore RoIs and anchors in them that match no object, treat the box as an object, or as "

@@ -86,7 +86,9 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
     )
     seen = extents(bitmaps * _is_inside(bitmaps, frames, height, width), frames)
     boxes = torch.where(has_mask[:, None], seen, without)
-    return replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames).crop(0, 0, width, height)
+    moved = replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames)
+    is_turned = matrix[0, 1] != 0 or matrix[1, 0] != 0  # then an object may not reach the sides of its new box
+    return moved.loosened(~has_mask & is_turned).crop(0, 0, width, height)
 
 
 def box_around(boxes: Tensor, matrix: Matrix, *, ellipse: bool = False) -> Tensor:

@@ -17,9 +17,11 @@ from trainer.data.mask_bitmaps import BITMAP, rasterise
 HAS_MASK = 1
 GROUP_OF = 2
 IGNORED = 4  # neither an object to learn from nor background
+LOOSE = 8  # the object may not reach all sides of its box, or not be what its colours show
 
 PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
 MIN_ROWS = 8  # of a batch's annotations per image
+KEPT = 0.8  # share of a box that must be left of it by a crop, for the object to reach the sides of what is left
 MIN_SIDE = 1.0  # boxes with a shorter side, in pixels, are dropped after resizing and cropping
 
 
@@ -30,7 +32,7 @@ class Instances:
     Attributes:
         boxes: float32 [M, 4] x0, y0, x1, y1 in pixels.
         labels: int64 [M] category ids, 1..C.
-        flags: uint8 [M] HAS_MASK, GROUP_OF and IGNORED.
+        flags: uint8 [M] HAS_MASK, GROUP_OF, IGNORED and LOOSE.
         bitmaps: uint8 [M, BITMAP, BITMAP] 0..255, the share of each cell that the object covers; zeros without a mask.
         frames: float32 [M, 4] x0, y0, x1, y1 of the bitmap in pixels of the image; zeros without a mask.
     """
@@ -76,7 +78,12 @@ class Instances:
         """
         moved = self.shift(-x, -y)
         boxes = moved.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        return replace(moved, boxes=boxes).select(is_large(boxes))
+        is_cut = _area(boxes) < KEPT * _area(self.boxes)
+        return replace(moved, boxes=boxes).loosened(is_cut).select(is_large(boxes))
+
+    def loosened(self, which: Tensor) -> Instances:
+        """Mark the instances `which`, bool [M], as LOOSE."""
+        return replace(self, flags=self.flags | which.to(torch.uint8) * LOOSE)
 
     def cap(self, limit: int, rng: np.random.Generator) -> Instances:
         """Mark all but a random choice of `limit` objects as IGNORED; group-of regions do not count.
@@ -169,7 +176,10 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
     boxes = np.array([a.bbox for a in annotations], dtype=np.float32).reshape(count, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([a.category_id for a in annotations], dtype=np.int64)
-    flags = np.array([GROUP_OF if a.is_group_of else 0 for a in annotations], dtype=np.uint8)
+    # A box from inside an object is the image's; a drawing has colours of its own.
+    flags = np.array(
+        [GROUP_OF * a.is_group_of | LOOSE * (a.is_depiction or a.is_inside) for a in annotations], dtype=np.uint8
+    )
     bitmaps = torch.zeros((count, BITMAP, BITMAP), dtype=torch.uint8)
     frames = np.zeros((count, 4), dtype=np.float32)
     for i, annotation in enumerate(annotations):
@@ -185,6 +195,10 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
 def is_large(boxes: Tensor) -> Tensor:
     """Whether both sides of each box, float32 [M, 4], have at least MIN_SIDE pixels: bool [M]."""
     return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
 
 
 def _mirror(boxes: Tensor, width: float) -> Tensor:

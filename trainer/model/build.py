@@ -21,6 +21,7 @@ from shards.format.dataset import Category
 from trainer.config.settings import DataConfig, ModelConfig
 from trainer.model.backbones import STRIDES, Norm, backbone_with_fpn, norm_layer
 from trainer.model.checkpoint import STATE_FILE, CheckpointError, State
+from trainer.model.shared_mask import SharedMask
 
 BOX_POOL = 7  # side of the box head's RoI features in torchvision
 V2_BOX_CONVOLUTIONS = 4
@@ -63,6 +64,8 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> MaskR
         box_head=_box_head(channels, model.box_head_features, head_norm),
         mask_head=MaskRCNNHeads(channels, model.mask_head_channels, dilation=1, norm_layer=head_norm),
     )
+    if model.mask_head == "agnostic":
+        network.roi_heads.mask_predictor.mask_fcn_logits = SharedMask(model.mask_head_channels[-1], num_classes)
     _set_pooling_scales(network)
     return network
 

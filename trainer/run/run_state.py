@@ -243,7 +243,7 @@ def make_step(t: Training) -> Trainable:
     from trainer.step.warm_up import warm_up
 
     train, device = t.config.train, t.accelerator.device
-    step = Trainable(t.network, t.config.loss).train().to(device)
+    step = Trainable(t.network, t.config.loss, mask_rois=t.config.model.mask_rois).train().to(device)
     cache_norms(train, t.accelerator, t.network)
     if train.compile != "no":
         step.compile_parts(mode=train.compile)

@@ -189,6 +189,9 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def weighted_sum(losses: Mapping[str, Any], weights: LossConfig) -> Any:
-    """Return the sum of the losses, each times its weight: tensors or numbers."""
-    return sum(getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items())
+def weighted_sum(losses: Mapping[str, Any], weights: LossConfig, step: int) -> Any:
+    """Return the sum of the losses of the `step`-th step, from 1 on, each times its weight: tensors or numbers."""
+    warm = {"loss_mask_affinity": min(1.0, step / max(weights.affinity_warmup, 1))}
+    return sum(
+        warm.get(name, 1.0) * getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items()
+    )

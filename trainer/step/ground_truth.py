@@ -2,7 +2,7 @@
 
 - A group-of box covers objects that were not annotated one by one. An anchor or RoI in such a region that matches no
   object is ignored: neither positive nor negative.
-- A box without a mask trains class and box only.
+- A box without a mask trains class and box, and with `loss.unmasked` masks, what the box says about the mask.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trainer.config.settings import LossConfig
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, Batch
 
 
 class GroundTruth(NamedTuple):
@@ -24,6 +24,7 @@ class GroundTruth(NamedTuple):
         is_object: bool [B, G].
         is_region: bool [B, G] where anchors and RoIs that match no object are ignored.
         has_mask: bool [B, G].
+        by_box: bool [B, G] objects without a mask whose box trains the mask branch; None for none at all.
     """
 
     boxes: Tensor
@@ -31,6 +32,7 @@ class GroundTruth(NamedTuple):
     is_object: Tensor
     is_region: Tensor
     has_mask: Tensor
+    by_box: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what matching compares: boxes, is_object and is_region."""
@@ -63,4 +65,7 @@ def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
         is_object = is_object & ~group
     if loss.group_of == "ignore":
         is_region = is_region | group
-    return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask)
+    by_box = None
+    if loss.unmasked == "masks":
+        by_box = is_object & ~has_mask & ~group & ((batch.flags & LOOSE) == 0)
+    return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask, by_box)

@@ -15,6 +15,7 @@ from trainer.config.settings import LossConfig
 from trainer.data.instances import Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step import losses
+from trainer.step.box_terms import BoxInRoi, affinity_loss, box_in_roi, projection_loss, widen
 from trainer.step.boxes import area, area_inside, encode, take
 from trainer.step.ground_truth import GroundTruth, ground_truth_of, verified_at
 from trainer.step.host_copy import HostCopy
@@ -51,7 +52,8 @@ class RoiTargets(NamedTuple):
         objects: int64 [K] the matched row of the image's annotations.
         deltas: float32 [K, 4]; not finite where a RoI is not used.
         is_used: bool [K]; false where an image has fewer RoIs than slots.
-        has_mask: bool [K] whether the RoI trains the mask branch.
+        has_mask: bool [K] whether the RoI trains the mask branch with the mask of its object.
+        by_box: bool [K] whether it trains the mask branch with the box of its object; None for none at all.
     """
 
     rois: Rois
@@ -60,12 +62,19 @@ class RoiTargets(NamedTuple):
     deltas: Tensor
     is_used: Tensor
     has_mask: Tensor
+    by_box: Tensor | None = None
+
+    @property
+    def trains_mask(self) -> Tensor:
+        """Whether the RoI trains the mask branch: bool [K]."""
+        return self.has_mask if self.by_box is None else self.has_mask | self.by_box
 
     def first(self, wanted: Tensor, count: int) -> RoiTargets:
         """Return `count` RoIs, those that are wanted, bool [K], before others, else in their order."""
         index = wanted.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
         rois, *others = self
-        return RoiTargets(Rois(rois.boxes[index], rois.images[index]), *(part[index] for part in others))
+        parts = (None if part is None else part[index] for part in others)
+        return RoiTargets(Rois(rois.boxes[index], rois.images[index]), *parts)  # type: ignore[arg-type]
 
 
 class Trainable(nn.Module):
@@ -78,15 +87,25 @@ class Trainable(nn.Module):
     the mask branch, while the device computes the box branch, so that the mask branch runs on few more than these.
     Otherwise both branches run on exactly the RoIs that train them. That is quicker on a CPU, and necessary where a
     batch norm in a head would mix the others into its statistics. `fixed_shapes` chooses; None for the device's form.
+
+    `mask_rois` says which RoIs train the mask branch: positive "proposals", or "gt", the annotated boxes.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: MaskRCNN, loss: LossConfig | None = None, *, fixed_shapes: bool | None = None) -> None:
+    def __init__(
+        self,
+        network: MaskRCNN,
+        loss: LossConfig | None = None,
+        *,
+        mask_rois: str = "proposals",
+        fixed_shapes: bool | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.loss = loss or LossConfig()
+        self.mask_rois = mask_rois
         self.fixed_shapes = fixed_shapes
         self.register_buffer("mean", torch.tensor(network.transform.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(network.transform.image_std).view(3, 1, 1), persistent=False)
@@ -95,6 +114,8 @@ class Trainable(nn.Module):
 
     def forward(self, batch: Batch, keys: Keys | None = None) -> Losses:
         """Compute loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg and loss_mask, scalars.
+
+        With `loss.unmasked` masks also loss_mask_box and loss_mask_affinity.
 
         Every loss depends on every parameter of its head, whatever the batch contains, as DDP requires.
 
@@ -108,21 +129,24 @@ class Trainable(nn.Module):
         keys = keys or self.draw_keys(batch)
         maps, logits, deltas = self.backbone_stage(batch.images, batch.sizes)
         rois, found = self.proposal_stage(logits, deltas, batch.sizes, anchors, truth, keys)
-        counts = HostCopy(torch.stack((rois.is_used.sum(), rois.has_mask.sum())))
+        masked = rois if self.mask_rois == "proposals" else annotated_rois(truth)
+        counts = HostCopy(torch.stack((rois.is_used.sum(), masked.trains_mask.sum())))
         fixed = self.in_fixed_shapes(batch.images.device)
         if fixed:
             found |= self.box_branch(maps, rois, batch.tiles, batch.verified)
             with_mask = counts.read()[1]
-            slots = next(slots for slots in self.mask_slots(len(batch)) if slots >= with_mask)
+            slots = next(slots for slots in self.mask_slots(batch) if slots >= with_mask)
         else:
             used, with_mask = counts.read()
             found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.tiles, batch.verified)
             slots = max(with_mask, 1)
-        return found | self.mask_branch(maps, *self.mask_rois(batch, rois, slots))
+        return found | self.mask_branch(maps, *self.mask_targets(batch, masked, slots))
 
-    def mask_slots(self, images: int) -> list[int]:
+    def mask_slots(self, batch: Batch) -> list[int]:
         """Return the numbers of RoIs, ascending, that the mask branch may run on in fixed shapes."""
-        most = max(1, images * positive_slots(self.network.roi_heads.fg_bg_sampler))
+        images, rows = batch.labels.shape
+        of_image = rows if self.mask_rois == "gt" else positive_slots(self.network.roi_heads.fg_bg_sampler)
+        most = max(1, images * of_image)
         return sorted({math.ceil(most * share / MASK_SHARES) for share in range(1, MASK_SHARES + 1)})
 
     def compile_parts(self, **options: Any) -> None:
@@ -223,8 +247,9 @@ class Trainable(nn.Module):
         deltas = encode(heads.box_coder, take(truth.boxes, objects), rois)
         images = torch.arange(len(rois), device=rois.device)[:, None].expand_as(labels)
         has_mask = chosen.is_positive & take(truth.has_mask, objects)
-        parts = (labels, objects, deltas, chosen.is_used, has_mask)
-        return RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *(part.flatten(0, 1) for part in parts))
+        by_box = None if truth.by_box is None else (chosen.is_positive & take(truth.by_box, objects)).flatten(0, 1)
+        parts = [part.flatten(0, 1) for part in (labels, objects, deltas, chosen.is_used, has_mask)]
+        return RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *parts)._replace(by_box=by_box)
 
     def box_branch(self, maps: list[Tensor], targets: RoiTargets, tiles: Tensor, verified: Tensor) -> Losses:
         """Return loss_classifier and loss_box_reg; `tiles` and `verified` are those of a `Batch`."""
@@ -239,29 +264,58 @@ class Trainable(nn.Module):
             "loss_box_reg": losses.box_loss(own, targets.deltas, targets.labels > 0, targets.is_used),
         }
 
-    def mask_branch(self, maps: list[Tensor], targets: RoiTargets, expected: Tensor) -> Losses:
-        """Return loss_mask of the RoIs with a mask; `expected` are the masks of `mask_rois`."""
+    def mask_branch(
+        self, maps: list[Tensor], targets: RoiTargets, expected: Tensor, where: BoxInRoi | None = None
+    ) -> Losses:
+        """Return loss_mask of the RoIs with a mask, and with `where` the losses of those that have a box only.
+
+        `expected` and `where` are those of `mask_targets`.
+        """
         heads = self.network.roi_heads
         logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, targets.rois))).float()
-        return {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask)}
+        found = {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask)}
+        if where is not None:
+            assert targets.by_box is not None
+            own = losses.of_label(logits, targets.labels)
+            found["loss_mask_box"] = losses.mean_of(projection_loss(own, where), targets.by_box)
+            found["loss_mask_affinity"] = losses.mean_of(affinity_loss(own, where), targets.by_box)
+        return found
 
-    def mask_rois(self, batch: Batch, rois: RoiTargets, slots: int) -> tuple[RoiTargets, Tensor]:
-        """Return `slots` RoIs, those with a mask first, and the masks that they should predict.
+    def mask_targets(self, batch: Batch, rois: RoiTargets, slots: int) -> tuple[RoiTargets, Tensor, BoxInRoi | None]:
+        """Return `slots` RoIs, those that train the mask branch first, and what they should predict.
 
-        The masks are float32 [slots, S, S], 0 to 1, or any values where `has_mask` is false.
+        That is masks, float32 [slots, S, S], 0 to 1, or any values where `has_mask` is false; and with `loss.unmasked`
+        masks where the boxes of their objects are. RoIs of objects without a mask are wider.
         """
-        masked = rois.first(rois.has_mask, slots)
-        row = masked.rois.images * batch.bitmaps.shape[1] + masked.objects
+        chosen = rois.first(rois.trains_mask, slots)
+        row = chosen.rois.images * batch.bitmaps.shape[1] + chosen.objects
         size = 2 * self.network.roi_heads.mask_roi_pool.output_size[0]  # the mask head doubles what it is given
-        boxes, bitmaps, frames = masked.rois.boxes, batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
-        expected = sample_targets(bitmaps, frames, row, boxes, size)
+        where = None
+        if chosen.by_box is not None:
+            boxes = torch.where(chosen.by_box[:, None], widen(chosen.rois.boxes), chosen.rois.boxes)
+            chosen = chosen._replace(rois=Rois(boxes, chosen.rois.images))
+            where = box_in_roi(batch.images, chosen.rois, batch.boxes.flatten(0, 1)[row], size)
+        bitmaps, frames = batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
+        expected = sample_targets(bitmaps, frames, row, chosen.rois.boxes, size)
         if self._is_compiled:
-            for part in (*masked.rois, *masked[1:], expected):
-                torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
-        return masked, expected
+            for part in (*chosen.rois, *chosen[1:], expected, *(where or ())):
+                if part is not None:
+                    torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
+        return chosen, expected, where
 
     def pool(self, pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
         """Read RoIs from the maps in the form of the device: [K, C, S, S]."""
         device = rois.boxes.device
         by_roi = device.type == "cpu" and not self.in_fixed_shapes(device)
         return pool_on_cpu(pooler, maps, rois) if by_roi else pool_in_fixed_shapes(pooler, maps, rois)
+
+
+def annotated_rois(truth: GroundTruth) -> RoiTargets:
+    """Return the annotated boxes of a batch as RoIs of the mask branch, B x G; `deltas` are 0."""
+    images, rows = truth.labels.shape
+    image, row = (torch.arange(count, device=truth.labels.device) for count in (images, rows))
+    rois = Rois(truth.boxes.flatten(0, 1), image[:, None].expand(images, rows).flatten())
+    has_mask = truth.is_object & truth.has_mask
+    parts = (truth.labels, row.expand(images, rows), torch.zeros_like(truth.boxes), truth.is_object, has_mask)
+    by_box = None if truth.by_box is None else truth.by_box.flatten()
+    return RoiTargets(rois, *[part.flatten(0, 1) for part in parts])._replace(by_box=by_box)

@@ -15,7 +15,7 @@ from trainer.data.instances import HAS_MASK, PIXEL, Batch, padded_count
 from trainer.data.mask_bitmaps import BITMAP
 from trainer.data.mosaic import TILES
 from trainer.step.ground_truth import ground_truth_of
-from trainer.step.trainable import Trainable
+from trainer.step.trainable import Trainable, annotated_rois
 
 log = logging.getLogger("trainer.step.warm_up")
 
@@ -55,8 +55,9 @@ def run_all_shapes(step: Trainable, batch: Batch) -> None:
     losses = [*found.values(), *step.box_branch(maps, rois, batch.tiles, batch.verified).values()]
     torch.stack(losses).sum().backward()
     leaves = [of_level.detach().requires_grad_(of_level.requires_grad) for of_level in maps]
-    for slots in step.mask_slots(len(batch)):
-        [loss] = step.mask_branch(leaves, *step.mask_rois(batch, rois, slots)).values()
+    masked = rois if step.mask_rois == "proposals" else annotated_rois(truth)
+    for slots in step.mask_slots(batch):
+        loss = torch.stack([*step.mask_branch(leaves, *step.mask_targets(batch, masked, slots)).values()]).sum()
         if loss.requires_grad:
             loss.backward()
         del loss  # frees what its backward pass would need, so that warming up takes no more memory than training

@@ -63,5 +63,6 @@ def test_run_all_shapes_holds_one_mask_branch_in_memory_at_a_time(monkeypatch: p
         return found
 
     monkeypatch.setattr(step, "mask_branch", watched)
-    run_all_shapes(step, empty_batch(2, 64, 96, 8, 4))
-    assert len(made) == len(step.mask_slots(2))
+    batch = empty_batch(2, 64, 96, 8, 4)
+    run_all_shapes(step, batch)
+    assert len(made) == len(step.mask_slots(batch))

@@ -1,0 +1,124 @@
+"""Masks from boxes, against slow versions pixel by pixel."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from torch import Tensor
+
+from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network, without_masks
+from trainer.config.settings import LossConfig
+from trainer.step.box_terms import LIKE, BoxInRoi, affinity_loss, box_in_roi, projection_loss, to_lab, widen
+from trainer.step.roi_align import Rois
+from trainer.step.trainable import Trainable
+
+SIZE = 12
+MASKS = LossConfig(unmasked="masks")
+BATCH = batch_of(SCENES)
+PARTLY = without_masks(BATCH, (torch.arange(BATCH.labels.shape[1]) % 2 == 0).expand_as(BATCH.labels))
+
+
+def picture(seed: int) -> tuple[Tensor, Tensor, BoxInRoi]:
+    """Logits and the box of a mask whose cells are the pixels of an image: float64 [1, S, S], bool [S, S]."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)  # blocks of one colour
+    image = torch.from_numpy(np.clip(colours + rng.integers(-6, 7, colours.shape), 0, 255).astype(np.uint8))
+    box = torch.tensor([[2.0, 3.0, 10.0, 9.0]])
+    whole = Rois(torch.tensor([[0.0, 0.0, SIZE, SIZE]]), torch.tensor([0]))
+    where = box_in_roi(image.permute(2, 0, 1)[None], whole, box, SIZE)
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[3:9, 2:10] = True
+    return torch.from_numpy(rng.normal(size=(1, SIZE, SIZE))), inside, where
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_affinity_of_neighbours_equals_that_of_full_size_masks(seed: int) -> None:
+    logits, inside, where = picture(seed)
+    probability, colours = logits[0].sigmoid(), where.colours[0]
+    found = []
+    for y, x in np.ndindex(SIZE, SIZE):
+        for v, u in ((y, x + 1), (y + 1, x), (y + 1, x + 1), (y + 1, x - 1)):
+            if not (v < SIZE and 0 <= u < SIZE) or not (inside[y, x] or inside[v, u]):
+                continue
+            if math.dist(colours[:, y, x].tolist(), colours[:, v, u].tolist()) <= LIKE:
+                p, q = probability[y, x].item(), probability[v, u].item()
+                found.append(-math.log(p * q + (1 - p) * (1 - q)))
+    assert 20 < len(found) < 4 * inside.sum()  # some of the pairs are alike
+    assert affinity_loss(logits, where).item() == pytest.approx(np.mean(found), rel=1e-6)
+
+
+def test_the_projection_reaches_all_sides_and_nothing_is_outside() -> None:
+    logits, inside, where = picture(0)
+    mask = logits[0].sigmoid() * inside
+    expected = 0.0
+    for axis, side in ((0, inside.any(0)), (1, inside.any(1))):
+        projected, wanted = mask.amax(axis), side.double()
+        expected += 1 - 2 * float(projected @ wanted) / float(projected @ projected + wanted @ wanted)
+    expected -= (1 - logits[0].sigmoid())[~inside].log().mean().item()
+    assert projection_loss(logits, where).item() == pytest.approx(expected, rel=1e-6)
+    filled = torch.where(inside, 20.0, -20.0)[None]
+    assert projection_loss(filled, where).item() == pytest.approx(0, abs=1e-6)
+    assert affinity_loss(filled, where).item() > 0.1  # which a filled box alone does not satisfy
+
+
+@pytest.mark.parametrize("term", [projection_loss, affinity_loss])
+def test_gradients_agree_with_finite_differences(term: object) -> None:
+    logits, _, where = picture(3)
+    assert callable(term)
+    assert torch.autograd.gradcheck(lambda x: term(x, where), logits.requires_grad_())
+
+
+def test_colours_equal_those_of_littlecms() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    to_lab8 = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    converted = ImageCms.applyTransform(Image.fromarray(rgb), to_lab8)
+    assert converted is not None
+    expected = np.array(converted).astype(np.float64)
+    expected[..., 0] *= 100 / 255
+    expected[..., 1:] = (expected[..., 1:] + 128) % 256 - 128  # a and b are signed bytes
+    found = to_lab(torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255)[0].permute(1, 2, 0)
+    in_range = (found[..., 1:].abs() < 127).all(-1)
+    # The profiles of littleCMS have a white point of D50, to which it adapts.
+    assert np.abs(found.numpy() - expected)[in_range].mean() < 2
+    grey = to_lab(torch.full((1, 3, 1, 1), 0.5))[0, :, 0, 0]
+    assert grey.tolist() == pytest.approx([53.39, 0, 0], abs=0.05)
+
+
+def test_cells_of_large_objects_are_not_compared() -> None:
+    box = torch.tensor([[10.0, 10, 250, 250], [10, 10, 60, 60]])
+    image = torch.zeros((1, 3, 300, 300), dtype=torch.uint8)
+    where = box_in_roi(image, Rois(widen(box), torch.tensor([0, 0])), box, 28)
+    assert where.fine.tolist() == [False, True]
+    assert affinity_loss(torch.zeros(2, 28, 28), where).tolist() == pytest.approx([0, math.log(2)])
+
+
+@pytest.mark.parametrize("rois", ["proposals", "gt"])
+def test_fixed_shapes_change_neither_losses_nor_gradients(rois: str) -> None:
+    network = small_network()
+    found = []
+    for fixed_shapes in (False, True):
+        step = Trainable(network, MASKS, mask_rois=rois, fixed_shapes=fixed_shapes)
+        torch.manual_seed(0)
+        losses = step(PARTLY, step.draw_keys(PARTLY))
+        assert set(losses) == LOSSES | {"loss_mask_box", "loss_mask_affinity"}
+        assert all(loss.item() > 0 for loss in losses.values())
+        found.append((losses, gradients(network, losses)))
+    (one, of_one), (other, of_other) = found
+    for name, loss in one.items():
+        assert loss.item() == pytest.approx(other[name].item(), rel=1e-5), name
+    for name, gradient in of_one.items():
+        assert (gradient - of_other[name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_with_a_mask_for_every_object_nothing_changes() -> None:
+    network, losses = small_network(), []
+    for loss in (LossConfig(), MASKS):
+        step = Trainable(network, loss)
+        torch.manual_seed(0)
+        losses.append(step(BATCH, step.draw_keys(BATCH)))
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in LOSSES)
+    assert losses[1]["loss_mask_box"].item() == losses[1]["loss_mask_affinity"].item() == 0
