@@ -19,10 +19,9 @@ from trainer.step.box_terms import BoxInRoi, affinity_loss, box_in_roi, projecti
 from trainer.step.boxes import area, area_inside, encode, take
 from trainer.step.ground_truth import GroundTruth, ground_truth_of, verified_at
 from trainer.step.host_copy import HostCopy
-from trainer.step.matching import IGNORED, match
+from trainer.step.matching import IGNORED, match, positive_slots, sample
 from trainer.step.proposals import Anchors, Proposals, anchors_of, flatten_levels, proposal_slots, propose
 from trainer.step.roi_align import Rois, pool_in_fixed_shapes, pool_on_cpu
-from trainer.step.sampling import positive_slots, sample
 
 Losses = dict[str, Tensor]  # by name; scalars
 
@@ -32,7 +31,7 @@ VERSION = 2  # of the random choices: another version draws other RoIs from the 
 
 
 class Keys(NamedTuple):
-    """Uniform random numbers in [0, 1) that choose what trains; see `trainer.step.sampling`.
+    """Uniform random numbers in [0, 1) that choose what trains; see `trainer.step.matching`.
 
     Attributes:
         anchors: float32 [B, A].
