@@ -87,8 +87,9 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
     seen = extents(bitmaps * _is_inside(bitmaps, frames, height, width), frames)
     boxes = torch.where(has_mask[:, None], seen, without)
     moved = replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames)
-    is_turned = matrix[0, 1] != 0 or matrix[1, 0] != 0  # then an object may not reach the sides of its new box
-    return moved.loosened(~has_mask & is_turned).crop(0, 0, width, height)
+    if matrix[0, 1] or matrix[1, 0]:  # turned: an object may not reach the sides of its new box
+        moved = moved.loosened(~has_mask)
+    return moved.crop(0, 0, width, height)
 
 
 def box_around(boxes: Tensor, matrix: Matrix, *, ellipse: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ from trainer.data.mask_bitmaps import BITMAP, rasterise
 HAS_MASK = 1
 GROUP_OF = 2
 IGNORED = 4  # neither an object to learn from nor background
-LOOSE = 8  # the object may not reach all sides of its box, or not be what its colours show
+LOOSE = 8  # without a mask, and may not reach all sides of its box, or not be what its colours show
 
 PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
 MIN_ROWS = 8  # of a batch's annotations per image
@@ -82,8 +82,8 @@ class Instances:
         return replace(moved, boxes=boxes).loosened(is_cut).select(is_large(boxes))
 
     def loosened(self, which: Tensor) -> Instances:
-        """Mark the instances `which`, bool [M], as LOOSE."""
-        return replace(self, flags=self.flags | which.to(torch.uint8) * LOOSE)
+        """Mark the instances `which`, bool [M], as LOOSE, as far as they are objects without a mask."""
+        return replace(self, flags=torch.where(which & (self.flags == 0), LOOSE, self.flags).to(torch.uint8))
 
     def cap(self, limit: int, rng: np.random.Generator) -> Instances:
         """Mark all but a random choice of `limit` objects as IGNORED; group-of regions do not count.
@@ -176,10 +176,7 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
     boxes = np.array([a.bbox for a in annotations], dtype=np.float32).reshape(count, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([a.category_id for a in annotations], dtype=np.int64)
-    # A box from inside an object is the image's; a drawing has colours of its own.
-    flags = np.array(
-        [GROUP_OF * a.is_group_of | LOOSE * (a.is_depiction or a.is_inside) for a in annotations], dtype=np.uint8
-    )
+    flags = np.array([GROUP_OF if a.is_group_of else 0 for a in annotations], dtype=np.uint8)
     bitmaps = torch.zeros((count, BITMAP, BITMAP), dtype=torch.uint8)
     frames = np.zeros((count, 4), dtype=np.float32)
     for i, annotation in enumerate(annotations):
@@ -187,9 +184,12 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
         if annotation.segmentation is not None and (mask := rasterise(annotation.segmentation)) is not None:
             bitmaps[i], frames[i] = mask
             flags[i] |= HAS_MASK
-    return Instances(
+    # A box from inside an object is the image's; a drawing has colours of its own.
+    loose = torch.tensor([a.is_depiction or a.is_inside for a in annotations], dtype=torch.bool)
+    found = Instances(
         torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(flags), bitmaps, torch.from_numpy(frames)
     )
+    return found.loosened(loose)
 
 
 def is_large(boxes: Tensor) -> Tensor:

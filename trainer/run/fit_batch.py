@@ -73,7 +73,7 @@ def fits(config: Config, network: MaskRCNN, classes: int, images: int, accelerat
     try:
         most = max(stages(config.train), key=lambda stage: len(set_trainable(network, stage.layers)))
         set_trainable(network, most.layers)
-        step = Trainable(network, config.loss).train().to(accelerator.device)
+        step = Trainable(network, config.loss, mask_rois=config.model.mask_rois).train().to(accelerator.device)
         step.zero_grad(set_to_none=True)
         optimizer = make_optimizer(step, config.optim)
         # What else is on the device during a run: the average of the weights, and DDP's copy of the gradients.

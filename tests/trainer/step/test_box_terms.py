@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,14 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from shards.format import rle
+from shards.format.sample import Instance
 from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network, without_masks
 from trainer.config.settings import LossConfig
+from trainer.data.affine import warp_instances
+from trainer.data.instances import padded, read_instances
 from trainer.step.box_terms import LIKE, BoxInRoi, affinity_loss, box_in_roi, projection_loss, to_lab, widen
+from trainer.step.ground_truth import ground_truth_of
 from trainer.step.roi_align import Rois
 from trainer.step.trainable import Trainable
 
@@ -122,3 +129,29 @@ def test_with_a_mask_for_every_object_nothing_changes() -> None:
         losses.append(step(BATCH, step.draw_keys(BATCH)))
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in LOSSES)
     assert losses[1]["loss_mask_box"].item() == losses[1]["loss_mask_affinity"].item() == 0
+
+
+def test_boxes_that_an_object_may_not_fill_teach_no_mask() -> None:
+    whole = Instance(1, (10.0, 10.0, 40.0, 40.0), None)
+    drawing, inside = replace(whole, is_depiction=True), replace(whole, is_inside=True)
+    group, masked = replace(whole, is_group_of=True), Instance(1, whole.bbox, rle.encode(np.ones((100, 100))))
+    instances = read_instances([whole, drawing, inside, group, masked])
+    for found, expected in (
+        (instances, [True, False, False, False, False]),
+        (instances.crop(20, 0, 80, 100), [False] * 5),  # a quarter of the box is cut off
+        (instances.crop(12, 0, 80, 100), [True, False, False, False, False]),
+        (warp_instances(instances, rotation(20), 100, 100), [False] * 5),
+        (warp_instances(instances, rotation(0), 100, 100), [True, False, False, False, False]),
+    ):
+        columns: dict[str, Any] = padded([found])
+        batch = replace(BATCH, **columns)
+        by_box = ground_truth_of(batch, MASKS).by_box
+        assert by_box is not None
+        assert by_box[0, : len(found)].tolist() == expected
+    assert ground_truth_of(batch, LossConfig()).by_box is None
+
+
+def rotation(degrees: float) -> np.ndarray:
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    about_centre = [50 - 50 * cosine + 50 * sine, 50 - 50 * sine - 50 * cosine]
+    return np.array([[cosine, -sine, about_centre[0]], [sine, cosine, about_centre[1]], [0, 0, 1]])
