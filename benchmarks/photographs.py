@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="training steps [2000]")
     parser.add_argument("--every", type=int, default=250, help="steps between the table's rows [250]")
     parser.add_argument("--run", type=Path, help="folder to keep shards and run in [a temporary one]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training [0]")
     options = parser.parse_args()
     require(files=[options.weights])
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +101,7 @@ def main() -> int:
             "data.shards": str(shards),
             "run.dir": str(run),
             "model.weights": str(place / "mobilenet_v2.safetensors"),
+            "train.seed": options.seed,
             "optim.milestones": [options.steps * 3 // 4],
             "train.epochs": 1,
             "train.steps_per_epoch": options.steps,

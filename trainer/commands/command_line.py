@@ -23,8 +23,8 @@ from trainer.commands.launcher import is_ending, leave_status, register_rank
 # What helps if a GPU's memory is full.
 LESS_MEMORY = "lower --batch-size"
 LESS_MEMORY_IN_TRAINING = (
-    "lower --data.batch_size and raise --train.accumulate by the same factor, set --train.precision bf16 or "
-    "--train.checkpoint_activations true, or lower --data.max_size"
+    "lower --data.batch_size and raise --train.accumulate by the same factor, set --train.precision bf16 with "
+    "--train.frozen_norms autocast, or --train.checkpoint_activations true, or lower --data.max_size"
 )
 MAIN_RANK_TIMEOUT_S = 10.0  # how long other ranks wait, because the first message should be the main rank's
 
