@@ -121,15 +121,8 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
     place = step_folder(run, state.step, folder)
     # If this step is saved again, after a damaged checkpoint, old and new files must not be mixed.
     (place / STATE_FILE).delete()
-    categories, data = [asdict(category) for category in state.categories], state.config.data
-    # The classes and settings that rebuild the network from model.safetensors alone.
-    description = {
-        "categories": categories,
-        "model": asdict(state.config.model),
-        "data": {"min_size": data.min_size, "max_size": data.max_size},
-    }
     tensors, structure = flatten_optimizer(state.optimizer or {})
-    files = {MODEL_FILE: _to_bytes(state.weights, **{DESCRIPTION: json.dumps(description)})}
+    files = {MODEL_FILE: _to_bytes(state.weights, **{DESCRIPTION: json.dumps(description(state))})}
     if state.optimizer is not None:
         files[OPTIMIZER_FILE] = _to_bytes(tensors)
     if state.raw is not None:
@@ -145,7 +138,7 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
         "step_version": state.step_version,
         "scaler": state.scaler,
         "order": state.order,
-        "categories": categories,
+        "categories": [asdict(category) for category in state.categories],
         "config": redact_values(state.config.to_dict()),
         "optimizer": structure,
         "files": {name: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in files.items()},
@@ -153,6 +146,16 @@ def save(run: Location, state: State, keep: int, folder: str = FOLDER) -> Locati
     (place / STATE_FILE).write(json.dumps({**value, "sha256": _digest(value)}, indent=1).encode("utf-8"))
     _remove_older(run, state.step, keep, folder)
     return place
+
+
+def description(state: State) -> dict[str, Any]:
+    """Return the classes and settings that rebuild a network from its weights alone, JSON-serialisable."""
+    data = state.config.data
+    return {
+        "categories": [asdict(category) for category in state.categories],
+        "model": redact_values(asdict(state.config.model)),  # model.weights may be a URL with credentials
+        "data": {"min_size": data.min_size, "max_size": data.max_size},
+    }
 
 
 def load(folder: Location, *, optimizer: bool = True) -> State:

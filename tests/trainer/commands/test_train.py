@@ -139,7 +139,9 @@ def test_predict_processes_images_without_the_classes_of_the_network(dataset: Pa
 def test_credentials_of_urls_are_in_no_file_and_no_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     place = f"memory://me:hunter2@{tmp_path.name}"
     tiny.write_dataset(f"{place}/data", samples=4, val=2)  # type: ignore[arg-type]
+    tiny.write_checkpoint(f"{place}/start", f"{place}/data")  # type: ignore[arg-type]
     settings = {"train__steps_per_epoch": 1, "run__dir": f"{place}/run", "data__shards": f"{place}/data"}
+    settings["model__weights"] = f"{place}/start"
     arguments = tiny.arguments(place, tmp_path, **settings)
     with patch("sys.argv", ["train.py", *arguments]):
         assert train.main(arguments) == 0
