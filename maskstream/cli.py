@@ -3,13 +3,15 @@
 `maskstream build` is `build-shards`, `maskstream classes` its `--list-classes`, and `maskstream inspect` is
 `inspect-shards`. `maskstream train`, `evaluate` and
 `predict` check their arguments, then run in this process, or under `accelerate launch` where there are several GPUs or
-an accelerate configuration (`predict` for a dataset only, not for images). Only the chosen command is imported.
+an accelerate configuration (`predict` for a dataset only, not for images). `maskstream export` writes datasets, which
+is done by `shards`, or with `--to onnx` a model, by `trainer`. Only the chosen command is imported.
 """
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ COMMANDS = {
     "build": ("builder.commands.cli", "select images and masks of Open Images or COCO and pack them into shards"),
     "classes": ("builder.commands.cli", "list the classes of Open Images or COCO files, with images, masks and boxes"),
     "inspect": ("shards.inspect.cli", "show what a shard dataset contains, verify it, or extract a sample"),
-    "export": ("shards.export.cli", "write a shard dataset for other trainers: COCO, Ultralytics, RF-DETR, folders"),
+    "export": ("shards.export.cli", "write a dataset for other trainers (COCO, Ultralytics, ...), or a model as ONNX"),
     "train": ("trainer.commands.train", "train Mask R-CNN on a shard dataset"),
     "evaluate": ("trainer.commands.evaluate", "score a checkpoint on a split of a shard dataset"),
     "predict": ("trainer.commands.predict", "find objects in images, folders, or a split of a shard dataset"),
     "compare": ("trainer.commands.compare", "train with several settings and compare their AP"),
     "recipes": ("trainer.commands.recipes", "list the settings that come with the package, or print one"),
 }
+ONNX_EXPORT = "trainer.commands.export_onnx"  # the module of `export --to onnx`
 LAUNCHED = ("train", "evaluate", "predict")  # on every GPU
 
 _COMMAND_LINES = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
@@ -58,18 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, COMMANDS, f"the commands are {', '.join(COMMANDS)}")
         print(f"maskstream: error: unknown command {name!r}: {hint} (see --help)", file=sys.stderr)
         return 2
+    module = ONNX_EXPORT if name == "export" and _is_model(rest) else COMMANDS[name][0]
     try:
-        return _run(name, rest)
+        return _run(name, module, rest)
     except ModuleNotFoundError as error:
-        if not COMMANDS[name][0].startswith("trainer."):
+        if not module.startswith("trainer."):
             raise
         package = str(error.name).partition(".")[0]
         print(f"maskstream {name}: error: {package} is not installed: pip install '.[train]'", file=sys.stderr)
         return 2
 
 
-def _run(name: str, rest: Sequence[str]) -> int:
-    module, program = import_module(COMMANDS[name][0]), f"maskstream {name}"
+def _is_model(arguments: Sequence[str]) -> bool:
+    """Return whether arguments of `export` ask for a model, not for a dataset."""
+    return "--to=onnx" in arguments or ("--to", "onnx") in pairwise(arguments)
+
+
+def _run(name: str, module_name: str, rest: Sequence[str]) -> int:
+    module, program = import_module(module_name), f"maskstream {name}"
     if name in ("build", "inspect"):
         return int(module.main(rest))
     if name == "classes":

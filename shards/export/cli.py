@@ -1,4 +1,7 @@
-"""The command `maskstream export`: write a shard dataset in a format that other trainers read."""
+"""The command `maskstream export`: write a shard dataset in a format that other trainers read.
+
+With `--to onnx` the command `maskstream` writes a model instead, which is no business of this package.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ formats:
   yolo    images, labels with polygons, and data.yaml for Ultralytics
   rfdetr  tar shards for RF-DETR (dataset_file="webdataset")
   folder  images, a PNG per mask, and objects.csv
+  onnx    not a dataset: the model of a run; see `maskstream export --to onnx --help`
 
 examples:
   maskstream export s3://bucket/traffic --to coco --out traffic-coco
@@ -39,7 +43,7 @@ class ExportOptions:
     root: str = option(
         "", "the dataset: s3://bucket/prefix, a local path, any fsspec URL", positional=True, metavar="DATASET"
     )
-    to: Literal["coco", "yolo", "rfdetr", "folder"] = option("", "format to write", required=True)
+    to: Literal["coco", "yolo", "rfdetr", "folder", "onnx"] = option("", "format to write", required=True)
     out: str = option(
         "",
         "local folder to write to: a new one, an empty one, or that of the same export",
@@ -77,6 +81,8 @@ def main(argv: Sequence[str] | None = None, program: str = "maskstream export") 
 
 def _run(options: ExportOptions) -> int:
     # Not at the top: --help answers without pyarrow, whose import takes longer than all else.
+    if options.to == "onnx":
+        raise UserError("--to onnx writes the model of a run: maskstream export CHECKPOINT --to onnx --out FILE")
     from shards.export import coco, folder, rfdetr, yolo
     from shards.export.export import Tally, claim
     from shards.storage.explain import storage_errors

@@ -1,1 +1,4 @@
-"""The commands train, evaluate, predict and compare. They share signals, exit statuses and the launcher."""
+"""The commands train, evaluate, predict, compare, recipes, and the model of `export`.
+
+They share signals, exit statuses and the launcher.
+"""

@@ -1,6 +1,7 @@
-"""Options of the commands `evaluate`, `predict` and `compare`. Imports no torch."""
+"""Options of the commands `evaluate`, `predict`, `compare` and `export --to onnx`. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shards.commands.options import option
 from trainer.config.settings import DROPPED_BY_NMS, DataConfig, TrainConfig
@@ -71,3 +72,12 @@ class CompareOptions:
         "", "a name such as compare-layers, or the path or URL of a YAML file", positional=True, metavar="NAME"
     )
     launch: str = option("", "arguments of accelerate launch, as one text", metavar="TEXT")
+
+
+@dataclass
+class OnnxOptions:
+    """Options of `maskstream export --to onnx`."""
+
+    checkpoint: str = option("", "folder of a run, or of one checkpoint", positional=True, metavar="CHECKPOINT")
+    to: Literal["onnx"] = option("", "format to write", required=True)
+    out: str = option("", "file to write, which must not exist", required=True, metavar="FILE")
