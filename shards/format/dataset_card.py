@@ -64,7 +64,9 @@ def features(version: int) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _About:
+class About:
+    """What cards say about the source of a dataset."""
+
     title: str  # name of the data
     heading: str  # of the card, before the names of the classes
     origin: str  # how the shards were made, in Markdown
@@ -78,8 +80,8 @@ Images and annotations are under the licences of their source, which its files d
 before you distribute the data."""
 
 # By the source's `name` in `dataset.json`.
-_ABOUT = {
-    "Open Images": _About(
+ABOUT = {
+    "Open Images": About(
         "Open Images",
         "Images and instance masks from Open Images",
         "cut out of\n[Open Images](https://storage.googleapis.com/openimages/web/index.html) by `build-shards`",
@@ -92,7 +94,7 @@ licence of a single image: check it at its URL. The annotations are by Google LL
 [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Resized masks and selected annotations are changes in the
 sense of that licence.""",
     ),
-    "COCO": _About(
+    "COCO": About(
         "a dataset in COCO's format",
         "Images and instance masks from a dataset in COCO's format",
         "cut out of\n[a dataset in COCO's format](https://cocodataset.org/#format-data) by `build-shards`",
@@ -102,7 +104,7 @@ sense of that licence.""",
 Images and annotations are under the licences of their source; each sample has the `license` and `original_url` of
 its annotations, and in `title` the name of its file. Check them before you distribute the data.""",
     ),
-    "LVIS": _About(
+    "LVIS": About(
         "LVIS",
         "Images and instance masks from LVIS",
         "cut out of\n[LVIS](https://www.lvisdataset.org) by `build-shards`",
@@ -112,7 +114,7 @@ its annotations, and in `title` the name of its file. Check them before you dist
 The images are COCO's; each sample has the `license` and `original_url` of its annotations. LVIS publishes its
 annotations under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), with the terms of use of COCO.""",
     ),
-    "mask images": _About(
+    "mask images": About(
         "a dataset with PNG masks",
         "Images and instance masks from a dataset with PNG masks",
         "cut out of a dataset with PNG masks by `build-shards`",
@@ -120,7 +122,7 @@ annotations under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), wit
         "object-detection",
         _YOURS,
     ),
-    "YOLO": _About(
+    "YOLO": About(
         "a dataset in Ultralytics' layout",
         "Images and instance masks from a dataset in Ultralytics' layout",
         "cut out of a dataset in Ultralytics' layout by `build-shards`",
@@ -128,7 +130,7 @@ annotations under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), wit
         "object-detection",
         _YOURS,
     ),
-    "DatasetWriter": _About(
+    "DatasetWriter": About(
         "images and instance masks",
         "Images and instance masks",
         "packed with maskstream's\n`DatasetWriter`",
@@ -235,7 +237,7 @@ def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> l
     ]
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """Return the name of a class as Markdown text on one line: without HTML, links, code and columns of a table."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(name), quote=False))
 
@@ -257,7 +259,7 @@ def _credit(sample: Sample) -> str:
 def _linked(text: str, url: str) -> str:
     """Return text as a Markdown link, or as it is if the URL is not one for a web page."""
     is_safe = re.fullmatch(r"https?://[\w.~:/?#@!$&'*+,;=%-]+", url, re.ASCII)
-    return f"[{_escaped(text)}]({url})" if is_safe else _escaped(text)
+    return f"[{escaped(text)}]({url})" if is_safe else escaped(text)
 
 
 def render_card(
@@ -272,9 +274,9 @@ def render_card(
     """Return the text of `README.md`: front matter, counts, format, licence, and the command that made it.
 
     Classes without a packed object are not listed. `failures` has the number of images and masks for each reason why
-    they were not packed; `source` is a key of `_ABOUT`; `picture` is next to the card.
+    they were not packed; `source` is a key of `ABOUT`; `picture` is next to the card.
     """
-    about = _ABOUT[source]
+    about = ABOUT[source]
     packed = {c.name for c in counts if c.boxes}
     categories = [category for category in categories if category.name in packed]
     classes = ", ".join(category.name for category in categories)
@@ -294,20 +296,20 @@ def render_card(
     rows = []
     for c in counts:
         if c.name in packed:
-            rows.append(f"| {c.split} | {_escaped(c.name)} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |")
+            rows.append(f"| {c.split} | {escaped(c.name)} | {c.images} | {c.masks} | {c.boxes} | {c.groups} |")
     text = _TEXT.format(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
         image=_IMAGE[version],
         casts="\n".join(_CAST.format(name, name.replace("jpg", "jpeg").upper()) for name in IMAGES[version]),
-        classes=", ".join(_escaped(category.name) for category in categories),
+        classes=", ".join(escaped(category.name) for category in categories),
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),
         megabytes=sum(shard.nbytes for shard in shards) / 1e6,
         counts="\n".join(rows),
         failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",
-        ids=", ".join(f"{category.id} {_escaped(category.name)}" for category in categories),
+        ids=", ".join(f"{category.id} {escaped(category.name)}" for category in categories),
         first_split=HUB_SPLITS[splits[0]],
         split=splits[0],
         picture="" if picture is None else _shown_picture(picture),

@@ -31,7 +31,15 @@ from trainer.config.schedule import checkpoint_is_due, evaluation_is_due, fold, 
 from trainer.config.settings import Config, ConfigError
 from trainer.config.yaml_config import add_arguments, described, from_arguments, recipes
 from trainer.run.distributed import TrainingError, from_main
-from trainer.run.run_state import Training, begin_stage, norm_statistics, save_state, set_up, share_buffers
+from trainer.run.run_state import (
+    Training,
+    begin_stage,
+    mask_warnings,
+    norm_statistics,
+    save_state,
+    set_up,
+    share_buffers,
+)
 from trainer.run.run_summary import run_summary
 from trainer.run.run_writer import RunWriter
 from trainer.run.step_report import PendingStep, exchange, loading, weighted_sum
@@ -262,6 +270,8 @@ def end_run(t: Training, record: RunLog | None, signal: int) -> None:
     t.accelerator.end_training()
     if record:
         record.close()
+        if not signal and record.steps.rows:
+            write_model_card(t, record)
         if not signal:
             log.info("%s", run_summary(t.run, t.config.data, record.steps.rows, record.evaluations.rows))
     if signal:
@@ -269,6 +279,18 @@ def end_run(t: Training, record: RunLog | None, signal: int) -> None:
             signal,
             f"stopped by a signal after step {t.step}, which is saved in {t.run}: the same command resumes from there",
         )
+
+
+def write_model_card(t: Training, record: RunLog) -> None:
+    """Write `README.md` into the folder of a finished run."""
+    from shards.format.dataset_card import README_FILE
+    from trainer.run.model_card import model_card
+    from trainer.run.runlog import environment
+
+    index, categories = t.stream.order.indexes[0], t.dataset.categories
+    warnings = mask_warnings(t.dataset.index(t.config.data.split), categories)
+    rows, machine = (record.steps.rows, record.evaluations.rows), environment(t.accelerator)
+    (t.run / README_FILE).write(model_card(t.config, t.dataset, len(index), *rows, machine, warnings).encode("utf-8"))
 
 
 def evaluate_now(t: Training, record: RunLog | None) -> None:

@@ -18,13 +18,16 @@ def run_summary(
     run: Location, data: DataConfig, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> str:
     """Return the summary of a run from the rows of metrics.jsonl and evaluations.jsonl."""
+    from shards.format.dataset_card import README_FILE  # not at the top: --help answers without pyarrow
+
     seconds, images = (sum(row[name] for row in steps) for name in ("seconds", "images"))
     length = f"{counted(len(steps), 'step')}, {counted(images, 'image')} in {timedelta(seconds=round(seconds))}"
     lines = [("finished", f"{length} of training ({images / seconds:.1f} images/s)" if seconds else length)]
     if skipped := sum("skipped" in row for row in steps):
         lines.append(("", f"{counted(skipped, 'step')} skipped, with a loss or gradient that was not finite"))
-    weights, curves, table, batches, pictures = (
-        _shown(run / name) for name in ("best", "curves.png", "metrics.csv", "batches.jpg", "pictures")
+    weights, card, curves, table, batches, pictures = (
+        _shown(run / name)
+        for name in ("best", README_FILE, "curves.png", "metrics.csv", "batches.jpg", "pictures")
     )
     if evaluations:
         best = best_evaluation(evaluations)
@@ -35,6 +38,7 @@ def run_summary(
         weights = _shown(run)
     lines += [
         ("weights", weights),
+        ("card", card),
         ("curves", f"{curves}, {table}"),
         ("pictures", f"{batches}, {pictures}" if evaluations else batches),
         ("next", f"maskstream predict --checkpoint {weights} --out predictions IMAGE ..."),

@@ -1,6 +1,7 @@
 """The run's folder and the progress log.
 
-    <run>/config.yaml         the resolved settings: --config of the same run
+    <run>/README.md           model card, see `run/model_card.py`
+          config.yaml         the resolved settings: --config of the same run
           environment.json    versions, machine, ranks
           metrics.jsonl       one row per step; metrics.csv is the same as a table
           evaluations.jsonl   one row per evaluation

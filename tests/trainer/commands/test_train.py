@@ -96,6 +96,7 @@ def test_a_run_on_an_object_store_continues_with_more_epochs_and_new_settings(
     rows = [json.loads(line) for line in metrics.read().splitlines()]
     assert [float(row["loss_mask"]) for row in table] == [row["losses"]["loss_mask"] for row in rows]
     assert (run / "curves.png").read().startswith(b"\x89PNG")
+    assert b"| training | 2 steps in " in (run / "README.md").read()
     files = [str(name).partition("/run/")[2] for name in run.fs.find(run.path)]
     assert sum(name.startswith("tensorboard/maskstream/events.out") for name in files) == 2  # one per process
     for step in (1, 2):

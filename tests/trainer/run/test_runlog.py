@@ -133,6 +133,7 @@ def test_the_summary_of_a_run_names_its_best_evaluation_its_files_and_the_next_c
         "          1 step skipped, with a loss or gradient that was not finite",
         "best      mask AP 12.5 % and box AP 50.0 % on val, after step 2",
         "weights   'runs/my run/best'",
+        "card      'runs/my run/README.md'",
         "curves    'runs/my run/curves.png', 'runs/my run/metrics.csv'",
         "pictures  'runs/my run/batches.jpg', 'runs/my run/pictures'",
         "next      maskstream predict --checkpoint 'runs/my run/best' --out predictions IMAGE ...",
