@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -115,6 +116,28 @@ def write_spoilt(root: Path, edit: Callable[[dict[str, Any]], Any]) -> str:
     with patch.object(Sample, "to_members", lambda _: members):
         write_dataset(root, {"train": [good]})
     return good.image_id
+
+
+def damage(root: Path, kinds: Mapping[int, str]) -> None:
+    """Damage samples of the training split, by row: their "bytes", or with the right crc32 "image", "json" or "tar"."""
+    index = open_dataset(str(root)).index("train")
+    checksums = {}
+    for row, kind in kinds.items():
+        place, start = root / index.shard_paths[int(index.shard[row])], int(index.offset[row])
+        data = bytearray(place.read_bytes())
+        own = memoryview(data)[start : start + int(index.nbytes[row])]
+        at = {"bytes": 512 + 9, "image": 512, "json": bytes(own).index(b'{"'), "tar": 0}[kind]
+        own[at : at + 4] = b"spam"
+        if kind != "bytes":
+            checksums[index.image_id(row)] = zlib.crc32(own)
+        own.release()
+        place.write_bytes(data)
+
+    def sign(rows: list[dict[str, Any]]) -> None:
+        for entry in rows:
+            entry["crc32"] = checksums.get(entry["image_id"], entry["crc32"])
+
+    edit_index(root, sign)
 
 
 def edit_info(root: Path, edit: Callable[[dict[str, Any]], Any]) -> None:

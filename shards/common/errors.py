@@ -28,5 +28,9 @@ class SampleError(UserError):
     """A sample that is unavailable, or that does not have the contents that the format asks for."""
 
 
+class UnavailableSampleError(SampleError):
+    """A sample that storage does not return: a fault of the network or of a whole shard, not of the sample."""
+
+
 class LoaderError(UserError):
     """A loader process that ended without an error of its own."""

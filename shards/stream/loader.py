@@ -7,7 +7,7 @@ for batch in batches:
 
 import multiprocessing
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -19,6 +19,7 @@ from shards.common.errors import DatasetError, LoaderError, UserError
 from shards.common.socket_folder import shorten_socket_paths
 from shards.stream import batch_transport, torch_internals
 from shards.stream.reader import SampleStatistics
+from shards.stream.replacements import BadSample
 from shards.stream.streams import Stream
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Loader(Generic[T]):
     Attributes:
         inner: torch's `DataLoader`.
         statistics: running totals, over all loops.
+        bad_samples: what was replaced in the batches so far, each sample once; see `ShardStream`'s `skip_bad`.
 
     Raises:
         LoaderError: a loader process was killed; raised when the loop asks for its next batch, within 5 s.
@@ -65,6 +67,7 @@ class Loader(Generic[T]):
     def __init__(self, stream: Stream[T], inner: DataLoader) -> None:
         self.inner = inner
         self.statistics = LoaderStatistics()
+        self.bad_samples: list[BadSample] = []
         self._stream = stream
 
     def __len__(self) -> int:
@@ -89,6 +92,7 @@ class Loader(Generic[T]):
                 newest[item.worker] = item.statistics
                 totals = asdict(sum(newest.values(), SampleStatistics()))
                 self.statistics = before + LoaderStatistics(**totals, seconds=now - began, waited_s=waited)
+                self.bad_samples += [bad for bad in item.bad_samples if bad not in self.bad_samples]
                 if item.error is not None:
                     raise item.error
                 yield item.batch
@@ -137,6 +141,7 @@ class _Item(NamedTuple):
     error: UserError | None
     worker: int
     statistics: SampleStatistics
+    bad_samples: Sequence[BadSample]  # found since the worker's item before
 
 
 class _Reporting(IterableDataset):
@@ -151,13 +156,15 @@ class _Reporting(IterableDataset):
     def __iter__(self) -> Iterator[_Item]:
         info = get_worker_info()
         worker, before = 0 if info is None else info.id, copy(self.stream.statistics)
+        found, sent = self.stream.bad_samples, 0
         if info is not None:
             batch_transport.begin()
             torch_internals.ignore_lost_readers()
         try:
             for batch in self.stream:
                 batch = batch if info is None else batch_transport.pack(batch)
-                yield _Item(batch, None, worker, self.stream.statistics.since(before))
+                yield _Item(batch, None, worker, self.stream.statistics.since(before), found[sent:])
+                sent = len(found)
                 del batch
         except UserError as error:
-            yield _Item(None, error, worker, self.stream.statistics.since(before))
+            yield _Item(None, error, worker, self.stream.statistics.since(before), found[sent:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import astuple, dataclass, field
 from operator import add, sub
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from isal.isal_zlib import crc32  # the checksum of zlib, 15 times as fast
 
 from shards.common.back_off import DAMAGED_READS, attempts
-from shards.common.errors import DatasetError, SampleError
+from shards.common.errors import DatasetError, SampleError, UnavailableSampleError
 from shards.common.text import counted
 from shards.format.index import Index
 from shards.storage.explain import explain, storage_errors
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # it needs Unix, which reading does not
     from shards.stream.sample_cache import SampleCache
 
 log = logging.getLogger("shards.stream.reader")
+
+Replace = Callable[[int, SampleError], tuple[int, memoryview]]
 
 READ_AHEAD = 128 * 2**20
 STALL_S = 30.0
@@ -76,11 +78,14 @@ class SampleReader:
         with storage_errors(str(self.root)):
             find_settings(self.root)  # once, instead of in each loader process
 
-    def read(self, rows: Iterable[int | None], *, who: str = "the reader") -> Iterator[tuple[int, memoryview]]:
+    def read(
+        self, rows: Iterable[int | None], *, who: str = "the reader", replace: Replace | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
         """Yield (row, bytes) for every row of the index, in the given order; `rows` may be endless.
 
         They are None for a batch without a sample of this index, which bounds the search for more. `who` is named in
-        the log if storage stalls. A SampleError is raised if a sample cannot be read, or its crc32 stays wrong.
+        the log if storage stalls. An UnavailableSampleError is raised if a sample cannot be read, a SampleError if its
+        crc32 stays wrong; then `replace`, if given, returns another row and its bytes.
         """
         plan = ReadPlan(self.index, iter(rows), self.read_ahead, self._is_cached)
         ranges: dict[int, _Range] = {}  # by row; rows that are in the cache have none
@@ -91,10 +96,25 @@ class SampleReader:
                 if (taken := plan.take()) is None:
                     return
                 row, done = taken
-                yield row, self._sample(row, ranges.pop(row, None) if done else ranges.get(row), done, who)
+                requested = ranges.pop(row, None) if done else ranges.get(row)
+                yield self._sample_or(replace, row, requested, done, who)
         finally:
             for one in ranges.values():
                 one.cancel()
+
+    def read_one(self, row: int, *, who: str = "the reader") -> memoryview:
+        """Return the bytes of one sample, outside of any order; errors as in `read`."""
+        return self._sample(row, None, True, who)
+
+    def _sample_or(
+        self, replace: Replace | None, row: int, requested: _Range | None, done: bool, who: str
+    ) -> tuple[int, memoryview]:
+        try:
+            return row, self._sample(row, requested, done, who)
+        except SampleError as error:
+            if replace is None:
+                raise
+            return replace(row, error)
 
     def _is_cached(self, row: int) -> bool:
         return self.cache is not None and self.cache.has(self.cache.key(self.index, row))
@@ -125,7 +145,7 @@ class SampleReader:
             data = requested.sample(self.index, row, done, who)
         except Exception as error:
             reason = explain(error, str(requested.location)) or repr(error)
-            raise SampleError(f"{self._where(row)}: cannot be read: {reason}") from error
+            raise UnavailableSampleError(f"{self._where(row)}: cannot be read: {reason}") from error
         finally:
             read, requested.statistics = requested.statistics, ReadStatistics()  # counted once
             self.statistics.requests += read.requests
@@ -133,7 +153,7 @@ class SampleReader:
             self.statistics.retries += read.retries
         nbytes = int(self.index.nbytes[row])
         if len(data) != nbytes:
-            raise SampleError(
+            raise UnavailableSampleError(
                 f"{self._where(row)}: cannot be read: the object ends before the sample does, with {len(data)} of its "
                 f"{nbytes} bytes: the shard is truncated; build the dataset again"
             )

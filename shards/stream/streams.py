@@ -31,6 +31,7 @@ from shards.order.mixture import Mix, MixedOrder
 from shards.storage.location import Location
 from shards.stream.pipeline import AnyOrder, BatchReader, Collate, Stage
 from shards.stream.reader import READ_AHEAD, STALL_S, SampleReader, SampleStatistics
+from shards.stream.replacements import BadSample
 from shards.stream.sample_decoders import Parse, parse_sample
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class _ShardOptions(_Options, total=False):
     window: int
     group_by_aspect: bool
     repeat_threshold: float
+    skip_bad: int
 
 
 class _EvalOptions(_Options, total=False):
@@ -77,6 +79,8 @@ class Stream(IterableDataset[T]):
 
     order: AnyOrder
     statistics: SampleStatistics  # of this process; `Loader.statistics` is of all loader processes
+    skip_bad: int = 0
+    bad_samples: list[BadSample]  # that this process has replaced; `Loader.bad_samples` is of all loader processes
     start: int = 0
     _stop: int | None = None  # the end of all positions
 
@@ -101,6 +105,7 @@ class Stream(IterableDataset[T]):
         self.batch_size = whole("batch_size", batch_size, 1)
         self.rank, self.world = whole("rank", rank), whole("world", world)
         self.stages, self.parse, self.collate = stages, parse, collate
+        self.bad_samples = []
         if not callable(parse) or not (collate is None or callable(collate)):
             raise DatasetError(f"parse is {parse!r}, collate is {collate!r}: give functions, or leave them out")
         if not isinstance(stages, Sequence) or not all(map(callable, stages)):
@@ -124,7 +129,8 @@ class Stream(IterableDataset[T]):
             positions, self.start, rank=self.rank, world=self.world, worker=worker, workers=workers, stop=self._stop
         )
         collate: Collate[Any] = self.collate or (lambda samples, visit: samples)
-        return BatchReader(self.order, own, self._readers, collate, who).pipeline(self.stages, self.parse)
+        skipping = (self.skip_bad, self.bad_samples)
+        return BatchReader(self.order, own, self._readers, collate, who, self.stages, self.parse, *skipping).pipeline()
 
     def _open(self, datasets: Sequence[Dataset], split: str, weights: Sequence[float]) -> None:
         """Make a reader per dataset."""
@@ -166,6 +172,8 @@ class ShardStream(Stream[T]):
         seed, lanes, window, group_by_aspect, repeat_threshold: see `shards.order.epoch_order.OrderSettings`.
         rank, world: of this process, and the number of ranks; by default 0 of 1.
         start: the position G to start at: the number of batches that all ranks together have consumed.
+        skip_bad: number of different damaged samples that each loader process replaces, by default 0; one more is an
+            error (`shards.stream.replacements`). They are in `Loader.bad_samples`.
         identity: `order.identity()` when the position was saved; another order is refused.
         read_ahead: bytes that each loader process may hold ahead of need, by default 128 MiB; at least twice the
             largest sample of each dataset.
@@ -205,11 +213,12 @@ class ShardStream(Stream[T]):
         window: int = 128,
         group_by_aspect: bool = False,
         repeat_threshold: float = 0.0,
+        skip_bad: int = 0,
         **options: Any,
     ) -> None:
         _check_dataset(dataset, mixes=True)
         super().__init__(**options)
-        self.start = whole("start", start)
+        self.start, self.skip_bad = whole("start", start), whole("skip_bad", skip_bad, 0)
         if self.start < 0:
             raise DatasetError(f"start is {start}: a position is the number of batches consumed so far")
         size = self.batch_size

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from shards.format.dataset import Category
+from tests.support import damage
 from tests.trainer import tiny
 
 
@@ -68,6 +69,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             tiny.write_dataset(folder / "data")
+            damage(tiny.write_dataset(folder / "damaged", samples=12), {3: "json", 8: "image"})
             (folder / "file").touch()
             done = tiny.run(Path(__file__).parent / "commands" / "two_ranks.py", [str(folder)])
             (folder / "stderr").write_text(done.stderr)

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from shards.commands.options import entries, sections
@@ -48,8 +49,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: not for --help or a wrong ar
     from torch import Tensor
     from torchvision.models.detection import MaskRCNN
 
-    from shards.stream.loader import LoaderStatistics
+    from shards.stream.replacements import BadSample
     from trainer.data.instances import Batch
+    from trainer.run.device_batches import StepBatches
     from trainer.run.runlog import RunLog
 
 log = logging.getLogger("trainer.commands.train")
@@ -127,7 +129,8 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
 
     total = total_steps(config.train)
     record = RunLog(t.run, t.config, t.accelerator, t.step, total) if t.accelerator.is_main_process else None
-    evaluated, since_best = from_main((record.last_evaluation, record.since_best) if record else None)
+    past = (record.last_evaluation, record.since_best, record.bad_samples) if record else None
+    evaluated, since_best, t.bad_samples = from_main(past)
     if t.step >= total:
         log.info("the run in %s is finished (%s): raise train.epochs to continue it", t.run, counted(t.step, "step"))
 
@@ -151,13 +154,12 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
                 break
             if t.stage != stage_of(config.train, t.step):
                 begin_stage(t)
-
             if not pending:
                 began = time.perf_counter()
-            taken, loaded = batches.take()
+            taken = batches.take()
             if first:
-                first.add(taken)
-            pending.append(train_step(t, taken, loaded, signals))
+                first.add(taken.batches)
+            pending.append(train_step(t, taken, signals))
             batches.prefetch()
             # A GPU computes this step while the host reads the result of the one before, unless this one is saved.
             is_saved = checkpoint_is_due(config.train, t.step)
@@ -178,17 +180,15 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     return t.network
 
 
-def train_step(
-    t: Training, batches: Sequence[Batch], loaded: LoaderStatistics, signals: command.Signals
-) -> PendingStep:
-    """Do one step on all ranks, with `train.accumulate` batches of this rank, for which its loader did `loaded`.
+def train_step(t: Training, taken: StepBatches, signals: command.Signals) -> PendingStep:
+    """Do one step on all ranks, with `train.accumulate` batches of this rank.
 
     A step with a loss or gradient that is not finite changes nothing. The device decides that, on all ranks alike, and
     nothing waits for it: `finish_step` does.
     """
     from trainer.run.optim import apply_update, mark_nonfinite
 
-    config, accelerator = t.config, t.accelerator
+    config, accelerator, batches = t.config, t.accelerator, taken.batches
     images = sum(len(batch) for batch in batches) * accelerator.num_processes
     rate = learning_rate(config.optim, config.train, t.step, images)
     for group in t.optimizer.param_groups:
@@ -197,7 +197,7 @@ def train_step(
 
     losses = forward_backward(t, batches)
     # The one exchange per step: every rank gets all losses and signals, so that all ranks do the same.
-    gathered = exchange(accelerator, losses, loaded, signals.number)
+    gathered = exchange(accelerator, losses, taken.loaded, signals.number, len(taken.bad_samples))
     mark_nonfinite(t.model, gathered[:, : len(losses[0])])
     norm = accelerator.clip_grad_norm_(t.model.parameters(), config.optim.clip_norm or math.inf)
     is_done = norm.isfinite()
@@ -216,7 +216,7 @@ def train_step(
         "lr": rate,
         "images": images,
     }
-    return PendingStep(gathered, norm, losses, [batch.image_ids for batch in batches], row)
+    return PendingStep(gathered, norm, losses, [batch.image_ids for batch in batches], row, taken.bad_samples)
 
 
 def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]:
@@ -227,6 +227,7 @@ def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]
 
     Raises:
         TrainingError: a loss or the gradient is not finite, and no more steps may be skipped; on every rank alike.
+        SampleError: more samples than `data.skip_bad` were damaged; on every rank alike.
     """
     result, row = pending.read(is_scaled=t.accelerator.scaler is not None), pending.row
     row |= {
@@ -235,6 +236,7 @@ def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]
         "grad_norm": result.grad_norm,
     }
     row |= loading(result.reports)
+    account_for(t, result.bad_samples, row)
     if result.problem:
         most = t.config.train.skip_nonfinite
         if t.skipped >= most:
@@ -243,6 +245,24 @@ def finish_step(t: Training, pending: PendingStep) -> tuple[dict[str, Any], int]
         row["skipped"] = result.problem
         log.warning("step %d is skipped (%d of %d): %s", row["step"], t.skipped, most, result.problem)
     return row, result.signal
+
+
+def account_for(t: Training, replaced: Sequence[BadSample], row: dict[str, Any]) -> None:
+    """Log the damaged samples that were replaced for a step, if the run has not met them before.
+
+    SampleError if the run has met more than `data.skip_bad`.
+    """
+    from shards.stream.replacements import too_many
+
+    most, known = t.config.data.skip_bad, len(t.bad_samples)
+    for bad in replaced:
+        if bad not in t.bad_samples:
+            t.bad_samples.append(bad)
+            if len(t.bad_samples) > most:
+                raise too_many(t.bad_samples)
+            log.warning("step %d: a sample is replaced (%d of %d): %s", row["step"], len(t.bad_samples), most, bad)
+    if new := t.bad_samples[known:]:
+        row["replaced"] = [asdict(bad) for bad in new]
 
 
 def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -42,6 +42,12 @@ class DataConfig:
     read_ahead_mb: int = option(128, "memory for prefetched samples per loader process, in MB", low=1)
     cache_dir: str = option("", "folder on a local disk that caches samples for the next epoch; empty for no cache")
     cache_mb: int = option(65536, "maximum size of the cache of a machine, shared by all its processes, in MB", low=1)
+    skip_bad: int = option(
+        0,
+        "number of training samples with damaged bytes, image or JSON that are replaced by their neighbours in the "
+        "run; one more is an error",
+        low=0,
+    )
     stall_s: int = option(30, "log a message when storage does not answer for more than this many seconds", low=1)
     resize: Literal["square", "shortest", "oriented", "scale_jitter"] = option(
         "square",

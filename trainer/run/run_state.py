@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from shards.common.text import counted
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from shards.format.dataset import Category, Dataset
     from shards.format.index import Index
+    from shards.stream.replacements import BadSample
     from shards.stream.streams import ShardStream
     from trainer.data.instances import Batch
     from trainer.run.optim import MovingAverage
@@ -45,6 +46,7 @@ class Training:
     step: int = 0  # steps done
     position: int = 0  # global batches consumed, by all ranks together
     skipped: int = 0  # steps that changed nothing because a loss was not finite
+    bad_samples: list[BadSample] = field(default_factory=list)  # that were replaced, of all ranks
     stage: Stage | None = None
     model: Any = None  # the network as a function from a batch to its losses, wrapped by accelerate in `begin_stage`
     optimizer: Any = None
@@ -171,6 +173,7 @@ def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, star
         read_ahead=data.read_ahead_mb * 2**20,
         cache=sample_cache(data),
         stall_s=data.stall_s,
+        skip_bad=data.skip_bad,
         collate=TrainCollate(data, config.train.seed, num_classes(dataset.categories)),
     )
 

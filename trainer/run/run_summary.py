@@ -25,9 +25,11 @@ def run_summary(
     lines = [("finished", f"{length} of training ({images / seconds:.1f} images/s)" if seconds else length)]
     if skipped := sum("skipped" in row for row in steps):
         lines.append(("", f"{counted(skipped, 'step')} skipped, with a loss or gradient that was not finite"))
+    if replaced := [bad for row in steps for bad in row.get("replaced", ())]:
+        names = ", ".join(f"{bad['image_id']} in {bad['shard']}" for bad in replaced)
+        lines.append(("", f"{counted(len(replaced), 'damaged sample')} replaced by neighbours: {names}"))
     weights, card, curves, table, batches, pictures = (
-        _shown(run / name)
-        for name in ("best", README_FILE, "curves.png", "metrics.csv", "batches.jpg", "pictures")
+        _shown(run / name) for name in ("best", README_FILE, "curves.png", "metrics.csv", "batches.jpg", "pictures")
     )
     if evaluations:
         best = best_evaluation(evaluations)

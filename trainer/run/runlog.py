@@ -41,6 +41,7 @@ from accelerate import Accelerator
 from shards.common.redact import redact, redact_values
 from shards.common.text import counted, duration
 from shards.storage.location import Location
+from shards.stream.replacements import BadSample
 from trainer.config.settings import Config
 from trainer.run.best import best_evaluation, since_best
 from trainer.run.distributed import TRACKER_FOLDER, tracker_folder
@@ -102,6 +103,11 @@ class RunLog:
     def last_evaluation(self) -> int:
         """The step of the last evaluation, or 0."""
         return int(self.evaluations.rows[-1]["step"]) if self.evaluations.rows else 0
+
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """The damaged samples that were replaced in the run."""
+        return [BadSample(**bad) for row in self.steps.rows for bad in row.get("replaced", ())]
 
     def add_step(self, row: dict[str, Any], seconds: float) -> None:
         """Add to a step's row of metrics.jsonl its time, speed and share of waiting for data, and log it."""

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shards.stream.loader import LoaderStatistics
+    from shards.stream.replacements import BadSample
     from trainer.config.settings import LossConfig
 
     Losses = Mapping[str, Tensor]  # by name; scalars
 
 # Fields of `StepReport` besides the losses, in the order in which ranks exchange them.
-NUMBERS = ("data_wait_s", "read_mb", "requests", "retries", "samples", "cache_hits", "memory_mb", "signal")
+NUMBERS = ("data_wait_s", "read_mb", "requests", "retries", "samples", "cache_hits", "memory_mb", "signal", "replaced")
 COUNTS = ("requests", "retries", "samples", "cache_hits")  # fields of `StepReport` that add up
 
 
@@ -37,6 +38,7 @@ class StepReport:
     cache_hits: int  # samples that came from the cache
     memory_mb: float  # see `peak_memory_mb`
     signal: int  # number of the signal that the rank received; 0 for none
+    replaced: int = 0  # damaged samples that its loader replaced
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class StepResult:
         reports: of all ranks, in their order.
         grad_norm: of the gradient of all parameters, averaged over the ranks, before clipping.
         problem: which losses, or that the gradient, are not finite; empty if all are, and the step was done.
+        bad_samples: that the loaders replaced.
     """
 
     reports: list[StepReport]
     grad_norm: float
     problem: str
+    bad_samples: Sequence[BadSample] = ()
 
     @property
     def losses(self) -> dict[str, float]:
@@ -74,6 +78,7 @@ class PendingStep:
         losses: of each batch of this rank.
         image_ids: of each batch of this rank.
         row: what the host knows of the step's row of metrics.jsonl.
+        bad_samples: that this rank's loader replaced.
     """
 
     def __init__(
@@ -83,10 +88,12 @@ class PendingStep:
         losses: Sequence[Losses],
         image_ids: Sequence[Sequence[str]],
         row: dict[str, Any],
+        bad_samples: Sequence[BadSample] = (),
     ) -> None:
         from trainer.step.host_copy import HostCopy  # not at the top: --help answers without torch
 
         self.row = row
+        self._bad_samples = bad_samples
         self._names, self._image_ids = list(losses[0]), image_ids
         self._gathered, self._norm, self._own = HostCopy(gathered), HostCopy(norm), HostCopy(_stacked(losses))
 
@@ -100,13 +107,21 @@ class PendingStep:
         reports = []
         for row in self._gathered.read():  # [ranks, losses + numbers]
             values: dict[str, Any] = dict(zip([*self._names, *NUMBERS], row, strict=True))
-            values |= {name: int(values[name]) for name in (*COUNTS, "signal")}
+            values |= {name: int(values[name]) for name in (*COUNTS, "signal", "replaced")}
             reports.append(StepReport({name: values.pop(name) for name in self._names}, **values))
         norm: Any = self._norm.read()
         problem = self._nonfinite_losses(reports)
         if not problem and not math.isfinite(norm) and not is_scaled:
             problem = f"the gradient is {norm}, though every loss is finite"
-        return StepResult(reports, norm, problem)
+        return StepResult(reports, norm, problem, self._replaced(reports))
+
+    def _replaced(self, reports: Sequence[StepReport]) -> list[BadSample]:
+        """Return the samples that the loaders of all ranks replaced."""
+        if not any(report.replaced for report in reports):
+            return []
+        from accelerate.utils import gather_object
+
+        return list(gather_object(list(self._bad_samples)))
 
     def _nonfinite_losses(self, reports: Sequence[StepReport]) -> str:
         """Return which losses are not finite, on which ranks and samples; empty if all are finite."""
@@ -132,13 +147,16 @@ class PendingStep:
         return f"{where} (samples {samples})"
 
 
-def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int) -> Tensor:
+def exchange(
+    accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderStatistics, signal: int, replaced: int = 0
+) -> Tensor:
     """Share what this rank reports, in one collective operation that the host does not wait for.
 
     Args:
         losses: of each batch of this rank.
         loaded: what this rank's loader did for these batches.
         signal: number of the signal that this rank received; 0 for none.
+        replaced: number of damaged samples that its loader replaced.
 
     Returns:
         float32 [ranks, losses + NUMBERS], the same on every rank.
@@ -154,6 +172,7 @@ def exchange(accelerator: Accelerator, losses: Sequence[Losses], loaded: LoaderS
         **{name: getattr(loaded, name) for name in COUNTS},
         "memory_mb": peak_memory_mb(accelerator.device),
         "signal": signal,
+        "replaced": replaced,
     }
     own = to_device(np.array([numbers[name] for name in NUMBERS], np.float32), accelerator.device)
     gathered: Tensor = accelerator.gather(torch.cat((_stacked(losses).mean(0), own))[None])

@@ -12,7 +12,7 @@ import torch
 from demo.s3server import S3Server
 from shards.format.dataset import open_dataset
 from shards.storage.location import Location
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, damage
 from tests.trainer import tiny
 from trainer.commands import train
 from trainer.model.checkpoint import load, open_checkpoint
@@ -76,6 +76,44 @@ def test_a_sample_that_one_rank_cannot_read_ends_all_ranks_with_one_line(tmp_pat
         f"train: rank {1 - int(rank or 0)} ends: it lost the connection to another rank, whose own message says why"
         in lines
     )
+
+
+def test_damaged_samples_are_replaced_up_to_a_limit_and_after_a_resume(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("shards.common.back_off.SCALE", 0)
+    root = tiny.write_dataset(tmp_path / "data", samples=12)
+    damage(root, {2: "bytes", 3: "image", 9: "json"})
+    settings = {"train__steps_per_epoch": 6, "data__val_split": "", "data__skip_bad": 3}  # an epoch of the data
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        assert train.main(tiny.arguments(root, whole, **settings)) == 0
+    replaced = [bad for row in tiny.rows(whole / "metrics.jsonl") for bad in row.get("replaced", ())]
+    assert {bad["image_id"] for bad in replaced} == {"img0002", "img0003", "img0009"}
+    assert caplog.text.count("a sample is replaced (") == 3
+    assert "a sample is replaced (3 of 3): " in caplog.text
+    assert "3 damaged samples replaced by neighbours: img00" in caplog.text
+
+    tiny.before_step(monkeypatch, 2, tiny.send_sigterm)
+    assert train.main(tiny.arguments(root, parts, **settings)) == 128 + 15
+    assert train.main(tiny.arguments(root, parts, **settings, data__workers=2)) == 0
+    one, other = (tiny.rows(run / "metrics.jsonl") for run in (whole, parts))
+    for key in ("losses", "replaced"):
+        assert [row.get(key) for row in one] == [row.get(key) for row in other]
+
+    # The limit is the run's, not the process's: neither meets all three.
+    assert [len(row.get("replaced", ())) for row in one] == [1, 1, 0, 1, 0, 0]
+    fewer = settings | {"data__skip_bad": 2}
+    tiny.before_step(monkeypatch, 2, tiny.send_sigterm)
+    assert train.main(tiny.arguments(root, tmp_path / "fewer", **fewer)) == 128 + 15
+    capsys.readouterr()
+    assert train.main(tiny.arguments(root, tmp_path / "fewer", **fewer)) == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: error")]
+    assert f"{root}/train/000000.tar: " in error
+    assert "one more than skip_bad allows; replaced were img00" in error
 
 
 def test_a_nonfinite_loss_ends_the_run_with_its_name_and_samples(

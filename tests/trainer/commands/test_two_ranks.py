@@ -101,6 +101,17 @@ def test_two_ranks_learn_what_one_rank_does(two_ranks: Path, tmp_path: Path) -> 
     assert all(0 < row["data_wait"] <= row["data_wait_longest"] < 1 for row in shared)
 
 
+def test_two_ranks_replace_the_damaged_samples_that_one_rank_does(two_ranks: Path, tmp_path: Path) -> None:
+    settings = {"train__steps_per_epoch": 3, "data__val_split": "", "data__skip_bad": 2, "train__accumulate": 2}
+    assert train.main(tiny.arguments(two_ranks / "damaged", tmp_path, **settings)) == 0
+    own, shared = (tiny.rows(run / "metrics.jsonl") for run in (tmp_path, two_ranks / "replaced"))
+    replaced = [{bad["image_id"] for bad in row.get("replaced", ())} for row in own]
+    assert set.union(*replaced) == {"img0003", "img0008"}
+    assert replaced == [{bad["image_id"] for bad in row.get("replaced", ())} for row in shared]
+    for one, two in zip(losses(tmp_path), losses(two_ranks / "replaced"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+
+
 def test_evaluate_writes_the_same_files_on_two_ranks_as_on_one(two_ranks: Path, tmp_path: Path) -> None:
     words = ["--checkpoint", str(two_ranks / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     assert evaluate.main([*words, "--out", str(tmp_path)]) == 0

@@ -45,6 +45,7 @@ EVERYTHING = tiny.STAGES | {
     "optim__warmup_steps": 1,
     "data__photometric": 0.5,
 }
+REPLACED: dict[str, Any] = {"train__steps_per_epoch": 3, "data__val_split": "", "data__skip_bad": 2}
 
 
 class Crash(BaseException):
@@ -121,6 +122,7 @@ def main() -> None:
     facts["unbroken"] = run("unbroken", **EVERYTHING)
     facts["status"], facts["broken"] = stopped_and_crashed()
     facts["sgd"] = run("sgd", **tiny.SHORT_STAGES)
+    run("replaced", **REPLACED, data__shards=FOLDER / "damaged")
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     predict_twice(accelerator)

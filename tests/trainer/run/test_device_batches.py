@@ -20,6 +20,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.statistics = LoaderStatistics()
+        self.bad_samples: list[Any] = []
 
     def __iter__(self) -> Iterator[Batch]:
         batch = batch_of(SCENES[:2])
@@ -37,7 +38,7 @@ def test_take_returns_the_batches_of_a_step_and_what_was_loaded_for_it(
     loader: Any = Counted()
     batches = DeviceBatches(loader, torch.device("cpu"), 3)
     for _ in range(2):
-        taken, loaded = batches.take()
+        taken, loaded, _ = batches.take()
         assert [len(batch) for batch in taken] == [2, 2, 2]
         assert loaded.samples == 6
         batches.prefetch()
