@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from shards.commands.options import add_options, from_arguments
 from shards.common.errors import UserError
-from shards.common.redact import redact, redact_url
+from shards.common.redact import redact
 from shards.common.text import counted
 from shards.storage.location import Location, check_writable
 from trainer.commands import command_line as command
 from trainer.config.command_options import PredictOptions
-from trainer.prediction.image_inputs import check_image_ids, find_images, picture_names, read_image, stem
+from trainer.prediction.image_inputs import check_image_ids, file_name, find_images, picture_names, stem
 from trainer.prediction.output_files import COCO_FILE, PredictionFiles, image_record, submission_labels, write_picture
 
 if TYPE_CHECKING:
     from torchvision.models.detection import MaskRCNN
 
     from trainer.model.checkpoint import State
+    from trainer.prediction.image_stream import DecodedImage, UnreadableImage
     from trainer.prediction.output_files import Labels
 
-IN_SHARDS = ("data.split", "data.workers", "batch-size", "part-images")  # options that only a dataset has
+IN_SHARDS = ("data.split", "part-images")  # options that only a dataset has
+IMAGES_PER_WORKER = 4  # fewer images are not worth a loader process
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
@@ -91,7 +93,7 @@ def predict_split(options: PredictOptions) -> None:
 
 
 def predict_files(options: PredictOptions) -> int:
-    """Process image files one by one, and report those that cannot be read; the result is that of `predict`."""
+    """Process image files, and report those that cannot be read; the result is that of `predict`."""
     images = find_images(options.images)
     if options.submission:
         check_image_ids(images)
@@ -99,38 +101,48 @@ def predict_files(options: PredictOptions) -> int:
 
     import torch
 
-    from trainer.data.collate import IMAGE_FORMATS, decode_image
+    from shards.stream.loader import loader
     from trainer.model.checkpoint import open_checkpoint
-    from trainer.model.inference import detect
+    from trainer.prediction.image_stream import ImageStream
+    from trainer.prediction.like_batches import detect_in_order
 
     state = open_checkpoint(options.checkpoint)
     network, labels = network_and_labels(options, state)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = torch.device(name)
         network.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        raise UserError(f"--device {device}: it cannot be used ({str(error).splitlines()[0]})") from error
-    out, failures = Location(options.out), 0
+        raise UserError(f"--device {name}: it cannot be used ({str(error).splitlines()[0]})") from error
+    out, names, done = Location(options.out), picture_names(images, options.out), 0
+    workers = min(options.workers, len(images) // IMAGES_PER_WORKER, os.cpu_count() or 1)
+    batches = loader(ImageStream(images), workers=workers, pin_memory=device.type == "cuda")
     with PredictionFiles(out, state.categories, labels) as files:
-        for image, name in zip(images, picture_names(images, options.out), strict=True):
-            try:
-                pixels = decode_image(read_image(image), IMAGE_FORMATS)
-            except UserError as error:
-                # A storage error already starts with the image's path.
-                message = str(error) if str(error).startswith(f"{image}: ") else f"{image}: {error}"
-                print(redact(f"predict: {message}"), file=sys.stderr, flush=True)
-                failures += 1
-                continue
-            found = detect(network, [pixels], device)[0]
-            height, width = pixels.shape[-2:]
-            record = image_record(stem(image), redact_url(image), width, height, found)
+        for item, found in detect_in_order(network, readable(batches, images), device, options.batch_size):
+            image, name, (height, width) = images[item.number], names[item.number], item.pixels.shape[-2:]
+            record = image_record(stem(image), file_name(image), width, height, found)
             if options.pictures:
                 record["image"]["picture"] = name
-                write_picture(out / name, pixels, found, state.categories)
+                write_picture(out / name, item.pixels, found, state.categories)
             files.add(record)
+            done += 1
             command.say(f"{out / name if options.pictures else image}: {counted(len(found), 'object')}")
     command.say(f"{out / COCO_FILE}: {files.counts()}")
-    return 1 if failures else 0
+    return 1 if done < len(images) else 0
+
+
+def readable(items: Iterable[DecodedImage | UnreadableImage], images: Sequence[str]) -> Iterator[DecodedImage]:
+    """Yield the images that could be decoded, and report each other one on a line of its own."""
+    from trainer.prediction.image_stream import DecodedImage
+
+    for item in items:
+        if isinstance(item, DecodedImage):
+            yield item
+            continue
+        image = images[item.number]
+        # A storage error already starts with the image's path.
+        message = item.reason if item.reason.startswith(f"{image}: ") else f"{image}: {item.reason}"
+        print(redact(f"predict: {message}"), file=sys.stderr, flush=True)
 
 
 def network_and_labels(options: PredictOptions, state: State) -> tuple[MaskRCNN, Labels | None]:

@@ -48,14 +48,14 @@ class PredictOptions:
     checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
     out: str = option("", "folder for the pictures and predictions.json", required=True, metavar="URL")
     score: float = option(0.5, "lowest score of a detection", low=0, high=1)
+    workers: int = option(4, "loader processes per rank, which read and decode images", low=0, flag="data.workers")
+    batch_size: int = option(4, "images of one shape per batch on each rank", low=1)
     device: str = option("", "device for images: cuda or cpu", default_help="a GPU if available", metavar="NAME")
     pictures: bool | None = option(None, "draw the detections", default_help="yes for images, no for --data.shards")
     submission: bool = option(False, "write submission.csv in the format of the Open Images Challenge")
     hierarchy: str = option("", _HIERARCHY + "objects are submitted for parent classes as well", metavar="URL")
     shards: str = option("", "root of the dataset", flag="data.shards", group=_A_DATASET, metavar="URL")
     split: str = option("val", "split to predict", flag="data.split", group=_A_DATASET, metavar="NAME")
-    workers: int = option(4, "loader processes per rank", low=0, flag="data.workers", group=_A_DATASET)
-    batch_size: int = option(4, "images per batch on each rank", low=1, group=_A_DATASET)
     part_images: int = option(
         256,
         "images per part, in whole batches; an interruption loses at most one part per rank",

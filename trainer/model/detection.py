@@ -92,12 +92,18 @@ def sizes_of(network: MaskRCNN, images: Sequence[Tensor]) -> Sizes:
     return Sizes(np.array(original), np.array([scaled_size(*size, *limits) for size in original]))
 
 
+def padded_size(network: MaskRCNN, sizes: Sizes) -> tuple[int, int]:
+    """Return the height and width of a batch: those of its largest images, as multiples of the network's stride."""
+    stride = network.transform.size_divisible
+    height, width = (-(-sizes.resized.max(axis=0) // stride) * stride).tolist()
+    return height, width
+
+
 def network_input(network: MaskRCNN, images: Sequence[Tensor], sizes: Sizes, device: torch.device) -> Tensor:
     """Normalise, resize and pad images on the device, as torchvision's transform at inference: [B, 3, H, W]."""
-    transform, stride = network.transform, network.transform.size_divisible
+    transform = network.transform
     mean, std = to_device(np.array([transform.image_mean, transform.image_std], np.float32), device)[..., None, None]
-    height, width = (-(-sizes.resized.max(axis=0) // stride) * stride).tolist()
-    batch = torch.zeros((len(images), 3, height, width), device=device)
+    batch = torch.zeros((len(images), 3, *padded_size(network, sizes)), device=device)
     for image, (rows, columns), slot in zip(images, sizes.resized.tolist(), batch, strict=True):
         pixels = image.to(device, non_blocking=True)
         if pixels.dtype == torch.uint8:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,21 @@ from torchvision.models.detection import MaskRCNN
 
 from shards.format.rle import Rle
 from shards.format.sample import Instance
-from trainer.data.collate import EvalBatch
 from trainer.model.detection import Boxes, choose_boxes, predict_masks, score_proposals
 from trainer.model.paste import Paste
 
 T = TypeVar("T")
+
+
+class ImageBatch(Protocol):
+    """A batch of RGB images of any sizes, [3, H, W] each, uint8 or float32 from 0 to 1."""
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The images."""
+
+
+B = TypeVar("B", bound=ImageBatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +72,10 @@ def detect(network: MaskRCNN, images: Sequence[Tensor], device: torch.device | s
 
 
 def detect_batches(
-    network: MaskRCNN, batches: Iterable[EvalBatch], device: torch.device
-) -> Iterator[tuple[EvalBatch, list[Detections]]]:
+    network: MaskRCNN, batches: Iterable[B], device: torch.device
+) -> Iterator[tuple[B, list[Detections]]]:
     """Yield each batch with its detections; on CUDA, after the work of the next three batches is queued."""
-    taken = deque[EvalBatch]()
+    taken = deque[B]()
 
     def images() -> Iterator[list[Tensor]]:
         for batch in batches:

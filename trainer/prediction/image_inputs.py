@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shards.common.errors import UserError
+from shards.common.redact import redact_url
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 
@@ -103,6 +104,12 @@ def stem(image: str) -> str:
     """Return the name of an image without folders and suffix, which is the ImageID of an Open Images file."""
     path = unquote(urlsplit(image).path) if "://" in image else image
     return posixpath.splitext(posixpath.basename(path))[0] or "image"
+
+
+def file_name(image: str) -> str:
+    """Return the `file_name` of an image in COCO's JSON: the absolute path, or the URL without credentials."""
+    place = Location(image)
+    return os.path.abspath(place.path) if place.is_local else redact_url(image)
 
 
 def check_image_ids(images: Sequence[str]) -> None:

@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain, islice, starmap
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 
 from shards.commands.command_line import say
@@ -25,6 +27,7 @@ from shards.commands.progress import Progress
 from shards.common.errors import UserError
 from shards.common.text import counted
 from shards.format.dataset import Dataset
+from shards.format.sample import Sample
 from shards.storage.location import Location
 from shards.stream.loader import loader
 from shards.stream.streams import EvalStream
@@ -32,13 +35,21 @@ from trainer.config.command_options import PredictOptions
 from trainer.data.collate import EvalCollate
 from trainer.model.build import num_classes
 from trainer.model.checkpoint import State, numbers_in
-from trainer.model.inference import detect_batches
+from trainer.prediction.like_batches import detect_in_order
 from trainer.prediction.output_files import COCO_FILE, Labels, PredictionFiles, image_record, write_picture
 from trainer.run.distributed import from_main
 
 PICTURES = "pictures"
+VERSION = 2  # of what else determines the parts; in version 1 batches had images of several shapes
 
 log = logging.getLogger("trainer.prediction.sharded_inference")
+
+
+class ShardImage(NamedTuple):
+    """An image of the split: its annotations, and its pixels, uint8 [3, H, W] RGB."""
+
+    sample: Sample
+    pixels: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +130,7 @@ def predict_shards(
 def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:
     """Hash what determines the parts: weights and settings of the network, the index, and the options."""
     digest = hashlib.blake2b(digest_size=8)
-    settings = [options.split, options.score, options.batch_size, size, bool(options.pictures)]
+    settings = [VERSION, options.split, options.score, options.batch_size, size, bool(options.pictures)]
     network = [dataclasses.asdict(state.config.model), state.config.data.min_size, state.config.data.max_size]
     classes = [dataclasses.asdict(category) for category in state.categories]
     digest.update(json.dumps([settings, network, classes], default=str).encode("utf-8"))
@@ -152,19 +163,19 @@ def _predict_parts(
         collate=EvalCollate(num_classes(dataset.categories)),
         rows=np.concatenate([parts.rows(number) for number in numbers]),
     )
-    left, records = list(numbers), list[dict[str, Any]]()
     batches = loader(stream, workers=options.workers, pin_memory=accelerator.device.type == "cuda")
+    items = starmap(ShardImage, chain.from_iterable(zip(batch.samples, batch.images, strict=True) for batch in batches))
     total, main = sum(len(parts.rows(number)) for number in numbers), accelerator.is_main_process
     with Progress(f"predicting {options.split}", total, "images", log.info, is_shown=main) as progress:
-        for batch, found in detect_batches(network, batches, accelerator.device):
-            for sample, pixels, of_image in zip(batch.samples, batch.images, found, strict=True):
+        for number in numbers:
+            records = []
+            of_part = islice(items, len(parts.rows(number)))
+            for (sample, pixels), found in detect_in_order(network, of_part, accelerator.device, options.batch_size):
                 name = f"{sample.image_id}.jpg"
-                record = image_record(sample.image_id, name, sample.width, sample.height, of_image)
+                record = image_record(sample.image_id, name, sample.width, sample.height, found)
                 if options.pictures:
                     record["image"]["picture"] = f"{PICTURES}/{name}"
-                    write_picture(out / PICTURES / name, pixels, of_image, state.categories)
+                    write_picture(out / PICTURES / name, pixels, found, state.categories)
                 records.append(record)
-            progress.advance(len(found))
-            if len(records) == len(parts.rows(left[0])):
-                yield left.pop(0), records
-                records = []
+                progress.advance(1)
+            yield number, records

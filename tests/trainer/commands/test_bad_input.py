@@ -57,7 +57,7 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("evaluate --hierarchy nowhere.json", "nowhere.json"),
         ("predict", "give either images or --data.shards"),
         ("predict x.jpg --data.shards d", "give either images or --data.shards"),
-        ("predict x.jpg --batch-size 2", "--batch-size needs --data.shards"),
+        ("predict x.jpg --part-images 2", "--part-images needs --data.shards"),
         ("predict --data.shards d --part-images 0", "--part-images is 0: it must be at least 1"),
         ("predict --data.shards d --device cpu", "--device is for images"),
         ("predict --data.shards DATASET --data.split test", "there is no split 'test'"),

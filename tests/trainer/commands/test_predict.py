@@ -75,10 +75,15 @@ def predicted(checkpoint: Path | str, out: Path | Location, *words: object) -> d
 
 
 def test_predict_writes_pictures_and_coco_json(
-    checkpoint: Path, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    images: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    predicted(checkpoint, out, "--score", 0.1, *images)
+    monkeypatch.chdir(tmp_path)
+    predicted(checkpoint, out, "--score", 0.1, *(image.relative_to(tmp_path) for image in images))
     text = capsys.readouterr().out
     pictures = ["street.jpg", "grey.jpg", "street-2.jpg"]
     assert all(str(out / name) in text for name in [*pictures, "predictions.json"])
@@ -88,7 +93,7 @@ def test_predict_writes_pictures_and_coco_json(
         assert np.asarray(picture).std() > 5
 
     coco = COCO(str(out / "predictions.json"))
-    expected = list(zip(map(str, images), pictures, strict=True))
+    expected = list(zip(map(str, images), pictures, strict=True))  # absolute, which FiftyOne finds from anywhere
     assert [(entry["file_name"], entry["picture"]) for entry in coco.dataset["images"]] == expected
     assert [Category(c["id"], c["name"], c["mid"]) for c in coco.dataset["categories"]] == list(tiny.CATEGORIES)
     found = coco.dataset["annotations"]
