@@ -304,7 +304,7 @@ def end_run(t: Training, record: RunLog | None, signal: int) -> None:
 def write_model_card(t: Training, record: RunLog) -> None:
     """Write `README.md` into the folder of a finished run."""
     from shards.format.dataset_card import README_FILE
-    from trainer.run.model_card import model_card
+    from trainer.report.model_card import model_card
     from trainer.run.runlog import environment
 
     index, categories = t.stream.order.indexes[0], t.dataset.categories

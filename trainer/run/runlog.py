@@ -1,6 +1,6 @@
 """The run's folder and the progress log.
 
-    <run>/README.md           model card, see `run/model_card.py`
+    <run>/README.md           model card, see `report/model_card.py`
           config.yaml         the resolved settings: --config of the same run
           environment.json    versions, machine, ranks
           metrics.jsonl       one row per step; metrics.csv is the same as a table

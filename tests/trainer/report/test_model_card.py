@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from shards.format.dataset import Category, open_dataset
 from trainer.config.settings import Config
 from trainer.model.checkpoint import open_checkpoint
-from trainer.run.model_card import FOLDER, model_card
+from trainer.report.model_card import FOLDER, model_card
 from trainer.run.runlog import environment
 
 STEPS = [{"step": step, "seconds": 30.0, "images": 12} for step in (1, 2, 3)]
