@@ -13,7 +13,7 @@ from builder.commands.image_check import check_images
 from builder.commands.progress import PackingProgress
 from builder.fetching.fetch import Request, fetch
 from builder.fetching.traffic import PROCESS, Traffic
-from builder.packing.executors import IN_THIS_PROCESS, Engine, execute, warm_up
+from builder.packing.executors import IN_THIS_PROCESS, Engine, execute
 from builder.packing.pack import RECORDS, Job, TaskResult, pack_task
 from builder.planning.class_report import ClassReport
 from builder.planning.image_list import ImageList
@@ -128,7 +128,7 @@ def prepare_build(
     started, before = time.monotonic(), PROCESS.total
     if root.is_local:
         root = Location(os.path.abspath(root.path))  # workers may have another current folder
-    warm_up(engine)
+    engine.warm_up(partial(_reach, source.image_roots))
     _check_places(source, root, writes)
     refuse_if_held(root)
     planned = make_plan()
@@ -254,10 +254,14 @@ def _check_places(source: Source, root: Location, writes: bool) -> None:
     for root_of_images in source.image_roots:
         if root_of_images.is_local and not os.path.isdir(root_of_images.path):
             raise StorageError(f"{root_of_images}: there is no such folder: check --images")
-    # These keys need not exist: a missing bucket, endpoint or credential raises.
-    fetch([Request(each / "train" / "0000000000000000.jpg") for each in source.image_roots])
+    _reach(source.image_roots)
     if writes:
         retrying(lambda: check_writable(root, "--out", f"{RECORDS}/probe"))
+
+
+def _reach(roots: Sequence[Location]) -> None:
+    """Connect to the roots of the images; StorageError without a bucket, endpoint or credential."""
+    fetch([Request(each / "train" / "0000000000000000.jpg") for each in roots])  # a key that need not exist
 
 
 def _check_images(prepared: PreparedBuild, resuming: bool) -> None:

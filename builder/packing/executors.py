@@ -9,11 +9,12 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
 from shards.common.errors import UserError
@@ -23,9 +24,18 @@ from shards.common.text import one_line
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+EARLY_WORKERS = 4  # processes that start before it is known how many tasks there are
 TASKS_PER_WORKER = 2  # of a cluster: one runs, one waits; more would only occupy memory
 CLUSTER_TIMEOUT_S = 20
 PRELOADED = ["builder.packing.pack", "aiohttp", "botocore.auth", "botocore.session"]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that waits for a function, and then for tasks, on the other end of a pipe."""
+
+    process: BaseProcess
+    pipe: connection.Connection
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,26 @@ class Engine:
 
     workers: int = 1
     cluster: str = ""
+    _early: list[Future[list[Worker]]] = field(default_factory=list, compare=False, repr=False)
+
+    def warm_up(self, prepare: Callable[[], object]) -> None:
+        """Start slow imports and a few processes in the background, and return at once.
+
+        The fork server imports the modules that local workers need, and each process calls `prepare`, whose errors are
+        left to the first task. This process imports pandas, which pyarrow otherwise imports when it first converts a
+        list to an array. Processes that get no task end with this one, or when the engine is no longer used.
+        """
+        threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
+        if not self.cluster and self.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
+            pool = ThreadPoolExecutor(1)  # a process starts once the fork server has imported what it needs
+            self._early.append(pool.submit(_start_workers, min(self.workers, EARLY_WORKERS), prepare))
+            pool.shutdown(wait=False)
+
+    def take_workers(self, count: int) -> list[Worker]:
+        """Return `count` local processes, of which a few may have been started before."""
+        found = [worker for early in self._early for worker in early.result()][:count]
+        self._early.clear()
+        return found + _start_workers(count - len(found))
 
 
 IN_THIS_PROCESS = Engine()
@@ -49,32 +79,38 @@ def execute(function: Callable[[Task], Result], tasks: Sequence[Task], engine: E
     if engine.cluster:
         yield from _run_on_cluster(function, tasks, engine.cluster)
     elif workers > 1:
-        yield from _run_in_processes(function, tasks, workers)
+        yield from _run_in_processes(function, tasks, engine.take_workers(workers))
     else:
         for task in tasks:
             yield task, function(task)
 
 
-def _run_in_processes(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
-) -> Iterator[tuple[Task, Result]]:
-    """Run tasks in fresh processes: file systems own threads and sockets, which must not be shared by a fork.
+def _start_workers(count: int, prepare: Callable[[], object] | None = None) -> list[Worker]:
+    """Start fresh processes: file systems own threads and sockets, which must not be shared by a fork.
 
     A worker shares only a pipe with this process, and no lock or thread: it can be terminated at any time.
     """
-    context, left = _context(), iter(tasks)
-    processes = []
+    context, workers = _context(), []
+    for _ in range(count):
+        pipe, other_end = context.Pipe()
+        process = context.Process(target=_work, args=(other_end, prepare), daemon=True)
+        process.start()
+        other_end.close()
+        workers.append(Worker(process, pipe))
+    return workers
+
+
+def _run_in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: Sequence[Worker]
+) -> Iterator[tuple[Task, Result]]:
+    left = iter(tasks)
     running: dict[connection.Connection, Task] = {}
     try:
-        for task in islice(left, workers):
-            pipe, other_end = context.Pipe()
-            processes.append(context.Process(target=_work, args=(other_end, function), daemon=True))
-            processes[-1].start()
-            other_end.close()
-            running[pipe] = task
-        for pipe, task in running.items():  # sending a large task waits until its worker has started
-            with _death_reported():
-                pipe.send(task)
+        for worker, task in zip(workers, islice(left, len(workers)), strict=True):
+            with _death_reported():  # sending a large task waits until its worker has started
+                worker.pipe.send(function)
+                worker.pipe.send(task)
+            running[worker.pipe] = task
         while running:
             for pipe in cast("list[connection.Connection]", connection.wait(list(running))):
                 task = running.pop(pipe)
@@ -87,10 +123,9 @@ def _run_in_processes(
                     raise error
                 yield task, result
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()  # a half-finished shard is packed again by the build that resumes
-                process.join()
+        for worker in workers:
+            worker.process.terminate()  # a half-finished shard is packed again by the build that resumes
+            worker.process.join()
 
 
 @contextmanager
@@ -104,15 +139,19 @@ def _death_reported() -> Iterator[None]:
         ) from error
 
 
-def _work(pipe: connection.Connection, function: Callable[[Task], Result]) -> None:
-    """Answer each task, until the pipe is closed."""
+def _work(pipe: connection.Connection, prepare: Callable[[], object] | None) -> None:
+    """Prepare, receive a function, and answer each task with it, until the pipe is closed."""
     gc.freeze()  # modules stay in memory, so the garbage collector need not scan them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
     # Exit with the parent even if it is killed.
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    if prepare is not None:
+        with suppress(Exception):
+            prepare()  # what fails here fails again in a task, which reports it
     with suppress(EOFError, ConnectionError):  # the parent closes the pipe once it has no task left
+        function = pipe.recv()
         while True:
             pipe.send_bytes(_answer(function, pipe.recv()))
 
@@ -170,18 +209,6 @@ def _dask(address: str) -> Iterator[tuple[Executor, int]]:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
         executor.shutdown()
-
-
-def warm_up(engine: Engine) -> None:
-    """Start slow imports in the background, and return at once.
-
-    The fork server imports the modules that local workers need. This process imports pandas, which pyarrow otherwise
-    imports when it first converts a list to an array.
-    """
-    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
-    if not engine.cluster and engine.workers > 1 and "forkserver" in multiprocessing.get_all_start_methods():
-        _context()
-        forkserver.ensure_running()
 
 
 def _context() -> Any:
