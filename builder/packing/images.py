@@ -27,6 +27,8 @@ _OTHER_FORMATS = {
     b"BM": "BMP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",  # of more than 4 GB, or written as if
+    b"MM\0+": "TIFF",
 }
 
 

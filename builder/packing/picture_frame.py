@@ -8,13 +8,11 @@ Format: https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf (4.6.4, tag 0x0112
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from builder.packing.images import same_shape
 from builder.tasks.plan import Box, Failure, Size, StatedFile
 from shards.format import rle
 from shards.format.accounts import EXIF_IGNORED, TURNED
-from shards.format.image import exif_orientation
+from shards.format.image import as_stored, exif_orientation
 
 AS_STORED = 1
 # Orientations that swap the sides. To be upright, the stored pixels are: transposed; turned clockwise; transposed along
@@ -59,12 +57,7 @@ class Frame:
         """Return a mask of the annotated picture as one of the stored picture."""
         if self.orientation == AS_STORED:
             return mask
-        upright = rle.decode(mask)  # [H, W] of the annotated picture
-        turns = {2: 0, 3: 2, 4: 2, 5: 0, 6: 1, 7: 2, 8: -1}[self.orientation]  # counter-clockwise, by 90 degrees
-        turned = np.rot90(upright, turns)
-        if self.orientation in (2, 4):
-            turned = turned[:, ::-1]
-        return rle.encode(turned.T if self.orientation in (5, 7) else turned)
+        return rle.encode(as_stored(rle.decode(mask), self.orientation))
 
 
 def frame_of(data: bytes, size: Size, stated: StatedFile | None) -> Frame | Failure:

@@ -7,6 +7,7 @@ import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from isal import isal_zlib as zlib
@@ -145,12 +146,28 @@ def to_jpeg(data: bytes, quality: int, max_pixels: int) -> bytes:
     with pillow_errors(f"one of {', '.join(CONVERTED)}"), Image.open(io.BytesIO(data), formats=CONVERTED) as image:
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width}x{image.height} pixels, the limit is {max_pixels}", too_large=True)
-        pixels, exif = rgb(image), Image.Exif()
-        if (orientation := image.getexif().get(_ORIENTATION, 1)) != 1:
+        # Pillow turns a TIFF, and only a TIFF, when it reads the pixels; of a PNG it finds the EXIF after the pixels.
+        turned = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1
+        pixels = as_stored(rgb(image), turned)
+        orientation = turned if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+        exif = Image.Exif()
+        if orientation != 1:
             exif[_ORIENTATION] = orientation
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, exif=exif)
     return buffer.getvalue()
+
+
+def as_stored(upright: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Return an upright picture [H, W, ...] as a file with that EXIF orientation, 1 to 8, stores it.
+
+    Format: https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf (4.6.4, tag 0x0112).
+    """
+    turns = {3: 2, 4: 2, 6: 1, 7: 2, 8: -1}.get(orientation, 0)  # counter-clockwise, by 90 degrees
+    turned = np.rot90(upright, turns)
+    if orientation in (2, 4):
+        turned = turned[:, ::-1]
+    return turned.swapaxes(0, 1) if orientation in (5, 7) else turned
 
 
 def _check_png(data: bytes) -> None:

@@ -61,8 +61,8 @@ def test_two_rounded_sizes_of_one_picture_have_the_same_shape(
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_another_format_is_named() -> None:
-    for name in ("GIF", "WebP", "BMP", "TIFF"):
-        data = saved(Image.new("RGB", (8, 8)), name)
+    for name, options in (("GIF", {}), ("WebP", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"big_tiff": True})):
+        data = saved(Image.new("RGB", (8, 8)), name, **options)
         reason = f"a {name}: shards hold JPEG and PNG; --to-jpeg 95 converts it"
         assert check_image(data) == Failure("image-undecodable", reason)
         assert isinstance(check_image(data[:12], 95), Failure)
@@ -72,16 +72,17 @@ def test_another_format_is_named() -> None:
         assert stored[0].startswith(b"\xff\xd8")
 
 
-def test_a_conversion_keeps_the_stored_pixels_and_their_orientation() -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_conversion_keeps_the_stored_pixels_and_their_orientation(orientation: int) -> None:
     ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64).astype(np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     grey, deep = Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) * 256)
-    for kind, picture in (("PNG", grey), ("PNG", deep), ("WebP", grey.convert("RGB"))):
+    for kind, picture in (("PNG", grey), ("PNG", deep), ("WebP", grey.convert("RGB")), ("TIFF", grey)):
         data = saved(picture, kind, exif=exif)
         stored = check_image(data, 95)
         assert not isinstance(stored, Failure)
-        assert (stored[1], exif_orientation(stored[0])) == ((64, 48), 6)
+        assert (stored[1], exif_orientation(stored[0])) == ((64, 48), orientation)
         assert np.abs(np.asarray(Image.open(io.BytesIO(stored[0])).convert("L")).astype(int) - ramp).max() < 8
     data = jpeg(32, 20, 0)
     assert check_image(data, 95) == (data, (32, 20))
