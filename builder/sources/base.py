@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from builder.sources.taxonomy import Classes, Taxonomy
-from builder.tasks.plan import Failure, PlannedImage, PlannedObject
+from builder.tasks.plan import Box, Failure, PlannedImage, PlannedObject
 from shards.format.accounts import FILTERED
 from shards.storage.location import Location
 
@@ -22,6 +22,12 @@ FLAGS = {
     "occluded": "is_occluded",
     "group-of": "is_group_of",
 }
+
+
+def has_extent(box: Box) -> bool:
+    """Return whether a box (x1, x2, y1, y2), in fractions of the image, has an extent inside of it."""
+    x1, x2, y1, y2 = box
+    return min(x2, 1) > max(x1, 0) and min(y2, 1) > max(y1, 0)
 
 
 @dataclass(frozen=True)

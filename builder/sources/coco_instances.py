@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from builder.sources.base import FAR, FILE_NAME
+from builder.sources.base import FAR, FILE_NAME, has_extent
 from builder.sources.coco_categories import CocoCategory, arrange
 from builder.sources.listing import ListedImage, ListedObject, Listing, sample_key
 from builder.tasks.plan import InlineMask, Metadata, Size
@@ -56,9 +56,8 @@ def fractional_box(bbox: Any, width: int, height: int) -> tuple[float, float, fl
     if not all(type(value) in (int, float) and abs(value) <= 4 * LONGEST_SIDE for value in bbox):  # false for NaN
         return nothing
     x, y, w, h = bbox
-    x1, x2, y1, y2 = x / width, (x + w) / width, y / height, (y + h) / height
-    inside = min(x2, 1) > max(x1, 0) and min(y2, 1) > max(y1, 0)
-    return (x1, x2, y1, y2) if inside and all(abs(value) <= FAR for value in (x1, x2, y1, y2)) else nothing
+    box = x / width, (x + w) / width, y / height, (y + h) / height
+    return box if has_extent(box) and all(abs(value) <= FAR for value in box) else nothing
 
 
 def _compact(value: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +153,8 @@ def _prepare_lvis(rows: Sequence[dict[str, Any]], where: str) -> None:
         for name in ("neg_category_ids", "not_exhaustive_category_ids"):
             if not isinstance(row.get(name), list):
                 raise UserError(f"{where}: images[{number}] has no list {name!r}: give LVIS files, or --source coco")
-        if "file_name" not in row and isinstance(row.get("coco_url"), str):
-            row["file_name"] = "/".join(row["coco_url"].split("/")[-2:])
+        if "file_name" not in row:
+            row["file_name"] = "/".join(_get(row, "coco_url", (str,), f"{where}: images[{number}]").split("/")[-2:])
 
 
 def _note_names(names: Sequence[str], where: str) -> None:

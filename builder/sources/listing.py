@@ -238,10 +238,11 @@ class ListedSplit:
         known = frozenset(name for label in labels for name in self._with_parents(label))
         absent = self._labels if image.absent is None else frozenset(image.absent)
         objects = self._objects(image)
+        not_exhaustive = self.classes.holding(frozenset(image.uncertain))
         verified_present, verified_absent = self.classes.verified(
             frozenset(labels if image.present is None else image.present),
             absent - known - frozenset(image.uncertain),
-            frozenset(planned.annotation.category_id for planned in objects),
+            frozenset(planned.annotation.category_id for planned in objects).union(not_exhaustive),
         )
         width, height = image.size or (None, None)
         return PlannedImage(
@@ -252,7 +253,7 @@ class ListedSplit:
             verified_absent=verified_absent,
             metadata=image.metadata,
             stated=StatedFile(image.file_name, width, height),
-            not_exhaustive=self.classes.holding(frozenset(image.uncertain)) or None,
+            not_exhaustive=not_exhaustive or None,
         )
 
     @cached_property

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from builder.fetching.fetch import Refusal, Request, fetch, fetch_one
-from builder.sources.base import FILE_NAME, FLAGS
+from builder.sources.base import FILE_NAME, FLAGS, has_extent
 from builder.sources.listing import ListedImage, ListedObject, ListedSource, Listing, files_under, sample_key
 from builder.tasks.plan import Box, InlineMask, Metadata, Size
 from shards.common.errors import UserError
@@ -73,6 +73,8 @@ class MaskImages(ListedSource):
         images = _image_files(root, location)
         if is_table:
             objects, names = _read_table(location, root, images)
+            masks = {f"{_folder(location).path}/{one.mask_path}" for _, found in objects.values() for one in found}
+            images = {name: path for name, path in images.items() if f"{root.path}/{path}" not in masks}
         else:
             places = _match(location, images, images.values() if location == root else ())
             objects, names = _read_masks(location, places, self.class_name), (self.class_name,)
@@ -102,7 +104,10 @@ def _image_files(root: Location, masks: Location) -> dict[str, str]:
     images: dict[str, str] = {}
     for path in files_under(root):
         file = PurePosixPath(path)
-        is_mask = root == masks and (file.parent.name == "masks" or file.stem.endswith("_mask"))
+        if root == masks:
+            is_mask = file.parent.name == "masks" or file.stem.endswith("_mask")
+        else:
+            is_mask = f"{root.path}/{path}".startswith(f"{masks.path}/")
         if file.suffix.lower() not in IMAGES or not FILE_NAME.fullmatch(path) or is_mask:
             continue
         image = _without(file.parent, "images") or str(file.with_suffix(""))
@@ -130,7 +135,10 @@ class _Place(NamedTuple):
 def _match(root: Location, images: Mapping[str, str], taken: Collection[str]) -> list[_Place]:
     """Return the masks of the images; `taken` are files that are images themselves. Others are named in a warning."""
     places, others = [], []
-    for path in files_under(root):
+    paths = files_under(root)
+    if not paths:
+        raise UserError(f"{root}: there is no file in this folder: check --annotations")
+    for path in paths:
         file = PurePosixPath(path)
         stem = str(file.with_suffix(""))
         whole = next((one for one in (stem, stem.removesuffix("_mask")) if one in images), "")
@@ -199,38 +207,58 @@ def _objects_of(objects: Objects, image: str, pixels: NDArray[Any], where: str) 
 
 def _read_table(location: Location, root: Location, images: Mapping[str, str]) -> tuple[Objects, tuple[str, ...]]:
     """Return the objects of the images that a table lists, and the names of its classes."""
-    text = fetch_one(Request(location)).decode("utf-8-sig", "replace")
-    table = csv.DictReader(io.StringIO(text, newline=""))
-    folder = Location(location.url.rpartition("/")[0] or ".", location.anonymous)
-    rows = [(f"{location}: line {number}", row) for number, row in enumerate(table, start=2)]
-    for column in ("image", "class", "mask"):
-        if column not in (table.fieldnames or ()):
-            raise UserError(f"{location}: has no column {column!r}: give a table with image, class and mask")
-    for place, row in rows:
-        if row["image"] not in images:
-            raise UserError(f"{place}: --images has no image {shown(row['image'])}: correct the table")
-        if not (row["class"] or "").strip():
-            raise UserError(f"{place}: has no class: correct the table")
-        if row["mask"] and not FILE_NAME.fullmatch(row["mask"]):
-            raise UserError(f"{place}: the mask {shown(row['mask'])} is not a path under {folder}: correct the table")
+    folder, rows = _folder(location), _rows(location, images)
     contents = _contents([folder / row["mask"] for _, row in rows if row["mask"]])
     objects: Objects = {}
     for place, row in rows:
-        image, path = row["image"], row["mask"]
+        image, path, label = row["image"], row["mask"], row["class"]
         flags = tuple(flag for flag in FLAGS.values() if row.get(flag) == "1")
         if path:
             pixels = mask_values(next(contents), str(folder / path), numbered=False)
             found = _objects_of(objects, image, pixels, str(folder / path))
             if (mask := objects_in(pixels != 0).get(1)) is None:
                 raise UserError(f"{place}: the mask {path} has no pixel that is not 0: correct it")
-            found.append(_object(row["class"], mask, path, "", _box(row, objects[image][0], place), flags))
+            found.append(_object(label, mask, path, "", _box(row, objects[image][0], place), flags))
             continue
         if image not in objects:
             objects[image] = (_size_of(root / images[image]), [])
         if (box := _box(row, objects[image][0], place)) is None:
             raise UserError(f"{place}: has neither a mask nor a box: give a mask, or x, y, width, height")
-        objects[image][1].append(ListedObject(row["class"], box, flags=flags))
+        if not has_extent(box):
+            raise UserError(f"{place}: the box has no extent inside of the image: correct it")
+        objects[image][1].append(ListedObject(label, box, flags=flags))
     return objects, tuple(sorted({row["class"] for _, row in rows}))
+
+
+def _rows(location: Location, images: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+    """Return the lines of a table, each with its place for messages; UserError for values that cannot be right."""
+    text = fetch_one(Request(location)).decode("utf-8-sig", "replace")
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        rows = [(f"{location}: line {number}", row) for number, row in enumerate(table, start=2)]
+    except csv.Error as error:
+        raise UserError(f"{location}: not a CSV table ({error}): check --annotations") from error
+    for column in ("image", "class", "mask"):
+        if column not in (table.fieldnames or ()):
+            raise UserError(f"{location}: has no column {column!r}: give a table with image, class and mask")
+    for place, row in rows:
+        if row["image"] not in images:
+            raise UserError(f"{place}: --images has no image {shown(row['image'])}: correct the table")
+        row["class"] = " ".join((row["class"] or "").split())
+        if not row["class"]:
+            raise UserError(f"{place}: has no class: correct the table")
+        if row["mask"] and not FILE_NAME.fullmatch(row["mask"]):
+            raise UserError(
+                f"{place}: the mask {shown(row['mask'])} is not a path under {_folder(location)}: correct the table"
+            )
+        for flag in FLAGS.values():
+            if row.get(flag) not in (None, "", "0", "1"):
+                raise UserError(f"{place}: {flag} is {shown(row[flag])}: give 0 or 1")
+    return rows
+
+
+def _folder(file: Location) -> Location:
+    return Location(file.url.rpartition("/")[0] or ".", file.anonymous)
 
 
 def _object(

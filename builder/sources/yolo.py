@@ -8,6 +8,7 @@ or the centre and size of a box, in fractions of the picture as its EXIF orienta
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from builder.fetching.fetch import Refusal, Request, fetch, fetch_one
-from builder.sources.base import FILE_NAME
+from builder.sources.base import FILE_NAME, has_extent
 from builder.sources.listing import ListedImage, ListedObject, ListedSource, Listing, files_under, sample_key
 from builder.sources.mask_images import IMAGES
 from builder.tasks.plan import FractionalPolygon, Metadata
@@ -28,6 +29,8 @@ from shards.storage.location import Location
 SPLITS = ("train", "val", "test")
 AT_ONCE = 1024  # label files that are read together
 OUTSIDE = 0.01  # of the picture's side by which a corner may be outside of it: numbers are rounded
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Yolo(ListedSource):
         folders = {split: _paths(value[split], f"{location}: {split}") for split in SPLITS if value.get(split)}
         if not folders:
             raise UserError(f"{location}: names no images: give train, val or test, such as train: images/train")
+        if "kpt_shape" in value:
+            raise UserError(f"{location}: has labels of key points (kpt_shape): give a dataset of polygons or boxes")
         files = tuple((split, location) for split in folders)
         return cls(root, files, len(files) > 1, classes=names, folders=tuple(folders.items()))
 
@@ -74,14 +79,21 @@ class Yolo(ListedSource):
         labels = [str(PurePosixPath(_label_folder(path)).with_suffix(".txt")) for path in names]
         texts = _texts([self.images / label for label in labels])
         images: dict[str, ListedImage] = {}
+        empty = 0
         for (path, name), label, text in zip(names.items(), labels, texts, strict=True):
             key = sample_key(name if shared[name] == 1 else path, prefix)
-            objects = list(_objects(text, self.classes, str(self.images / label)))
+            found = list(_objects(text, self.classes, str(self.images / label)))
+            objects = [one for one in found if one.mask is not None or has_extent(one.box)]
+            empty += len(found) - len(objects)
             images[key] = ListedImage(key, name, path, None, Metadata(title=path), objects)
         if not any(image.objects for image in images.values()):
             raise UserError(
                 f"{self.images}: no image of {split} has a label, such as {labels[0]}: labels must be in labels/, as "
-                "the images are in images/"
+                f"the images are in images/ (or remove {split} from {location})"
+            )
+        if empty:
+            logger.warning(
+                "%s: %s of %s without any extent: left out", self.images, counted(empty, "box", "boxes"), split
             )
         return Listing(self.classes, images)
 
@@ -137,16 +149,16 @@ def _under(folder: Location, path: Any) -> Location:
 def _images(root: Location, place: str, location: Location) -> list[str]:
     """Return the images of a folder, or of a text file that lists them, relative to the root."""
     if place.endswith(".txt"):
-        lines = fetch_one(Request(root / place)).decode("utf-8", "replace").splitlines()
+        lines = fetch_one(Request(root / place)).decode("utf-8-sig", "replace").splitlines()
         paths = [line.strip().replace("\\", "/").removeprefix("./") for line in lines if line.strip()]
         for path in paths:
             if not FILE_NAME.fullmatch(path):
                 raise UserError(f"{root / place}: {shown(path)} is not under {root}: write it relative to that folder")
-        return paths
-    paths = [f"{place}/{path}" for path in files_under(root / place) if path.lower().endswith(IMAGES)]
+    else:
+        paths = [f"{place}/{path}" for path in files_under(root / place) if path.lower().endswith(IMAGES)]
     if not paths:
         raise UserError(
-            f"{root / place}: there is no image in this folder, which {location} names: check path and --images"
+            f"{root / place}: there is no image in it, and {location} names it: check path and --images, or remove it"
         )
     return paths
 
@@ -170,7 +182,7 @@ def _texts(locations: list[Location]) -> Iterator[str]:
         for location, data in zip(part, fetch([Request(one) for one in part]), strict=True):
             if isinstance(data, Refusal) and data.reason != "missing":
                 raise UserError(f"{location}: the labels cannot be read ({data.reason}): check --annotations")
-            yield "" if isinstance(data, Refusal) else data.decode("utf-8", "replace")
+            yield "" if isinstance(data, Refusal) else data.decode("utf-8-sig", "replace")
 
 
 def _objects(text: str, names: tuple[str, ...], where: str) -> Iterator[ListedObject]:

@@ -82,6 +82,16 @@ def test_a_choice_of_classes_keeps_images_that_say_something_about_them(root: Pa
     assert lists == {0: ((1,), (), (1,)), 1: ((), (1,), ()), 2: ((), (1,), ())}
 
 
+def test_a_class_with_an_unannotated_kind_is_not_absent(root: Path) -> None:
+    kinds = [{"id": 1, "name": "ant"}, {"id": 2, "name": "insect"}, {"id": 3, "name": "bee", "supercategory": "insect"}]
+    image = {**entry(0), "neg_category_ids": [2], "not_exhaustive_category_ids": [3]}
+    value = document(images=[image], categories=kinds, annotations=document()["annotations"][:1])
+    assert run(root, value, "--classes", "ant", "insect", "bee") == 0
+    [sample] = samples_of(root / "out")["train"].values()
+    assert (sample.verified_absent, sample.not_exhaustive) == ((), (2, 3))
+    assert inspect(["--verify", str(root / "out")]) == 0
+
+
 @pytest.mark.parametrize(
     ("value", "source", "message"),
     [
@@ -91,6 +101,7 @@ def test_a_choice_of_classes_keeps_images_that_say_something_about_them(root: Pa
             "lvis",
             "images[0] has no list 'neg_category_ids': give LVIS files, or --source coco",
         ),
+        (document(images=[{**entry(0), "coco_url": None}]), "lvis", "images[0]: 'coco_url' is 'None', not of type str"),
         (document(annotations=[{"segments_info": []}]), "coco", "is a panoptic file (it has segments_info)"),
     ],
 )

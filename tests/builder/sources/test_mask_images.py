@@ -140,6 +140,9 @@ def faults(root: Path, change: str) -> tuple[str, str, str]:
             save(path, np.ones((HEIGHT, HEIGHT), np.uint8))
     elif change == "twice":
         save(images / "street0.jpg", Image.new("RGB", (WIDTH, HEIGHT)))
+    elif change == "other names":
+        for path in masks.iterdir():
+            path.rename(path.with_stem(f"mask of {path.stem}"))
     elif change == "no masks":
         return "PNGImages", "elsewhere", "person"
     elif change == "no images":
@@ -155,7 +158,8 @@ def faults(root: Path, change: str) -> tuple[str, str, str]:
         ("sizes", "street0/1.png: the mask is 60x30, another one of the same image 60x40: correct it"),
         ("other size", "the annotations are for 40x40 pixels, the image has 60x40"),
         ("twice", "street0.jpg and street0.png are both the image street0: keep one of them"),
-        ("no masks", "has a mask there: masks must be at <image>.png, <image>_mask.png"),
+        ("no masks", "elsewhere: there is no file in this folder: check --annotations"),
+        ("other names", "has a mask there: masks must be at <image>.png, <image>_mask.png"),
         ("no images", "there is no such folder: check --images"),
         ("no class", "masks have no class names: give that of the objects, --class-name NAME"),
     ],
@@ -166,6 +170,39 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: Capture, change: str, m
         pennfudan(root, number)
     images, masks, name = faults(root, change)
     assert run(root, images, masks, name=name) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("masks", "name"), [("masks", "cat"), ("objects.csv", "")])
+def test_masks_in_the_folder_of_the_images_are_no_images(tmp_path: Path, masks: str, name: str) -> None:
+    root = tmp_path / "data"
+    for number in range(2):
+        save(root / f"{number}.png", Image.open(io.BytesIO(jpeg(WIDTH, HEIGHT, number))))
+        save(root / "masks" / f"{number}.png", masks_of(number)[0])
+    (root / "objects.csv").write_text("image,class,mask\n0,cat,masks/0.png\n1, cat ,masks/1.png\n")
+    assert run(root, "", masks, "--keep-empty", name=name) == 0
+    assert sorted(samples_of(tmp_path / "out")["train"]) == ["0", "1"]
+    assert [category.name for category in open_dataset(tmp_path / "out").categories] == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("street0,cat,,5,5,0,5,0", "line 2: the box has no extent inside of the image: correct it"),
+        ("street0,cat,,90,5,5,5,0", "line 2: the box has no extent inside of the image: correct it"),
+        ("street0,cat,,5,5,5,x,0", "line 2: the box '5 5 5 x' is not x, y, width, height in pixels"),
+        ("street0,cat,,5,5,5,5,True", "line 2: is_group_of is 'True': give 0 or 1"),
+        ("street0,cat,,,,,,", "line 2: has neither a mask nor a box"),
+        ("street9,cat,,5,5,5,5,0", "line 2: --images has no image 'street9'"),
+        (f"street0,{'cat' * 50_000},,5,5,5,5,0", "not a CSV table (field larger than field limit"),
+    ],
+)
+def test_wrong_lines_of_a_table_are_named(tmp_path: Path, capsys: Capture, line: str, message: str) -> None:
+    pennfudan(tmp_path / "data", 0)
+    (tmp_path / "data/objects.csv").write_text(f"image,class,mask,x,y,width,height,is_group_of\n{line}\n")
+    assert run(tmp_path / "data", "PNGImages", "objects.csv", name="") == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed

@@ -115,6 +115,15 @@ def test_labels_are_of_the_upright_picture(tmp_path: Path, orientation: int) -> 
     assert sample.instances[0].bbox == rle.bounds(sample.instances[0].segmentation)  # type: ignore[arg-type]
 
 
+def test_boxes_without_extent_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "data", val=None)
+    labels = (f"\ufeff{BOX}", "0 0.5 0.5 0 0.2", "0 0.5 0.5 -0.01 0.2", "0 1.01 0.5 0.02 0.2")
+    (root / "labels/train/a.txt").write_text("\n".join(labels), encoding="utf-8")
+    assert run(root) == 0
+    assert [instance.category_id for instance in samples_of(tmp_path / "out")["train"]["a"].instances] == [2]
+    assert "3 boxes of train without any extent: left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "label", "message"),
     [
@@ -122,7 +131,7 @@ def test_labels_are_of_the_upright_picture(tmp_path: Path, orientation: int) -> 
         ({"names": {1: "cat"}}, "", "give a name for each class from 0"),
         ({"names": ["cat", "cat"]}, "", "two classes are named 'cat'"),
         ({"train": None, "val": None}, "", "names no images: give train, val or test"),
-        ({"train": "images/nowhere"}, "", "images/nowhere: there is no image in this folder, which"),
+        ({"train": "images/nowhere"}, "", "images/nowhere: there is no image in it, and"),
         ({"train": "/somewhere/images"}, "", "not under the dataset's folder"),
         ({"path": 3}, "", "path in data.yaml is 3"),
         ({"path": "nowhere"}, "", "nowhere: there is no such folder"),
@@ -132,6 +141,8 @@ def test_labels_are_of_the_upright_picture(tmp_path: Path, orientation: int) -> 
         ({}, "0 nan 0.5 0.1 0.1", "has numbers that are not fractions of the image, 0 to 1"),
         ({}, "cat 0.5 0.5 0.1 0.1", "is not a class and numbers"),
         ({"train": "photos"}, "photos", "labels must be in labels/"),
+        ({"train": "list.txt"}, "list", "list.txt: there is no image in it, and"),
+        ({"kpt_shape": [2, 2]}, "0 0.5 0.5 0.2 0.2 0.4 0.4 0.5 0.5", "has labels of key points (kpt_shape)"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -141,6 +152,8 @@ def test_wrong_input_is_one_line(
     if label == "photos":
         (root / "photos").mkdir()
         (root / "photos/a.jpg").write_bytes(jpeg(8, 8, 0))
+    elif label == "list":
+        (root / "list.txt").write_text("\n")
     elif label:
         (root / "labels/train/a.txt").write_text(label)
     assert run(root) == 2
