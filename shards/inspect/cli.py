@@ -50,7 +50,7 @@ class InspectOptions:
         "", "write one HTML page with the counts and a gallery of samples", metavar="FILE", exclusive="action"
     )
     extract: list[str] = option(
-        [], "write the JPEG, JSON and mask PNGs of these images", metavar="ID", exclusive="action"
+        [], "write the image, JSON and mask PNGs of these images", metavar="ID", exclusive="action"
     )
     out: str = option("extracted", "folder or URL that --extract writes to", metavar="DIR")
     samples: int = option(48, "number of images in the gallery", low=0)
