@@ -7,12 +7,14 @@ each split may count from 1.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from urllib.parse import unquote
 
 from builder.sources.base import Candidates, ClassTotals, Filters, candidates_by_class
 from builder.sources.coco_categories import without_cycles
@@ -301,8 +303,24 @@ def parse_places(texts: Sequence[str], option: str = "--annotations") -> tuple[t
 
 
 def files_under(folder: Location) -> list[str]:
-    """Return the paths of all files in a folder and its subfolders, relative to it, sorted; none if there is none."""
+    """Return the paths of all files in a folder and its subfolders, relative to it, sorted; none if there is none.
+
+    Links to local folders are followed, except to one that they are in.
+    """
     with storage_errors(folder.url):
-        paths = folder.fs.find(folder.path)
+        paths = list(_local_files(folder.path)) if folder.is_local else folder.fs.find(folder.path)
     start = folder.path.rstrip("/") + "/"
-    return sorted(str(path)[len(start) :] for path in paths if str(path).startswith(start))
+    found = (str(path)[len(start) :] for path in paths if str(path).startswith(start))
+    return sorted(map(unquote, found) if folder.protocol in ("http", "https") else found)
+
+
+def _local_files(folder: str) -> Iterator[str]:
+    def stop(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for here, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        own = os.path.join(os.path.realpath(here), "")
+        inner = {name: os.path.join(os.path.realpath(os.path.join(here, name)), "") for name in folders}
+        folders[:] = [name for name, place in inner.items() if not own.startswith(place)]
+        yield from (os.path.join(here, name) for name in files)

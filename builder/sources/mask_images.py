@@ -108,8 +108,10 @@ def _image_files(root: Location, masks: Location) -> dict[str, str]:
             is_mask = file.parent.name == "masks" or file.stem.endswith("_mask")
         else:
             is_mask = f"{root.path}/{path}".startswith(f"{masks.path}/")
-        if file.suffix.lower() not in IMAGES or not FILE_NAME.fullmatch(path) or is_mask:
+        if file.suffix.lower() not in IMAGES or is_mask:
             continue
+        if not FILE_NAME.fullmatch(path):
+            raise UserError(f"{root}: the name {shown(path)} has a backslash or a control character: rename the file")
         image = _without(file.parent, "images") or str(file.with_suffix(""))
         if image in images:
             raise UserError(f"{root}: {images[image]} and {path} are both the image {image}: keep one of them")

@@ -1,16 +1,21 @@
 import io
 import json
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from builder.commands.cli import main
+from builder.sources.listing import files_under
 from builder.sources.mask_images import objects_in
 from shards.format import rle
 from shards.format.dataset import open_dataset
+from shards.storage.location import Location
 from tests.builder.builds import samples_of
 from tests.support import jpeg
 
@@ -140,6 +145,10 @@ def faults(root: Path, change: str) -> tuple[str, str, str]:
             save(path, np.ones((HEIGHT, HEIGHT), np.uint8))
     elif change == "twice":
         save(images / "street0.jpg", Image.new("RGB", (WIDTH, HEIGHT)))
+    elif change == "a file":
+        return "PNGImages", "PedMasks/street0_mask.png", "person"
+    elif change == "backslash":
+        (images / "street0.png").rename(images / "a\\b.png")
     elif change == "other names":
         for path in masks.iterdir():
             path.rename(path.with_stem(f"mask of {path.stem}"))
@@ -159,6 +168,8 @@ def faults(root: Path, change: str) -> tuple[str, str, str]:
         ("other size", "the annotations are for 40x40 pixels, the image has 60x40"),
         ("twice", "street0.jpg and street0.png are both the image street0: keep one of them"),
         ("no masks", "elsewhere: there is no file in this folder: check --annotations"),
+        ("a file", "street0_mask.png is a file, not a folder: correct the path"),
+        ("backslash", "the name 'a\\\\b.png' has a backslash or a control character: rename the file"),
         ("other names", "has a mask there: masks must be at <image>.png, <image>_mask.png"),
         ("no images", "there is no such folder: check --images"),
         ("no class", "masks have no class names: give that of the objects, --class-name NAME"),
@@ -206,3 +217,21 @@ def test_wrong_lines_of_a_table_are_named(tmp_path: Path, capsys: Capture, line:
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_files_are_found_through_links_and_on_web_servers(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for number in range(2):
+        pennfudan(root, number)
+    (root / "PNGImages" / "street1.png").rename(root / "PNGImages" / "straße 1%20.png")
+    (linked := tmp_path / "linked").mkdir()
+    (linked / "inner").symlink_to(root / "PNGImages")
+    (linked / "loop").symlink_to(linked)
+    names = ["straße 1%20.png", "street0.png"]
+    assert files_under(Location(str(linked))) == [f"inner/{name}" for name in names]
+    assert files_under(Location(str(root / "nowhere"))) == []
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(root))) as server:
+        Thread(target=server.serve_forever).start()
+        found = files_under(Location(f"http://127.0.0.1:{server.server_port}/PNGImages"))
+        server.shutdown()
+    assert found == names
