@@ -131,8 +131,8 @@ class DatasetWriter:
         """Add an image with its objects; errors are those of `add`.
 
         By default the annotations count as complete: classes with an object are verified as present, and all others
-        as absent. If some classes were not looked for in this image, pass `verified_absent`, perhaps empty: a class in
-        neither list is unknown.
+        but those of `not_exhaustive` as absent. If some classes were not looked for in this image, pass
+        `verified_absent`, perhaps empty: a class in neither list is unknown.
 
         Args:
             image_id: its key: 1 to 64 letters, digits, `_` and `-`, unique in the dataset.
@@ -165,8 +165,8 @@ class DatasetWriter:
         known = {category.id for category in self.categories}
         annotated = known & {instance.category_id for instance in objects}
         present = annotated if verified_present is None else self._ids(verified_present, where)
-        absent = known - present - annotated if verified_absent is None else self._ids(verified_absent, where)
         partial = self._ids(not_exhaustive, where)
+        absent = known - present - annotated - partial if verified_absent is None else self._ids(verified_absent, where)
         labels = tuple(sorted(present)), tuple(sorted(absent)), tuple(sorted(partial))
         self.add(Sample(image_id, image, width, height, objects, *labels, **metadata), split)
 

@@ -33,25 +33,28 @@ def test_images_boxes_and_masks_become_a_finished_dataset(tmp_path: Path, capsys
         numbers = {"bbox": np.array([1, 2, 3, 4]), "predicted_iou": np.float32(0.5)}
         crowd: Any = {"category": 1, "is_group_of": True, **numbers}
         writer.add_image("tom", PICTURE, [crowd], split="val", verified_absent=[])
-        assert repr(writer) == f"DatasetWriter('{tmp_path}/pets', 2 samples)"
+        writer.add_image("zoo", PICTURE, split="test", not_exhaustive=["cat"])
+        assert repr(writer) == f"DatasetWriter('{tmp_path}/pets', 3 samples)"
         assert not (tmp_path / "pets").exists()
     assert main([str(tmp_path / "pets"), "--verify"]) == 0
     capsys.readouterr()
-    [rex], [tom] = (samples(str(tmp_path / "pets"), split) for split in ("train", "val"))
+    [rex], [tom], [zoo] = (samples(str(tmp_path / "pets"), split) for split in ("train", "val", "test"))
     assert (rex.image, rex.license, rex.verified_present, rex.verified_absent) == (PICTURE, "CC0", (2,), (1,))
     assert rex.instances == (Instance(2, (6.0, 4.0, 24.0, 16.0), rle.encode(MASK), label="dog"),)
     assert tom.instances == (Instance(1, (1.0, 2.0, 3.0, 4.0), None, "", "cat", True, predicted_iou=0.5),)
     assert (tom.verified_present, tom.verified_absent) == ((1,), ())
+    assert (zoo.verified_present, zoo.verified_absent, zoo.not_exhaustive) == ((), (2,), (1,))
     accounts = open_dataset(tmp_path / "pets").accounts()
     assert accounts[["kind", "image_id", "status"]].to_numpy().tolist() == [
         ["image", "rex", "packed"],
         ["mask", "rex", "packed"],
         ["image", "tom", "packed"],
+        ["image", "zoo", "packed"],
     ]
     card = (tmp_path / "pets" / "README.md").read_text()
     assert "# Images and instance masks: cat, dog" in card
     assert "DatasetWriter(samples_per_shard=256, seed=0)" in card
-    assert "2 images in 2 tar shards (" in card
+    assert "3 images in 3 tar shards (" in card
 
 
 def test_the_order_in_which_samples_are_added_does_not_matter(tmp_path: Path) -> None:
