@@ -260,15 +260,17 @@ def _check_combinations(options: BuildOptions) -> None:
     elif options.class_name and options.source != "masks":
         fault = "--class-name is for --source masks; --classes chooses classes of other sources"
     elif several and options.source == "open-images":
-        fault = "--annotations takes one root; several files are for --source coco"
+        fault = "--annotations takes one root; several are for --source coco, lvis and masks"
     elif several_roots and options.source == "open-images":
-        fault = "--images takes one root; several are for --source coco"
+        fault = "--images takes one root; several are for --source coco, lvis and masks"
     elif several and options.splits == "partition":
-        fault = "--splits partition cuts a single instances file: give one file in --annotations"
+        fault = "--splits partition cuts a single split: give one place in --annotations"
     elif options.images_list and (options.per_class or options.eval_per_class is not None):
         fault = "--images-list determines the images: omit --per-class and --eval-per-class"
-    elif options.keep_empty and (options.source == "open-images" or options.per_class or options.images_list):
-        fault = "--keep-empty is for all images of COCO files: give --source coco, and no --per-class or --images-list"
+    elif options.keep_empty and options.source == "open-images":
+        fault = "--keep-empty is for sources other than open-images, such as --source coco"
+    elif options.keep_empty and (options.per_class or options.images_list):
+        fault = "--keep-empty packs all images: omit --per-class and --images-list"
     elif not (options.per_class or options.images_list or options.list_classes or options.source != "open-images"):
         fault = "--per-class N is required: how many train images per class (or --images-list)"
     else:

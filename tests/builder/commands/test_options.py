@@ -42,7 +42,8 @@ def test_help_and_a_wrong_argument_import_only_light_modules() -> None:
         ("--per-class 5 --dry-run --overwrite", "cannot be combined"),
         ("--per-class 5 --cache x --no-cache", "cannot be combined"),
         ("--source coco --images /x", "needs --images"),
-        ("--source coco --images x --splits partition --annotations train=a val=b", "cuts a single instances file"),
+        ("--source coco --images x --splits partition --annotations train=a val=b", "cuts a single split"),
+        ("--per-class 1 --keep-empty", "--keep-empty is for sources other than open-images"),
         ("--config /nowhere.yaml", "give the path of a YAML file"),
     ],
 )

@@ -145,7 +145,7 @@ def test_images_without_objects_are_named_and_packed_on_request(
     capsys.readouterr()
     assert inspect(["--verify", str(tmp_path / "all")]) == 0
     assert run(tmp_path, tmp_path / "no", "--keep-empty", "--per-class", "2") == 2
-    assert "--keep-empty is for all images" in capsys.readouterr().err
+    assert "--keep-empty packs all images: omit --per-class" in capsys.readouterr().err
 
 
 def test_images_of_other_formats_are_stored_or_converted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
