@@ -6,7 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from shards.common.argument_checks import is_text
 from shards.common.errors import UserError
@@ -99,21 +99,22 @@ def run(
         try:
             return action()
         except UserError as error:
-            print(f"{name}: error: {printable(redact(show(str(error))))}", file=sys.stderr)
+            say(f"{name}: error: {printable(redact(show(str(error))))}", sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"{name}: {interrupted}", file=sys.stderr)
+            say(f"{name}: {interrupted}", sys.stderr)
             return 130
 
     return print_to_reader(guarded)
 
 
-def say(text: str) -> None:
-    """Print text to stdout at once, above the bars of `progress`, without the credentials of URLs."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print text to a stream, stdout by default, at once, above bars of `progress`, without the credentials of URLs."""
     from shards.commands.progress import above_bars  # not at the top: --help answers without tqdm
 
-    with above_bars(sys.stdout):
-        print(redact(text), flush=True)
+    stream = stream or sys.stdout
+    with above_bars(stream):
+        print(redact(text), file=stream, flush=True)
 
 
 def print_to_reader(command: Callable[[], int]) -> int:

@@ -134,7 +134,7 @@ def _lost_a_rank(error: RuntimeError) -> bool:
 def _report(line: str, *, to_launcher: bool = True) -> None:
     """Print a line to stderr, and write it to the file with which torch's launcher ends its own report."""
     line = redact(line)
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and to_launcher:
         Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")

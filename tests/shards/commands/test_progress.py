@@ -4,13 +4,15 @@ import io
 import itertools
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from builder.commands.progress import PackingProgress
 from shards.commands import progress
-from shards.commands.command_line import say
+from shards.commands.command_line import run, say
 from shards.commands.progress import LogHandler, Progress
+from shards.common.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -75,3 +77,26 @@ def test_on_a_terminal_text_and_log_are_above_a_bar_which_vanishes(
         assert f"\rlogged {number}\n" in written
     assert written.endswith("\r")
     assert written.split("\r")[-2].strip() == ""
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_on_a_terminal_an_error_has_a_line_of_its_own_although_a_bar_is_drawn(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "BAR_AFTER_S", 0.0)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def samples() -> Iterator[int]:  # its bar is drawn until it is closed
+        with Progress("exporting", 3, "images", list[str]().append) as shown:
+            shown.advance(1)
+            yield 1
+
+    def action() -> int:
+        for _ in (kept := samples()):
+            raise error("the disk is full")
+        return len([*kept])
+
+    assert run("export", action) in (2, 130)
+    [line] = [line for line in terminal.getvalue().split("\r") if "export: " in line]
+    assert line in ("export: error: the disk is full\n", "export: interrupted\n")
