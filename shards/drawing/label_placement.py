@@ -15,10 +15,10 @@ class Labels:
         self.canvas, self.size = canvas, size
         self.font = ImageFont.load_default(size=text_scale * min(max(round(max(size) / 55), 12), 28))
         self.taken: list[Rectangle] = []
-        self.named: set[Colour] = set()
+        self.named: set[tuple[Colour, int]] = set()
 
-    def draw(self, text: str, colour: Colour, corners: Rectangle) -> None:
-        """Draw `text` at a box, unless there is no room for it and another object of its colour has a name."""
+    def draw(self, text: str, colour: Colour, corners: Rectangle, category_id: int) -> None:
+        """Draw `text` at a box, unless there is no room for it and another of its class and colour has a name."""
         left, _, right, _ = (round(value) for value in self.canvas.textbbox((0, 0), text, font=self.font))
         # As high as a full line for any text, so that neighbouring plates align.
         line = round(self.canvas.textbbox((0, 0), "Ag", font=self.font)[3])
@@ -26,10 +26,10 @@ class Labels:
         plate = (right - left + 2 * margin, line + margin)
         tiny = corners[2] - corners[0] < plate[0] / 2 and corners[3] - corners[1] < plate[1] * 2
         covered, place = _place(corners, plate, self.size, self.taken)
-        if colour in self.named and (tiny or covered > plate[0] * plate[1] / 4):
+        if (colour, category_id) in self.named and (tiny or covered > plate[0] * plate[1] / 4):
             return
         self.taken.append(place)
-        self.named.add(colour)
+        self.named.add((colour, category_id))
         self.canvas.rectangle(place, fill=colour)
         dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 115
         ink = (255, 255, 255) if dark else (0, 0, 0)

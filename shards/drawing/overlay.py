@@ -82,7 +82,7 @@ def draw_instances(
     """Draw annotations or detections on a copy of an image, in RGB and `scale` times its size.
 
     Masks are filled and outlined, boxes without a mask are dashed, and group-of regions are hatched. An object without
-    room for its name has none if another object of its colour is named.
+    room for its name has none if another object of its class and colour is named.
 
     Args:
         image: uint8 [H, W, 3] RGB, [H, W] or [H, W, 1] grey, or a Pillow image.
@@ -120,7 +120,7 @@ def draw_instances(
         text = names.get(number, f"class {number}") + (" (group)" if instances[i].is_group_of else "")
         text += "" if scores is None else f" {scores[i]:.2f}"
         text = text if captions is None else captions[i]
-        labels.draw(text, colours[i], _corners(instances[i], scale, picture.size))
+        labels.draw(text, colours[i], _corners(instances[i], scale, picture.size), number)
     return picture
 
 

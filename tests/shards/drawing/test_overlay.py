@@ -2,6 +2,7 @@ import inspect
 import itertools
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,14 @@ def test_plates_stay_in_the_picture_and_apart() -> None:
     one, two = changed(drawn(boxed(mask=True))), changed(drawn(boxed(mask=True), boxed(mask=True)))
     assert two[:99].sum() == one[:99].sum()  # the second name is elsewhere
     assert two[100:].sum() > one[100:].sum()
+
+
+def test_without_room_for_its_name_an_object_has_one_if_it_is_the_first_of_its_class() -> None:
+    person, tiny = boxed(mask=True), Instance(1, (20.0, 200.0, 4.0, 4.0), None)
+    around = np.s_[180:230, 0:100]
+    for number, is_named in ((1, False), (2, True)):
+        picture = changed(drawn(person, replace(tiny, category_id=number), colours=[MISSED, MISSED]))
+        assert (picture[around].sum() > 100) == is_named
 
 
 def test_colours_are_distinct_and_bright_and_scales_legible() -> None:
