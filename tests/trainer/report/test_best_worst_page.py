@@ -1,6 +1,7 @@
 """The page of worst and best images that `evaluate.py` writes, in a browser."""
 
 import html
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shards.drawing.overlay import FOUND, MISSED, SUPERFLUOUS, UNCOUNTED
+from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.sample import Sample
+from shards.format.sample import Instance, Sample
 from tests.browser import console, press, requests, resize
 from tests.trainer import tiny
 from tests.trainer.metrics import scenes
@@ -170,6 +173,20 @@ def test_pictures_fill_every_row_but_the_last(page: Any) -> None:
         assert len(rows) > 1
         edge = section.rect["x"] + section.rect["width"]
         assert all(abs(end - edge) < 2 for end in [*rows.values()][:-1])
+
+
+def test_a_narrow_picture_is_no_higher_than_its_neighbours_and_a_phone(browser: Any, tmp_path: Path) -> None:
+    picture, buffer = Image.new("RGB", (30, 120)), io.BytesIO()
+    picture.save(buffer, "JPEG")
+    missed = Instance(1, (5.0, 5.0, 20.0, 20.0), rle.encode(np.eye(120, 30, dtype=np.uint8)))
+    narrow = Sample("narrow", buffer.getvalue(), 30, 120, (missed,) * 9, verified_present=(1, 2))
+    (tmp_path / "images.html").write_text(render([narrow, SAMPLES[4]]), "utf-8")
+    resize(browser, 1280, 900)
+    browser.get((tmp_path / "images.html").as_uri())
+    first, *_, last = (one.rect for one in shown(browser, "section:first-of-type img"))
+    assert (first["y"], first["height"]) == (last["y"], pytest.approx(last["height"], abs=4))
+    resize(browser, 390, 844, phone=True)
+    assert max(one.rect["height"] for one in shown(browser, "img")) < 844
 
 
 def test_a_phone_shows_four_images_of_each_list_at_a_time(page: Any) -> None:

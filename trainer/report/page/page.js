@@ -2,6 +2,7 @@
 // Without this script, all images are shown.
 (() => {
   const PER_PAGE = { phone: 4, desktop: 12 };
+  const NARROWEST = 1.4; // ratio of a pair: higher pictures have margins
   const phone = matchMedia("(max-width: 700px)");
   const choice = document.getElementById("class");
   const sections = [...document.querySelectorAll("section")].map((section) => ({ section, page: 0 }));
@@ -25,7 +26,8 @@
 
   for (const figure of document.querySelectorAll("figure")) {
     const ratios = [...figure.querySelectorAll("img")].map((image) => image.getAttribute("width") / image.getAttribute("height"));
-    figure.style.setProperty("--ratio", ratios.reduce((total, ratio) => total + ratio, 0).toFixed(3));
+    const total = ratios.reduce((sum, ratio) => sum + ratio, 0);
+    figure.style.setProperty("--ratio", Math.max(total, NARROWEST).toFixed(3));
   }
   for (const one of sections) {
     for (const button of one.section.querySelectorAll("button")) {
