@@ -16,6 +16,7 @@ from trainer.run.plots import Figure, outline, png
 NAMED_CURVES = 10  # classes with a colour and a name; the others are grey
 MATRIX_CLASSES = 25  # most classes in the picture of the matrix; the CSV has all
 MATRIX_NUMBERS = 12  # most classes for which the counts fit into the cells
+LONGEST_NAME = 40  # characters of a class
 
 
 def draw_precision_recall(evaluation: Evaluation) -> bytes:
@@ -44,10 +45,10 @@ def draw_confusion(confusion: Confusion) -> bytes:
     chosen = np.sort(np.argsort(-weight, kind="stable")[:MATRIX_CLASSES])
     places = np.append(chosen, len(confusion.names))
     counts = confusion.counts[np.ix_(places, places)]
-    names = [confusion.names[k] for k in chosen]
+    names = [_shortened(confusion.names[k]) for k in chosen]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares[-1] = np.nan  # detections of nothing are no share of an annotated class: this row has counts only
-    side = 3.5 + 0.45 * len(places)
+    side = 2 + 0.45 * len(places) + 0.08 * max(map(len, [*names, NOTHING]))  # the names are at two sides
     figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
     panel = figure.subplots()
     panel.set_facecolor("0.93")
@@ -58,7 +59,7 @@ def draw_confusion(confusion: Confusion) -> bytes:
     panel.set_yticks(ticks, [*names, NOTHING])
     _disable_math([*panel.get_xticklabels(), *panel.get_yticklabels()])
     left_out = len(confusion.names) - len(chosen)
-    title = f"detections with a score of {confusion.score:g} or more, matched at IoU 0.5"
+    title = f"detections with a score of {confusion.score:g} or more,\nmatched at IoU 0.5"
     panel.set_title(title + (f"\n({left_out} rarer classes are in the CSV only)" if left_out else ""))
     panel.set(xlabel="predicted", ylabel="ground truth")
     if len(chosen) <= MATRIX_NUMBERS:
@@ -82,10 +83,14 @@ def _draw_curves(
     lines = [panel.plot(recall, percent[k], color=hex_colour(classes[k].category_id), **style)[0] for k in named]
     if shown:
         lines += panel.plot(recall, percent[shown].mean(axis=0), color="black", linewidth=2.5)
-        labels = [*(f"{classes[k].name} {in_percent(aps[k])}" for k in named), f"mean of {len(shown)}"]
+        labels = [*(f"{_shortened(classes[k].name)} {in_percent(aps[k])}" for k in named), f"mean of {len(shown)}"]
         _disable_math(panel.legend(lines, labels, fontsize="small", loc="best").get_texts())
     panel.set(title=title, xlabel="recall, %", xlim=(0, 100), ylim=(0, 102))
     panel.grid(alpha=0.3)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _disable_math(texts: Sequence[Any]) -> None:

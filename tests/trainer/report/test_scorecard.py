@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from shards.format.dataset import Category
 from tests.trainer.metrics.scenes import Pair, evaluate, found, instance, random_pairs, sample
 from trainer.metrics.coco import CocoMetric
-from trainer.metrics.confusion import ConfusionMetric
+from trainer.metrics.confusion import Confusion, ConfusionMetric
 from trainer.metrics.openimages import OpenImagesMetric
 from trainer.metrics.overlaps import EvaluatedImage
 from trainer.report.score_plots import draw_confusion, draw_precision_recall, precision_curve
@@ -100,3 +101,14 @@ def test_a_confusion_matrix_computed_by_hand() -> None:
     ]
     assert metric.evaluate(lambda own: None) is None
     assert draw_confusion(result)
+
+
+@pytest.mark.parametrize("names", [("Person",), ("x" * 200, "行人"), ("thirty-nine characters of a name, or so",) * 6])
+def test_the_confusion_matrix_has_room_for_names_and_title(names: tuple[str, ...]) -> None:
+    side = len(names) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = draw_confusion(Confusion(names, np.ones((side, side), np.int64), 0.5))
+    with Image.open(io.BytesIO(data)) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) == 255  # nothing is cut off
