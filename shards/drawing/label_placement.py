@@ -1,5 +1,6 @@
 """Placement of names on a picture, each on a plate of its colour where it covers the fewest others."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import ImageDraw, ImageFont
@@ -19,6 +20,7 @@ class Labels:
 
     def draw(self, text: str, colour: Colour, corners: Rectangle, category_id: int) -> None:
         """Draw `text` at a box, unless there is no room for it and another of its class and colour has a name."""
+        text = without_accents(text)
         left, _, right, _ = (round(value) for value in self.canvas.textbbox((0, 0), text, font=self.font))
         # As high as a full line for any text, so that neighbouring plates align.
         line = round(self.canvas.textbbox((0, 0), "Ag", font=self.font)[3])
@@ -34,6 +36,16 @@ class Labels:
         dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 115
         ink = (255, 255, 255) if dark else (0, 0, 0)
         self.canvas.text((place[0] + margin - left, place[1] + margin // 2 - 1), text, fill=ink, font=self.font)
+
+
+def without_accents(text: str) -> str:
+    """Return text with plain letters for those with accents, which Pillow's own font lacks."""
+
+    def plain(character: str) -> str:
+        decomposed = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
+        return decomposed if decomposed.isascii() else character
+
+    return "".join(map(plain, text))
 
 
 def _place(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from shards.drawing.label_placement import Colour, Labels, Rectangle
+from shards.drawing.label_placement import Colour, Labels, Rectangle, without_accents
 from shards.format import rle
 from shards.format.dataset import Category
 from shards.format.sample import Instance
@@ -210,7 +210,7 @@ def display_top_masks(
 def titled_picture(picture: Image.Image, title: str) -> Image.Image:
     """Add a line of text above a picture, cut off at its width."""
     titled = Image.new("RGB", (picture.width, picture.height + TITLE_HEIGHT), "white")
-    ImageDraw.Draw(titled).text((4, 3), title, fill="black", font=ImageFont.load_default(size=16))
+    ImageDraw.Draw(titled).text((4, 3), without_accents(title), fill="black", font=ImageFont.load_default(size=16))
     titled.paste(picture, (0, TITLE_HEIGHT))
     return titled
 

@@ -100,6 +100,14 @@ def test_plates_stay_in_the_picture_and_apart() -> None:
     assert two[100:].sum() > one[100:].sum()
 
 
+def test_names_with_accents_are_drawn_with_plain_letters() -> None:
+    plain, accented, other = (
+        drawn(boxed(mask=True), captions=[name]) for name in ("Anhanger", "Anhänger", "Anh行nger")
+    )
+    np.testing.assert_array_equal(accented, plain)
+    assert (other != plain).any()
+
+
 def test_without_room_for_its_name_an_object_has_one_if_it_is_the_first_of_its_class() -> None:
     person, tiny = boxed(mask=True), Instance(1, (20.0, 200.0, 4.0, 4.0), None)
     around = np.s_[180:230, 0:100]
