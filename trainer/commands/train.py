@@ -137,7 +137,7 @@ def train_as(writer: RunWriter, config: Config) -> MaskRCNN:
     device = t.accelerator.device
     data = loader(t.stream, workers=config.data.workers, pin_memory=device.type == "cuda")
     batches, pending = DeviceBatches(data, device, config.train.accumulate), deque[PendingStep]()
-    first = BatchPictures(t.run, t.dataset.categories, config.loss) if record and t.step == 0 else None
+    first = BatchPictures(t.run, t.dataset.categories, config.loss, t.step) if record else None
     with command.Signals() as signals:
         signal = 0  # that any rank received
         while True:

@@ -25,11 +25,14 @@ WIDTH, HEIGHT = 1600, 400  # pixels of the picture, and about of a row
 
 
 class BatchPictures:
-    """Draws the first images of a run's main rank, and writes `batches.jpg` again with each step that adds some."""
+    """Draws the first images of a run's main rank, and writes `batches.jpg` again with each step that adds some.
 
-    def __init__(self, run: Location, categories: Sequence[Category], loss: LossConfig) -> None:
+    A run that resumes at a `step` keeps the picture that it has; one from another run's checkpoint has none yet.
+    """
+
+    def __init__(self, run: Location, categories: Sequence[Category], loss: LossConfig, step: int = 0) -> None:
         self.run, self.categories, self.loss = run, categories, loss
-        self._batches, self._missing = list[Batch](), IMAGES
+        self._batches, self._missing = list[Batch](), 0 if step and (run / FILE).exists() else IMAGES
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Add the batches of a step, on any device, unless the picture has all its images."""

@@ -198,6 +198,7 @@ def test_resume_continues_its_own_run_or_starts_from_a_named_checkpoint(
     # A run in another folder starts from a given checkpoint, and then resumes from its own.
     first = str(tmp_path / "one/checkpoints/step-000001")
     assert run("two", 2, "--resume", first)[0] == 0
+    assert (tmp_path / "two" / "batches.jpg").exists()
     assert run("two", 3, "--resume", first)[0] == 0
     assert tiny.rows(tmp_path / "two/metrics.jsonl")[0]["step"] == 2
     one, two = (open_checkpoint(str(tmp_path / name)).weights for name in ("one", "two"))

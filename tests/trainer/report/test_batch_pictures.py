@@ -43,6 +43,9 @@ def test_the_first_images_are_written_until_the_picture_is_full(tmp_path: Path) 
     assert IMAGES == 16
     assert sizes[0][1] < sizes[1][1] < sizes[2][1]
     assert sizes[3] == sizes[2]
+    BatchPictures(Location(str(tmp_path)), CATEGORIES, LossConfig(), 7).add([make_batch(3)])
+    with Image.open(tmp_path / FILE) as picture:
+        assert picture.size == sizes[2]  # of the run's first steps, also if it resumes
     assert sizes[0][1] / 2 < 1.2 * HEIGHT + 40  # six images, in two rows
 
 
