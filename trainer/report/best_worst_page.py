@@ -206,7 +206,7 @@ def _section(kind: str, nothing: str, figures: Sequence[str]) -> str:
     """Return the images of one kind with the buttons that turn their pages, which the script shows."""
     title = f"The {len(figures)} {kind}" if len(figures) > 1 else f"The {kind}"
     if not figures:
-        return f"<h3>{title}</h3>\n<p>No image has {nothing}.</p>\n"
+        return f'<div class="heading"><h3>{title}</h3></div>\n<p>No image has {nothing}.</p>\n'
     return (
         f'<section aria-label="{title}"><div class="heading"><h3>{title}</h3><div class="pager" hidden>'
         '<button type="button" value="-1" aria-label="previous page">←</button><output></output>'
