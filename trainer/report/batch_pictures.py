@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 1600, 400  # pixels of the picture, and about of a row
 
 
 class BatchPictures:
-    """Draws the first images of a run's main rank, and writes `batches.jpg` again with each step that adds some.
+    """Draws the first images of a run's main rank: `batches.jpg` is written after the first step and when it is full.
 
     A run that resumes at a `step` keeps the picture that it has; one from another run's checkpoint has none yet.
     """
@@ -38,9 +38,11 @@ class BatchPictures:
         """Add the batches of a step, on any device, unless the picture has all its images."""
         if self._missing <= 0:
             return
+        is_first = not self._batches
         self._batches += [batch.to("cpu") for batch in batches]
-        (self.run / FILE).write(encode_jpeg(draw_batches(self._batches, self.categories, self.loss), 85))
         self._missing -= sum(map(len, batches))
+        if is_first or self._missing <= 0:  # drawing takes up to half a second, for which other ranks wait
+            (self.run / FILE).write(encode_jpeg(draw_batches(self._batches, self.categories, self.loss), 85))
         if self._missing <= 0:
             self._batches.clear()  # of large images
 
