@@ -52,7 +52,7 @@ def onnx_file(state: State) -> bytes:
         torch_log.setLevel(logging.ERROR)
         try:
             torch.onnx.export(
-                _OneImage(rebuild(state)).eval(),
+                _OneImage(rebuild(state)).eval().requires_grad_(False),  # `SharedMask`'s row becomes a constant
                 (example,),
                 buffer,  # type: ignore[arg-type]  # the exporter that traces also takes files
                 dynamo=False,
