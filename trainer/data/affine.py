@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.config.settings import DataConfig
 from trainer.data.augment import View
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, is_large
-from trainer.data.mask_bitmaps import extents
+from trainer.data.mask_bitmaps import extents, is_inside
 
 Matrix = NDArray[np.float64]
 
@@ -84,7 +84,7 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
     without = torch.where(
         is_region[:, None], box_around(instances.boxes, matrix), box_around(instances.boxes, matrix, ellipse=True)
     )
-    seen = extents(bitmaps * _is_inside(bitmaps, frames, height, width), frames)
+    seen = extents(bitmaps * is_inside(bitmaps, frames, height, width), frames)
     boxes = torch.where(has_mask[:, None], seen, without)
     moved = replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames)
     if matrix[0, 1] or matrix[1, 0]:  # turned: an object may not reach the sides of its new box
@@ -105,13 +105,6 @@ def box_around(boxes: Tensor, matrix: Matrix, *, ellipse: bool = False) -> Tenso
 def _inside(boxes: Tensor, window: Tensor) -> Tensor:
     """Return the parts of boxes that are inside a window, with negative sides where nothing is."""
     return torch.cat((boxes[:, :2].maximum(window[:2]), boxes[:, 2:].minimum(window[2:])), dim=1)
-
-
-def _is_inside(bitmaps: Tensor, frames: Tensor, height: int, width: int) -> Tensor:
-    """Whether the centre of each cell is inside an image of `height` x `width`: bool [M, m, m]."""
-    centres = (torch.arange(bitmaps.shape[-1]) + 0.5) / bitmaps.shape[-1]
-    x, y = (frames[:, i, None] + (frames[:, i + 2] - frames[:, i])[:, None] * centres for i in (0, 1))  # [M, m]
-    return ((y > 0) & (y < height))[:, :, None] & ((x > 0) & (x < width))[:, None]
 
 
 def _resample(bitmaps: Tensor, frames: Tensor, matrix: Matrix, into: Tensor) -> Tensor:

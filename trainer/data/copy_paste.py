@@ -45,7 +45,7 @@ def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances
     Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last.
     """
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], donor.shape[-2:]))
-    objects = objects.crop(0, 0, width, height)
+    objects = objects.crop(0, 0, width, height).without_outside(height, width)
     if len(objects) == 0:
         return image, instances
     cover = torch.zeros(image.shape[-2:])

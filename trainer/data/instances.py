@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shards.format.sample import Instance
-from trainer.data.mask_bitmaps import BITMAP, rasterise
+from trainer.data.mask_bitmaps import BITMAP, is_inside, rasterise
 
 # Bits of `flags`.
 HAS_MASK = 1
@@ -74,12 +74,19 @@ class Instances:
         """Move to the coordinates of a window at x, y of the image, and clip to it.
 
         Boxes are clipped, and dropped where a side is left with less than MIN_SIDE pixels. Bitmaps keep their cells
-        outside the window: a RoI is inside, and never reads them.
+        outside the window: a RoI is inside, and never reads them; see `without_outside`.
         """
         moved = self.shift(-x, -y)
         boxes = moved.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         is_cut = _area(boxes) < KEPT * _area(self.boxes)
         return replace(moved, boxes=boxes).loosened(is_cut).select(is_large(boxes))
+
+    def without_outside(self, height: float, width: float) -> Instances:
+        """Clear the cells of bitmaps outside of an image, before other pixels are placed next to it.
+
+        Cells within a pixel of the image stay, because a RoI at its border reads that far.
+        """
+        return replace(self, bitmaps=self.bitmaps * is_inside(self.bitmaps, self.frames, height, width, margin=1.0))
 
     def loosened(self, which: Tensor) -> Instances:
         """Mark the instances `which`, bool [M], as LOOSE, as far as they are objects without a mask."""

@@ -143,6 +143,14 @@ def extents(bitmaps: Tensor, frames: Tensor) -> Tensor:
     return torch.cat((corner + first * cell, corner + last.maximum(first) * cell), dim=1)
 
 
+def is_inside(bitmaps: Tensor, frames: Tensor, height: float, width: float, margin: float = 0.0) -> Tensor:
+    """Whether the centre of each cell is less than `margin` pixels outside of an image: bool [M, m, m]."""
+    centres = (torch.arange(bitmaps.shape[-1]) + 0.5) / bitmaps.shape[-1]
+    x, y = (frames[:, i, None] + (frames[:, i + 2] - frames[:, i])[:, None] * centres for i in (0, 1))  # [M, m]
+    is_row, is_column = (y > -margin) & (y < height + margin), (x > -margin) & (x < width + margin)
+    return is_row[:, :, None] & is_column[:, None]
+
+
 def _first_covered(line: Tensor) -> Tensor:
     """Return where each line of cells, uint8 [M, m], is first covered, in cells: float32 [M]; m if nowhere.
 

@@ -52,5 +52,6 @@ def _cut(objects: Instances, is_cut: Tensor, left: int, top: int, width: int, he
     extents = torch.where((objects.flags & HAS_MASK)[:, None] != 0, objects.frames, objects.boxes)
     inside = ((extents[:, :2] >= start) & (extents[:, 2:] <= end)).all(dim=1)
     touching = ((objects.boxes[:, :2] < end) & (objects.boxes[:, 2:] > start)).all(dim=1)
-    parts = [objects.select(inside), occlude(objects.select(touching & ~inside), is_cut)]
+    cut = objects.select(touching & ~inside).without_outside(*is_cut.shape)
+    parts = [objects.select(inside), occlude(cut, is_cut)]
     return Instances.concatenate(parts).crop(left, top, width, height)

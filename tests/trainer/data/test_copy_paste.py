@@ -77,6 +77,16 @@ def test_paste_clips_objects_to_the_image() -> None:
     assert torch.equal(unchanged.boxes, result.boxes)
 
 
+def test_the_mask_of_a_pasted_object_ends_where_its_own_image_ends() -> None:
+    small, cropped = DONOR[:, :, 30:70], objects(ellipse(50, 60, 40, 40)).crop(30, 0, 40, HEIGHT)
+    pasted, result = paste(IMAGE, read_instances([]), small, cropped)
+    whole = torch.tensor([[0.0, 0, WIDTH, HEIGHT]])
+    target = sample_targets(result.bitmaps, result.frames, torch.tensor([0]), whole, WIDTH)[0].amax(0)  # [W]
+    assert target[:39].min() > 0.9
+    assert target[42:].max() < 0.1
+    assert result.boxes.tolist() == [[0, 20, 40, 101]]
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_paste_some_pastes_a_random_choice_of_objects_with_masks(probability: float) -> None:
     donors = [masked(1 + i, ellipse(20 + 30 * i, 60, 10, 10)) for i in range(1, 5)]

@@ -75,6 +75,22 @@ def test_mosaic_agrees_with_full_size_masks() -> None:
             assert values[(xs < x0 - 3) | (xs > x1 + 3) | (ys < y0 - 3) | (ys > y1 + 3)].max() < 0.1
 
 
+def test_what_a_crop_left_of_an_object_is_in_no_other_tile() -> None:
+    mask = np.zeros((200, 300), dtype=np.uint8)
+    mask[40:160, 30:270] = 1
+    object_ = Instance(1, (30.0, 40.0, 240.0, 120.0), rle.encode(mask))
+    cropped = read_instances([object_]).crop(100, 0, 100, 200)  # the object reaches far over both sides
+    parts = [(torch.zeros((3, 200, 100), dtype=torch.uint8), cropped)] * 4
+    canvas, width = torch.tensor([[0.0, 0, 200, 200]]), 100
+    for seed in range(5):
+        _, found, tiles = mosaic(parts, 200, 200, np.random.default_rng(seed))
+        values = sample_targets(found.bitmaps, found.frames, torch.arange(4), canvas.expand(4, 4), width)  # [4, w, w]
+        centres = (torch.arange(width) + 0.5) * 200 / width
+        for (x0, _, x1, _), columns in zip(tiles.tolist(), values.amax(1), strict=True):
+            assert columns[(centres < x0 - 4) | (centres > x1 + 4)].max() < 0.1
+            assert columns.max() > 0.9
+
+
 def test_mosaic_keeps_regions_and_ignores_boxes_that_are_cut_in_half() -> None:
     annotations = [
         Instance(1, (0.0, 0.0, 60.0, 200.0), None),
