@@ -6,7 +6,9 @@ import io
 import random
 import struct
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,7 +20,10 @@ from torch.utils.data import DataLoader
 
 from shards.common.errors import SampleError
 from shards.format import rle
+from shards.format.dataset import open_dataset
 from shards.format.sample import Instance, Sample
+from shards.stream.loader import loader
+from shards.stream.streams import ShardStream
 from trainer.config.settings import DataConfig
 from trainer.data.collate import IMAGE_FORMATS, EvalCollate, TrainCollate, decode_image
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
@@ -185,6 +190,29 @@ def test_the_tiles_of_a_mosaic_have_the_verified_classes_of_their_images():
     without = TrainCollate(replace(CONFIG, mosaic=1e-9), 0, 6)(samples, 0)
     assert without.verified.any(1).sum(1).tolist() == [2] * 4
     assert torch.equal(without.tiles[..., 2:], without.sizes.flip(1)[:, None].expand(-1, 4, -1))
+
+
+def test_batches_of_mosaics_depend_on_neither_workers_nor_ranks_nor_a_resume(dataset: Path) -> None:
+    config = replace(CONFIG, mosaic=0.7, iou_crop=0.5, rotate=20.0, copy_paste=0.5)
+
+    def batches(count: int, workers: int = 0, **options: Any) -> list[Batch]:
+        collate = TrainCollate(config, 0, 3)
+        stream = ShardStream(open_dataset(dataset), "train", batch_size=4, lanes=2, collate=collate, **options)
+        return list(islice(loader(stream, workers=workers), count))
+
+    whole = batches(8)  # the second epoch begins within
+    others = {
+        "workers": batches(8, 2),
+        "resumed": whole[:3] + batches(5, 1, start=3),
+        "ranks": [batch for pair in zip(*(batches(4, rank=rank, world=2) for rank in (0, 1))) for batch in pair],
+    }
+    assert sum(len(tiles.unique(dim=0)) > 1 for batch in whole for tiles in batch.tiles) > 8
+    for name, found in others.items():
+        for batch, expected in zip(found, whole, strict=True):
+            for item in fields(Batch):
+                value, wanted = getattr(batch, item.name), getattr(expected, item.name)
+                is_same = torch.equal(value, wanted) if isinstance(value, torch.Tensor) else value == wanted
+                assert is_same, (name, item.name)
 
 
 def test_eval_collate_returns_the_stored_image_and_drops_its_bytes():

@@ -79,7 +79,7 @@ def test_paste_clips_objects_to_the_image() -> None:
 
 def test_the_mask_of_a_pasted_object_ends_where_its_own_image_ends() -> None:
     small, cropped = DONOR[:, :, 30:70], objects(ellipse(50, 60, 40, 40)).crop(30, 0, 40, HEIGHT)
-    pasted, result = paste(IMAGE, read_instances([]), small, cropped)
+    _, result = paste(IMAGE, read_instances([]), small, cropped)
     whole = torch.tensor([[0.0, 0, WIDTH, HEIGHT]])
     target = sample_targets(result.bitmaps, result.frames, torch.tensor([0]), whole, WIDTH)[0].amax(0)  # [W]
     assert target[:39].min() > 0.9
