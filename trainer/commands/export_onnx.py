@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 
 from shards.commands.command_line import Parser, run, say
@@ -64,5 +65,6 @@ def _export(options: OnnxOptions) -> int:
     state = open_checkpoint(options.checkpoint)
     data = onnx_file(state)
     out.write(data)
-    say(f"{out}: {len(data) / 1e6:.1f} MB, step {state.step} of {options.checkpoint}\n\n{EXAMPLE.format(str(out))}")
+    file = str(out) if out.is_local else posixpath.basename(out.path)  # onnxruntime opens no URLs
+    say(f"{out}: {len(data) / 1e6:.1f} MB, step {state.step} of {options.checkpoint}\n\n{EXAMPLE.format(file)}")
     return 0
