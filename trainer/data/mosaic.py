@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.data.affine import OUTSIDE
@@ -40,18 +41,21 @@ def mosaic(
         to_x, to_y = (x - wide if x0 < x else x), (y - high if y0 < y else y)
         window = (slice(top, top + high), slice(left, left + wide))
         joined[:, to_y : to_y + high, to_x : to_x + wide] = small[:, window[0], window[1]]
-        is_cut = torch.ones(small.shape[-2:])
-        is_cut[window] = 0
-        moved.append(_cut(objects, is_cut, left, top, wide, high).shift(to_x, to_y))
+        moved.append(_cut(objects.without_outside(*small.shape[-2:]), left, top, wide, high).shift(to_x, to_y))
     return joined, Instances.concatenate(moved), torch.tensor(tiles, dtype=torch.float32)
 
 
-def _cut(objects: Instances, is_cut: Tensor, left: int, top: int, width: int, height: int) -> Instances:
-    """Cut the objects of an image to a window; `is_cut`, float32 [h, w], is 1 outside of it and 0 inside."""
-    start, end = torch.tensor([left, top]), torch.tensor([left + width, top + height])
+def _cut(objects: Instances, left: int, top: int, width: int, height: int) -> Instances:
+    """Cut the objects of an image to a window."""
+    objects, size = objects.shift(-left, -top), torch.tensor([width, height])
     extents = torch.where((objects.flags & HAS_MASK)[:, None] != 0, objects.frames, objects.boxes)
-    inside = ((extents[:, :2] >= start) & (extents[:, 2:] <= end)).all(dim=1)
-    touching = ((objects.boxes[:, :2] < end) & (objects.boxes[:, 2:] > start)).all(dim=1)
-    cut = objects.select(touching & ~inside).without_outside(*is_cut.shape)
-    parts = [objects.select(inside), occlude(cut, is_cut)]
-    return Instances.concatenate(parts).crop(left, top, width, height)
+    inside = ((extents[:, :2] >= 0) & (extents[:, 2:] <= size)).all(dim=1)
+    touching = ((objects.boxes[:, :2] < size) & (objects.boxes[:, 2:] > 0)).all(dim=1)
+    cut = objects.select(touching & ~inside)
+    # The cover reaches as far as the objects, because `occlude` takes what is beyond it for visible.
+    reach = torch.cat((cut.boxes, cut.frames)).reshape(-1, 2)  # [4 K, 2]
+    before, after = ((-reach).clamp(min=0), (reach - size).clamp(min=0))
+    x0, y0, x1, y1 = (int(side.max()) + 2 if len(cut) else 0 for side in (*before.unbind(1), *after.unbind(1)))
+    cover = F.pad(torch.zeros(height, width), (x0, x1, y0, y1), value=1.0)
+    visible = occlude(cut.shift(x0, y0), cover).shift(-x0, -y0)
+    return Instances.concatenate([objects.select(inside), visible]).crop(0, 0, width, height)

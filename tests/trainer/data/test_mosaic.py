@@ -81,11 +81,11 @@ def test_what_a_crop_left_of_an_object_is_in_no_other_tile() -> None:
     object_ = Instance(1, (30.0, 40.0, 240.0, 120.0), rle.encode(mask))
     cropped = read_instances([object_]).crop(100, 0, 100, 200)  # the object reaches far over both sides
     parts = [(torch.zeros((3, 200, 100), dtype=torch.uint8), cropped)] * 4
-    canvas, width = torch.tensor([[0.0, 0, 200, 200]]), 100
+    canvas, width = torch.tensor([[0.0, 0, 120, 200]]), 120  # tiles are narrower than what is cut to them
     for seed in range(5):
-        _, found, tiles = mosaic(parts, 200, 200, np.random.default_rng(seed))
+        _, found, tiles = mosaic(parts, 200, 120, np.random.default_rng(seed))
         values = sample_targets(found.bitmaps, found.frames, torch.arange(4), canvas.expand(4, 4), width)  # [4, w, w]
-        centres = (torch.arange(width) + 0.5) * 200 / width
+        centres = torch.arange(width) + 0.5
         for (x0, _, x1, _), columns in zip(tiles.tolist(), values.amax(1), strict=True):
             assert columns[(centres < x0 - 4) | (centres > x1 + 4)].max() < 0.1
             assert columns.max() > 0.9
