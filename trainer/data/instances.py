@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_area
 
 from shards.format.sample import Instance
 from trainer.data.mask_bitmaps import BITMAP, is_inside, rasterise
@@ -78,7 +79,7 @@ class Instances:
         """
         moved = self.shift(-x, -y)
         boxes = moved.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        is_cut = _area(boxes) < KEPT * _area(self.boxes)
+        is_cut = box_area(boxes) < KEPT * box_area(self.boxes)
         return replace(moved, boxes=boxes).loosened(is_cut).select(is_large(boxes))
 
     def without_outside(self, height: float, width: float) -> Instances:
@@ -202,10 +203,6 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
 def is_large(boxes: Tensor) -> Tensor:
     """Whether both sides of each box, float32 [M, 4], have at least MIN_SIDE pixels: bool [M]."""
     return ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
 
 
 def _mirror(boxes: Tensor, width: float) -> Tensor:
