@@ -45,8 +45,9 @@ def run_summary(
         ("pictures", f"{batches}, {pictures}" if evaluations else batches),
         ("next", f"maskstream predict --checkpoint {weights} --out predictions IMAGE ..."),
     ]
-    shards, split = _shown(data.shards), data.val_split or "val"
-    lines.append(("", f"maskstream evaluate --checkpoint {weights} --data.shards {shards} --data.split {split}"))
+    if data.val_split:
+        place = f"--data.shards {_shown(data.shards)} --data.split {data.val_split}"
+        lines.append(("", f"maskstream evaluate --checkpoint {weights} {place}"))
     return "\n".join(f"{title:<9} {text}" for title, text in lines)
 
 
