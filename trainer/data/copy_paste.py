@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, is_large
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, KEPT, Instances, is_large
 from trainer.data.mask_bitmaps import extents
 
 OBJECT_PROBABILITY = 0.5  # that an object of the donor is pasted, as in torchvision's reference
@@ -78,7 +78,7 @@ def occlude(instances: Instances, cover: Tensor) -> Instances:
 
     Masks lose their covered cells, and their boxes shrink to the rest. An object with less than MIN_VISIBLE_MASK of its
     mask (MIN_VISIBLE_BOX of its box, without a mask) is IGNORED and keeps its box, because something of it may be
-    visible anywhere in there. Group-of regions stay.
+    visible anywhere in there. A box without a mask that is visible to less than KEPT is LOOSE. Group-of regions stay.
     """
     if len(instances) == 0:
         return instances
@@ -92,7 +92,7 @@ def occlude(instances: Instances, cover: Tensor) -> Instances:
     shrinks = has_mask & ~hidden
     boxes = torch.where(shrinks[:, None], _shrunk_boxes(instances, bitmaps), instances.boxes)
     flags = torch.where(hidden, instances.flags | IGNORED, instances.flags)
-    remaining = replace(instances, boxes=boxes, bitmaps=bitmaps, flags=flags)
+    remaining = replace(instances, boxes=boxes, bitmaps=bitmaps, flags=flags).loosened(visible < KEPT)
     return remaining.select(is_large(boxes) & ~(is_object & (visible <= 0)))
 
 

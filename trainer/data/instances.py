@@ -22,7 +22,7 @@ LOOSE = 8  # without a mask, and may not reach all sides of its box, or not be w
 
 PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
 MIN_ROWS = 8  # of a batch's annotations per image
-KEPT = 0.8  # share of a box that must be left of it by a crop, for the object to reach the sides of what is left
+KEPT = 0.8  # share of a box that must stay in view, for the object to reach the sides of what is left
 MIN_SIDE = 1.0  # boxes with a shorter side, in pixels, are dropped after resizing and cropping
 
 

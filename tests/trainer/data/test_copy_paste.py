@@ -9,7 +9,7 @@ from torchvision.ops import masks_to_boxes
 from shards.format import rle
 from shards.format.sample import Instance
 from trainer.data.copy_paste import paste, paste_some
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, read_instances
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, Instances, read_instances
 from trainer.data.mask_bitmaps import sample_targets
 
 HEIGHT, WIDTH = 120, 160
@@ -67,6 +67,17 @@ def test_paste_drops_covered_objects_and_ignores_those_that_are_mostly_covered()
     assert result.labels.tolist() == [2, 3, 4, 5, 9]
     assert result.flags.tolist() == [HAS_MASK | IGNORED, IGNORED, 0, GROUP_OF, HAS_MASK]
     assert torch.equal(result.boxes[0], box)
+
+
+@pytest.mark.parametrize(("shown", "flags"), [(0.83, 0), (0.77, LOOSE), (0.55, LOOSE), (0.45, IGNORED)])
+def test_a_box_without_a_mask_that_is_partly_covered_is_loose(shown: float, flags: int) -> None:
+    covered = np.zeros((HEIGHT, WIDTH), np.uint8)
+    covered[10:110, round(20 + 100 * shown) : 140] = 1
+    below = read_instances([Instance(1, (20.0, 10.0, 100.0, 100.0), None), masked(2, ellipse(70, 60, 50, 50))])
+    _, result = paste(IMAGE, below, DONOR, objects(covered, first=9))
+    assert result.labels.tolist() == [1, 2, 9]
+    assert result.flags.tolist() == [flags, HAS_MASK, HAS_MASK]
+    assert torch.equal(result.boxes[0], below.boxes[0])
 
 
 def test_paste_clips_objects_to_the_image() -> None:
