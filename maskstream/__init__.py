@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shards.format.dataset_writer import DatasetWriter as DatasetWriter
     from shards.format.sample import Category as Category
     from shards.format.sample import Instance as Instance
+    from shards.format.sample import MaskPrediction as MaskPrediction
     from shards.format.sample import Sample as Sample
     from shards.order.mixture import Mix as Mix
     from shards.storage.location import Location as Location
@@ -36,6 +37,7 @@ _MODULES = {
     "EvalStream": "shards.stream.streams",
     "Instance": "shards.format.sample",
     "Location": "shards.storage.location",
+    "MaskPrediction": "shards.format.sample",
     "Mix": "shards.order.mixture",
     "Sample": "shards.format.sample",
     "SampleCache": "shards.stream.sample_cache",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = "maskstream"
 VERSION = 1
-VERSIONS = (1, 2)  # that this release reads; `Sample.version` says what needs the later one
+VERSIONS = (1, 2, 3)  # that this release reads; `Sample.version` says what needs the later ones
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.parquet"
 ACCOUNTS_FILE = "accounts.parquet"
@@ -117,7 +117,7 @@ class DatasetInfo:
             raise DatasetError(f"{where}: not a {FORMAT} dataset (format is missing or another): build one first")
         version = value.get("version")
         if type(version) is not int or version not in VERSIONS:
-            found, known = f"{where}: format version {shown(version)}", " and ".join(map(str, VERSIONS))
+            found, known = f"{where}: format version {shown(version)}", f"{VERSIONS[0]} to {VERSIONS[-1]}"
             raise DatasetError(f"{found}, this release reads versions {known}: upgrade maskstream")
         try:
             info = cls(
@@ -189,7 +189,7 @@ class Dataset:
 
     @cached_property
     def table(self) -> pa.Table:
-        """All rows and columns of the index (`INDEX_SCHEMA`), selected or not; a DatasetError if it is damaged."""
+        """All rows and columns of the index (see `IndexFile.table`), selected or not; a DatasetError if damaged."""
         return self.columns.table()
 
     def index(self, split: str) -> Index:

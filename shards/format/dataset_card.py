@@ -29,8 +29,9 @@ def _fields(kind: str, *names: str, of: str = "dtype") -> list[dict[str, Any]]:
 
 
 # By the version of the format: extensions of images, and further lists of class ids.
-IMAGES: dict[int, tuple[str, ...]] = {1: ("jpg",), 2: ("jpg", "png")}
-NOT_EXHAUSTIVE: dict[int, tuple[str, ...]] = {1: (), 2: ("not_exhaustive",)}
+IMAGES: dict[int, tuple[str, ...]] = {1: ("jpg",), 2: ("jpg", "png"), 3: ("jpg", "png")}
+NOT_EXHAUSTIVE: dict[int, tuple[str, ...]] = {1: (), 2: ("not_exhaustive",), 3: ("not_exhaustive",)}
+_PREDICTION = (*_fields("string", "mask_source", "mask_run"), *_fields("float64", "mask_score"))
 
 
 # The features to which `datasets` decodes a sample. Without them, it infers the columns from the first five samples and
@@ -55,6 +56,7 @@ def features(version: int) -> list[dict[str, Any]]:
                 },
                 *_fields("string", "box_id", "label"),
                 *_fields("float64", "predicted_iou", "area"),
+                *(_PREDICTION if version >= 3 else ()),
                 *_fields("bool", *FLAGS),
             ],
         },
@@ -143,9 +145,14 @@ before you distribute the data.""",
 }
 
 _IMAGE = {
-    1: "`<ImageID>.jpg` is the source's JPEG",
-    2: "`<ImageID>.jpg` or `<ImageID>.png` is the source's image",
+    ("jpg",): "`<ImageID>.jpg` is the source's JPEG",
+    ("jpg", "png"): "`<ImageID>.jpg` or `<ImageID>.png` is the source's image",
 }
+_PREDICTED = """\
+
+A trained model predicted {predicted}, for objects of which the source has a box only. They are not counted as masks
+above: their annotations have `mask_source` "predicted", `mask_score` (0 to 1) and `mask_run`, the name of the run.
+"""
 _CAST = 'dataset = dataset.cast_column("{0}", Image(decode=False))  # row["{0}"]["bytes"] is the {1}'
 _TEXT = """\
 # {heading}: {classes}
@@ -159,7 +166,7 @@ _TEXT = """\
 Every annotation of these classes in these images that the command does not exclude is included, with or without a mask.
 Not packed: {failures};
 `accounts.parquet` has a row for every image and every mask that was requested.
-
+{predictions}
 ## Use
 
 ```python
@@ -220,13 +227,15 @@ class ClassCounts:
     masks: int
     boxes: int
     groups: int
+    predicted: int = 0  # masks, which are not among `masks`
 
 
 def count_classes(rows: Sequence[IndexRow], categories: Sequence[Category]) -> list[ClassCounts]:
     """Count images, masks, boxes and group-of regions per split and class, in the order of `SPLITS` and of the ids."""
-    totals: defaultdict[tuple[str, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(4, np.int64))
+    totals: defaultdict[tuple[str, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(5, np.int64))
     for row in rows:
-        for number, *counts in zip(row.classes, row.masks, row.instances, row.groups, strict=True):
+        predicted = row.predicted or (0,) * len(row.classes)
+        for number, *counts in zip(row.classes, row.masks, row.instances, row.groups, predicted, strict=True):
             totals[row.split, number] += (1, *counts)
     found = {row.split for row in rows}
     return [
@@ -247,6 +256,10 @@ def _shown_picture(picture: CardPicture) -> str:
     credits = "; ".join(map(_credit, picture.samples))
     title = f"{counted(len(picture.samples), 'sample')} with masks and boxes"
     return f"\n![{title}]({PICTURE_FILE})\n\nBy rows: {credits}.\n"
+
+
+def _shown_predictions(masks: int) -> str:
+    return _PREDICTED.format(predicted=counted(masks, "mask")) if masks else ""
 
 
 def _credit(sample: Sample) -> str:
@@ -301,13 +314,14 @@ def render_card(
         heading=about.heading,
         origin=about.origin,
         attribution=about.attribution,
-        image=_IMAGE[version],
+        image=_IMAGE[IMAGES[version]],
         casts="\n".join(_CAST.format(name, name.replace("jpg", "jpeg").upper()) for name in IMAGES[version]),
         classes=", ".join(escaped(category.name) for category in categories),
         samples=counted(samples, "image"),
         shards=counted(len(shards), "tar shard"),
         megabytes=sum(shard.nbytes for shard in shards) / 1e6,
         counts="\n".join(rows),
+        predictions=_shown_predictions(sum(c.predicted for c in counts)),
         failures=", ".join(f"{count} {reason}" for reason, count in sorted(failures.items())) or "nothing",
         ids=", ".join(f"{category.id} {escaped(category.name)}" for category in categories),
         first_split=HUB_SPLITS[splits[0]],

@@ -227,7 +227,7 @@ class DatasetWriter:
         except (TypeError, ValueError):
             hint = "give x, y, width, height in pixels, or a mask"
             raise DatasetError(f"{where}: an instance of {category.name} has the bbox {shown(bbox)}: {hint}") from None
-        flags = {name: bool(value.get(name)) for name in FLAGS}
+        flags: dict[str, Any] = {name: bool(value.get(name)) for name in FLAGS}
         box_id, iou = str(value.get("box_id", "")), value.get("predicted_iou")
         return Instance(category.id, (x, y, w, h), segmentation, box_id, category.mid, **flags, predicted_iou=iou)
 
@@ -306,7 +306,7 @@ def _accounts(sample: Sample, split: str) -> list[Account]:
     return [Account("image", split, sample.image_id, "", sample.file_name, PACKED)] + [
         Account("mask", split, sample.image_id, instance.box_id, f"annotations[{number}]", PACKED)
         for number, instance in enumerate(sample.instances)
-        if instance.segmentation is not None
+        if instance.source_mask is not None
     ]
 
 

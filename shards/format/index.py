@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shards.common.errors import DatasetError
 from shards.common.shared_arrays import SharedArrays, can_share
 from shards.common.text import counted, one_line
-from shards.format.index_schema import INDEX_SCHEMA, check_column, check_schema, index_error
+from shards.format.index_schema import PREDICTED_COLUMN, check_column, check_schema, index_error, schema_of
 
 LARGEST_ID = 1_000_000  # of a class: counts per class are arrays of up to this length
 _ARRAYS = ("shard", "offset", "nbytes", "crc32", "width", "height")
@@ -37,7 +37,13 @@ class IndexFile:
 
     def __post_init__(self) -> None:
         with self._damaged():
-            check_schema(pq.read_schema(pa.BufferReader(self.data)), self.where)
+            check_schema(self.schema, self.where)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The schema of the file, which may have further columns."""
+        with self._damaged():
+            return pq.read_schema(pa.BufferReader(self.data))
 
     def __getitem__(self, name: str) -> pa.ChunkedArray:
         with self._damaged():
@@ -48,10 +54,11 @@ class IndexFile:
         return column
 
     def table(self) -> pa.Table:
-        """Return all columns, schema `INDEX_SCHEMA`."""
+        """Return all columns of the format: `INDEX_SCHEMA`, and `predicted` if the dataset has predicted masks."""
         with self._damaged():
-            table = pq.read_table(pa.BufferReader(self.data), schema=INDEX_SCHEMA)
-            for name in INDEX_SCHEMA.names:
+            schema = schema_of(self.schema)
+            table = pq.read_table(pa.BufferReader(self.data), schema=schema)
+            for name in schema.names:
                 check_column(name, table[name], self.where)
         return table
 
@@ -67,7 +74,7 @@ class IndexFile:
 class Labels:
     """The number of annotations of each class in each of N samples, from list columns with one list per sample."""
 
-    columns: IndexFile = field(repr=False)  # the source of `classes`, `instances`, `masks` and `groups`
+    columns: IndexFile = field(repr=False)  # the source of `classes`, `instances`, `masks`, `groups`, `predicted`
     rows: NDArray[np.int64] = field(repr=False)  # [N] the rows of `columns` that belong to the samples, ascending
 
     @property
@@ -81,7 +88,9 @@ class Labels:
         return np.repeat(np.arange(len(self.rows), dtype=np.int64), self._classes[1])
 
     def flat(self, column: str) -> NDArray[np.int32]:
-        """Return [P] the entries of a column, parallel to `classes`."""
+        """Return [P] the entries of a column, parallel to `classes`; zeros for `predicted` of an index without it."""
+        if column == PREDICTED_COLUMN.name and column not in self.columns.schema.names:
+            return np.zeros_like(self.classes)
         values, lengths = self._flat(column)
         if not np.array_equal(lengths, self._classes[1]):
             raise index_error(self.columns.where, f"a row has another number of {column} than of classes")
@@ -203,7 +212,7 @@ class Index:
         return digest.hexdigest()[:16]
 
     def counts(self, column: str, categories: Sequence[Any]) -> dict[int, int]:
-        """Return the total of `instances`, `masks`, `groups`, or `images` that have the class, for each category id."""
+        """Return for each category id the total of `instances`, `masks`, `groups` or `predicted`, or its `images`."""
         assert self.labels is not None, "an index without labels counts nothing"
         weights = None if column == "images" else self.labels.flat(column).astype(np.int64)
         least = max((category.id for category in categories), default=0) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -29,15 +29,17 @@ INDEX_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("classes", pa.list_(pa.int32())),  # ids of the classes that have an instance, ascending
         ("instances", pa.list_(pa.int32())),  # for each of `classes`: boxes, with masks or without
-        ("masks", pa.list_(pa.int32())),  # for each of `classes`: instances with a mask
+        ("masks", pa.list_(pa.int32())),  # for each of `classes`: instances with a mask of the source
         ("groups", pa.list_(pa.int32())),  # for each of `classes`: group-of regions
     ]
 )
+# For each of `classes`: instances with a predicted mask. Only the index of a dataset with predicted masks has it.
+PREDICTED_COLUMN = pa.field("predicted", pa.list_(pa.int32()))
 
 
 @dataclass(frozen=True, slots=True)
 class IndexRow:
-    """One row of the index; the columns of `INDEX_SCHEMA`."""
+    """One row of the index; the columns of `INDEX_SCHEMA`, and `predicted`, which is () for a sample without any."""
 
     image_id: str
     split: str
@@ -51,12 +53,14 @@ class IndexRow:
     instances: tuple[int, ...]
     masks: tuple[int, ...]
     groups: tuple[int, ...]
+    predicted: tuple[int, ...] = ()
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> IndexRow:
         """Return a row from JSON or Arrow values, in which tuples are lists."""
         given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**given)
+        row = cls(**given)
+        return row if row.predicted != (0,) * len(row.classes) else replace(row, predicted=())
 
 
 def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
@@ -78,7 +82,10 @@ def index_bytes(rows: Iterable[IndexRow], shards: Mapping[str, int]) -> bytes:
     for path, samples in shards.items():
         if counts[path] != samples:
             raise DatasetError(f"{path} has {counted(samples, 'sample')}, the index {counts[path]}")
-    return parquet_bytes(ordered, INDEX_SCHEMA)
+    if not any(row.predicted for row in ordered):
+        return parquet_bytes(ordered, INDEX_SCHEMA)
+    ordered = [replace(row, predicted=row.predicted or (0,) * len(row.classes)) for row in ordered]
+    return parquet_bytes(ordered, INDEX_SCHEMA.append(PREDICTED_COLUMN))
 
 
 def parquet_bytes(rows: Sequence[Any], schema: pa.Schema) -> bytes:
@@ -118,9 +125,14 @@ def size_fault(data: bytes, most_rows: int, classes: int, where: str) -> str:
     return ""
 
 
+def schema_of(found: pa.Schema) -> pa.Schema:
+    """Return the columns that an index must have, by the schema of its file: `predicted` is optional."""
+    return INDEX_SCHEMA.append(PREDICTED_COLUMN) if PREDICTED_COLUMN.name in found.names else INDEX_SCHEMA
+
+
 def check_schema(found: pa.Schema, where: str) -> None:
-    """Raise a DatasetError if a file's schema lacks a column of `INDEX_SCHEMA`; additional columns are ignored."""
-    for item in INDEX_SCHEMA:
+    """Raise a DatasetError if a file's schema lacks a column of `schema_of`; additional columns are ignored."""
+    for item in schema_of(found):
         if (times := found.names.count(item.name)) != 1:
             problem = f"column {item.name} occurs {times} times" if times else f"there is no column {item.name}"
             raise index_error(where, problem)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 FLAGS = ("is_group_of", "is_occluded", "is_truncated", "is_depiction", "is_inside")
+PREDICTED = "predicted"  # the `mask_source` of a predicted mask; other masks have none
 OMIT_NONE = {"omit_none": True}  # metadata of a field that `canonical_json` leaves out while it is None
 LARGEST_SIDE = 65_535  # pixels; JPEG has no larger images
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -44,6 +45,14 @@ class Category:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskPrediction:
+    """Where a predicted mask comes from: its score, 0 to 1, and the name of the run that predicted it."""
+
+    score: float
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One annotated object.
 
@@ -58,6 +67,7 @@ class Instance:
         predicted_iou: Open Images' estimate of the mask's quality, 0 to 1; None if unknown.
         area: the object's area in pixels by the source, which COCO's metric takes for small, medium and large; None if
             the source gives none.
+        prediction: of a predicted mask; None for a mask of the source.
     """
 
     category_id: int
@@ -72,6 +82,12 @@ class Instance:
     is_inside: bool = False
     predicted_iou: float | None = None
     area: float | None = None
+    prediction: MaskPrediction | None = None
+
+    @property
+    def source_mask(self) -> Rle | None:
+        """Its mask if that is the source's; None for a box without a mask and for a predicted mask."""
+        return self.segmentation if self.prediction is None else None
 
     def coco_area(self) -> float:
         """Return COCO's `area` of the object in pixels: the source's, else that of its mask, else that of its box."""
@@ -88,6 +104,7 @@ class Instance:
             "iscrowd": int(self.is_group_of),
             "segmentation": None if self.segmentation is None else self.segmentation.to_json(),
             **({} if self.area is None else {"area": self.area}),
+            **({} if self.prediction is None else _prediction_json(self.prediction)),
         }
 
     @classmethod
@@ -103,8 +120,21 @@ class Instance:
             label=str(value["label"]),
             predicted_iou=None if predicted_iou is None else float(predicted_iou),
             area=None if area is None else float(area),
+            prediction=_prediction_from_json(value),
             **{flag: bool(value[flag]) for flag in FLAGS},
         )
+
+
+def _prediction_json(prediction: MaskPrediction) -> dict[str, Any]:
+    return {"mask_source": PREDICTED, "mask_score": prediction.score, "mask_run": prediction.run}
+
+
+def _prediction_from_json(annotation: dict[str, Any]) -> MaskPrediction | None:
+    if "mask_source" not in annotation:
+        return None
+    if (source := annotation["mask_source"]) != PREDICTED:
+        raise ValueError(f"mask_source is {source!r}, not {PREDICTED!r}")
+    return MaskPrediction(float(annotation["mask_score"]), str(annotation["mask_run"]))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -140,8 +170,10 @@ class Sample:
     title: str = ""
 
     def __repr__(self) -> str:
-        masks = sum(instance.segmentation is not None for instance in self.instances)
+        masks = sum(instance.source_mask is not None for instance in self.instances)
+        predicted = sum(instance.prediction is not None for instance in self.instances)
         objects = f"{counted(len(self.instances), 'object')}, {counted(masks, 'mask')}"
+        objects += f", {counted(predicted, 'predicted mask')}" if predicted else ""
         return f"Sample({self.image_id!r}, {self.width}x{self.height}, {objects})"
 
     @property
@@ -151,7 +183,12 @@ class Sample:
 
     @property
     def version(self) -> int:
-        """The version of the format that can hold the sample; version 1 has neither PNGs nor `not_exhaustive`."""
+        """The version of the format that can hold the sample.
+
+        Version 1 has neither PNGs nor `not_exhaustive`, versions 1 and 2 have no predicted masks.
+        """
+        if any(instance.prediction is not None for instance in self.instances):
+            return 3
         return 2 if self.image.startswith(PNG_SIGNATURE) or self.not_exhaustive else 1
 
     def picture(self) -> Image.Image:
@@ -177,6 +214,11 @@ class Sample:
             if instance.segmentation is not None:
                 mask[:] = decode(instance.segmentation)
         return masks
+
+    def without_predictions(self) -> Sample:
+        """Return the sample as the source has it: an object with a predicted mask is one with a box only."""
+        instances = tuple(replace(one, segmentation=one.source_mask, prediction=None) for one in self.instances)
+        return replace(self, instances=instances)
 
     def to_members(self) -> dict[str, bytes]:
         """Return the tar members by extension, in order; a SampleError if the key or the size of a mask is wrong."""

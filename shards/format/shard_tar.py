@@ -71,7 +71,8 @@ def pack_shard(samples: Iterable[Sample], *, split: str, path: str) -> PackedSha
 def index_row(sample: Sample, split: str, path: str, offset: int, data: bytes | memoryview) -> IndexRow:
     """Return the index row of a sample whose bytes are `data`, at `offset` of the shard `path`."""
     instances = Counter(instance.category_id for instance in sample.instances)
-    masks = Counter(instance.category_id for instance in sample.instances if instance.segmentation is not None)
+    masks = Counter(instance.category_id for instance in sample.instances if instance.source_mask is not None)
+    predicted = Counter(instance.category_id for instance in sample.instances if instance.prediction is not None)
     groups = Counter(instance.category_id for instance in sample.instances if instance.is_group_of)
     classes = tuple(sorted(instances))
     return IndexRow(
@@ -87,6 +88,7 @@ def index_row(sample: Sample, split: str, path: str, offset: int, data: bytes | 
         instances=tuple(instances[c] for c in classes),
         masks=tuple(masks[c] for c in classes),
         groups=tuple(groups[c] for c in classes),
+        predicted=tuple(predicted[c] for c in classes) if predicted else (),
     )
 
 

@@ -7,7 +7,7 @@ from shards.common.errors import SampleError
 from shards.common.text import one_line
 from shards.format import rle
 from shards.format.image import ImageError, image_size
-from shards.format.sample import Instance, Sample, box_fault, shown_box
+from shards.format.sample import Instance, MaskPrediction, Sample, box_fault, shown_box
 
 Rectangle = tuple[float, float, float, float]  # x, y, w, h in pixels
 ROTATIONS = (0, 90, 180, 270)
@@ -69,8 +69,19 @@ def instance_faults(instance: Instance, width: int, height: int, categories: Set
         yield f"predicted_iou {iou:g} is not from 0 to 1"
     if instance.area is not None and not 0 <= instance.area < math.inf:
         yield f"area {instance.area:g} is not a number of pixels"
+    if instance.prediction is not None:
+        yield from _prediction_faults(instance.prediction, instance)
     if instance.segmentation is not None:
         yield from _mask_faults(instance.segmentation, instance.bbox, width, height)
+
+
+def _prediction_faults(prediction: MaskPrediction, instance: Instance) -> Iterator[str]:
+    if instance.segmentation is None:
+        yield "mask_source is predicted, and there is no mask"
+    if not 0 <= prediction.score <= 1:
+        yield f"mask_score {prediction.score:g} is not from 0 to 1"
+    if not prediction.run:
+        yield "mask_run is empty: a predicted mask has the name of the run that predicted it"
 
 
 def _mask_faults(mask: rle.Rle, bbox: Rectangle, width: int, height: int) -> Iterator[str]:

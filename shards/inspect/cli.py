@@ -129,10 +129,11 @@ def _verify(root: Location, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(redact_values({"root": str(root), **asdict(checked)}), indent=2))
     else:
+        predicted = f", {counted(checked.predicted, 'predicted mask')}" if checked.predicted else ""
         print(
             f"{counted(len(checked.faults), 'fault') if checked.faults else 'no fault'}: "
             f"{counted(checked.samples, 'sample')} in {counted(checked.shards, 'shard')}, "
-            f"{counted(checked.boxes, 'box', 'boxes')}, {counted(checked.masks, 'mask')}, "
+            f"{counted(checked.boxes, 'box', 'boxes')}, {counted(checked.masks, 'mask')}{predicted}, "
             f"{checked.nbytes / 1e6:.1f} MB read in {time.monotonic() - started:.1f} s"
         )
     return 1 if checked.faults else 0

@@ -39,7 +39,8 @@ class Checked:
     shards: int = 0
     samples: int = 0
     boxes: int = 0
-    masks: int = 0
+    masks: int = 0  # of the source
+    predicted: int = 0  # masks
     nbytes: int = 0
     faults: list[Fault] = field(default_factory=list)
 
@@ -106,11 +107,12 @@ class ShardCheck:
             checked.faults.append(self._fault(str(error).partition(": ")[2], found.key, found.offset))
             return None
         checked.boxes += len(sample.instances)
-        checked.masks += sum(instance.segmentation is not None for instance in sample.instances)
+        checked.masks += sum(instance.source_mask is not None for instance in sample.instances)
+        checked.predicted += sum(instance.prediction is not None for instance in sample.instances)
         faults = content_faults(sample, found.members["json"], self.categories)
         checked.faults += [self._fault(what, found.key, found.offset) for what in faults]
         if sample.version > self.shard.version:
-            what = f"{sample.file_name} needs format version {sample.version}, {DATASET_FILE} says {self.shard.version}"
+            what = f"it needs format version {sample.version}, {DATASET_FILE} says {self.shard.version}"
             checked.faults.append(self._fault(what, found.key, found.offset))
         return sample
 

@@ -41,7 +41,7 @@ def test_a_root_without_dataset_json_is_an_unfinished_build_and_one_that_is_not_
     ("change", "message"),
     [
         ({"format": "coco"}, "not a maskstream dataset"),
-        ({"version": 3}, "format version 3, this release reads versions 1 and 2: upgrade maskstream"),
+        ({"version": 4}, "format version 4, this release reads versions 1 to 3: upgrade maskstream"),
         ({"classes": [{"id": 1}]}, "damaged"),
         ({"classes": [{"id": 1, "name": None, "mid": ""}]}, "name of a category is None, not of type str"),
         ({"classes": [{"id": 10**12, "name": "a", "mid": ""}]}, "id of a category is 1000000000000: ids are from 1 to"),

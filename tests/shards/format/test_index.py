@@ -101,7 +101,8 @@ NOT_UTF8 = pa.StringArray.from_buffers(3, pa.py_buffer(np.arange(4, dtype=np.int
 def with_column(name, values):
     def edit(rows):
         table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-        return table.set_column(INDEX_SCHEMA.get_field_index(name), name, values)
+        number = INDEX_SCHEMA.get_field_index(name)
+        return table.append_column(name, values) if number < 0 else table.set_column(number, name, values)
 
     return edit
 
@@ -122,6 +123,7 @@ def with_column(name, values):
         (row_with(height=0), "column height has 0"),
         (with_column("width", pa.array([48.0, float("nan"), 48.0])), "column width is double, not int32"),
         (with_column("groups", pa.array([1, 1, 1], pa.int32())), "column groups is int32, not list<"),
+        (with_column("predicted", pa.array([1, 1, 1], pa.int32())), "column predicted is int32, not list<"),
         (lambda rows: pa.Table.from_pylist(rows, schema=INDEX_SCHEMA).drop_columns(["groups"]), "no column groups"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_shard_that_understates_its_version_or_misnames_an_image_is_a_fault(
 
     edit_info(root, understate)
     assert inspect([str(root), "--verify"]) == 1
-    assert "png0.png needs format version 2, dataset.json says 1" in capsys.readouterr().out
+    assert "it needs format version 2, dataset.json says 1" in capsys.readouterr().out
     sample = stored(pictures)["png0"]
     for extension, data in (("jpg", sample.image), ("png", jpeg(48, 32, 0))):
         with pytest.raises(SampleError, match=f"a.{extension} is another kind of file"):
