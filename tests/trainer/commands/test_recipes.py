@@ -53,7 +53,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("name", ["coco", "fast", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
+@pytest.mark.parametrize("name", ["coco", "fast", "few-masks", "lsj", "traffic", "traffic-coco", "traffic-heads-first"])
 def test_a_recipe_trains(
     name: str, dataset: Path, weights: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
