@@ -217,6 +217,8 @@ class Sample:
 
     def without_predictions(self) -> Sample:
         """Return the sample as the source has it: an object with a predicted mask is one with a box only."""
+        if all(instance.prediction is None for instance in self.instances):
+            return self
         instances = tuple(replace(one, segmentation=one.source_mask, prediction=None) for one in self.instances)
         return replace(self, instances=instances)
 

@@ -40,10 +40,16 @@ class Overlaps:
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedImage:
-    """One image with its detections, in pixels of the image as stored."""
+    """One image with its detections, in pixels of the image as stored.
+
+    `sample` is the truth: a predicted mask is none, and its object here is one with a box only.
+    """
 
     sample: Sample
     detections: Detections
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sample", self.sample.without_predictions())
 
     @cached_property
     def overlaps(self) -> Overlaps:

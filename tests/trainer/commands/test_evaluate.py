@@ -2,12 +2,15 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shards.format.sample import MaskPrediction, Sample
+from tests.support import write_dataset
 from tests.trainer import tiny
 from trainer.commands import evaluate
 
@@ -63,6 +66,28 @@ def test_evaluate_prints_a_table_and_writes_all_files_also_with_other_thresholds
     assert value["detections"] > 3 * value["images"]
     assert other["parents"] == {"2": [1]}
     assert [entry["objects"] for entry in other["open_images"]["classes"]] == [other["masks"], objects[1]]
+
+
+def test_a_predicted_mask_is_no_truth(checkpoint: Path, tmp_path: Path) -> None:
+    """The evaluation, its tables and its page are those of a split where the object has a box only."""
+    filled = [with_prediction(tiny.draw_sample(number)) for number in range(5)]
+    assert any(one != one.without_predictions() for one in filled)
+    found = []
+    for name, samples in (("filled", filled), ("boxes", [one.without_predictions() for one in filled])):
+        write_dataset(tmp_path / name, {"val": samples}, categories=tiny.CATEGORIES)
+        command = ["--checkpoint", str(checkpoint), "--data.shards", str(tmp_path / name), "--data.workers", "0"]
+        assert evaluate.main([*command, "--score", "0.1", "--pictures", "3", "--out", str(tmp_path / "out")]) == 0
+        files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        found.append({key: data.replace(str(tmp_path / name).encode(), b"ROOT") for key, data in files.items()})
+    assert found[0].keys() == FILES
+    assert found[0] == found[1]
+
+
+def with_prediction(sample: Sample) -> Sample:
+    """Return a sample whose second object, where there is one, has a predicted mask."""
+    first, *others = sample.instances
+    others[:1] = [replace(one, prediction=MaskPrediction(0.9, "run")) for one in others[:1] if one.segmentation]
+    return replace(sample, instances=(first, *others))
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_reported_before_the_evaluation(
