@@ -11,7 +11,7 @@ import pandas as pd
 from builder.commands.build import Summary
 from builder.commands.dry_run import Estimate
 from builder.fetching.traffic import Traffic
-from builder.planning.class_report import ClassReport
+from builder.planning.class_report import MASKS_FROM_BOXES, ClassReport, without_masks
 from shards.common.redact import redact_url
 from shards.common.tables import text_table
 from shards.common.text import counted, duration
@@ -88,7 +88,7 @@ def to_json(result: Summary | Estimate, out: str) -> str:
 
 
 def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], state: str) -> list[str]:
-    """Return a table of the requested classes and what is packed of them, and a line for each shortage and the rest."""
+    """Return a table of the requested classes and what is packed of them, with lines on masks, shortages and others."""
     found = {(one.split, one.name): one for one in counts}
     rows = []
     for report in chosen:
@@ -97,6 +97,7 @@ def _class_lines(chosen: Sequence[ClassReport], counts: Sequence[ClassCounts], s
     columns = ["split", "class", "requested", "available", "images", "masks", "boxes"]
     lines = text_table(pd.DataFrame(rows, columns=columns))
     lines.append(f"requested: images; available: images of the class at the source; images, masks, boxes: {state}")
+    lines += [MASKS_FROM_BOXES] if without_masks(chosen) else []
     short: dict[str, list[str]] = {}
     for report in chosen:
         if report.reason:

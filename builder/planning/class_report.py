@@ -11,6 +11,10 @@ from shards.common.text import counted
 from shards.format.dataset import Category
 
 FEW_MASKS = 20  # of a class in train, while most of its objects have none
+MASKS_FROM_BOXES = (
+    "classes with no or few masks learn them from boxes with --model.mask_head agnostic --loss.unmasked masks "
+    "(recipe few-masks): docs/masks-from-boxes.md"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +72,22 @@ def report_classes(
     return reports
 
 
-def warn_of_few_masks(reports: Iterable[ClassReport]) -> None:
-    """Log the classes that have boxes and no mask, or hardly any, in the selected images of train."""
+def without_masks(reports: Iterable[ClassReport]) -> list[ClassReport]:
+    """Return the classes that have boxes and no mask, or hardly any, in the selected images of train."""
     of_train = [one for one in reports if one.split == "train" and one.boxes]
-    none = [one.name for one in of_train if not one.masks]
-    few = [f"{one.name} ({one.masks})" for one in of_train if 0 < one.masks < min(FEW_MASKS, one.boxes / 2)]
+    return [one for one in of_train if not one.masks or one.masks < min(FEW_MASKS, one.boxes / 2)]
+
+
+def warn_of_few_masks(reports: Iterable[ClassReport]) -> None:
+    """Log the classes with no mask, and those with few; the report of the build says what to do, `MASKS_FROM_BOXES`."""
+    found = without_masks(reports)
+    none = [one.name for one in found if not one.masks]
+    few = [f"{one.name} ({one.masks})" for one in found if one.masks]
     for what, names in (("no mask", none), ("few masks", few)):
         if names:
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             logger.warning(
-                "%s in the selected images of train: %s: Mask R-CNN learns boxes from them, and hardly a mask "
-                "(--list-classes counts the masks at the source)",
-                *(what, shown),
+                "%s in the selected images of train: %s (--list-classes counts the masks at the source)", what, shown
             )
 
 

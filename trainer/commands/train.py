@@ -308,7 +308,7 @@ def write_model_card(t: Training, record: RunLog) -> None:
     from trainer.run.runlog import environment
 
     index, categories = t.stream.order.indexes[0], t.dataset.categories
-    warnings = mask_warnings(t.dataset.index(t.config.data.split), categories)
+    warnings = mask_warnings(t.dataset.index(t.config.data.split), categories, t.config)
     rows, machine = (record.steps.rows, record.evaluations.rows), environment(t.accelerator)
     (t.run / README_FILE).write(model_card(t.config, t.dataset, len(index), *rows, machine, warnings).encode("utf-8"))
 

@@ -94,8 +94,7 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
         names = ", ".join(category.name for category in dataset.categories)
         log.info("training on %s: objects of the dataset's other classes are background", names)
     if accelerator.is_main_process:
-        for warning in mask_warnings(dataset.index(config.data.split), dataset.categories):
-            log.warning("data.split %s: %s", config.data.split, warning)
+        warn_of_few_masks(config, dataset)
     if resumed:
         check_same_run(resumed, config, stream.order.identity(), dataset.categories)
 
@@ -119,22 +118,48 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
     return t
 
 
-def mask_warnings(index: Index, categories: Sequence[Category]) -> list[str]:
+def warn_of_few_masks(config: Config, dataset: Dataset) -> None:
+    """Log the classes with no or few masks in the training split, and the settings with which they learn masks."""
+    warnings = mask_warnings(dataset.index(config.data.split), dataset.categories, config)
+    for warning in warnings:
+        log.warning("data.split %s: %s", config.data.split, warning)
+    if warnings and (advice := masks_from_boxes(config)):
+        log.warning("%s", advice)
+
+
+def mask_warnings(index: Index, categories: Sequence[Category], config: Config) -> list[str]:
     """Return a warning about the classes without a mask in a split, and one about those with few, if there are any."""
     objects, masks = index.counts("instances", categories), index.counts("masks", categories)
     groups = index.counts("groups", categories)
-    without, few = list[str](), list[str]()
+    without, few, enough = list[str](), list[str](), False
     for category in categories:
         alone = objects[category.id] - groups[category.id]
-        if alone > 0 and masks[category.id] < min(FEW_MASKS, alone):
+        if masks[category.id] < min(FEW_MASKS, alone):
             kind = few if masks[category.id] else without
             kind.append(f"{category.name} ({masks[category.id]} of {counted(alone, 'object')})")
-    effect = "boxes and classes are learnt, masks"
+        elif masks[category.id]:
+            enough = True
+    ways = {
+        "from boxes": config.loss.unmasked == "masks",
+        "from the other classes": config.model.mask_head == "agnostic" and enough,
+    }
+    learnt = " and ".join(way for way, is_on in ways.items() if is_on)
     return [
-        f"{what}: {_some(found)}: {effect} {how}"
+        f"{what}: {_some(found)}: boxes and classes are learnt, masks {learnt or how}"
         for what, found, how in (("no mask", without, "never"), ("few masks", few, "hardly"))
         if found
     ]
+
+
+def masks_from_boxes(config: Config) -> str:
+    """Return the settings with which classes with no or few masks learn them, as a sentence; "" if they are on."""
+    is_on = {
+        "--model.mask_head agnostic": config.model.mask_head == "agnostic",
+        "--loss.unmasked masks": config.loss.unmasked == "masks",
+    }
+    off = " ".join(option for option in is_on if not is_on[option])
+    effect = "such classes learn masks from boxes and from the other classes with"
+    return off and f"{effect} {off} (recipe few-masks): docs/masks-from-boxes.md"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from builder.commands.build import Shortfall, Summary
 from builder.commands.cli import main
 from builder.commands.dry_run import SAMPLED
 from builder.commands.summary import render_estimate, render_summary
+from builder.planning.class_report import ClassReport
 from builder.planning.plan_build import MIN_TRIED
 from demo.scenes import SceneTruth
 from shards.storage.location import Location
@@ -69,6 +70,28 @@ def test_a_split_without_an_image_has_rows_of_zeros_and_a_reason(tmp_path: Path,
         assert "\nval: no image: the source has no image of these classes for it\n" in printed
         assert ("\ntest: no image: none of its images could be packed\n" in printed) == (not more)
     assert "\ntest person 1 1 0 0 0\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("split", "masks", "boxes", "advised"),
+    [
+        ("train", 0, 9, 1),
+        ("train", 3, 9, 1),
+        ("train", 5, 9, 0),
+        ("train", 20, 99, 0),
+        ("train", 0, 0, 0),
+        ("val", 0, 9, 0),
+    ],
+)
+def test_a_report_says_once_how_classes_with_few_masks_learn_them(
+    split: str, masks: int, boxes: int, advised: int
+) -> None:
+    chosen = tuple(ClassReport(split, name, 9, 9, masks, 9, masks, boxes) for name in ("Person", "Car"))
+    text = render_summary(Summary(already_built=False, chosen=chosen), "x")
+    assert (
+        text.count("\nclasses with no or few masks learn them from boxes with --model.mask_head agnostic --loss")
+        == advised
+    )
 
 
 def test_a_summary_counts_in_the_singular() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -16,9 +18,10 @@ from shards.format.sample import Instance
 from tests.support import write_dataset
 from tests.trainer import tiny
 from trainer.commands import train
+from trainer.config.settings import Config, LossConfig, ModelConfig
 from trainer.model.backbones import FrozenBatchNorm2d
 from trainer.model.build import build_model
-from trainer.run.run_state import mask_warnings, set_up
+from trainer.run.run_state import set_up, warn_of_few_masks
 
 
 def types_of_norms(network: nn.Module) -> set[torch.dtype | None]:
@@ -27,18 +30,42 @@ def types_of_norms(network: nn.Module) -> set[torch.dtype | None]:
     return {None if norm.cached is None else norm.cached[0].dtype for norm in norms}
 
 
-def test_classes_with_no_or_few_masks_are_named_at_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask_head", "unmasked", "full", "never", "hardly", "missing"),
+    [
+        ("per_class", "box", True, "never", "hardly", "--model.mask_head agnostic --loss.unmasked masks"),
+        ("agnostic", "box", True, *["from the other classes"] * 2, "--loss.unmasked masks"),
+        ("per_class", "masks", True, *["from boxes"] * 2, "--model.mask_head agnostic"),
+        ("agnostic", "masks", True, *["from boxes and from the other classes"] * 2, ""),
+        ("agnostic", "masks", False, *["from boxes"] * 2, ""),
+    ],
+)
+def test_the_start_names_classes_with_no_or_few_masks_and_how_they_learn_them(
+    mask_head: Any,
+    unmasked: Any,
+    full: bool,
+    never: str,
+    hardly: str,
+    missing: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     box = (4.0, 4.0, 30.0, 30.0)
     one = tiny.draw_sample(1)
     masked, bare = Instance(1, box, rle.encode(np.ones((one.height, one.width)))), Instance(2, box, None)
     group = Instance(3, box, None, is_group_of=True)
-    instances = (*[masked] * 3, replace(masked, segmentation=None), *[bare] * 12, group, replace(masked, category_id=4))
+    instances = (*[masked] * 3, replace(masked, segmentation=None), *[bare] * 12, group)
+    instances += (replace(masked, category_id=4),) * full
     names = ("Square", "Tree", "Crowd", "Disc")
     categories = tuple(Category(number, name, "") for number, name in enumerate(names, 1))
     dataset = write_dataset(tmp_path, {"train": [replace(one, instances=instances)]}, categories=categories)
-    assert mask_warnings(dataset.index("train"), categories) == [
-        "no mask: Tree (0 of 12 objects): boxes and classes are learnt, masks never",
-        "few masks: Square (3 of 4 objects): boxes and classes are learnt, masks hardly",
+    warn_of_few_masks(Config(model=ModelConfig(mask_head=mask_head), loss=LossConfig(unmasked=unmasked)), dataset)
+    known = "boxes and classes are learnt, masks"
+    advice = "such classes learn masks from boxes and from the other classes with"
+    assert caplog.messages == [
+        f"data.split train: no mask: Tree (0 of 12 objects): {known} {never}",
+        f"data.split train: few masks: Square (3 of 4 objects): {known} {hardly}",
+        *([f"{advice} {missing} (recipe few-masks): docs/masks-from-boxes.md"] if missing else []),
     ]
 
 
