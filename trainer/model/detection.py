@@ -182,11 +182,16 @@ def predict_masks(network: MaskRCNN, found: Boxes, slots: NDArray[np.int64]) -> 
     Returns:
         Probabilities, float32 [K, M, M].
     """
-    heads, device = network.roi_heads, found.boxes.device
-    index = to_device(slots, device)
+    index = to_device(slots, found.boxes.device)
     rois = Rois(found.boxes.flatten(0, 1)[index], index // found.boxes.shape[1])
-    logits = heads.mask_predictor(heads.mask_head(_pool(heads.mask_roi_pool, found.maps, rois)))
-    return of_label(logits.float(), found.labels.flatten()[index]).sigmoid()
+    return masks_of_rois(network, found.maps, rois, found.labels.flatten()[index])
+
+
+def masks_of_rois(network: MaskRCNN, maps: list[Tensor], rois: Rois, labels: Tensor) -> Tensor:
+    """Predict the mask of each RoI for its label, int64 [K]: probabilities, float32 [K, M, M]; `maps` as in `Boxes`."""
+    heads = network.roi_heads
+    logits = heads.mask_predictor(heads.mask_head(_pool(heads.mask_roi_pool, maps, rois)))
+    return of_label(logits.float(), labels).sigmoid()
 
 
 def in_fixed_shapes(device: torch.device) -> bool:

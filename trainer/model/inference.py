@@ -96,12 +96,12 @@ def _detections(
     """
     if network.training:
         raise RuntimeError("the network is in training mode: call eval() first")
-    scored = _delayed(map(partial(score_proposals, network, device), batches), ahead)
-    found = _delayed(map(partial(choose_boxes, network), scored), ahead)
-    yield from map(_finish_masks, _delayed(map(partial(_start_masks, network), found), ahead))
+    scored = delayed(map(partial(score_proposals, network, device), batches), ahead)
+    found = delayed(map(partial(choose_boxes, network), scored), ahead)
+    yield from map(_finish_masks, delayed(map(partial(_start_masks, network), found), ahead))
 
 
-def _delayed(items: Iterator[T], count: int) -> Iterator[T]:
+def delayed(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield each item after `count` further ones were taken."""
     waiting = deque[T]()
     for item in items:

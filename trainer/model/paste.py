@@ -25,6 +25,15 @@ PASTE_BYTES = 16 * 2**20  # of masks that are pasted together, one byte per pixe
 MASK_THRESHOLD = 0.5
 
 
+class Window(NamedTuple):
+    """A part of an image, in pixels: right and bottom are exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
 class Place(NamedTuple):
     """Where a mask is resized to, in pixels of its image: right and bottom are inclusive, and may be outside."""
 
@@ -34,11 +43,13 @@ class Place(NamedTuple):
     bottom: int
     height: int  # of the image
     width: int
+    window: Window  # of the image, outside of which the mask is cut off
 
     def inside(self) -> tuple[range, range]:
         """Return the columns and rows of the image that the mask covers."""
-        columns = range(max(self.left, 0), min(self.right + 1, self.width))
-        return columns, range(max(self.top, 0), min(self.bottom + 1, self.height))
+        window = self.window
+        columns = range(max(self.left, window.left), min(self.right + 1, window.right))
+        return columns, range(max(self.top, window.top), min(self.bottom + 1, window.bottom))
 
     def area(self) -> int:
         """Return the number of pixels of the image that the mask covers."""
@@ -57,13 +68,23 @@ class Paste:
         masks: probabilities, float32 [K, M, M], on the device.
         boxes: float32 [K, 4] x0, y0, x1, y1 in pixels of the images.
         sizes: int64 [K, 2] height and width of each mask's image.
+        windows: int64 [K, 4], a `Window` of the image for each mask; None for whole images.
     """
 
-    def __init__(self, masks: Tensor, boxes: NDArray[np.float32], sizes: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        masks: Tensor,
+        boxes: NDArray[np.float32],
+        sizes: NDArray[np.int64],
+        windows: NDArray[np.int64] | None = None,
+    ) -> None:
         side = masks.shape[-1]
         corners = expand_boxes(torch.from_numpy(boxes), (side + 2) / side).long().numpy()
+        if windows is None:
+            windows = np.concatenate((np.zeros_like(sizes), sizes[:, ::-1]), axis=1)
         self._masks = pad(masks, (1, 1, 1, 1))  # [K, M + 2, M + 2]
-        self._places = [Place(*place) for place in np.concatenate((corners, sizes), axis=1).tolist()]
+        places = zip(np.concatenate((corners, sizes), axis=1).tolist(), windows.tolist(), strict=True)
+        self._places = [Place._make([*place, Window(*window)]) for place, window in places]
         self._groups = _groups([place.area() for place in self._places])
         self._next = self._start_group()
 
