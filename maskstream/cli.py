@@ -1,10 +1,10 @@
 """The command `maskstream`: one entry point for every command of the project.
 
 `maskstream build` is `build-shards`, `maskstream classes` its `--list-classes`, and `maskstream inspect` is
-`inspect-shards`. `maskstream train`, `evaluate` and
-`predict` check their arguments, then run in this process, or under `accelerate launch` where there are several GPUs or
-an accelerate configuration (`predict` for a dataset only, not for images). `maskstream export` writes datasets, which
-is done by `shards`, or with `--to onnx` a model, by `trainer`. Only the chosen command is imported.
+`inspect-shards`. `maskstream train`, `evaluate`, `predict` and `fill` check their arguments, then run in this process,
+or under `accelerate launch` where there are several GPUs or an accelerate configuration (`predict` for a dataset only,
+not for images). `maskstream export` writes datasets, which is done by `shards`, or with `--to onnx` a model, by
+`trainer`. Only the chosen command is imported.
 """
 
 import os
@@ -28,11 +28,12 @@ COMMANDS = {
     "train": ("trainer.commands.train", "train Mask R-CNN on a shard dataset"),
     "evaluate": ("trainer.commands.evaluate", "score a checkpoint on a split of a shard dataset"),
     "predict": ("trainer.commands.predict", "find objects in images, folders, or a split of a shard dataset"),
+    "fill": ("trainer.commands.fill", "predict masks for the objects of a shard dataset that have a box only"),
     "compare": ("trainer.commands.compare", "train with several settings and compare their AP"),
     "recipes": ("trainer.commands.recipes", "list the settings that come with the package, or print one"),
 }
 ONNX_EXPORT = "trainer.commands.export_onnx"  # the module of `export --to onnx`
-LAUNCHED = ("train", "evaluate", "predict")  # on every GPU
+LAUNCHED = ("train", "evaluate", "predict", "fill")  # on every GPU
 
 _COMMAND_LINES = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
 HELP = f"""\
@@ -43,7 +44,7 @@ Mask R-CNN on a few classes of Open Images, streamed from tar shards in cloud st
 commands:
 {_COMMAND_LINES}
 
-`maskstream COMMAND --help` describes a command. train, evaluate and predict use every GPU;
+`maskstream COMMAND --help` describes a command. train, evaluate, predict and fill use every GPU;
 for several machines, or to choose GPUs, run `accelerate config` first."""
 
 

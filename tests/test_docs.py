@@ -31,8 +31,9 @@ DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 # Pages whose indented lines are commands, all of them.
 GUIDES = ("getting-started", "open-images-on-aws", "several-gpus", "private-bucket", "coming-from-matterport")
+TRAINER = ("train", "evaluate", "predict", "fill", "compare")
 PARSE: dict[str, Any] = {
-    **{name: import_module(f"trainer.commands.{name}").parse for name in ("train", "evaluate", "predict", "compare")},
+    **{name: import_module(f"trainer.commands.{name}").parse for name in TRAINER},
     "build": make_build_parser().parse_args,
     "export": make_export_parser().parse_args,
     "inspect": make_inspect_parser().parse_args,

@@ -57,6 +57,7 @@ PREDICT = ["predict", "--checkpoint", "run", "--out", "out"]
         (["train", *SHARDS], 2, True, []),
         (["train", *SHARDS], 0, True, []),
         ([*PREDICT, *SHARDS], 2, False, TWO_GPUS),
+        (["fill", "--checkpoint", "run", "--out", "out", *SHARDS], 2, False, TWO_GPUS),
         ([*PREDICT, "street.jpg"], 2, False, None),  # images need a single process
         ([*PREDICT, "street.jpg"], 2, True, None),
     ],

@@ -68,7 +68,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(root / "two-ranks.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            tiny.write_dataset(folder / "data")
+            tiny.write_checkpoint(folder / "masks", tiny.write_dataset(folder / "data"), masks=True)
             damage(tiny.write_dataset(folder / "damaged", samples=12), {3: "json", 8: "image"})
             (folder / "file").touch()
             done = tiny.run(Path(__file__).parent / "commands" / "two_ranks.py", [str(folder)])

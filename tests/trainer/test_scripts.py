@@ -11,7 +11,7 @@ import pytest
 from tests.support import REPOSITORY
 from tests.trainer import tiny
 
-NAMES = ("train", "evaluate", "predict", "compare")
+NAMES = ("train", "evaluate", "predict", "fill", "compare")
 LAUNCHER = ["-m", "accelerate.commands.launch"]
 
 # Stands for trainer/commands/NAME.py of a checkout: reports where it was imported from, here and in loader processes.

@@ -1,5 +1,6 @@
 """A dataset of drawn shapes, a network small enough for two CPU cores, and trainings in separate processes."""
 
+import hashlib
 import io
 import json
 import os
@@ -96,11 +97,25 @@ def predict_options(checkpoint: Path, dataset: Path) -> list[str]:
     return [*command, "--score", "0.1", "--data.workers", "0", "--batch-size", "2", "--part-images", "3"]
 
 
-def write_checkpoint(run: Path, dataset: Path) -> Path:
-    """A run folder with one checkpoint, of the untrained network of `SETTINGS`."""
-    config = train.parse(arguments(dataset, run))
+def fill_options(checkpoint: Path, dataset: Path | str, out: Path | str, *words: object) -> list[str]:
+    """Arguments of fill.py."""
+    options = ["--checkpoint", checkpoint, "--data.shards", dataset, "--out", out, "--data.workers", 0, *words]
+    return list(map(str, options))
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Return the sha256 of every file under a folder."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_checkpoint(run: Path, dataset: Path, *, masks: bool = False, **changes: Any) -> Path:
+    """A run folder with one checkpoint, of the untrained network of `SETTINGS`; with `masks`, it predicts some."""
+    config = train.parse(arguments(dataset, run, **changes))
     torch.manual_seed(0)
     network = build_model(config.model, config.data, num_classes(CATEGORIES))
+    if masks:
+        torch.nn.init.normal_(network.roi_heads.mask_predictor.mask_fcn_logits.weight, std=20)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     state = State(1, 1, {}, CATEGORIES, config, network.state_dict(), optimizer.state_dict())
     save(Location(str(run)), state, keep=1)

@@ -1,4 +1,4 @@
-"""Options of the commands `evaluate`, `predict`, `compare` and `export --to onnx`. Imports no torch."""
+"""Options of the commands `evaluate`, `predict`, `fill`, `compare` and `export --to onnx`. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +62,21 @@ class PredictOptions:
         low=1,
         group=_A_DATASET,
     )
+
+
+@dataclass
+class FillOptions:
+    """Options of `fill`."""
+
+    checkpoint: str = option("", "folder of a run, or of one checkpoint", required=True, metavar="URL")
+    shards: str = option("", "root of the dataset", required=True, flag="data.shards", metavar="URL")
+    out: str = option("", "root of the new dataset", required=True, metavar="URL")
+    splits: list[str] = option(
+        ["train"], "splits to predict masks in; the others are copied", flag="data.split", metavar="NAME"
+    )
+    score: float = option(0.0, "lowest score of a mask; objects with a lower one keep a box only", low=0, high=1)
+    workers: int = option(4, "loader processes per rank", low=0, flag="data.workers")
+    batch_size: int = option(4, "images of one shape per batch on each rank", low=1)
 
 
 @dataclass

@@ -5,7 +5,7 @@ Nothing is padded for the sake of another image, so detections do not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -30,6 +30,7 @@ class Image(Protocol):
 
 
 T = TypeVar("T", bound=Image)
+R = TypeVar("R")  # the result for an image
 
 
 @dataclass
@@ -50,9 +51,14 @@ def detect_in_order(
     network: MaskRCNN, items: Iterable[T], device: torch.device, batch_size: int
 ) -> Iterator[tuple[T, Detections]]:
     """Yield each image with its detections, in the given order; `network` is in evaluation mode on the device."""
-    done: dict[int, tuple[T, Detections]] = {}
+    return in_order(detect_batches(network, like_batches(network, items, batch_size), device))
+
+
+def in_order(batches: Iterable[tuple[LikeBatch[T], Sequence[R]]]) -> Iterator[tuple[T, R]]:
+    """Yield each image with its result, in the order of all images, from batches with the results of their images."""
+    done: dict[int, tuple[T, R]] = {}
     due = 0
-    for batch, found in detect_batches(network, like_batches(network, items, batch_size), device):
+    for batch, found in batches:
         done.update(zip(batch.numbers, zip(batch.items, found, strict=True), strict=True))
         while due in done:
             yield done.pop(due)

@@ -129,8 +129,13 @@ def predict_shards(
 
 def parts_key(options: PredictOptions, dataset: Dataset, state: State, size: int) -> str:
     """Hash what determines the parts: weights and settings of the network, the index, and the options."""
-    digest = hashlib.blake2b(digest_size=8)
     settings = [VERSION, options.split, options.score, options.batch_size, size, bool(options.pictures)]
+    return inference_key(settings, dataset, state)
+
+
+def inference_key(settings: Sequence[Any], dataset: Dataset, state: State) -> str:
+    """Hash weights and settings of the network, the index, and further settings, JSON-serialisable."""
+    digest = hashlib.blake2b(digest_size=8)
     network = [dataclasses.asdict(state.config.model), state.config.data.min_size, state.config.data.max_size]
     classes = [dataclasses.asdict(category) for category in state.categories]
     digest.update(json.dumps([settings, network, classes], default=str).encode("utf-8"))

@@ -10,7 +10,7 @@ import torch
 
 from shards.storage.location import Location
 from tests.trainer import tiny
-from trainer.commands import evaluate, predict, train
+from trainer.commands import evaluate, fill, predict, train
 from trainer.model.checkpoint import State, flatten_optimizer, load, steps_of
 from trainer.run.distributed import TIMEOUT, TRAINING_TIMEOUT
 
@@ -127,3 +127,9 @@ def test_predict_writes_the_same_files_on_two_ranks_after_an_interruption(two_ra
     assert json.loads((tmp_path / "predictions.json").read_text())["annotations"]
     for name in ("predictions.json", "submission.csv"):
         assert (two_ranks / "predicted" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_fill_writes_the_same_dataset_on_two_ranks(two_ranks: Path, tmp_path: Path) -> None:
+    assert fill.main(tiny.fill_options(two_ranks / "masks", two_ranks / "data", tmp_path)) == 0
+    assert json.loads((tmp_path / "dataset.json").read_text())["source"]["filled"]["masks"] > 3
+    assert tiny.digests(two_ranks / "filled") == tiny.digests(tmp_path)

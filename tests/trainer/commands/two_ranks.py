@@ -23,7 +23,7 @@ from shards.common.errors import StorageError
 from shards.storage.location import Location, check_writable
 from tests.trainer import tiny
 from tests.trainer.run.test_prepared import check_prepared_loaders
-from trainer.commands import evaluate, predict, train
+from trainer.commands import evaluate, fill, predict, train
 from trainer.run import distributed
 from trainer.run.run_state import begin_stage
 
@@ -126,6 +126,7 @@ def main() -> None:
     words = ["--checkpoint", str(FOLDER / "unbroken"), "--data.workers", "0", "--batch-size", "1", "--pictures", "3"]
     evaluate.evaluate_checkpoint(evaluate.parse([*words, "--out", str(FOLDER / "evaluation")]))
     predict_twice(accelerator)
+    fill.fill(fill.parse(tiny.fill_options(FOLDER / "masks", FOLDER / "data", FOLDER / "filled")))
     (FOLDER / f"rank-{RANK}.json").write_text(json.dumps(facts))
     if SECOND:
         os.waitpid(SECOND, 0)
