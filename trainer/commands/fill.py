@@ -121,8 +121,8 @@ def predicted_classes(state: State, dataset: Dataset) -> frozenset[int]:
     if unlearned:
         names = ", ".join(category.name for category in state.categories if category.id in unlearned)
         text = (
-            f"no mask of {names} in {dataset.root}, and the checkpoint has a mask head per class: their objects keep a box "
-            "only; train with --model.mask_head agnostic to fill them"
+            f"no mask of {names} in {dataset.root}, and the checkpoint has a mask head per class: their objects keep "
+            "a box only; train with --model.mask_head agnostic to fill them"
         )
         if unlearned == known:
             raise UserError(text)
