@@ -12,7 +12,7 @@ from shards.format import rle
 from shards.format.sample import Instance
 from trainer.config.settings import DataConfig, LossConfig, ModelConfig
 from trainer.data import augment
-from trainer.data.instances import HAS_MASK, Batch, padded, read_instances
+from trainer.data.instances import HAS_MASK, PREDICTED, Batch, padded, read_instances
 from trainer.model.build import build_model
 from trainer.step.trainable import Trainable
 
@@ -97,6 +97,11 @@ SCENES = [scene(1, 128, 160, 4), scene(2, 96, 128, 1), scene(3, 120, 100, 0), sc
 def without_masks(batch: Batch, keep: Tensor) -> Batch:
     """The batch with masks only where `keep`, bool [B, G]."""
     return replace(batch, flags=torch.where(keep, batch.flags, batch.flags & ~HAS_MASK))
+
+
+def with_predictions(batch: Batch, which: Tensor) -> Batch:
+    """The batch with the masks `which`, bool [B, G], as predicted ones."""
+    return replace(batch, flags=torch.where(which & (batch.flags > 0), batch.flags | PREDICTED, batch.flags))
 
 
 def losses_of(network: MaskRCNN, batch: Batch, loss: LossConfig | None = None) -> dict[str, Tensor]:

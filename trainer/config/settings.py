@@ -131,6 +131,9 @@ class LossConfig:
         0.5, "weight of the loss between neighbours of like colour, with unmasked masks", low=0
     )
     affinity_warmup: int = option(100, "steps over which the weight of mask_affinity rises from 0", low=0)
+    predicted: float = option(
+        1.0, "weight of predicted masks in the mask loss; 0 to treat their objects as those without a mask", low=0
+    )
     unmasked: Literal["box", "masks", "background"] = option(
         "box", "objects without a mask: train class and box; also masks, from boxes and colours; or background"
     )

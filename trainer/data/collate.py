@@ -60,13 +60,18 @@ class EvalBatch:
 class TrainCollate:
     """Decode, resize, augment and pad samples to a training `Batch`.
 
-    `seed` is that of the augmentation; `classes` the number of the network's classes, with the background.
+    Args:
+        data: sizes and augmentation.
+        seed: of the augmentation.
+        classes: of the network, with the background.
+        predictions: whether predicted masks are used; otherwise their objects are ones with a box only.
     """
 
-    def __init__(self, data: DataConfig, seed: int, classes: int) -> None:
+    def __init__(self, data: DataConfig, seed: int, classes: int, *, predictions: bool = True) -> None:
         self.data = data
         self.seed = seed
         self.classes = classes
+        self.predictions = predictions
 
     def __call__(self, samples: Sequence[Sample], epoch: int) -> Batch:
         """Make a batch of samples for an epoch.
@@ -76,6 +81,8 @@ class TrainCollate:
                 dataset's.
         """
         data = self.data
+        if not self.predictions:
+            samples = [sample.without_predictions() for sample in samples]
         for sample in samples:
             check_classes(sample, self.classes)
         rngs = [sample_rng(self.seed, epoch, sample.image_id) for sample in samples]

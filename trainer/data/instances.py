@@ -19,6 +19,7 @@ HAS_MASK = 1
 GROUP_OF = 2
 IGNORED = 4  # neither an object to learn from nor background
 LOOSE = 8  # without a mask, and may not reach all sides of its box, or not be what its colours show
+PREDICTED = 16  # with HAS_MASK: a mask that a run predicted
 
 PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
 MIN_ROWS = 8  # of a batch's annotations per image
@@ -33,7 +34,7 @@ class Instances:
     Attributes:
         boxes: float32 [M, 4] x0, y0, x1, y1 in pixels.
         labels: int64 [M] category ids, 1..C.
-        flags: uint8 [M] HAS_MASK, GROUP_OF, IGNORED and LOOSE.
+        flags: uint8 [M] HAS_MASK, GROUP_OF, IGNORED, LOOSE and PREDICTED.
         bitmaps: uint8 [M, BITMAP, BITMAP] 0..255, the share of each cell that the object covers; zeros without a mask.
         frames: float32 [M, 4] x0, y0, x1, y1 of the bitmap in pixels of the image; zeros without a mask.
     """
@@ -191,7 +192,7 @@ def read_instances(annotations: Sequence[Instance]) -> Instances:
         # A mask without a pixel says nothing about the object: the object counts as one without a mask.
         if annotation.segmentation is not None and (mask := rasterise(annotation.segmentation)) is not None:
             bitmaps[i], frames[i] = mask
-            flags[i] |= HAS_MASK
+            flags[i] |= HAS_MASK if annotation.prediction is None else HAS_MASK | PREDICTED
     # A box from inside an object is the image's; a drawing has colours of its own.
     loose = torch.tensor([a.is_depiction or a.is_inside for a in annotations], dtype=torch.bool)
     found = Instances(

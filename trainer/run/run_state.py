@@ -199,7 +199,9 @@ def open_stream(config: Config, dataset: Dataset, accelerator: Accelerator, star
         cache=sample_cache(data),
         stall_s=data.stall_s,
         skip_bad=data.skip_bad,
-        collate=TrainCollate(data, config.train.seed, num_classes(dataset.categories)),
+        collate=TrainCollate(
+            data, config.train.seed, num_classes(dataset.categories), predictions=config.loss.predicted > 0
+        ),
     )
 
 

@@ -3,16 +3,18 @@
 - A group-of box covers objects that were not annotated one by one. An anchor or RoI in such a region that matches no
   object is ignored: neither positive nor negative.
 - A box without a mask trains class and box, and with `loss.unmasked` masks, what the box says about the mask.
+- A predicted mask trains like others, with the weight `loss.predicted`; of weight 0, it is none.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from trainer.config.settings import LossConfig
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, Batch
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, PREDICTED, Batch
 
 
 class GroundTruth(NamedTuple):
@@ -25,6 +27,7 @@ class GroundTruth(NamedTuple):
         is_region: bool [B, G] where anchors and RoIs that match no object are ignored.
         has_mask: bool [B, G].
         by_box: bool [B, G] objects without a mask whose box trains the mask branch; None for none at all.
+        mask_weight: float32 [B, G] of a mask in the mask loss; None if all weigh 1.
     """
 
     boxes: Tensor
@@ -33,6 +36,7 @@ class GroundTruth(NamedTuple):
     is_region: Tensor
     has_mask: Tensor
     by_box: Tensor | None = None
+    mask_weight: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what matching compares: boxes, is_object and is_region."""
@@ -57,6 +61,11 @@ def verified_at(boxes: Tensor, images: Tensor, tiles: Tensor, verified: Tensor) 
 def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
     """Return the annotations of a batch under the given treatment of incomplete ones."""
     group, has_mask = (batch.flags & GROUP_OF) > 0, (batch.flags & HAS_MASK) > 0
+    mask_weight = None
+    if loss.predicted != 1:
+        is_predicted = (batch.flags & PREDICTED) > 0
+        mask_weight = torch.ones_like(is_predicted, dtype=torch.float32).masked_fill(is_predicted, loss.predicted)
+        has_mask = has_mask & (mask_weight > 0)
     is_region = (batch.flags & IGNORED) > 0
     is_object = (batch.labels > 0) & ~is_region
     if loss.unmasked == "background":
@@ -68,4 +77,4 @@ def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
     by_box = None
     if loss.unmasked == "masks":
         by_box = is_object & ~has_mask & ~group & ((batch.flags & LOOSE) == 0)
-    return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask, by_box)
+    return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask, by_box, mask_weight)

@@ -68,7 +68,9 @@ def merge_unverified(logits: Tensor, labels: Tensor, verified: Tensor) -> Tensor
     return torch.cat((possible.logsumexp(dim=1, keepdim=True), known), dim=1)
 
 
-def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor, is_used: Tensor) -> Tensor:
+def mask_loss(
+    logits: Tensor, labels: Tensor, targets: Tensor, is_used: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Return binary cross-entropy of each RoI's mask for its own class, averaged over used RoIs and pixels.
 
     Args:
@@ -76,10 +78,11 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor, is_used: Tensor) 
         labels: int64 [K].
         targets: float32 [K, S, S], 0 to 1.
         is_used: bool [K].
+        weights: float32 [K], factors on the losses of RoIs; None for 1.
     """
     own = of_label(logits, labels)
     losses = F.binary_cross_entropy_with_logits(own, targets, reduction="none").mean(dim=(1, 2))
-    return mean_of(losses, is_used)
+    return mean_of(losses if weights is None else losses * weights, is_used)
 
 
 def of_label(values: Tensor, labels: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class RoiTargets(NamedTuple):
         is_used: bool [K]; false where an image has fewer RoIs than slots.
         has_mask: bool [K] whether the RoI trains the mask branch with the mask of its object.
         by_box: bool [K] whether it trains the mask branch with the box of its object; None for none at all.
+        mask_weight: float32 [K] of the mask of its object in the mask loss; None if all weigh 1.
     """
 
     rois: Rois
@@ -62,6 +63,7 @@ class RoiTargets(NamedTuple):
     is_used: Tensor
     has_mask: Tensor
     by_box: Tensor | None = None
+    mask_weight: Tensor | None = None
 
     @property
     def trains_mask(self) -> Tensor:
@@ -246,9 +248,11 @@ class Trainable(nn.Module):
         deltas = encode(heads.box_coder, take(truth.boxes, objects), rois)
         images = torch.arange(len(rois), device=rois.device)[:, None].expand_as(labels)
         has_mask = chosen.is_positive & take(truth.has_mask, objects)
-        by_box = None if truth.by_box is None else (chosen.is_positive & take(truth.by_box, objects)).flatten(0, 1)
+        by_box = None if truth.by_box is None else chosen.is_positive & take(truth.by_box, objects)
+        mask_weight = None if truth.mask_weight is None else take(truth.mask_weight, objects)
         parts = [part.flatten(0, 1) for part in (labels, objects, deltas, chosen.is_used, has_mask)]
-        return RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *parts)._replace(by_box=by_box)
+        found = RoiTargets(Rois(rois.flatten(0, 1), images.flatten()), *parts)
+        return found._replace(by_box=flat(by_box), mask_weight=flat(mask_weight))
 
     def box_branch(self, maps: list[Tensor], targets: RoiTargets, tiles: Tensor, verified: Tensor) -> Losses:
         """Return loss_classifier and loss_box_reg; `tiles` and `verified` are those of a `Batch`."""
@@ -272,7 +276,7 @@ class Trainable(nn.Module):
         """
         heads = self.network.roi_heads
         logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, targets.rois))).float()
-        found = {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask)}
+        found = {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask, targets.mask_weight)}
         if where is not None:
             assert targets.by_box is not None
             own = losses.of_label(logits, targets.labels)
@@ -316,5 +320,10 @@ def annotated_rois(truth: GroundTruth) -> RoiTargets:
     rois = Rois(truth.boxes.flatten(0, 1), image[:, None].expand(images, rows).flatten())
     has_mask = truth.is_object & truth.has_mask
     parts = (truth.labels, row.expand(images, rows), torch.zeros_like(truth.boxes), truth.is_object, has_mask)
-    by_box = None if truth.by_box is None else truth.by_box.flatten()
-    return RoiTargets(rois, *[part.flatten(0, 1) for part in parts])._replace(by_box=by_box)
+    found = RoiTargets(rois, *[part.flatten(0, 1) for part in parts])
+    return found._replace(by_box=flat(truth.by_box), mask_weight=flat(truth.mask_weight))
+
+
+def flat(part: Tensor | None) -> Tensor | None:
+    """Join images and rows: [B, G, ...] is [B x G, ...]."""
+    return None if part is None else part.flatten(0, 1)

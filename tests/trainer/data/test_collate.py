@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from shards.common.errors import SampleError
 from shards.format import rle
 from shards.format.dataset import open_dataset
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance, MaskPrediction, Sample
 from shards.stream.loader import loader
 from shards.stream.streams import ShardStream
 from trainer.config.settings import DataConfig
 from trainer.data.collate import IMAGE_FORMATS, EvalCollate, TrainCollate, decode_image
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, PREDICTED, Batch
 from trainer.data.mask_bitmaps import BITMAP
 
 
@@ -84,6 +84,19 @@ def test_batch_has_the_documented_shapes_and_dtypes():
     assert batch.boxes.dtype == batch.frames.dtype == torch.float32
     assert batch.sizes.dtype == batch.labels.dtype == torch.int64
     assert batch.bitmaps.shape == (3, 8, BITMAP, BITMAP)
+
+
+def test_predicted_masks_are_flagged_or_with_predictions_off_not_there():
+    one, other = sample("a"), sample("b", seed=1)
+    first, *others = one.instances
+    filled = replace(one, instances=(replace(first, prediction=MaskPrediction(0.9, "run")), *others))
+    data = replace(CONFIG, copy_paste=1.0, rotate=20.0)
+    flags, expected = (TrainCollate(CONFIG, 0, 6)([some], 0).flags[0].tolist() for some in (filled, one))
+    assert flags == [HAS_MASK | PREDICTED, *expected[1:]]
+    found = TrainCollate(data, 0, 6, predictions=False)([other, filled], 0)
+    boxes = TrainCollate(data, 0, 6)([other, filled.without_predictions()], 0)
+    assert all(equal(parts(found, i), parts(boxes, i)) for i in (0, 1))
+    assert not all(equal(parts(TrainCollate(data, 0, 6)([other, filled], 0), i), parts(boxes, i)) for i in (0, 1))
 
 
 def test_shortest_pads_to_the_largest_image_and_chooses_a_min_size():

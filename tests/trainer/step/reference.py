@@ -18,7 +18,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from trainer.config.settings import LossConfig
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, PREDICTED, Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step.trainable import Keys
 
@@ -46,10 +46,16 @@ def _target(batch: Batch, image: int, loss: LossConfig) -> dict[str, Tensor]:
             regions.append(row)
         elif flags & GROUP_OF and loss.group_of == "background":
             continue
-        elif loss.unmasked == "box" or flags & (HAS_MASK | GROUP_OF):
+        elif loss.unmasked == "box" or flags & GROUP_OF or _mask_weight(flags, loss):
             objects.append(row)
     columns = {name: getattr(batch, name)[image][objects] for name in ("boxes", "labels", "flags", "bitmaps", "frames")}
     return {**columns, "rows": torch.tensor(objects, dtype=torch.int64), "regions": batch.boxes[image][regions]}
+
+
+def _mask_weight(flags: int, loss: LossConfig) -> float:
+    if not flags & HAS_MASK:
+        return 0.0
+    return loss.predicted if flags & PREDICTED else 1.0
 
 
 class _KeyedSampler:
@@ -149,10 +155,11 @@ def _second_stage(
             logits = _merged(logits, labels, _verified(batch, rois))
         loss_classifier, loss_box_reg = fastrcnn_loss(logits, deltas, labels, regression)
 
-    masked = [
-        torch.where((own > 0) & ((t["flags"][o] & HAS_MASK) > 0 if len(t["flags"]) else torch.zeros(len(o)).bool()))[0]
+    weights = [
+        torch.tensor([_mask_weight(int(t["flags"][i]), loss) if c > 0 else 0.0 for c, i in zip(own.tolist(), o)])
         for own, o, t in zip(labels, objects, targets)
     ]
+    masked = [torch.where(own > 0)[0] for own in weights]
     rois, objects, labels = ([part[i] for part, i in zip(parts, masked)] for parts in (rois, objects, labels))
     mask_logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, rois, sizes))).float()
     if len(mask_logits) == 0:
@@ -161,7 +168,9 @@ def _second_stage(
         [sample_targets(t["bitmaps"], t["frames"], o, r, 28) for t, o, r in zip(targets, objects, rois) if len(o)]
     )
     own = mask_logits[torch.arange(len(mask_logits)), torch.cat(labels)]
-    loss_mask = F.binary_cross_entropy_with_logits(own, expected)
+    of_rois = F.binary_cross_entropy_with_logits(own, expected, reduction="none").mean(dim=(1, 2))
+    weight = torch.cat([own[i] for own, i in zip(weights, masked)])
+    loss_mask = (of_rois * weight).sum() / len(weight)
     return {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg, "loss_mask": loss_mask}
 
 

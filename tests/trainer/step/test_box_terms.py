@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shards.format import rle
 from shards.format.sample import Instance
-from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network, without_masks
+from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network, with_predictions, without_masks
 from trainer.config.settings import LossConfig
 from trainer.data.affine import warp_instances
 from trainer.data.instances import padded, read_instances
@@ -26,7 +26,8 @@ from trainer.step.trainable import Trainable
 SIZE = 12
 MASKS = LossConfig(unmasked="masks")
 BATCH = batch_of(SCENES)
-PARTLY = without_masks(BATCH, (torch.arange(BATCH.labels.shape[1]) % 2 == 0).expand_as(BATCH.labels))
+HALF = (torch.arange(BATCH.labels.shape[1]) % 2 == 0).expand_as(BATCH.labels)
+PARTLY = without_masks(BATCH, HALF)
 
 
 def picture(seed: int) -> tuple[Tensor, Tensor, BoxInRoi]:
@@ -129,6 +130,17 @@ def test_with_a_mask_for_every_object_nothing_changes() -> None:
         losses.append(step(BATCH, step.draw_keys(BATCH)))
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in LOSSES)
     assert losses[1]["loss_mask_box"].item() == losses[1]["loss_mask_affinity"].item() == 0
+
+
+@pytest.mark.parametrize("rois", ["proposals", "gt"])
+def test_objects_with_a_predicted_mask_of_weight_0_train_masks_from_their_boxes(rois: str) -> None:
+    network, losses = small_network(), []
+    for batch, predicted in ((with_predictions(BATCH, ~HALF), 0.0), (PARTLY, 1.0)):
+        step = Trainable(network, LossConfig(unmasked="masks", predicted=predicted), mask_rois=rois)
+        torch.manual_seed(0)
+        losses.append(step(batch, step.draw_keys(batch)))
+    assert losses[0].keys() == losses[1].keys() > LOSSES
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
 
 
 def test_boxes_that_an_object_may_not_fill_teach_no_mask() -> None:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 
-from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, losses_of, scene, small_network, without_masks
+from tests.trainer.batches import (
+    LOSSES,
+    SCENES,
+    batch_of,
+    gradients,
+    losses_of,
+    scene,
+    small_network,
+    with_predictions,
+    without_masks,
+)
 from tests.trainer.step.reference import reference_losses
 from trainer.config.settings import LossConfig
 from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Batch
@@ -70,6 +80,7 @@ CASES = {
     "masks everywhere": (BATCH, LossConfig()),
     "boxes without masks": (without_masks(BATCH, HALF), LossConfig()),
     "boxes without masks as background": (without_masks(BATCH, HALF), LossConfig(unmasked="background")),
+    "predicted masks": (with_predictions(BATCH, HALF), LossConfig(predicted=0.3)),
     "groups ignored": (crowded(), LossConfig()),
     "groups as objects": (crowded(), LossConfig(group_of="object")),
     "groups as background": (crowded(), LossConfig(group_of="background")),
@@ -129,6 +140,12 @@ def test_regions_all_over_every_image_give_zero_losses_that_reach_every_paramete
 
 EQUIVALENT = {
     "unmasked as background": (without_masks(BATCH, HALF), LossConfig(unmasked="background"), without(BATCH, ~HALF)),
+    "predicted masks of full weight": (with_predictions(BATCH, HALF), LossConfig(), BATCH),
+    "predicted masks of no weight": (
+        with_predictions(BATCH, HALF),
+        LossConfig(predicted=0),
+        without_masks(BATCH, ~HALF),
+    ),
     "groups as background": (crowded(), LossConfig(group_of="background"), without(crowded(), IS_GROUP)),
     "groups as objects": (crowded(), LossConfig(group_of="object"), replace(crowded(), flags=BATCH.flags)),
     "capped, groups as objects": (CAPPED, LossConfig(group_of="object"), crowded()),
