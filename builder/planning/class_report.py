@@ -13,7 +13,7 @@ from shards.format.dataset import Category
 FEW_MASKS = 20  # of a class in train, while most of its objects have none
 MASKS_FROM_BOXES = (
     "classes with no or few masks learn them from boxes with --model.mask_head agnostic --loss.unmasked masks "
-    "(recipe few-masks): docs/masks-from-boxes.md"
+    "(recipe few-masks), then with maskstream fill: docs/masks-from-boxes.md"
 )
 
 logger = logging.getLogger(__name__)

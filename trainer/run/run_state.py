@@ -159,7 +159,7 @@ def masks_from_boxes(config: Config) -> str:
     }
     off = " ".join(option for option in is_on if not is_on[option])
     effect = "such classes learn masks from boxes and from the other classes with"
-    return off and f"{effect} {off} (recipe few-masks): docs/masks-from-boxes.md"
+    return off and f"{effect} {off} (recipe few-masks), then with maskstream fill: docs/masks-from-boxes.md"
 
 
 def _some(names: Sequence[str]) -> str:

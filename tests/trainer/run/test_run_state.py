@@ -61,11 +61,11 @@ def test_the_start_names_classes_with_no_or_few_masks_and_how_they_learn_them(
     dataset = write_dataset(tmp_path, {"train": [replace(one, instances=instances)]}, categories=categories)
     warn_of_few_masks(Config(model=ModelConfig(mask_head=mask_head), loss=LossConfig(unmasked=unmasked)), dataset)
     known = "boxes and classes are learnt, masks"
-    advice = "such classes learn masks from boxes and from the other classes with"
+    advice = f"such classes learn masks from boxes and from the other classes with {missing} (recipe few-masks), then"
     assert caplog.messages == [
         f"data.split train: no mask: Tree (0 of 12 objects): {known} {never}",
         f"data.split train: few masks: Square (3 of 4 objects): {known} {hardly}",
-        *([f"{advice} {missing} (recipe few-masks): docs/masks-from-boxes.md"] if missing else []),
+        *([f"{advice} with maskstream fill: docs/masks-from-boxes.md"] if missing else []),
     ]
 
 
