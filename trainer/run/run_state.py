@@ -120,10 +120,11 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
 
 def warn_of_few_masks(config: Config, dataset: Dataset) -> None:
     """Log the classes with no or few masks in the training split, and the settings with which they learn masks."""
-    warnings = mask_warnings(dataset.index(config.data.split), dataset.categories, config)
+    index = dataset.index(config.data.split)
+    warnings = mask_warnings(index, dataset.categories, config)
     for warning in warnings:
         log.warning("data.split %s: %s", config.data.split, warning)
-    if warnings and (advice := masks_from_boxes(config)):
+    if warnings and not uses_predictions(index, dataset.categories, config) and (advice := masks_from_boxes(config)):
         log.warning("%s", advice)
 
 
@@ -140,6 +141,7 @@ def mask_warnings(index: Index, categories: Sequence[Category], config: Config) 
         elif masks[category.id]:
             enough = True
     ways = {
+        "from predicted masks": uses_predictions(index, categories, config),
         "from boxes": config.loss.unmasked == "masks",
         "from the other classes": config.model.mask_head == "agnostic" and enough,
     }
@@ -149,6 +151,11 @@ def mask_warnings(index: Index, categories: Sequence[Category], config: Config) 
         for what, found, how in (("no mask", without, "never"), ("few masks", few, "hardly"))
         if found
     ]
+
+
+def uses_predictions(index: Index, categories: Sequence[Category], config: Config) -> bool:
+    """Return whether a split has masks that an earlier run predicted, and training uses them."""
+    return config.loss.predicted > 0 and any(index.counts("predicted", categories).values())
 
 
 def masks_from_boxes(config: Config) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from torch import nn
 
 from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.sample import Instance
+from shards.format.sample import Instance, MaskPrediction
 from tests.support import write_dataset
 from tests.trainer import tiny
 from trainer.commands import train
-from trainer.config.settings import Config, LossConfig, ModelConfig
 from trainer.model.backbones import FrozenBatchNorm2d
 from trainer.model.build import build_model
 from trainer.run.run_state import set_up, warn_of_few_masks
@@ -30,20 +28,33 @@ def types_of_norms(network: nn.Module) -> set[torch.dtype | None]:
     return {None if norm.cached is None else norm.cached[0].dtype for norm in norms}
 
 
+MASKS_FROM_BOXES = {"model__mask_head": "agnostic", "loss__unmasked": "masks"}
+
+
 @pytest.mark.parametrize(
-    ("mask_head", "unmasked", "full", "never", "hardly", "missing"),
+    ("settings", "full", "filled", "never", "hardly", "missing"),
     [
-        ("per_class", "box", True, "never", "hardly", "--model.mask_head agnostic --loss.unmasked masks"),
-        ("agnostic", "box", True, *["from the other classes"] * 2, "--loss.unmasked masks"),
-        ("per_class", "masks", True, *["from boxes"] * 2, "--model.mask_head agnostic"),
-        ("agnostic", "masks", True, *["from boxes and from the other classes"] * 2, ""),
-        ("agnostic", "masks", False, *["from boxes"] * 2, ""),
+        ({}, True, False, "never", "hardly", "--model.mask_head agnostic --loss.unmasked masks"),
+        ({"model__mask_head": "agnostic"}, True, False, *["from the other classes"] * 2, "--loss.unmasked masks"),
+        ({"loss__unmasked": "masks"}, True, False, *["from boxes"] * 2, "--model.mask_head agnostic"),
+        (MASKS_FROM_BOXES, True, False, *["from boxes and from the other classes"] * 2, ""),
+        (MASKS_FROM_BOXES, False, False, *["from boxes"] * 2, ""),
+        (MASKS_FROM_BOXES, False, True, *["from predicted masks and from boxes"] * 2, ""),
+        ({}, True, True, *["from predicted masks"] * 2, ""),
+        (
+            {"loss__predicted": "0", "model__mask_head": "agnostic"},
+            False,
+            True,
+            "never",
+            "hardly",
+            "--loss.unmasked masks",
+        ),
     ],
 )
 def test_the_start_names_classes_with_no_or_few_masks_and_how_they_learn_them(
-    mask_head: Any,
-    unmasked: Any,
+    settings: dict[str, str],
     full: bool,
+    filled: bool,
     never: str,
     hardly: str,
     missing: str,
@@ -56,10 +67,13 @@ def test_the_start_names_classes_with_no_or_few_masks_and_how_they_learn_them(
     group = Instance(3, box, None, is_group_of=True)
     instances = (*[masked] * 3, replace(masked, segmentation=None), *[bare] * 12, group)
     instances += (replace(masked, category_id=4),) * full
+    if filled:
+        prediction = replace(bare, segmentation=masked.segmentation, prediction=MaskPrediction(0.9, "one"))
+        instances = tuple(prediction if instance is bare else instance for instance in instances)
     names = ("Square", "Tree", "Crowd", "Disc")
     categories = tuple(Category(number, name, "") for number, name in enumerate(names, 1))
     dataset = write_dataset(tmp_path, {"train": [replace(one, instances=instances)]}, categories=categories)
-    warn_of_few_masks(Config(model=ModelConfig(mask_head=mask_head), loss=LossConfig(unmasked=unmasked)), dataset)
+    warn_of_few_masks(train.parse(tiny.arguments(tmp_path, tmp_path / "run", **settings)), dataset)
     known = "boxes and classes are learnt, masks"
     advice = f"such classes learn masks from boxes and from the other classes with {missing} (recipe few-masks), then"
     assert caplog.messages == [
