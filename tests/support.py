@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from shards.format.dataset import Category, Dataset, Shard, open_dataset
 from shards.format.dataset_writer import finish_dataset
 from shards.format.index import Index, IndexFile
 from shards.format.index_schema import INDEX_SCHEMA, IndexRow
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance, MaskPrediction, Sample
 from shards.format.shard_tar import pack_shard, shard_path
 from shards.order.epoch_order import Order
 from shards.storage.location import Location
@@ -81,6 +82,14 @@ def sample(number: int, *, width: int = 48, height: int = 32, masks: bool = True
         license="https://creativecommons.org/licenses/by/2.0/",
         author="Zoë & <Søn>",
     )
+
+
+def filled(number: int) -> Sample:
+    """Return a `sample` whose car, of odd numbers, has a predicted mask: that of the person."""
+    person, *cars = sample(number).instances
+    like, prediction = replace(person, box_id="", predicted_iou=None), MaskPrediction(0.93, "seed-1")
+    masked = [replace(like, category_id=car.category_id, label=car.label, prediction=prediction) for car in cars]
+    return replace(sample(number), instances=(person, *masked))
 
 
 def write_dataset(

@@ -34,6 +34,7 @@ LEGIBLE_SIDE = 640  # pixels; smaller images have no room for names
 FILL_OPACITY = 0.40  # of masks
 OUTLINE_OPACITY = 0.95
 HATCH_OPACITY = 0.32  # of the stripes in group-of regions
+DASH = 5  # lengths of dashes and gaps, in widths of the line
 PANE_SIDE = 480  # pixels, the longer side of a pane of `display_top_masks`
 GAP = 8  # pixels between panes
 TITLE_HEIGHT = 26  # pixels
@@ -81,14 +82,15 @@ def draw_instances(
 ) -> Image.Image:
     """Draw annotations or detections on a copy of an image, in RGB and `scale` times its size.
 
-    Masks are filled and outlined, boxes without a mask are dashed, and group-of regions are hatched. An object without
-    room for its name has none if another object of its class and colour is named.
+    Masks are filled and outlined, predicted ones with dashes; boxes without a mask are dashed, and group-of regions are
+    hatched. An object without room for its name has none if another object of its class and colour is named.
 
     Args:
         image: uint8 [H, W, 3] RGB, [H, W] or [H, W, 1] grey, or a Pillow image.
         instances: the objects, in pixels of `image`.
         categories: the classes, for their names.
-        scores, captions: one per instance, shown after its name, or instead of name and score.
+        scores, captions: one per instance, shown after its name, or instead of name and score (of a predicted mask,
+            too).
         colours: one per instance; by default those of the classes.
         show_masks, show_boxes: whether masks, or boxes and group-of regions, are drawn; names always are.
         scale: integer factor by which the image is enlarged (see `legible_scale`).
@@ -118,6 +120,8 @@ def draw_instances(
     for i in order if scores is None else sorted(order, key=lambda i: -scores[i]):
         number = instances[i].category_id
         text = names.get(number, f"class {number}") + (" (group)" if instances[i].is_group_of else "")
+        prediction = instances[i].prediction
+        text += "" if prediction is None else f" predicted {prediction.score:.2f}"
         text += "" if scores is None else f" {scores[i]:.2f}"
         text = text if captions is None else captions[i]
         labels.draw(text, colours[i], _corners(instances[i], scale, picture.size), number)
@@ -300,7 +304,9 @@ def _paint_area(pixels: NDArray[np.uint8], instance: Instance, colour: Colour, s
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         inside = mask[window]
         _blend(pixels[window], inside, colour, FILL_OPACITY)
-        _blend(pixels[window], inside & ~_eroded(inside, line), colour, OUTLINE_OPACITY)
+        rim = inside & ~_eroded(inside, line)
+        rim = rim if instance.prediction is None else rim & _dashes(rim.shape, DASH * line)
+        _blend(pixels[window], rim, colour, OUTLINE_OPACITY)
     elif instance.is_group_of:
         left, top, right, bottom = _corners(instance, scale, (width, height))
         rows, columns = np.arange(top, bottom + 1)[:, None], np.arange(left, right + 1)[None, :]
@@ -330,13 +336,20 @@ def _eroded(mask: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
     return mask
 
 
+def _dashes(shape: tuple[int, ...], dash: int) -> NDArray[np.bool_]:
+    """Return where lines are drawn that are dashed in every direction: bool [H, W] of that shape."""
+    rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
+    # Of other lengths across than down: otherwise a line at 45 degrees would be solid.
+    return np.asarray((rows // dash + columns // (dash + dash // 2)) % 2 == 0)
+
+
 def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, colour: Colour, scale: int, line: int) -> None:
     """Draw the outline of the box, dashed if the object has neither a mask nor is a group."""
     left, top, right, bottom = _corners(instance, scale, canvas.im.size)
     if instance.segmentation is not None or instance.is_group_of:
         canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
         return
-    dash = 5 * line
+    dash = DASH * line
     for x in range(left, right + 1, 2 * dash):
         end = min(x + dash - 1, right)
         canvas.rectangle((x, top, end, min(top + line - 1, bottom)), fill=colour)

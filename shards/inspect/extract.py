@@ -39,15 +39,15 @@ def extract(dataset: Dataset, image_id: str, out: Location) -> list[Location]:
 def mask_names(sample: Sample, categories: Sequence[Category]) -> list[str]:
     """Return a file name per annotation: Open Images' MaskPath, `<ImageID>_<MID without slashes>_<BoxID>.png`.
 
-    Without a MID or BoxID (COCO), or if two names are the same: `<ImageID>_<number of the annotation>.png`.
+    Without a MID or BoxID (COCO), or if two names are the same: `<ImageID>_<number of the annotation>.png`. The name of
+    a predicted mask ends with `_predicted.png`.
     """
     mids = {category.id: category.mid for category in categories}
     names = []
     for instance in sample.instances:
         mid = instance.label or mids.get(instance.category_id, "")
         named = MID.fullmatch(mid) and BOX_ID.fullmatch(instance.box_id)
-        names.append(f"{sample.image_id}_{mid.replace('/', '')}_{instance.box_id}.png" if named else "")
-    return [
-        f"{sample.image_id}_{number}.png" if not name or names.count(name) > 1 else name
-        for number, name in enumerate(names)
-    ]
+        names.append(f"{mid.replace('/', '')}_{instance.box_id}" if named else "")
+    whole = [str(number) if not name or names.count(name) > 1 else name for number, name in enumerate(names)]
+    ends = ["" if instance.prediction is None else "_predicted" for instance in sample.instances]
+    return [f"{sample.image_id}_{name}{end}.png" for name, end in zip(whole, ends, strict=True)]

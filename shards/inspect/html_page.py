@@ -76,6 +76,7 @@ def _card(split: str, sample: Sample) -> dict[str, Any]:
                 "box": [round(v, 1) for v in np.multiply(instance.bbox, scale * 2).tolist()],
                 "outline": outline,
                 "share": None if (mask := instance.segmentation) is None else round(rle.area(mask) / pixels, 4),
+                "prediction": instance.prediction and asdict(instance.prediction),
                 "iou": None if instance.predicted_iou is None else round(instance.predicted_iou, 2),
                 "flags": [number for number, flag in enumerate(FLAGS) if getattr(instance, flag)],
             }

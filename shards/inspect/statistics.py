@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLAG_NAMES = {flag: flag.removeprefix("is_").replace("_", "-") for flag in FLAGS}
-COUNTS = {"images": "images", "boxes": "instances", "masks": "masks", "groups": "groups"}  # and their index columns
+# And their index columns.
+COUNTS = {"images": "images", "boxes": "instances", "masks": "masks", "predicted": "predicted", "groups": "groups"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class SplitCounts:
     shards: int
     nbytes: int  # of all shards
     sizes: Sizes | None  # None if there are no images
-    classes: pd.DataFrame  # per class, ids ascending: `id`, `name`, number of `images`, `boxes`, `masks`, and `groups`
+    classes: pd.DataFrame  # per class, ids ascending: `id`, `name`, numbers (`COUNTS`)
     labels: LabelCounts | None  # None if no annotations were read
 
     def to_json(self) -> dict[str, Any]:
@@ -80,10 +81,11 @@ def totals(splits: Sequence[SplitCounts]) -> pd.DataFrame:
 def add_box_only(classes: pd.DataFrame) -> pd.DataFrame:
     """Add the number of objects that have a box only, and their share from 0 to 1 in all objects.
 
-    Objects are all boxes except group-of regions. The share is missing for a class without objects.
+    Objects are all boxes except group-of regions; one with a predicted mask has more than a box. The share is missing
+    for a class without objects.
     """
     objects = classes["boxes"] - classes["groups"]
-    box_only = (objects - classes["masks"]).clip(lower=0)
+    box_only = (objects - classes["masks"] - classes["predicted"]).clip(lower=0)
     return classes.assign(objects=objects, box_only=box_only, box_only_share=box_only / objects.where(objects > 0))
 
 

@@ -50,12 +50,17 @@ def split_table(splits: Sequence[SplitCounts]) -> pd.DataFrame:
 
 
 def class_table(split: SplitCounts) -> pd.DataFrame:
-    """Return one row per class that occurs in a split; box only, present and absent from 0 to 1."""
+    """Return one row per class that occurs in a split; box only, present and absent from 0 to 1.
+
+    Predicted masks have a column if there are any.
+    """
     import pandas as pd
 
     classes = add_box_only(split.classes[split.classes["images"] > 0])
     names = {"name": "class", "box_only_share": "box only", "groups": "group-of"}
-    table = classes[["id", "name", "images", "boxes", "masks", "box_only_share", "groups"]].rename(columns=names)
+    predicted = ["predicted"] if classes["predicted"].any() else []
+    columns = ["id", "name", "images", "boxes", "masks", *predicted, "box_only_share", "groups"]
+    table = classes[columns].rename(columns=names)
     if split.labels is not None:
         verified = pd.DataFrame(split.labels.classes, index=["present", "absent"]).T / split.labels.images
         table = table.join(verified, on="id").fillna({"present": 0, "absent": 0})
@@ -87,4 +92,7 @@ def _box_only_lines(classes: pd.DataFrame) -> list[str]:
         lines.append(counted(more, "more class has such objects", "more classes have such objects"))
     if len(gaps):
         lines.append("box only: trains class and box, but no mask; COCO's mask AP counts its detection as an error")
+    if classes["predicted"].any():
+        what = "masks that a trained model predicted, for training only"
+        lines.append(f"predicted: {what}; evaluation takes their objects for box only")
     return [*lines, "boxes: all annotations; group-of: regions of several objects, which are not counted in box only"]

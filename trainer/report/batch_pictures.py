@@ -15,7 +15,7 @@ from shards.format.dataset import Category
 from shards.format.sample import Instance
 from shards.storage.location import Location
 from trainer.config.settings import LossConfig
-from trainer.data.instances import Batch
+from trainer.data.instances import PREDICTED, Batch
 from trainer.report.pictures import encode_jpeg
 from trainer.step.ground_truth import ground_truth_of
 
@@ -72,7 +72,8 @@ def _draw_image(batch: Batch, i: int, size: Size, categories: Sequence[Category]
             mask = rle.encode(rebuild_mask(batch.bitmaps[i, row], batch.frames[i, row] * factors, size))
         instances.append(Instance(label, (x0, y0, x1 - x0, y1 - y0), mask, is_group_of=is_region))
         name = names.get(label, f"class {label}")
-        captions.append(f"{name} (ignored)" if is_region else name)
+        is_predicted = mask is not None and batch.flags[i, row] & PREDICTED
+        captions.append(f"{name} (ignored)" if is_region else f"{name} (predicted)" if is_predicted else name)
     return titled_picture(draw_instances(picture, instances, categories, captions=captions), batch.image_ids[i])
 
 

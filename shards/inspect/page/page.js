@@ -44,7 +44,8 @@
   const term = (name, ...values) => [make("dt", { text: name }), make("dd", {}, ...values)];
 
   // The counts ------------------------------------------------------------------------------------------------------
-  const boxOnly = (row) => Math.max(row.boxes - row.groups - row.masks, 0);
+  const boxOnly = (row) => Math.max(row.boxes - row.groups - row.masks - row.predicted, 0);
+  const hasPredicted = data.all.some((row) => row.predicted);
   const sum = (rows, value) => rows.reduce((total, row) => total + value(row), 0);
 
   function showFacts() {
@@ -56,6 +57,7 @@
       ["classes", number(data.classes.length)],
       ["annotations", number(sum(data.all, (row) => row.boxes))],
       ["masks", number(sum(data.all, (row) => row.masks))],
+      ...(hasPredicted ? [["predicted masks", number(sum(data.all, (row) => row.predicted))]] : []),
       ["of objects have a box only", percent(sum(data.all, boxOnly), objects)],
     ];
     for (const [name, value] of facts) $("facts").append(make("div", {}, make("dt", { text: name }), make("dd", { text: value })));
@@ -83,15 +85,15 @@
     const most = Math.max(1, ...rows.map((row) => row.boxes));
     const shown = allClasses ? rows : rows.slice(0, FIRST_CLASSES);
     body("classes").replaceChildren(...shown.map((row) => {
-      const bars = make("div", { class: "bars", role: "img", "aria-label": `${row.masks} with a mask, ${boxOnly(row)} with a box only, ${row.groups} group-of` });
-      for (const [kind, value] of [["masked", row.masks], ["boxed", boxOnly(row)], ["group", row.groups]]) {
+      const bars = make("div", { class: "bars", role: "img", "aria-label": [`${row.masks} with a mask`, ...(hasPredicted ? [`${row.predicted} with a predicted mask`] : []), `${boxOnly(row)} with a box only`, `${row.groups} group-of`].join(", ") });
+      for (const [kind, value] of [["masked", row.masks], ["predicted", row.predicted], ["boxed", boxOnly(row)], ["group", row.groups]]) {
         if (!value) continue;
         const part = make("i", { class: kind });
         part.style.width = `${(100 * value) / most}%`;
         bars.append(part);
       }
       const shares = ["present", "absent"].map((kind) => percent(verified(row.id, kind), images));
-      const cells = [number(row.images), number(row.boxes), number(row.masks), percent(boxOnly(row), row.boxes - row.groups), number(row.groups), ...shares];
+      const cells = [number(row.images), number(row.boxes), number(row.masks), ...(hasPredicted ? [number(row.predicted)] : []), percent(boxOnly(row), row.boxes - row.groups), number(row.groups), ...shares];
       const name = make("th", { scope: "row" }, named(colourOf(row.id), row.name));
       return make("tr", {}, name, make("td", {}, bars), ...cells.map((text) => make("td", { text })));
     }));
@@ -133,14 +135,16 @@
       const [x, y, w, h] = object.box;
       const isGroup = object.flags.includes(groupFlag);
       const shape = draw("g", { class: "shape", "data-place": place });
-      if (object.outline) shape.append(draw("path", { class: "area", d: object.outline, fill: colour, stroke: colour, "fill-rule": "evenodd" }));
+      if (object.outline) shape.append(draw("path", { class: object.prediction ? "area predicted" : "area", d: object.outline, fill: colour, stroke: colour, "fill-rule": "evenodd" }));
       if (isGroup) shape.append(draw("rect", { class: "hatch", x, y, width: w, height: h, fill: `url(#${hatchOf(colour)})` }));
       shape.append(draw("rect", { class: object.outline || isGroup ? "box" : "box dashed", x, y, width: w, height: h, stroke: colour }));
-      if (names) shape.append(draw("text", { class: "name", x: x + letter / 4, y: Math.max(y - letter / 3, letter), "font-size": letter }, nameOf(object.class)));
+      if (object.prediction) shape.append(draw("title", {}, `${nameOf(object.class)}: ${predicted(object)}`));
+      if (names) shape.append(draw("text", { class: "name", x: x + letter / 4, y: Math.max(y - letter / 3, letter), "font-size": letter }, [nameOf(object.class), predicted(object)].filter(Boolean).join(" ")));
       svg.append(shape);
     }
     return svg;
   }
+  const predicted = (object) => (object.prediction ? `predicted ${object.prediction.score.toFixed(2)}` : "");
   const area = (object) => object.box[2] * object.box[3];
 
   const hatchOf = (colour) => `hatch-${colour.slice(1)}`;
@@ -184,7 +188,8 @@
 
   const FLAGS = [
     ["any annotations", () => true],
-    ["a mask", (sample, own) => own.some((object) => object.outline)],
+    ["a mask", (sample, own) => own.some((object) => object.outline && !object.prediction)],
+    ...(hasPredicted ? [["a predicted mask", (sample, own) => own.some((object) => object.prediction)]] : []),
     ["a box only", (sample, own) => own.some((object) => !object.outline && !object.flags.includes(groupFlag))],
     ...data.flags.map((name, place) => [name, (sample, own) => own.some((object) => object.flags.includes(place))]),
     ["no annotations", (sample) => !sample.objects.length],
@@ -277,6 +282,7 @@
     const colour = byInstance ? ofInstance(place) : colourOf(object.class);
     const name = make("th", { scope: "row" }, named(colour, nameOf(object.class) + label));
     const flags = object.flags.map((flag) => data.flags[flag]);
+    if (object.prediction) flags.push(`mask predicted by ${object.prediction.run}, score ${object.prediction.score.toFixed(2)}`);
     if (object.iou !== null) flags.push(`predicted IoU ${object.iou}`);
     const share = object.share === null ? "no mask" : `${(100 * object.share).toFixed(object.share < 0.1 ? 1 : 0)} %`;
     const row = make("tr", { tabindex: "0" }, name, make("td", { text: flags.join(", ") }), make("td", { text: share }));
@@ -321,6 +327,7 @@
     event.preventDefault();
   }
 
+  for (const element of document.querySelectorAll(".if-predicted")) element.hidden = !hasPredicted;
   showFacts();
   showTabs();
   showClasses();

@@ -26,7 +26,7 @@ from shards.drawing.overlay import (
 )
 from shards.format import rle
 from shards.format.dataset import Category
-from shards.format.sample import Instance
+from shards.format.sample import Instance, MaskPrediction
 
 CATEGORIES = (Category(1, "Person", "/m/p"), Category(2, "Car", "/m/c"))
 NAMES = ("BG", "Person", "Car")
@@ -68,6 +68,17 @@ def test_draw_instances_fills_and_outlines_a_mask() -> None:
     image = Image.fromarray(GREY.copy()).convert("L")
     assert draw_instances(image, [boxed(mask=True)], CATEGORIES).mode == "RGB"
     assert (image.mode, np.asarray(image).std()) == ("L", 0)  # unchanged
+
+
+def test_draw_instances_dashes_the_outline_of_a_predicted_mask_and_writes_its_score() -> None:
+    predicted = replace(boxed(mask=True), prediction=MaskPrediction(0.93, "run"))
+    found, solid = drawn(predicted), drawn(boxed(mask=True))
+    differs = (found != solid).any(axis=2)
+    for side in (np.s_[110, 160:240], np.s_[189, 160:240], np.s_[110:190, 160], np.s_[110:190, 239]):
+        assert 0.3 < differs[side].mean() < 0.7
+    assert not differs[112:188, 162:238].any()  # filled alike
+    named = drawn(boxed(mask=True), captions=["Person predicted 0.93"])
+    assert np.array_equal(found[:105], named[:105])
 
 
 def test_draw_instances_dashes_boxes_without_a_mask_and_hatches_groups() -> None:

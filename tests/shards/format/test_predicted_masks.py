@@ -17,16 +17,7 @@ from shards.format.index_schema import INDEX_SCHEMA, IndexRow, index_bytes
 from shards.format.sample import MaskPrediction, Sample
 from shards.inspect.cli import main as inspect
 from tests.builder.builds import samples_of
-from tests.support import CATEGORIES, sample, write_dataset, write_spoilt
-
-PREDICTION = MaskPrediction(0.93, "seed-1")
-
-
-def filled(number: int) -> Sample:
-    """Return a sample whose car, of odd numbers, has a predicted mask."""
-    person, *cars = sample(number).instances
-    cars = [replace(car, bbox=person.bbox, segmentation=person.segmentation, prediction=PREDICTION) for car in cars]
-    return replace(sample(number), instances=(person, *cars))
+from tests.support import CATEGORIES, filled, sample, write_dataset, write_spoilt
 
 
 def test_json_says_where_a_predicted_mask_is_from_and_no_other_mask_has_the_keys() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from shards.commands.command_line import print_to_reader
 from shards.inspect.cli import main
-from tests.support import REPOSITORY, sample, write_dataset
+from tests.support import REPOSITORY, filled, sample, write_dataset
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,8 +29,8 @@ def test_json_counts_classes_sizes_labels_and_flags(root: str, capsys: Capture) 
     train, val = json.loads(capsys.readouterr().out)["splits"]
     assert (train["split"], train["images"], train["shards"]) == ("train", 10, 2)
     assert train["classes"] == [
-        {"id": 1, "name": "Person", "images": 10, "boxes": 10, "masks": 10, "groups": 0},
-        {"id": 2, "name": "Car", "images": 5, "boxes": 5, "masks": 0, "groups": 0},
+        {"id": 1, "name": "Person", "images": 10, "boxes": 10, "masks": 10, "predicted": 0, "groups": 0},
+        {"id": 2, "name": "Car", "images": 5, "boxes": 5, "masks": 0, "predicted": 0, "groups": 0},
     ]
     assert (val["images"], val["sizes"]) == (3, {"width": [48] * 3, "height": [32] * 3, "portrait": 0.0})
     assert train["labels"]["images"] == 10
@@ -56,6 +56,29 @@ def test_text_has_tables_of_splits_and_classes(root: str, capsys: Capture) -> No
     assert "verified as present, as absent: share of all images; 15 annotations in them, 5 occluded" in out
     assert "Car: 100% of objects have a box only (6 of 6)" in out
     assert "Person:" not in out
+
+
+def test_predicted_masks_have_a_column_of_their_own(tmp_path: Path, capsys: Capture) -> None:
+    write_dataset(tmp_path, {"train": [filled(1), sample(3)]})
+    assert main([str(tmp_path), "--label-images", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[7:10]] == [
+        ["class", "images", "boxes", "masks", "predicted", "box", "only", "group-of"],
+        ["Person", "2", "2", "2", "0", "0%", "0"],
+        ["Car", "2", "2", "0", "1", "50%", "0"],
+    ]
+    assert "predicted: masks that a trained model predicted, for training only" in "\n".join(lines)
+    assert main([str(tmp_path), "--json"]) == 0
+    [train] = json.loads(capsys.readouterr().out)["splits"]
+    assert train["classes"][1] == {
+        "id": 2,
+        "name": "Car",
+        "images": 2,
+        "boxes": 2,
+        "masks": 0,
+        "predicted": 1,
+        "groups": 0,
+    }
 
 
 def delete_shards(root: str) -> None:

@@ -13,7 +13,7 @@ from demo.s3server import S3Server
 from shards.format.sample import Sample
 from shards.inspect.cli import main
 from shards.inspect.extract import mask_names
-from tests.support import CATEGORIES, sample, write_dataset, write_spoilt
+from tests.support import CATEGORIES, filled, sample, write_dataset, write_spoilt
 
 
 def test_extract_writes_the_jpeg_the_json_and_the_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +55,7 @@ def test_mask_names_are_those_of_open_images_or_numbers() -> None:
     assert names_of(("/m/01jfm_", "a1b2c3d4")) == ["m01jfm__a1b2c3d4.png"]
     assert names_of(("", "a1b2c3d4")) == ["m01g317_a1b2c3d4.png"]  # the class's own MID
     assert names_of(("traffic light", "17"), ("/m/04yx4", "")) == ["0.png", "1.png"]
+    assert mask_names(filled(1), CATEGORIES)[1] == f"{filled(1).image_id}_1_predicted.png"
     assert names_of(("/m/04yx4", "b"), ("/m/04yx4", "b"), ("/m/04yx4", "c")) == ["0.png", "1.png", "m04yx4_c.png"]
 
 

@@ -17,7 +17,7 @@ from shards.format.sample import Instance, Sample
 from shards.inspect.cli import main
 from shards.inspect.html_page import OUTLINE_BYTES, PICTURE_BYTES, SIDE, small_picture
 from tests.browser import console, press, requests, resize
-from tests.support import CATEGORIES, jpeg, sample, write_dataset
+from tests.support import CATEGORIES, filled, jpeg, sample, write_dataset
 
 CARD = "#gallery .card"
 HOSTILE = "</script><img src=x onerror=window.broken=1><script>window.broken=1</script>\u202e\"'`&amp;{{data}}<!--"
@@ -238,6 +238,25 @@ def test_hatches_of_groups_have_the_colour_of_their_box_and_are_bright_on_black(
         assert stripe.get_attribute("fill") == box.get_attribute("stroke")
         opacities.append(float(hatch.value_of_css_property("fill-opacity")))
     assert opacities == [0.4, 0.85]
+
+
+def test_predicted_masks_are_counted_filtered_and_dashed_only_where_there_are_any(
+    page: Any, browser: Any, tmp_path: Path
+) -> None:
+    assert visible(page, ".if-predicted") == len(all_of(page, ".area.predicted")) == 0
+    write_dataset(tmp_path / "data", {"train": [filled(n) for n in range(6)]})
+    page_of(tmp_path / "data", tmp_path / "page.html")
+    open_page(browser, tmp_path / "page.html")
+    assert visible(page, ".if-predicted") == 2  # in the legend and the table
+    [car] = [row for row in all_of(page, "#classes tbody tr") if row.text.startswith("Car")]
+    assert [cell.text for cell in all_of(car, "td")][1:6] == ["3", "3", "0", "3", "0 %"]
+    assert (choose(page, "by-flag", "a predicted mask"), choose(page, "by-flag", "a mask")) == (3, 6)
+    choose(page, "by-flag", "a predicted mask")
+    all_of(page, CARD)[0].click()
+    [area] = all_of(page, "#photo .area.predicted")
+    assert area.value_of_css_property("stroke-dasharray") != "none"
+    assert [name.text for name in all_of(page, "#photo .name")] == ["Person", "Car predicted 0.93"]
+    assert "mask predicted by seed-1, score 0.93" in page.find_element("id", "objects").text
 
 
 def nameless_controls(driver: Any) -> list[Any]:

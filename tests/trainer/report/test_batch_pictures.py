@@ -12,7 +12,7 @@ from shards.format.dataset import Category
 from shards.storage.location import Location
 from tests.trainer import batches
 from trainer.config.settings import LossConfig
-from trainer.data.instances import GROUP_OF, IGNORED, Batch
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, PREDICTED, Batch
 from trainer.data.mask_bitmaps import rasterise
 from trainer.report.batch_pictures import FILE, HEIGHT, IMAGES, BatchPictures, draw_batches, rebuild_mask
 
@@ -62,5 +62,8 @@ def test_what_is_not_taught_is_not_drawn_and_ignored_regions_are_hatched() -> No
     ignored, group = drawn(IGNORED), drawn(GROUP_OF)
     assert (drawn(GROUP_OF, group_of="background") == nothing).all()
     assert (ignored == group).all()
+    predicted = drawn(HAS_MASK | PREDICTED)
+    assert (predicted != drawn(HAS_MASK)).any()  # its name says so
+    assert (drawn(HAS_MASK | PREDICTED, predicted=0) == drawn(0)).all()
     box = drawn(0)
     assert 0 < (box != nothing).any(axis=2).sum() < (ignored != nothing).any(axis=2).sum()
