@@ -84,7 +84,7 @@ def fill(options: FillOptions) -> None:
         names = {category.id: category.name for category in dataset.categories}
         each = ", ".join(f"{count} {names[number]}" for number, count in sorted(found.masks.items())) or "none"
         masks = f"{counted(found.masks.total(), 'mask')} predicted ({each}), mean score {found.mean:.2f}"
-        of = f"{counted(found.boxes, 'object')} of {', '.join(target.splits)} with a box only"
+        of = f"{counted(found.boxes, 'object')} of {' and '.join(target.splits)} with a box only"
         command.say(f"{target.out}: {of}, {masks}")
 
 

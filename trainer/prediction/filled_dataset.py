@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from shards.common.errors import DatasetError, UserError
@@ -38,7 +41,7 @@ from trainer.prediction.box_objects import Tally
 RECORDS = ".fill"
 PLAN_FILE = "plan.json"
 ORIGIN = "filled"  # the entry of `source` in dataset.json
-HEADING = "\n## Predicted masks\n"
+HEADING = "## Predicted masks"
 _SECTION = """\
 `maskstream fill` predicted {masks} of {boxes} with a box only in {splits}, with the run `{run}`. Their mean score is
 {score:.2f}. They are not counted above: in the annotations they have `mask_source` "predicted", `mask_score` (0 to 1)
@@ -136,13 +139,14 @@ class FilledDataset:
         shards = [Shard(**record["shard"]) for record in records]
         filled = [IndexRow.from_values(row) for record in records for row in record["rows"]]
         total = sum((_tally(record["tally"]) for record in records), Tally(0, Counter(), 0.0))
-        rest = (IndexRow.from_values(row) for row in self.source.table.to_pylist() if row["split"] not in self.splits)
+        table = self.source.table
+        copied = table.filter(pc.invert(pc.is_in(table["split"], pa.array(self.splits))))
         for name in (ACCOUNTS_FILE, PICTURE_FILE, README_FILE):
             if retrying((self.source.root / name).exists):
                 data = retrying((self.source.root / name).read)
                 write(self.out / name, self._card(data, shards, total) if name == README_FILE else data)
         origin = {**info.source, ORIGIN: {**self.about, "boxes": total.boxes, "masks": total.masks.total()}}
-        rows = [*filled, *rest]
+        rows = [*filled, *map(IndexRow.from_values, copied.to_pylist())]
         retrying(
             lambda: finish_dataset(self.out, rows, shards, info.categories, plan=self.key, source=redact_values(origin))
         )
@@ -154,7 +158,7 @@ class FilledDataset:
 
     def _card(self, card: bytes, shards: Sequence[Shard], tally: Tally) -> bytes:
         """Return the source's card with the features of the new format version and a section on the masks."""
-        text = card.decode("utf-8", "replace").partition(HEADING)[0]
+        text = re.sub(rf"\n{HEADING}\n.*?(?=\n## |\Z)", "", card.decode("utf-8", "replace"), flags=re.DOTALL)
         opening, *front_and_body = text.split("---\n", 2)
         if not opening and len(front_and_body) == 2:
             front, body = yaml.safe_load(front_and_body[0]), front_and_body[1]
@@ -169,7 +173,7 @@ class FilledDataset:
             score=tally.mean,
             megabytes=sum(shard.nbytes for shard in shards) / 1e6,
         )
-        return f"{text}{HEADING}\n{section}".encode()
+        return f"{text}\n{HEADING}\n\n{section}".encode()
 
 
 def _tally(value: Mapping[str, Any]) -> Tally:

@@ -7,7 +7,8 @@ all exist. Batches do not cross shards, so that the bytes do not depend on the r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -53,8 +54,10 @@ def fill_shards(
         say(f"{target.source.root}: {done}")
     to_copy = [number for number in missing if target.shards[number].split not in target.splits]
     to_fill = [number for number in missing if target.shards[number].split in target.splits]
-    for number in to_copy[rank::world]:
-        target.copy(number)
+    with Progress("copying", len(to_copy[rank::world]), "shards", log.info, is_shown=main) as progress:
+        for number in to_copy[rank::world]:
+            target.copy(number)
+            progress.advance(1)
     for split in target.splits:
         own = [number for number in to_fill[rank::world] if target.shards[number].split == split]
         _fill_split(options, target, predictor, data, accelerator, split, own)
@@ -72,7 +75,10 @@ def _fill_split(
     split: str,
     numbers: Sequence[int],
 ) -> None:
-    """Write some shards of a split, from one loader that reads ahead across shards."""
+    """Write some shards of a split, from one loader that reads ahead across shards.
+
+    A shard is packed and written while the next one is filled.
+    """
     if not numbers:
         return
     index = target.source.index(split)
@@ -89,13 +95,23 @@ def _fill_split(
     )
     batches = loader(stream, workers=options.workers, pin_memory=accelerator.device.type == "cuda")
     items = chain.from_iterable(batch.samples for batch in batches)
-    with Progress(f"filling {split}", len(rows), "images", log.info, is_shown=accelerator.is_main_process) as progress:
+    shown = Progress(f"filling {split}", len(rows), "images", log.info, is_shown=accelerator.is_main_process)
+    with shown as progress, ThreadPoolExecutor(1) as pool:
+        writing: Future[None] | None = None
         for number in numbers:
-            shard = target.shards[number]
-            samples = _filled(options, predictor, accelerator, islice(items, shard.samples), progress)
-            found = tally(samples, predictor.classes)
-            target.write(number, pack_shard(samples, split=split, path=shard.path), found)
-            say(f"{target.out / shard.path}: {counted(found.masks.total(), 'mask')} predicted")
+            of_shard = islice(items, target.shards[number].samples)
+            samples = _filled(options, predictor, accelerator, of_shard, progress)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(_write, target, number, samples, predictor.classes)
+        if writing is not None:
+            writing.result()
+
+
+def _write(target: FilledDataset, number: int, samples: Sequence[Sample], classes: Set[int]) -> None:
+    shard, found = target.shards[number], tally(samples, classes)
+    target.write(number, pack_shard(samples, split=shard.split, path=shard.path), found)
+    say(f"{target.out / shard.path}: {counted(found.masks.total(), 'mask')} predicted")
 
 
 def _filled(
