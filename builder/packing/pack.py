@@ -231,6 +231,7 @@ def _pack_object(annotation: Annotation, mask: rle.Rle | None, frame: Frame) -> 
         label=annotation.label,
         predicted_iou=annotation.predicted_iou,
         area=area,
+        prediction=None if mask is None else annotation.prediction,
         **{flag: getattr(annotation, flag) for flag in FLAGS.values()},
     )
     return instance, remark

@@ -1,7 +1,8 @@
 """Instances files in COCO's JSON format: parsed, checked, and each image with its annotations.
 
 Format: https://cocodataset.org/#format-data. Also read where present: `neg_category_ids` and
-`not_exhaustive_category_ids` of LVIS (https://www.lvisdataset.org/dataset), and `predicted_iou` as in SA-1B.
+`not_exhaustive_category_ids` of LVIS (https://www.lvisdataset.org/dataset), `predicted_iou` as in SA-1B, and
+`mask_source`, `mask_score` and `mask_run` of `maskstream export`.
 """
 
 import json
@@ -16,8 +17,10 @@ from builder.sources.base import FAR, FILE_NAME, has_extent
 from builder.sources.coco_categories import CocoCategory, arrange
 from builder.sources.listing import ListedImage, ListedObject, Listing, sample_key
 from builder.tasks.plan import InlineMask, Metadata, Size
+from shards.common.argument_checks import is_text
 from shards.common.errors import UserError
 from shards.common.text import counted
+from shards.format.sample import PREDICTED, MaskPrediction
 
 LONGEST_SIDE = 1 << 16  # pixels
 
@@ -230,5 +233,16 @@ class _Annotations(Sequence[ListedObject]):
             box_id=str(row.get("id", ""))[:64],
             predicted_iou=float(iou) if type(iou) in (int, float) and 0 <= iou <= 1 else None,
             area=float(area) if type(area) in (int, float) and 0 <= area < math.inf else None,
+            prediction=_prediction(row),
             flags=("is_group_of",) if row.get("iscrowd") == 1 else (),
         )
+
+
+def _prediction(row: dict[str, Any]) -> MaskPrediction | None:
+    """Return what `maskstream export --to coco` says about a predicted mask; None for any other mask."""
+    score: Any = row.get("mask_score")
+    run: Any = row.get("mask_run")
+    if row.get("mask_source") != PREDICTED or not row.get("segmentation"):
+        return None
+    is_score, is_name = type(score) in (int, float) and 0 <= score <= 1, isinstance(run, str) and run and is_text(run)
+    return MaskPrediction(float(score) if is_score else 0.0, run if is_name else "unknown")

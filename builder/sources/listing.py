@@ -32,7 +32,7 @@ from builder.tasks.plan import (
 )
 from shards.common.errors import UserError
 from shards.common.redact import redact_url
-from shards.format.sample import KEY
+from shards.format.sample import KEY, MaskPrediction
 from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 
@@ -51,6 +51,7 @@ class ListedObject:
     box_id: str = ""
     predicted_iou: float | None = None
     area: float | None = None
+    prediction: MaskPrediction | None = None
     flags: tuple[str, ...] = ()
 
     def planned(self, category_id: int) -> PlannedObject:
@@ -63,6 +64,7 @@ class ListedObject:
             self.box_id,
             self.predicted_iou,
             area=self.area,
+            prediction=self.prediction,
             **dict.fromkeys(self.flags, True),
         )
         return PlannedObject(found, self.mask)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from shards.format.dataset import VERSION, Category
-from shards.format.sample import OMIT_NONE, canonical_json
+from shards.format.sample import OMIT_NONE, MaskPrediction, canonical_json
 from shards.format.shard_tar import shard_path
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -26,6 +26,7 @@ class Annotation:
         box_id: Open Images' BoxID ("" without a mask, because only the mask table has it), or COCO's annotation id.
         predicted_iou: the source's estimate of the mask's quality; None without an estimate.
         area: the object's area in pixels by the source; None if it gives none.
+        prediction: of a mask that a run predicted, in files of `maskstream export`; None for any other.
     """
 
     category_id: int
@@ -40,6 +41,7 @@ class Annotation:
     is_depiction: bool = False
     is_inside: bool = False
     area: float | None = field(default=None, metadata=OMIT_NONE)
+    prediction: MaskPrediction | None = field(default=None, metadata=OMIT_NONE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from shards.stream.sample_decoders import parse_sample, read_sample
 
 MARKER = "maskstream-export.json"
 TURNED = "images whose EXIF orientation was set to 1, because objects are in the pixels as stored"
+PREDICTED = "predicted masks, written like masks of the source"
 UNMASKED = "objects without a mask, left out (--masks-only)"
 
 
@@ -102,6 +103,8 @@ def samples(export: Export, tally: Tally) -> Iterator[tuple[int, Sample]]:
                 instances = tuple(instance for instance in sample.instances if instance.segmentation is not None)
                 tally.remarks[UNMASKED] += len(sample.instances) - len(instances)
                 sample = replace(sample, instances=instances)
+            if export.format != "coco":
+                tally.remarks[PREDICTED] += sum(one.prediction is not None for one in sample.instances)
             if exif_orientation(sample.image) != 1:
                 tally.remarks[TURNED] += 1
                 sample = replace(sample, image=without_orientation(sample.image))

@@ -90,10 +90,13 @@ class Instance:
         return self.segmentation if self.prediction is None else None
 
     def coco_area(self) -> float:
-        """Return COCO's `area` of the object in pixels: the source's, else that of its mask, else that of its box."""
+        """Return COCO's `area` of the object in pixels: the source's, else that of its mask, else that of its box.
+
+        A predicted mask does not count, so that an evaluation by size is the same with and without it.
+        """
         if self.area is not None:
             return self.area
-        mask = 0 if self.segmentation is None else mask_area(self.segmentation)
+        mask = 0 if self.source_mask is None else mask_area(self.source_mask)
         return float(mask) or self.bbox[2] * self.bbox[3]
 
     def to_json(self) -> dict[str, Any]:

@@ -261,6 +261,7 @@ def _annotation(box: Mapping[str, Any] | None, mask: Mapping[str, Any] | None, c
     if not all(value is not None and abs(value) <= FAR for value in (x1, x2, y1, y2)):
         x1 = x2 = y1 = y2 = 0.0  # only in a mask row: without an extent, the packer takes the box from the mask itself
     iou = None if mask is None else mask["PredictedIoU"]
+    flags: dict[str, Any] = {flag: box is not None and box[column] == 1 for flag, column in FLAG_COLUMNS.items()}
     return Annotation(
         category_id=classes.owners[row["LabelName"]],
         label=row["LabelName"],
@@ -268,7 +269,7 @@ def _annotation(box: Mapping[str, Any] | None, mask: Mapping[str, Any] | None, c
         mask_path="" if mask is None else mask["MaskPath"],
         box_id="" if mask is None else mask["BoxID"],
         predicted_iou=iou if iou is not None and 0 <= iou <= 1 else None,
-        **{flag: box is not None and box[column] == 1 for flag, column in FLAG_COLUMNS.items()},
+        **flags,
     )
 
 

@@ -14,6 +14,7 @@ from builder.sources.listing import ListedSplit, parse_places
 from shards.common.errors import UserError
 from shards.format import rle
 from shards.format.dataset import open_dataset
+from shards.format.sample import MaskPrediction
 from shards.inspect.cli import main as inspect
 from shards.storage.location import Location
 from tests.builder.builds import accounts_of, samples_of
@@ -224,6 +225,22 @@ def test_filters_and_verified_classes() -> None:
     lvis = {**value, "images": [{**IMAGE, "neg_category_ids": [3], "not_exhaustive_category_ids": [2]}]}
     image = opened(lvis, Filters(), "dog", "cat", "emu").describe([key])[key]
     assert (image.verified_present, image.verified_absent, image.not_exhaustive) == ((1, 2), (3,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"mask_score": 0.5, "mask_run": "seed-1"}, MaskPrediction(0.5, "seed-1")),
+        ({"mask_score": "0.5", "mask_run": 7}, MaskPrediction(0.0, "unknown")),  # never taken for a mask of the source
+        ({"mask_score": 0.5, "mask_run": "seed-1", "segmentation": []}, None),
+        ({"mask_source": "human"}, None),
+    ],
+)
+def test_a_predicted_mask_stays_one(stated: dict[str, Any], expected: MaskPrediction | None) -> None:
+    shared = {"image_id": 1, "id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "segmentation": [[1, 1, 5, 1, 5, 5]]}
+    split = opened(document(annotations=[shared | {"mask_source": "predicted"} | stated]))
+    [found] = split.describe(["000000000001"])["000000000001"].objects
+    assert found.annotation.prediction == expected
 
 
 def test_parse_places_takes_one_file_or_one_per_split() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ from PIL import Image
 
 from shards.format import rle
 from shards.format.dataset import Category, Dataset
-from shards.format.sample import Instance, Sample
+from shards.format.sample import Instance, MaskPrediction, Sample
 from tests.support import jpeg, write_dataset
 
 CATEGORIES = (Category(2, "Person", "/m/01g317"), Category(5, "Traffic light", "/m/015qff"))
@@ -36,6 +37,7 @@ def scene(number: int) -> Sample:
     masks = [mask(rng, width, height) for _ in range(int(rng.integers(2, 5)))]
     objects = [Instance(2, rle.bounds(found), found, f"b{n}", predicted_iou=0.5) for n, found in enumerate(masks)]
     objects[0] = Instance(5, (1.25, 2.5, 30.125, 40.0), None, "box", is_occluded=True)
+    objects[-1] = replace(objects[-1], prediction=MaskPrediction(0.75, "run")) if number % 4 == 2 else objects[-1]
     if number % 2:
         objects[1] = Instance(5, rle.bounds(masks[1]), masks[1], "group", is_group_of=True, area=12.5)
     return Sample(

@@ -38,8 +38,8 @@ def export(dataset: Dataset, out: Path, to: str, *more: str) -> dict[str, dict[s
 def area_of(instance: Instance) -> float:
     if instance.area is not None:
         return instance.area
-    if instance.segmentation is not None:
-        return float(rle.decode(instance.segmentation).sum())
+    if instance.source_mask is not None:
+        return float(rle.decode(instance.source_mask).sum())
     return instance.bbox[2] * instance.bbox[3]
 
 
@@ -61,6 +61,8 @@ def test_coco_is_what_pycocotools_reads(scenes: Dataset, out: Path, capsys: Capt
                 assert (entry["category_id"], tuple(entry["bbox"])) == (instance.category_id, instance.bbox)
                 assert (entry["iscrowd"], entry["area"]) == (instance.is_group_of, area_of(instance))
                 assert entry["is_occluded"] == instance.is_occluded
+                stated = [entry.get(key) for key in ("mask_source", "mask_score", "mask_run")]
+                assert stated == (["predicted", 0.75, "run"] if instance.prediction else [None] * 3)
                 if instance.segmentation is None:
                     assert entry["segmentation"] == []
                 else:
@@ -86,12 +88,14 @@ def test_the_command_that_coco_prints_builds_the_same_masks_boxes_and_labels(
             assert [names[-c] for c in other.verified_absent] == [names[c] for c in sample.verified_absent]
             for new, old in zip(other.instances, sample.instances, strict=True):
                 assert (names[-new.category_id], new.segmentation) == (names[old.category_id], old.segmentation)
+                assert new.prediction == old.prediction
                 assert (new.bbox, new.is_group_of, new.area) == (old.bbox, old.is_group_of, area_of(old))
 
 
 @pytest.mark.parametrize("to", ["folder", "yolo"])
-def test_other_exports_are_built_again(scenes: Dataset, out: Path, to: str, tmp_path: Path) -> None:
+def test_other_exports_are_built_again(scenes: Dataset, out: Path, to: str, tmp_path: Path, capsys: Capture) -> None:
     found = export(scenes, out, to)
+    assert "predicted masks, written like masks of the source: 2" in capsys.readouterr().out
     splits = {split: out / split for split in found}
     places = ["--source", "yolo", "--annotations", str(out / "data.yaml")]
     if to == "folder":
