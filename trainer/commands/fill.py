@@ -66,6 +66,7 @@ def fill(options: FillOptions) -> None:
     from trainer.model.checkpoint import open_checkpoint
     from trainer.prediction.shard_filling import MaskPredictor, fill_shards
     from trainer.run.distributed import from_main, main_can_write, on_main, start_accelerator
+    from trainer.step.box_terms import WIDER
 
     accelerator = start_accelerator()
     main_can_write(Location(options.out), "--out", accelerator)
@@ -78,7 +79,10 @@ def fill(options: FillOptions) -> None:
         if accelerator.is_main_process:
             command.say(f"{target.out}: complete already, with masks by {target.about['run']}")
         return
-    predictor = MaskPredictor(rebuild(state).to(accelerator.device).eval(), classes, target.about["run"])
+    network = rebuild(state).to(accelerator.device).eval()
+    # Boxes trained the mask head in wider RoIs.
+    margin = WIDER if state.config.loss.unmasked == "masks" else 0.0
+    predictor = MaskPredictor(network, classes, target.about["run"], margin)
     found = fill_shards(options, target, predictor, state.config.data, accelerator)
     if found is not None:
         names = {category.id: category.name for category in dataset.categories}

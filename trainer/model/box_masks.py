@@ -71,35 +71,43 @@ class _Started(NamedTuple):
 
 
 def mask_batches(
-    network: MaskRCNN, batches: Iterable[B], device: torch.device
+    network: MaskRCNN, batches: Iterable[B], device: torch.device, margin: float = 0.0
 ) -> Iterator[tuple[B, list[list[BoxMask]]]]:
     """Yield each batch with the masks of each image's boxes; on CUDA, after the work of the next one is queued.
 
-    `network` is in evaluation mode on the device. A mask is what torchvision's network pastes for a detection with this
-    box and class, cut off at the pixels that the box touches.
+    A mask is what torchvision's network pastes for a detection with this box, extended by the margin, and this class,
+    cut off at the pixels that the box touches.
+
+    Args:
+        network: in evaluation mode on the device.
+        batches: images with their boxes.
+        device: of the network.
+        margin: on each side of the RoI of a box, as a share of its width and height.
     """
-    started = ((batch, _start(network, device, batch.items)) for batch in batches)
+    started = ((batch, _start(network, device, batch.items, margin)) for batch in batches)
     for batch, masks in delayed(started, 1 if device.type == "cuda" else 0):
         yield batch, _finish(masks)
 
 
 @torch.no_grad()
-def _start(network: MaskRCNN, device: torch.device, items: Sequence[BoxedImage]) -> _Started:
+def _start(network: MaskRCNN, device: torch.device, items: Sequence[BoxedImage], margin: float) -> _Started:
     images = [item.pixels for item in items]
     sizes = sizes_of(network, images)
     maps = list(network.backbone(network_input(network, images, sizes, device)).values())
     maps = maps[: len(network.roi_heads.mask_roi_pool.featmap_names)]
     boxes = np.concatenate([item.boxes for item in items])  # [K, 4]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    wide = boxes + np.float32(margin) * np.concatenate((-sides, sides), axis=1)
     counts = [len(item.boxes) for item in items]
     numbers = np.repeat(np.arange(len(items)), counts)  # [K], the image of each box
     scale = sizes.resized.astype(np.float32) / sizes.original.astype(np.float32)  # as torchvision's `resize_boxes`
-    rois = Rois(to_device(boxes * scale[numbers][:, [1, 0, 1, 0]], device), to_device(numbers, device))
+    rois = Rois(to_device(wide * scale[numbers][:, [1, 0, 1, 0]], device), to_device(numbers, device))
     labels = to_device(np.concatenate([item.labels for item in items]), device)
     parts = [slice(first, first + ROIS_AT_ONCE) for first in range(0, len(boxes), ROIS_AT_ONCE)]
     of_rois = partial(masks_of_rois, network, maps)
     masks = torch.cat([of_rois(Rois(rois.boxes[part], rois.images[part]), labels[part]) for part in parts])
     of_boxes = sizes.original[numbers]
-    return _Started(counts, HostCopy(_scores(masks)), Paste(masks, boxes, of_boxes, _windows(boxes, of_boxes)))
+    return _Started(counts, HostCopy(_scores(masks)), Paste(masks, wide, of_boxes, _windows(boxes, of_boxes)))
 
 
 def _finish(started: _Started) -> list[list[BoxMask]]:

@@ -36,11 +36,19 @@ log = logging.getLogger("trainer.prediction.shard_filling")
 
 @dataclass(frozen=True)
 class MaskPredictor:
-    """A network, in evaluation mode on the device, the ids of the classes that get masks, and its run's name."""
+    """What predicts the masks.
+
+    Attributes:
+        network: in evaluation mode on the device.
+        classes: ids of the classes that get masks.
+        run: name of its run.
+        margin: of RoIs, see `mask_batches`.
+    """
 
     network: MaskRCNN
     classes: frozenset[int]
     run: str
+    margin: float
 
 
 def fill_shards(
@@ -133,6 +141,6 @@ def _filled(
             progress.advance(1)
 
     batches = like_batches(predictor.network, boxed(), options.batch_size)
-    for item, masks in in_order(mask_batches(predictor.network, batches, accelerator.device)):
+    for item, masks in in_order(mask_batches(predictor.network, batches, accelerator.device, predictor.margin)):
         samples[item.sample.image_id] = with_masks(item, masks, predictor.run, options.score)
     return list(samples.values())

@@ -37,20 +37,22 @@ def boxed(counts: tuple[int, ...], sides: tuple[float, float] = (0.1, 0.9)) -> l
 
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"mask_head": "agnostic"}])
+@pytest.mark.parametrize(("changes", "margin"), [({}, 0.0), ({"mask_head": "agnostic"}, 0.1)])
 def test_masks_of_boxes_are_those_of_torchvision_inside_the_boxes(
-    changes: dict[str, Any], fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], margin: float, fixed_shapes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detection, "in_fixed_shapes", lambda _: fixed_shapes)
     monkeypatch.setattr(paste, "PASTE_BYTES", 5000)
     monkeypatch.setattr(box_masks, "ROIS_AT_ONCE", 7)  # chunks of more than one image, and parts of one
     network, pictures = random_network(**changes), boxed((3, 9, 1, 4))
-    [(batch, found)] = mask_batches(network, [Pictures(pictures)], torch.device("cpu"))
+    [(batch, found)] = mask_batches(network, [Pictures(pictures)], torch.device("cpu"), margin)
     assert batch.items is pictures
+    extended = [torch.from_numpy(one.boxes) for one in pictures]
+    extended = [boxes + margin * (boxes - boxes[:, [2, 3, 0, 1]]) for boxes in extended]
 
     def detections(*_: Any) -> tuple[list[torch.Tensor], ...]:
         """The boxes as torchvision's own detections, in pixels of its resized images."""
-        _, targets = network.transform(images, [{"boxes": torch.from_numpy(one.boxes)} for one in pictures])
+        _, targets = network.transform(images, [{"boxes": boxes} for boxes in extended])
         labels = [torch.from_numpy(one.labels) for one in pictures]
         return [target["boxes"] for target in targets], [torch.ones(len(each)) for each in labels], labels
 
