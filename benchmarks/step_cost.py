@@ -16,6 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,13 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import training_sides as sides
-from trainer.config.settings import ModelConfig
+from shards.format.sample import Sample
+from trainer.config.settings import LossConfig, ModelConfig
 from trainer.data.collate import TrainCollate
 from trainer.model.backbones import cache_frozen_norms
 from trainer.model.build import build_model
+from trainer.run.optim import frozen_copy
 from trainer.step.trainable import Trainable
 
-SIDES = ("torchvision", "maskstream")
+BOXES = "maskstream, masks from boxes"  # of every second object, with a teacher
+SIDES = ("torchvision", "maskstream", BOXES)
 CELLS = ((2, 5), (2, 20), (8, 5), (8, 20))  # images per batch, objects per image
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEWS = ALLOCATIONS | {"_unsafe_view", "lift_fresh", "detach", "alias", "_reshape_alias", "sym_size", "is_same_size"}
@@ -133,13 +137,17 @@ def step_of(side: str, images: int, objects: int, options: argparse.Namespace) -
     torch.manual_seed(0)
     model = ModelConfig(backbone=options.backbone, weights="none", rois_per_image=16)  # the counts do not depend on it
     network = build_model(model, sides.settings(options), sides.CLASSES).train()
-    if side == "maskstream":
-        trainable = Trainable(network, fixed_shapes=True)
+    if side != "torchvision":
+        from_boxes = side == BOXES
+        trainable = Trainable(network, LossConfig(unmasked="masks" if from_boxes else "box"), fixed_shapes=True)
         cache_frozen_norms(network, torch.float32)
+        teacher = frozen_copy(network) if from_boxes else None
+        if from_boxes:
+            samples = [without_half_of_masks(sample) for sample in samples]
         batch = TrainCollate(sides.settings(options, 0.0), 0, sides.CLASSES)(samples, 0)
 
         def losses() -> dict[str, Tensor]:
-            return trainable(batch)  # type: ignore[no-any-return]
+            return trainable(batch, teacher=teacher)  # type: ignore[no-any-return]
     else:
         loaded = sides.stock_load(samples, 0.0)
 
@@ -147,7 +155,7 @@ def step_of(side: str, images: int, objects: int, options: argparse.Namespace) -
             return sides.stock_losses(network, loaded, "cpu")
 
     # On CUDA, torchvision's reference script gets the form that updates many parameters at a time.
-    fused = {"fused": True} if side == "maskstream" else {"foreach": True}
+    fused = {"foreach": True} if side == "torchvision" else {"fused": True}
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, **fused)
 
     def step() -> None:
@@ -158,6 +166,12 @@ def step_of(side: str, images: int, objects: int, options: argparse.Namespace) -
         optimizer.zero_grad()
 
     return step
+
+
+def without_half_of_masks(sample: Sample) -> Sample:
+    """Return a sample in which every second object has a box only."""
+    instances = (replace(i, segmentation=None) if n % 2 else i for n, i in enumerate(sample.instances))
+    return replace(sample, instances=tuple(instances))
 
 
 def count(side: str, images: int, objects: int, options: argparse.Namespace) -> StepCounter:

@@ -21,16 +21,21 @@ from trainer.config.settings import ModelConfig
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backbone", "precision", "most"), [("resnet18", "float32", 837), ("resnet50", "bfloat16", 1645)]
+    ("side", "backbone", "precision", "most"),
+    [
+        ("maskstream", "resnet18", "float32", 837),
+        ("maskstream", "resnet50", "bfloat16", 1645),
+        (step_cost.BOXES, "resnet18", "float32", 1386),
+    ],
 )
 def test_kernels_do_not_grow_with_the_batch_and_the_host_waits_once(
-    backbone: str, precision: str, most: int, monkeypatch: pytest.MonkeyPatch
+    side: str, backbone: str, precision: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The counts do not depend on widths.
     widths: dict[str, Any] = {"fpn_channels": 8, "box_head_features": 8, "mask_head_channels": [8] * 4}
     monkeypatch.setattr(step_cost, "ModelConfig", partial(ModelConfig, **widths))
     options = argparse.Namespace(device="cpu", backbone=backbone, max_size=64, precision=precision)
-    small, large = (step_cost.count("maskstream", images, objects, options) for images, objects in ((2, 5), (8, 20)))
+    small, large = (step_cost.count(side, images, objects, options) for images, objects in ((2, 5), (8, 20)))
     assert small.kernels == large.kernels
     assert small.kernels.total() <= most
     for counter in (small, large):

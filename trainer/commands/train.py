@@ -277,7 +277,7 @@ def forward_backward(t: Training, batches: Sequence[Batch]) -> list[dict[str, Te
         # The random choices of a step (which RoIs train) belong to its batch: they do not depend on earlier batches.
         torch.manual_seed(fold(t.config.train.seed, t.position + t.accelerator.process_index))
         with nullcontext() if number == len(batches) else t.accelerator.no_sync(t.model):
-            losses = t.model(batch)
+            losses = t.model(batch, teacher=t.teacher)
             t.accelerator.backward(weighted_sum(losses, t.config.loss, t.step + 1))
         found.append({name: loss.detach() for name, loss in losses.items()})
         t.position += world

@@ -130,7 +130,12 @@ class LossConfig:
     mask_affinity: float = option(
         0.5, "weight of the loss between neighbours of like colour, with unmasked masks", low=0
     )
-    affinity_warmup: int = option(100, "steps over which the weight of mask_affinity rises from 0", low=0)
+    affinity_warmup: int = option(
+        100, "steps over which the weight of mask_affinity rises from 0, and then that of mask_teacher", low=0
+    )
+    mask_teacher: float = option(
+        1.0, "weight of the loss of masks against those that train.ema's average predicts, with unmasked masks", low=0
+    )
     predicted: float = option(
         1.0, "weight of predicted masks in the mask loss; 0 to treat their objects as those without a mask", low=0
     )
@@ -242,6 +247,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the average of the weights teaches the masks of objects that have a box only."""
+        return self.train.ema > 0 and self.loss.unmasked == "masks" and self.loss.mask_teacher > 0
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain values per section, as the YAML file holds them."""
         return dataclasses.asdict(self)
@@ -288,6 +298,11 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "train.checkpoint_activations computes activations twice, and batch norms (model.norm batch) would count "
             "both: use model.norm frozen or group"
+        )
+    if config.loss.unmasked == "masks" and (data.rotate or data.shear):
+        raise ConfigError(
+            "loss.unmasked is masks, and an object that data.rotate or data.shear has turned need not reach the sides "
+            "of its box: set both to 0, or loss.unmasked to box"
         )
     if data.copy_paste and data.batch_size == 1:
         raise ConfigError("data.copy_paste pastes objects of another image of the batch: set data.batch_size above 1")

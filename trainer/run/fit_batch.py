@@ -17,7 +17,7 @@ from trainer.data.augment import repeated_sizes, round_up
 from trainer.data.instances import HAS_MASK, Batch, padded_count
 from trainer.data.mosaic import TILES
 from trainer.model.freeze import set_trainable
-from trainer.run.optim import make_optimizer
+from trainer.run.optim import frozen_copy, make_optimizer
 from trainer.step.trainable import Trainable
 from trainer.step.warm_up import empty_batch
 
@@ -77,15 +77,15 @@ def fits(config: Config, network: MaskRCNN, classes: int, images: int, accelerat
         step.zero_grad(set_to_none=True)
         optimizer = make_optimizer(step, config.optim)
         # What else is on the device during a run: the average of the weights, and DDP's copy of the gradients.
-        copies = bool(config.train.ema) + (accelerator.num_processes > 1)
-        held = [torch.empty_like(parameter) for _ in range(copies) for parameter in step.parameters()]
+        average = frozen_copy(network) if config.train.ema else None
+        held = [torch.empty_like(parameter) for parameter in step.parameters() if accelerator.num_processes > 1]
         batch = full_batch(config, images, classes).to(accelerator.device)
         for _ in range(2):
             with accelerator.autocast():
-                losses = step(batch)
+                losses = step(batch, teacher=average if config.has_teacher else None)
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
-        del held
+        del held, average
     except torch.OutOfMemoryError:
         return False
     return True

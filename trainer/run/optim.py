@@ -85,6 +85,11 @@ def apply_update(optimizer: AcceleratedOptimizer, is_done: Tensor) -> None:
         del inner.found_inf, inner.grad_scale
 
 
+def frozen_copy(network: Module) -> Module:
+    """Return a copy of a network in evaluation mode, without gradients."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
 class MovingAverage:
     """The exponential moving average of a network's weights and buffers.
 
@@ -97,7 +102,7 @@ class MovingAverage:
 
     def __init__(self, network: Module, decay: float, steps: int) -> None:
         """Begin with the network's own weights, after `steps` steps."""
-        self.module = copy.deepcopy(network).eval().requires_grad_(False)
+        self.module = frozen_copy(network)
         self.decay = decay
         self._steps = torch.tensor(float(steps), device=next(network.parameters()).device)
 

@@ -57,6 +57,11 @@ class Training:
         """The network that is evaluated and saved for inference: the averaged one if `train.ema` is on."""
         return self.ema.module if self.ema is not None else self.network
 
+    @property
+    def teacher(self) -> MaskRCNN | None:
+        """The network whose masks teach those of objects that have a box only, if the settings ask for that."""
+        return self.ema.module if self.ema is not None and self.config.has_teacher else None
+
 
 def set_up(config: Config, writer: RunWriter | None = None) -> Training:
     """Create data, network and optimizer, in the state of the run's newest checkpoint, as the run's `writer`.
@@ -276,6 +281,7 @@ def begin_stage(t: Training, optimizer: dict[str, Any] | None = None) -> None:
 def make_step(t: Training) -> Trainable:
     """Return the network as a function from a batch to its losses, on its device; compiled with `train.compile`."""
     from trainer.model.build import num_classes
+    from trainer.run.optim import frozen_copy
     from trainer.step.trainable import Trainable
     from trainer.step.warm_up import warm_up
 
@@ -285,7 +291,8 @@ def make_step(t: Training) -> Trainable:
     if train.compile != "no":
         step.compile_parts(mode=train.compile)
         with t.accelerator.autocast():
-            warm_up(step, t.config.data, num_classes(t.dataset.categories), device)
+            teacher = frozen_copy(t.network) if t.config.has_teacher else None
+            warm_up(step, t.config.data, num_classes(t.dataset.categories), device, teacher)
     return step
 
 

@@ -210,7 +210,8 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def weighted_sum(losses: Mapping[str, Any], weights: LossConfig, step: int) -> Any:
     """Return the sum of the losses of the `step`-th step, from 1 on, each times its weight: tensors or numbers."""
-    warm = {"loss_mask_affinity": min(1.0, step / max(weights.affinity_warmup, 1))}
+    warmed = step / max(weights.affinity_warmup, 1)
+    warm = {"loss_mask_affinity": min(1.0, warmed), "loss_mask_teacher": min(1.0, max(0.0, warmed - 1))}
     return sum(
         warm.get(name, 1.0) * getattr(weights, name.removeprefix("loss_")) * loss for name, loss in losses.items()
     )

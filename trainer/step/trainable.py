@@ -15,7 +15,16 @@ from trainer.config.settings import LossConfig
 from trainer.data.instances import Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step import losses
-from trainer.step.box_terms import BoxInRoi, affinity_loss, box_in_roi, projection_loss, widen
+from trainer.step.box_terms import (
+    CORE_WEIGHT,
+    BoxInRoi,
+    affinity_loss,
+    box_in_roi,
+    core_loss,
+    projection_loss,
+    teacher_loss,
+    widen,
+)
 from trainer.step.boxes import area, area_inside, encode, take
 from trainer.step.ground_truth import GroundTruth, ground_truth_of, verified_at
 from trainer.step.host_copy import HostCopy
@@ -113,16 +122,17 @@ class Trainable(nn.Module):
         self._is_compiled = False
         self._anchors: dict[tuple[int, int, torch.device], Anchors] = {}
 
-    def forward(self, batch: Batch, keys: Keys | None = None) -> Losses:
+    def forward(self, batch: Batch, keys: Keys | None = None, teacher: MaskRCNN | None = None) -> Losses:
         """Compute loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg and loss_mask, scalars.
 
-        With `loss.unmasked` masks also loss_mask_box and loss_mask_affinity.
+        With `loss.unmasked` masks also loss_mask_box and loss_mask_affinity, and with a teacher loss_mask_teacher.
 
         Every loss depends on every parameter of its head, whatever the batch contains, as DDP requires.
 
         Args:
             batch: on the network's device.
             keys: the random choices; None to draw them from torch's generator.
+            teacher: in evaluation mode, whose masks teach those of objects that have a box only; None for no teacher.
         """
         if self._is_compiled:  # torch imports its compiler for this, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()
@@ -141,7 +151,9 @@ class Trainable(nn.Module):
             used, with_mask = counts.read()
             found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.tiles, batch.verified)
             slots = max(with_mask, 1)
-        return found | self.mask_branch(maps, *self.mask_targets(batch, masked, slots))
+        targets, expected, where = self.mask_targets(batch, masked, slots)
+        taught = None if teacher is None or where is None else self.taught_masks(teacher, batch, targets)
+        return found | self.mask_branch(maps, targets, expected, where, taught)
 
     def mask_slots(self, batch: Batch) -> list[int]:
         """Return the numbers of RoIs, ascending, that the mask branch may run on in fixed shapes."""
@@ -268,21 +280,41 @@ class Trainable(nn.Module):
         }
 
     def mask_branch(
-        self, maps: list[Tensor], targets: RoiTargets, expected: Tensor, where: BoxInRoi | None = None
+        self,
+        maps: list[Tensor],
+        targets: RoiTargets,
+        expected: Tensor,
+        where: BoxInRoi | None = None,
+        taught: Tensor | None = None,
     ) -> Losses:
         """Return loss_mask of the RoIs with a mask, and with `where` the losses of those that have a box only.
 
-        `expected` and `where` are those of `mask_targets`.
+        `expected` and `where` are those of `mask_targets`, `taught` that of `taught_masks`.
         """
-        heads = self.network.roi_heads
-        logits = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, targets.rois))).float()
+        logits = self.mask_logits(self.network, maps, targets.rois)
         found = {"loss_mask": losses.mask_loss(logits, targets.labels, expected, targets.has_mask, targets.mask_weight)}
         if where is not None:
             assert targets.by_box is not None
             own = losses.of_label(logits, targets.labels)
-            found["loss_mask_box"] = losses.mean_of(projection_loss(own, where), targets.by_box)
+            of_box = projection_loss(own, where) + CORE_WEIGHT * core_loss(own, where)
+            found["loss_mask_box"] = losses.mean_of(of_box, targets.by_box)
             found["loss_mask_affinity"] = losses.mean_of(affinity_loss(own, where), targets.by_box)
+            if taught is not None:
+                found["loss_mask_teacher"] = losses.mean_of(teacher_loss(own, taught, where), targets.by_box)
         return found
+
+    def mask_logits(self, network: MaskRCNN, maps: list[Tensor], rois: Rois) -> Tensor:
+        """Return the masks of all classes that a network predicts in RoIs on its maps: float32 [K, C, S, S]."""
+        heads = network.roi_heads
+        logits: Tensor = heads.mask_predictor(heads.mask_head(self.pool(heads.mask_roi_pool, maps, rois)))
+        return logits.float()
+
+    @torch.no_grad()
+    def taught_masks(self, teacher: MaskRCNN, batch: Batch, targets: RoiTargets) -> Tensor:
+        """Return the probabilities of a teacher's masks in RoIs, for their classes: float32 [K, S, S]."""
+        maps = list(teacher.backbone(self.network_input(batch.images, batch.sizes)).values())
+        maps = maps[: len(teacher.roi_heads.mask_roi_pool.featmap_names)]
+        return losses.of_label(self.mask_logits(teacher, maps, targets.rois), targets.labels).sigmoid()
 
     def mask_targets(self, batch: Batch, rois: RoiTargets, slots: int) -> tuple[RoiTargets, Tensor, BoxInRoi | None]:
         """Return `slots` RoIs, those that train the mask branch first, and what they should predict.

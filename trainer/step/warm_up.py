@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torchvision.models.detection import MaskRCNN
 
 from shards.common.text import counted
 from trainer.config.settings import DataConfig
@@ -20,7 +21,9 @@ from trainer.step.trainable import Trainable, annotated_rois
 log = logging.getLogger("trainer.step.warm_up")
 
 
-def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.device) -> None:
+def warm_up(
+    step: Trainable, data: DataConfig, classes: int, device: torch.device, teacher: MaskRCNN | None = None
+) -> None:
     """Run forward and backward passes on empty batches of every shape; no weight or statistic changes.
 
     Only shapes that repeat are run: with `data.resize` shortest, of which every batch may have its own, none is.
@@ -30,13 +33,14 @@ def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.devic
         data: determines the shapes.
         classes: of the network, with the background.
         device: that of training.
+        teacher: any network of the kind, if training has a teacher.
     """
     began = time.perf_counter()
     shapes = [(*size, rows) for size in repeated_sizes(data) for rows in row_counts(data.max_instances)]
     buffers = [(buffer, buffer.clone()) for buffer in step.network.buffers()]
     for height, width, rows in shapes:
         batch = empty_batch(data.batch_size, height, width, rows, classes, tiles=TILES if data.mosaic else 1)
-        run_all_shapes(step, batch.to(device))
+        run_all_shapes(step, batch.to(device), teacher)
     step.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
@@ -44,7 +48,7 @@ def warm_up(step: Trainable, data: DataConfig, classes: int, device: torch.devic
         log.info("compiled the step for %s in %.0f s", counted(len(shapes), "shape"), time.perf_counter() - began)
 
 
-def run_all_shapes(step: Trainable, batch: Batch) -> None:
+def run_all_shapes(step: Trainable, batch: Batch, teacher: MaskRCNN | None = None) -> None:
     """Run the parts of the step forward and backward, the mask branch on every number of RoIs.
 
     It is one graph to compile, but a CUDA graph for each number.
@@ -57,7 +61,9 @@ def run_all_shapes(step: Trainable, batch: Batch) -> None:
     leaves = [of_level.detach().requires_grad_(of_level.requires_grad) for of_level in maps]
     masked = rois if step.mask_rois == "proposals" else annotated_rois(truth)
     for slots in step.mask_slots(batch):
-        loss = torch.stack([*step.mask_branch(leaves, *step.mask_targets(batch, masked, slots)).values()]).sum()
+        targets, expected, where = step.mask_targets(batch, masked, slots)
+        taught = None if teacher is None or where is None else step.taught_masks(teacher, batch, targets)
+        loss = torch.stack([*step.mask_branch(leaves, targets, expected, where, taught).values()]).sum()
         if loss.requires_grad:
             loss.backward()
         del loss  # frees what its backward pass would need, so that warming up takes no more memory than training

@@ -67,6 +67,7 @@ def test_a_run_that_is_stopped_and_crashes_resumes_bit_for_bit(two_ranks: Path) 
     assert f"continuing {broken} from step 4\n" in stderr
     assert steps_of(Location(str(broken))) == [2, 3, 4, 6]
     assert losses(broken) == losses(unbroken)
+    assert losses(broken)[-1]["loss_mask_teacher"] > 0
     assert tiny.rows(broken / "evaluations.jsonl") == tiny.rows(unbroken / "evaluations.jsonl")
     one, other = (tensors(load(Location(str(run)) / "checkpoints/step-000006")) for run in (unbroken, broken))
     assert one.keys() == other.keys()

@@ -37,6 +37,8 @@ os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
 EVERYTHING = tiny.STAGES | {
     "train__accumulate": 2,
     "train__ema": 0.9,
+    "loss__unmasked": "masks",  # the average teaches
+    "loss__affinity_warmup": 1,
     "train__checkpoint_steps": 2,
     "train__keep_checkpoints": 9,
     "optim__optimizer": "adamw",
@@ -114,6 +116,7 @@ def main() -> None:
     gc.freeze()  # as in the fixture of the other trainings
     Accelerator.end_training = lambda self: None  # it would end the group of processes
     mock.patch("trainer.run.runlog.draw_curves", return_value=b"").start()  # slower than the training
+    mock.patch("trainer.step.box_terms.SURE", 0.5).start()  # which the average is not, after few steps
     accelerator = distributed.start_accelerator(timeout=distributed.TRAINING_TIMEOUT)
     group = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     facts: dict[str, Any] = {"timeout_s": group.options._timeout.total_seconds()}

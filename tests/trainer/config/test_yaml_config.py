@@ -112,10 +112,12 @@ def test_a_wrong_setting_is_one_line_that_names_it(name, text, message):
         ({"resize": "shortest", "compile": "default"}, "train.compile is default, .* set data.resize to square or"),
         ({"mosaic": "0.5", "batch_size": "3"}, "data.mosaic joins four images .* set data.batch_size to 4 or more"),
         ({"iou_crop": "0.5", "resize": "oriented", "group_by_aspect": "true"}, "data.iou_crop changes orientations"),
+        ({"unmasked": "masks", "rotate": "10"}, "loss.unmasked is masks, .* set both to 0, or loss.unmasked to box"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options, message):
-    named = [(f"{'train' if name == 'compile' else 'data'}.{name}", text) for name, text in options.items()]
+    sections = {"compile": "train", "unmasked": "loss"}
+    named = [(f"{sections.get(name, 'data')}.{name}", text) for name, text in options.items()]
     with pytest.raises(UserError, match=message):
         load_config(None, named)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torchvision.models.detection import MaskRCNN
 
 from shards.format.dataset import open_dataset
 from tests.trainer import tiny
@@ -37,16 +38,18 @@ def limited(limit: int) -> Callable[..., dict[str, torch.Tensor]]:
     """The step of a device whose memory holds a number of images."""
     forward = Trainable.forward
 
-    def limited_forward(self: Trainable, batch: Batch) -> dict[str, torch.Tensor]:
+    def limited_forward(self: Trainable, batch: Batch, teacher: MaskRCNN | None) -> dict[str, torch.Tensor]:
+        assert teacher is not None  # needs memory, too
         if len(batch) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, batch)
+        return forward(self, batch, teacher=teacher)
 
     return limited_forward
 
 
 def test_fits_runs_steps_until_memory_is_full(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = train.parse(tiny.arguments(dataset, tmp_path / "run", train__ema="0.9"))
+    options = {"train__ema": "0.9", "loss__unmasked": "masks"}
+    config = train.parse(tiny.arguments(dataset, tmp_path / "run", **options))
     network = build_network(config, open_dataset(config.data.shards))
     monkeypatch.setattr(Trainable, "forward", limited(3))
     accelerator = Accelerator(cpu=True)

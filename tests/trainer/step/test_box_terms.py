@@ -18,7 +18,18 @@ from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_net
 from trainer.config.settings import LossConfig
 from trainer.data.affine import warp_instances
 from trainer.data.instances import padded, read_instances
-from trainer.step.box_terms import LIKE, BoxInRoi, affinity_loss, box_in_roi, projection_loss, to_lab, widen
+from trainer.run.optim import frozen_copy
+from trainer.step.box_terms import (
+    LIKE,
+    BoxInRoi,
+    affinity_loss,
+    box_in_roi,
+    core_loss,
+    projection_loss,
+    teacher_loss,
+    to_lab,
+    widen,
+)
 from trainer.step.ground_truth import ground_truth_of
 from trainer.step.roi_align import Rois
 from trainer.step.trainable import Trainable
@@ -73,11 +84,36 @@ def test_the_projection_reaches_all_sides_and_nothing_is_outside() -> None:
     assert affinity_loss(filled, where).item() > 0.1  # which a filled box alone does not satisfy
 
 
-@pytest.mark.parametrize("term", [projection_loss, affinity_loss])
+def test_the_middle_of_the_box_is_usually_in_the_mask() -> None:
+    logits, inside, where = picture(1)
+    core = [
+        (y, x)
+        for y, x in np.ndindex(SIZE, SIZE)
+        if inside[y, x] and ((x + 0.5 - 6) / 4) ** 2 + ((y + 0.5 - 6) / 3) ** 2 < 0.75**2
+    ]
+    probability = logits[0].sigmoid()
+    expected = [-0.75 * math.log(p) - 0.25 * math.log(1 - p) for p in (probability[cell].item() for cell in core)]
+    assert core_loss(logits, where).item() == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_a_teacher_teaches_the_cells_in_the_box_of_which_it_is_sure() -> None:
+    logits, inside, where = picture(2)
+    taught = 1 / (1 + torch.exp(-3 * torch.from_numpy(np.random.default_rng(5).normal(size=(1, SIZE, SIZE)))))
+    total, in_mask = 0.0, []
+    for y, x in torch.nonzero(inside).tolist():
+        p, t = logits[0, y, x].sigmoid().item(), taught[0, y, x].item()
+        total -= math.log(p) if t >= 0.7 else math.log(1 - p) if t <= 0.3 else 0
+        in_mask += [t] * (t > 0.5)
+    expected = np.mean(in_mask) * total / int(inside.sum())
+    assert teacher_loss(logits, taught, where).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("term", [projection_loss, affinity_loss, core_loss, "teacher"])
 def test_gradients_agree_with_finite_differences(term: object) -> None:
     logits, _, where = picture(3)
-    assert callable(term)
-    assert torch.autograd.gradcheck(lambda x: term(x, where), logits.requires_grad_())
+    taught = logits.flip(2).sigmoid()
+    loss = term if callable(term) else lambda x, where: teacher_loss(x, taught, where)
+    assert torch.autograd.gradcheck(lambda x: loss(x, where), logits.requires_grad_())
 
 
 def test_colours_equal_those_of_littlecms() -> None:
@@ -106,13 +142,14 @@ def test_cells_of_large_objects_are_not_compared() -> None:
 
 @pytest.mark.parametrize("rois", ["proposals", "gt"])
 def test_fixed_shapes_change_neither_losses_nor_gradients(rois: str) -> None:
-    network = small_network()
-    found = []
+    network, found = small_network(), []
+    teacher = frozen_copy(network)
+    teacher.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(1000)  # sure of itself
     for fixed_shapes in (False, True):
         step = Trainable(network, MASKS, mask_rois=rois, fixed_shapes=fixed_shapes)
         torch.manual_seed(0)
-        losses = step(PARTLY, step.draw_keys(PARTLY))
-        assert set(losses) == LOSSES | {"loss_mask_box", "loss_mask_affinity"}
+        losses = step(PARTLY, step.draw_keys(PARTLY), teacher)
+        assert set(losses) == LOSSES | {"loss_mask_box", "loss_mask_affinity", "loss_mask_teacher"}
         assert all(loss.item() > 0 for loss in losses.values())
         found.append((losses, gradients(network, losses)))
     (one, of_one), (other, of_other) = found

@@ -23,7 +23,7 @@ def test_warm_up_runs_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[int, ...]] = []
     monkeypatch.setattr(
         "trainer.step.warm_up.run_all_shapes",
-        lambda step, batch: ran.append((*batch.images.shape, batch.boxes.shape[1])),
+        lambda step, batch, teacher: ran.append((*batch.images.shape, batch.boxes.shape[1])),
     )
     data = DataConfig(batch_size=2, min_size=64, max_size=96, resize="oriented", max_instances=10)
     warm_up(Trainable(small_network()), data, 4, torch.device("cpu"))
