@@ -88,7 +88,7 @@ def main() -> int:
         if not shards.exists():
             sources = ["--images", options.images, "--annotations", options.annotations, "--exact-classes"]
             words = [*sources, "--per-class", "1000", "--classes", *options.classes, "--out", str(shards)]
-            # Its status is 1 if some of the images asked for could not be had.
+            # Its status is 1 if some of the requested images are unavailable.
             subprocess.run([sys.executable, "-m", "builder.commands.cli", *words], cwd=ROOT, check=False)
         whole = open_dataset(str(shards))
         removed = every_second(whole)
