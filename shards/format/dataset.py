@@ -343,8 +343,8 @@ def _value_of(root: Location, answer: bytes | Exception) -> Any:
         if not error.missing:
             raise
         raise DatasetError(
-            f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build that has not finished "
-            "(run the same build-shards command again to finish it)"
+            f"{root}: there is no {DATASET_FILE}: not a shard dataset, or a build or fill that has not finished "
+            "(run the same command again to finish it)"
         ) from error
     try:
         return json.loads(data)

@@ -65,7 +65,7 @@ def test_recovered_files_are_added_and_other_bytes_are_unchanged(
     build(world.source, CHOICE, Location(str(tmp_path / "whole")))
     lost = world.damage(tmp_path / "whole")
     root = tmp_path / "out"
-    with pytest.raises(UserError, match="not a shard dataset, or a build that has not finished"):
+    with pytest.raises(UserError, match="not a shard dataset, or a build or fill that has not finished"):
         retry_failed(world.source, CHOICE, Location(str(root)))
     build(world.source, CHOICE, Location(str(root)))
     assert {name: statuses(root)[name] for name in lost} == lost

@@ -29,7 +29,7 @@ def test_an_opened_dataset_has_what_was_written(dataset):
 
 
 def test_a_root_without_dataset_json_is_an_unfinished_build_and_one_that_is_not_json_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match=r"there is no dataset.json.*run the same build-shards command again"):
+    with pytest.raises(DatasetError, match=r"there is no dataset.json.*run the same command again"):
         open_dataset(str(tmp_path))
     for text in ("{", "[" * 100_000, "9" * 5000):
         (tmp_path / "dataset.json").write_text(text)
