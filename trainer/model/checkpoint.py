@@ -325,13 +325,18 @@ def _identity(config: Config, order: dict[str, Any], categories: Sequence[Catego
 
 def numbers_in(folder: Location, pattern: str) -> list[int]:
     """Return the numbers in the names in a folder, by a pattern with a group for them, ascending; it may be missing."""
+    found = (re.fullmatch(pattern, name) for name in names_in(folder))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def names_in(folder: Location) -> list[str]:
+    """Return the names of the files and folders in a folder; it may be missing."""
     with storage_errors(folder.url):
         try:
-            names = folder.fs.ls(folder.path, detail=False)
+            paths = folder.fs.ls(folder.path, detail=False)
         except FileNotFoundError:
             return []
-    found = (re.fullmatch(pattern, str(name).rstrip("/").rsplit("/", 1)[-1]) for name in names)
-    return sorted(int(match[1]) for match in found if match)
+    return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def _remove_older(run: Location, newest: int, keep: int, folder: str) -> None:

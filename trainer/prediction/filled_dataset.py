@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +36,7 @@ from shards.storage.explain import storage_errors
 from shards.storage.location import Location
 from shards.storage.reads import Read, read_many
 from shards.storage.retry import delete, retrying, write
-from trainer.model.checkpoint import numbers_in
+from trainer.model.checkpoint import names_in, numbers_in
 from trainer.prediction.box_objects import Tally
 
 RECORDS = ".fill"
@@ -48,6 +49,22 @@ _SECTION = """\
 and `mask_run`. Images and all other annotations are unchanged. With the predicted masks, the shards have
 {megabytes:.1f} MB.
 """
+
+
+class _Record(NamedTuple):
+    """A shard that is done: its entry and rows, and what was predicted in it."""
+
+    shard: Shard
+    rows: Sequence[IndexRow]
+    tally: Tally
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> _Record:
+        """Return a record from JSON, in which class ids are texts."""
+        tally = value["tally"]
+        masks = Counter({int(number): count for number, count in tally["masks"].items()})
+        rows = [IndexRow.from_values(row) for row in value["rows"]]
+        return cls(Shard(**value["shard"]), rows, Tally(tally["boxes"], masks, tally["score"]))
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class FilledDataset:
             info = DatasetInfo.from_json(read_value(self.out), str(self.out / DATASET_FILE))
             if info.plan != self.key:
                 raise self._refusal("dataset", info.source.get(ORIGIN))
+            self._clean_up()  # what a process left that was killed after it wrote dataset.json
             return
         place = self.out / RECORDS / PLAN_FILE
         if retrying(place.exists):
@@ -93,8 +111,8 @@ class FilledDataset:
         else:
             write(place, canonical_json({"key": self.key, "about": self.about}))
 
-    def _refusal(self, what: str, before: Mapping[str, Any] | None) -> UserError:
-        if before is None:
+    def _refusal(self, what: str, before: Any) -> UserError:
+        if not isinstance(before, Mapping):
             return UserError(f"{self.out}: contains another {what}: choose another --out")
         differ = [name for name in self.about if before.get(name) != self.about[name]]
         why = "other weights or another state of the dataset"
@@ -110,9 +128,11 @@ class FilledDataset:
         return retrying((self.out / DATASET_FILE).exists)
 
     def missing(self) -> list[int]:
-        """Return the positions in `shards` of those that are not done, ascending."""
-        done = numbers_in(self.out / RECORDS, r"shard-(\d+)\.json")
-        return sorted(set(range(len(self.shards))) - set(done))
+        """Return the positions in `shards` of those that are not done, or whose file is gone, ascending."""
+        done = set(numbers_in(self.out / RECORDS, r"shard-(\d+)\.json"))
+        folders = {posixpath.dirname(shard.path) for shard in self.shards}
+        there = {posixpath.join(folder, name) for folder in folders for name in names_in(self.out / folder)}
+        return [i for i, shard in enumerate(self.shards) if i not in done or shard.path not in there]
 
     def copy(self, number: int) -> None:
         """Copy a shard byte for byte; DatasetError if it is damaged."""
@@ -126,20 +146,18 @@ class FilledDataset:
     def write(self, number: int, packed: PackedShard, tally: Tally) -> None:
         """Write a shard, then the record that it is done."""
         write(self.out / packed.shard.path, packed.data)
-        record = {"shard": packed.shard, "rows": packed.rows, "tally": tally}
-        write(self._record(number), canonical_json(record))
+        record = _Record(packed.shard, packed.rows, tally)
+        write(self._record(number), canonical_json(record._asdict()))
 
     def _record(self, number: int) -> Location:
         return self.out / RECORDS / f"shard-{number:05d}.json"
 
     def finish(self) -> Tally:
         """Write what the dataset has besides its shards, dataset.json last; return what was predicted in all."""
-        info, places = self.source.info, [self._record(number) for number in range(len(self.shards))]
-        records = [json.loads(data) for data in _read_all(places)]
-        shards = [Shard(**record["shard"]) for record in records]
-        filled = [IndexRow.from_values(row) for record in records for row in record["rows"]]
-        total = sum((_tally(record["tally"]) for record in records), Tally(0, Counter(), 0.0))
-        table = self.source.table
+        info, records, table = self.source.info, self._read_records(), self.source.table
+        shards = [record.shard for record in records]
+        filled = [row for record in records for row in record.rows]
+        total = sum((record.tally for record in records), Tally(0, Counter(), 0.0))
         copied = table.filter(pc.invert(pc.is_in(table["split"], pa.array(self.splits))))
         for name in (ACCOUNTS_FILE, PICTURE_FILE, README_FILE):
             if retrying((self.source.root / name).exists):
@@ -150,21 +168,33 @@ class FilledDataset:
         retrying(
             lambda: finish_dataset(self.out, rows, shards, info.categories, plan=self.key, source=redact_values(origin))
         )
+        self._clean_up()
+        return total
+
+    def _read_records(self) -> list[_Record]:
+        places = [self._record(number) for number in range(len(self.shards))]
+        records = []
+        for place, data in zip(places, _read_all(places), strict=True):
+            try:
+                records.append(_Record.from_json(json.loads(data)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{place}: damaged ({error!r}): delete it and run the command again") from error
+        return records
+
+    def _clean_up(self) -> None:
+        """Remove the records of a finished dataset, and what processes left that were killed while they wrote."""
         delete(self.out / RECORDS, recursive=True)
         if self.out.is_local:
-            for left in Path(self.out.path).glob("*/*.tar.*.tmp"):  # by a process that was killed while it wrote
+            for left in Path(self.out.path).glob("*/*.tar.*.tmp"):
                 left.unlink(missing_ok=True)
-        return total
 
     def _card(self, card: bytes, shards: Sequence[Shard], tally: Tally) -> bytes:
         """Return the source's card with the features of the new format version and a section on the masks."""
         text = re.sub(rf"\n{HEADING}\n.*?(?=\n## |\Z)", "", card.decode("utf-8", "replace"), flags=re.DOTALL)
         opening, *front_and_body = text.split("---\n", 2)
         if not opening and len(front_and_body) == 2:
-            front, body = yaml.safe_load(front_and_body[0]), front_and_body[1]
-            version = max(shard.version for shard in shards)
-            front["dataset_info"] = {**front.get("dataset_info", {}), "features": features(version)}
-            text = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+            front, body = front_and_body
+            text = f"---\n{_with_features(front, max(shard.version for shard in shards))}---\n{body}"
         section = _SECTION.format(
             masks=counted(tally.masks.total(), "mask"),
             boxes=counted(tally.boxes, "object"),
@@ -176,10 +206,17 @@ class FilledDataset:
         return f"{text}\n{HEADING}\n\n{section}".encode()
 
 
-def _tally(value: Mapping[str, Any]) -> Tally:
-    """Return a tally from JSON, in which class ids are texts."""
-    masks = {int(number): count for number, count in value["masks"].items()}
-    return Tally(value["boxes"], Counter(masks), value["score"])
+def _with_features(front: str, version: int) -> str:
+    """Return a card's YAML with the features of a format version; unchanged if its owner gave it another form."""
+    try:
+        values = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError):  # a ValueError: a date that does not exist
+        return front
+    if not isinstance(values, dict) or not isinstance(values.setdefault("dataset_info", {}), dict):
+        return front
+    values["dataset_info"]["features"] = features(version)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _read_all(places: Sequence[Location]) -> list[bytes]:

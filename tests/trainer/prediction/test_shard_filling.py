@@ -1,6 +1,7 @@
 """`fill`: what it changes in a dataset, rounds, resuming, object storage, and inputs that it refuses."""
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,40 @@ def test_the_same_command_resumes_and_then_reports_a_complete_dataset(
     assert capsys.readouterr().out == f"{tmp_path}: complete already, with masks by first, step 1\n"
     assert fill.main([*options, "--score", "0.6"]) == 2
     assert "contains the dataset of a fill with score 0.0, not 0.6" in capsys.readouterr().err
+
+
+def test_files_that_something_damaged_or_deleted_before_a_fill_is_finished(
+    run: Path, dataset: Path, filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, record = fill_options(run, dataset, tmp_path), tmp_path / ".fill/shard-00001.json"
+
+    def fill_until(function: str) -> None:
+        with patch(f"trainer.prediction.filled_dataset.{function}", side_effect=KeyboardInterrupt):
+            assert fill.main(options) == 130
+        capsys.readouterr()
+
+    fill_until("finish_dataset")
+    record.write_bytes(record.read_bytes()[:-9])
+    assert fill.main(options) == 2
+    assert re.search(
+        r"shard-00001.json: damaged \(.*\): delete it and run the command again\n$", capsys.readouterr().err
+    )
+    record.unlink()
+    (tmp_path / "train/000000.tar").unlink()
+    fill_until("delete")  # of the records, after dataset.json is written
+    assert fill.main(options) == 0
+    assert digests(tmp_path) == digests(filled)
+
+
+@pytest.mark.parametrize("front", ["tags: [\n", "- a\n", "dataset_info:\n- config_name: one\n", "day: 2026-02-30\n"])
+def test_a_card_that_its_owner_wrote_stays_and_gets_the_section(
+    front: str, run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (data / "README.md").write_text(card := f"---\n{front}---\nMine.\n")
+    assert fill.main(fill_options(run, data, tmp_path / "filled")) == 0
+    text = (tmp_path / "filled/README.md").read_text()
+    assert text.startswith(f"{card}\n## Predicted masks\n")
 
 
 def test_a_second_round_in_a_bucket_predicts_again(
