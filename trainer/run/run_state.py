@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("trainer.run.run_state")
 
 FEW_MASKS = 50  # of a class; with fewer, its masks are hardly learnt
+SHORTAGES = {"no mask": "never", "few masks": "hardly"}  # of a class, and how its masks are learnt without more settings
 SHOWN_CLASSES = 10  # in a warning
 
 
@@ -126,41 +127,56 @@ def set_up(config: Config, writer: RunWriter | None = None) -> Training:
 def warn_of_few_masks(config: Config, dataset: Dataset) -> None:
     """Log the classes with no or few masks in the training split, and the settings with which they learn masks."""
     index = dataset.index(config.data.split)
-    warnings = mask_warnings(index, dataset.categories, config)
-    for warning in warnings:
+    for warning in mask_warnings(index, dataset.categories, config):
         log.warning("data.split %s: %s", config.data.split, warning)
-    if warnings and not uses_predictions(index, dataset.categories, config) and (advice := masks_from_boxes(config)):
+    short = short_of_masks(index, dataset.categories, config)
+    if any(not is_predicted for _, is_predicted in short) and (advice := masks_from_boxes(config)):
         log.warning("%s", advice)
 
 
 def mask_warnings(index: Index, categories: Sequence[Category], config: Config) -> list[str]:
-    """Return a warning about the classes without a mask in a split, and one about those with few, if there are any."""
-    objects, masks = index.counts("instances", categories), index.counts("masks", categories)
-    groups = index.counts("groups", categories)
-    without, few, enough = list[str](), list[str](), False
+    """Return a warning about the classes without a mask in a split, and one about those with few, if there are any.
+
+    Classes with predicted masks that training uses have warnings of their own.
+    """
+    short = short_of_masks(index, categories, config)
+    is_short = {category.id for found in short.values() for category in found}
+    objects, masks = _alone(index, categories), index.counts("masks", categories)
+    enough = any(masks[category.id] for category in categories if category.id not in is_short)
+    warnings = []
+    for (what, is_predicted), found in sorted(short.items(), reverse=True):
+        ways = {
+            "from predicted masks": is_predicted,
+            "from boxes": config.loss.unmasked == "masks",
+            "from the other classes": config.model.mask_head == "agnostic" and enough,
+        }
+        learnt = " and ".join(way for way, is_on in ways.items() if is_on) or SHORTAGES[what]
+        names = [f"{one.name} ({masks[one.id]} of {counted(objects[one.id], 'object')})" for one in found]
+        warnings.append(f"{what}: {_some(names)}: boxes and classes are learnt, masks {learnt}")
+    return warnings
+
+
+def short_of_masks(
+    index: Index, categories: Sequence[Category], config: Config
+) -> dict[tuple[str, bool], list[Category]]:
+    """Return the classes of a split by the name of their shortage, and whether training uses predicted masks of them.
+
+    The names are those of `SHORTAGES`.
+    """
+    objects, masks = _alone(index, categories), index.counts("masks", categories)
+    predicted = index.counts("predicted", categories)
+    short: dict[tuple[str, bool], list[Category]] = {}
     for category in categories:
-        alone = objects[category.id] - groups[category.id]
-        if masks[category.id] < min(FEW_MASKS, alone):
-            kind = few if masks[category.id] else without
-            kind.append(f"{category.name} ({masks[category.id]} of {counted(alone, 'object')})")
-        elif masks[category.id]:
-            enough = True
-    ways = {
-        "from predicted masks": uses_predictions(index, categories, config),
-        "from boxes": config.loss.unmasked == "masks",
-        "from the other classes": config.model.mask_head == "agnostic" and enough,
-    }
-    learnt = " and ".join(way for way, is_on in ways.items() if is_on)
-    return [
-        f"{what}: {_some(found)}: boxes and classes are learnt, masks {learnt or how}"
-        for what, found, how in (("no mask", without, "never"), ("few masks", few, "hardly"))
-        if found
-    ]
+        if (count := masks[category.id]) < min(FEW_MASKS, objects[category.id]):
+            is_predicted = config.loss.predicted > 0 and predicted[category.id] > 0
+            short.setdefault(("few masks" if count else "no mask", is_predicted), []).append(category)
+    return short
 
 
-def uses_predictions(index: Index, categories: Sequence[Category], config: Config) -> bool:
-    """Return whether a split has masks that an earlier run predicted, and training uses them."""
-    return config.loss.predicted > 0 and any(index.counts("predicted", categories).values())
+def _alone(index: Index, categories: Sequence[Category]) -> dict[int, int]:
+    """Return for each category id the number of its objects, without group-of regions."""
+    objects, groups = index.counts("instances", categories), index.counts("groups", categories)
+    return {number: objects[number] - groups[number] for number in objects}
 
 
 def masks_from_boxes(config: Config) -> str:

@@ -39,8 +39,8 @@ MASKS_FROM_BOXES = {"model__mask_head": "agnostic", "loss__unmasked": "masks"}
         ({"loss__unmasked": "masks"}, True, False, *["from boxes"] * 2, "--model.mask_head agnostic"),
         (MASKS_FROM_BOXES, True, False, *["from boxes and from the other classes"] * 2, ""),
         (MASKS_FROM_BOXES, False, False, *["from boxes"] * 2, ""),
-        (MASKS_FROM_BOXES, False, True, *["from predicted masks and from boxes"] * 2, ""),
-        ({}, True, True, *["from predicted masks"] * 2, ""),
+        (MASKS_FROM_BOXES, False, True, "from predicted masks and from boxes", "from boxes", ""),
+        ({}, True, True, "from predicted masks", "hardly", "--model.mask_head agnostic --loss.unmasked masks"),
         (
             {"loss__predicted": "0", "model__mask_head": "agnostic"},
             False,
