@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("trainer.run.run_state")
 
 FEW_MASKS = 50  # of a class; with fewer, its masks are hardly learnt
-SHORTAGES = {"no mask": "never", "few masks": "hardly"}  # of a class, and how its masks are learnt without more settings
+SHORTAGES = {"no mask": "never", "few masks": "hardly"}  # and how masks are learnt by default
 SHOWN_CLASSES = 10  # in a warning
 
 
