@@ -110,9 +110,10 @@ def planned_counts(plan: Plan) -> list[ClassCounts]:
             for planned in image.objects:
                 kind = task.split, planned.annotation.category_id
                 totals[*kind, "boxes"] += 1
-                totals[*kind, "masks"] += isinstance(planned.mask, FoundMask)
+                source = "masks" if planned.annotation.prediction is None else "predicted"
+                totals[*kind, source] += isinstance(planned.mask, FoundMask)
                 totals[*kind, "groups"] += planned.annotation.is_group_of
-    kinds = ("images", "masks", "boxes", "groups")
+    kinds = ("images", "masks", "boxes", "groups", "predicted")
     return [
         ClassCounts(split, category.name, *(totals[split, category.id, kind] for kind in kinds))
         for split in SPLITS

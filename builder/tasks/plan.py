@@ -126,8 +126,9 @@ class PlannedObject:
 
     @property
     def has_mask(self) -> bool:
-        """True if the source has a mask of the object, and no filter excludes it."""
-        return bool(self.annotation.mask_path) and not isinstance(self.mask, Failure)
+        """True if the source has a mask of the object that no run predicted, and no filter excludes it."""
+        is_of_source = self.annotation.mask_path and self.annotation.prediction is None
+        return bool(is_of_source) and not isinstance(self.mask, Failure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from builder.commands.summary import render_estimate, render_summary
 from builder.planning.class_report import ClassReport
 from builder.planning.plan_build import MIN_TRIED
 from demo.scenes import SceneTruth
+from shards.format.dataset import open_dataset
 from shards.storage.location import Location
 from tests.builder.builds import build, estimate, mirror, quotas, s3_mirror
 from tests.builder.coco_scenes import CATEGORIES, document, write_coco
@@ -70,6 +71,22 @@ def test_a_split_without_an_image_has_rows_of_zeros_and_a_reason(tmp_path: Path,
         assert "\nval: no image: the source has no image of these classes for it\n" in printed
         assert ("\ntest: no image: none of its images could be packed\n" in printed) == (not more)
     assert "\ntest person 1 1 0 0 0\n" in printed
+
+
+def test_predicted_masks_of_an_export_are_no_masks_of_the_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = write_coco(tmp_path, images=4)
+    predicted = {"mask_source": "predicted", "mask_score": 0.9, "mask_run": "one"}
+    annotations = [one | predicted | {"category_id": 1} for one in value["annotations"]]
+    (tmp_path / "instances.json").write_text(json.dumps(value | {"annotations": annotations}))
+    command = ["--source", "coco", "--images", f"{tmp_path}/images", "--annotations", f"{tmp_path}/instances.json"]
+    for more in (["--dry-run"], []):
+        main([*command, "--out", f"{tmp_path}/out", "--workers", "1", "--classes", "person", *more])
+        printed = re.sub(" +", " ", capsys.readouterr().out)
+        assert f"\ntrain person 4 4 4 0 {len(annotations)}\n" in printed
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.index("train").counts("predicted", dataset.categories)[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,8 @@ def test_a_predicted_mask_stays_one(stated: dict[str, Any], expected: MaskPredic
     split = opened(document(annotations=[shared | {"mask_source": "predicted"} | stated]))
     [found] = split.describe(["000000000001"])["000000000001"].objects
     assert found.annotation.prediction == expected
+    assert found.has_mask == ("mask_source" in stated)
+    assert split.totals()[1].masks == found.has_mask
 
 
 def test_parse_places_takes_one_file_or_one_per_split() -> None:
