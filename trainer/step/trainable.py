@@ -314,7 +314,9 @@ class Trainable(nn.Module):
         """Return the probabilities of a teacher's masks in RoIs, for their classes: float32 [K, S, S]."""
         maps = list(teacher.backbone(self.network_input(batch.images, batch.sizes)).values())
         maps = maps[: len(teacher.roi_heads.mask_roi_pool.featmap_names)]
-        return losses.of_label(self.mask_logits(teacher, maps, targets.rois), targets.labels).sigmoid()
+        taught = losses.of_label(self.mask_logits(teacher, maps, targets.rois), targets.labels).sigmoid()
+        self.allow_any_number(taught)
+        return taught
 
     def mask_targets(self, batch: Batch, rois: RoiTargets, slots: int) -> tuple[RoiTargets, Tensor, BoxInRoi | None]:
         """Return `slots` RoIs, those that train the mask branch first, and what they should predict.
@@ -332,11 +334,14 @@ class Trainable(nn.Module):
             where = box_in_roi(batch.images, chosen.rois, batch.boxes.flatten(0, 1)[row], size)
         bitmaps, frames = batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
         expected = sample_targets(bitmaps, frames, row, chosen.rois.boxes, size)
-        if self._is_compiled:
-            for part in (*chosen.rois, *chosen[1:], expected, *(where or ())):
-                if part is not None:
-                    torch._dynamo.maybe_mark_dynamic(part, 0)  # one graph for any number of RoIs
+        self.allow_any_number(*chosen.rois, *chosen[1:], expected, *(where or ()))
         return chosen, expected, where
+
+    def allow_any_number(self, *parts: Tensor | None) -> None:
+        """Make one compiled graph serve any number of RoIs, the first dimension of each part."""
+        for part in parts if self._is_compiled else ():
+            if part is not None:
+                torch._dynamo.maybe_mark_dynamic(part, 0)
 
     def pool(self, pooler: MultiScaleRoIAlign, maps: list[Tensor], rois: Rois) -> Tensor:
         """Read RoIs from the maps in the form of the device: [K, C, S, S]."""

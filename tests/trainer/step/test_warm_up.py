@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.trainer.batches import shallow_network, small_network
-from trainer.config.settings import DataConfig
+from trainer.config.settings import DataConfig, LossConfig
+from trainer.run.optim import frozen_copy
 from trainer.step.trainable import Trainable
 from trainer.step.warm_up import empty_batch, row_counts, run_all_shapes, warm_up
 
@@ -30,7 +31,8 @@ def test_warm_up_runs_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(ran) == [(2, 3, *size, rows) for size in ((64, 96), (96, 64)) for rows in (8, 16)]
 
 
-def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed() -> None:
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed(has_teacher: bool) -> None:
     graphs: list[str] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -39,14 +41,15 @@ def test_after_warm_up_no_batch_is_compiled_and_nothing_has_changed() -> None:
 
     network = shallow_network()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    step = Trainable(network)
+    teacher = frozen_copy(network) if has_teacher else None
+    step = Trainable(network, LossConfig(unmasked="masks" if has_teacher else "box"))
     torch._dynamo.reset()
     step.compile_parts(backend=backend)
     data = DataConfig(batch_size=2, min_size=64, max_size=64, resize="square", max_instances=8)
-    warm_up(step, data, 4, torch.device("cpu"))
+    warm_up(step, data, 4, torch.device("cpu"), teacher)
     made = len(graphs)
     assert 4 <= made <= 5  # torch may choose other convolutions for few RoIs: a second mask branch
-    step(empty_batch(2, 64, 64, 8, 4))
+    step(empty_batch(2, 64, 64, 8, 4), teacher=teacher)
     assert len(graphs) == made
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
