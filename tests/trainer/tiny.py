@@ -143,9 +143,9 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch, *passes: int) -> list[tuple[st
     """Make the mask loss of these forward passes NaN; returns a list to which each pass adds its image ids."""
     forward, image_ids = Trainable.forward, []
 
-    def failing(self: Trainable, batch: Any) -> Any:
+    def failing(self: Trainable, batch: Any, **options: Any) -> Any:
         image_ids.append(batch.image_ids)
-        losses = forward(self, batch)
+        losses = forward(self, batch, **options)
         return losses | ({"loss_mask": losses["loss_mask"] * torch.nan} if len(image_ids) in passes else {})
 
     monkeypatch.setattr(Trainable, "forward", failing)

@@ -151,12 +151,12 @@ def test_a_skipped_step_changes_nothing(dataset: Path, tmp_path: Path, monkeypat
     """An overflow inside the backbone changes the statistics of batch norms before any loss shows it."""
     forward, calls = Trainable.forward, []
 
-    def overflowing(self: Trainable, batch: Any) -> Any:
+    def overflowing(self: Trainable, batch: Any, **options: Any) -> Any:
         calls.append(batch.image_ids)
         factor = torch.inf if len(calls) == 2 else 1.0
         handle = self.network.backbone.body["0"].register_forward_hook(lambda module, given, made: made * factor)
         try:
-            return forward(self, batch)
+            return forward(self, batch, **options)
         finally:
             handle.remove()
 
