@@ -82,8 +82,9 @@ def draw_instances(
 ) -> Image.Image:
     """Draw annotations or detections on a copy of an image, in RGB and `scale` times its size.
 
-    Masks are filled and outlined, predicted ones with dashes; boxes without a mask are dashed, and group-of regions are
-    hatched. An object without room for its name has none if another object of its class and colour is named.
+    Masks are filled and outlined, predicted ones with dashes; boxes without a mask of the source are dashed, and
+    group-of regions are hatched. An object without room for its name has none if another object of its class and colour
+    is named.
 
     Args:
         image: uint8 [H, W, 3] RGB, [H, W] or [H, W, 1] grey, or a Pillow image.
@@ -344,9 +345,12 @@ def _dashes(shape: tuple[int, ...], dash: int) -> NDArray[np.bool_]:
 
 
 def _draw_box(canvas: ImageDraw.ImageDraw, instance: Instance, colour: Colour, scale: int, line: int) -> None:
-    """Draw the outline of the box, dashed if the object has neither a mask nor is a group."""
+    """Draw the outline of the box, dashed if the object has neither a mask of the source nor is a group.
+
+    A predicted mask may fill its box: a solid box would hide the dashes of its outline.
+    """
     left, top, right, bottom = _corners(instance, scale, canvas.im.size)
-    if instance.segmentation is not None or instance.is_group_of:
+    if instance.source_mask is not None or instance.is_group_of:
         canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
         return
     dash = DASH * line

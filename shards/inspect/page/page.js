@@ -137,7 +137,7 @@
       const shape = draw("g", { class: "shape", "data-place": place });
       if (object.outline) shape.append(draw("path", { class: object.prediction ? "area predicted" : "area", d: object.outline, fill: colour, stroke: colour, "fill-rule": "evenodd" }));
       if (isGroup) shape.append(draw("rect", { class: "hatch", x, y, width: w, height: h, fill: `url(#${hatchOf(colour)})` }));
-      shape.append(draw("rect", { class: object.outline || isGroup ? "box" : "box dashed", x, y, width: w, height: h, stroke: colour }));
+      shape.append(draw("rect", { class: (object.outline && !object.prediction) || isGroup ? "box" : "box dashed", x, y, width: w, height: h, stroke: colour }));
       if (object.prediction) shape.append(draw("title", {}, `${nameOf(object.class)}: ${predicted(object)}`));
       if (names) shape.append(draw("text", { class: "name", x: x + letter / 4, y: Math.max(y - letter / 3, letter), "font-size": letter }, [nameOf(object.class), predicted(object)].filter(Boolean).join(" ")));
       svg.append(shape);

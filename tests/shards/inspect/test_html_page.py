@@ -255,6 +255,7 @@ def test_predicted_masks_are_counted_filtered_and_dashed_only_where_there_are_an
     all_of(page, CARD)[0].click()
     [area] = all_of(page, "#photo .area.predicted")
     assert area.value_of_css_property("stroke-dasharray") != "none"
+    assert len(all_of(page, "#photo .box")) == 2 > len(all_of(page, "#photo .box.dashed")) == 1
     assert [name.text for name in all_of(page, "#photo .name")] == ["Person", "Car predicted 0.93"]
     assert "mask predicted by seed-1, score 0.93" in page.find_element("id", "objects").text
 
