@@ -28,7 +28,7 @@ COARSEST = 8.0  # pixels of the longer side of a cell; across larger ones, colou
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # of two by rows and columns: each pair of 3 x 3 once
 SAMPLES = 2  # per side of a cell, to read colours
 CORE = 0.75  # radius of the middle of a box, of the ellipse in it
-IN_CORE = 0.75  # share of the cells there that are in the mask; benchmarks/masks_from_boxes.py measures it
+IN_CORE = 0.75  # share of the cells there that are in the mask; benchmarks/masks_of_photographs.py measures it
 CORE_WEIGHT = 0.3
 SURE = 0.7  # probability, of being in the mask or of not being in it, from which on a cell is taught
 
