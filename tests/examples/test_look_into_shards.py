@@ -21,8 +21,8 @@ def test_the_example_prints_counts_and_writes_pictures(tmp_path: Path) -> None:
     output = subprocess.check_output([sys.executable, str(EXAMPLE)], env=environment, cwd=tmp_path, text=True)
     counts = [line.split() for line in output.splitlines() if "Person" in line or "Car" in line]
     assert counts == [
-        ["1", "Person", "15", "15", "15", "0", "15", "0", "0.0"],
-        ["2", "Car", "7", "7", "0", "0", "7", "7", "1.0"],
+        ["1", "Person", "15", "15", "15", "0", "0", "15", "0", "0.0"],
+        ["2", "Car", "7", "7", "0", "0", "0", "7", "7", "1.0"],
     ]
     pictures = sorted((tmp_path / "look").iterdir())
     assert len(pictures) == 8 + 2
