@@ -96,6 +96,11 @@ def to_lab(rgb: Tensor) -> Tensor:
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
 
 
+def inside_box_loss(logits: Tensor, where: BoxInRoi) -> Tensor:
+    """Return `projection_loss` and `CORE_WEIGHT` times `core_loss` together, float32 [K]."""
+    return projection_loss(logits, where) + CORE_WEIGHT * core_loss(logits, where)
+
+
 def projection_loss(logits: Tensor, where: BoxInRoi) -> Tensor:
     """Return how far each mask is from reaching all sides of its box, and how much of it is outside.
 

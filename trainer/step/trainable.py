@@ -15,16 +15,7 @@ from trainer.config.settings import LossConfig
 from trainer.data.instances import Batch
 from trainer.data.mask_bitmaps import sample_targets
 from trainer.step import losses
-from trainer.step.box_terms import (
-    CORE_WEIGHT,
-    BoxInRoi,
-    affinity_loss,
-    box_in_roi,
-    core_loss,
-    projection_loss,
-    teacher_loss,
-    widen,
-)
+from trainer.step.box_terms import BoxInRoi, affinity_loss, box_in_roi, inside_box_loss, teacher_loss, widen
 from trainer.step.boxes import area, area_inside, encode, take
 from trainer.step.ground_truth import GroundTruth, ground_truth_of, verified_at
 from trainer.step.host_copy import HostCopy
@@ -152,7 +143,7 @@ class Trainable(nn.Module):
             found |= self.box_branch(maps, rois.first(rois.is_used, max(used, 1)), batch.tiles, batch.verified)
             slots = max(with_mask, 1)
         targets, expected, where = self.mask_targets(batch, masked, slots)
-        taught = None if teacher is None or where is None else self.taught_masks(teacher, batch, targets)
+        taught = self.taught_masks(teacher, batch, targets)
         return found | self.mask_branch(maps, targets, expected, where, taught)
 
     def mask_slots(self, batch: Batch) -> list[int]:
@@ -296,8 +287,7 @@ class Trainable(nn.Module):
         if where is not None:
             assert targets.by_box is not None
             own = losses.of_label(logits, targets.labels)
-            of_box = projection_loss(own, where) + CORE_WEIGHT * core_loss(own, where)
-            found["loss_mask_box"] = losses.mean_of(of_box, targets.by_box)
+            found["loss_mask_box"] = losses.mean_of(inside_box_loss(own, where), targets.by_box)
             found["loss_mask_affinity"] = losses.mean_of(affinity_loss(own, where), targets.by_box)
             if taught is not None:
                 found["loss_mask_teacher"] = losses.mean_of(teacher_loss(own, taught, where), targets.by_box)
@@ -310,8 +300,13 @@ class Trainable(nn.Module):
         return logits.float()
 
     @torch.no_grad()
-    def taught_masks(self, teacher: MaskRCNN, batch: Batch, targets: RoiTargets) -> Tensor:
-        """Return the probabilities of a teacher's masks in RoIs, for their classes: float32 [K, S, S]."""
+    def taught_masks(self, teacher: MaskRCNN | None, batch: Batch, targets: RoiTargets) -> Tensor | None:
+        """Return the probabilities of a teacher's masks in RoIs, for their classes: float32 [K, S, S].
+
+        None without a teacher, or if boxes train no masks.
+        """
+        if teacher is None or targets.by_box is None:
+            return None
         maps = list(teacher.backbone(self.network_input(batch.images, batch.sizes)).values())
         maps = maps[: len(teacher.roi_heads.mask_roi_pool.featmap_names)]
         taught = losses.of_label(self.mask_logits(teacher, maps, targets.rois), targets.labels).sigmoid()

@@ -62,7 +62,7 @@ def run_all_shapes(step: Trainable, batch: Batch, teacher: MaskRCNN | None = Non
     masked = rois if step.mask_rois == "proposals" else annotated_rois(truth)
     for slots in step.mask_slots(batch):
         targets, expected, where = step.mask_targets(batch, masked, slots)
-        taught = None if teacher is None or where is None else step.taught_masks(teacher, batch, targets)
+        taught = step.taught_masks(teacher, batch, targets)
         loss = torch.stack([*step.mask_branch(leaves, targets, expected, where, taught).values()]).sum()
         if loss.requires_grad:
             loss.backward()
