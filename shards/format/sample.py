@@ -137,7 +137,9 @@ def _prediction_from_json(annotation: dict[str, Any]) -> MaskPrediction | None:
         return None
     if (source := annotation["mask_source"]) != PREDICTED:
         raise ValueError(f"mask_source is {source!r}, not {PREDICTED!r}")
-    return MaskPrediction(float(annotation["mask_score"]), str(annotation["mask_run"]))
+    if not isinstance(run := annotation["mask_run"], str):
+        raise ValueError(f"mask_run is {run!r}, not a text")
+    return MaskPrediction(float(annotation["mask_score"]), run)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -76,6 +76,7 @@ def test_an_index_without_predicted_masks_has_no_such_column_and_counts_none(tmp
         ),
         (lambda car: car.update(mask_source="human"), "mask_source is 'human', not 'predicted'"),
         (lambda car: car.pop("mask_run"), "KeyError('mask_run')"),
+        (lambda car: car.update(mask_run=None), "mask_run is None, not a text"),
         (lambda car: None, "it needs format version 3, dataset.json says 1"),
         (lambda car: None, "the index says predicted [], the shard has [0, 1]"),
     ],
