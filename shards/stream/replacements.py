@@ -92,7 +92,10 @@ def too_many(found: Sequence[BadSample]) -> SampleError:
     """Return the error of the last damaged sample, with those that were replaced before."""
     *replaced, last = found
     before = ", ".join(f"{bad.image_id} in {bad.shard}" for bad in replaced)
-    return SampleError(f"{last} (it is one more than skip_bad allows; replaced were {before})")
+    return SampleError(
+        f"{last} (it is one more than skip_bad allows; replaced were {before}): build these shards again, or raise "
+        "skip_bad"
+    )
 
 
 def _following(index: Index, row: int) -> Iterator[int]:

@@ -114,6 +114,7 @@ def test_damaged_samples_are_replaced_up_to_a_limit_and_after_a_resume(
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: error")]
     assert f"{root}/train/000000.tar: " in error
     assert "one more than skip_bad allows; replaced were img00" in error
+    assert error.endswith("build these shards again, or raise skip_bad")
 
 
 def test_a_nonfinite_loss_ends_the_run_with_its_name_and_samples(
