@@ -48,8 +48,11 @@ KEPT = 0.1  # share of the masks that stay in B
 
 AGNOSTIC = ("--model.mask_head", "agnostic")
 TRUE_BOXES = ("--model.mask_rois", "gt")
+DEEP = ("--model.mask_head_channels", "[64, 64, 64, 64]")
 BOXES = ("--loss.unmasked", "masks")
 NO_TEACHER = ("--loss.mask_teacher", "0")
+NO_COLOURS = ("--loss.mask_affinity", "0")
+NO_SIDES = ("--loss.mask_box", "0")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,14 @@ WAYS = (
     TODAY,
     Way("agnostic", AGNOSTIC),
     Way("agnostic, true boxes", (*AGNOSTIC, *TRUE_BOXES)),
+    Way("agnostic, true boxes, deep head", (*AGNOSTIC, *TRUE_BOXES, *DEEP)),
+    Way("a mask per class, boxes", (*BOXES, *NO_TEACHER)),
+    Way("agnostic, sides of the box", (*AGNOSTIC, *BOXES, *NO_COLOURS, *NO_TEACHER)),
+    Way("agnostic, colours", (*AGNOSTIC, *BOXES, *NO_SIDES, *NO_TEACHER)),
     Way("agnostic, boxes", (*AGNOSTIC, *BOXES, *NO_TEACHER)),
     BEST,
-    Way("filled once", AGNOSTIC, filled_by=BEST),
+    Way("filled once, agnostic", AGNOSTIC, filled_by=BEST),
+    Way(f"filled once, {BEST.name}", BEST.options, filled_by=BEST),
 )
 TRIVIAL = ("box", "ellipse")
 

@@ -18,7 +18,7 @@ from trainer.data.mask_bitmaps import BITMAP, is_inside, rasterise
 HAS_MASK = 1
 GROUP_OF = 2
 IGNORED = 4  # neither an object to learn from nor background
-LOOSE = 8  # without a mask, and may not reach all sides of its box, or not be what its colours show
+LOOSE = 8  # without a mask of the source, and may not reach all sides of its box, or not be what its colours show
 PREDICTED = 16  # with HAS_MASK: a mask that a run predicted
 
 PIXEL = (0.0, 0.0, 1.0, 1.0)  # the box of rows that are not used
@@ -91,8 +91,9 @@ class Instances:
         return replace(self, bitmaps=self.bitmaps * is_inside(self.bitmaps, self.frames, height, width, margin=1.0))
 
     def loosened(self, which: Tensor) -> Instances:
-        """Mark the instances `which`, bool [M], as LOOSE, as far as they are objects without a mask."""
-        return replace(self, flags=torch.where(which & (self.flags == 0), LOOSE, self.flags).to(torch.uint8))
+        """Mark the instances `which`, bool [M], as LOOSE, as far as they are objects without a mask of the source."""
+        no_source = (self.flags == 0) | (self.flags == HAS_MASK | PREDICTED)
+        return replace(self, flags=torch.where(which & no_source, self.flags | LOOSE, self.flags))
 
     def cap(self, limit: int, rng: np.random.Generator) -> Instances:
         """Mark all but a random choice of `limit` objects as IGNORED; group-of regions do not count.

@@ -3,7 +3,8 @@
 - A group-of box covers objects that were not annotated one by one. An anchor or RoI in such a region that matches no
   object is ignored: neither positive nor negative.
 - A box without a mask trains class and box, and with `loss.unmasked` masks, what the box says about the mask.
-- A predicted mask trains like others, with the weight `loss.predicted`; of weight 0, it is none.
+- A predicted mask trains like others, with the weight `loss.predicted`; of weight 0, it is none. Besides, with
+  `loss.unmasked` masks, the object's box trains the mask as it does without a mask.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class GroundTruth(NamedTuple):
         is_object: bool [B, G].
         is_region: bool [B, G] where anchors and RoIs that match no object are ignored.
         has_mask: bool [B, G].
-        by_box: bool [B, G] objects without a mask whose box trains the mask branch; None for none at all.
+        by_box: bool [B, G] objects without a mask of the source whose box trains the mask branch; None for none at all.
         mask_weight: float32 [B, G] of a mask in the mask loss; None if all weigh 1.
     """
 
@@ -61,9 +62,9 @@ def verified_at(boxes: Tensor, images: Tensor, tiles: Tensor, verified: Tensor) 
 def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
     """Return the annotations of a batch under the given treatment of incomplete ones."""
     group, has_mask = (batch.flags & GROUP_OF) > 0, (batch.flags & HAS_MASK) > 0
+    is_predicted = (batch.flags & PREDICTED) > 0
     mask_weight = None
     if loss.predicted != 1:
-        is_predicted = (batch.flags & PREDICTED) > 0
         mask_weight = torch.ones_like(is_predicted, dtype=torch.float32).masked_fill(is_predicted, loss.predicted)
         has_mask = has_mask & (mask_weight > 0)
     is_region = (batch.flags & IGNORED) > 0
@@ -76,5 +77,5 @@ def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
         is_region = is_region | group
     by_box = None
     if loss.unmasked == "masks":
-        by_box = is_object & ~has_mask & ~group & ((batch.flags & LOOSE) == 0)
+        by_box = is_object & (~has_mask | is_predicted) & ~group & ((batch.flags & LOOSE) == 0)
     return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask, by_box, mask_weight)

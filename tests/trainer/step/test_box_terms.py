@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 from shards.format import rle
-from shards.format.sample import Instance
+from shards.format.sample import Instance, MaskPrediction
 from tests.trainer.batches import LOSSES, SCENES, batch_of, gradients, small_network, with_predictions, without_masks
 from trainer.config.settings import LossConfig
 from trainer.data.affine import warp_instances
@@ -180,17 +180,31 @@ def test_objects_with_a_predicted_mask_of_weight_0_train_masks_from_their_boxes(
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
 
 
+@pytest.mark.parametrize("rois", ["proposals", "gt"])
+def test_the_box_of_an_object_with_a_predicted_mask_trains_it_as_without(rois: str) -> None:
+    network, losses = small_network(), []
+    for batch in (with_predictions(BATCH, ~HALF), PARTLY):
+        step = Trainable(network, MASKS, mask_rois=rois)
+        torch.manual_seed(0)
+        losses.append(step(batch, step.draw_keys(batch), network))
+    predicted, boxes = losses
+    assert all(torch.equal(loss, boxes[name]) for name, loss in predicted.items() if name != "loss_mask")
+    assert predicted["loss_mask"].item() != boxes["loss_mask"].item()  # it has the predicted masks as well
+
+
 def test_boxes_that_an_object_may_not_fill_teach_no_mask() -> None:
     whole = Instance(1, (10.0, 10.0, 40.0, 40.0), None)
     drawing, inside = replace(whole, is_depiction=True), replace(whole, is_inside=True)
     group, masked = replace(whole, is_group_of=True), Instance(1, whole.bbox, rle.encode(np.ones((100, 100))))
-    instances = read_instances([whole, drawing, inside, group, masked])
+    predicted = replace(masked, prediction=MaskPrediction(0.9, "run"))
+    instances = read_instances([whole, predicted, drawing, inside, group, masked])
+    both = [True, True, False, False, False, False]
     for found, expected in (
-        (instances, [True, False, False, False, False]),
-        (instances.crop(20, 0, 80, 100), [False] * 5),  # a quarter of the box is cut off
-        (instances.crop(12, 0, 80, 100), [True, False, False, False, False]),
-        (warp_instances(instances, rotation(20), 100, 100), [False] * 5),
-        (warp_instances(instances, rotation(0), 100, 100), [True, False, False, False, False]),
+        (instances, both),
+        (instances.crop(20, 0, 80, 100), [False] * 6),  # a quarter of the box is cut off
+        (instances.crop(12, 0, 80, 100), both),
+        (warp_instances(instances, rotation(20), 100, 100), [False, True, False, False, False, False]),
+        (warp_instances(instances, rotation(0), 100, 100), both),
     ):
         columns: dict[str, Any] = padded([found])
         batch = replace(BATCH, **columns)
