@@ -114,10 +114,11 @@ def target_of(options: FillOptions, dataset: Dataset, state: State) -> FilledDat
 def predicted_classes(state: State, dataset: Dataset) -> frozenset[int]:
     """Return the ids of the classes that get masks; UserError if there are none.
 
-    With a mask head per class, these are the ones that have a mask in the dataset, and the others are logged.
+    With a mask head per class that did not learn masks from boxes, these are the ones that have a mask in the dataset,
+    and the others are logged.
     """
-    known = frozenset(category.id for category in state.categories)
-    if state.config.model.mask_head == "agnostic":
+    known, config = frozenset(category.id for category in state.categories), state.config
+    if config.model.mask_head == "agnostic" or config.loss.unmasked == "masks":
         return known
     indexes = [dataset.index(split) for split in dataset.splits]
     counts = [index.counts(column, state.categories) for index in indexes for column in ("masks", "predicted")]
@@ -126,7 +127,7 @@ def predicted_classes(state: State, dataset: Dataset) -> frozenset[int]:
         names = ", ".join(category.name for category in state.categories if category.id in unlearned)
         text = (
             f"no mask of {names} in {dataset.root}, and the checkpoint has a mask head per class: their objects keep "
-            "a box only; train with --model.mask_head agnostic to fill them"
+            "a box only; train with --model.mask_head agnostic or --loss.unmasked masks to fill them"
         )
         if unlearned == known:
             raise UserError(text)

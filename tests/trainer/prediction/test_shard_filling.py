@@ -199,7 +199,10 @@ def test_what_is_left_with_a_box_only(
     assert filled_classes(per_class, drawn=discs) == set()
     [warning] = caplog.messages
     assert warning.startswith("no mask of Disc in ")
-    assert "train with --model.mask_head agnostic" in warning
+    assert "train with --model.mask_head agnostic or --loss.unmasked masks" in warning
+    boxes = tiny.write_checkpoint(tmp_path / "boxes", dataset, masks=True, loss__unmasked="masks")
+    assert filled_classes(boxes, drawn=discs) == {2}
+    assert filled_classes(boxes, drawn=no_masks) == {1, 2}
     write_dataset(tmp_path / "data", {"train": no_masks}, categories=tiny.CATEGORIES)
     assert fill.main(fill_options(per_class, tmp_path / "data", tmp_path / "filled")) == 2
     assert "no mask of Square, Disc in " in capsys.readouterr().err
