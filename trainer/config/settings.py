@@ -140,7 +140,9 @@ class LossConfig:
         1.0, "weight of predicted masks in the mask loss; 0 to treat their objects as those without a mask", low=0
     )
     unmasked: Literal["box", "masks", "background"] = option(
-        "box", "objects without a mask: train class and box; also masks, from boxes and colours; or background"
+        "box",
+        "objects without a mask: train class and box; also masks, from boxes and colours, as do objects with a "
+        "predicted mask; or background",
     )
     group_of: Literal["ignore", "object", "background"] = option(
         "ignore",
@@ -249,7 +251,7 @@ class Config:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the average of the weights teaches the masks of objects that have a box only."""
+        """Whether the average of the weights teaches the masks of objects without one of the source."""
         return self.train.ema > 0 and self.loss.unmasked == "masks" and self.loss.mask_teacher > 0
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.config.settings import DataConfig
 from trainer.data.augment import View
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, Instances, is_large
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, PREDICTED, Instances, is_large
 from trainer.data.mask_bitmaps import extents, is_inside
 
 Matrix = NDArray[np.float64]
@@ -65,10 +65,11 @@ def warp(image: Tensor, instances: Instances, matrix: Matrix, height: int, width
 def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int) -> Instances:
     """Move instances into an image of `height` x `width`, and clip them to it as `Instances.crop` does.
 
-    A bitmap is resampled into the box around its turned frame, inside the image, and gives the object's box. The box of
-    an object without a mask becomes that around the turned ellipse inside the box, because few objects reach into the
-    corners (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021). That of a region becomes the
-    box around the whole turned box, because anything in it may be an object.
+    A bitmap is resampled into the box around its turned frame, inside the image, and gives the object's box; if nothing
+    is turned, a predicted one does not, because the annotated box says more. The box of an object without a mask
+    becomes that around the turned ellipse inside the box, because few objects reach into the corners (Kalra et al.,
+    "Towards Rotation Invariance in Object Detection", ICCV 2021). That of a region becomes the box around the whole
+    turned box, because anything in it may be an object.
     """
     has_mask, is_region = ((instances.flags & bits) != 0 for bits in (HAS_MASK, GROUP_OF | IGNORED))
     # A pixel beyond the image, because a RoI at its border reads that far.
@@ -85,10 +86,12 @@ def warp_instances(instances: Instances, matrix: Matrix, height: int, width: int
         is_region[:, None], box_around(instances.boxes, matrix), box_around(instances.boxes, matrix, ellipse=True)
     )
     seen = extents(bitmaps * is_inside(bitmaps, frames, height, width), frames)
-    boxes = torch.where(has_mask[:, None], seen, without)
+    is_turned = bool(matrix[0, 1] or matrix[1, 0])
+    by_mask = has_mask if is_turned else has_mask & ((instances.flags & PREDICTED) == 0)
+    boxes = torch.where(by_mask[:, None], seen, without)
     moved = replace(instances, boxes=boxes, bitmaps=bitmaps, frames=frames)
-    if matrix[0, 1] or matrix[1, 0]:  # turned: an object may not reach the sides of its new box
-        moved = moved.loosened(~has_mask)
+    if is_turned:  # an object may not reach the sides of its new box
+        moved = moved.loosened(torch.tensor(True))
     return moved.crop(0, 0, width, height)
 
 

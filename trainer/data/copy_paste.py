@@ -42,7 +42,8 @@ def paste_some(
 def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances) -> tuple[Tensor, Instances]:
     """Paste objects of the donor, which have masks, over an image, at the same pixels, where both have pixels.
 
-    Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last.
+    Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last. One with a predicted
+    mask is LOOSE: only the pixels of the mask are pasted, which may not reach the sides of the box.
     """
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], donor.shape[-2:]))
     objects = objects.crop(0, 0, width, height).without_outside(height, width)
@@ -55,7 +56,7 @@ def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances
     opacity = cover[:height, :width]
     below, above = image[:, :height, :width].float(), donor[:, :height, :width].float()
     pasted[:, :height, :width] = (below + (above - below) * opacity).round_().to(torch.uint8)
-    return pasted, Instances.concatenate([occlude(instances, cover), objects])
+    return pasted, Instances.concatenate([occlude(instances, cover), objects.loosened(torch.tensor(True))])
 
 
 def _draw(cover: Tensor, bitmap: Tensor, frame: Tensor) -> None:
@@ -78,7 +79,8 @@ def occlude(instances: Instances, cover: Tensor) -> Instances:
 
     Masks lose their covered cells, and their boxes shrink to the rest. An object with less than MIN_VISIBLE_MASK of its
     mask (MIN_VISIBLE_BOX of its box, without a mask) is IGNORED and keeps its box, because something of it may be
-    visible anywhere in there. A box without a mask that is visible to less than KEPT is LOOSE. Group-of regions stay.
+    visible anywhere in there. One without a mask of the source that is visible to less than KEPT is LOOSE. Group-of
+    regions stay.
     """
     if len(instances) == 0:
         return instances

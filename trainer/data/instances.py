@@ -76,7 +76,7 @@ class Instances:
         """Move to the coordinates of a window at x, y of the image, and clip to it.
 
         Boxes are clipped, and dropped where a side is left with less than MIN_SIDE pixels. Bitmaps keep their cells
-        outside the window: a RoI is inside, and never reads them; see `without_outside`.
+        outside the window: a RoI is inside, or its mask ends at the box; see `without_outside`.
         """
         moved = self.shift(-x, -y)
         boxes = moved.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
@@ -91,7 +91,7 @@ class Instances:
         return replace(self, bitmaps=self.bitmaps * is_inside(self.bitmaps, self.frames, height, width, margin=1.0))
 
     def loosened(self, which: Tensor) -> Instances:
-        """Mark the instances `which`, bool [M], as LOOSE, as far as they are objects without a mask of the source."""
+        """Mark the instances `which`, bool [M] or [], as LOOSE, if they are objects without a mask of the source."""
         no_source = (self.flags == 0) | (self.flags == HAS_MASK | PREDICTED)
         return replace(self, flags=torch.where(which & no_source, self.flags | LOOSE, self.flags))
 

@@ -60,7 +60,7 @@ class Training:
 
     @property
     def teacher(self) -> MaskRCNN | None:
-        """The network whose masks teach those of objects that have a box only, if the settings ask for that."""
+        """The network whose masks teach those of objects without one of the source, if the settings ask for that."""
         return self.ema.module if self.ema is not None and self.config.has_teacher else None
 
 

@@ -1,4 +1,4 @@
-"""What a box says about the mask in it: losses for objects that have a box and no mask.
+"""What a box says about the mask in it: losses for objects without a mask of the source.
 
 A box constrains its mask in two ways (Tian et al., "BoxInst", CVPR 2021). The mask reaches all four sides of the box:
 its projections on both axes fill the box. And neighbouring pixels of like colour are mostly both in the mask, or both
@@ -57,6 +57,11 @@ class BoxInRoi(NamedTuple):
         """Whether each cell is in the box by more than half of its row and column: bool [K, S, S]."""
         return (self.rows > 0.5)[:, :, None] & (self.columns > 0.5)[:, None, :]
 
+    @property
+    def outside(self) -> Tensor:
+        """Whether less than `SMALLEST_INSIDE` of each cell is in the box: bool [K, S, S]."""
+        return self.rows[:, :, None] * self.columns[:, None, :] < SMALLEST_INSIDE
+
 
 def widen(boxes: Tensor) -> Tensor:
     """Return boxes, float32 [..., 4], extended by `WIDER` of their width and height on each side."""
@@ -114,11 +119,10 @@ def projection_loss(logits: Tensor, where: BoxInRoi) -> Tensor:
     Returns:
         float32 [K], 0 or more.
     """
-    outside = where.rows[:, :, None] * where.columns[:, None, :] < SMALLEST_INSIDE  # [K, S, S]
     mask = logits.sigmoid() * where.inside
     across, down = (where.columns > 0.5).to(logits), (where.rows > 0.5).to(logits)
     projection = dice_loss(mask.amax(dim=1), across) + dice_loss(mask.amax(dim=2), down)
-    return projection + _mean_of_cells(F.softplus(logits), outside)  # cross-entropy with 0
+    return projection + _mean_of_cells(F.softplus(logits), where.outside)  # cross-entropy with 0
 
 
 def core_loss(logits: Tensor, where: BoxInRoi) -> Tensor:

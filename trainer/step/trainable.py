@@ -123,7 +123,7 @@ class Trainable(nn.Module):
         Args:
             batch: on the network's device.
             keys: the random choices; None to draw them from torch's generator.
-            teacher: in evaluation mode, whose masks teach those of objects that have a box only; None for no teacher.
+            teacher: in evaluation mode, whose masks teach those of objects without one of the source; None for none.
         """
         if self._is_compiled:  # torch imports its compiler for this, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()
@@ -278,7 +278,7 @@ class Trainable(nn.Module):
         where: BoxInRoi | None = None,
         taught: Tensor | None = None,
     ) -> Losses:
-        """Return loss_mask of the RoIs with a mask, and with `where` the losses of those that have a box only.
+        """Return loss_mask of the RoIs with a mask, and with `where` the losses of those that train with a box.
 
         `expected` and `where` are those of `mask_targets`, `taught` that of `taught_masks`.
         """
@@ -317,7 +317,8 @@ class Trainable(nn.Module):
         """Return `slots` RoIs, those that train the mask branch first, and what they should predict.
 
         That is masks, float32 [slots, S, S], 0 to 1, or any values where `has_mask` is false; and with `loss.unmasked`
-        masks where the boxes of their objects are. RoIs of objects without a mask are wider.
+        masks where the boxes of their objects are. RoIs that train with the box of their object are wider, and their
+        masks end at the box, which a crop of the image may have cut.
         """
         chosen = rois.first(rois.trains_mask, slots)
         row = chosen.rois.images * batch.bitmaps.shape[1] + chosen.objects
@@ -329,6 +330,8 @@ class Trainable(nn.Module):
             where = box_in_roi(batch.images, chosen.rois, batch.boxes.flatten(0, 1)[row], size)
         bitmaps, frames = batch.bitmaps.flatten(0, 1), batch.frames.flatten(0, 1)
         expected = sample_targets(bitmaps, frames, row, chosen.rois.boxes, size)
+        if where is not None and chosen.by_box is not None:
+            expected = expected.masked_fill(where.outside & chosen.by_box[:, None, None], 0)
         self.allow_any_number(*chosen.rois, *chosen[1:], expected, *(where or ()))
         return chosen, expected, where
 

@@ -7,9 +7,9 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import masks_to_boxes
 
 from shards.format import rle
-from shards.format.sample import Instance
+from shards.format.sample import Instance, MaskPrediction
 from trainer.data.copy_paste import paste, paste_some
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, Instances, read_instances
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, LOOSE, PREDICTED, Instances, read_instances
 from trainer.data.mask_bitmaps import sample_targets
 
 HEIGHT, WIDTH = 120, 160
@@ -69,15 +69,39 @@ def test_paste_drops_covered_objects_and_ignores_those_that_are_mostly_covered()
     assert torch.equal(result.boxes[0], box)
 
 
-@pytest.mark.parametrize(("shown", "flags"), [(0.83, 0), (0.77, LOOSE), (0.55, LOOSE), (0.45, IGNORED)])
-def test_a_box_without_a_mask_that_is_partly_covered_is_loose(shown: float, flags: int) -> None:
+@pytest.mark.parametrize(
+    ("prediction", "shown", "flags"),
+    [
+        (None, 0.83, 0),
+        (None, 0.77, LOOSE),
+        (None, 0.55, LOOSE),
+        (None, 0.45, IGNORED),
+        (MaskPrediction(0.9, "run"), 0.83, HAS_MASK | PREDICTED),
+        (MaskPrediction(0.9, "run"), 0.77, HAS_MASK | PREDICTED | LOOSE),
+    ],
+)
+def test_an_object_without_a_mask_of_the_source_that_is_partly_covered_is_loose(
+    prediction: MaskPrediction | None, shown: float, flags: int
+) -> None:
     covered = np.zeros((HEIGHT, WIDTH), np.uint8)
     covered[10:110, round(20 + 100 * shown) : 140] = 1
-    below = read_instances([Instance(1, (20.0, 10.0, 100.0, 100.0), None), masked(2, ellipse(70, 60, 50, 50))])
+    square = np.zeros((HEIGHT, WIDTH), np.uint8)
+    square[10:110, 20:120] = 1
+    mask = None if prediction is None else rle.encode(square)
+    partly = Instance(1, (20.0, 10.0, 100.0, 100.0), mask, prediction=prediction)
+    below = read_instances([partly, masked(2, ellipse(70, 60, 50, 50))])
     _, result = paste(IMAGE, below, DONOR, objects(covered, first=9))
     assert result.labels.tolist() == [1, 2, 9]
     assert result.flags.tolist() == [flags, HAS_MASK, HAS_MASK]
-    assert torch.equal(result.boxes[0], below.boxes[0])
+    assert prediction or torch.equal(result.boxes[0], below.boxes[0])
+
+
+def test_a_pasted_predicted_mask_need_not_reach_the_sides_of_its_box() -> None:
+    one = Instance(
+        9, (30.0, 30.0, 40.0, 40.0), rle.encode(ellipse(50, 50, 10, 10)), prediction=MaskPrediction(0.9, "run")
+    )
+    _, result = paste(IMAGE, read_instances([]), DONOR, read_instances([one]))
+    assert result.flags.tolist() == [HAS_MASK | PREDICTED | LOOSE]
 
 
 def test_paste_clips_objects_to_the_image() -> None:

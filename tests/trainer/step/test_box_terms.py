@@ -32,7 +32,7 @@ from trainer.step.box_terms import (
 )
 from trainer.step.ground_truth import ground_truth_of
 from trainer.step.roi_align import Rois
-from trainer.step.trainable import Trainable
+from trainer.step.trainable import Trainable, annotated_rois
 
 SIZE = 12
 MASKS = LossConfig(unmasked="masks")
@@ -196,15 +196,19 @@ def test_boxes_that_an_object_may_not_fill_teach_no_mask() -> None:
     whole = Instance(1, (10.0, 10.0, 40.0, 40.0), None)
     drawing, inside = replace(whole, is_depiction=True), replace(whole, is_inside=True)
     group, masked = replace(whole, is_group_of=True), Instance(1, whole.bbox, rle.encode(np.ones((100, 100))))
-    predicted = replace(masked, prediction=MaskPrediction(0.9, "run"))
+    smaller = np.zeros((100, 100), np.uint8)
+    smaller[20:40, 20:40] = 1
+    predicted = Instance(1, whole.bbox, rle.encode(smaller), prediction=MaskPrediction(0.9, "run"))
     instances = read_instances([whole, predicted, drawing, inside, group, masked])
     both = [True, True, False, False, False, False]
     for found, expected in (
         (instances, both),
         (instances.crop(20, 0, 80, 100), [False] * 6),  # a quarter of the box is cut off
         (instances.crop(12, 0, 80, 100), both),
-        (warp_instances(instances, rotation(20), 100, 100), [False, True, False, False, False, False]),
+        (warp_instances(instances, rotation(20), 100, 100), [False] * 6),
         (warp_instances(instances, rotation(0), 100, 100), both),
+        (warp_instances(instances, shift(-12), 100, 100), both),
+        (warp_instances(instances, shift(-20), 100, 100), [False] * 6),
     ):
         columns: dict[str, Any] = padded([found])
         batch = replace(BATCH, **columns)
@@ -212,6 +216,29 @@ def test_boxes_that_an_object_may_not_fill_teach_no_mask() -> None:
         assert by_box is not None
         assert by_box[0, : len(found)].tolist() == expected
     assert ground_truth_of(batch, LossConfig()).by_box is None
+    unturned = warp_instances(instances, rotation(0), 100, 100)
+    assert torch.equal(unturned.boxes[:5], instances.boxes[:5])  # not those of the predicted mask
+
+
+@pytest.mark.parametrize("rois", ["proposals", "gt"])
+def test_a_predicted_mask_ends_where_a_crop_cut_its_box(rois: str) -> None:
+    whole = np.zeros((100, 100), np.uint8)
+    whole[10:50, 10:50] = 1
+    one = Instance(1, (10.0, 10.0, 40.0, 40.0), rle.encode(whole), prediction=MaskPrediction(0.9, "run"))
+    columns: dict[str, Any] = padded([read_instances([one]).crop(16, 0, 84, 100)])
+    batch = replace(BATCH, images=BATCH.images[:1], sizes=BATCH.sizes[:1], **columns)
+    step = Trainable(small_network(), MASKS, mask_rois=rois)
+    truth = ground_truth_of(batch, MASKS)
+    targets, expected, where = step.mask_targets(batch, annotated_rois(truth), 1)
+    assert where is not None
+    assert targets.rois.boxes[0, 0] < 0  # wider than the box, and the bitmap has cells there
+    middle = expected[0, len(expected[0]) // 2]
+    assert middle[where.columns[0] > 0.99][:-1].min() > 0.9
+    assert expected[0][where.outside[0]].max() == 0
+
+
+def shift(x: float) -> np.ndarray:
+    return np.array([[1, 0, x], [0, 1, 0], [0, 0, 1]], float)
 
 
 def rotation(degrees: float) -> np.ndarray:
