@@ -62,9 +62,9 @@ def verified_at(boxes: Tensor, images: Tensor, tiles: Tensor, verified: Tensor) 
 def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
     """Return the annotations of a batch under the given treatment of incomplete ones."""
     group, has_mask = (batch.flags & GROUP_OF) > 0, (batch.flags & HAS_MASK) > 0
-    is_predicted = (batch.flags & PREDICTED) > 0
     mask_weight = None
     if loss.predicted != 1:
+        is_predicted = (batch.flags & PREDICTED) > 0
         mask_weight = torch.ones_like(is_predicted, dtype=torch.float32).masked_fill(is_predicted, loss.predicted)
         has_mask = has_mask & (mask_weight > 0)
     is_region = (batch.flags & IGNORED) > 0
@@ -77,5 +77,6 @@ def ground_truth_of(batch: Batch, loss: LossConfig) -> GroundTruth:
         is_region = is_region | group
     by_box = None
     if loss.unmasked == "masks":
-        by_box = is_object & (~has_mask | is_predicted) & ~group & ((batch.flags & LOOSE) == 0)
+        has_source_mask = (batch.flags & (HAS_MASK | PREDICTED)) == HAS_MASK
+        by_box = is_object & ~has_source_mask & ~group & ((batch.flags & LOOSE) == 0)
     return GroundTruth(batch.boxes, batch.labels, is_object, is_region, has_mask, by_box, mask_weight)
