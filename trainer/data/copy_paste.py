@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, KEPT, Instances, is_large
+from trainer.data.instances import GROUP_OF, HAS_MASK, IGNORED, KEPT, PREDICTED, Instances, is_large
 from trainer.data.mask_bitmaps import extents
 
 OBJECT_PROBABILITY = 0.5  # that an object of the donor is pasted, as in torchvision's reference
@@ -31,10 +31,13 @@ def paste_some(
     probability: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Instances]:
-    """With the given probability, `paste` a random half of the donor's objects with a mask."""
+    """With the given probability, `paste` a random half of the donor's objects with a mask of the source.
+
+    A predicted mask may hold pixels around its object, and lack some of it.
+    """
     if rng.random() >= probability:
         return image, instances
-    usable = (donor_instances.flags & (HAS_MASK | GROUP_OF | IGNORED)) == HAS_MASK
+    usable = (donor_instances.flags & (HAS_MASK | GROUP_OF | IGNORED | PREDICTED)) == HAS_MASK
     chosen = usable & torch.from_numpy(rng.random(len(usable)) < OBJECT_PROBABILITY)
     return paste(image, instances, donor, donor_instances.select(chosen))
 
@@ -42,8 +45,7 @@ def paste_some(
 def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances) -> tuple[Tensor, Instances]:
     """Paste objects of the donor, which have masks, over an image, at the same pixels, where both have pixels.
 
-    Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last. One with a predicted
-    mask is LOOSE: only the pixels of the mask are pasted, which may not reach the sides of the box.
+    Both images are uint8 [3, H, W], of any sizes. In the result the pasted instances are the last.
     """
     height, width = (min(a, b) for a, b in zip(image.shape[-2:], donor.shape[-2:]))
     objects = objects.crop(0, 0, width, height).without_outside(height, width)
@@ -56,7 +58,7 @@ def paste(image: Tensor, instances: Instances, donor: Tensor, objects: Instances
     opacity = cover[:height, :width]
     below, above = image[:, :height, :width].float(), donor[:, :height, :width].float()
     pasted[:, :height, :width] = (below + (above - below) * opacity).round_().to(torch.uint8)
-    return pasted, Instances.concatenate([occlude(instances, cover), objects.loosened(torch.tensor(True))])
+    return pasted, Instances.concatenate([occlude(instances, cover), objects])
 
 
 def _draw(cover: Tensor, bitmap: Tensor, frame: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Copy-paste, against full-size masks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,12 +98,12 @@ def test_an_object_without_a_mask_of_the_source_that_is_partly_covered_is_loose(
     assert prediction or torch.equal(result.boxes[0], below.boxes[0])
 
 
-def test_a_pasted_predicted_mask_need_not_reach_the_sides_of_its_box() -> None:
-    one = Instance(
-        9, (30.0, 30.0, 40.0, 40.0), rle.encode(ellipse(50, 50, 10, 10)), prediction=MaskPrediction(0.9, "run")
-    )
-    _, result = paste(IMAGE, read_instances([]), DONOR, read_instances([one]))
-    assert result.flags.tolist() == [HAS_MASK | PREDICTED | LOOSE]
+def test_predicted_masks_are_not_pasted() -> None:
+    mask = rle.encode(ellipse(50, 50, 20, 20))
+    one = Instance(1, rle.bounds(mask), mask)
+    donor = read_instances([one, replace(one, category_id=2, prediction=MaskPrediction(0.9, "run"))] * 8)
+    _, result = paste_some(IMAGE, read_instances([]), DONOR, donor, 1.0, np.random.default_rng(0))
+    assert set(result.labels.tolist()) == {1}
 
 
 def test_paste_clips_objects_to_the_image() -> None:
