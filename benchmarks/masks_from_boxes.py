@@ -66,10 +66,10 @@ class Way:
     filled_by: Way | None = None
 
 
-TODAY = Way("a mask per class, no masks from boxes")
+DEFAULT = Way("a mask per class, no masks from boxes")
 BEST = Way("agnostic, boxes, teacher", (*AGNOSTIC, *BOXES))
 WAYS = (
-    TODAY,
+    DEFAULT,
     Way("agnostic", AGNOSTIC),
     Way("agnostic, true boxes", (*AGNOSTIC, *TRUE_BOXES)),
     Way("agnostic, true boxes, deep head", (*AGNOSTIC, *TRUE_BOXES, *DEEP)),
@@ -115,7 +115,7 @@ def main() -> int:
         for removed in ("none", *REMOVED):
             for seed in seeds:
                 write_dataset(root / f"{removed}-{seed}", removed, seed, options.train, options.val)
-        jobs = [Job("none", TODAY, seed) for seed in seeds]
+        jobs = [Job("none", DEFAULT, seed) for seed in seeds]
         jobs += [Job(removed, way, seed) for way in WAYS for removed in REMOVED for seed in seeds]
         first = [job for job in jobs if job.way.filled_by is None]
         with ThreadPoolExecutor(options.parallel) as pool:
@@ -225,18 +225,19 @@ def print_table(root: Path, options: argparse.Namespace) -> None:
     print("; ".join(f"{removed}: {what}" for removed, what in REMOVED.items()), end="\n\n")
     print("| masks removed | way | Car, Traffic sign | Person, Traffic light | all | of the upper line | of the gap |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    upper = np.array([groups(aps_of(Job("none", TODAY, seed).folder(root))) for seed in seeds])
-    print(f"| none (upper line) | {TODAY.name} | {cells(upper)} | | |")
+    upper = np.array([groups(aps_of(Job("none", DEFAULT, seed).folder(root))) for seed in seeds])
+    print(f"| none (upper line) | {DEFAULT.name} | {cells(upper)} | | |")
     for removed in REMOVED:
         lines = {
             f"{shape} of the detection": [
-                trivial_aps(Job(removed, TODAY, seed).folder(root), root / f"{removed}-{seed}", shape) for seed in seeds
+                trivial_aps(Job(removed, DEFAULT, seed).folder(root), root / f"{removed}-{seed}", shape)
+                for seed in seeds
             ]
             for shape in TRIVIAL
         }
         lines |= {way.name: [aps_of(Job(removed, way, seed).folder(root)) for seed in seeds] for way in WAYS}
         column = 0 if removed == "A" else 2
-        low, high = np.mean([groups(aps)[column] for aps in lines[TODAY.name]]), upper[:, column].mean()
+        low, high = np.mean([groups(aps)[column] for aps in lines[DEFAULT.name]]), upper[:, column].mean()
         for name, of_seeds in lines.items():
             found = np.array([groups(aps) for aps in of_seeds])
             mean = found[:, column].mean()

@@ -163,16 +163,19 @@ def compared(whole: Sample, *rounds: Sample) -> list[Compared]:
             continue
         left, top, width, height = true.bbox
         corners = left, top, left + width, top + height
-        shown = {f"predicted in round {number}": rle.decode(mask) for number, mask in enumerate(known, 1)}
-        shown["GrabCut"] = grabcut(picture, true.bbox).astype(np.uint8)
-        shown |= {
-            shape: rle.decode(trivial_mask(corners, shape, whole.height, whole.width)) for shape in ("ellipse", "box")
-        }
-        masks = {name: mask.astype(np.bool_) for name, mask in shown.items()}
-        expected = rle.decode(true.segmentation).astype(bool)
+        masks = {f"predicted in round {number}": pixels(mask) for number, mask in enumerate(known, 1)}
+        masks["GrabCut"] = grabcut(picture, true.bbox)
+        for shape in ("ellipse", "box"):
+            masks[shape] = pixels(trivial_mask(corners, shape, whole.height, whole.width))
+        expected = pixels(true.segmentation)
         ious = {name: (mask & expected).sum() / max((mask | expected).sum(), 1) for name, mask in masks.items()}
         found.append(Compared(whole, true, masks, ious))
     return found
+
+
+def pixels(mask: rle.Rle) -> NDArray[np.bool_]:
+    """Return a mask as bool [H, W]."""
+    return rle.decode(mask).astype(np.bool_)
 
 
 def grabcut(picture: NDArray[np.uint8], bbox: Sequence[float]) -> NDArray[np.bool_]:
@@ -222,7 +225,7 @@ def share_of_core(true: Instance, sample: Sample) -> float:
     left, top, width, height = true.bbox
     rows, columns = np.mgrid[: sample.height, : sample.width] + 0.5
     x, y = (columns - left) / width * 2 - 1, (rows - top) / height * 2 - 1
-    return float(rle.decode(true.segmentation)[np.hypot(x, y) < CORE].mean())
+    return float(pixels(true.segmentation)[np.hypot(x, y) < CORE].mean())
 
 
 def draw(found: Sequence[Compared]) -> Image.Image:
@@ -234,7 +237,7 @@ def draw(found: Sequence[Compared]) -> Image.Image:
         area = left - width / 8, top - height / 8, left + width * 9 / 8, top + height * 9 / 8
         picture = np.asarray(one.sample.picture())
         others = (mask for name, mask in one.masks.items() if name != "box")
-        masks = [rle.decode(one.true.segmentation).astype(bool), *others]
+        masks = [pixels(one.true.segmentation), *others]
         tiles = [picture, *((picture * np.where(mask, 1, 0.2)[:, :, None]).astype(np.uint8) for mask in masks)]
         rows.append(np.hstack([np.asarray(Image.fromarray(tile).crop(area).resize((TILE, TILE))) for tile in tiles]))
     rows += [np.zeros_like(rows[0])] * (len(rows) % 2)
